@@ -1,0 +1,25 @@
+"""What one process keeps warm between messages: the base model and the tokenised data.
+
+Opening them takes far longer than a short local training, so each process opens them once;
+rounds, and runs of one comparison, differ in adapters and partitions only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from copra_fl.config import Config, ModelConfig
+from copra_fl.data import FederatedData, load
+from copra_fl.models import Classifier, build, load_tokenizer
+
+
+@lru_cache(maxsize=1)
+def open_model(config: ModelConfig, group: str, num_labels: int) -> Classifier:
+    """The base with adapter and head; their values come with each message."""
+    return build(config, group, num_labels, seed=0)
+
+
+@lru_cache(maxsize=4)
+def open_data(config: Config) -> FederatedData:
+    """The clients' examples, from the token cache."""
+    return load(config, load_tokenizer(config.model.model))

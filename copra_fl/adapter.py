@@ -1,0 +1,69 @@
+"""Adapter state: what travels between server and clients, as name -> tensor.
+
+Names are PEFT's own (``base_model.model.encoder.layer.0...lora_A.weight``), plus
+``head.weight`` and ``head.bias``. Tensors are float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+Adapter = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client hands back after its local training.
+
+    Attributes:
+        client: its number.
+        adapter: its tensors after training. Gate groups that were never on have not moved and are left out.
+        num_examples: training examples it holds.
+        active_steps: per gate group, the optimiser steps in which it was on.
+        metrics: at least ``loss`` (mean over steps), ``steps`` and ``seconds``.
+    """
+
+    client: int
+    adapter: Adapter
+    num_examples: int
+    active_steps: tuple[int, ...]
+    metrics: dict[str, float]
+
+
+def complete(update: Update, global_adapter: Adapter) -> Adapter:
+    """The client's whole adapter: what it did not send is as it was in `global_adapter`."""
+    return global_adapter | update.adapter
+
+
+def difference(a: Adapter, b: Adapter) -> Adapter:
+    """a - b, tensor by tensor."""
+    return {name: a[name] - b[name] for name in a}
+
+
+def norm(adapter: Adapter) -> float:
+    """Euclidean norm over all tensors, summed in float64."""
+    return float(torch.stack([tensor.double().square().sum() for tensor in adapter.values()]).sum().sqrt())
+
+
+def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
+    """Write `adapter` and `metadata` to a safetensors file that is either whole or not there."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in adapter.items()}, dict(metadata)))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> tuple[Adapter, dict[str, str]]:
+    """The adapter and the metadata of `save_checkpoint`."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

@@ -1,0 +1,34 @@
+"""FedAvg of LoRA factors (McMahan et al., arXiv 1602.05629; FedIT, arXiv 2305.05644).
+
+    A <- sum_k w_k A_k,    B <- sum_k w_k B_k,    and the head likewise
+
+Factors are averaged apart. That misses the average product by
+s sum_k w_k (B_k - B)(A_k - A); linear mode connectivity is what is to make it enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from copra_fl.adapter import Adapter, Update
+from copra_fl.aggregation.weighting import tensor_weights
+
+
+def fedavg(
+    global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]
+) -> Adapter:
+    """The weighted average of the clients' tensors, summed in float64 in the order of their numbers.
+
+    A tensor that a client did not send counts as unchanged; one that nobody weighs keeps its old value.
+    """
+    updates = sorted(updates, key=lambda update: update.client)
+    averaged = {}
+    for name, old in global_adapter.items():
+        weights = tensor_weights(name, updates, weighting, group_of)
+        total = torch.zeros_like(old, dtype=torch.float64)
+        for weight, update in zip(weights, updates, strict=True):
+            total += weight * update.adapter.get(name, old).double()
+        averaged[name] = total.to(old.dtype) if weights.any() else old.clone()
+    return averaged

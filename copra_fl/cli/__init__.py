@@ -1,0 +1,44 @@
+"""The command line, `copra-fl`: one file a command. Exit codes: 0; 1 the run failed; 2 bad usage or configuration."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from copra_fl.assets import AssetError
+from copra_fl.cli import assets
+from copra_fl.cli.compare import compare
+from copra_fl.cli.flower import RunFailed
+from copra_fl.cli.report import report
+from copra_fl.cli.simulate import simulate
+from copra_fl.config import ConfigError
+
+app = typer.Typer(
+    name="copra-fl",
+    help="Federated LoRA with CopRA: simulate clients, compare methods, see whether adapters average well.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(simulate)
+app.command()(compare)
+app.command()(report)
+app.add_typer(assets.app, name="assets")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except ConfigError as error:
+        fail(str(error), 2)
+    except (RunFailed, AssetError) as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume goes on from the last finished round", 130)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"copra-fl: {message}", file=sys.stderr)
+    sys.exit(code)

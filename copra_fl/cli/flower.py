@@ -1,0 +1,160 @@
+"""Run the Flower app on this machine: a private SuperLink in simulation mode, Ray underneath.
+
+Flower's own path, with its traps closed (each found by running it): an own FLWR_HOME and a
+free port, so that no other run is touched; an empty working directory, since Ray's workers
+import from the directory where the SuperLink starts; no dependency installation, telemetry
+or update check; the outcome asked of `flwr list`, since `flwr run --stream` exits 0 when a
+run has failed. A guard process ends everything when we end, however we end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import copra_fl
+from copra_fl import events
+from copra_fl.cli import guard
+from copra_fl.config import Value, toml_value
+
+START_SECONDS = 60
+
+
+class RunFailed(RuntimeError):
+    """A run that did not complete, in words for people."""
+
+
+def app_directory() -> Path:
+    """The Flower app: carried inside an installed copy, else the checkout."""
+    package = Path(copra_fl.__file__).parent
+    carried = package / "_app"
+    return carried if carried.exists() else package.parent
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a simulation uses the machine: Ray actors, each with a share of its cores and GPUs."""
+
+    number: int
+    cpus: int
+    gpus: float
+
+    @classmethod
+    def share(cls, number: int, gpus_per_worker: float) -> Workers:
+        return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker)
+
+    def federation_config(self) -> str:
+        """Flower's federation config: one node per worker, which hosts its share of the clients."""
+        return (
+            f"num-supernodes={self.number} client-resources-num-cpus={self.cpus} "
+            f"client-resources-num-gpus={self.gpus} init-args-num-cpus={self.number * self.cpus}"
+        )
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A private local SuperLink: where it lives, and the environment to talk to it."""
+
+    home: Path
+    environment: dict[str, str]
+    log: Path
+
+    def flwr(self, *arguments: str) -> list[str]:
+        return [str(Path(sys.executable).parent / "flwr"), *arguments]
+
+    def start_run(self, run_config: Mapping[str, Value], workers: Workers) -> subprocess.Popen[bytes]:
+        """Submit the app; the process returned ends with the run and writes its log to `log`."""
+        config = self.home / "run-config.toml"
+        config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
+        command = self.flwr("run", str(app_directory()), "local", "--stream", "--run-config", str(config))
+        command += ["--federation-config", workers.federation_config()]
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                command, env=self.environment, cwd=self.home, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def status(self) -> str:
+        """Flower's word on the last run: ``finished:completed`` if all went well."""
+        command = self.flwr("list", "local", "--format", "json")
+        output = subprocess.run(command, env=self.environment, cwd=self.home, capture_output=True, text=True).stdout
+        try:
+            runs: list[dict[str, Any]] = json.loads(output)["runs"]
+        except (ValueError, KeyError):
+            return "unknown"
+        return str(runs[0]["status"]) if runs else "never started"
+
+
+@contextmanager
+def superlink(log: Path) -> Iterator[SuperLink]:
+    """A SuperLink for the duration of the block; afterwards no process and no file of it is left.
+
+    `log` takes what SuperLink, server app and workers print. Raises RunFailed if it does not start.
+    """
+    home = Path(tempfile.mkdtemp(prefix="copra-fl-"))
+    mark = uuid.uuid4().hex
+    port = free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    empty = home / "empty"
+    empty.mkdir()
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        guard.VARIABLE: mark,
+        events.VARIABLE: str(home / "events.jsonl"),
+        "PATH": scripts + os.pathsep + os.environ.get("PATH", ""),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_TMPDIR": str(home),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, guard.__file__, mark, f"{scripts}/flower-superlink", "--insecure", "--simulation"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    with open(log, "ab") as output:
+        keeper = subprocess.Popen(
+            command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until_healthy(port, keeper, log)
+        yield SuperLink(home, environment, log)
+    finally:
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; its log is {log}")

@@ -1,0 +1,66 @@
+"""The options that `simulate` and `compare` share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from copra_fl.config import Config, ConfigError
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe TOML, or the name of one that comes along: base, smoke, demo.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key; wins over all.")
+]
+MethodsOption = Annotated[str, typer.Option("--methods", help="Comma-separated: lora, copra, head, or TOML files.")]
+SeedsOption = Annotated[str, typer.Option("--seeds", help="Comma-separated root seeds; every method runs with each.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder for the results. Default: below runs/.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Ray workers. Default: one per core, 4.")]
+GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="Share of a GPU for each worker.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run in --output left off.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in --output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
+
+#: what a run or comparison folder has at its top, and no other folder is taken for one
+MARKS = ("comparison.toml", "config.toml")
+MAX_DEFAULT_WORKERS = 4
+
+
+def number_of_workers(workers: int | None, *configs: Config) -> int:
+    """As asked, else one per core and at most 4; never more than clients."""
+    num_clients = max(config.data.num_clients for config in configs)
+    return min(workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
+
+
+def open_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
+    """The folder for the results, made if it is not there.
+
+    Raises ConfigError for a folder with content, unless the run in it is to be resumed or thrown away.
+    """
+    directory = (output or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--output {directory} is a file, not a folder")
+    if directory.exists() and any(directory.iterdir()):
+        is_run = any((directory / mark).exists() for mark in MARKS)
+        if overwrite and is_run:
+            shutil.rmtree(directory)
+        elif not (resume and is_run):
+            hint = "--resume goes on with it, --overwrite throws it away" if is_run else "it is not a run of copra-fl"
+            raise ConfigError(f"--output {directory} exists and is not empty: {hint}")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Write the run's ``config.toml``. Raises ConfigError where the folder has another one, naming the keys."""
+    path = directory / "config.toml"
+    if path.exists() and (changed := Config.from_toml(path).differences(config)):
+        raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+    directory.mkdir(exist_ok=True)
+    path.write_text(config.to_toml(), encoding="utf-8")

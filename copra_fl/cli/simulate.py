@@ -1,0 +1,44 @@
+"""`copra-fl simulate`: one federation, simulated on this machine through Flower on Ray."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from copra_fl.cli import options
+from copra_fl.cli.flower import Workers, superlink
+from copra_fl.cli.recipes import Recipe
+from copra_fl.config import Config
+
+
+def simulate(
+    recipe: options.RecipeOption = None,
+    set_: options.SetOption = None,
+    output: options.OutputOption = None,
+    workers: options.WorkersOption = None,
+    gpus_per_worker: options.GpusOption = 0.0,
+    resume: options.ResumeOption = False,
+    overwrite: options.OverwriteOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Simulate one federation: its clients train, Flower's server averages, on Ray workers here."""
+    from copra_fl.cli import preflight, progress
+    from copra_fl.report import write
+    from copra_fl.results import table
+
+    console = Console(stderr=True)
+    directory = options.open_output(output, "simulate", resume, overwrite)
+    stored = directory / "config.toml"
+    if resume and stored.exists() and recipe is None and not set_:
+        config = Config.from_toml(stored)
+    else:
+        config = Recipe.read(recipe or "base", set_ or []).config()
+    (config,) = preflight.check([config], console)
+    options.write_config(directory, config)
+    run_config = config.to_flat() | {"output": str(directory), "resume": resume}
+    shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
+    with superlink(directory / "flower.log") as link:
+        progress.watch(link, link.start_run(run_config, shares), 1, console)
+    console.print(table(write(directory)))
+    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    if as_json:
+        print((directory / "summary.json").read_text(encoding="utf-8"))

@@ -1,0 +1,269 @@
+"""Everything a run can be told, in one place: names, defaults, types and ranges.
+
+A run's configuration is flat TOML with kebab-case keys, because that is what Flower
+passes around (``[tool.flwr.app.config]``, ``--run-config``). In code the same keys are
+frozen dataclasses, one per subject. `Config.from_flat` is the only way in: it converts,
+checks and names whatever is wrong, so that nothing starts on a bad configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Value = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names key, value and what is allowed."""
+
+
+def option(
+    default: Value,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """A configuration key: its default, one line for people, and what is allowed."""
+    return field(
+        default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = option(
+        "health-tweets", "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name"
+    )
+    test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
+    text_column: str = option("text", "column with the text")
+    label_column: str = option("label", "column with the label")
+    client_column: str = option("", "column that says whose an example is, for partitioner = natural")
+    partitioner: str = option(
+        "dirichlet", "how examples go to clients", choices=("iid", "dirichlet", "pathological", "shards", "natural")
+    )
+    alpha: float = option(0.3, "dirichlet: concentration; small is skewed", above=0)
+    classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
+    num_clients: int = option(
+        0, "number of clients; 0: each node is one client (natural: every value of the client column)", low=0
+    )
+    empty_clients: str = option("skip", "clients left with too little data", choices=("skip", "refuse"))
+    validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
+    server_validation_examples: int = option(1000, "examples the server holds for validation", low=1)
+    test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
+    max_length: int = option(64, "tokens per example; longer texts are cut", low=4)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers encoder")
+    pooling: str = option("mean", "what the head sees", choices=("mean", "cls", "pooler"))
+    target_modules: str = option("query,value", "linear modules that get an adapter, comma-separated, or all-linear")
+    rank: int = option(8, "LoRA rank r", low=1)
+    lora_alpha: float = option(16.0, "LoRA alpha; adapters are scaled by alpha / r", above=0)
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
+    dtype: str = option("float32", "dtype of the frozen base", choices=("float32", "bfloat16", "float16"))
+    device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class CopraConfig:
+    local_training: str = option(
+        "copra", "what clients train; head: the task head alone, on the bare base", choices=("copra", "lora", "head")
+    )
+    p0: float = option(0.0, "probability that a layer is on at the start", low=0, high=1)
+    ramp: float = option(0.75, "share of training after which every layer is on", above=0, high=1)
+    min_active: int = option(0, "layers that are on at least, in every step", low=0, high=1)
+    group: str = option("layer", "what is switched as one", choices=("layer", "module"))
+    progress: str = option("federation", "what the schedule runs over", choices=("federation", "local"))
+    mask_scope: str = option("step", "how long, and for whom, a mask holds", choices=("step", "shared", "round"))
+    rescale: bool = option(False, "divide active adapters by their probability")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    optimizer: str = option("adamw", "local optimiser", choices=("adamw", "sgd"))
+    learning_rate: float = option(2e-3, "learning rate of the adapters", above=0)
+    head_learning_rate: float = option(2e-3, "learning rate of the task head", above=0)
+    lr_schedule: str = option("constant", "over the whole federation", choices=("constant", "cosine"))
+    weight_decay: float = option(0.0, "decoupled in adamw, L2 in sgd", low=0)
+    momentum: float = option(0.0, "sgd only", low=0, high=1)
+    batch_size: int = option(16, "examples per micro-batch", low=1)
+    gradient_accumulation: int = option(1, "micro-batches per optimiser step", low=1)
+    local_steps: int = option(10, "optimiser steps per client and round", low=1)
+    local_epochs: int = option(0, "epochs per client and round; 0: use local-steps", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", low=0)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    seed: int = option(0, "root of every random stream", low=0)
+    num_rounds: int = option(3, "rounds", low=1)
+    fraction_clients: float = option(1.0, "share of the clients sampled each round", above=0, high=1)
+    clients_per_round: int = option(0, "number of clients sampled each round; 0: use fraction-clients", low=0)
+    rule: str = option("fedavg", "how updates become the next global adapter")
+    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
+    failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
+    min_replies: int = option(1, "tolerant: good replies a round needs", low=1)
+    round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
+    node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
+    eval_batch_size: int = option(64, "examples per batch", low=1)
+    client_eval_examples: int = option(200, "validation examples each client uses at the end, at most", low=1)
+    merge_gap_clients: int = option(8, "clients whose own adapters are evaluated for the merge gap; 0: none", low=0)
+    path_pairs: int = option(3, "pairs of clients whose connecting line is evaluated in the last round", low=0)
+    path_points: int = option(11, "points on each line, ends included", low=3)
+    path_examples: int = option(500, "validation examples used on the lines", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's configuration. Build it with `from_flat` or `from_toml`."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    copra: CopraConfig = CopraConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Config:
+        """Defaults changed by `flat` (kebab-case key to value).
+
+        Raises ConfigError naming every unknown key, wrong type and value out of range.
+        """
+        sections: dict[str, dict[str, Value]] = {section.name: {} for section in fields(cls)}
+        problems = []
+        for key, value in flat.items():
+            if key not in KEYS:
+                problems.append(unknown("configuration key", key, KEYS))
+                continue
+            section, spec = KEYS[key]
+            try:
+                sections[section][spec.name] = _checked(key, value, spec)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        config = cls(**{name: _section_type(name)(**values) for name, values in sections.items()})
+        config._check_combinations()
+        return config
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Config:
+        """A run folder's ``config.toml``. Raises ConfigError as `from_flat` does."""
+        return cls.from_flat(read_toml(path))
+
+    def to_flat(self) -> dict[str, Value]:
+        """Every key with its value: the inverse of `from_flat`."""
+        return {key: getattr(getattr(self, section), spec.name) for key, (section, spec) in KEYS.items()}
+
+    def to_toml(self) -> str:
+        return "".join(f"{key} = {toml_value(value)}\n" for key, value in self.to_flat().items())
+
+    def changed(self, **flat: Value) -> Config:
+        """This configuration with the given keys (snake_case) replaced and checked."""
+        return Config.from_flat(self.to_flat() | {kebab(key): value for key, value in flat.items()})
+
+    def differences(self, other: Config) -> list[str]:
+        """The keys whose values differ, as ``key: this -> other``."""
+        theirs = other.to_flat()
+        return [
+            f"{key}: {value!r} -> {theirs[key]!r}" for key, value in self.to_flat().items() if theirs[key] != value
+        ]
+
+    def _check_combinations(self) -> None:
+        if self.data.partitioner == "natural" and not self.data.client_column:
+            raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        num_clients, sampled = self.data.num_clients, self.federation.clients_per_round
+        if num_clients and sampled > num_clients:
+            raise ConfigError(f"clients-per-round = {sampled} is more than num-clients = {num_clients}")
+
+
+def kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _section_type(name: str) -> Any:
+    return type(next(section.default for section in fields(Config) if section.name == name))
+
+
+#: key in TOML -> (section of `Config`, dataclass field)
+KEYS: dict[str, tuple[str, Field[Any]]] = {
+    kebab(spec.name): (section.name, spec) for section in fields(Config) for spec in fields(_section_type(section.name))
+}
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that is not in `known`: the closest one if there is one, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}"
+
+
+def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
+    wanted = type(spec.default)
+    if wanted is float and type(value) is int:  # TOML and Flower write 1 for 1.0
+        value = float(value)
+    if type(value) is not wanted:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise ConfigError(f"{key} = {value!r} is not {names[wanted]}")
+    rules = spec.metadata
+    if rules["choices"] and value not in rules["choices"]:
+        raise ConfigError(f"{key} = {value!r} is not one of {', '.join(rules['choices'])}")
+    if wanted in (int, float) and not (rules["low"] <= value <= rules["high"] and value > rules["above"]):
+        limits = [f"more than {rules['above']:g}"] if rules["above"] > -math.inf else []
+        limits += [f"at least {rules['low']:g}"] if rules["low"] > -math.inf else []
+        limits += [f"at most {rules['high']:g}"] if rules["high"] < math.inf else []
+        raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits) or 'a finite number'}")
+    return value
+
+
+def toml_value(value: Value) -> str:
+    """`value` as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML basic string
+    return repr(value)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dict. Raises ConfigError where there is none or it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse_override(text: str) -> tuple[str, Value]:
+    """``key=value`` from the command line; a value that is not TOML is taken as a text.
+
+    >>> parse_override("learning-rate=1e-3"), parse_override("model=minilm")
+    (('learning-rate', 0.001), ('model', 'minilm'))
+    """
+    key, equals, raw = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} is not of the form KEY=VALUE")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return key.strip(), value

@@ -1,0 +1,206 @@
+"""The model a client trains: a frozen Transformers encoder, LoRA in it, a head on top.
+
+    logits = head(pool(encoder(tokens))),    encoder = PEFT model on the plain base
+
+The base stays in eval mode, also in training: its own dropout is off, so that what a
+client computes depends on its adapter, its data and its named random streams alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from copra_fl import assets
+from copra_fl.adapter import Adapter
+from copra_fl.config import ConfigError, ModelConfig
+from copra_fl.gates import Gates
+from copra_fl.seeding import torch_stream
+
+transformers_logging.disable_progress_bar()
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
+    """(B, T, D) hidden states to (B, D) features in float32; `mean` runs over real tokens only."""
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).float()
+        return (hidden.float() * mask).sum(1) / mask.sum(1)
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    if pooler_output is None:
+        raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
+    return pooler_output.float()
+
+
+class Classifier(nn.Module):
+    """Encoder with LoRA, pooling, linear head.
+
+    Attributes:
+        gates: switches the adapters, one gate per group.
+        group_of: adapter tensor name -> index of its gate group; the head's tensors have none.
+        device: where it computes.
+    """
+
+    def __init__(self, encoder: PeftModel, head: nn.Linear, pooling: str, group: str, device: torch.device) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.pooling = pooling
+        self.device = device
+        self.gates = Gates(encoder, group)
+        self._trainable = {
+            name.replace(".default.", "."): parameter
+            for name, parameter in encoder.named_parameters()
+            if ".lora_" in name
+        }
+        self.group_of = {name: self.gates.group_of[name.split(".lora_")[0]] for name in self._trainable}
+        self._trainable |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+        self._dropouts = [
+            dropout
+            for module in encoder.modules()
+            if isinstance(module, LoraLayer)
+            for dropout in module.lora_dropout.values()
+        ]
+        self.to(device).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) tokens to (B, classes) logits in float32."""
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        pooler_output = getattr(output, "pooler_output", None)
+        return self.head(pool(output.last_hidden_state, attention_mask, self.pooling, pooler_output))
+
+    def train_adapters(self, on: bool) -> None:
+        """LoRA dropout on or off; the base is in eval mode always."""
+        for dropout in self._dropouts:
+            dropout.train(on)
+
+    def parameters_of(self, part: str) -> list[nn.Parameter]:
+        """The trainable parameters of `part`: ``adapter`` or ``head``."""
+        return [
+            parameter for name, parameter in self._trainable.items() if name.startswith("head.") == (part == "head")
+        ]
+
+    def read_adapter(self) -> Adapter:
+        """A copy of adapter and head, on the CPU."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trainable.items()}
+
+    @torch.no_grad()
+    def write_adapter(self, adapter: Adapter) -> None:
+        """Take over `adapter`, which must have every name of `read_adapter`."""
+        torch._foreach_copy_(list(self._trainable.values()), [adapter[name] for name in self._trainable])
+
+
+def resolve(model: str) -> str:
+    """What Transformers can open: an asset's folder (fetched if missing), else the name or path as it is."""
+    return str(assets.fetch(model)) if model in assets.ASSETS else model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an asset, path or hub name. Raises ConfigError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(model, error)) from error
+
+
+def _not_found(model: str, error: Exception) -> str:
+    names = ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "model")
+    return (
+        f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be "
+        f"had from the Hugging Face hub: {str(error).splitlines()[0]}"
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for cuda without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device here; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
+    """`target_modules` as PEFT takes it. Raises ConfigError naming a target that matches no linear module."""
+    if target_modules == "all-linear":
+        return target_modules
+    linear = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    targets = [target.strip() for target in target_modules.split(",")]
+    for target in targets:
+        if target not in linear:
+            raise ConfigError(f"target-modules: {target!r} matches no linear module of the model; there are {linear}")
+    return targets
+
+
+def check(config: ModelConfig) -> None:
+    """Raise ConfigError for what `build` would raise, without reading any weights."""
+    choose_device(config.device)
+    try:
+        description = AutoConfig.from_pretrained(resolve(config.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    with torch.device("meta"):
+        check_targets(AutoModel.from_config(description), config.target_modules)
+
+
+def build(config: ModelConfig, group: str, num_labels: int, seed: int) -> Classifier:
+    """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
+
+    Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
+    """
+    device = choose_device(config.device)
+    try:
+        base = AutoModel.from_pretrained(resolve(config.model), dtype=getattr(torch, config.dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    lora = LoraConfig(
+        task_type="FEATURE_EXTRACTION",
+        r=config.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_dropout=config.lora_dropout,
+        target_modules=check_targets(base, config.target_modules),
+        exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
+    )
+    with torch_stream(torch.device("cpu"), seed, "init"):
+        encoder = get_peft_model(base, lora)
+        head = nn.Linear(base.config.hidden_size, num_labels)
+    return Classifier(encoder, head, config.pooling, group, device)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A classifier opened from a folder: `model(**tokenizer(texts, ...))` gives logits over `labels`."""
+
+    model: Classifier
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+
+
+def save(model: Classifier, directory: Path, labels: list[str]) -> None:
+    """Write adapter (PEFT's own format) and head (``head.safetensors``, ``classifier.json``) to `directory`."""
+    model.gates.open()
+    model.encoder.save_pretrained(str(directory))
+    save_file({name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()},
+              directory / "head.safetensors")  # fmt: skip
+    description = {"labels": labels, "pooling": model.pooling}
+    (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load(directory: str | Path, device: str = "auto") -> Saved:
+    """Open what `save` wrote, on the base that the adapter names."""
+    directory = Path(directory)
+    description = json.loads((directory / "classifier.json").read_text(encoding="utf-8"))
+    base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base_name), str(directory))
+    weights = load_file(directory / "head.safetensors")
+    head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+    head.load_state_dict(weights)
+    model = Classifier(encoder, head, description["pooling"], "layer", choose_device(device))
+    return Saved(model, AutoTokenizer.from_pretrained(base_name), description["labels"])

@@ -1,0 +1,54 @@
+"""Where a result comes from: the versions, the sources and the machine that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("copra-fl", "flwr", "ray", "torch", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
+
+
+def source_digest(*folders: Path) -> str:
+    """SHA-256 over the names and contents of the Python files in `folders`, in the order of their names.
+
+    Server and nodes compare it, so that a node cannot silently run other code.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def library_digest(clients: Path) -> str:
+    """`source_digest` of this library and of the ``clients`` folder given."""
+    return source_digest(Path(__file__).parent, clients)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of `PACKAGES`."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, str | int]:
+    """The machine, in words: enough to say where a time was measured."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "python": sys.executable,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,80 @@
+"""When a layer's adapter is on: the CopRA schedule and its masks, as pure functions.
+
+    p(t) = min(1, p0 + (1 - p0) t / ramp),    delta_l ~ Bernoulli(p(t)), independent per layer
+
+(CopRA, arXiv 2410.22911.) Progress t in [0, 1) runs over the whole federation, so that
+the schedule goes on where the last round left it instead of restarting in each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from copra_fl.config import CopraConfig
+from copra_fl.seeding import generator
+
+
+def probability(t: float, p0: float, ramp: float) -> float:
+    """p(t): the probability that a layer is on at progress `t`."""
+    return min(1.0, p0 + (1.0 - p0) * t / ramp)
+
+
+def progress(copra: CopraConfig, step: int, num_steps: int, server_round: int, num_rounds: int) -> float:
+    """t in [0, 1) at local step `step` (from 0) of round `server_round` (from 1).
+
+    With ``mask-scope = "round"`` a mask holds for the whole round: t is the middle of the round.
+    """
+    within = 0.5 if copra.mask_scope == "round" else step / num_steps
+    return within if copra.progress == "local" else (server_round - 1 + within) / num_rounds
+
+
+def inclusion(p: float, num_groups: int, min_active: int) -> float:
+    """The probability that one given group is on, under the law that `sample_mask` draws from.
+
+    Given that at least one is on: p / (1 - (1-p)^L) = 1 / sum_{i<L} (1-p)^i, which is 1/L as p -> 0.
+    """
+    return p if min_active == 0 else 1.0 / float(np.sum((1.0 - p) ** np.arange(num_groups)))
+
+
+def sample_mask(p: float, num_groups: int, min_active: int, rng: np.random.Generator) -> np.ndarray:
+    """One mask: bool of shape (num_groups,). Always draws `num_groups` uniforms from `rng`.
+
+    ``min_active = 1`` draws from the exact law conditioned on at least one group being on,
+    also at p = 0: the first active group is i with probability proportional to (1-p)^(i-1),
+    the groups after it are independent.
+    """
+    uniforms = rng.random(num_groups)
+    mask = uniforms < p
+    if min_active == 1:
+        weights = np.cumsum((1.0 - p) ** np.arange(num_groups))
+        first = int(np.searchsorted(weights, uniforms[0] * weights[-1], side="right"))
+        mask[:first] = False
+        mask[first] = True
+    return mask
+
+
+def client_masks(
+    copra: CopraConfig, seed: int, client: int, num_steps: int, num_groups: int, server_round: int, num_rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of one client's round, and the probabilities they were drawn with.
+
+    Returns bool of shape (num_steps, num_groups) and float of shape (num_steps,). Plain LoRA is
+    p = 1 throughout, training the head alone is p = 0. Masks come from their own streams: of the client and round, or, with
+    ``mask-scope = "shared"``, of the round alone.
+    """
+    if copra.local_training != "copra":
+        p = 1.0 if copra.local_training == "lora" else 0.0
+        return np.full((num_steps, num_groups), p == 1.0), np.full(num_steps, p)
+    names = ("mask", server_round) if copra.mask_scope == "shared" else ("mask", server_round, client)
+    rng = generator(seed, *names)
+    probabilities = np.array(
+        [
+            probability(progress(copra, step, num_steps, server_round, num_rounds), copra.p0, copra.ramp)
+            for step in range(num_steps)
+        ]
+    )
+    if copra.mask_scope == "round":
+        mask = sample_mask(probabilities[0], num_groups, copra.min_active, rng)
+        return np.tile(mask, (num_steps, 1)), probabilities
+    masks = [sample_mask(p, num_groups, copra.min_active, rng) for p in probabilities]
+    return np.stack(masks), probabilities

@@ -1,0 +1,83 @@
+"""A tiny real world: a randomly initialised BERT with its tokenizer, and texts that can be told apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = [f"{topic}{i}" for topic in ("sea", "sky", "sand") for i in range(12)]
+TOPICS = ("sea", "sky", "sand")
+NUM_LAYERS = 3
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a BERT with 3 layers, 32 wide, random weights, and its word-level tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(directory)
+    shape = {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(directory)
+    return str(directory)
+
+
+def make_texts(path: Path, num_examples: int = 600, seed: int = 0) -> Path:
+    """A CSV whose label is the topic of most of a text's words; `owner` is one of 6 people."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_examples):
+        topic = TOPICS[i % 3]
+        words = [f"{topic if rng.random() < 0.6 else rng.choice(TOPICS)}{rng.integers(12)}" for _ in range(8)]
+        rows.append({"text": " ".join(words), "label": topic, "owner": f"owner-{i % 6}"})
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_texts(tmp_path_factory.mktemp("texts") / "texts.csv"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests keep their own token cache; assets that were fetched before are used from the user's."""
+    if "COPRA_FL_CACHE" not in os.environ:
+        os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny(tiny_model: str, texts: str) -> dict[str, object]:
+    """Settings of a federation that runs in a second: 6 clients, 2 rounds of 3 steps."""
+    return {
+        "model": tiny_model,
+        "dataset": texts,
+        "num-clients": 6,
+        "num-rounds": 2,
+        "local-steps": 3,
+        "batch-size": 4,
+        "rank": 2,
+        "max-length": 16,
+        "server-validation-examples": 60,
+        "test-examples": 60,
+        "path-pairs": 1,
+        "path-points": 3,
+        "path-examples": 30,
+        "device": "cpu",
+    }

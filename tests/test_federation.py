@@ -1,0 +1,208 @@
+"""Whole federations through the real apps, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel
+
+from clients.app import app as client_app
+from copra_fl import data, models, wire
+from copra_fl.adapter import load_checkpoint
+from copra_fl.config import Config
+from server.strategy import FederationError
+from tests.local_grid import LocalGrid, run_federation
+
+Settings = dict[str, object]
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def journal(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+
+
+def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
+    first = run_federation(tiny, tmp_path / "first")
+    second = run_federation(tiny, tmp_path / "second")
+    assert_equal(final(first), final(second))
+    other = run_federation(tiny | {"seed": 1}, tmp_path / "other")
+    assert not torch.equal(final(first)["head.weight"], final(other)["head.weight"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
+def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Settings, tmp_path: Path) -> None:
+    one = run_federation(tiny | changes, tmp_path / "one", num_nodes=1)
+    three = run_federation(tiny | changes, tmp_path / "three", num_nodes=3)
+    assert_equal(final(one), final(three))
+
+
+def test_num_clients_0_makes_each_node_a_client(tiny: Settings, tmp_path: Path) -> None:
+    directory = run_federation(tiny | {"num-clients": 0}, tmp_path / "run", num_nodes=3)
+    assert [row["client"] for row in journal(directory)[0]["clients"]] == [0, 1, 2]
+
+
+def test_lora_is_copra_with_p_1_throughout(tiny: Settings, tmp_path: Path) -> None:
+    lora = run_federation(tiny | {"local-training": "lora"}, tmp_path / "lora")
+    copra = run_federation(tiny | {"local-training": "copra", "p0": 1.0}, tmp_path / "copra")
+    assert_equal(final(lora), final(copra))
+
+
+def test_head_training_leaves_the_adapter_alone(tiny: Settings, tmp_path: Path) -> None:
+    directory = run_federation(tiny | {"local-training": "head"}, tmp_path / "run")
+    start = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0).read_adapter()
+    trained = final(directory)
+    assert all(torch.equal(trained[name], start[name]) for name in trained if not name.startswith("head."))
+    assert not torch.equal(trained["head.weight"], start["head.weight"])
+
+
+class Stop(Exception):
+    """Stands for a kill: raised out of the federation after a given number of training messages."""
+
+
+class StoppingGrid(LocalGrid):
+    def __init__(self, num_nodes: int, messages: int) -> None:
+        super().__init__(num_nodes)
+        self.left = messages
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            self.left -= 1
+            if self.left < 0:
+                raise Stop
+        return super().answer(message)
+
+
+@pytest.mark.parametrize("messages", [0, 2, 3, 5])
+def test_a_stopped_run_resumes_bitwise_equal(tiny: Settings, messages: int, tmp_path: Path) -> None:
+    """2 nodes, so 2 training messages a round: stopped before, between and within rounds."""
+    flat = tiny | {"num-rounds": 3, "lr-schedule": "cosine"}
+    whole = run_federation(flat, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run_federation(flat, tmp_path / "stopped", grid=StoppingGrid(2, messages))
+    resumed = run_federation(flat, tmp_path / "stopped")
+    assert_equal(final(whole), final(resumed))
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "clients")} for row in journal(directory)]
+        for directory in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["round"] for row in journal(resumed)] == [1, 2, 3]
+    assert len(json.loads((resumed / "provenance.json").read_text())["resumes"]) == 1
+
+
+def test_a_journal_that_misses_its_last_line_is_mended(tiny: Settings, tmp_path: Path) -> None:
+    """Killed between checkpoint and journal line, with half a line written."""
+    directory = run_federation(tiny, tmp_path / "run")
+    whole = (directory / "journal.jsonl").read_text()
+    (directory / "journal.jsonl").write_text(whole[: whole.index("\n") + 20])
+    (directory / "summary.json").unlink()
+    run_federation(tiny, directory)
+    assert (directory / "journal.jsonl").read_text() == whole
+
+
+def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp_path: Path) -> None:
+    """By hand: plain base, PEFT's adapter, mean pooling, linear head; accuracy as in summary.json."""
+    directory = run_federation(tiny | {"local-steps": 40, "learning-rate": 1e-2, "head-learning-rate": 1e-2}, tmp_path / "run")
+    base = AutoModel.from_pretrained(str(tiny["model"]))
+    encoder = PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
+    weights = load_file(directory / "adapter" / "head.safetensors")
+    head = nn.Linear(32, 3)
+    head.load_state_dict(weights)
+    federated = data.load(Config.from_flat(tiny), models.load_tokenizer(str(tiny["model"])))
+    batch = federated.examples.batch(federated.test)
+    with torch.no_grad():
+        hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        predicted = head((hidden * mask).sum(1) / mask.sum(1)).argmax(1)
+    accuracy = float((predicted == batch["labels"]).float().mean())
+    summary = json.loads((directory / "summary.json").read_text())
+    assert accuracy == pytest.approx(summary["test"]["accuracy"], abs=1e-6)
+    assert accuracy > 0.5, "three classes, so the model has learned something"
+    saved = models.load(directory / "adapter", device="cpu")
+    assert saved.labels == ["sand", "sea", "sky"]
+    with torch.no_grad():
+        again = saved.model(batch["input_ids"], batch["attention_mask"]).argmax(1)
+    assert torch.equal(again, predicted)
+
+
+def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> None:
+    step = run_federation(tiny | {"local-training": "lora"}, tmp_path / "lora")
+    rounds = run_federation(tiny | {"mask-scope": "round"}, tmp_path / "round")
+    rows = journal(rounds)
+    assert sum(row["bytes_up"] for row in rows) < sum(row["bytes_up"] for row in journal(step))
+    for row in rows:
+        for client in row["clients"]:
+            assert set(client["active_steps"]) <= {0, 3}, "a layer is on for all 3 steps of a round or for none"
+
+
+def broken_app(break_reply) -> ClientApp:
+    """The real app, but `break_reply` meddles with what it answers to a training message."""
+    app = ClientApp()
+    app.query()(client_app._registered_funcs["query.default"])
+    app.evaluate()(client_app._registered_funcs["evaluate.default"])
+
+    @app.train()
+    def train(message, context):
+        reply = client_app._registered_funcs["train.default"](message, context)
+        break_reply(reply.content)
+        return reply
+
+    return app
+
+
+def test_clients_without_validation_data_are_left_out_at_the_end(tiny: Settings, tmp_path: Path) -> None:
+    directory = run_federation(tiny | {"validation-fraction": 0.0}, tmp_path / "run")
+    assert json.loads((directory / "summary.json").read_text())["clients"] == []
+
+
+def test_strict_stops_with_the_clients_own_traceback(tiny: Settings, tmp_path: Path) -> None:
+    app = broken_app(lambda content: content["failures"].update({"3": "Traceback ...\nOSError: disk gone"}))
+    with pytest.raises(FederationError, match="client 3 failed in round 1(.|\n)*disk gone"):
+        run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))
+
+
+def test_tolerant_goes_on_and_says_who_is_missing(tiny: Settings, tmp_path: Path) -> None:
+    app = broken_app(lambda content: content["failures"].update({"3": "OSError: disk gone"}))
+    flat = tiny | {"failures": "tolerant", "min-replies": 5}
+    directory = run_federation(flat, tmp_path / "run", grid=LocalGrid(1, app))
+    row = journal(directory)[0]
+    assert row["missing"] == [{"client": 3, "reason": "OSError: disk gone"}]
+    assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
+    with pytest.raises(FederationError, match="5 good replies, min-replies = 6.*3: OSError: disk gone"):
+        run_federation(flat | {"min-replies": 6}, tmp_path / "more", grid=LocalGrid(1, app))
+
+
+def test_a_node_with_other_sources_is_refused(tiny: Settings, tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.query()
+    def hello(message, context):
+        answer = wire.unpack_hello(client_app(message, context).content)
+        lying = wire.Hello(**(vars(answer) | {"digest": "0" * 64}))
+        return Message(wire.pack_hello(lying), reply_to=message)
+
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) runs other sources"):
+        run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))
+
+
+def test_a_failing_node_is_named(tiny: Settings, tmp_path: Path) -> None:
+    app = ClientApp()
+    with pytest.raises(FederationError, match="node 100 failed at hello"):
+        run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))
