@@ -226,12 +226,14 @@ def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
     rules = spec.metadata
     if rules["choices"] and value not in rules["choices"]:
         raise ConfigError(f"{key} = {value!r} is not one of {', '.join(rules['choices'])}")
-    if wanted in (int, float) and not (rules["low"] <= value <= rules["high"] and value > rules["above"]):
+    if wanted in (int, float) and not (
+        math.isfinite(value) and rules["low"] <= value <= rules["high"] and value > rules["above"]
+    ):
         limits = [f"more than {rules['above']:g}"] if rules["above"] > -math.inf else []
         limits += [f"at least {rules['low']:g}"] if rules["low"] > -math.inf else []
         limits += [f"at most {rules['high']:g}"] if rules["high"] < math.inf else []
-        raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits) or 'a finite number'}")
-    return value
+        raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits or ['finite'])}")
+    return value  # type: ignore[no-any-return]
 
 
 def toml_value(value: Value) -> str:

@@ -56,13 +56,16 @@ class Classifier(nn.Module):
         self.head = head
         self.pooling = pooling
         self.device = device
-        self.gates = Gates(encoder, group)
+        self.gates = Gates(encoder.get_base_model(), group)
         self._trainable = {
             name.replace(".default.", "."): parameter
             for name, parameter in encoder.named_parameters()
             if ".lora_" in name
         }
-        self.group_of = {name: self.gates.group_of[name.split(".lora_")[0]] for name in self._trainable}
+        self.group_of = {
+            name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
+            for name in self._trainable
+        }
         self._trainable |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
         self._dropouts = [
             dropout

@@ -1,0 +1,507 @@
+"""From a table of texts and labels to token tensors: what each client holds, what the server holds out.
+
+    table  ->  test | server validation | pool        fixed by the data alone, never by the seed
+    pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
+    client ->  train | validation                     shuffled, seeded
+
+The held-out sets are the same for every seed, so that what is tuned on validation data with one seed was never test
+data with another. Tokens and partitions are computed once, by one process, and kept in the cache; from then on `load`
+maps them into memory and imports none of the libraries that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from copra_fl.assets import ASSETS, cache_dir, fetch
+from copra_fl.config import Config, ConfigError, DataConfig, unknown
+from copra_fl.seeding import derive, generator
+
+if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+    import datasets
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+#: Changes whenever the same inputs would give other tokens, held-out sets or partitions.
+CACHE_VERSION = 1
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+HELD_OUT_ROOT = 0
+TEXTS_PER_CALL = 512
+
+Facts = dict[str, Any]
+Stored = tuple[dict[str, Tensor], Facts]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a data set, tokenised; subsets are arrays of indices into them.
+
+    Attributes:
+        input_ids: (sum of lengths,) int32, one example after the other.
+        offsets: (N + 1,) int64; example i is ``input_ids[offsets[i]:offsets[i + 1]]``.
+        labels: (N,) int64.
+        pad_id: the token that fills batches up.
+    """
+
+    input_ids: Tensor
+    offsets: Tensor
+    labels: Tensor
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens per example."""
+        return self.offsets.diff().numpy()
+
+    def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The examples `indices`, padded on the right to the longest of them.
+
+        Returns ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64, ``labels`` (B,) int64, on `device`.
+        """
+        chosen = torch.as_tensor(indices)
+        starts, ends = self.offsets[chosen, None], self.offsets[chosen + 1, None]
+        positions = starts + torch.arange(int((ends - starts).max()))
+        real = positions < ends
+        input_ids = torch.full(positions.shape, self.pad_id)
+        input_ids[real] = self.input_ids[positions[real]].long()
+        batch = {"input_ids": input_ids, "attention_mask": real.long(), "labels": self.labels[chosen]}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """A data set in a federation. Subsets are int64 arrays of indices into `examples`; no two overlap.
+
+    Attributes:
+        label_names: name of each label, in order.
+        client_names: value of the client column where that decides, else the client's number.
+        train: what each client trains on.
+        validation: what each client keeps for validation; none for a client with too few examples for its share.
+        server_validation, test: what no client sees, nor any text equal to one that a client holds.
+        skipped: clients without training examples. They keep their numbers.
+        unassigned: examples that the partitioner gave to no client.
+        dropped_duplicates: held-out examples dropped since their text is also in the pool (test: or in validation).
+        dropped_empty: rows dropped since text, label or client is missing.
+        digest: names content, tokens, held-out sets and partition; equal on every machine that has the same.
+    """
+
+    examples: Examples
+    label_names: list[str]
+    client_names: list[str]
+    train: list[np.ndarray]
+    validation: list[np.ndarray]
+    server_validation: np.ndarray
+    test: np.ndarray
+    skipped: list[int]
+    unassigned: int
+    dropped_duplicates: int
+    dropped_empty: int
+    digest: str
+
+
+def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+    """The data of `config`, tokenised by `tokenizer`, partitioned by the run's seed.
+
+    The first call does the work and fills the cache; calls in other processes wait for it and then only read.
+    ``num-clients`` must be known, except for ``partitioner = natural``, where 0 means every value of the client column.
+
+    Raises ConfigError where data, columns or the wanted split cannot be had, AssetError where an asset cannot.
+    """
+    data, seed = config.data, config.federation.seed
+    assert data.num_clients or data.partitioner == "natural", "num-clients = 0 is for the caller to resolve"
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
+
+    train, test = _find_tables(data)
+    columns = (data.text_column, data.label_column, data.client_column)
+    sizes = (data.max_length, data.server_validation_examples, data.test_examples)
+    content = (train.digest, test.digest if test else None)
+    digest = _digest(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
+    tokens, facts = _cached("tokens", digest, lambda: _tokenise(data, tokenizer, train, test))
+
+    split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
+    digest = _digest(digest, split, seed)
+    partition, owners = _cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
+
+    pool, client_names = tokens["pool"].numpy(), owners["client_names"]
+    train_sets, validation_sets = _split_clients(
+        pool, partition["owner"].numpy(), len(client_names), data.validation_fraction, seed
+    )
+    skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
+    if skipped and data.empty_clients == "refuse":
+        names = ", ".join(client_names[client] for client in skipped)
+        raise ConfigError(f"empty-clients = 'refuse', and these clients have no training examples: {names}")
+    return FederatedData(
+        examples=Examples(tokens["input_ids"], tokens["offsets"], tokens["labels"], int(tokenizer.pad_token_id)),
+        label_names=facts["label_names"],
+        client_names=client_names,
+        train=train_sets,
+        validation=validation_sets,
+        server_validation=tokens["server_validation"].numpy(),
+        test=tokens["test"].numpy(),
+        skipped=skipped,
+        unassigned=int((partition["owner"] < 0).sum()),
+        dropped_duplicates=facts["dropped_duplicates"],
+        dropped_empty=facts["dropped_empty"],
+        digest=digest,
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of examples: `where` it is for messages, `digest` of its content, and how to `read` it."""
+
+    where: str
+    digest: str
+    read: Callable[[], pd.DataFrame]
+
+
+def _find_tables(data: DataConfig) -> tuple[_Table, _Table | None]:
+    """The training table and, where there is one, the test table."""
+    test = _file_table("test-file", Path(data.test_file)) if data.test_file else None
+    known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
+    if data.dataset in known:
+        folder = fetch(data.dataset)
+        if test is None and (folder / "test.parquet").exists():
+            test = _file_table("dataset", folder / "test.parquet")
+        return _file_table("dataset", folder / "train.parquet"), test
+    path = Path(data.dataset).expanduser()
+    if path.is_file() or path.suffix.lower() in FORMATS:
+        return _file_table("dataset", path), test
+    if "/" not in data.dataset:
+        raise ConfigError(
+            f"{unknown('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
+            "A Hugging Face data set is written with its owner, as in stanfordnlp/imdb"
+        )
+    train, own_test = _hub_tables(data.dataset, data.label_column)
+    return train, test or own_test
+
+
+def _file_table(key: str, path: Path) -> _Table:
+    path = path.expanduser().absolute()
+    if not path.is_file():
+        raise ConfigError(f"{key}: there is no file {path}")
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{key}: {path} ends in {path.suffix!r}, which is none of {', '.join(FORMATS)}")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+    return _Table(str(path), digest, lambda: _read_file(key, path))
+
+
+def _read_file(key: str, path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        if not path.stat().st_size:
+            return pd.DataFrame()
+        match path.suffix.lower():
+            case ".csv":  # with pandas' own defaults, labels and texts such as "NA" or "null" count as missing
+                return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            case ".parquet":
+                return pd.read_parquet(path)
+            case _:
+                return pd.read_json(path, lines=True, dtype=False)
+    except (ValueError, OSError) as error:
+        kind = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(path.suffix.lower(), "JSON, one object a line")
+        raise ConfigError(f"{key}: {path} cannot be read as {kind}: {error}") from error
+
+
+def _hub_tables(name: str, label_column: str) -> tuple[_Table, _Table | None]:
+    """A data set of the Hugging Face hub, or of its cache without a network; ``owner/name:subset`` for a subset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, _, subset = name.partition(":")
+    try:
+        builder = datasets.load_dataset_builder(path, subset or None)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except Exception as error:  # every kind of error from network, cache, and a foreign data set's files
+        known = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "data")
+        raise ConfigError(
+            f"dataset = {name!r} is no asset ({known}) and no file in {Path.cwd()}, and it could not be had from the "
+            f"Hugging Face hub: {error}"
+        ) from error
+    if "train" not in splits:
+        raise ConfigError(f"dataset = {name!r} has no split 'train'; it has {', '.join(splits)}")
+
+    def table(split: str) -> _Table:
+        digest = _digest(builder.hash, builder.config_id, split)
+        return _Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
+
+    # A test set whose labels are kept secret, as GLUE's, has -1 for all of them.
+    test = splits.get("test")
+    hidden = test is None or (label_column in test.features and test.unique(label_column) == [-1])
+    return table("train"), None if hidden else table("test")
+
+
+def _read_split(split: datasets.Dataset) -> pd.DataFrame:
+    """A split as a table, with labels' names for their numbers."""
+    table = split.to_pandas()
+    for column, feature in split.features.items():
+        if hasattr(feature, "names"):
+            table[column] = table[column].map(dict(enumerate(feature.names)))
+    return table
+
+
+def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: _Table, test: _Table | None) -> Stored:
+    """What the cache keeps of a data set: tokens, labels and clients of all examples, and who sees which."""
+    import pandas as pd
+
+    columns = {"text-column": data.text_column, "label-column": data.label_column}
+    own = {"client-column": data.client_column} if data.client_column else {}
+    rows, dropped_empty = _read_examples(train, columns | own)
+    label_names = _in_order(rows["label-column"].unique())
+    if len(label_names) == 1:
+        raise ConfigError(
+            f"{train.where} has one label only, {label_names[0]!r}, in {data.label_column!r}: there is nothing to learn"
+        )
+    num_train = len(rows)
+    if test is not None:
+        test_rows, dropped = _read_examples(test, columns)
+        dropped_empty += dropped
+        new = set(test_rows["label-column"]) - set(label_names)
+        if new:
+            raise ConfigError(
+                f"{test.where} has labels that {train.where} has not: {', '.join(_in_order(new))}. "
+                f"Labels there: {', '.join(label_names)}"
+            )
+        rows = pd.concat([rows, test_rows], ignore_index=True)
+    subsets, dropped_duplicates = _hold_out(data, rows["text-column"], num_train)
+
+    tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
+    tensors["labels"] = _codes(rows["label-column"], label_names)
+    client_names: list[str] = []
+    if own:
+        client_names = _in_order(rows["client-column"].dropna().unique())
+        tensors["clients"] = _codes(rows["client-column"], client_names)
+    lengths, parts = [0], []
+    for start in range(0, len(rows), TEXTS_PER_CALL):
+        encoded = tokenizer(
+            rows["text-column"].iloc[start : start + TEXTS_PER_CALL].tolist(),
+            truncation=True,
+            max_length=data.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths += map(len, encoded)
+        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+    tensors["input_ids"] = torch.from_numpy(np.concatenate(parts))
+    tensors["offsets"] = torch.tensor(lengths).cumsum(0)
+    facts = {
+        "label_names": label_names,
+        "client_names": client_names,
+        "dropped_duplicates": dropped_duplicates,
+        "dropped_empty": dropped_empty,
+    }
+    return tensors, facts
+
+
+def _read_examples(table: _Table, columns: dict[str, str]) -> tuple[pd.DataFrame, int]:
+    """The wanted columns under their configuration keys, as texts, and how many rows were dropped for lacking one."""
+    import pandas as pd
+
+    rows = table.read()
+    if rows.empty:
+        raise ConfigError(f"{table.where} has no examples")
+    for key, column in columns.items():
+        if column not in rows:
+            there = ", ".join(map(str, rows.columns))
+            raise ConfigError(f"{key} = {column!r} is not a column of {table.where}; there are: {there}")
+    texts = pd.DataFrame({key: _as_text(rows[column]) for key, column in columns.items()})
+    complete = texts.apply(lambda column: column.str.strip().fillna("") != "").all(axis=1)
+    if not complete.any():
+        raise ConfigError(f"{table.where} has no example with all of {', '.join(map(repr, columns.values()))}")
+    return texts[complete].reset_index(drop=True), int((~complete).sum())
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0."""
+    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    return column.astype("string")
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, by value where all are whole numbers."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
+
+
+def _codes(column: pd.Series, names: list[str]) -> Tensor:
+    """(N,) int64: where each text is in `names`; -1 for a missing one."""
+    import pandas as pd
+
+    return torch.from_numpy(pd.Categorical(column, categories=names).codes.astype(np.int64))
+
+
+def _hold_out(data: DataConfig, texts: pd.Series, num_train: int) -> tuple[dict[str, np.ndarray], int]:
+    """Indices of ``test``, ``server_validation`` and ``pool``, and how many duplicates were dropped.
+
+    `texts` are `num_train` training texts and then those of the test set, if the data has its own.
+    """
+    test = np.arange(num_train, len(texts))
+    carve_test = 0 if len(test) else data.test_examples
+    carved = carve_test + data.server_validation_examples
+    if 2 * carved > num_train:
+        wanted = [f"test-examples = {carve_test}"] if carve_test else []
+        wanted.append(f"server-validation-examples = {data.server_validation_examples}")
+        raise ConfigError(
+            f"{' and '.join(wanted)} would take {carved} of {num_train} examples from the clients; at most half may go"
+        )
+    order = generator(HELD_OUT_ROOT, "held-out").permutation(num_train)
+    if carve_test:
+        test = order[:carve_test]
+    validation, pool = order[carve_test:carved], order[carved:]
+    new_validation = validation[~texts.iloc[validation].isin(texts.iloc[pool]).to_numpy()]
+    new_test = test[~texts.iloc[test].isin(texts.iloc[order[carve_test:]]).to_numpy()]
+    for name, kept in (("test set", new_test), ("server's validation set", new_validation)):
+        if not len(kept):
+            raise ConfigError(f"nothing is left of the {name}: all its texts are also among the other examples")
+    subsets = {"test": new_test, "server_validation": new_validation, "pool": pool}
+    dropped = len(validation) - len(new_validation) + len(test) - len(new_test)
+    return {name: np.sort(indices) for name, indices in subsets.items()}, dropped
+
+
+def _partition(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_names: list[str]) -> Stored:
+    """``owner``, (pool,) int32: the client of each example of the pool, -1 for none; and the clients' names."""
+    from datasets import Dataset
+
+    pool = tokens["pool"].numpy()
+    # Partitioners cut the table in its own order, which can be one of time or of source.
+    order = generator(seed, "partition", "order").permutation(len(pool))
+    columns = {"position": order, "label": tokens["labels"].numpy()[pool[order]]}
+    names = [str(client) for client in range(data.num_clients)]
+    if data.partitioner == "natural":
+        clients = tokens["clients"].numpy()[pool[order]]
+        chosen = _largest(clients, natural_names, data.num_clients)
+        names = [natural_names[client] for client in chosen]
+        kept = np.isin(clients, chosen)
+        columns = {name: column[kept] for name, column in columns.items()} | {
+            "client": np.searchsorted(chosen, clients[kept])
+        }
+    partitioner = _make_partitioner(data, derive(seed, "partition"), columns["label"])
+    partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
+    owner = np.full(len(pool), -1, np.int32)
+    try:
+        # One of them draws a progress bar, another warns of classes nobody has: those are counted as unassigned.
+        with redirect_stderr(io.StringIO()):
+            for number in range(partitioner.num_partitions):
+                part = partitioner.load_partition(number)[:]
+                client = part["client"][0].as_py() if data.partitioner == "natural" else number
+                owner[part["position"].to_numpy()] = client
+    except ValueError as error:
+        reason = str(error).split(". ")[0]
+        raise ConfigError(f"partitioner = {data.partitioner!r} cannot split this data: {reason}") from error
+    return {"owner": torch.from_numpy(owner)}, {"client_names": names}
+
+
+def _largest(clients: np.ndarray, names: list[str], wanted: int) -> np.ndarray:
+    """The `wanted` clients with the most examples, in the order of their names; all for 0."""
+    if wanted > len(names):
+        raise ConfigError(f"num-clients = {wanted} is more than the {len(names)} values of the client column")
+    counts = np.bincount(clients, minlength=len(names))
+    return np.sort(np.argsort(-counts, kind="stable")[: wanted or len(names)])
+
+
+def _make_partitioner(data: DataConfig, seed: int, labels: np.ndarray) -> Any:
+    """The partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than there are."""
+    from flwr_datasets import partitioner
+
+    clients, each, classes = data.num_clients, data.classes_per_client, len(np.unique(labels))
+    if clients > len(labels):
+        raise ConfigError(f"num-clients = {clients} is more than the {len(labels)} examples that are left for clients")
+    match data.partitioner:
+        case "iid":
+            return partitioner.IidPartitioner(clients)
+        case "dirichlet":
+            return partitioner.DirichletPartitioner(clients, "label", data.alpha, min_partition_size=0, seed=seed)
+        case "pathological":
+            if each > classes:
+                raise ConfigError(f"classes-per-client = {each} is more than the {classes} classes of the data")
+            return partitioner.PathologicalPartitioner(clients, "label", each, "first-deterministic", seed=seed)
+        case "shards":
+            if clients * each > len(labels):
+                raise ConfigError(
+                    f"num-clients = {clients} with classes-per-client = {each} shards is {clients * each} shards, "
+                    f"more than the {len(labels)} examples that are left for clients"
+                )
+            return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=each, seed=seed)
+        case _:
+            return partitioner.NaturalIdPartitioner("client")
+
+
+def _split_clients(
+    pool: np.ndarray, owner: np.ndarray, num_clients: int, validation_fraction: float, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Train and validation indices of each client; who has an example at all has one to train on."""
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(num_clients + 1))
+    train, validation = [], []
+    for client in range(num_clients):
+        own = generator(seed, "partition", "client", client).permutation(
+            pool[order[bounds[client] : bounds[client + 1]]]
+        )
+        held = int(len(own) * validation_fraction)
+        train.append(own[held:])
+        validation.append(own[:held])
+    return train, validation
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides what tokens a text gets; not the truncation and padding that the last call left behind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _digest(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
+    """The tensors and facts kept under `digest`, mapped into memory; built first, by one process, if not there."""
+    path = cache_dir() / kind / f"{digest}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                _write(path, *build())
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(save(tensors, {"facts": json.dumps(facts)}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,255 @@
+"""One self-contained page that shows what a run or a comparison found.
+
+`write` reads a folder, `sections` arranges figures and tables, `render` puts them into
+``report.html.j2`` with plotly.js inline. The page needs no network, and its content
+security policy makes the browser refuse to use one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from copra_fl import figures
+from copra_fl.config import toml_value
+from copra_fl.figures import Figure
+from copra_fl.results import (
+    COLUMNS,
+    Column,
+    Comparison,
+    join,
+    load_comparison,
+    metrics,
+    partition_settings,
+    rows,
+    summarise,
+    verdict,
+    write_text,
+)
+
+CONNECTIVITY_COLUMNS = (
+    Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f"),
+    Column("barrier (Frankle), loss", "barrier_frankle", spec="+.3f"),
+    Column("midpoint gap, points", "midpoint_gap", scale=100, spec="+.1f"),
+)
+RUN_COLUMNS = (
+    Column("test accuracy, %", "test_accuracy", scale=100),
+    Column("test loss", "test_loss", spec=".3f"),
+    Column("validation accuracy, %", "validation_accuracy", scale=100),
+    Column("validation loss", "validation_loss", spec=".3f"),
+    Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f"),
+    Column("merge gap, loss", "merge_gap_loss", spec="+.3f"),
+    Column("MB up", "bytes_up", scale=1e-6),
+    Column("MB down", "bytes_down", scale=1e-6),
+    Column("seconds", "seconds", spec=".0f"),
+)
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """Cells as text; the first cell of a row names it. `caption` says how to read it."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with figures and tables under it; a `collapsed` one opens with a click."""
+
+    title: str
+    figures: Sequence[Figure] = ()
+    tables: Sequence[DataTable] = ()
+    collapsed: bool = False
+
+
+def write(directory: Path) -> dict[str, Any]:
+    """Write ``report.html``, and for a comparison ``summary.json``, from what is in `directory`.
+
+    Returns the summary (see `results.summarise`). Raises ResultsError and ConfigError as `load_comparison` does.
+    """
+    comparison = load_comparison(directory)
+    summary = summarise(comparison)
+    if not comparison.is_single_run:  # whose summary.json is the run's own
+        write_text(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(directory / "report.html", render(comparison, summary))
+    return summary
+
+
+def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
+    """The page, as HTML."""
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(template).render(
+        title=_title(summary),
+        setting=_setting(comparison, summary),
+        verdict=verdict(summary),
+        warnings=list(_warnings(comparison, summary)),
+        results=_results(summary),
+        sections=sections(comparison, summary),
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section]:
+    """Everything below the results, in reading order. What the runs did not record is left out."""
+    arranged = [
+        Section("Learning", figures.learning(comparison)),
+        Section("Averaging the clients", figures.merge_gaps(comparison)),
+        Section(
+            "On the line between two clients", figures.connectivity(comparison), _connectivity(comparison, summary)
+        ),
+        Section("Adapters switched on", [*figures.schedule(comparison), *figures.activity_maps(comparison)]),
+        Section("Clients", [*figures.client_accuracy(comparison), *figures.client_examples(comparison)]),
+        Section("Cost", figures.cost(comparison)),
+        Section("Each run", tables=_each_run(comparison), collapsed=True),
+        Section("Configuration", tables=_settings(summary), collapsed=True),
+        Section("Provenance", tables=_provenance(comparison), collapsed=True),
+        Section("Failures and data left out", tables=_failures(comparison), collapsed=True),
+    ]
+    return [section for section in arranged if section.figures or section.tables]
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    others = list(summary["differences"])
+    return f"{summary['baseline']} against {join(others)}" if others else summary["baseline"]
+
+
+def _setting(comparison: Comparison, summary: Mapping[str, Any]) -> str:
+    """One line for the page's head: model, data, split, length."""
+    settings = {key: "varying" for key in summary["settings"]["differing"]} | summary["settings"]["common"]
+    clients = f"{settings['num-clients']} clients" if settings["num-clients"] else "a client per node"
+    split = f"{settings['partitioner']} split"
+    if settings["partitioner"] == "dirichlet":
+        split += f", alpha {settings['alpha']}"
+    rounds = f"{settings['num-rounds']} {'round' if settings['num-rounds'] == 1 else 'rounds'}"
+    unit = "local-epochs" if settings["local-epochs"] else "local-steps"
+    length = f"{settings[unit]} {unit.replace('-', ' ')}"
+    return (
+        f"{settings['model']} on {settings['dataset']} · {clients}, {split} · "
+        f"{rounds} of {length} · {comparison.named_seeds}"
+    )
+
+
+def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[str]:
+    if summary["unfinished"]:
+        unfinished = [
+            f"{run['method']} seed {run['seed']} ({run['rounds']} rounds done)" for run in summary["unfinished"]
+        ]
+        yield f"Not finished, and so only in the figures by round: {join(unfinished)}."
+    missing = sum(len(row["missing"]) for _, run in comparison.runs for row in run.journal)
+    if missing:
+        yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
+
+
+def _results(summary: Mapping[str, Any]) -> DataTable:
+    caption = (
+        "After the last round. Test data is seen by no client. Means over seeds; in brackets the 95 % t-interval. "
+        "Differences are paired by seed."
+    )
+    return DataTable(["method", "seeds", *(column.heading for column in COLUMNS)], rows(summary), caption)
+
+
+def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:
+    if not any(end["paths"] for method in comparison.methods for _, end in comparison.finished(method)):
+        return []
+    caption = (
+        "Entezari: highest loss above the straight line between the ends' losses. Frankle: highest loss above the mean "
+        "of the ends. Midpoint gap: accuracy at u = 0.5 minus the mean of the ends. Mean over pairs, then over seeds."
+    )
+    return [
+        DataTable(
+            ["method", "seeds", *(column.heading for column in CONNECTIVITY_COLUMNS)],
+            rows(summary, CONNECTIVITY_COLUMNS),
+            caption,
+        )
+    ]
+
+
+def _each_run(comparison: Comparison) -> list[DataTable]:
+    finished = [(method, seed, end) for method in comparison.methods for seed, end in comparison.finished(method)]
+    runs = [
+        [method, str(seed), *(column.format(metrics(end)[column.metric]) for column in RUN_COLUMNS)]
+        for method, seed, end in finished
+    ]
+    pairs = [
+        [
+            method,
+            str(seed),
+            join(path["clients"]),
+            *(column.format(path[column.metric]) for column in CONNECTIVITY_COLUMNS),
+        ]
+        for method, seed, end in finished
+        for path in end["paths"]
+    ]
+    found = [
+        DataTable(["method", "seed", *(column.heading for column in RUN_COLUMNS)], runs),
+        DataTable(["method", "seed", "clients", *(column.heading for column in CONNECTIVITY_COLUMNS)], pairs),
+    ]
+    return [table for table in found if table.rows]
+
+
+def _settings(summary: Mapping[str, Any]) -> list[DataTable]:
+    settings = summary["settings"]
+    return [*_differing(settings["differing"], toml_value), _common(settings["common"], toml_value)]
+
+
+def _provenance(comparison: Comparison) -> list[DataTable]:
+    common, differing = partition_settings(
+        {f"{method}, seed {run.seed}": dict(_flat(run.provenance)) for method, run in comparison.runs}
+    )
+    return [_common(common, str), *_differing(differing, str)]
+
+
+def _common(common: Mapping[str, Any], text: Callable[[Any], str]) -> DataTable:
+    return DataTable(["common", "value"], [[key, text(value)] for key, value in common.items()])
+
+
+def _differing(differing: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str]) -> list[DataTable]:
+    if not differing:
+        return []
+    owners = next(iter(differing.values()))
+    return [
+        DataTable(["differing", *owners], [[key, *map(text, values.values())] for key, values in differing.items()])
+    ]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _failures(comparison: Comparison) -> list[DataTable]:
+    missing = [
+        [method, str(run.seed), str(row["round"]), str(client["client"]), client["reason"]]
+        for method, run in comparison.runs
+        for row in run.journal
+        for client in row["missing"]
+    ]
+    left_out = [
+        [
+            method,
+            str(seed),
+            ", ".join(map(str, end["skipped_clients"])) or "none",
+            str(end["dropped_duplicates"]),
+        ]
+        for method in comparison.methods
+        for seed, end in comparison.finished(method)
+    ]
+    found = [
+        DataTable(["method", "seed", "round", "client", "why its reply is missing"], missing),
+        DataTable(["method", "seed", "clients skipped (too little data)", "duplicate texts dropped"], left_out),
+    ]
+    return [table for table in found if table.rows]

@@ -1,0 +1,113 @@
+"""FedAvg against numbers worked by hand, and the invariants of any average."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from copra_fl.adapter import Update, complete, difference, load_checkpoint, norm, save_checkpoint
+from copra_fl.aggregation import RULES, find_rule
+from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.weighting import tensor_weights
+from copra_fl.config import ConfigError
+
+GROUP_OF = {"a": 0, "b": 1}
+
+
+def update(client: int, examples: int, active: tuple[int, int], **tensors: list[float]) -> Update:
+    adapter = {name: torch.tensor(values, dtype=torch.float64) for name, values in tensors.items()}
+    return Update(client, adapter, examples, active, {"loss": 1.0})
+
+
+OLD = {name: torch.tensor(values, dtype=torch.float64) for name, values in
+       {"a": [1.0, 1.0], "b": [5.0, 5.0], "head": [0.0, 0.0]}.items()}  # fmt: skip
+
+
+def test_weighted_by_examples_by_hand() -> None:
+    """n = 30, 10: (30 [2, 4] + 10 [6, 0]) / 40 = [3, 3]; b was not sent by client 1: (30 [1, 2] + 10 [5, 5]) / 40."""
+    updates = [
+        update(0, 30, (2, 2), a=[2.0, 4.0], b=[1.0, 2.0], head=[4.0, 0.0]),
+        update(1, 10, (2, 0), a=[6.0, 0.0], head=[0.0, 4.0]),
+    ]
+    averaged = fedavg(OLD, updates, "examples", GROUP_OF)
+    assert averaged["a"].tolist() == [3.0, 3.0]
+    assert averaged["b"].tolist() == [2.0, 2.75]
+    assert averaged["head"].tolist() == [3.0, 1.0]
+
+
+def test_weighted_by_activity_by_hand() -> None:
+    """a: weights 30*1 and 10*9, so (30 [2, 4] + 90 [6, 0]) / 120 = [5, 1]; b: client 0 alone; head by examples."""
+    updates = [
+        update(0, 30, (1, 2), a=[2.0, 4.0], b=[1.0, 2.0], head=[4.0, 0.0]),
+        update(1, 10, (9, 0), a=[6.0, 0.0], head=[0.0, 4.0]),
+    ]
+    averaged = fedavg(OLD, updates, "activity", GROUP_OF)
+    assert averaged["a"].tolist() == [5.0, 1.0]
+    assert averaged["b"].tolist() == [1.0, 2.0]
+    assert averaged["head"].tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_a_layer_that_nobody_trained_keeps_its_value(weighting: str) -> None:
+    updates = [update(client, 10, (1, 0), a=[2.0, 2.0], head=[1.0, 1.0]) for client in (0, 1)]
+    assert fedavg(OLD, updates, weighting, GROUP_OF)["b"].tolist() == [5.0, 5.0]
+    weights = tensor_weights("b", updates, weighting, GROUP_OF)
+    assert weights.tolist() == ([0.5, 0.5] if weighting == "examples" else [0.0, 0.0])
+
+
+def random_updates(number: int) -> tuple[dict[str, torch.Tensor], list[Update]]:
+    rng = torch.Generator().manual_seed(0)
+    old = {name: torch.randn(4, 3, generator=rng) for name in ("a", "b", "head")}
+    updates = [
+        Update(k, {n: torch.randn(4, 3, generator=rng) for n in old}, 3 + 7 * k, (k + 1, 2), {"loss": 1.0})
+        for k in range(number)
+    ]
+    return old, updates
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_client_order_is_irrelevant_bitwise(rule: str, weighting: str) -> None:
+    old, updates = random_updates(4)
+    expected = find_rule(rule)(old, updates, weighting, GROUP_OF)
+    for order in itertools.permutations(updates):
+        averaged = find_rule(rule)(old, order, weighting, GROUP_OF)
+        assert all(torch.equal(averaged[name], expected[name]) for name in old)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_one_client_is_the_identity(rule: str, weighting: str) -> None:
+    old, (only,) = random_updates(1)
+    averaged = find_rule(rule)(old, [only], weighting, GROUP_OF)
+    assert all(torch.equal(averaged[name], only.adapter[name]) for name in old)
+
+
+def test_averaging_sums_wider_than_float32() -> None:
+    """1e8 + 1 - 1e8 loses the 1 in float32."""
+    old = {"a": torch.zeros(1)}
+    updates = [Update(k, {"a": torch.tensor([v])}, 1, (1,), {}) for k, v in enumerate((1e8, 3.0, -1e8))]
+    assert fedavg(old, updates, "examples", {"a": 0})["a"].item() == pytest.approx(1.0)
+
+
+def test_an_unknown_rule_names_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="unknown rule 'fedavgg'. Did you mean 'fedavg'"):
+        find_rule("fedavgg")
+
+
+def test_complete_difference_norm() -> None:
+    sent = update(0, 1, (1, 0), a=[4.0, 5.0])
+    whole = complete(sent, OLD)
+    assert whole["a"].tolist() == [4.0, 5.0] and whole["b"].tolist() == [5.0, 5.0]
+    assert norm(difference(whole, OLD)) == pytest.approx(5.0)  # (3, 4) in a, 0 elsewhere
+
+
+def test_checkpoint_round_trip_is_bitwise(tmp_path) -> None:
+    adapter = random_updates(1)[0]
+    save_checkpoint(tmp_path / "x.safetensors", adapter, {"row": "{}"})
+    again, metadata = load_checkpoint(tmp_path / "x.safetensors")
+    assert metadata == {"row": "{}"}
+    assert all(torch.equal(again[name], adapter[name]) for name in adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

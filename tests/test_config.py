@@ -1,0 +1,101 @@
+"""Configuration: one truth, checked whole, wrong things named."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from copra_fl.cli.recipes import Recipe, method_settings
+from copra_fl.config import KEYS, Config, ConfigError, parse_override
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_holds_the_same_defaults() -> None:
+    stated = dict(PROJECT["tool"]["flwr"]["app"]["config"])
+    assert stated.pop("output") == "" and stated.pop("resume") is False
+    assert stated == Config().to_flat()
+    assert [type(value) for value in stated.values()] == [type(value) for value in Config().to_flat().values()]
+
+
+def test_toml_round_trip() -> None:
+    config = Config.from_flat({"dataset": 'a "quoted" \\ path/ü.csv', "learning-rate": 1e-5, "rescale": True})
+    assert Config.from_flat(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"learning-rat": 1.0}, "unknown configuration key 'learning-rat'. Did you mean 'learning-rate'"),
+        ({"alpha": 0}, "alpha = 0.0 must be more than 0"),
+        ({"rank": 0}, "rank = 0 must be at least 1"),
+        ({"rank": 8.0}, "rank = 8.0 is not a whole number"),
+        ({"rank": True}, "rank = True is not a whole number"),
+        ({"rescale": 1}, "rescale = 1 is not true or false"),
+        ({"model": 3}, "model = 3 is not a text"),
+        ({"ramp": 1.5}, "ramp = 1.5 must be more than 0 and at most 1"),
+        ({"learning-rate": float("inf")}, "learning-rate = inf"),
+        ({"learning-rate": float("nan")}, "learning-rate = nan"),
+        ({"dtype": "int8"}, "dtype = 'int8' is not one of float32, bfloat16, float16"),
+        ({"partitioner": "natural"}, "needs client-column"),
+        ({"num-clients": 4, "clients-per-round": 5}, "clients-per-round = 5 is more than num-clients = 4"),
+    ],
+)
+def test_wrong_values_are_named(flat: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config.from_flat(flat)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({"rank": 0, "alpha": -1.0, "nonsense": 1})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_explained(key: str) -> None:
+    assert KEYS[key][1].metadata["doc"]
+
+
+def test_overrides() -> None:
+    assert parse_override("learning-rate=1e-3") == ("learning-rate", 0.001)
+    assert parse_override("num-clients=4") == ("num-clients", 4)
+    assert parse_override("rescale=true") == ("rescale", True)
+    assert parse_override("model=/some/where=odd") == ("model", "/some/where=odd")
+    assert parse_override('model="minilm"') == ("model", "minilm")
+    with pytest.raises(ConfigError, match="not of the form KEY=VALUE"):
+        parse_override("rank")
+
+
+RECIPES = sorted((ROOT / "experiments").glob("*.toml"))
+METHODS = sorted((ROOT / "experiments" / "methods").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_with_every_method(path: Path) -> None:
+    recipe = Recipe.read(str(path), [])
+    recipe.config()
+    for method in METHODS:
+        assert recipe.config(method.stem, seed=5).federation.seed == 5
+    assert recipe.methods.keys() <= {method.stem for method in METHODS}
+
+
+def test_precedence(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('rank = 4\nbatch-size = 2\nlearning-rate = 0.1\nlocal-training = "head"\n'
+                    "[methods.copra]\nbatch-size = 3\nlearning-rate = 0.2\n")  # fmt: skip
+    config = Recipe.read(str(path), ["learning-rate=0.3"]).config("copra", seed=1)
+    assert config.copra.local_training == "copra", "the method's file wins over the recipe"
+    assert config.training.batch_size == 3, "the recipe's table for the method wins over the recipe"
+    assert config.training.learning_rate == 0.3, "--set wins over all"
+    assert config.model.rank == 4
+
+
+def test_unknown_recipe_and_method() -> None:
+    with pytest.raises(ConfigError, match="no recipe file 'demoo'.*base, .*smoke"):
+        Recipe.read("demoo", [])
+    with pytest.raises(ConfigError, match="unknown method 'copar'. Did you mean 'copra'"):
+        method_settings("copar")

@@ -1,0 +1,449 @@
+"""Real files in, token tensors out. Texts are unique, so that an example can be told by its tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from copra_fl.config import Config, ConfigError
+from copra_fl.data import FederatedData, load
+
+CLASSES = ("air", "fire", "sea", "soil")
+Load = Callable[..., FederatedData]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each digit and class. Padding is not token 0, so that it cannot be right by accident."""
+    vocabulary = ["[UNK]", "[CLS]", "[SEP]", *CLASSES, "[PAD]", *map(str, range(10))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def make_rows(number: int = 600) -> pd.DataFrame:
+    """A text of 2 to 13 words, a label, one of 12 owners of unequal size."""
+    rows = []
+    for i in range(number):
+        label = CLASSES[i % len(CLASSES)]
+        text = " ".join([label] * (1 + i % 10) + list(str(i)))
+        rows.append({"text": text, "label": label, "owner": int((i % 72 * 2) ** 0.5)})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    return make_rows()
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def make_config(dataset: Path | str, **changes: Any) -> Config:
+    flat = {"dataset": str(dataset), "num_clients": 6, "server_validation_examples": 40, "test_examples": 60} | changes
+    return Config.from_flat({name.replace("_", "-"): value for name, value in flat.items()})
+
+
+@pytest.fixture
+def load_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Load:
+    """Writes a table to a CSV file and loads that."""
+
+    def load_rows(rows: pd.DataFrame, **changes: Any) -> FederatedData:
+        rows.to_csv(tmp_path / "rows.csv", index=False)
+        return load(make_config(tmp_path / "rows.csv", **changes), tokenizer)
+
+    return load_rows
+
+
+def texts_of(data: FederatedData, indices: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    examples = data.examples
+    bounds = [(examples.offsets[i], examples.offsets[i + 1]) for i in indices]
+    return [tokenizer.decode(examples.input_ids[start:end], skip_special_tokens=True) for start, end in bounds]
+
+
+def same_split(a: FederatedData, b: FederatedData) -> bool:
+    return all(map(np.array_equal, a.train + a.validation, b.train + b.validation))
+
+
+def label_counts(data: FederatedData) -> np.ndarray:
+    """(clients, labels), of train and validation together."""
+    both = [np.concatenate(parts) for parts in zip(data.train, data.validation, strict=True)]
+    return np.array([np.bincount(data.examples.labels[i], minlength=len(data.label_names)) for i in both])
+
+
+def pool_of(data: FederatedData) -> np.ndarray:
+    """What is not held out, where no duplicates were dropped."""
+    return np.setdiff1d(np.arange(len(data.examples)), np.concatenate([data.server_validation, data.test]))
+
+
+def client_sizes(data: FederatedData) -> list[int]:
+    return [len(train) + len(validation) for train, validation in zip(data.train, data.validation, strict=True)]
+
+
+def global_generators() -> list[str]:
+    return [str(random.getstate()), str(np.random.get_state()), str(torch.get_rng_state().tolist())]
+
+
+PARTITIONERS: list[dict[str, Any]] = [
+    {"partitioner": "iid"},
+    {"partitioner": "dirichlet", "alpha": 0.3},
+    {"partitioner": "pathological", "classes_per_client": 2},
+    {"partitioner": "shards", "classes_per_client": 2},
+    {"partitioner": "natural", "client_column": "owner", "num_clients": 0},
+]
+
+
+@pytest.mark.parametrize("split", PARTITIONERS, ids=lambda split: split["partitioner"])
+def test_partitions_are_disjoint_complete_and_seeded(
+    rows: pd.DataFrame, load_rows: Load, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    states = global_generators()
+    data = load_rows(rows, **split)
+    used = np.concatenate([*data.train, *data.validation, data.server_validation, data.test])
+    assert len(used) == len(set(used)) == 600 - data.unassigned
+    assert data.unassigned == (8 if split["partitioner"] == "shards" else 0)  # 500 in 12 shards of 41
+    held = [len(validation) for validation in data.validation]
+    assert held == [(len(t) + v) // 10 for t, v in zip(data.train, held, strict=True)]
+
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "another"))
+    again, other = load_rows(rows, **split), load_rows(rows, **split, seed=1)
+    assert same_split(data, again) and data.digest == again.digest
+    assert not same_split(data, other) and data.digest != other.digest
+    assert states == global_generators()
+
+
+def test_examples_that_the_partitioner_gives_to_nobody_are_counted(rows: pd.DataFrame, load_rows: Load) -> None:
+    """Shards: 500 examples in 6 x 7 = 42 shards of 11 leave 38. Pathological: 2 clients with 1 of 4 classes each."""
+    shards = load_rows(rows, partitioner="shards", classes_per_client=7)
+    assert client_sizes(shards) == [77] * 6 and shards.unassigned == 38
+    two = load_rows(rows, partitioner="pathological", classes_per_client=1, num_clients=2)
+    air, fire, sea, soil = np.bincount(two.examples.labels[pool_of(two)])
+    assert label_counts(two).tolist() == [[air, 0, 0, 0], [0, fire, 0, 0]] and two.unassigned == sea + soil
+
+
+def test_iid_clients_are_alike(load_rows: Load) -> None:
+    counts = label_counts(load_rows(make_rows(4000), partitioner="iid", num_clients=4))
+    assert counts.sum(1).tolist() == [975] * 4
+    # A share of 1/4 in 975 draws has a standard deviation of 0.014.
+    assert np.abs(counts / counts.sum(1, keepdims=True) - 0.25).max() < 0.05
+
+
+def test_small_alpha_is_more_skewed_than_large(rows: pd.DataFrame, load_rows: Load) -> None:
+    def largest_share(alpha: float) -> float:
+        counts = label_counts(load_rows(rows, alpha=alpha))
+        return float((counts.max(0) / counts.sum(0)).mean())
+
+    assert largest_share(0.05) > 0.7
+    assert largest_share(1000.0) == pytest.approx(1 / 6, abs=0.05)
+
+
+def test_pathological_gives_exactly_the_classes_asked_for(rows: pd.DataFrame, load_rows: Load) -> None:
+    for classes in (1, 2, 4):
+        data = load_rows(rows, partitioner="pathological", classes_per_client=classes)
+        assert (label_counts(data) > 0).sum(1).tolist() == [classes] * 6
+
+
+def test_natural_clients_are_the_values_of_the_column_in_order(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    owner = dict(zip(rows["text"], rows["owner"], strict=True))
+    data = load_rows(rows, partitioner="natural", client_column="owner", num_clients=0)
+    assert data.client_names == [str(value) for value in range(12)]
+    for client, indices in enumerate(data.train):
+        assert {owner[text] for text in texts_of(data, indices, tokenizer)} == {client}
+
+    sizes = Counter(owner[text] for text in texts_of(data, pool_of(data), tokenizer))
+    largest = load_rows(rows, partitioner="natural", client_column="owner", num_clients=3)
+    assert largest.client_names == [str(value) for value in sorted(dict(sizes.most_common(3)))]
+    assert largest.unassigned == 500 - sum(dict(sizes.most_common(3)).values())
+    assert client_sizes(largest) == [sizes[int(name)] for name in largest.client_names]
+
+
+def test_held_out_sets_depend_on_the_data_alone(rows: pd.DataFrame, load_rows: Load) -> None:
+    data = load_rows(rows)
+    for changes in ({"seed": 7}, {"partitioner": "iid"}, {"num_clients": 3}, {"validation_fraction": 0.5}):
+        other = load_rows(rows, **changes)
+        assert np.array_equal(data.test, other.test)
+        assert np.array_equal(data.server_validation, other.server_validation)
+    assert (len(data.test), len(data.server_validation)) == (60, 40)
+
+
+def test_duplicates_are_dropped_where_they_are_held_out(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rows 2k and 2k + 1 get one text: wherever the two are in different sets, one is dropped."""
+    data = load_rows(rows)
+    place = ["test" if i in data.test else "validation" if i in data.server_validation else "pool" for i in range(600)]
+    rows.loc[1::2, "text"] = rows.loc[0::2, "text"].to_numpy()
+    expected = sum(place[first] != place[first + 1] for first in range(0, 600, 2))
+
+    planted = load_rows(rows)
+    assert sum(client_sizes(planted)) == 500
+    assert planted.dropped_duplicates == expected > 50
+    assert len(planted.test) + len(planted.server_validation) == 100 - expected
+    held = [set(texts_of(planted, indices, tokenizer)) for indices in (planted.test, planted.server_validation)]
+    pool = set(texts_of(planted, np.concatenate(planted.train + planted.validation), tokenizer))
+    assert not held[0] & held[1] and not held[0] & pool and not held[1] & pool
+
+
+def test_a_test_file_is_the_test_set_and_loses_what_is_in_the_data(
+    rows: pd.DataFrame, load_rows: Load, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    test = pd.concat([make_rows(640)[600:], rows[:7]])
+    test.drop(columns="owner").to_json(tmp_path / "test.jsonl", orient="records", lines=True)
+    data = load_rows(rows, test_file=str(tmp_path / "test.jsonl"), partitioner="natural", client_column="owner")
+    assert sorted(texts_of(data, data.test, tokenizer)) == sorted(test["text"][:40])
+    assert data.dropped_duplicates == 7
+    assert len(data.server_validation) == 40
+    assert sum(client_sizes(data)) + data.unassigned == 600 - 40
+
+
+def test_batches_are_what_the_tokenizer_gives(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = load_rows(rows, max_length=9)
+    label = dict(zip(rows["text"], rows["label"], strict=True))
+    full = load_rows(rows)
+    for indices in (data.test[:16], data.train[0], data.train[1][5:], data.test[:1]):
+        texts = texts_of(full, indices, tokenizer)
+        expected = tokenizer(texts, truncation=True, max_length=9, padding="longest", return_tensors="pt")
+        batch = data.examples.batch(indices)
+        assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+        assert [data.label_names[k] for k in batch["labels"]] == [label[text] for text in texts]
+        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+        assert data.examples.lengths[indices].tolist() == expected["attention_mask"].sum(1).tolist()
+
+
+class Refusing(PreTrainedTokenizerFast):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("asked to tokenise")
+
+
+def test_the_second_load_does_not_tokenise(
+    rows: pd.DataFrame, load_rows: Load, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first = load_rows(rows)
+    tokenizer(["air"], truncation=True, max_length=5, padding="max_length")  # leaves its settings in the tokenizer
+    refusing = Refusing(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
+    again = load(make_config(tmp_path / "rows.csv"), refusing)
+    assert same_split(first, again) and torch.equal(first.examples.input_ids, again.examples.input_ids)
+    load(make_config(tmp_path / "rows.csv", seed=5, partitioner="iid"), refusing)
+    for changes in ({"max_length": 5}, {"test_examples": 50}, {"server_validation_examples": 50}):
+        with pytest.raises(AssertionError, match="asked to tokenise"):
+            load(make_config(tmp_path / "rows.csv", **changes), refusing)
+    rows[:-1].to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(AssertionError, match="asked to tokenise"):
+        load(make_config(tmp_path / "rows.csv"), refusing)
+
+
+WORKER = """
+import hashlib, json, sys
+from transformers import PreTrainedTokenizerFast
+from copra_fl.config import Config
+from copra_fl.data import load
+
+class Counting(PreTrainedTokenizerFast):
+    calls = 0
+    def __call__(self, *args, **kwargs):
+        Counting.calls += 1
+        return super().__call__(*args, **kwargs)
+
+print("ready", flush=True)
+sys.stdin.readline()
+data = load(Config.from_flat(json.loads(sys.argv[2])), Counting.from_pretrained(sys.argv[1]))
+heavy = sorted({"pandas", "datasets", "flwr_datasets"} & set(sys.modules))
+split = hashlib.sha256(b"".join(indices.tobytes() for indices in data.train)).hexdigest()
+print(json.dumps({"digest": data.digest, "split": split, "calls": Counting.calls, "heavy": heavy}))
+"""
+
+
+def test_two_processes_share_the_work(rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two start on an empty cache at once: one tokenises, the other waits. A third comes later and only reads."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    settings = json.dumps(make_config(tmp_path / "rows.csv").to_flat())
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "tokenizer"), settings]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    workers = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    results = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    third = subprocess.run(command, env=environment, input="go\n", stdout=subprocess.PIPE, text=True, check=True)
+    results.append(json.loads(third.stdout.splitlines()[-1]))
+    assert sorted(result["calls"] for result in results[:2]) == [0, 2]  # 600 texts, 512 in a call
+    assert results[2]["calls"] == 0 and results[2]["heavy"] == []
+    assert len({result["digest"] for result in results}) == len({result["split"] for result in results}) == 1
+    assert {path.suffix for path in (tmp_path / "cache").glob("*/*")} == {".safetensors", ".lock"}
+
+
+def test_formats_give_equal_results(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Labels are numbers with gaps, which pandas turns into floats where a format lets it."""
+    rows = make_rows()
+    rows["label"] = rows.index % 11
+    rows["label"] = rows["label"].astype("Int64").mask(rows.index % 50 == 3)
+    rows.loc[5, "text"] = "NA"
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.astype({"label": "float64"}).to_parquet(tmp_path / "floats.parquet")
+    changes = {"partitioner": "natural", "client_column": "owner", "num_clients": 4}
+    names = ("rows.csv", "rows.jsonl", "rows.parquet", "floats.parquet")
+    first, *others = [load(make_config(tmp_path / name, **changes), tokenizer) for name in names]
+    assert first.label_names == [str(label) for label in range(11)]
+    assert first.dropped_empty == 12
+    for other in others:
+        assert same_split(first, other)
+        assert torch.equal(first.examples.input_ids, other.examples.input_ids)
+        assert torch.equal(first.examples.labels, other.examples.labels)
+        assert (first.label_names, first.client_names) == (other.label_names, other.client_names)
+        assert first.dropped_empty == other.dropped_empty
+    assert not (tmp_path / "hf-cache").exists()
+
+
+def test_rows_without_text_label_or_client_are_dropped_and_counted(rows: pd.DataFrame, load_rows: Load) -> None:
+    rows = rows.astype({"owner": "object"})
+    rows.loc[[0, 1], "text"] = [None, "  "]
+    rows.loc[[1, 2], "label"] = None
+    rows.loc[3, "owner"] = None
+    assert load_rows(rows).dropped_empty == 3
+    data = load_rows(rows, client_column="owner")
+    assert data.dropped_empty == 4 and len(data.examples) == 596
+
+
+def test_clients_without_examples_are_skipped_or_refused(rows: pd.DataFrame, load_rows: Load) -> None:
+    data = load_rows(rows, alpha=0.01, num_clients=12)
+    assert data.skipped == [client for client in range(12) if not len(data.train[client])] != []
+    assert len(data.train) == len(data.validation) == len(data.client_names) == 12
+    with pytest.raises(ConfigError, match=f"no training examples: {', '.join(map(str, data.skipped))}$"):
+        load_rows(rows, alpha=0.01, num_clients=12, empty_clients="refuse")
+
+
+def test_a_client_with_one_example_trains_on_it(rows: pd.DataFrame, load_rows: Load) -> None:
+    data = load_rows(rows, partitioner="iid", num_clients=500, validation_fraction=0.9)
+    assert [len(train) for train in data.train] == [1] * 500
+    assert [len(validation) for validation in data.validation] == [0] * 500
+
+
+def test_a_hub_data_set_brings_its_label_names_and_its_test_set(
+    rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder laid out as on the hub, opened by the same library call; GLUE's way to hide the test labels is -1."""
+    names = ["soil", "sea", "fire", "air"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    test = make_rows(640)[600:]
+
+    def write(folder: str, split: str, table: pd.DataFrame, labels: list[int]) -> None:
+        (tmp_path / "owner" / folder).mkdir(parents=True, exist_ok=True)
+        part = datasets.Dataset.from_dict({"text": table["text"].tolist(), "label": labels}, features)
+        part.to_parquet(tmp_path / "owner" / folder / f"{split}.parquet")
+
+    for folder, test_labels in (("open", [names.index(label) for label in test["label"]]), ("hidden", [-1] * 40)):
+        write(folder, "train", rows, [names.index(label) for label in rows["label"]])
+        write(folder, "test", test, test_labels)
+    monkeypatch.chdir(tmp_path)
+    opened = load(make_config("owner/open"), tokenizer)
+    assert opened.label_names == list(CLASSES)
+    assert texts_of(opened, opened.test, tokenizer) == test["text"].tolist()
+    assert [CLASSES[k] for k in opened.examples.labels[opened.test]] == test["label"].tolist()
+    hidden = load(make_config("owner/hidden"), tokenizer)
+    assert len(hidden.test) == 60 and hidden.test.max() < 600
+
+
+ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    ("missing.csv", {}, r"dataset: there is no file .*missing\.csv"),
+    ("empty.csv", {}, r"empty\.csv has no examples"),
+    ("header.csv", {}, r"header\.csv has no examples"),
+    ("rows.txt", {}, r"rows\.txt ends in '\.txt', which is none of \.csv, \.json, \.jsonl, \.parquet"),
+    ("binary.csv", {}, r"binary\.csv cannot be read as CSV in UTF-8"),
+    ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON, one object a line"),
+    ("broken.parquet", {}, r"broken\.parquet cannot be read as Parquet"),
+    ("rows.csv", {"text_column": "body"}, r"text-column = 'body' is not a column .*: text, label, owner"),
+    ("rows.csv", {"label_column": "topic"}, r"label-column = 'topic' is not a column .*: text, label, owner"),
+    ("rows.csv", {"client_column": "site", "partitioner": "natural"}, r"client-column = 'site' is not a column"),
+    ("rows.csv", {"test_file": "gone.csv"}, r"test-file: there is no file .*gone\.csv"),
+    ("rows.csv", {"test_file": "newlabel.csv"}, r"labels that .*rows\.csv has not: wind\. .*: air, fire, sea, soil"),
+    ("rows.csv", {"test_file": "copy.csv"}, r"nothing is left of the test set"),
+    ("oneclass.csv", {}, r"oneclass\.csv has one label only, 'air'"),
+    ("nolabels.csv", {}, r"no example with all of 'text', 'label'"),
+    ("rows.csv", {"test_examples": 300}, r"test-examples = 300 and .* = 40 would take 340 of 600 examples"),
+    ("rows.csv", {"num_clients": 501}, r"num-clients = 501 is more than the 500 examples"),
+    (
+        "rows.csv",
+        {"partitioner": "pathological", "classes_per_client": 5},
+        r"classes-per-client = 5 is more than the 4",
+    ),
+    ("rows.csv", {"partitioner": "pathological", "num_clients": 499}, r"'pathological' cannot split this data: Label"),
+    ("rows.csv", {"partitioner": "shards", "classes_per_client": 90}, r"is 540 shards, more than the 500 examples"),
+    (
+        "rows.csv",
+        {"partitioner": "natural", "client_column": "owner", "num_clients": 13},
+        r"num-clients = 13 is more than the 12 values of the client column",
+    ),
+    ("health-tweet", {}, r"unknown data set 'health-tweet'\. Did you mean 'health-tweets'\?"),
+    ("minilm", {}, r"unknown data set 'minilm'"),
+    ("someone/nothing", {}, r"'someone/nothing' is no asset .*20newsgroups.* and no file .*hub: Couldn't reach"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "changes", "message"), ERRORS, ids=lambda value: str(value)[:40])
+def test_bad_input_is_named(
+    rows: pd.DataFrame,
+    dataset: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "rows.txt", "copy.csv"):
+        rows.to_csv(name, index=False)
+    rows.assign(label="air").to_csv("oneclass.csv", index=False)
+    rows.assign(label=None).to_csv("nolabels.csv", index=False)
+    rows[:1].assign(label="wind").to_csv("newlabel.csv", index=False)
+    Path("empty.csv").write_text("")
+    Path("header.csv").write_text("text,label\n")
+    Path("binary.csv").write_bytes(b"text,label\n\xff\xfe\x00,1\n")
+    Path("broken.jsonl").write_text('{"text": "air", "label": \n')
+    Path("broken.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ConfigError, match=message):
+        load(make_config(dataset, **changes), tokenizer)
+
+
+def test_a_tokenizer_without_padding_is_refused(
+    rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="some/gpt")
+    with pytest.raises(ConfigError, match="'some/gpt' must be a fast one and have a padding token"):
+        load(make_config(tmp_path / "rows.csv"), without)

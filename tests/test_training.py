@@ -1,0 +1,222 @@
+"""What one client's training does and, above all, does not do to layers that are off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.nn import functional as F
+
+from copra_fl import data, models, training
+from copra_fl.config import Config, TrainingConfig
+from copra_fl.seeding import generator
+from copra_fl.training import Plan, data_order, num_steps, train_client
+from tests.conftest import NUM_LAYERS
+
+Settings = dict[str, object]
+
+
+@pytest.fixture
+def model(tiny: Settings) -> models.Classifier:
+    return models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+
+
+def load(flat: Settings) -> tuple[Config, data.FederatedData]:
+    config = Config.from_flat(flat)
+    return config, data.load(config, models.load_tokenizer(config.model.model))
+
+
+def batch_of(federated: data.FederatedData) -> dict[str, torch.Tensor]:
+    return federated.examples.batch(federated.train[0][:8])
+
+
+def test_gates_follow_the_transformer_blocks(model: models.Classifier) -> None:
+    assert model.gates.names == [f"encoder.layer.{i}" for i in range(NUM_LAYERS)]
+    assert sorted(model.group_of.values()) == sorted(list(range(NUM_LAYERS)) * 4), "query and value, A and B"
+
+
+def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.Classifier, tiny: Settings) -> None:
+    """Oracle: the adapter's B set to zero by hand, which makes its product zero."""
+    _, federated = load(tiny)
+    batch = batch_of(federated)
+    inputs = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        for parameter in model.parameters_of("adapter"):
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+        model.gates.set([True, False, True])
+        gated = model(*inputs)
+        model.gates.open()
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and ".layer.1." in name:
+                module.lora_B["default"].weight.zero_()
+        assert torch.allclose(model(*inputs), gated, atol=1e-6)
+
+
+def test_a_closed_layer_gets_no_gradient_and_nothing_below_the_lowest_open_one_is_in_the_graph(
+    model: models.Classifier, tiny: Settings
+) -> None:
+    _, federated = load(tiny)
+    batch = batch_of(federated)
+    model.gates.set([False, False, True])
+    loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+    loss.backward()
+    for name, parameter in model.encoder.named_parameters():
+        if ".lora_" in name:
+            assert (parameter.grad is not None) == (".layer.2." in name), name
+    hidden = model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                           output_hidden_states=True).hidden_states  # fmt: skip
+    assert [state.requires_grad for state in hidden] == [False, False, False, True]
+
+
+def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(model: models.Classifier, tiny: Settings) -> None:
+    """Two AdamW steps with weight decay; layer 1 is on in the first only."""
+    config, federated = load(tiny)
+    batch = batch_of(federated)
+    optimizer = training.make_optimizer(model, TrainingConfig(weight_decay=0.1))
+    dropped = [p for n, p in model.encoder.named_parameters() if ".layer.1." in n and ".lora_" in n]
+    kept = [p for n, p in model.encoder.named_parameters() if ".layer.2." in n and ".lora_B" in n]
+
+    def step(mask: list[bool]) -> None:
+        model.gates.set(mask)
+        F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step([True, True, True])
+    before = [(p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}) for p in dropped]
+    kept_before = [p.detach().clone() for p in kept]
+    step([True, False, True])
+    for parameter, (value, state) in zip(dropped, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert optimizer.state[parameter]["step"] == 1
+        assert all(torch.equal(optimizer.state[parameter][key], state[key]) for key in state)
+    assert all(not torch.equal(p, value) for p, value in zip(kept, kept_before, strict=True))
+    assert all(optimizer.state[p]["step"] == 2 for p in kept)
+
+
+def train(model: models.Classifier, flat: Settings, client: int = 0, server_round: int = 1) -> training.Update:
+    config, federated = load(flat)
+    start = models.build(config.model, "layer", 3, seed=0).read_adapter()
+    return train_client(model, federated, Plan(server_round, (client,), config), client, start)
+
+
+def test_lora_training_is_the_usual_loop(model: models.Classifier, tiny: Settings) -> None:
+    """Oracle: a loop written out by hand on PEFT's model, with its own optimiser over all parameters."""
+    flat = tiny | {"local-training": "lora", "max-grad-norm": 0.5, "weight-decay": 0.01, "head-learning-rate": 0.002}
+    config, federated = load(flat)
+    update = train(model, flat)
+    plain = models.build(config.model, "layer", 3, seed=0)
+    trainable = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.002, weight_decay=0.01)
+    order = generator(0, "order", 1, 0).permutation(federated.train[0])
+    for step in range(3):
+        batch = federated.examples.batch(order[4 * step : 4 * step + 4])
+        F.cross_entropy(plain(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in plain.read_adapter().items():
+        assert torch.allclose(update.adapter[name], tensor, atol=1e-6), name
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(model: models.Classifier, tiny: Settings) -> None:
+    whole = train(model, tiny | {"batch-size": 8, "p0": 1.0})
+    parts = train(model, tiny | {"batch-size": 2, "gradient-accumulation": 4, "p0": 1.0})
+    for name, tensor in whole.adapter.items():
+        assert torch.allclose(parts.adapter[name], tensor, atol=1e-5), name
+
+
+def test_masks_do_not_shift_the_data_order(model: models.Classifier, tiny: Settings, monkeypatch) -> None:
+    def batches_seen(flat: Settings) -> list[list[int]]:
+        seen = []
+        original = data.Examples.batch
+
+        def spy(self, indices, device="cpu"):
+            seen.append(list(map(int, indices)))
+            return original(self, indices, device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data.Examples, "batch", spy)
+            train(model, flat)
+        return seen
+
+    lora = batches_seen(tiny | {"local-training": "lora"})
+    assert lora == batches_seen(tiny | {"local-training": "copra"})
+    assert lora == batches_seen(tiny | {"local-training": "copra", "min-active": 1, "lora-dropout": 0.3})
+
+
+def test_training_leaves_the_global_generators_alone(model: models.Classifier, tiny: Settings) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    train(model, tiny | {"lora-dropout": 0.3})
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_layers_never_on_are_not_sent(model: models.Classifier, tiny: Settings) -> None:
+    update = train(model, tiny | {"mask-scope": "round", "p0": 0.4}, client=1)
+    assert set(update.active_steps) == {0, 3}, "a seed where some layers are on and some are off"
+    sent = {model.group_of[name] for name in update.adapter if name in model.group_of}
+    assert sent == {group for group, steps in enumerate(update.active_steps) if steps}
+    assert {"head.weight", "head.bias"} <= update.adapter.keys()
+
+
+def test_rescale_divides_what_is_on_by_its_probability(model: models.Classifier, tiny: Settings) -> None:
+    """A scale of 1/p beside alpha / r: seen at PEFT's own scaling (16 / 2 = 8)."""
+    model.gates.set([True, True, False], scale=4.0)
+    scalings = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
+    assert scalings == [32.0] * 4 + [8.0] * 2
+    model.gates.open()
+    assert {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)} == {8.0}
+
+
+def test_group_module_has_a_gate_per_linear_module(tiny: Settings) -> None:
+    model = models.build(Config.from_flat(tiny).model, "module", 3, seed=0)
+    assert len(model.gates.names) == 2 * NUM_LAYERS
+
+
+def test_bf16_base_keeps_adapters_in_float32(tiny: Settings) -> None:
+    flat = tiny | {"dtype": "bfloat16"}
+    model = models.build(Config.from_flat(flat).model, "layer", 3, seed=0)
+    update = train(model, flat)
+    assert {tensor.dtype for tensor in update.adapter.values()} == {torch.float32}
+    assert model.encoder.base_model.model.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_poolings_and_all_linear(tiny: Settings, pooling: str) -> None:
+    flat = tiny | {"pooling": pooling, "target-modules": "all-linear", "local-training": "lora"}
+    model = models.build(Config.from_flat(flat).model, "layer", 3, seed=0)
+    assert any("pooler" in name for name in model.group_of) == (pooling == "pooler")
+    assert np.isfinite(train(model, flat).metrics["loss"])
+
+
+def test_data_order_in_steps_and_epochs() -> None:
+    indices = np.arange(10)
+    by_steps = TrainingConfig(local_steps=4, batch_size=3, gradient_accumulation=2)
+    steps = list(data_order(indices, by_steps, np.random.default_rng(0)))
+    assert [[len(batch) for batch in step] for step in steps] == [[3, 3]] * 4
+    seen = np.concatenate([batch for step in steps for batch in step])
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)), "each pass has every example once"
+    by_epochs = TrainingConfig(local_epochs=2, batch_size=3, gradient_accumulation=2)
+    steps = list(data_order(indices, by_epochs, np.random.default_rng(0)))
+    assert len(steps) == num_steps(by_epochs, 10) == 4
+    assert [len(batch) for batch in steps[-1]] == [2]
+    assert sorted(np.concatenate([batch for step in steps for batch in step])) == sorted([*indices, *indices])
+    tiny_client = list(data_order(np.arange(2), TrainingConfig(local_steps=2, batch_size=5), np.random.default_rng(0)))
+    assert [len(batch) for step in tiny_client for batch in step] == [5, 5], "fewer examples than a batch"
+
+
+def test_cosine_ends_at_zero_over_the_federation() -> None:
+    cosine = TrainingConfig(lr_schedule="cosine")
+    assert training.learning_rate_factor(cosine, 0.0) == 1.0
+    assert training.learning_rate_factor(cosine, 0.5) == pytest.approx(0.5)
+    assert training.learning_rate_factor(cosine, 1.0) == pytest.approx(0.0)
+
+
+def test_sgd_with_momentum(model: models.Classifier, tiny: Settings) -> None:
+    update = train(model, tiny | {"optimizer": "sgd", "momentum": 0.9, "local-epochs": 1, "local-training": "lora"})
+    assert update.metrics["steps"] == -(-update.num_examples // 4)
