@@ -34,9 +34,7 @@ def option(
     above: float = -math.inf,
 ) -> Any:
     """A configuration key: its default, one line for people, and what is allowed."""
-    return field(
-        default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
-    )
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
 
 
 @dataclass(frozen=True)
@@ -182,9 +180,7 @@ class Config:
     def differences(self, other: Config) -> list[str]:
         """The keys whose values differ, as ``key: this -> other``."""
         theirs = other.to_flat()
-        return [
-            f"{key}: {value!r} -> {theirs[key]!r}" for key, value in self.to_flat().items() if theirs[key] != value
-        ]
+        return [f"{key}: {value!r} -> {theirs[key]!r}" for key, value in self.to_flat().items() if theirs[key] != value]
 
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
@@ -217,10 +213,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
-    wanted = type(spec.default)
-    if wanted is float and type(value) is int:  # TOML and Flower write 1 for 1.0
-        value = float(value)
-    if type(value) is not wanted:
+    wanted, given = type(spec.default), type(value)
+    if (wanted, given) == (float, int):  # TOML and Flower write 1 for 1.0
+        value, given = float(value), float
+    if given is not wanted:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(f"{key} = {value!r} is not {names[wanted]}")
     rules = spec.metadata
@@ -233,7 +229,7 @@ def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
         limits += [f"at least {rules['low']:g}"] if rules["low"] > -math.inf else []
         limits += [f"at most {rules['high']:g}"] if rules["high"] < math.inf else []
         raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits or ['finite'])}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def toml_value(value: Value) -> str:

@@ -11,7 +11,6 @@ maps them into memory and imports none of the libraries that made them.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -31,18 +30,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from copra_fl.assets import ASSETS, cache_dir, fetch
-from copra_fl.config import Config, ConfigError, DataConfig, unknown
+from copra_fl.assets import cache_dir
+from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.seeding import derive, generator
+from copra_fl.tables import Table, digest_of, find_tables, read_examples
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
-    import datasets
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 #: Changes whenever the same inputs would give other tokens, held-out sets or partitions.
 CACHE_VERSION = 1
-FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 HELD_OUT_ROOT = 0
 TEXTS_PER_CALL = 512
 
@@ -133,15 +131,15 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
 
-    train, test = _find_tables(data)
+    train, test = find_tables(data)
     columns = (data.text_column, data.label_column, data.client_column)
     sizes = (data.max_length, data.server_validation_examples, data.test_examples)
     content = (train.digest, test.digest if test else None)
-    digest = _digest(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
+    digest = digest_of(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
     tokens, facts = _cached("tokens", digest, lambda: _tokenise(data, tokenizer, train, test))
 
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
-    digest = _digest(digest, split, seed)
+    digest = digest_of(digest, split, seed)
     partition, owners = _cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
 
     pool, client_names = tokens["pool"].numpy(), owners["client_names"]
@@ -168,113 +166,13 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     )
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A table of examples: `where` it is for messages, `digest` of its content, and how to `read` it."""
-
-    where: str
-    digest: str
-    read: Callable[[], pd.DataFrame]
-
-
-def _find_tables(data: DataConfig) -> tuple[_Table, _Table | None]:
-    """The training table and, where there is one, the test table."""
-    test = _file_table("test-file", Path(data.test_file)) if data.test_file else None
-    known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
-    if data.dataset in known:
-        folder = fetch(data.dataset)
-        if test is None and (folder / "test.parquet").exists():
-            test = _file_table("dataset", folder / "test.parquet")
-        return _file_table("dataset", folder / "train.parquet"), test
-    path = Path(data.dataset).expanduser()
-    if path.is_file() or path.suffix.lower() in FORMATS:
-        return _file_table("dataset", path), test
-    if "/" not in data.dataset:
-        raise ConfigError(
-            f"{unknown('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
-            "A Hugging Face data set is written with its owner, as in stanfordnlp/imdb"
-        )
-    train, own_test = _hub_tables(data.dataset, data.label_column)
-    return train, test or own_test
-
-
-def _file_table(key: str, path: Path) -> _Table:
-    path = path.expanduser().absolute()
-    if not path.is_file():
-        raise ConfigError(f"{key}: there is no file {path}")
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{key}: {path} ends in {path.suffix!r}, which is none of {', '.join(FORMATS)}")
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
-    return _Table(str(path), digest, lambda: _read_file(key, path))
-
-
-def _read_file(key: str, path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        if not path.stat().st_size:
-            return pd.DataFrame()
-        match path.suffix.lower():
-            case ".csv":  # with pandas' own defaults, labels and texts such as "NA" or "null" count as missing
-                return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-            case ".parquet":
-                return pd.read_parquet(path)
-            case _:
-                return pd.read_json(path, lines=True, dtype=False)
-    except (ValueError, OSError) as error:
-        kind = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(path.suffix.lower(), "JSON, one object a line")
-        raise ConfigError(f"{key}: {path} cannot be read as {kind}: {error}") from error
-
-
-def _hub_tables(name: str, label_column: str) -> tuple[_Table, _Table | None]:
-    """A data set of the Hugging Face hub, or of its cache without a network; ``owner/name:subset`` for a subset."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    path, _, subset = name.partition(":")
-    try:
-        builder = datasets.load_dataset_builder(path, subset or None)
-        builder.download_and_prepare()
-        splits = builder.as_dataset()
-    except Exception as error:  # every kind of error from network, cache, and a foreign data set's files
-        known = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "data")
-        raise ConfigError(
-            f"dataset = {name!r} is no asset ({known}) and no file in {Path.cwd()}, and it could not be had from the "
-            f"Hugging Face hub: {error}"
-        ) from error
-    if "train" not in splits:
-        raise ConfigError(f"dataset = {name!r} has no split 'train'; it has {', '.join(splits)}")
-
-    def table(split: str) -> _Table:
-        digest = _digest(builder.hash, builder.config_id, split)
-        return _Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
-
-    # A test set whose labels are kept secret, as GLUE's, has -1 for all of them.
-    test = splits.get("test")
-    hidden = test is None or (label_column in test.features and test.unique(label_column) == [-1])
-    return table("train"), None if hidden else table("test")
-
-
-def _read_split(split: datasets.Dataset) -> pd.DataFrame:
-    """A split as a table, with labels' names for their numbers."""
-    table = split.to_pandas()
-    for column, feature in split.features.items():
-        if hasattr(feature, "names"):
-            table[column] = table[column].map(dict(enumerate(feature.names)))
-    return table
-
-
-def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: _Table, test: _Table | None) -> Stored:
+def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table, test: Table | None) -> Stored:
     """What the cache keeps of a data set: tokens, labels and clients of all examples, and who sees which."""
     import pandas as pd
 
     columns = {"text-column": data.text_column, "label-column": data.label_column}
     own = {"client-column": data.client_column} if data.client_column else {}
-    rows, dropped_empty = _read_examples(train, columns | own)
+    rows, dropped_empty = read_examples(train, columns | own)
     label_names = _in_order(rows["label-column"].unique())
     if len(label_names) == 1:
         raise ConfigError(
@@ -282,7 +180,7 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: _Tabl
         )
     num_train = len(rows)
     if test is not None:
-        test_rows, dropped = _read_examples(test, columns)
+        test_rows, dropped = read_examples(test, columns)
         dropped_empty += dropped
         new = set(test_rows["label-column"]) - set(label_names)
         if new:
@@ -319,31 +217,6 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: _Tabl
         "dropped_empty": dropped_empty,
     }
     return tensors, facts
-
-
-def _read_examples(table: _Table, columns: dict[str, str]) -> tuple[pd.DataFrame, int]:
-    """The wanted columns under their configuration keys, as texts, and how many rows were dropped for lacking one."""
-    import pandas as pd
-
-    rows = table.read()
-    if rows.empty:
-        raise ConfigError(f"{table.where} has no examples")
-    for key, column in columns.items():
-        if column not in rows:
-            there = ", ".join(map(str, rows.columns))
-            raise ConfigError(f"{key} = {column!r} is not a column of {table.where}; there are: {there}")
-    texts = pd.DataFrame({key: _as_text(rows[column]) for key, column in columns.items()})
-    complete = texts.apply(lambda column: column.str.strip().fillna("") != "").all(axis=1)
-    if not complete.any():
-        raise ConfigError(f"{table.where} has no example with all of {', '.join(map(repr, columns.values()))}")
-    return texts[complete].reset_index(drop=True), int((~complete).sum())
-
-
-def _as_text(column: pd.Series) -> pd.Series:
-    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0."""
-    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
-        column = column.astype("Int64")
-    return column.astype("string")
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -475,11 +348,7 @@ def _split_clients(
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides what tokens a text gets; not the truncation and padding that the last call left behind."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _digest(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return digest_of(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
 
 
 def _cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:

@@ -59,8 +59,8 @@ def client_masks(
     """The masks of one client's round, and the probabilities they were drawn with.
 
     Returns bool of shape (num_steps, num_groups) and float of shape (num_steps,). Plain LoRA is
-    p = 1 throughout, training the head alone is p = 0. Masks come from their own streams: of the client and round, or, with
-    ``mask-scope = "shared"``, of the round alone.
+    p = 1 throughout, training the head alone is p = 0. Masks come from their own streams: of the
+    client and round, or, with ``mask-scope = "shared"``, of the round alone.
     """
     if copra.local_training != "copra":
         p = 1.0 if copra.local_training == "lora" else 0.0

@@ -71,9 +71,7 @@ def make_optimizer(model: Classifier, training: TrainingConfig) -> torch.optim.O
     return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
 
 
-def train_client(
-    model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter
-) -> Update:
+def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter) -> Update:
     """Train one client for one round, from `global_adapter`, on its own data and random streams."""
     started = time.perf_counter()
     config, seed = plan.config, plan.config.federation.seed

@@ -46,7 +46,7 @@ def num_bytes(record: RecordDict) -> int:
 
 
 def pack_config(config: Config) -> RecordDict:
-    return RecordDict({"config": ConfigRecord(config.to_flat())})
+    return RecordDict({"config": ConfigRecord({**config.to_flat()})})
 
 
 def unpack_config(content: RecordDict) -> Config:

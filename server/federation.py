@@ -38,9 +38,7 @@ class Evaluator:
     def __init__(self, config: Config, federated: data.FederatedData) -> None:
         self.config = config
         self.federated = federated
-        self.model = models.build(
-            config.model, config.copra.group, len(federated.label_names), config.federation.seed
-        )
+        self.model = models.build(config.model, config.copra.group, len(federated.label_names), config.federation.seed)
 
     def score(self, adapter: Adapter, indices: np.ndarray) -> dict[str, float]:
         """Loss, accuracy and number of examples of `adapter` on the examples `indices`."""
@@ -168,9 +166,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     finish(grid, strategy, evaluator, journal, adapter)
 
 
-def train_round(
-    grid: Grid, strategy: CohortStrategy, server_round: int, adapter: Adapter
-) -> tuple[Adapter, Row]:
+def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter: Adapter) -> tuple[Adapter, Row]:
     """One round of local training and averaging: the next global adapter and the round's journal line."""
     started = time.perf_counter()
     config = strategy.config
@@ -215,16 +211,12 @@ def write_provenance(journal: Journal, config: Config, federated: data.Federated
         "machine": provenance.machine(),
         "seed": config.federation.seed,
         "data_digest": federated.digest,
-        "assets": {
-            name: ASSETS[name].sha256 for name in (config.data.dataset, config.model.model) if name in ASSETS
-        },
+        "assets": {name: ASSETS[name].sha256 for name in (config.data.dataset, config.model.model) if name in ASSETS},
     }
     journal.add_provenance(origin)
 
 
-def finish(
-    grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal, adapter: Adapter
-) -> None:
+def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal, adapter: Adapter) -> None:
     """The test, the clients' own validation, the adapter in PEFT's format, the summary."""
     config, federated, rows = strategy.config, evaluator.federated, journal.rows
     emit("testing")

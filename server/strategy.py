@@ -124,9 +124,7 @@ class CohortStrategy(Strategy):
         for client, reply in self._by_client(replies):
             try:
                 update = wire.unpack_update(reply, client)
-                check_update(
-                    update, self._global_adapter, self.group_of, self.num_groups, self.num_examples[client]
-                )
+                check_update(update, self._global_adapter, self.group_of, self.num_groups, self.num_examples[client])
                 self.updates.append(update)
             except (KeyError, ValueError, TypeError) as error:
                 self.missing[client] = f"its update was refused: {error}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read once, when torch is imported; see copra_fl/cli/flower.py
+
 import numpy as np
 import pandas as pd
 import pytest

@@ -86,10 +86,14 @@ def same_split(a: FederatedData, b: FederatedData) -> bool:
     return all(map(np.array_equal, a.train + a.validation, b.train + b.validation))
 
 
+def members(data: FederatedData) -> list[set[int]]:
+    return [set(train) | set(validation) for train, validation in zip(data.train, data.validation, strict=True)]
+
+
 def label_counts(data: FederatedData) -> np.ndarray:
     """(clients, labels), of train and validation together."""
-    both = [np.concatenate(parts) for parts in zip(data.train, data.validation, strict=True)]
-    return np.array([np.bincount(data.examples.labels[i], minlength=len(data.label_names)) for i in both])
+    labels, classes = data.examples.labels.numpy(), len(data.label_names)
+    return np.array([np.bincount(labels[list(client)], minlength=classes) for client in members(data)])
 
 
 def pool_of(data: FederatedData) -> np.ndarray:
@@ -98,7 +102,7 @@ def pool_of(data: FederatedData) -> np.ndarray:
 
 
 def client_sizes(data: FederatedData) -> list[int]:
-    return [len(train) + len(validation) for train, validation in zip(data.train, data.validation, strict=True)]
+    return [len(client) for client in members(data)]
 
 
 def global_generators() -> list[str]:
@@ -130,6 +134,8 @@ def test_partitions_are_disjoint_complete_and_seeded(
     again, other = load_rows(rows, **split), load_rows(rows, **split, seed=1)
     assert same_split(data, again) and data.digest == again.digest
     assert not same_split(data, other) and data.digest != other.digest
+    natural = split["partitioner"] == "natural"
+    assert (members(data) == members(other)) == np.array_equal(label_counts(data), label_counts(other)) == natural
     assert states == global_generators()
 
 

@@ -119,7 +119,9 @@ def test_a_journal_that_misses_its_last_line_is_mended(tiny: Settings, tmp_path:
 
 def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp_path: Path) -> None:
     """By hand: plain base, PEFT's adapter, mean pooling, linear head; accuracy as in summary.json."""
-    directory = run_federation(tiny | {"local-steps": 40, "learning-rate": 1e-2, "head-learning-rate": 1e-2}, tmp_path / "run")
+    directory = run_federation(
+        tiny | {"local-steps": 40, "learning-rate": 1e-2, "head-learning-rate": 1e-2}, tmp_path / "run"
+    )
     base = AutoModel.from_pretrained(str(tiny["model"]))
     encoder = PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
     weights = load_file(directory / "adapter" / "head.safetensors")

@@ -82,12 +82,10 @@ def test_bytes_are_those_of_the_arrays() -> None:
 
 def strategy(**flat: object) -> CohortStrategy:
     """20 clients on 2 nodes; client 3 has no examples."""
-    hellos = {
-        100 + node: wire.Hello(
-            node, 2, "", {c: (0 if c == 3 else 12) for c in range(node, 20, 2)}, dict.fromkeys(range(node, 20, 2), 1), []
-        )
-        for node in range(2)
-    }
+    hellos = {}
+    for node in range(2):
+        counts = {client: 0 if client == 3 else 12 for client in range(node, 20, 2)}
+        hellos[100 + node] = wire.Hello(node, 2, "", counts, dict.fromkeys(counts, 1), [])
     config = Config.from_flat({"num-clients": 20, **{key.replace("_", "-"): value for key, value in flat.items()}})
     return CohortStrategy(config, GROUP_OF, 2, hellos)
 
@@ -113,9 +111,7 @@ def replies_to(some: CohortStrategy, clients: list[int]) -> list[Message]:
     messages = some.cohort_messages(1, clients, GLOBAL, "train")
     return [
         Message(
-            wire.pack_updates(
-                [replace(GOOD, client=c) for c in wire.unpack_plan(message.content)[0].clients], {}
-            ),
+            wire.pack_updates([replace(GOOD, client=c) for c in wire.unpack_plan(message.content)[0].clients], {}),
             reply_to=message,
         )
         for message in messages

@@ -16,9 +16,7 @@ from copra_fl.adapter import Adapter, Update
 from copra_fl.aggregation.weighting import tensor_weights
 
 
-def fedavg(
-    global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]
-) -> Adapter:
+def fedavg(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Adapter:
     """The weighted average of the clients' tensors, summed in float64 in the order of their numbers.
 
     A tensor that a client did not send counts as unchanged; one that nobody weighs keeps its old value.

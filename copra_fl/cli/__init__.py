@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
+import click
 import typer
 
 from copra_fl.assets import AssetError
@@ -13,6 +15,9 @@ from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
 from copra_fl.config import ConfigError
+
+#: what typer makes of Ctrl-C
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="copra-fl",
@@ -30,15 +35,19 @@ app.add_typer(assets.app, name="assets")
 def main() -> None:
     """The console script."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConfigError as error:
         fail(str(error), 2)
     except (RunFailed, AssetError) as error:
         fail(str(error), 1)
-    except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on from the last finished round", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    if code == INTERRUPTED:
+        fail("stopped; the same --output with --resume goes on after the last finished round", code)
+    sys.exit(code)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     print(f"copra-fl: {message}", file=sys.stderr)
     sys.exit(code)

@@ -7,6 +7,7 @@ looks for rule and target modules. What passes here does not fail for its config
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -33,6 +34,7 @@ def _check_one(config: Config) -> Config:
     models.check(config.model)
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
+    config = config.changed(**{key: _absolute(value) for key, value in _places(config).items()})
     federated = data.load(config, models.load_tokenizer(config.model.model))
     num_clients = len(federated.train)
     trained = num_clients - len(federated.skipped)
@@ -41,3 +43,14 @@ def _check_one(config: Config) -> Config:
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
     return config.changed(num_clients=num_clients)
+
+
+def _places(config: Config) -> dict[str, str]:
+    """The keys that may name a file or folder."""
+    return {"dataset": config.data.dataset, "test_file": config.data.test_file, "model": config.model.model}
+
+
+def _absolute(name: str) -> str:
+    """A path as it is seen from anywhere, since Flower runs in another folder; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name

@@ -30,7 +30,9 @@ class Recipe:
         carried = {path.stem: path for path in (app_directory() / "experiments").glob("*.toml")}
         if not path.exists():
             if name not in carried:
-                raise ConfigError(f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(sorted(carried))}")
+                raise ConfigError(
+                    f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(sorted(carried))}"
+                )
             path = carried[name]
         settings = read_toml(path)
         methods = settings.pop("methods", {})

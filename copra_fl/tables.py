@@ -1,0 +1,152 @@
+"""Where examples come from: an asset, a user's CSV, JSONL or Parquet file, a data set of the Hugging Face hub.
+
+Each source is a `Table` that knows a digest of its content and is read only when somebody needs its texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copra_fl.assets import ASSETS, fetch
+from copra_fl.config import ConfigError, DataConfig, unknown
+
+if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+    import datasets
+    import pandas as pd
+
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of `parts` written as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of examples: `where` it is for messages, `digest` of its content, and how to `read` it."""
+
+    where: str
+    digest: str
+    read: Callable[[], pd.DataFrame]
+
+
+def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
+    """The training table and, where there is one, the test table."""
+    test = _file_table("test-file", Path(data.test_file)) if data.test_file else None
+    known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
+    if data.dataset in known:
+        folder = fetch(data.dataset)
+        if test is None and (folder / "test.parquet").exists():
+            test = _file_table("dataset", folder / "test.parquet")
+        return _file_table("dataset", folder / "train.parquet"), test
+    path = Path(data.dataset).expanduser()
+    if path.is_file() or path.suffix.lower() in FORMATS:
+        return _file_table("dataset", path), test
+    if "/" not in data.dataset:
+        raise ConfigError(
+            f"{unknown('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
+            "A Hugging Face data set is written with its owner, as in stanfordnlp/imdb"
+        )
+    train, own_test = _hub_tables(data.dataset, data.label_column)
+    return train, test or own_test
+
+
+def _file_table(key: str, path: Path) -> Table:
+    path = path.expanduser().absolute()
+    if not path.is_file():
+        raise ConfigError(f"{key}: there is no file {path}")
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{key}: {path} ends in {path.suffix!r}, which is none of {', '.join(FORMATS)}")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+    return Table(str(path), digest, lambda: _read_file(key, path))
+
+
+def _read_file(key: str, path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        if not path.stat().st_size:
+            return pd.DataFrame()
+        match path.suffix.lower():
+            case ".csv":  # with pandas' own defaults, labels and texts such as "NA" or "null" count as missing
+                return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            case ".parquet":
+                return pd.read_parquet(path)
+            case _:
+                return pd.read_json(path, lines=True, dtype=False)
+    except (ValueError, OSError) as error:
+        kind = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(path.suffix.lower(), "JSON, one object a line")
+        raise ConfigError(f"{key}: {path} cannot be read as {kind}: {error}") from error
+
+
+def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
+    """A data set of the Hugging Face hub, or of its cache without a network; ``owner/name:subset`` for a subset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, _, subset = name.partition(":")
+    try:
+        builder = datasets.load_dataset_builder(path, subset or None)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except Exception as error:  # every kind of error from network, cache, and a foreign data set's files
+        known = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "data")
+        raise ConfigError(
+            f"dataset = {name!r} is no asset ({known}) and no file in {Path.cwd()}, and it could not be had from the "
+            f"Hugging Face hub: {error}"
+        ) from error
+    if "train" not in splits:
+        raise ConfigError(f"dataset = {name!r} has no split 'train'; it has {', '.join(splits)}")
+
+    def table(split: str) -> Table:
+        digest = digest_of(builder.hash, builder.config_id, split)
+        return Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
+
+    # A test set whose labels are kept secret, as GLUE's, has -1 for all of them.
+    test = splits.get("test")
+    hidden = test is None or (label_column in test.features and test.unique(label_column) == [-1])
+    return table("train"), None if hidden else table("test")
+
+
+def _read_split(split: datasets.Dataset) -> pd.DataFrame:
+    """A split as a table, with labels' names for their numbers."""
+    table = split.to_pandas()
+    for column, feature in split.features.items():
+        if hasattr(feature, "names"):
+            table[column] = table[column].map(dict(enumerate(feature.names)))
+    return table
+
+
+def read_examples(table: Table, columns: dict[str, str]) -> tuple[pd.DataFrame, int]:
+    """The wanted columns under their configuration keys, as texts, and how many rows were dropped for lacking one."""
+    import pandas as pd
+
+    rows = table.read()
+    if rows.empty:
+        raise ConfigError(f"{table.where} has no examples")
+    for key, column in columns.items():
+        if column not in rows:
+            there = ", ".join(map(str, rows.columns))
+            raise ConfigError(f"{key} = {column!r} is not a column of {table.where}; there are: {there}")
+    texts = pd.DataFrame({key: _as_text(rows[column]) for key, column in columns.items()})
+    complete = texts.apply(lambda column: column.str.strip().fillna("") != "").all(axis=1)
+    if not complete.any():
+        raise ConfigError(f"{table.where} has no example with all of {', '.join(map(repr, columns.values()))}")
+    return texts[complete].reset_index(drop=True), int((~complete).sum())
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0."""
+    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    return column.astype("string")

@@ -1,0 +1,63 @@
+"""Start the real `copra-fl` in a process of its own, with every process of it findable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+SCRIPT = str(Path(sys.executable).parent / "copra-fl")
+
+
+@dataclass
+class RealRun:
+    """`copra-fl ARGUMENTS` started in `cwd`; `processes()` are all it has left on the machine."""
+
+    arguments: list[str]
+    cwd: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    script: str = SCRIPT
+
+    def __post_init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = os.environ | self.environment | {"COPRA_FL_TEST": self.mark}
+        self.process = subprocess.Popen(
+            [self.script, *self.arguments], cwd=self.cwd, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def finish(self, code: int = 0, timeout: float = 300) -> tuple[str, str]:
+        """Wait for the end; standard output and error. Fails unless the exit code is `code` and nothing is left."""
+        out, err = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == code, f"exit code {self.process.returncode}\n{out}\n{err}"
+        self.wait_until(lambda: not self.processes(), "no process left", 30)
+        return out, err
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("COPRA_FL_TEST") == self.mark and name in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    @staticmethod
+    def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {timeout} s for: {what}"
+            time.sleep(0.05)
+
+
+def settings(flat: dict[str, object]) -> list[str]:
+    """``--set KEY=VALUE`` for each."""
+    return [word for key, value in flat.items() for word in ("--set", f"{key}={value}")]

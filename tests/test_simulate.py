@@ -1,0 +1,146 @@
+"""The real command on real Flower and Ray: to its end, killed, resumed, sabotaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from copra_fl.adapter import load_checkpoint
+from tests.real_runs import RealRun, settings
+
+Settings = dict[str, object]
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
+
+
+def num_rounds(directory: Path) -> int:
+    path = directory / "journal.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def long(tiny_model: str, texts: str) -> Settings:
+    """Rounds that take a second or two, to be caught in the middle."""
+    return {
+        "model": tiny_model,
+        "dataset": texts,
+        "num-clients": 6,
+        "num-rounds": 4,
+        "local-steps": 150,
+        "batch-size": 8,
+        "rank": 2,
+        "max-length": 16,
+        "server-validation-examples": 60,
+        "test-examples": 60,
+        "path-pairs": 1,
+        "path-points": 3,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One real run left alone: its folder and what it printed for machines."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    arguments = ["simulate", *settings(long), "--output", "run", "--workers", "2", "--json"]
+    out, _ = RealRun(arguments, directory).finish()
+    return directory / "run", out
+
+
+def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, str], long: Settings) -> None:
+    directory, out = undisturbed
+    summary = json.loads(out)
+    assert summary["test"]["accuracy"] > 0.5
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(long["model"])), str(directory / "adapter"))
+    last = final(directory)
+    for name, parameter in encoder.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(parameter, last[name.replace(".default.", ".")])
+    assert torch.equal(load_file(directory / "adapter" / "head.safetensors")["weight"], last["head.weight"])
+    present = {path.name for path in directory.iterdir()}
+    assert present >= {"config.toml", "provenance.json", "journal.jsonl", "checkpoints", "adapter", "report.html"}
+    assert not [path for path in directory.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pth", ".partial")]
+
+
+def test_killed_in_round_2_and_resumed_is_bitwise_equal(
+    undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
+) -> None:
+    """SIGKILL of the command: its SuperLink, server app and workers end too; --resume alone finishes the run."""
+    directory = tmp_path / "run"
+    run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "2"], tmp_path)
+    run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
+    assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
+    RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
+    expected, resumed = final(undisturbed[0]), final(directory)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    again = json.loads((directory / "summary.json").read_text())
+    assert again["test"] == json.loads(undisturbed[1])["test"]
+
+
+def test_a_killed_worker_is_an_error_and_the_run_resumes(
+    undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "2"], tmp_path)
+    run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
+    run.processes("ray::ClientAppActor")[0].kill()
+    _, err = run.finish(code=1)
+    assert "failed in round" in err and "Traceback" not in err.split("copra-fl:")[0]
+    RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
+    expected, resumed = final(undisturbed[0]), final(directory)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(long: Settings, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run = RealRun(["simulate", *settings(long), "--output", str(directory)], tmp_path)
+    run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
+    run.process.send_signal(signal.SIGINT)
+    _, err = run.finish(code=130)
+    assert "--resume" in err
+
+
+def test_a_decoy_clients_folder_is_refused(long: Settings, tmp_path: Path) -> None:
+    """Code of another clients/ folder comes first on the workers' path: they run it, and hello finds out."""
+    decoy = tmp_path / "decoy" / "clients"
+    decoy.mkdir(parents=True)
+    original = Path(__file__).parent.parent / "clients"
+    for path in original.glob("*.py"):
+        (decoy / path.name).write_text(path.read_text() + "\n# not what the server has\n")
+    environment = {"PYTHONPATH": str(decoy.parent)}
+    run = RealRun(["simulate", *settings(long), "--output", "run"], tmp_path, environment)
+    _, err = run.finish(code=1)
+    assert "runs other sources of copra_fl and clients" in err
+
+
+def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
+    many = {"num-clients": 200, "fraction-clients": 0.2, "local-steps": 1, "num-rounds": 2, "partitioner": "iid"}
+    out, _ = RealRun(
+        ["simulate", *settings(long | many), "--output", "run", "--workers", "2", "--json"], tmp_path
+    ).finish()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert [len(row["clients"]) for row in rows] == [40, 40]
+    assert json.loads(out)["rounds"] == 2
+
+
+def test_relative_paths_and_a_client_column(tmp_path: Path, long: Settings, texts: str) -> None:
+    """The user's file is named as the shell sees it, though Flower runs elsewhere; clients are its owners."""
+    os.link(texts, tmp_path / "mine.csv")
+    mine = {"dataset": "mine.csv", "partitioner": "natural", "client-column": "owner", "num-clients": 0}
+    short = {"num-rounds": 1, "local-steps": 2}
+    RealRun(["simulate", *settings(long | mine | short), "--output", "run"], tmp_path).finish()
+    row = json.loads((tmp_path / "run" / "journal.jsonl").read_text())
+    assert [client["client"] for client in row["clients"]] == list(range(6))
