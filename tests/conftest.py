@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read once, when torch is imported; see copra_fl/cli/flower.py
+# Read once, when torch and transformers are imported.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/cli/flower.py
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 WORDS = [f"{topic}{i}" for topic in ("sea", "sky", "sand") for i in range(12)]
 TOPICS = ("sea", "sky", "sand")

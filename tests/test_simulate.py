@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from copra_fl.adapter import load_checkpoint
+from copra_fl.cli.flower import RunFailed, Workers, superlink
+from copra_fl.cli.progress import watch
+from copra_fl.config import Config
 from tests.real_runs import RealRun, settings
 
 Settings = dict[str, object]
@@ -114,16 +118,19 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(long: Settings, tmp_path
 
 
 def test_a_decoy_clients_folder_is_refused(long: Settings, tmp_path: Path) -> None:
-    """Code of another clients/ folder comes first on the workers' path: they run it, and hello finds out."""
-    decoy = tmp_path / "decoy" / "clients"
-    decoy.mkdir(parents=True)
+    """Ray's workers import from the SuperLink's working directory first: a clients/ folder there is run, and hello
+    finds out that it is not what the server has."""
     original = Path(__file__).parent.parent / "clients"
-    for path in original.glob("*.py"):
-        (decoy / path.name).write_text(path.read_text() + "\n# not what the server has\n")
-    environment = {"PYTHONPATH": str(decoy.parent)}
-    run = RealRun(["simulate", *settings(long), "--output", "run"], tmp_path, environment)
-    _, err = run.finish(code=1)
-    assert "runs other sources of copra_fl and clients" in err
+    config = Config.from_flat(long)
+    with superlink(tmp_path / "flower.log") as link:
+        decoy = link.home / "empty" / "clients"
+        decoy.mkdir()
+        for path in original.glob("*.py"):
+            (decoy / path.name).write_text(path.read_text() + "\n# not what the server has\n")
+        run_config = config.to_flat() | {"output": str(tmp_path / "run"), "resume": False}
+        process = link.start_run(run_config, Workers.share(2, 0.0))
+        with pytest.raises(RunFailed, match="runs other sources of copra_fl and clients"):
+            watch(link, process, 1, Console(stderr=True))
 
 
 def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:

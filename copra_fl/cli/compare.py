@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from copra_fl.cli import options
 from copra_fl.cli.flower import Workers, superlink
 from copra_fl.cli.recipes import Recipe
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import Config, ConfigError, read_toml
 
 
 def compare(
@@ -31,18 +32,21 @@ def compare(
     from copra_fl.results import table
 
     console = Console(stderr=True)
-    directory = options.open_output(output, "compare", resume, overwrite)
+    directory = options.choose_output(output, "compare", resume, overwrite)
     plan = directory / "comparison.toml"
     if resume and plan.exists() and recipe is None and not set_:
-        configs = {path.parent.name: Config.from_toml(path) for path in sorted(directory.glob("*/config.toml"))}
+        stored = read_toml(plan)
+        names, numbers = {name: name for name in stored["methods"]}, stored["seeds"]
+        configs = {name: Config.from_toml(directory / name / "config.toml") for name in run_names(names, numbers)}
     else:
         settings, numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
         names = {Path(name.strip()).stem: name.strip() for name in methods.split(",")}
         configs = {
-            f"{stem}-seed{seed}": settings.config(name, seed) for seed in numbers for stem, name in names.items()
+            run: settings.config(names[method], seed) for run, (method, seed) in run_names(names, numbers).items()
         }
-        plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
     configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+    options.make_output(directory, overwrite)
+    plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
     for name, config in configs.items():
         options.write_config(directory / name, config)
     shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
@@ -54,6 +58,11 @@ def compare(
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     if as_json:
         print(json.dumps(summary, indent=2))
+
+
+def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:
+    """Folder name of each run, with its method and seed; seed by seed, as the server goes through them."""
+    return {f"{method}-seed{seed}": (method, seed) for seed in seeds for method in methods}
 
 
 def parse_seeds(text: str) -> list[int]:

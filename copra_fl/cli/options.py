@@ -38,8 +38,8 @@ def number_of_workers(workers: int | None, *configs: Config) -> int:
     return min(workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
 
 
-def open_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
-    """The folder for the results, made if it is not there.
+def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
+    """The folder for the results; nothing is made or thrown away yet.
 
     Raises ConfigError for a folder with content, unless the run in it is to be resumed or thrown away.
     """
@@ -48,13 +48,17 @@ def open_output(output: Path | None, command: str, resume: bool, overwrite: bool
         raise ConfigError(f"--output {directory} is a file, not a folder")
     if directory.exists() and any(directory.iterdir()):
         is_run = any((directory / mark).exists() for mark in MARKS)
-        if overwrite and is_run:
-            shutil.rmtree(directory)
-        elif not (resume and is_run):
+        if not is_run or not (resume or overwrite):
             hint = "--resume goes on with it, --overwrite throws it away" if is_run else "it is not a run of copra-fl"
             raise ConfigError(f"--output {directory} exists and is not empty: {hint}")
-    directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def make_output(directory: Path, overwrite: bool) -> None:
+    """Make what `choose_output` chose, once everything is known to be right."""
+    if overwrite and directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def write_config(directory: Path, config: Config) -> None:

@@ -26,13 +26,14 @@ def simulate(
     from copra_fl.results import table
 
     console = Console(stderr=True)
-    directory = options.open_output(output, "simulate", resume, overwrite)
+    directory = options.choose_output(output, "simulate", resume, overwrite)
     stored = directory / "config.toml"
     if resume and stored.exists() and recipe is None and not set_:
         config = Config.from_toml(stored)
     else:
         config = Recipe.read(recipe or "base", set_ or []).config()
     (config,) = preflight.check([config], console)
+    options.make_output(directory, overwrite)
     options.write_config(directory, config)
     run_config = config.to_flat() | {"output": str(directory), "resume": resume}
     shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)

@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-slow check lint types imports clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
+	$(BIN)/copra-fl compare --recipe experiments/demo.toml --seeds 0,1 --output runs/demo --overwrite
+
+test: .venv/developed  ## the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/developed  ## what `test` leaves out: the whole demo
+	$(BIN)/python -m pytest -m slow
+
+check: lint types imports test  ## what CI runs
+
+lint: .venv/developed  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/developed  ## mypy
+	$(BIN)/mypy
+
+imports: .venv/developed  ## who may import whom
+	$(BIN)/lint-imports
+
+clean:  ## remove the virtual environment and caches; results in runs/ stay
+	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/developed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch .venv/installed $@

@@ -1,0 +1,55 @@
+"""The wheel: one import name, the Flower app carried inside, and it runs from anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.real_runs import RealRun, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(ROOT)]
+    subprocess.run(command, check=True)
+    return next(target.glob("*.whl"))
+
+
+def test_the_wheel_claims_one_import_name_and_carries_the_app(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"copra_fl"}
+    carried = {name.removeprefix("copra_fl/_app/") for name in names if name.startswith("copra_fl/_app/")}
+    assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py", "experiments/methods/copra.toml"}
+    assert "copra_fl/report.html.j2" in names
+
+
+def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:
+    """A new virtual environment with the wheel; the dependencies are those of this environment."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    scripts = tmp_path / "venv" / "bin"
+    python = scripts / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    packages = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    for script in Path(sys.executable).parent.glob("fl*"):  # Flower's own: flwr, flower-superlink, flwr-simulation ...
+        body = script.read_text().split("\n", 1)[1]
+        (scripts / script.name).write_text(f"#!{python}\n{body}")
+        (scripts / script.name).chmod(0o755)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    where = subprocess.run([python, "-c", "import copra_fl; print(copra_fl.__file__)"], cwd=elsewhere,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert where.startswith(str(packages))
+    arguments = ["simulate", *settings(tiny | {"num-rounds": 1}), "--output", str(tmp_path / "run"), "--json"]
+    out, _ = RealRun(arguments, elsewhere, script=str(scripts / "copra-fl")).finish()
+    assert json.loads(out)["rounds"] == 1
+    assert list(elsewhere.iterdir()) == []
