@@ -192,7 +192,8 @@ def save(model: Classifier, directory: Path, labels: list[str]) -> None:
     model.encoder.save_pretrained(str(directory))
     save_file({name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()},
               directory / "head.safetensors")  # fmt: skip
-    description = {"labels": labels, "pooling": model.pooling}
+    dtype = str(model.encoder.get_base_model().dtype).removeprefix("torch.")
+    description = {"labels": labels, "pooling": model.pooling, "dtype": dtype}
     (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -201,7 +202,8 @@ def load(directory: str | Path, device: str = "auto") -> Saved:
     directory = Path(directory)
     description = json.loads((directory / "classifier.json").read_text(encoding="utf-8"))
     base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
-    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base_name), str(directory))
+    base = AutoModel.from_pretrained(base_name, dtype=getattr(torch, description["dtype"]))
+    encoder = PeftModel.from_pretrained(base, str(directory))
     weights = load_file(directory / "head.safetensors")
     head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
     head.load_state_dict(weights)

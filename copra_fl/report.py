@@ -231,6 +231,14 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+LEFT_OUT = (
+    "clients skipped (no training data)",
+    "examples with no client",
+    "held-out texts dropped (clients hold them too)",
+    "rows dropped (no text, label or client)",
+)
+
+
 def _failures(comparison: Comparison) -> list[DataTable]:
     missing = [
         [method, str(run.seed), str(row["round"]), str(client["client"]), client["reason"]]
@@ -243,13 +251,15 @@ def _failures(comparison: Comparison) -> list[DataTable]:
             method,
             str(seed),
             ", ".join(map(str, end["skipped_clients"])) or "none",
+            str(end["unassigned_examples"]),
             str(end["dropped_duplicates"]),
+            str(end["dropped_empty"]),
         ]
         for method in comparison.methods
         for seed, end in comparison.finished(method)
     ]
     found = [
         DataTable(["method", "seed", "round", "client", "why its reply is missing"], missing),
-        DataTable(["method", "seed", "clients skipped (too little data)", "duplicate texts dropped"], left_out),
+        DataTable(["method", "seed", *LEFT_OUT], left_out),
     ]
     return [table for table in found if table.rows]

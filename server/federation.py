@@ -244,7 +244,9 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "clients": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)],
             "paths": last["paths"],
             "skipped_clients": federated.skipped,
+            "unassigned_examples": federated.unassigned,
             "dropped_duplicates": federated.dropped_duplicates,
+            "dropped_empty": federated.dropped_empty,
         },
     )
     emit("finished", accuracy=test["accuracy"])

@@ -60,9 +60,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests keep their own token cache; assets that were fetched before are used from the user's."""
-    if "COPRA_FL_CACHE" not in os.environ:
-        os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Tests fetch assets and keep tokens in a cache of their own."""
+    os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -107,6 +107,8 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
         ],
         "paths": paths,
         "skipped_clients": [6] if seed == 1 else [],
+        "unassigned_examples": 12,
+        "dropped_empty": 1,
         "dropped_duplicates": 7,
     }
     (folder / "summary.json").write_text(json.dumps(summary))

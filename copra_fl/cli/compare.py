@@ -21,7 +21,7 @@ def compare(
     seeds: options.SeedsOption = "0,1",
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
-    gpus_per_worker: options.GpusOption = 0.0,
+    gpus_per_worker: options.GpusOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
     as_json: options.JsonOption = False,

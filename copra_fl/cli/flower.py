@@ -54,7 +54,10 @@ class Workers:
     gpus: float
 
     @classmethod
-    def share(cls, number: int, gpus_per_worker: float) -> Workers:
+    def share(cls, number: int, gpus_per_worker: float | None = None) -> Workers:
+        """Cores dealt out evenly, and GPUs too unless their share is given."""
+        if gpus_per_worker is None:
+            gpus_per_worker = num_gpus() / number
         return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker)
 
     def federation_config(self) -> str:
@@ -143,6 +146,12 @@ def superlink(log: Path) -> Iterator[SuperLink]:
         keeper.stdin.close()
         keeper.wait()
         shutil.rmtree(home, ignore_errors=True)
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def free_port() -> int:

@@ -22,7 +22,9 @@ MethodsOption = Annotated[str, typer.Option("--methods", help="Comma-separated: 
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Comma-separated root seeds; every method runs with each.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder for the results. Default: below runs/.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Ray workers. Default: one per core, 4.")]
-GpusOption = Annotated[float, typer.Option("--gpus-per-worker", min=0, help="Share of a GPU for each worker.")]
+GpusOption = Annotated[
+    float | None, typer.Option("--gpus-per-worker", min=0, help="Share of a GPU for each worker. Default: all, evenly.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run in --output left off.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in --output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]

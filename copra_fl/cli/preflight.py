@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from copra_fl.cli.assets import fetch_with_progress
 from copra_fl.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from copra_fl.data import FederatedData
 
 
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
@@ -23,10 +27,14 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     names = {name for config in configs for name in (config.data.dataset, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     with console.status("preparing the data"):
-        return [_check_one(config) for config in configs]
+        checked = [_check_one(config) for config in configs]
+    for note in dict.fromkeys(note for _, notes in checked for note in notes):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return [config for config, _ in checked]
 
 
-def _check_one(config: Config) -> Config:
+def _check_one(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with what was left open in it, and what its user should know of the data."""
     from copra_fl import data, models
     from copra_fl.aggregation import find_rule
 
@@ -42,7 +50,21 @@ def _check_one(config: Config) -> Config:
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    return config.changed(num_clients=num_clients)
+    return config.changed(num_clients=num_clients), _notes(federated, config.federation.seed)
+
+
+def _notes(federated: FederatedData, seed: int) -> list[str]:
+    notes = []
+    if federated.dropped_empty:
+        notes.append(f"{federated.dropped_empty} rows without text, label or client were left out")
+    if federated.dropped_duplicates:
+        notes.append(f"{federated.dropped_duplicates} held-out texts were left out: clients hold the same texts")
+    if federated.unassigned:
+        notes.append(f"seed {seed}: the partitioner gave {federated.unassigned} examples to no client")
+    if federated.skipped:
+        names = ", ".join(federated.client_names[client] for client in federated.skipped)
+        notes.append(f"seed {seed}: clients without training data are skipped: {names}")
+    return notes
 
 
 def _places(config: Config) -> dict[str, str]:

@@ -15,7 +15,7 @@ def simulate(
     set_: options.SetOption = None,
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
-    gpus_per_worker: options.GpusOption = 0.0,
+    gpus_per_worker: options.GpusOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
     as_json: options.JsonOption = False,

@@ -1,0 +1,29 @@
+"""The main job, whole: what `make demo` does."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.browser import check_page, needs_chromium
+from tests.real_runs import RealRun
+from tests.test_report import num_figures
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_demo(tmp_path: Path) -> None:
+    started = time.monotonic()
+    arguments = ["compare", "--recipe", str(ROOT / "experiments" / "demo.toml"), "--seeds", "0,1"]
+    out, _ = RealRun([*arguments, "--output", "demo", "--json"], tmp_path).finish(timeout=900)
+    print(f"the demo took {time.monotonic() - started:.0f} s")
+    summary = json.loads(out)
+    assert list(summary["methods"]) == ["lora", "copra"]
+    for method in summary["methods"].values():
+        assert all(accuracy > 0.2 for accuracy in method["test_accuracy"]["values"]), "16 classes, 0.06 by chance"
+    check_page(tmp_path / "demo" / "report.html", num_figures(tmp_path / "demo"))
