@@ -138,6 +138,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     """Run the federation of `config` in `directory`, from its newest checkpoint, to ``summary.json``."""
     journal = Journal(directory)
     if journal.finished:
+        emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     nodes = greet(grid, config)

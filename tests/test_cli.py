@@ -79,6 +79,8 @@ def test_unknown_method_recipe_and_option(refused: Refused, tmp_path: Path) -> N
     assert "unknown method 'copar'. Did you mean 'copra'?" in refused(["compare", "--methods", "lora,copar"], tmp_path)
     assert "no recipe file 'nothing.toml'" in refused(["simulate", "--recipe", "nothing.toml"], tmp_path)
     assert "--seeds '0,x' is not a list of whole numbers" in refused(["compare", "--seeds", "0,x"], tmp_path)
+    assert "names a seed twice" in refused(["compare", "--seeds", "1,1"], tmp_path)
+    assert "names a method twice" in refused(["compare", "--methods", "lora, lora"], tmp_path)
     assert "not of the form KEY=VALUE" in refused(["simulate", "--set", "rank"], tmp_path)
     assert "No such option" in refused(["simulate", "--nonsense"], tmp_path)
     (tmp_path / "bad.toml").write_text("rank = = 3")

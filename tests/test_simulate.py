@@ -151,3 +151,24 @@ def test_relative_paths_and_a_client_column(tmp_path: Path, long: Settings, text
     RealRun(["simulate", *settings(long | mine | short), "--output", "run"], tmp_path).finish()
     row = json.loads((tmp_path / "run" / "journal.jsonl").read_text())
     assert [client["client"] for client in row["clients"]] == list(range(6))
+
+
+def test_compare_finishes_what_an_earlier_call_left(long: Settings, tmp_path: Path) -> None:
+    """2 methods x 2 seeds, killed after the first run's end; the summary counts all four, paired by seed."""
+    short = {"num-rounds": 2, "local-steps": 40}
+    arguments = ["compare", *settings(long | short), "--methods", "head,copra", "--seeds", "0,1", "--output", "both"]
+    run = RealRun(arguments, tmp_path)
+    first = tmp_path / "both" / "head-seed0"
+    run.wait_until(lambda: (first / "summary.json").exists(), "the first run's end")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
+    before = (first / "summary.json").stat().st_mtime
+    out, _ = RealRun(["compare", "--output", "both", "--resume", "--json"], tmp_path).finish()
+    summary = json.loads(out)
+    assert (first / "summary.json").stat().st_mtime == before, "what was finished is not run again"
+    assert {name: len(method["test_accuracy"]["values"]) for name, method in summary["methods"].items()} == {
+        "head": 2,
+        "copra": 2,
+    }
+    assert (tmp_path / "both" / "report.html").exists()

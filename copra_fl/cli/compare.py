@@ -40,15 +40,15 @@ def compare(
         configs = {name: Config.from_toml(directory / name / "config.toml") for name in run_names(names, numbers)}
     else:
         settings, numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
-        names = {Path(name.strip()).stem: name.strip() for name in methods.split(",")}
+        names = parse_methods(methods)
         configs = {
             run: settings.config(names[method], seed) for run, (method, seed) in run_names(names, numbers).items()
         }
     configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
     options.make_output(directory, overwrite)
-    plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
     for name, config in configs.items():
         options.write_config(directory / name, config)
+    plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
     shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
     with superlink(directory / "flower.log") as link:
         run = link.start_run({"output": str(directory), "resume": resume}, shares)
@@ -65,9 +65,21 @@ def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[s
     return {f"{method}-seed{seed}": (method, seed) for seed in seeds for method in methods}
 
 
+def parse_methods(text: str) -> dict[str, str]:
+    """Each method's short name, with the name or file it was given as. Raises ConfigError for one named twice."""
+    given = [name.strip() for name in text.split(",")]
+    names = {Path(name).stem: name for name in given}
+    if len(names) < len(given):
+        raise ConfigError(f"--methods {text!r} names a method twice")
+    return names
+
+
 def parse_seeds(text: str) -> list[int]:
     """``0,1,2`` as numbers. Raises ConfigError for anything else."""
     try:
-        return [int(seed) for seed in text.split(",")]
+        seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {text!r} is not a list of whole numbers like 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text!r} names a seed twice")
+    return seeds

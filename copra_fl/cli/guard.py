@@ -15,7 +15,7 @@ import sys
 import psutil
 
 VARIABLE = "COPRA_FL_MARK"
-GRACE_SECONDS = 5
+GRACE_SECONDS = 2
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -39,6 +39,7 @@ class State:
             case "run":
                 self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
                 self.round = self.recorded = self.clients_done = 0
+                self.accuracy = None
             case "round":
                 self.round, self.clients, self.clients_done = event["round"], event["clients"], 0
                 self.recorded, self.phase = event["round"] - 1, "training"
@@ -47,7 +48,7 @@ class State:
             case "evaluating":
                 self.phase = "evaluating"
             case "recorded":
-                self.recorded, self.accuracy = event["round"], event["accuracy"] or self.accuracy
+                self.recorded, self.accuracy, self.phase = event["round"], event["accuracy"] or self.accuracy, "done"
             case "testing":
                 self.phase = "testing"
             case "finished":
