@@ -237,8 +237,14 @@ def cost(comparison: Comparison) -> list[Figure]:
         )
     for chart in (bytes_chart, seconds_chart):
         chart.update_layout(barmode="stack", showlegend=False, height=120 + 60 * len(comparison.methods))
-    sent = f"Everything sent to the clients (down) and back (up) in a whole run; mean of {comparison.named_seeds}."
-    took = f"Wall-clock time of a whole run, evaluation and probes included. A mark is a run; {comparison.named_seeds}."
+    sent = (
+        "Tensors sent to the nodes (down: one copy for all clients of a node) and back (up: each client's) "
+        f"in a whole run; mean of {comparison.named_seeds}."
+    )
+    took = (
+        "Wall-clock time of a run's rounds: local training, messages, averaging; the server's evaluation is not "
+        f"counted. A mark is a run; {comparison.named_seeds}."
+    )
     figures = [Figure("Bytes sent", sent, bytes_chart), Figure("Time", took, seconds_chart)]
     return [figure for figure in figures if figure.chart.data]
 
