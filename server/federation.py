@@ -18,7 +18,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import data, models, provenance, wire
-from copra_fl.adapter import Adapter, Update, complete
+from copra_fl.adapter import Adapter, Update, complete, difference, norm
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
@@ -75,7 +75,6 @@ class Evaluator:
                     "midpoint_gap": path.midpoint_gap,
                 }
             )
-            emit("path")
         return rows
 
 
@@ -184,7 +183,13 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter
         "bytes_up": sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content()),
         "train_loss": metrics["loss"],
         "clients": [
-            {"client": u.client, "examples": u.num_examples, "active_steps": u.active_steps, **u.metrics}
+            {
+                "client": u.client,
+                "examples": u.num_examples,
+                "active_steps": u.active_steps,
+                "distance": norm(difference(complete(u, adapter), adapter)),
+                **u.metrics,
+            }
             for u in strategy.updates
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],

@@ -58,6 +58,13 @@ def test_num_clients_0_makes_each_node_a_client(tiny: Settings, tmp_path: Path) 
     assert [row["client"] for row in journal(directory)[0]["clients"]] == [0, 1, 2]
 
 
+def test_natural_clients_are_the_values_of_a_column(tiny: Settings, tmp_path: Path) -> None:
+    """num-clients = 0 then means all of them, whatever the number of nodes."""
+    natural = {"partitioner": "natural", "client-column": "owner", "num-clients": 0}
+    directory = run_federation(tiny | natural, tmp_path / "run", num_nodes=2)
+    assert [row["client"] for row in journal(directory)[0]["clients"]] == list(range(6))
+
+
 def test_lora_is_copra_with_p_1_throughout(tiny: Settings, tmp_path: Path) -> None:
     lora = run_federation(tiny | {"local-training": "lora"}, tmp_path / "lora")
     copra = run_federation(tiny | {"local-training": "copra", "p0": 1.0}, tmp_path / "copra")

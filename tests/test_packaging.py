@@ -49,7 +49,8 @@ def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, 
     where = subprocess.run([python, "-c", "import copra_fl; print(copra_fl.__file__)"], cwd=elsewhere,
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert where.startswith(str(packages))
-    arguments = ["simulate", *settings(tiny | {"num-rounds": 1}), "--output", str(tmp_path / "run"), "--json"]
+    arguments = ["simulate", *settings(tiny | {"num-rounds": 1}), "--output", str(tmp_path / "run")]
+    arguments += ["--workers", "1", "--json"]
     out, _ = RealRun(arguments, elsewhere, script=str(scripts / "copra-fl")).finish()
     assert json.loads(out)["rounds"] == 1
     assert list(elsewhere.iterdir()) == []
