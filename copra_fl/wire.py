@@ -118,6 +118,7 @@ def pack_evaluations(evaluations: Mapping[int, Mapping[str, float]], failures: M
 
 
 def unpack_evaluation(content: RecordDict, client: int) -> dict[str, float]:
+    """The client's ``loss``, ``accuracy`` and ``examples``. Raises KeyError where they are missing."""
     return dict(content.metric_records[f"metrics-{client}"])  # type: ignore[arg-type]
 
 
@@ -127,4 +128,5 @@ def _pack_failures(failures: Mapping[int, str]) -> ConfigRecord:
 
 def unpack_failures(content: RecordDict) -> dict[int, str]:
     """Clients that failed on the node, with their tracebacks."""
-    return {int(client): str(text) for client, text in content.config_records["failures"].items()}
+    record = content.config_records.get("failures", ConfigRecord())
+    return {int(client): str(text) for client, text in record.items()}

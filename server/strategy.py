@@ -145,9 +145,12 @@ class CohortStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Lists in the order of the clients: ``client``, ``loss``, ``accuracy``, ``examples``."""
         self.missing = {}
-        rows = [
-            {"client": client, **wire.unpack_evaluation(reply, client)} for client, reply in self._by_client(replies)
-        ]
+        rows = []
+        for client, reply in self._by_client(replies):
+            try:
+                rows.append({"client": client, **wire.unpack_evaluation(reply, client)})
+            except KeyError as error:
+                self.missing[client] = f"its evaluation is missing {error}"
         if self._cohorts:
             self.check_missing("the evaluation by the clients", len(rows))
         rows.sort(key=lambda row: row["client"])

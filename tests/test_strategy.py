@@ -152,5 +152,17 @@ def test_a_malformed_reply_is_refused_not_raised() -> None:
     some = strategy(failures="tolerant")
     good, other = replies_to(some, [0, 2, 1])
     del other.content["metrics-1"]
+    del good.content["failures"]
     some.aggregate_train(1, [good, other])
     assert some.missing.keys() == {1} and "refused" in some.missing[1]
+    assert [update.client for update in some.updates] == [0, 2]
+
+
+def test_an_empty_evaluation_names_its_client() -> None:
+    some = strategy(failures="tolerant")
+    good, other = replies_to(some, [0, 2, 1])
+    for reply, clients in ((good, (0, 2)), (other, ())):
+        rows = {client: {"loss": 1.0, "accuracy": 0.5, "examples": 4} for client in clients}
+        reply.content = wire.pack_evaluations(rows, {})
+    assert some.aggregate_evaluate(1, [good, other])["client"] == [0, 2]
+    assert some.missing.keys() == {1}

@@ -108,7 +108,8 @@ def superlink(log: Path) -> Iterator[SuperLink]:
 
     `log` takes what SuperLink, server app and workers print. Raises RunFailed if it does not start.
     """
-    home = Path(tempfile.mkdtemp(prefix="copra-fl-"))
+    # Ray's sockets lie below it, and a socket's path must be short, which TMPDIR may not be.
+    home = Path(tempfile.mkdtemp(prefix="copra-fl-", dir="/tmp" if os.path.isdir("/tmp") else None))
     mark = uuid.uuid4().hex
     port = free_port()
     (home / "config.toml").write_text(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from copra_fl.assets import ASSETS
 from copra_fl.cli.assets import fetch_with_progress
 from copra_fl.config import Config, ConfigError
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
     """The configurations, with the number of clients made plain. Raises ConfigError, AssetError."""
     configs = list(configs)
-    from copra_fl.assets import ASSETS
-
     names = {name for config in configs for name in (config.data.dataset, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     with console.status("preparing the data"):
