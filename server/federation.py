@@ -24,7 +24,6 @@ from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
-from copra_fl.schedule import probability, progress
 from copra_fl.seeding import generator
 from server.journal import Journal, Row
 from server.strategy import CohortStrategy, FederationError
@@ -193,19 +192,8 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter
             for u in strategy.updates
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],
-        "probability": round_probabilities(config, server_round, max(u.metrics["steps"] for u in strategy.updates)),
     }
     return dict(averaged.to_torch_state_dict()), row
-
-
-def round_probabilities(config: Config, server_round: int, num_steps: float) -> list[float]:
-    """p at the first and at the last step of a round."""
-    copra = config.copra
-    if copra.local_training != "copra":
-        return [1.0 if copra.local_training == "lora" else 0.0] * 2
-    steps = int(num_steps)
-    ends = [progress(copra, step, steps, server_round, config.federation.num_rounds) for step in (0, steps - 1)]
-    return [probability(t, copra.p0, copra.ramp) for t in ends]
 
 
 def write_provenance(journal: Journal, config: Config, federated: data.FederatedData) -> None:

@@ -64,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tiny_model: str, texts: str) -> dict[str, object]:
     """Settings of a federation that runs in a second: 6 clients, 2 rounds of 3 steps."""
     return {

@@ -113,6 +113,8 @@ def test_overwrite_with_a_bad_configuration_throws_nothing_away(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(Config.from_flat(tiny).to_toml())
     refused(["simulate", *settings(tiny | {"rule": "none"}), "--output", "run", "--overwrite"], tmp_path)
+    both = ["simulate", *settings(tiny), "--output", "run", "--overwrite", "--resume"]
+    assert "contradict each other" in refused(both, tmp_path)
     assert (tmp_path / "run" / "config.toml").exists()
 
 

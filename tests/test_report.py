@@ -64,7 +64,6 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
                     if (seed, number, client) != (1, 2, 5)
                 ],
                 "missing": [{"client": 5, "reason": "loss is not finite"}] if (seed, number) == (1, 2) else [],
-                "probability": [p[0], p[-1]],
                 "validation": {"loss": 3.2 - 3 * accuracy, "accuracy": accuracy, "examples": 1000},
                 "merge_gap": {"loss": -0.4 + 0.1 * number, "accuracy": 0.12 - 0.02 * number + 0.01 * rng.normal()},
                 "layers": LAYERS,

@@ -33,23 +33,9 @@ def num_rounds(directory: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def long(tiny_model: str, texts: str) -> Settings:
+def long(tiny: Settings) -> Settings:
     """Rounds that take a second or two, to be caught in the middle."""
-    return {
-        "model": tiny_model,
-        "dataset": texts,
-        "num-clients": 6,
-        "num-rounds": 4,
-        "local-steps": 150,
-        "batch-size": 8,
-        "rank": 2,
-        "max-length": 16,
-        "server-validation-examples": 60,
-        "test-examples": 60,
-        "path-pairs": 1,
-        "path-points": 3,
-        "device": "cpu",
-    }
+    return tiny | {"num-rounds": 4, "local-steps": 150, "batch-size": 8}
 
 
 @pytest.fixture(scope="module")

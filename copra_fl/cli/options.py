@@ -45,6 +45,8 @@ def choose_output(output: Path | None, command: str, resume: bool, overwrite: bo
 
     Raises ConfigError for a folder with content, unless the run in it is to be resumed or thrown away.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other: go on with the run, or throw it away?")
     directory = (output or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--output {directory} is a file, not a folder")
