@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -36,6 +38,38 @@ class Update:
     num_examples: int
     active_steps: tuple[int, ...]
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor of an adapter lies in one flat row, so that many adapters are one matrix."""
+
+    shapes: dict[str, torch.Size]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Layout:
+        """The layout with `adapter`'s tensors in its order."""
+        return cls({name: tensor.shape for name, tensor in adapter.items()})
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """The part of the row that belongs to each tensor."""
+        ends = np.cumsum([shape.numel() for shape in self.shapes.values()]).tolist()
+        starts = [0, *ends[:-1]]
+        return {name: slice(start, end) for name, start, end in zip(self.shapes, starts, ends, strict=True)}
+
+    @property
+    def size(self) -> int:
+        """Values in a row."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def flatten(self, adapter: Adapter) -> Tensor:
+        """The row (size,) of `adapter`."""
+        return torch.cat([adapter[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, row: Tensor) -> Adapter:
+        """The adapter whose row this is: views of it."""
+        return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
 
 
 def complete(update: Update, global_adapter: Adapter) -> Adapter:

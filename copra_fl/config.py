@@ -69,7 +69,15 @@ class ModelConfig:
     rank: int = option(8, "LoRA rank r", low=1)
     lora_alpha: float = option(16.0, "LoRA alpha; adapters are scaled by alpha / r", above=0)
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
-    dtype: str = option("float32", "dtype of the frozen base", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option(
+        "auto",
+        "dtype of the frozen base; auto: bfloat16 where the device computes fast in it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attention: str = option(
+        "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")
+    )
+    compile: bool = option(False, "torch.compile the base's blocks (CUDA)")
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
 
@@ -100,6 +108,12 @@ class TrainingConfig:
     local_steps: int = option(10, "optimiser steps per client and round", low=1)
     local_epochs: int = option(0, "epochs per client and round; 0: use local-steps", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", low=0)
+    bucket_batches: int = option(1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1)
+    engine: str = option(
+        "stacked", "stacked: a cohort's clients step together; peft: one by one", choices=("stacked", "peft")
+    )
+    step_tokens: int = option(4096, "stacked: tokens in one step of all its clients, at most (bounds memory)", low=1)
+    prefix_cache: int = option(0, "MB per worker for hidden states below the lowest active adapter; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,16 @@ class FederationConfig:
     clients_per_round: int = option(0, "number of clients sampled each round; 0: use fraction-clients", low=0)
     rule: str = option("fedavg", "how updates become the next global adapter")
     weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
+    replies: str = option(
+        "pooled",
+        "pooled: a node sends its clients' average, where the rule is linear; clients: every client's adapter",
+        choices=("pooled", "clients"),
+    )
+    uplink: str = option(
+        "float32",
+        "how adapters travel to the server; below float32 each client's own difference travels",
+        choices=("float32", "float16", "int8"),
+    )
     failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
     min_replies: int = option(1, "tolerant: good replies a round needs", low=1)
     round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
