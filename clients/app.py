@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.session import open_data, open_model
+from clients.session import open_data, open_engine
 from copra_fl import wire
+from copra_fl.adapter import Update
+from copra_fl.config import Config
 from copra_fl.data import FederatedData
+from copra_fl.engine import Engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
-from copra_fl.models import Classifier
 from copra_fl.provenance import library_digest
-from copra_fl.training import Plan, train_client
 
 app = ClientApp()
 Result = TypeVar("Result")
@@ -52,37 +54,56 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     plan, global_adapter = wire.unpack_plan(message.content)
-    updates, failures = _each(plan, lambda client: train_client(*_session(plan), plan, client, global_adapter))
-    return Message(wire.pack_updates(updates.values(), failures), reply_to=message)
+    engine, data = _session(plan.config)
+    updates: list[Update] = []
+    failures: dict[int, str] = {}
+    for clients in engine.slices(data, plan):
+        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, global_adapter, _report))
+        updates += trained
+        failures |= failed
+    return Message(wire.pack_updates(updates, failures), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_clients(message: Message, context: Context) -> Message:
     plan, global_adapter = wire.unpack_plan(message.content)
+    engine, data = _session(plan.config)
     settings = plan.config.evaluation
 
-    def evaluate_client(client: int) -> dict[str, float]:
-        model, data = _session(plan)
-        model.write_adapter(global_adapter)
-        indices = data.validation[client][: settings.client_eval_examples]
-        return evaluate(model, data.examples, indices, settings.eval_batch_size)
+    def evaluate_all(clients: tuple[int, ...]) -> list[tuple[int, dict[str, float]]]:
+        held = [(client, data.validation[client][: settings.client_eval_examples]) for client in clients]
+        score = partial(evaluate, engine, [global_adapter], data.examples, batch_size=settings.eval_batch_size)
+        return [(client, *score(indices)) for client, indices in held]
 
-    evaluations, failures = _each(plan, evaluate_client)
-    return Message(wire.pack_evaluations(evaluations, failures), reply_to=message)
-
-
-def _session(plan: Plan) -> tuple[Classifier, FederatedData]:
-    data = open_data(plan.config)
-    return open_model(plan.config.model, plan.config.copra.group, len(data.label_names)), data
+    evaluations, failures = _each(plan.clients, evaluate_all)
+    return Message(wire.pack_evaluations(dict(evaluations), failures), reply_to=message)
 
 
-def _each(plan: Plan, work: Callable[[int], Result]) -> tuple[dict[int, Result], dict[int, str]]:
-    """`work` done for every client of the plan: results, and tracebacks of those that failed."""
-    results, failures = {}, {}
-    for client in plan.clients:
-        try:
-            results[client] = work(client)
-        except Exception:
-            failures[client] = traceback.format_exc()
-        emit("client", client=client)
+def _session(config: Config) -> tuple[Engine, FederatedData]:
+    data = open_data(config)
+    kind, group = config.training.engine, config.copra.group
+    return open_engine(kind, config.model, group, len(data.label_names), seed=0), data
+
+
+def _report(num_clients: float) -> None:
+    emit("trained", clients=num_clients)
+
+
+def _each(
+    clients: tuple[int, ...], work: Callable[[tuple[int, ...]], list[Result]]
+) -> tuple[list[Result], dict[int, str]]:
+    """`work` on all `clients`: results, and tracebacks of those that failed.
+
+    Where all together fail each is tried alone, so that one does not take the others with it.
+    """
+    try:
+        return work(clients), {}
+    except Exception:
+        if len(clients) == 1:
+            return [], {clients[0]: traceback.format_exc()}
+    results, failures = [], {}
+    for client in clients:
+        done, failed = _each((client,), work)
+        results += done
+        failures |= failed
     return results, failures

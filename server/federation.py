@@ -7,6 +7,7 @@ while Flower's workers stay warm.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import combinations
 from logging import INFO
 from pathlib import Path
@@ -22,6 +23,7 @@ from copra_fl.adapter import Adapter, Update, complete, difference, norm
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
+from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.seeding import generator
@@ -37,21 +39,23 @@ class Evaluator:
     def __init__(self, config: Config, federated: data.FederatedData) -> None:
         self.config = config
         self.federated = federated
-        self.model = models.build(config.model, config.copra.group, len(federated.label_names), config.federation.seed)
+        kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
+        self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed)
+        self.model = self.engine.classifier
 
-    def score(self, adapter: Adapter, indices: np.ndarray) -> dict[str, float]:
-        """Loss, accuracy and number of examples of `adapter` on the examples `indices`."""
-        self.model.write_adapter(adapter)
-        return evaluate(self.model, self.federated.examples, indices, self.config.evaluation.eval_batch_size)
+    def score(self, adapters: Sequence[Adapter], indices: np.ndarray) -> list[dict[str, float]]:
+        """Loss, accuracy and number of examples of each adapter on the examples `indices`."""
+        batch_size = self.config.evaluation.eval_batch_size
+        return evaluate(self.engine, adapters, self.federated.examples, indices, batch_size)
 
     def round_metrics(self, server_round: int, adapter: Adapter, before: Adapter, updates: list[Update]) -> Row:
         """Validation metrics of the average, and how much better it is than its parts (the merge gap)."""
         indices, seed = self.federated.server_validation, self.config.federation.seed
-        row: Row = {"validation": self.score(adapter, indices)}
         sampled = sample(updates, self.config.evaluation.merge_gap_clients, seed, "merge-gap", server_round)
-        if sampled:
-            own = [self.score(complete(update, before), indices) for update in sampled]
-            row["merge_gap"] = merge_gap(row["validation"], own, [update.num_examples for update in sampled])
+        average, *own = self.score([adapter, *(complete(update, before) for update in sampled)], indices)
+        row: Row = {"validation": average}
+        if own:
+            row["merge_gap"] = merge_gap(average, own, [update.num_examples for update in sampled])
         return row
 
     def paths(self, before: Adapter, updates: list[Update]) -> list[Row]:
@@ -62,7 +66,7 @@ class Evaluator:
         rows = []
         for a, b in sample(list(combinations(updates, 2)), evaluation.path_pairs, seed, "paths"):
             ends = complete(a, before), complete(b, before)
-            path = walk(lambda adapter: self.score(adapter, indices), *ends, evaluation.path_points)
+            path = walk(lambda adapters: self.score(adapters, indices), *ends, evaluation.path_points)
             rows.append(
                 {
                     "clients": [a.client, b.client],
@@ -219,7 +223,8 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     replies = grid.send_and_receive(messages, timeout=config.federation.round_timeout)
     clients = strategy.aggregate_evaluate(len(rows), replies)
     assert clients is not None
-    test = evaluator.score(adapter, federated.test)
+    (test,) = evaluator.score([adapter], federated.test)
+    evaluator.model.write_adapter(adapter)
     models.save(evaluator.model, journal.directory / "adapter", federated.label_names)
     columns = {name: list(values) for name, values in clients.items()}  # type: ignore[arg-type]
     last = rows[-1]
