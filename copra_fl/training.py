@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from copra_fl import schedule
-from copra_fl.adapter import Adapter, Update
+from copra_fl.adapter import Adapter, Update, difference, norm, trained
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.models import Classifier
@@ -24,11 +24,19 @@ from copra_fl.seeding import generator, torch_stream
 
 @dataclass(frozen=True)
 class Plan:
-    """What the server tells a cohort: the round (from 1), its clients, the run's configuration."""
+    """What the server tells a cohort.
+
+    Attributes:
+        server_round: the round, from 1.
+        clients: the cohort.
+        config: the run's configuration.
+        keep: those of `clients` whose own adapters the server wants; the others' may come as one pooled update.
+    """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
+    keep: tuple[int, ...] = ()
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
@@ -39,15 +47,23 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
     return -(-num_examples * training.local_epochs // per_step)
 
 
+def num_trained(training: TrainingConfig, num_examples: int) -> int:
+    """Examples that one client trains on in one round, each pass counted: its expected work.
+
+    With local-steps every batch is full, also of a client with fewer examples than a batch.
+    """
+    per_step = training.batch_size * training.gradient_accumulation
+    return num_examples * training.local_epochs or training.local_steps * per_step
+
+
 def data_order(indices: np.ndarray, training: TrainingConfig, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
     """The micro-batches of each optimiser step: arrays of example indices.
 
     Examples come in shuffled passes, one after the other. With local-epochs the last
     step is short; with local-steps every batch is full and passes run into each other.
     """
-    steps = num_steps(training, len(indices))
     per_step = training.batch_size * training.gradient_accumulation
-    total = len(indices) * training.local_epochs or steps * per_step
+    total = num_trained(training, len(indices))
     passes = [rng.permutation(indices) for _ in range(-(-total // len(indices)))]
     order = np.concatenate(passes)[:total]
     for start in range(0, total, per_step):
@@ -102,18 +118,15 @@ def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int
             torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    active = masks.sum(0)
-    adapter = {
-        name: tensor
-        for name, tensor in model.read_adapter().items()
-        if name not in model.group_of or active[model.group_of[name]]
-    }
+    active_steps = tuple(int(count) for count in masks.sum(0))
+    adapter = trained(model.read_adapter(), active_steps, model.group_of)
     metrics = {
         "loss": float(torch.stack(losses).mean()),
         "steps": float(steps),
         "seconds": time.perf_counter() - started,
+        "distance": norm(difference(adapter, global_adapter)),
     }
-    return Update(client, adapter, len(indices), tuple(int(count) for count in active), metrics)
+    return Update(client, adapter, len(indices), active_steps, metrics)
 
 
 def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:
