@@ -1,6 +1,6 @@
 """The Flower ClientApp of a node: unpack a message, call the library, pack the reply.
 
-    query     who are you, which clients do you host
+    query     who are you, which clients can you host
     train     train the cohort from the global adapter, hand back updates
     evaluate  the global adapter on each client's own validation data
 
@@ -15,11 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.session import open_data, open_model
 from copra_fl import wire
+from copra_fl.adapter import Adapter, Layout, Update
+from copra_fl.aggregation.checking import check_update
+from copra_fl.aggregation.pooling import pool
+from copra_fl.compression import FEEDBACK, Arrays, encode, encode_with_feedback
 from copra_fl.data import FederatedData
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
@@ -36,12 +40,14 @@ def hello(message: Message, context: Context) -> Message:
     config = wire.unpack_config(message.content)
     partition = int(context.node_config["partition-id"])
     num_partitions = int(context.node_config["num-partitions"])
-    data = open_data(config)
-    hosted = range(partition, len(data.train), num_partitions)
+    single = config.data.num_clients == 0 and config.data.partitioner != "natural"
+    data = open_data(config.changed(num_clients=num_partitions) if single else config)
+    at_home = single or config.federation.uplink in FEEDBACK
+    hosted = range(partition, len(data.train), num_partitions) if at_home else range(len(data.train))
     answer = wire.Hello(
         partition=partition,
-        num_partitions=num_partitions,
         digest=library_digest(Path(__file__).parent),
+        num_clients=len(data.train),
         num_examples={client: len(data.train[client]) for client in hosted},
         num_validation={client: len(data.validation[client]) for client in hosted},
         label_names=data.label_names,
@@ -51,19 +57,47 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    plan, global_adapter = wire.unpack_plan(message.content)
-    updates, failures = _each(plan, lambda client: train_client(*_session(plan), plan, client, global_adapter))
-    return Message(wire.pack_updates(updates.values(), failures), reply_to=message)
+    plan, model, data, global_adapter = _open(message)
+
+    def train_one(client: int) -> Update:
+        update = train_client(model, data, plan, client, global_adapter)
+        check_update(update, global_adapter, model.group_of, len(model.gates.names), len(data.train[client]))
+        return update
+
+    trained, failures = _each(plan, train_one)
+    updates = list(trained.values())
+    buffers = _pack(plan, updates, global_adapter, model.group_of, context.state)
+    return Message(wire.pack_updates(updates, buffers, failures), reply_to=message)
+
+
+def _pack(
+    plan: Plan, updates: list[Update], global_adapter: Adapter, group_of: dict[str, int], state: RecordDict
+) -> dict[str, Arrays]:
+    """The tensors of the cohort: each client's own of those to keep, one pooled update of all others."""
+    federation = plan.config.federation
+    kept = [update for update in updates if update.client in plan.keep]
+    others = [update for update in updates if update.client not in plan.keep]
+    buffers = {}
+    if others:
+        pooled = pool(global_adapter, others, federation.weighting, group_of)
+        buffers["pooled"] = encode([pooled], global_adapter, group_of, "float32")
+    if kept and federation.uplink in FEEDBACK:
+        layout = Layout.by_name(global_adapter)
+        lost = wire.read_lost(state, plan, layout)
+        buffers["adapters"], lost = encode_with_feedback(kept, global_adapter, group_of, federation.uplink, lost)
+        wire.write_lost(state, lost, layout)
+    elif kept:
+        buffers["adapters"] = encode(kept, global_adapter, group_of, federation.uplink)
+    return buffers
 
 
 @app.evaluate()
 def evaluate_clients(message: Message, context: Context) -> Message:
-    plan, global_adapter = wire.unpack_plan(message.content)
+    plan, model, data, global_adapter = _open(message)
     settings = plan.config.evaluation
+    model.write_adapter(global_adapter)
 
     def evaluate_client(client: int) -> dict[str, float]:
-        model, data = _session(plan)
-        model.write_adapter(global_adapter)
         indices = data.validation[client][: settings.client_eval_examples]
         return evaluate(model, data.examples, indices, settings.eval_batch_size)
 
@@ -71,9 +105,12 @@ def evaluate_clients(message: Message, context: Context) -> Message:
     return Message(wire.pack_evaluations(evaluations, failures), reply_to=message)
 
 
-def _session(plan: Plan) -> tuple[Classifier, FederatedData]:
+def _open(message: Message) -> tuple[Plan, Classifier, FederatedData, Adapter]:
+    """The plan of a message, the model and data that it needs, and the global adapter."""
+    plan = wire.unpack_plan(message.content)
     data = open_data(plan.config)
-    return open_model(plan.config.model, plan.config.copra.group, len(data.label_names)), data
+    model = open_model(plan.config.model, plan.config.copra.group, len(data.label_names))
+    return plan, model, data, wire.unpack_adapter(message.content, Layout.by_name(model.read_adapter()))
 
 
 def _each(plan: Plan, work: Callable[[int], Result]) -> tuple[dict[int, Result], dict[int, str]]:

@@ -108,7 +108,9 @@ class TrainingConfig:
     local_steps: int = option(10, "optimiser steps per client and round", low=1)
     local_epochs: int = option(0, "epochs per client and round; 0: use local-steps", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", low=0)
-    bucket_batches: int = option(1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1)
+    bucket_batches: int = option(
+        1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1
+    )
     engine: str = option(
         "stacked", "stacked: a cohort's clients step together; peft: one by one", choices=("stacked", "peft")
     )
@@ -131,7 +133,8 @@ class FederationConfig:
     )
     uplink: str = option(
         "float32",
-        "how adapters travel to the server; below float32 each client's own difference travels",
+        "how adapters travel to the server; below float32 each client's own difference travels, in int8 with what "
+        "rounding lost of the one before (nothing at the start and after a resume)",
         choices=("float32", "float16", "int8"),
     )
     failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
