@@ -83,7 +83,8 @@ def train_cohort(
     for steps, values, loss in zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True):
         metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds}
         adapter = model.layout.unflatten(values)
-        updates.append(make_update(steps, adapter, model.group_of, len(data.train[steps.client]), metrics))
+        num_examples = len(data.train[steps.client])
+        updates.append(make_update(steps, adapter, global_adapter, model.group_of, num_examples, metrics))
     return updates
 
 

@@ -7,7 +7,7 @@ every model that PEFT takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -88,7 +88,7 @@ class StackedEngine:
         megabytes, tokens = config.training.prefix_cache, config.data.max_length
         wanted = f"{data.tokens_digest} {megabytes}" if megabytes else ""
         if wanted != self._prefix_of:
-            base = self.classifier.encoder.get_base_model()
+            base: Any = self.classifier.encoder.get_base_model()
             width, dtype = base.config.hidden_size, base.dtype
             self.stacked.prefix = PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
             self._prefix_of = wanted

@@ -132,7 +132,7 @@ class Route:
 
 
 class AdapterProduct(torch.autograd.Function):
-    """y = x W^T + b, and for the clients at `places` y_c += (noise x)_c A_c^T B_c^T scale_c, in as few passes as it takes.
+    """y = x W^T + b, and for the clients at `places` y_c += scale_c (noise x)_c A_c^T B_c^T, in few passes over memory.
 
     x (clients, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; A and B in x's dtype.
     """
@@ -153,7 +153,7 @@ class AdapterProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         weight, a, b, scale, places, noise, own, inner = ctx.saved_tensors
         mine = grad if places is None else grad.index_select(0, places)
         grad_b = torch.bmm(mine.mT, inner)
@@ -309,6 +309,7 @@ class StackedClassifier:
         ).astype(int)
         self.spans = [slice(start, end) for start, end in zip([0, *ends], ends[:-1], strict=False)]
         self.head_span = slice(ends[-2], ends[-1])
+        self._tree: Any
         self._tree, self._block_of = self._build(classifier)
 
     def _build(self, classifier: Classifier) -> tuple[nn.Module, np.ndarray]:
@@ -328,7 +329,7 @@ class StackedClassifier:
         if len(trunks) != 1:
             raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
         (trunk,) = trunks
-        modules = list(tree.get_submodule(trunk))  # type: ignore[call-overload]
+        modules = list(tree.get_submodule(trunk).children())
         tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, self)]))
         first = blocks.index(inside[0])
         block_of = np.zeros(len(classifier.gates.names), dtype=int)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from copra_fl import schedule
-from copra_fl.adapter import Adapter, Update
+from copra_fl.adapter import Adapter, Update, difference, norm, trained
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.models import Classifier
@@ -26,11 +26,19 @@ from copra_fl.seeding import generator, torch_stream
 
 @dataclass(frozen=True)
 class Plan:
-    """What the server tells a cohort: the round (from 1), its clients, the run's configuration."""
+    """What the server tells a cohort.
+
+    Attributes:
+        server_round: the round, from 1.
+        clients: the cohort.
+        config: the run's configuration.
+        keep: those of `clients` whose own adapters the server wants; the others' may come as one pooled update.
+    """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
+    keep: tuple[int, ...] = ()
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
@@ -39,6 +47,15 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
         return training.local_steps
     per_step = training.batch_size * training.gradient_accumulation
     return -(-num_examples * training.local_epochs // per_step)
+
+
+def num_trained(training: TrainingConfig, num_examples: int) -> int:
+    """Examples that one client trains on in one round, each pass counted: its expected work.
+
+    With local-steps every batch is full, also of a client with fewer examples than a batch.
+    """
+    per_step = training.batch_size * training.gradient_accumulation
+    return num_examples * training.local_epochs or training.local_steps * per_step
 
 
 def data_order(
@@ -55,9 +72,7 @@ def data_order(
     With bucket-batches = k, every k batches are sorted by length (`lengths`, of all examples)
     before they are cut, and come in an order drawn from `buckets`, the same for all clients.
     """
-    steps = num_steps(training, len(indices))
-    per_step = training.batch_size * training.gradient_accumulation
-    total = len(indices) * training.local_epochs or steps * per_step
+    total = num_trained(training, len(indices))
     passes = [rng.permutation(indices) for _ in range(-(-total // len(indices)))]
     order = np.concatenate(passes)[:total]
     batches = [order[start : start + training.batch_size] for start in range(0, total, training.batch_size)]
@@ -136,12 +151,18 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
 
 
 def make_update(
-    steps: LocalSteps, adapter: Adapter, group_of: Mapping[str, int], num_examples: int, metrics: dict[str, float]
+    steps: LocalSteps,
+    adapter: Adapter,
+    global_adapter: Adapter,
+    group_of: Mapping[str, int],
+    num_examples: int,
+    metrics: dict[str, float],
 ) -> Update:
-    """The client's update: its adapter without the gate groups that were never on."""
-    active = steps.masks.sum(0)
-    sent = {name: tensor for name, tensor in adapter.items() if name not in group_of or active[group_of[name]]}
-    return Update(steps.client, sent, num_examples, tuple(active.tolist()), metrics | {"steps": float(len(steps))})
+    """The client's update: its `adapter` without the gate groups that were never on, and what is told of it."""
+    active_steps = tuple(steps.masks.sum(0).tolist())
+    sent = trained(adapter, active_steps, group_of)
+    metrics = metrics | {"steps": float(len(steps)), "distance": norm(difference(sent, global_adapter))}
+    return Update(steps.client, sent, num_examples, active_steps, metrics)
 
 
 def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter) -> Update:
@@ -167,7 +188,8 @@ def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     metrics = {"loss": float(torch.stack(losses).mean()), "seconds": time.perf_counter() - started}
-    return make_update(steps, model.read_adapter(), model.group_of, len(data.train[client]), metrics)
+    adapter = model.read_adapter()
+    return make_update(steps, adapter, global_adapter, model.group_of, len(data.train[client]), metrics)
 
 
 def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:

@@ -203,6 +203,14 @@ def order(indices: np.ndarray, settings: TrainingConfig, lengths: np.ndarray | N
     return list(data_order(indices, lengths, settings, np.random.default_rng(0), np.random.default_rng(0)))
 
 
+@pytest.mark.parametrize("num_examples", [2, 10, 17])
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+def test_expected_work_is_what_the_data_order_holds(num_examples: int, epochs: int) -> None:
+    settings = TrainingConfig(local_steps=4, local_epochs=epochs, batch_size=5, gradient_accumulation=2)
+    steps = order(np.arange(num_examples), settings)
+    assert training.num_trained(settings, num_examples) == sum(len(batch) for step in steps for batch in step)
+
+
 def test_data_order_in_steps_and_epochs() -> None:
     indices = np.arange(10)
     by_steps = TrainingConfig(local_steps=4, batch_size=3, gradient_accumulation=2)
