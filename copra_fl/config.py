@@ -108,7 +108,9 @@ class TrainingConfig:
     local_steps: int = option(10, "optimiser steps per client and round", low=1)
     local_epochs: int = option(0, "epochs per client and round; 0: use local-steps", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", low=0)
-    bucket_batches: int = option(1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1)
+    bucket_batches: int = option(
+        1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1
+    )
     engine: str = option(
         "stacked", "stacked: a cohort's clients step together; peft: one by one", choices=("stacked", "peft")
     )

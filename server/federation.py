@@ -139,6 +139,8 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
+    compute = models.resolve_compute(config.model, config.data.max_length)
+    config = config.changed(dtype=compute.dtype, attention=compute.attention)
     nodes = greet(grid, config)
     num_clients = sum(len(hello.num_examples) for hello in nodes.values())
     config = config.changed(num_clients=num_clients)

@@ -82,4 +82,5 @@ def tiny(tiny_model: str, texts: str) -> dict[str, object]:
         "path-points": 3,
         "path-examples": 30,
         "device": "cpu",
+        "dtype": "float32",
     }
