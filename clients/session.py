@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from copra_fl.config import Config, ModelConfig
+from copra_fl import engine
+from copra_fl.config import Config
 from copra_fl.data import FederatedData, load
-from copra_fl.models import Classifier, build, load_tokenizer
+from copra_fl.models import load_tokenizer
 
-
-@lru_cache(maxsize=1)
-def open_model(config: ModelConfig, group: str, num_labels: int) -> Classifier:
-    """The base with adapter and head; their values come with each message."""
-    return build(config, group, num_labels, seed=0)
+#: its adapter's values come with each message
+open_engine = lru_cache(maxsize=1)(engine.open_engine)
 
 
 @lru_cache(maxsize=4)

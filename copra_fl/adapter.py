@@ -7,7 +7,7 @@ Names are PEFT's own (``base_model.model.encoder.layer.0...lora_A.weight``), plu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +28,16 @@ class Update:
     Attributes:
         client: its number.
         adapter: its tensors after training. Gate groups that were never on have not moved and are left out.
+            Empty on the server where the client's tensors came in a pooled update.
         num_examples: training examples it holds.
-        active_steps: per gate group, the optimiser steps in which it was on.
-        metrics: at least ``loss`` (mean over steps), ``steps`` and ``seconds``.
+        active_steps: per gate group, the optimiser steps in which it was on; in a pooled update their mean.
+        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of its change).
     """
 
     client: int
     adapter: Adapter
     num_examples: int
-    active_steps: tuple[int, ...]
+    active_steps: tuple[float, ...]
     metrics: dict[str, float]
 
 
@@ -50,6 +51,11 @@ class Layout:
     def of(cls, adapter: Adapter) -> Layout:
         """The layout with `adapter`'s tensors in its order."""
         return cls({name: tensor.shape for name, tensor in adapter.items()})
+
+    @classmethod
+    def by_name(cls, adapter: Adapter) -> Layout:
+        """The layout in alphabetical order: both ends of a wire agree, whatever the order of a model or a file."""
+        return cls.of(dict(sorted(adapter.items())))
 
     @cached_property
     def spans(self) -> dict[str, slice]:
@@ -70,6 +76,11 @@ class Layout:
     def unflatten(self, row: Tensor) -> Adapter:
         """The adapter whose row this is: views of it."""
         return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
+
+
+def trained(adapter: Adapter, active_steps: Sequence[float], group_of: Mapping[str, int]) -> Adapter:
+    """The tensors that can have moved in a training with these active steps: the head, and groups that were on."""
+    return {name: tensor for name, tensor in adapter.items() if name not in group_of or active_steps[group_of[name]]}
 
 
 def complete(update: Update, global_adapter: Adapter) -> Adapter:

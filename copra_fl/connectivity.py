@@ -49,10 +49,10 @@ def interpolate(a: Adapter, b: Adapter, u: float) -> Adapter:
     return {name: (1 - u) * a[name] + u * b[name] for name in a}
 
 
-def walk(evaluate: Callable[[Adapter], Metrics], a: Adapter, b: Adapter, num_points: int) -> Path:
-    """Evaluate `num_points` evenly spaced points of the line from `a` to `b`, ends included."""
+def walk(evaluate: Callable[[Sequence[Adapter]], Sequence[Metrics]], a: Adapter, b: Adapter, num_points: int) -> Path:
+    """Evaluate `num_points` evenly spaced points of the line from `a` to `b`, ends included, all at once."""
     u = tuple(float(point) for point in np.linspace(0, 1, num_points))
-    metrics = [evaluate(interpolate(a, b, point)) for point in u]
+    metrics = evaluate([interpolate(a, b, point) for point in u])
     return Path(u, tuple(m["loss"] for m in metrics), tuple(m["accuracy"] for m in metrics))
 
 

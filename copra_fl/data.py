@@ -84,7 +84,7 @@ class Examples:
         input_ids = torch.full(positions.shape, self.pad_id)
         input_ids[real] = self.input_ids[positions[real]].long()
         batch = {"input_ids": input_ids, "attention_mask": real.long(), "labels": self.labels[chosen]}
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class FederatedData:
         dropped_duplicates: held-out examples dropped since their text is also in the pool (test: or in validation).
         dropped_empty: rows dropped since text, label or client is missing.
         digest: names content, tokens, held-out sets and partition; equal on every machine that has the same.
+        tokens_digest: the same without the partition.
     """
 
     examples: Examples
@@ -116,6 +117,7 @@ class FederatedData:
     dropped_duplicates: int
     dropped_empty: int
     digest: str
+    tokens_digest: str
 
 
 def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
@@ -135,11 +137,11 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     columns = (data.text_column, data.label_column, data.client_column)
     sizes = (data.max_length, data.server_validation_examples, data.test_examples)
     content = (train.digest, test.digest if test else None)
-    digest = digest_of(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
-    tokens, facts = _cached("tokens", digest, lambda: _tokenise(data, tokenizer, train, test))
+    tokens_digest = digest_of(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
+    tokens, facts = _cached("tokens", tokens_digest, lambda: _tokenise(data, tokenizer, train, test))
 
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
-    digest = digest_of(digest, split, seed)
+    digest = digest_of(tokens_digest, split, seed)
     partition, owners = _cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
 
     pool, client_names = tokens["pool"].numpy(), owners["client_names"]
@@ -163,6 +165,7 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
         dropped_duplicates=facts["dropped_duplicates"],
         dropped_empty=facts["dropped_empty"],
         digest=digest,
+        tokens_digest=tokens_digest,
     )
 
 

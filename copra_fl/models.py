@@ -9,6 +9,7 @@ client computes depends on its adapter, its data and its named random streams al
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +33,16 @@ SDPA_TOKENS = 128
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
-    """(B, T, D) hidden states to (B, D) features in float32; `mean` runs over real tokens only."""
+    """(B, T, D) hidden states to (B, D) features, in float32 at least; `mean` runs over real tokens only."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).float()
-        return (hidden.float() * mask).sum(1) / mask.sum(1)
+        mask = attention_mask.unsqueeze(-1).to(dtype)
+        return (hidden.to(dtype) * mask).sum(1) / mask.sum(1)
     if pooling == "cls":
-        return hidden[:, 0].float()
+        return hidden[:, 0].to(dtype)
     if pooler_output is None:
         raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
-    return pooler_output.float()
+    return pooler_output.to(dtype)
 
 
 class Classifier(nn.Module):
@@ -82,6 +84,20 @@ class Classifier(nn.Module):
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         pooler_output = getattr(output, "pooler_output", None)
         return self.head(pool(output.last_hidden_state, attention_mask, self.pooling, pooler_output))
+
+    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Tensor, Tensor], Tensor]:
+        """What gives (adapters, B, classes) logits for (B, T) tokens and attention mask, every gate open."""
+
+        def predict(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            logits = []
+            for adapter in adapters:
+                self.write_adapter(adapter)
+                logits.append(self(input_ids, attention_mask))
+            return torch.stack(logits)
+
+        self.gates.open()
+        self.train_adapters(False)
+        return predict
 
     def train_adapters(self, on: bool) -> None:
         """LoRA dropout on or off; the base is in eval mode always."""

@@ -1,4 +1,4 @@
-"""Local training: the clients of a cohort, each from the global adapter, give updates.
+"""Local training: a client starts from the global adapter and gives an update.
 
 One optimiser step of CopRA at progress t: draw a mask, switch the layers, minimise the
 loss over what is on. The mask holds for all micro-batches of the step.
@@ -6,16 +6,18 @@ loss over what is on. The mask holds for all micro-batches of the step.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from copra_fl import schedule
-from copra_fl.adapter import Adapter, Update
+from copra_fl.adapter import Adapter, Update, difference, norm, trained
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.models import Classifier
@@ -24,11 +26,19 @@ from copra_fl.seeding import generator, torch_stream
 
 @dataclass(frozen=True)
 class Plan:
-    """What the server tells a cohort: the round (from 1), its clients, the run's configuration."""
+    """What the server tells a cohort.
+
+    Attributes:
+        server_round: the round, from 1.
+        clients: the cohort.
+        config: the run's configuration.
+        keep: those of `clients` whose own adapters the server wants; the others' may come as one pooled update.
+    """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
+    keep: tuple[int, ...] = ()
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
@@ -39,81 +49,145 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
     return -(-num_examples * training.local_epochs // per_step)
 
 
-def data_order(indices: np.ndarray, training: TrainingConfig, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
+def num_trained(training: TrainingConfig, num_examples: int) -> int:
+    """Examples that one client trains on in one round, each pass counted: its expected work.
+
+    With local-steps every batch is full, also of a client with fewer examples than a batch.
+    """
+    per_step = training.batch_size * training.gradient_accumulation
+    return num_examples * training.local_epochs or training.local_steps * per_step
+
+
+def data_order(
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    training: TrainingConfig,
+    rng: np.random.Generator,
+    buckets: np.random.Generator,
+) -> Iterator[list[np.ndarray]]:
     """The micro-batches of each optimiser step: arrays of example indices.
 
     Examples come in shuffled passes, one after the other. With local-epochs the last
     step is short; with local-steps every batch is full and passes run into each other.
+    With bucket-batches = k, every k batches are sorted by length (`lengths`, of all examples)
+    before they are cut, and come in an order drawn from `buckets`, the same for all clients.
     """
-    steps = num_steps(training, len(indices))
-    per_step = training.batch_size * training.gradient_accumulation
-    total = len(indices) * training.local_epochs or steps * per_step
+    total = num_trained(training, len(indices))
     passes = [rng.permutation(indices) for _ in range(-(-total // len(indices)))]
     order = np.concatenate(passes)[:total]
-    for start in range(0, total, per_step):
-        step = order[start : start + per_step]
-        yield [step[i : i + training.batch_size] for i in range(0, len(step), training.batch_size)]
+    batches = [order[start : start + training.batch_size] for start in range(0, total, training.batch_size)]
+    if training.bucket_batches > 1:
+        batches = _bucket(batches, lengths, training.bucket_batches, buckets)
+    for start in range(0, len(batches), training.gradient_accumulation):
+        yield batches[start : start + training.gradient_accumulation]
 
 
-def learning_rate_factor(training: TrainingConfig, t: float) -> float:
-    """What the learning rates are multiplied by at progress `t` of the federation."""
-    return 0.5 * (1 + np.cos(np.pi * t)) if training.lr_schedule == "cosine" else 1.0
+def _bucket(batches: list[np.ndarray], lengths: np.ndarray, window: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The same examples in batches of like length, `window` batches at a time; a short batch stays the last."""
+    bucketed: list[np.ndarray] = []
+    for start in range(0, len(batches), window):
+        part = batches[start : start + window]
+        examples = np.concatenate(part)
+        by_length = examples[np.argsort(lengths[examples], kind="stable")]
+        cuts = np.split(by_length, np.cumsum([len(batch) for batch in part])[:-1])
+        full = sum(len(batch) == len(part[0]) for batch in part)
+        places = np.argsort(rng.random(window)[:full])
+        bucketed += [cuts[place] for place in places] + cuts[full:]
+    return bucketed
 
 
-def make_optimizer(model: Classifier, training: TrainingConfig) -> torch.optim.Optimizer:
-    """A fresh optimiser: clients start each round without momentum, as in FedAvg."""
-    groups = [
-        {"params": model.parameters_of("adapter"), "lr": training.learning_rate},
-        {"params": model.parameters_of("head"), "lr": training.head_learning_rate},
-    ]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+def make_optimizer(
+    training: TrainingConfig, adapters: Iterable[Tensor], heads: Iterable[Tensor], many: bool = False
+) -> torch.optim.Optimizer:
+    """A fresh optimiser: clients start each round without momentum, as in FedAvg. `many`: hundreds of tensors."""
+    groups, decay = [{"params": list(adapters)}, {"params": list(heads)}], training.weight_decay
+    if training.optimizer == "sgd":  # torch's fused one cannot take parameters that were on at different steps
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, weight_decay=decay, foreach=many)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=many)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, training: TrainingConfig, t: float) -> None:
+    """The rates of adapters and head at progress `t` of the federation."""
+    factor = 0.5 * (1 + math.cos(math.pi * t)) if training.lr_schedule == "cosine" else 1.0
+    for group, rate in zip(optimizer.param_groups, (training.learning_rate, training.head_learning_rate), strict=True):
+        group["lr"] = rate * factor
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """What one client does in a round, drawn from its streams before it begins.
+
+    Attributes:
+        batches: the micro-batches of each optimiser step: arrays of example indices.
+        masks: (steps, groups) bool, which gate groups are on.
+        scales: (steps,) what is on is multiplied by besides alpha / r.
+        t: (steps,) progress of the federation.
+    """
+
+    client: int
+    batches: list[list[np.ndarray]]
+    masks: np.ndarray
+    scales: np.ndarray
+    t: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) -> LocalSteps:
+    """The steps of `client` in the plan's round."""
+    config, seed, server_round = plan.config, plan.config.federation.seed, plan.server_round
+    copra, rounds = config.copra, config.federation.num_rounds
+    indices = data.train[client]
+    order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
+    batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
+    masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
+    scales = np.ones(len(batches))
+    if copra.rescale:
+        given = masks.any(axis=1)
+        scales[given] = [1 / schedule.inclusion(p, num_groups, copra.min_active) for p in probabilities[given]]
+    t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
+    return LocalSteps(client, batches, masks, scales, t)
+
+
+def make_update(
+    steps: LocalSteps, adapter: Adapter, group_of: Mapping[str, int], num_examples: int, metrics: dict[str, float]
+) -> Update:
+    """The client's update: its `adapter` without the gate groups that were never on, and what is told of it."""
+    active_steps = tuple(steps.masks.sum(0).tolist())
+    sent = trained(adapter, active_steps, group_of)
+    return Update(steps.client, sent, num_examples, active_steps, metrics | {"steps": float(len(steps))})
 
 
 def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter) -> Update:
-    """Train one client for one round, from `global_adapter`, on its own data and random streams."""
+    """Train one client for one round, from `global_adapter`, on its own data and random streams.
+
+    Plain PEFT, one client at a time: ``engine = "peft"``, and what `cohort.train_cohort` is checked against.
+    """
     started = time.perf_counter()
-    config, seed = plan.config, plan.config.federation.seed
-    training, rounds = config.training, config.federation.num_rounds
-    indices = data.train[client]
-    steps = num_steps(training, len(indices))
-    masks, probabilities = schedule.client_masks(
-        config.copra, seed, client, steps, len(model.gates.names), plan.server_round, rounds
-    )
+    training, seed = plan.config.training, plan.config.federation.seed
+    steps = plan_steps(plan, data, client, len(model.gates.names))
     model.write_adapter(global_adapter)
     model.train_adapters(True)
-    optimizer = make_optimizer(model, training)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    order = generator(seed, "order", plan.server_round, client)
+    adapters, heads = model.parameters_of("adapter"), model.parameters_of("head")
+    optimizer = make_optimizer(training, adapters, heads)
     losses = []
-    for step, micro_batches in enumerate(data_order(indices, training, order)):
-        factor = learning_rate_factor(training, (plan.server_round - 1 + step / steps) / rounds)
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * factor
-        scale = 1.0
-        if config.copra.rescale and masks[step].any():
-            scale = 1.0 / schedule.inclusion(probabilities[step], masks.shape[1], config.copra.min_active)
-        model.gates.set(masks[step], scale)
+    for step, micro_batches in enumerate(steps.batches):
+        set_learning_rates(optimizer, training, steps.t[step])
+        model.gates.set(steps.masks[step], steps.scales[step])
         with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
             losses.append(_accumulate_gradients(model, data, micro_batches))
         if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(adapters + heads, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    active = masks.sum(0)
-    adapter = {
-        name: tensor
-        for name, tensor in model.read_adapter().items()
-        if name not in model.group_of or active[model.group_of[name]]
-    }
+    adapter = model.read_adapter()
     metrics = {
         "loss": float(torch.stack(losses).mean()),
-        "steps": float(steps),
         "seconds": time.perf_counter() - started,
+        "distance": norm(difference(adapter, global_adapter)),
     }
-    return Update(client, adapter, len(indices), tuple(int(count) for count in active), metrics)
+    return make_update(steps, adapter, model.group_of, len(data.train[client]), metrics)
 
 
 def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:

@@ -7,10 +7,9 @@ while Flower's workers stay warm.
 from __future__ import annotations
 
 import time
-from itertools import combinations
+from collections.abc import Sequence
 from logging import INFO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
@@ -18,14 +17,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import data, models, provenance, wire
-from copra_fl.adapter import Adapter, Update, complete, difference, norm
+from copra_fl.adapter import Adapter, Update, complete
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
+from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.seeding import generator
 from server.journal import Journal, Row
+from server.probes import evaluated, merge_gap_clients, path_pairs
 from server.strategy import CohortStrategy, FederationError
 
 CLIENTS = Path(__file__).parent.parent / "clients"
@@ -37,32 +38,36 @@ class Evaluator:
     def __init__(self, config: Config, federated: data.FederatedData) -> None:
         self.config = config
         self.federated = federated
-        self.model = models.build(config.model, config.copra.group, len(federated.label_names), config.federation.seed)
+        kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
+        self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed)
+        self.model = self.engine.classifier
 
-    def score(self, adapter: Adapter, indices: np.ndarray) -> dict[str, float]:
-        """Loss, accuracy and number of examples of `adapter` on the examples `indices`."""
-        self.model.write_adapter(adapter)
-        return evaluate(self.model, self.federated.examples, indices, self.config.evaluation.eval_batch_size)
+    def score(self, adapters: Sequence[Adapter], indices: np.ndarray) -> list[dict[str, float]]:
+        """Loss, accuracy and number of examples of each adapter on the examples `indices`."""
+        batch_size = self.config.evaluation.eval_batch_size
+        return evaluate(self.engine, adapters, self.federated.examples, indices, batch_size)
 
-    def round_metrics(self, server_round: int, adapter: Adapter, before: Adapter, updates: list[Update]) -> Row:
-        """Validation metrics of the average, and how much better it is than its parts (the merge gap)."""
-        indices, seed = self.federated.server_validation, self.config.federation.seed
-        row: Row = {"validation": self.score(adapter, indices)}
-        sampled = sample(updates, self.config.evaluation.merge_gap_clients, seed, "merge-gap", server_round)
-        if sampled:
-            own = [self.score(complete(update, before), indices) for update in sampled]
-            row["merge_gap"] = merge_gap(row["validation"], own, [update.num_examples for update in sampled])
+    def round_metrics(self, adapter: Adapter, before: Adapter, updates: list[Update]) -> Row:
+        """Validation metrics of the average, and how much better it is than its parts (the merge gap).
+
+        `updates` are those of the clients chosen for the merge gap.
+        """
+        indices = self.federated.server_validation
+        average, *own = self.score([adapter, *(complete(update, before) for update in updates)], indices)
+        row: Row = {"validation": average}
+        if own:
+            row["merge_gap"] = merge_gap(average, own, [update.num_examples for update in updates])
         return row
 
-    def paths(self, before: Adapter, updates: list[Update]) -> list[Row]:
-        """Loss and accuracy along the line between pairs of clients' adapters, with both barriers."""
+    def paths(self, before: Adapter, pairs: list[tuple[Update, Update]]) -> list[Row]:
+        """Loss and accuracy along the line between the adapters of each pair of clients, with both barriers."""
         evaluation, seed = self.config.evaluation, self.config.federation.seed
         held_out = self.federated.server_validation
         indices = generator(seed, "path-examples").permutation(held_out)[: evaluation.path_examples]
         rows = []
-        for a, b in sample(list(combinations(updates, 2)), evaluation.path_pairs, seed, "paths"):
+        for a, b in pairs:
             ends = complete(a, before), complete(b, before)
-            path = walk(lambda adapter: self.score(adapter, indices), *ends, evaluation.path_points)
+            path = walk(lambda adapters: self.score(adapters, indices), *ends, evaluation.path_points)
             rows.append(
                 {
                     "clients": [a.client, b.client],
@@ -77,25 +82,17 @@ class Evaluator:
         return rows
 
 
-def sample(items: list[Any], number: int, seed: int, *names: str | int) -> list[Any]:
-    """At most `number` of `items`, in their order, drawn from the stream `names`."""
-    chosen = generator(seed, *names).permutation(len(items))[:number]
-    return [items[index] for index in sorted(chosen)]
-
-
 def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
     """Ask every node who it is. Returns node id -> hello.
 
-    Raises FederationError for a node that fails, runs other code, has other labels or a partition twice;
-    and when no node is there after node-timeout.
+    Raises FederationError for a node that fails, runs other code, has other data or a partition twice; for
+    a client that no node can host (strict); and when no node is there after node-timeout.
     """
     deadline = time.monotonic() + config.federation.node_timeout
     while not (nodes := sorted(grid.get_node_ids())):
         if time.monotonic() > deadline:
             raise FederationError(f"no node connected within node-timeout = {config.federation.node_timeout:g} s")
         time.sleep(0.5)
-    if config.data.num_clients == 0 and config.data.partitioner != "natural":
-        config = config.changed(num_clients=len(nodes))
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
     hellos: dict[int, wire.Hello] = {}
     for reply in grid.send_and_receive(messages, timeout=config.federation.round_timeout):
@@ -113,7 +110,7 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
     if silent:
         raise FederationError(f"nodes {sorted(silent)} did not answer the hello query")
     digest = provenance.library_digest(CLIENTS)
-    labels = next(iter(hellos.values())).label_names
+    first = next(iter(hellos.values()))
     partitions: dict[int, int] = {}
     for node, hello in hellos.items():
         who = f"node {node} (partition-id {hello.partition})"
@@ -122,14 +119,22 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
                 f"{who} runs other sources of copra_fl and clients (digest {hello.digest[:12]}) than the server "
                 f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
             )
-        if hello.label_names != labels:
-            raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {labels}")
+        if hello.label_names != first.label_names:
+            raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {first.label_names}")
+        if hello.num_clients != first.num_clients:
+            raise FederationError(
+                f"{who} counts {hello.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
+                "all nodes need the same num-partitions"
+            )
         if hello.partition in partitions:
             raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
         partitions[hello.partition] = node
-    missing = set(range(next(iter(hellos.values())).num_partitions)) - partitions.keys()
-    if missing and config.federation.failures == "strict":
-        raise FederationError(f"no node with partition-id {sorted(missing)} is connected")
+    homeless = set(range(first.num_clients)).difference(*(hello.num_examples for hello in hellos.values()))
+    if homeless and config.federation.failures == "strict":
+        raise FederationError(
+            f"no connected node can host the clients {sorted(homeless)}; connected are the partition-ids "
+            f"{sorted(partitions)}"
+        )
 
 
 def run(grid: Grid, config: Config, directory: Path) -> None:
@@ -142,8 +147,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(dtype=compute.dtype, attention=compute.attention)
     nodes = greet(grid, config)
-    num_clients = sum(len(hello.num_examples) for hello in nodes.values())
-    config = config.changed(num_clients=num_clients)
+    config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
     federated = data.load(config, models.load_tokenizer(config.model.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
@@ -156,12 +160,17 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         before = adapter
         adapter, row = train_round(grid, strategy, server_round, before)
         row["layers"] = model.gates.names
-        if server_round % config.evaluation.eval_every == 0 or server_round == num_rounds:
+        sampled, updates = strategy.sample(server_round), {update.client: update for update in strategy.updates}
+        if evaluated(config, server_round):
             emit("evaluating", round=server_round)
-            row |= evaluator.round_metrics(server_round, adapter, before, strategy.updates)
+            chosen = merge_gap_clients(config, server_round, sampled)
+            row |= evaluator.round_metrics(adapter, before, [updates[c] for c in chosen if c in updates])
             log(INFO, "round %s: validation accuracy %.4f", server_round, row["validation"]["accuracy"])
         if server_round == num_rounds:
-            row["paths"] = evaluator.paths(before, strategy.updates)
+            pairs = path_pairs(config, server_round, sampled)
+            row["paths"] = evaluator.paths(
+                before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates]
+            )
         journal.record(row, adapter)
         emit("recorded", round=server_round, accuracy=row.get("validation", {}).get("accuracy"))
     finish(grid, strategy, evaluator, journal, adapter)
@@ -188,7 +197,6 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter
                 "client": u.client,
                 "examples": u.num_examples,
                 "active_steps": u.active_steps,
-                "distance": norm(difference(complete(u, adapter), adapter)),
                 **u.metrics,
             }
             for u in strategy.updates
@@ -221,7 +229,8 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     replies = grid.send_and_receive(messages, timeout=config.federation.round_timeout)
     clients = strategy.aggregate_evaluate(len(rows), replies)
     assert clients is not None
-    test = evaluator.score(adapter, federated.test)
+    (test,) = evaluator.score([adapter], federated.test)
+    evaluator.model.write_adapter(adapter)
     models.save(evaluator.model, journal.directory / "adapter", federated.label_names)
     columns = {name: list(values) for name, values in clients.items()}  # type: ignore[arg-type]
     last = rows[-1]

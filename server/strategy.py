@@ -1,4 +1,4 @@
-"""The Flower strategy: sample clients, group them into cohorts by node, check replies, call the rule.
+"""The Flower strategy: sample clients, place them on nodes as cohorts, check replies, call the rule.
 
 The federation calls `configure_train` and `aggregate_train` round by round. Flower's own
 `Strategy.start` is not used: it cannot resume, and it averages whatever came back.
@@ -6,11 +6,12 @@ The federation calls `configure_train` and `aggregate_train` round by round. Flo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from logging import INFO
+from typing import TypeVar
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -19,53 +20,41 @@ from flwr.serverapp.strategy import Strategy
 from copra_fl import wire
 from copra_fl.adapter import Adapter, Update
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.checking import check_scalars, check_tensors
+from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.compression import decode
 from copra_fl.config import Config
 from copra_fl.seeding import generator
-from copra_fl.training import Plan
+from copra_fl.training import Plan, num_trained
+from server.placement import place
+from server.probes import kept_clients
+
+Result = TypeVar("Result")
 
 
 class FederationError(RuntimeError):
     """A federation that cannot go on. The message says what happened, where, and what to do."""
 
 
-class BadUpdate(ValueError):
-    """An update that must not be averaged, with the reason."""
+@dataclass(frozen=True)
+class Reply:
+    """What one node's reply to a training message holds.
 
+    Attributes:
+        updates: of every client that it trained; those that were pooled are without tensors.
+        averaged: what goes into the rule: the kept clients' own updates, and one pooled update of all others.
+    """
 
-def check_update(
-    update: Update, global_adapter: Adapter, group_of: Mapping[str, int], num_groups: int, num_examples: int
-) -> None:
-    """Raise BadUpdate unless `update` is what a client of `num_examples` examples can have trained."""
-    if update.num_examples <= 0 or update.num_examples != num_examples:
-        raise BadUpdate(f"it claims {update.num_examples} examples; at the start it had {num_examples}")
-    if len(update.active_steps) != num_groups or min(update.active_steps, default=0) < 0:
-        raise BadUpdate(f"its active steps {update.active_steps} are not {num_groups} counts, one per gate group")
-    unexpected = update.adapter.keys() - global_adapter.keys()
-    if unexpected:
-        raise BadUpdate(f"unknown tensors {sorted(unexpected)[:3]}")
-    for name, tensor in global_adapter.items():
-        trained = name not in group_of or update.active_steps[group_of[name]] > 0
-        if name not in update.adapter:
-            if trained:
-                raise BadUpdate(f"tensor {name} is missing")
-            continue
-        got = update.adapter[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            raise BadUpdate(
-                f"tensor {name} is {got.dtype} of shape {tuple(got.shape)}, not {tensor.dtype} of {tuple(tensor.shape)}"
-            )
-        if not torch.isfinite(got).all():
-            raise BadUpdate(f"tensor {name} has values that are not finite; a lower learning rate may help")
-    if not math.isfinite(update.metrics.get("loss", math.nan)):
-        raise BadUpdate(f"its training loss is {update.metrics.get('loss')}")
+    updates: list[Update]
+    averaged: list[Update]
 
 
 class CohortStrategy(Strategy):
     """One message a node a round carries the node's cohort; the rule of the configuration averages.
 
     Attributes:
-        updates: the good updates of the last round, in the order of their clients.
-        missing: clients of the last round without one, with the reason.
+        updates: of the last round's clients that replied, in their order; those that were pooled are without tensors.
+        missing: clients of the last round that did not, with the reason.
     """
 
     def __init__(
@@ -75,13 +64,15 @@ class CohortStrategy(Strategy):
         self.group_of = group_of
         self.num_groups = num_groups
         self.rule = find_rule(config.federation.rule)
-        self.node_of = {client: node for node, hello in nodes.items() for client in hello.num_examples}
+        by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
+        self.hosts = {node: hello.num_examples.keys() for node, hello in by_partition.items()}
         self.num_examples = {c: n for hello in nodes.values() for c, n in hello.num_examples.items()}
-        self.validating = sorted(c for hello in nodes.values() for c, n in hello.num_validation.items() if n > 0)
+        self.num_validation = {c: n for hello in nodes.values() for c, n in hello.num_validation.items() if n > 0}
         self.updates: list[Update] = []
         self.missing: dict[int, str] = {}
         self._global_adapter: Adapter = {}
         self._cohorts: dict[int, list[int]] = {}
+        self._keep: set[int] = set()
 
     @property
     def eligible(self) -> list[int]:
@@ -96,22 +87,26 @@ class CohortStrategy(Strategy):
         return sorted(int(c) for c in rng.choice(eligible, size=min(number, len(eligible)), replace=False))
 
     def cohort_messages(
-        self, server_round: int, clients: Iterable[int], adapter: Adapter, message_type: str
+        self, server_round: int, work: Mapping[int, float], adapter: Adapter, message_type: str
     ) -> list[Message]:
-        """One message for each node that hosts some of `clients`."""
-        self._cohorts = {}
-        for client in clients:
-            self._cohorts.setdefault(self.node_of[client], []).append(client)
-        return [
-            Message(wire.pack_plan(Plan(server_round, tuple(cohort), self.config), adapter), node, message_type)
-            for node, cohort in sorted(self._cohorts.items(), key=lambda item: item[1])
-        ]
+        """One message for each node that some of the clients of `work` are placed on."""
+        self._cohorts = place(work, self.hosts)
+        messages = []
+        for node, cohort in self._cohorts.items():
+            keep = tuple(client for client in cohort if client in self._keep)
+            plan = Plan(server_round, tuple(cohort), self.config, keep)
+            messages.append(Message(wire.pack_plan(plan, adapter), node, message_type))
+        return messages
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        """Messages with the round's clients, balanced over the nodes by the examples that each trains on."""
+        clients = self.sample(server_round)
         self._global_adapter = dict(arrays.to_torch_state_dict())
-        return self.cohort_messages(server_round, self.sample(server_round), self._global_adapter, MessageType.TRAIN)
+        self._keep = kept_clients(self.config, server_round, clients)
+        work = {client: num_trained(self.config.training, self.num_examples[client]) for client in clients}
+        return self.cohort_messages(server_round, work, self._global_adapter, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -120,41 +115,35 @@ class CohortStrategy(Strategy):
 
         Raises FederationError when a client failed (strict) or too few are left (tolerant).
         """
-        self.updates, self.missing = [], {}
-        for client, reply in self._by_client(replies):
-            try:
-                update = wire.unpack_update(reply, client)
-                check_update(update, self._global_adapter, self.group_of, self.num_groups, self.num_examples[client])
-                self.updates.append(update)
-            except (KeyError, ValueError, TypeError) as error:
-                self.missing[client] = f"its update was refused: {error}"
-        self.updates.sort(key=lambda update: update.client)
+        nodes = self._read(replies, self._read_updates)
+        self.updates = sorted((u for node in nodes for u in node.updates), key=lambda update: update.client)
         self.check_missing(f"round {server_round}", len(self.updates))
-        weights = [update.num_examples for update in self.updates]
-        loss = sum(n * u.metrics["loss"] for n, u in zip(weights, self.updates, strict=True)) / sum(weights)
-        adapter = self.rule(self._global_adapter, self.updates, self.config.federation.weighting, self.group_of)
+        loss = pool_scalars(self.updates).metrics["loss"]
+        averaged = [update for node in nodes for update in node.averaged]
+        adapter = self.rule(self._global_adapter, averaged, self.config.federation.weighting, self.group_of)
         return ArrayRecord(torch_state_dict=adapter), MetricRecord({"loss": loss})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Every client with validation data evaluates the global adapter on it."""
-        adapter = dict(arrays.to_torch_state_dict())
-        return self.cohort_messages(server_round, self.validating, adapter, MessageType.EVALUATE)
+        most = self.config.evaluation.client_eval_examples
+        work = {client: min(number, most) for client, number in self.num_validation.items()}
+        self._keep = set()
+        return self.cohort_messages(server_round, work, dict(arrays.to_torch_state_dict()), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Lists in the order of the clients: ``client``, ``loss``, ``accuracy``, ``examples``."""
-        self.missing = {}
-        rows = []
-        for client, reply in self._by_client(replies):
-            try:
-                rows.append({"client": client, **wire.unpack_evaluation(reply, client)})
-            except KeyError as error:
-                self.missing[client] = f"its evaluation is missing {error}"
+        names = ("loss", "accuracy", "examples")
+
+        def read(clients: list[int], content: wire.RecordDict) -> list[dict[str, float]]:
+            metrics = {client: wire.unpack_evaluation(content, client) for client in clients}
+            return [{"client": client, **{name: metrics[client][name] for name in names}} for client in clients]
+
+        rows = sorted(chain.from_iterable(self._read(replies, read)), key=lambda row: row["client"])
         if self._cohorts:
             self.check_missing("the evaluation by the clients", len(rows))
-        rows.sort(key=lambda row: row["client"])
-        return MetricRecord({name: [row[name] for row in rows] for name in ("client", "loss", "accuracy", "examples")})
+        return MetricRecord({name: [row[name] for row in rows] for name in ("client", *names)})
 
     def check_missing(self, where: str, num_good: int) -> None:
         """Raise FederationError if what is in `missing` must stop the run."""
@@ -173,12 +162,32 @@ class CohortStrategy(Strategy):
 
     def summary(self) -> None:
         federation = self.config.federation
-        log(INFO, "%s over %s clients on %s nodes", federation.rule, len(self.node_of), len(set(self.node_of.values())))
+        log(INFO, "%s over %s clients on %s nodes", federation.rule, len(self.num_examples), len(self.hosts))
 
-    def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[int, wire.RecordDict]]:
-        """The reply's content for each client that answered; the others go to `missing`."""
-        contents = {}
-        errors = {}
+    def _read_updates(self, clients: list[int], content: wire.RecordDict) -> Reply:
+        """What `clients` of one node sent. Raises ValueError for what must not be averaged."""
+        updates = [wire.unpack_scalars(content, client) for client in clients]
+        for update in updates:
+            check_scalars(update, self.num_groups, self.num_examples[update.client])
+        kept = [update for update in updates if update.client in self._keep]
+        others = [update for update in updates if update.client not in self._keep]
+        arrived = self._decode(content, "adapters", kept, self.config.federation.uplink) if kept else []
+        pooled = self._decode(content, "pooled", [pool_scalars(others)], "float32") if others else []
+        return Reply(arrived + others, arrived + pooled)
+
+    def _decode(self, content: wire.RecordDict, name: str, updates: list[Update], uplink: str) -> list[Update]:
+        """`updates` with their tensors from the buffer `name`, checked."""
+        decoded = decode(wire.unpack_arrays(content, name), updates, self._global_adapter, self.group_of, uplink)
+        for update in decoded:
+            check_tensors(update, self._global_adapter, self.group_of)
+        return decoded
+
+    def _read(self, replies: Iterable[Message], read: Callable[[list[int], wire.RecordDict], Result]) -> list[Result]:
+        """`read` of each node's reply and of the clients that did not fail there.
+
+        The others go to `missing`, and so do all clients of a node whose reply `read` refuses.
+        """
+        contents, errors = {}, {}
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
@@ -186,12 +195,17 @@ class CohortStrategy(Strategy):
             else:
                 contents[node] = reply.content
         timeout = self.config.federation.round_timeout
+        results = []
+        self.missing = {}
         for node, cohort in self._cohorts.items():
-            failures = wire.unpack_failures(contents[node]) if node in contents else {}
-            for client in cohort:
-                if node not in contents:
-                    self.missing[client] = errors.get(node, f"no reply within round-timeout = {timeout:g} s")
-                elif client in failures:
-                    self.missing[client] = failures[client]
-                else:
-                    yield client, contents[node]
+            if node not in contents:
+                reason = errors.get(node, f"no reply within round-timeout = {timeout:g} s")
+                self.missing |= dict.fromkeys(cohort, reason)
+                continue
+            try:
+                failures = wire.unpack_failures(contents[node])
+                self.missing |= {client: failures[client] for client in cohort if client in failures}
+                results.append(read([client for client in cohort if client not in failures], contents[node]))
+            except Exception as error:  # a node can have sent anything; other nodes' clients must not suffer for it
+                self.missing = dict.fromkeys(cohort, f"its node's reply was refused: {error}") | self.missing
+        return results

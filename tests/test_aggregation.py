@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from copra_fl.adapter import Update, complete, difference, load_checkpoint, norm, save_checkpoint
-from copra_fl.aggregation import RULES, find_rule
+from copra_fl.adapter import Update, complete, difference, load_checkpoint, norm, save_checkpoint, trained
+from copra_fl.aggregation import LINEAR, RULES, find_rule, pools
 from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.weighting import tensor_weights
-from copra_fl.config import ConfigError
+from copra_fl.config import Config, ConfigError
 
 GROUP_OF = {"a": 0, "b": 1}
 
@@ -75,6 +77,52 @@ def test_client_order_is_irrelevant_bitwise(rule: str, weighting: str) -> None:
     for order in itertools.permutations(updates):
         averaged = find_rule(rule)(old, order, weighting, GROUP_OF)
         assert all(torch.equal(averaged[name], expected[name]) for name in old)
+
+
+@pytest.mark.parametrize("rule", LINEAR)
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+@pytest.mark.parametrize("seed", range(5))
+def test_pooled_updates_do_as_much_as_all_of_theirs(rule: str, weighting: str, seed: int) -> None:
+    """9 clients dealt out to 3 nodes at random; layer b is off for good at some nodes, and everywhere for seed 0."""
+    rng = torch.Generator().manual_seed(seed)
+    old, updates = random_updates(9)
+    nodes = torch.randint(3, (9,), generator=rng).tolist()
+    active = [(k + 1, 0 if nodes[k] == 0 or seed == 0 else k % 3) for k in range(9)]
+    updates = [
+        replace(u, active_steps=steps, adapter=trained(u.adapter, steps, GROUP_OF))
+        for u, steps in zip(updates, active, strict=True)
+    ]
+    pooled = [
+        pool(old, [u for u, at in zip(updates, nodes, strict=True) if at == node], weighting, GROUP_OF)
+        for node in set(nodes)
+    ]
+    assert sum(update.num_examples for update in pooled) == sum(update.num_examples for update in updates)
+    assert all(("b" in update.adapter) == (update.active_steps[1] > 0) for update in pooled)
+    expected = find_rule(rule)(old, updates, weighting, GROUP_OF)
+    averaged = find_rule(rule)(old, pooled, weighting, GROUP_OF)
+    for name in old:
+        assert torch.allclose(averaged[name], expected[name], rtol=1e-6, atol=1e-6), name
+
+
+def test_a_pooled_update_by_hand() -> None:
+    """n = 30, 10 and a = 1, 9: N = 40, a = (30 + 90) / 40 = 3, loss (30 * 2 + 10 * 4) / 40; a by activity."""
+    updates = [
+        update(8, 30, (1, 0), a=[2.0, 4.0], head=[4.0, 0.0]),
+        update(3, 10, (9, 0), a=[6.0, 0.0], head=[0.0, 4.0]),
+    ]
+    updates = [replace(u, metrics={"loss": loss}) for u, loss in zip(updates, (2.0, 4.0), strict=True)]
+    pooled = pool(OLD, updates, "activity", GROUP_OF)
+    assert (pooled.client, pooled.num_examples, pooled.active_steps) == (3, 40, (3.0, 0.0))
+    assert pooled.metrics == {"loss": 2.5}
+    assert {name: tensor.tolist() for name, tensor in pooled.adapter.items()} == {"a": [5.0, 1.0], "head": [3.0, 1.0]}
+
+
+def test_nodes_pool_for_linear_rules_at_full_precision() -> None:
+    assert RULES.keys() >= LINEAR
+    assert pools(Config().federation)
+    assert not pools(Config.from_flat({"replies": "clients"}).federation)
+    assert not pools(Config.from_flat({"uplink": "int8"}).federation)
+    assert not pools(Config.from_flat({"rule": "median"}).federation)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,10 +8,10 @@ import torch
 from copra_fl.connectivity import Path, interpolate, merge_gap, walk
 
 
-def double_well(adapter: dict[str, torch.Tensor]) -> dict[str, float]:
+def double_well(adapters: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
     """loss(x) = (x^2 - 1)^2: minima at -1 and 1, a hill of height 1 at 0."""
-    x = float(adapter["x"])
-    return {"loss": (x * x - 1) ** 2, "accuracy": abs(x)}
+    xs = [float(adapter["x"]) for adapter in adapters]
+    return [{"loss": (x * x - 1) ** 2, "accuracy": abs(x)} for x in xs]
 
 
 def at(x: float) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_the_two_barriers_differ_where_the_ends_do() -> None:
 
 
 def test_a_valley_has_no_barrier() -> None:
-    path = walk(lambda a: {"loss": float(a["x"]) ** 2, "accuracy": 0.0}, at(-2.0), at(1.0), 11)
+    path = walk(lambda some: [{"loss": float(a["x"]) ** 2, "accuracy": 0.0} for a in some], at(-2.0), at(1.0), 11)
     assert path.barrier_entezari == 0.0
     assert path.barrier_frankle == pytest.approx(4.0 - 2.5)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from torch import nn
 from transformers import AutoModel
 
 from clients.app import app as client_app
-from copra_fl import data, models, wire
-from copra_fl.adapter import load_checkpoint
+from copra_fl import cohort, data, engine, models, training, wire
+from copra_fl.adapter import difference, load_checkpoint, norm
 from copra_fl.config import Config
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
@@ -48,9 +50,32 @@ def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
 def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Settings, tmp_path: Path) -> None:
-    one = run_federation(tiny | changes, tmp_path / "one", num_nodes=1)
-    three = run_federation(tiny | changes, tmp_path / "three", num_nodes=3)
+    """Bitwise where clients train one by one and are averaged one by one, up to rounding where not."""
+    alone = tiny | changes | {"replies": "clients", "engine": "peft"}
+    one = run_federation(alone, tmp_path / "one", num_nodes=1)
+    three = run_federation(alone, tmp_path / "three", num_nodes=3)
     assert_equal(final(one), final(three))
+    for nodes in (1, 3):
+        together = final(run_federation(tiny | changes, tmp_path / f"together-{nodes}", num_nodes=nodes))
+        assert norm(difference(together, final(one))) < 1e-5 * norm(final(one))
+
+
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
+    """One round, since training makes more of a last bit. On one node or three: 6 clients, 2 of them kept."""
+    flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
+    flat |= {"engine": "peft"}
+    clients = run_federation(flat | {"replies": "clients"}, tmp_path / "clients", num_nodes=1)
+    expected = final(clients)
+    for nodes in (1, 3):
+        pooled = run_federation(flat, tmp_path / f"pooled-{nodes}", num_nodes=nodes)
+        for name, tensor in final(pooled).items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
+        rows = [journal(directory)[0] for directory in (clients, pooled)]
+        same = [[{k: v for k, v in c.items() if k != "seconds"} for c in row["clients"]] for row in rows]
+        assert same[0] == same[1], "every client's scalars, its distance among them"
+        assert rows[1]["merge_gap"] == pytest.approx(rows[0]["merge_gap"], abs=1e-5)
+        assert rows[1]["bytes_up"] / rows[0]["bytes_up"] == pytest.approx((1 + nodes) / 6, rel=0.2)
 
 
 def test_num_clients_0_makes_each_node_a_client(tiny: Settings, tmp_path: Path) -> None:
@@ -152,8 +177,9 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
 
 
 def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> None:
-    step = run_federation(tiny | {"local-training": "lora"}, tmp_path / "lora")
-    rounds = run_federation(tiny | {"mask-scope": "round"}, tmp_path / "round")
+    flat = tiny | {"replies": "clients"}
+    step = run_federation(flat | {"local-training": "lora"}, tmp_path / "lora")
+    rounds = run_federation(flat | {"mask-scope": "round"}, tmp_path / "round")
     rows = journal(rounds)
     assert sum(row["bytes_up"] for row in rows) < sum(row["bytes_up"] for row in journal(step))
     for row in rows:
@@ -161,19 +187,14 @@ def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> N
             assert set(client["active_steps"]) <= {0, 3}, "a layer is on for all 3 steps of a round or for none"
 
 
-def broken_app(break_reply) -> ClientApp:
-    """The real app, but `break_reply` meddles with what it answers to a training message."""
-    app = ClientApp()
-    app.query()(client_app._registered_funcs["query.default"])
-    app.evaluate()(client_app._registered_funcs["evaluate.default"])
+@pytest.fixture
+def client_3_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_steps(plan, federated, client, num_groups):
+        if client == 3:
+            raise OSError("disk gone")
+        return training.plan_steps(plan, federated, client, num_groups)
 
-    @app.train()
-    def train(message, context):
-        reply = client_app._registered_funcs["train.default"](message, context)
-        break_reply(reply.content)
-        return reply
-
-    return app
+    monkeypatch.setattr(cohort, "plan_steps", plan_steps)
 
 
 def test_clients_without_validation_data_are_left_out_at_the_end(tiny: Settings, tmp_path: Path) -> None:
@@ -181,21 +202,90 @@ def test_clients_without_validation_data_are_left_out_at_the_end(tiny: Settings,
     assert json.loads((directory / "summary.json").read_text())["clients"] == []
 
 
-def test_strict_stops_with_the_clients_own_traceback(tiny: Settings, tmp_path: Path) -> None:
-    app = broken_app(lambda content: content["failures"].update({"3": "Traceback ...\nOSError: disk gone"}))
-    with pytest.raises(FederationError, match="client 3 failed in round 1(.|\n)*disk gone"):
-        run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))
+def test_strict_stops_with_the_clients_own_traceback(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="client 3 failed in round 1(.|\n)*Traceback(.|\n)*disk gone"):
+        run_federation(tiny, tmp_path / "run", num_nodes=1)
 
 
-def test_tolerant_goes_on_and_says_who_is_missing(tiny: Settings, tmp_path: Path) -> None:
-    app = broken_app(lambda content: content["failures"].update({"3": "OSError: disk gone"}))
+def test_tolerant_goes_on_and_says_who_is_missing(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
     flat = tiny | {"failures": "tolerant", "min-replies": 5}
-    directory = run_federation(flat, tmp_path / "run", grid=LocalGrid(1, app))
+    directory = run_federation(flat, tmp_path / "run", num_nodes=1)
     row = journal(directory)[0]
-    assert row["missing"] == [{"client": 3, "reason": "OSError: disk gone"}]
+    assert [(missing["client"], missing["reason"].splitlines()[-1]) for missing in row["missing"]] == [
+        (3, "OSError: disk gone")
+    ]
     assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
     with pytest.raises(FederationError, match="5 good replies, min-replies = 6.*3: OSError: disk gone"):
-        run_federation(flat | {"min-replies": 6}, tmp_path / "more", grid=LocalGrid(1, app))
+        run_federation(flat | {"min-replies": 6}, tmp_path / "more", num_nodes=1)
+
+
+def test_a_client_that_diverges_does_not_spoil_the_pooled_update(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train_cohort(*arguments):
+        updates = cohort.train_cohort(*arguments)
+        bad = {"head.bias": torch.full((3,), torch.nan)}
+        return [replace(u, adapter=u.adapter | bad) if u.client == 3 else u for u in updates]
+
+    monkeypatch.setattr(engine, "train_cohort", train_cohort)
+    flat = tiny | {"failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0}
+    row = journal(run_federation(flat, tmp_path / "run", num_nodes=1))[0]
+    assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
+    (missing,) = row["missing"]
+    assert "client 3: head.bias has values that are not finite" in missing["reason"]
+
+
+@pytest.mark.parametrize(("uplink", "share", "error"), [("float16", 1 / 2, 1e-3), ("int8", 1 / 4, 1e-2)])
+def test_rounded_uplinks_end_close_to_float32(
+    tiny: Settings, uplink: str, share: float, error: float, tmp_path: Path
+) -> None:
+    """4 rounds; sgd, which does not turn a difference in rounding into one of sign as adam's first step does."""
+    flat = tiny | {"num-rounds": 4, "rank": 16, "target-modules": "all-linear", "replies": "clients"}
+    flat |= {"optimizer": "sgd", "learning-rate": 0.3, "head-learning-rate": 0.3}
+    plain = run_federation(flat, tmp_path / "plain")
+    rounded = run_federation(flat | {"uplink": uplink}, tmp_path / "rounded")
+    start = models.build(
+        Config.from_flat(tiny | {"rank": 16, "target-modules": "all-linear"}).model, "layer", 3, seed=0
+    )
+    moved = norm(difference(final(plain), start.read_adapter()))
+    assert 0 < norm(difference(final(rounded), final(plain))) < error * moved
+    up = [sum(row["bytes_up"] for row in journal(directory)) for directory in (rounded, plain)]
+    assert up[0] / up[1] == pytest.approx(share, rel=0.1)
+
+
+def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_path: Path) -> None:
+    """One grid, so nodes with one state for both runs, as in a comparison; the second is as if it were alone."""
+    flat = tiny | {"uplink": "int8"}
+    grid = LocalGrid(2)
+    run_federation(flat, tmp_path / "first", grid=grid)
+    for node, context in grid.contexts.items():
+        kept = {int(name.removeprefix("lost-")) for name in context.state.array_records}
+        assert kept == set(range(node - 100, 6, 2)), "client c is at home on node c mod 2"
+    second = run_federation(flat | {"seed": 1}, tmp_path / "second", grid=grid)
+    alone = run_federation(flat | {"seed": 1}, tmp_path / "alone")
+    assert_equal(final(second), final(alone))
+
+
+def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tmp_path: Path) -> None:
+    """3 partitions, of which the last has not come."""
+    for changes in ({"num-clients": 0}, {"uplink": "int8"}):
+        grid = LocalGrid(3)
+        del grid.contexts[102]
+        homeless = [2] if "num-clients" in changes else [2, 5]
+        with pytest.raises(
+            FederationError, match=rf"no connected node can host the clients {re.escape(str(homeless))}"
+        ):
+            run_federation(tiny | changes, tmp_path / "run", grid=grid)
+    grid = LocalGrid(3)
+    del grid.contexts[102]
+    assert len(journal(run_federation(tiny, tmp_path / "any", grid=grid))[0]["clients"]) == 6
+
+
+def test_two_nodes_with_one_partition_id_are_refused(tiny: Settings, tmp_path: Path) -> None:
+    grid = LocalGrid(2)
+    grid.contexts[101].node_config["partition-id"] = 0
+    with pytest.raises(FederationError, match=r"node 101 \(partition-id 0\) has the same partition-id as node 100"):
+        run_federation(tiny, tmp_path / "run", grid=grid)
 
 
 def test_a_node_with_other_sources_is_refused(tiny: Settings, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,9 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(model: mode
     """Two AdamW steps with weight decay; layer 1 is on in the first only."""
     config, federated = load(tiny)
     batch = batch_of(federated)
-    optimizer = training.make_optimizer(model, TrainingConfig(weight_decay=0.1))
+    settings = TrainingConfig(weight_decay=0.1)
+    optimizer = training.make_optimizer(settings, model.parameters_of("adapter"), model.parameters_of("head"))
+    training.set_learning_rates(optimizer, settings, t=0.0)
     dropped = [p for n, p in model.encoder.named_parameters() if ".layer.1." in n and ".lora_" in n]
     kept = [p for n, p in model.encoder.named_parameters() if ".layer.2." in n and ".lora_B" in n]
 
@@ -109,9 +113,9 @@ def test_lora_training_is_the_usual_loop(model: models.Classifier, tiny: Setting
     plain = models.build(config.model, "layer", 3, seed=0)
     trainable = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.002, weight_decay=0.01)
-    order = generator(0, "order", 1, 0).permutation(federated.train[0])
+    shuffled = generator(0, "order", 1, 0).permutation(federated.train[0])
     for step in range(3):
-        batch = federated.examples.batch(order[4 * step : 4 * step + 4])
+        batch = federated.examples.batch(shuffled[4 * step : 4 * step + 4])
         F.cross_entropy(plain(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 0.5)
         optimizer.step()
@@ -194,27 +198,72 @@ def test_poolings_and_all_linear(tiny: Settings, pooling: str) -> None:
     assert np.isfinite(train(model, flat).metrics["loss"])
 
 
+def order(indices: np.ndarray, settings: TrainingConfig, lengths: np.ndarray | None = None) -> list[list[np.ndarray]]:
+    lengths = np.ones(len(indices), int) if lengths is None else lengths
+    return list(data_order(indices, lengths, settings, np.random.default_rng(0), np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("num_examples", [2, 10, 17])
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+def test_expected_work_is_what_the_data_order_holds(num_examples: int, epochs: int) -> None:
+    settings = TrainingConfig(local_steps=4, local_epochs=epochs, batch_size=5, gradient_accumulation=2)
+    steps = order(np.arange(num_examples), settings)
+    assert training.num_trained(settings, num_examples) == sum(len(batch) for step in steps for batch in step)
+
+
 def test_data_order_in_steps_and_epochs() -> None:
     indices = np.arange(10)
     by_steps = TrainingConfig(local_steps=4, batch_size=3, gradient_accumulation=2)
-    steps = list(data_order(indices, by_steps, np.random.default_rng(0)))
+    steps = order(indices, by_steps)
     assert [[len(batch) for batch in step] for step in steps] == [[3, 3]] * 4
     seen = np.concatenate([batch for step in steps for batch in step])
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)), "each pass has every example once"
     by_epochs = TrainingConfig(local_epochs=2, batch_size=3, gradient_accumulation=2)
-    steps = list(data_order(indices, by_epochs, np.random.default_rng(0)))
+    steps = order(indices, by_epochs)
     assert len(steps) == num_steps(by_epochs, 10) == 4
     assert [len(batch) for batch in steps[-1]] == [2]
     assert sorted(np.concatenate([batch for step in steps for batch in step])) == sorted([*indices, *indices])
-    tiny_client = list(data_order(np.arange(2), TrainingConfig(local_steps=2, batch_size=5), np.random.default_rng(0)))
+    tiny_client = order(np.arange(2), TrainingConfig(local_steps=2, batch_size=5))
     assert [len(batch) for step in tiny_client for batch in step] == [5, 5], "fewer examples than a batch"
 
 
+@pytest.mark.parametrize("settings", [{"local_steps": 8}, {"local_epochs": 2}, {"local_epochs": 1, "batch_size": 7}])
+def test_bucketed_batches_have_the_same_examples_and_less_padding(settings: dict[str, int]) -> None:
+    """Windows of 4 batches: each holds what the shuffled order has there, and its batches are of like length."""
+    lengths = np.random.default_rng(1).integers(1, 60, 100)
+    plain = TrainingConfig(**({"batch_size": 4} | settings))
+    bucketed = dataclasses.replace(plain, bucket_batches=4)
+    shuffled, sorted_ = (
+        [batch for step in order(np.arange(30), t, lengths) for batch in step] for t in (plain, bucketed)
+    )
+    assert [len(batch) for batch in shuffled] == [len(batch) for batch in sorted_]
+    for start in range(0, len(shuffled), 4):
+        window = slice(start, start + 4)
+        assert sorted(np.concatenate(shuffled[window])) == sorted(np.concatenate(sorted_[window]))
+
+    def padded(batches: list[np.ndarray]) -> int:
+        return sum(len(batch) * lengths[batch].max() for batch in batches)
+
+    assert padded(sorted_) < 0.85 * padded(shuffled)
+
+
+def test_clients_take_their_buckets_in_the_same_order_of_length() -> None:
+    """What makes a cohort's batches alike in length: short and long ones come at the same steps everywhere."""
+    lengths, settings = np.arange(200) % 50, TrainingConfig(batch_size=4, bucket_batches=5, local_steps=10)
+    one, other = (
+        [int(np.mean(lengths[batch])) for (batch,) in order(indices, settings, lengths)]
+        for indices in (np.arange(0, 100), np.arange(100, 200))
+    )
+    assert list(np.argsort(one[:5])) == list(np.argsort(other[:5]))
+    assert list(np.argsort(one[5:])) == list(np.argsort(other[5:]))
+
+
 def test_cosine_ends_at_zero_over_the_federation() -> None:
-    cosine = TrainingConfig(lr_schedule="cosine")
-    assert training.learning_rate_factor(cosine, 0.0) == 1.0
-    assert training.learning_rate_factor(cosine, 0.5) == pytest.approx(0.5)
-    assert training.learning_rate_factor(cosine, 1.0) == pytest.approx(0.0)
+    cosine = TrainingConfig(lr_schedule="cosine", learning_rate=0.2, head_learning_rate=0.4)
+    optimizer = training.make_optimizer(cosine, [torch.zeros(1)], [torch.zeros(1)])
+    for t, expected in ((0.0, [0.2, 0.4]), (0.5, [0.1, 0.2]), (1.0, [0.0, 0.0])):
+        training.set_learning_rates(optimizer, cosine, t)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
 def test_sgd_with_momentum(model: models.Classifier, tiny: Settings) -> None:

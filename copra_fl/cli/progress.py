@@ -28,7 +28,7 @@ class State:
     rounds: int = 1
     round: int = 0
     clients: int = 1
-    clients_done: int = 0
+    clients_done: float = 0.0
     recorded: int = 0
     accuracy: float | None = None
     phase: str = ""
@@ -38,13 +38,14 @@ class State:
         match event["event"]:
             case "run":
                 self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
-                self.round = self.recorded = self.clients_done = 0
+                self.round = self.recorded = 0
+                self.clients_done = 0.0
                 self.accuracy = None
             case "round":
                 self.round, self.clients, self.clients_done = event["round"], event["clients"], 0
                 self.recorded, self.phase = event["round"] - 1, "training"
-            case "client":
-                self.clients_done += 1
+            case "trained":
+                self.clients_done += event["clients"]
             case "evaluating":
                 self.phase = "evaluating"
             case "recorded":
@@ -67,7 +68,7 @@ class State:
             return self.name
         text = f"{self.name}  round {self.round}/{self.rounds}  {self.phase}"
         if self.phase == "training":
-            text += f" {self.clients_done}/{self.clients} clients"
+            text += f" {self.clients_done:.0f}/{self.clients} clients"
         return text + (f"  accuracy {self.accuracy:.3f}" if self.accuracy is not None else "")
 
 

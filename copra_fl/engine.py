@@ -1,0 +1,110 @@
+"""What trains and evaluates in a process: all clients of a slice stacked, or one after the other with plain PEFT.
+
+Both give the same adapters up to float rounding. `stacked` is fast; `peft` is what it is checked against, and takes
+every model that PEFT takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from copra_fl import models
+from copra_fl.adapter import Adapter, Update
+from copra_fl.cohort import slices, train_cohort
+from copra_fl.config import Config, ConfigError, ModelConfig
+from copra_fl.data import FederatedData
+from copra_fl.evaluation import Predict
+from copra_fl.models import Classifier
+from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.stacked.prefix import PrefixCache
+from copra_fl.training import Plan, train_client
+
+#: called with how many clients' worth of training was done since the last call
+Progress = Callable[[float], None]
+
+
+class Engine(Protocol):
+    """
+    Attributes:
+        classifier: the plain PEFT model: names of tensors and gate groups, start values, saving.
+        device: where it computes.
+    """
+
+    classifier: Classifier
+    device: torch.device
+
+    def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
+
+    def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
+        """The plan's clients in parts that `train` takes."""
+
+    def train(
+        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+    ) -> list[Update]:
+        """The updates of `clients`, each from the global `adapter`."""
+
+
+class PeftEngine:
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.device = classifier.device
+        self.predictor = classifier.predictor
+
+    def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
+        return [(client,) for client in plan.clients]
+
+    def train(
+        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+    ) -> list[Update]:
+        updates = []
+        for client in clients:
+            updates.append(train_client(self.classifier, data, plan, client, adapter))
+            progress(1)
+        return updates
+
+
+class StackedEngine:
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.device = classifier.device
+        self.stacked = StackedClassifier(classifier)
+        self.predictor = self.stacked.predictor
+        self._prefix_of = ""
+
+    def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
+        return slices(plan.config, data, plan.clients)
+
+    def train(
+        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+    ) -> list[Update]:
+        self._keep_prefixes(data, plan.config)
+        return train_cohort(self.stacked, data, plan, clients, adapter, progress)
+
+    def _keep_prefixes(self, data: FederatedData, config: Config) -> None:
+        """A cache of the wanted size for these tokens, if it is not there already."""
+        megabytes, tokens = config.training.prefix_cache, config.data.max_length
+        wanted = f"{data.tokens_digest} {megabytes}" if megabytes else ""
+        if wanted != self._prefix_of:
+            base: Any = self.classifier.encoder.get_base_model()
+            width, dtype = base.config.hidden_size, base.dtype
+            self.stacked.present.prefix = (
+                PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
+            )
+            self._prefix_of = wanted
+
+
+def open_engine(kind: str, model: ModelConfig, group: str, num_labels: int, seed: int) -> Engine:
+    """The engine of that kind, its model at the common start of the run's seed.
+
+    Raises ConfigError as `models.build` does, and where the model cannot be stacked.
+    """
+    classifier = models.build(model, group, num_labels, seed)
+    if kind == "peft":
+        return PeftEngine(classifier)
+    try:
+        return StackedEngine(classifier)
+    except NotStackable as error:
+        raise ConfigError(f"engine = 'stacked' cannot take this model: {error}; engine = 'peft' can") from error

@@ -1,0 +1,27 @@
+"""Which node trains which client: longest processing time first (Graham 1969, SIAM J. Appl. Math. 17).
+
+A round ends with its last node. Where every node can host every client, the most loaded node
+has at most 4/3 of the work that the best placement would give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+
+def place(work: Mapping[int, float], hosts: Mapping[int, Container[int]]) -> dict[int, list[int]]:
+    """Node -> its clients, sorted; nodes without any are left out.
+
+    Clients by falling work, ties by number, go each to the least loaded node that can host them, ties to the first.
+
+    Args:
+        work: of each client; each can be hosted by some node.
+        hosts: node -> the clients that it can host.
+    """
+    loads = dict.fromkeys(hosts, 0.0)
+    cohorts: dict[int, list[int]] = {node: [] for node in hosts}
+    for client in sorted(work, key=lambda client: (-work[client], client)):
+        node = min((node for node, hosted in hosts.items() if client in hosted), key=loads.__getitem__)
+        loads[node] += work[client]
+        cohorts[node].append(client)
+    return {node: sorted(clients) for node, clients in cohorts.items() if clients}

@@ -1,0 +1,211 @@
+"""Stacked training gives each client what plain PEFT gives it alone, and does less for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from copra_fl import data, models
+from copra_fl.adapter import Adapter, Update
+from copra_fl.cohort import slices, train_cohort
+from copra_fl.config import Config
+from copra_fl.evaluation import evaluate
+from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.stacked.prefix import PrefixCache
+from copra_fl.training import Plan, train_client
+
+Settings = dict[str, object]
+
+#: local training for 20 steps with every option that changes what a client computes
+CASES: dict[str, Settings] = {
+    "lora": {"local-training": "lora"},
+    "copra": {},
+    "head": {"local-training": "head"},
+    "sgd with momentum": {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "head-learning-rate": 0.1},
+    "dropout": {"lora-dropout": 0.3},
+    "clipped hard, decayed, cosine": {"max-grad-norm": 0.05, "weight-decay": 0.1, "lr-schedule": "cosine"},
+    "not clipped": {"max-grad-norm": 0.0},
+    "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
+    "shared masks": {"mask-scope": "shared"},
+    "masks for a round": {"mask-scope": "round", "p0": 0.3},
+    "a gate a module": {"group": "module"},
+    "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
+    "cls": {"pooling": "cls"},
+    "micro-batches": {"gradient-accumulation": 3, "lora-dropout": 0.2},
+    "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
+                                                  "lr-schedule": "cosine", "lora-dropout": 0.2, "batch-size": 7},
+    "bucketed": {"bucket-batches": 4},
+    "prefix cache": {"prefix-cache": 5},
+    "prefix cache with room for 50 states": {"prefix-cache": 1},
+}  # fmt: skip
+
+
+class World:
+    """What it takes to train: data, model both ways, plan, start."""
+
+    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False) -> None:
+        self.config = Config.from_flat({"dtype": "float32"} | flat)
+        self.data = data.load(self.config, models.load_tokenizer(self.config.model.model))
+        self.plain = models.build(self.config.model, self.config.copra.group, 3, seed=0)
+        if double:
+            self.plain.double()
+        self.stacked = StackedClassifier(self.plain)
+        start = self.plain.read_adapter()
+        generator = torch.Generator().manual_seed(3)
+        self.start = {
+            name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            for name, tensor in start.items()
+        }
+        self.plan = Plan(server_round, tuple(range(6)), self.config)
+
+    def alone(self, client: int) -> Update:
+        return train_client(self.plain, self.data, self.plan, client, self.start)
+
+    def together(self, *clients: int) -> list[Update]:
+        return train_cohort(self.stacked, self.data, self.plan, clients, self.start)
+
+
+def relative_error(got: Adapter, expected: Adapter) -> float:
+    """||got - expected|| / ||expected|| over the whole adapter."""
+    error, norm = (
+        torch.stack([(t.double() ** 2).sum() for t in tensors]).sum().sqrt()
+        for tensors in ([got[name] - expected[name] for name in expected], expected.values())
+    )
+    return float(error / norm)
+
+
+def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
+    assert (got.client, got.num_examples, got.active_steps) == (
+        expected.client,
+        expected.num_examples,
+        expected.active_steps,
+    )
+    assert got.adapter.keys() == expected.adapter.keys()
+    assert relative_error(got.adapter, expected.adapter) < tolerance
+    assert got.metrics["steps"] == expected.metrics["steps"]
+    assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
+    """Oracle: `train_client`, PEFT's own modules and one torch optimiser, for each client by itself."""
+    world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
+    if megabytes := world.config.training.prefix_cache:
+        room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
+        world.stacked.present.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
+    for update in world.together(*range(6)):
+        assert_alike(update, world.alone(update.client), 1e-5)
+
+
+def test_in_float64_the_difference_is_rounding(tiny: Settings) -> None:
+    """What is left in float32 is float32: with everything in float64 both agree to 13 digits."""
+    world = World(tiny | {"local-steps": 20, "num-rounds": 4, "lora-dropout": 0.2}, double=True)
+    for update in world.together(*range(6)):
+        assert_alike(update, world.alone(update.client), 1e-12)
+
+
+def test_a_bf16_base_stays_within_its_rounding(tiny: Settings) -> None:
+    """The products with the base are rounded to 8 bits in another order: bounded, not equal."""
+    world = World(tiny | {"local-steps": 20, "num-rounds": 4, "dtype": "bfloat16"})
+    for update in world.together(*range(6)):
+        assert {tensor.dtype for tensor in update.adapter.values()} == {torch.float32}
+        assert_alike(update, world.alone(update.client), 0.02)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora-dropout": 0.3, "local-epochs": 1}])
+def test_who_else_is_in_the_cohort_does_not_matter(tiny: Settings, changes: Settings) -> None:
+    world = World(tiny | {"local-steps": 20} | changes)
+    together = {update.client: update for update in world.together(*range(6))}
+    apart = [*world.together(4), *world.together(5, 0), *world.together(1, 2, 3)]
+    for update in apart:
+        assert_alike(update, together[update.client], 1e-5)
+
+
+def test_twice_the_same_is_bitwise_the_same(tiny: Settings) -> None:
+    world = World(tiny | {"lora-dropout": 0.3})
+    for first, second in zip(world.together(*range(6)), world.together(*range(6)), strict=True):
+        assert all(torch.equal(first.adapter[name], second.adapter[name]) for name in first.adapter)
+
+
+def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:
+    """Bitwise: what the others do after a client's last step does not touch it."""
+    world = World(tiny | {"local-epochs": 1, "alpha": 0.3, "batch-size": 8})
+    steps = {client: len(world.data.train[client]) for client in range(6)}
+    longest, shortest = max(steps, key=steps.__getitem__), min(steps, key=steps.__getitem__)
+    assert steps[longest] > 2 * steps[shortest]
+    together = {update.client: update for update in world.together(longest, shortest)}
+    assert together[shortest].metrics["steps"] == -(-steps[shortest] // 8)
+    assert_alike(together[shortest], world.alone(shortest), 1e-5)
+    assert_alike(together[longest], world.alone(longest), 1e-5)
+
+
+class Recorder:
+    """Rows that each block of the base computes, with a graph and without."""
+
+    def __init__(self, stacked: StackedClassifier) -> None:
+        self.rows: list[tuple[int, bool, int, bool]] = []
+        for depth, block in enumerate(stacked.blocks):
+            block.register_forward_hook(
+                lambda module, args, output, depth=depth: self.rows.append(
+                    (depth, torch.is_grad_enabled(), len(output), output.requires_grad)
+                )
+            )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
+    tiny: Settings, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks. The second time round the cache has
+    every state that is not in the graph."""
+    world = World(tiny | {"local-steps": 1})
+    if cached:
+        world.stacked.present.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
+    masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
+    monkeypatch.setattr(
+        "copra_fl.schedule.client_masks", lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1))
+    )
+    recorder = Recorder(world.stacked)
+    world.together(0, 1, 2)
+    without_graph = [(0, False, 12, False), (1, False, 8, False), (2, False, 4, False)]
+    with_graph = [(1, True, 4, True), (2, True, 8, True)]
+    assert sorted(recorder.rows) == sorted(without_graph + with_graph)
+    recorder.rows.clear()
+    updates = world.together(0, 1, 2)
+    assert sorted(recorder.rows) == sorted(with_graph if cached else without_graph + with_graph)
+    assert [update.active_steps for update in updates] == [(0, 1, 0), (0, 0, 1), (0, 0, 0)]
+    for update in updates:
+        assert_alike(update, world.alone(update.client), 1e-5)
+
+
+def test_slices_bound_the_tokens_of_a_step_and_put_like_clients_together(tiny: Settings) -> None:
+    """4 examples of 16 tokens a client: 64 tokens each, 150 allow two at once."""
+    flat = tiny | {"local-epochs": 1, "alpha": 0.3}
+    world = World(flat | {"step-tokens": 150})
+    parts = slices(world.config, world.data, range(6))
+    assert [len(part) for part in parts] == [2, 2, 2]
+    sizes = [len(world.data.train[client]) for part in parts for client in part]
+    assert [-(-size // 4) for size in sizes] == sorted((-(-size // 4) for size in sizes), reverse=True)
+    assert [len(part) for part in slices(World(flat | {"step-tokens": 1}).config, world.data, range(6))] == [1] * 6
+    assert len(slices(World(flat).config, world.data, range(6))) == 1
+
+
+def test_evaluating_many_adapters_at_once(tiny: Settings) -> None:
+    """Oracle: the PEFT model, one adapter after the other."""
+    world = World(tiny)
+    adapters = [world.start, *(world.start | update.adapter for update in world.together(0, 1, 2))]
+    indices = world.data.server_validation
+    stacked, plain = (evaluate(m, adapters, world.data.examples, indices, 20) for m in (world.stacked, world.plain))
+    for one, other in zip(stacked, plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert len({metrics["loss"] for metrics in stacked}) == 4
+
+
+def test_a_model_that_cannot_be_stacked_is_refused_with_the_reason(tiny: Settings) -> None:
+    world = World(tiny)
+    module = world.plain.encoder.base_model.model.encoder.layer[1].attention.self.query
+    module.base_layer = nn.Bilinear(2, 2, 2)
+    with pytest.raises(NotStackable, match=r"encoder.layer.1.attention.self.query is a Bilinear in a Linear"):
+        StackedClassifier(world.plain)
