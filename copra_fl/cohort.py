@@ -20,7 +20,8 @@ from copra_fl.adapter import Adapter, Update
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.seeding import derive
-from copra_fl.stacked import Stack, StackedClassifier, Step
+from copra_fl.stacked import StackedClassifier
+from copra_fl.stacked.step import Stack, Step
 from copra_fl.training import (
     LocalSteps,
     Plan,
@@ -61,7 +62,8 @@ def train_cohort(
     training, seed, dropout = plan.config.training, plan.config.federation.seed, plan.config.model.lora_dropout
     cohort = [plan_steps(plan, data, client, len(model.spans)) for client in clients]
     lengths = np.array([len(steps) for steps in cohort])
-    stack = model.stack([global_adapter] * len(cohort))
+    start = model.layout.flatten(global_adapter).to(model.device)
+    stack = Stack(model.layout, start.expand(len(cohort), -1).clone())
     optimizer = StackedOptimizer(model, stack, training, cohort)
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     for step in range(lengths.max()):
@@ -79,12 +81,12 @@ def train_cohort(
         optimizer.step(rows, on, step)
         progress(float((1 / lengths[rows]).sum()))
     seconds = (time.perf_counter() - started) / len(cohort)
+    distances = torch.linalg.vector_norm(stack.values.double() - start, dim=1).tolist()
     updates = []
-    for steps, values, loss in zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds}
+    for steps, values, loss, distance in zip(cohort, stack.values.cpu(), losses.cpu().T, distances, strict=True):
+        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distance}
         adapter = model.layout.unflatten(values)
-        num_examples = len(data.train[steps.client])
-        updates.append(make_update(steps, adapter, global_adapter, model.group_of, num_examples, metrics))
+        updates.append(make_update(steps, adapter, model.group_of, len(data.train[steps.client]), metrics))
     return updates
 
 

@@ -77,7 +77,6 @@ class ModelConfig:
     attention: str = option(
         "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")
     )
-    compile: bool = option(False, "torch.compile the base's blocks (CUDA)")
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
 

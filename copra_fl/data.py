@@ -84,7 +84,7 @@ class Examples:
         input_ids = torch.full(positions.shape, self.pad_id)
         input_ids[real] = self.input_ids[positions[real]].long()
         batch = {"input_ids": input_ids, "attention_mask": real.long(), "labels": self.labels[chosen]}
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)

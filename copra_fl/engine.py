@@ -18,8 +18,8 @@ from copra_fl.config import Config, ConfigError, ModelConfig
 from copra_fl.data import FederatedData
 from copra_fl.evaluation import Predict
 from copra_fl.models import Classifier
-from copra_fl.prefix import PrefixCache
 from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.stacked.prefix import PrefixCache
 from copra_fl.training import Plan, train_client
 
 #: called with how many clients' worth of training was done since the last call
@@ -90,7 +90,9 @@ class StackedEngine:
         if wanted != self._prefix_of:
             base: Any = self.classifier.encoder.get_base_model()
             width, dtype = base.config.hidden_size, base.dtype
-            self.stacked.prefix = PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
+            self.stacked.present.prefix = (
+                PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
+            )
             self._prefix_of = wanted
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +19,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from copra_fl import assets
 from copra_fl.adapter import Adapter
-from copra_fl.config import ConfigError, ModelConfig
+from copra_fl.bases import open_base
+from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.gates import Gates
 from copra_fl.seeding import torch_stream
 
-transformers_logging.disable_progress_bar()
+#: tokens from which on sdpa trains faster than eager on a CPU in float32; in bfloat16 it does not up to 512
+#: (experiments/LOG.md)
+SDPA_TOKENS = 128
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
@@ -146,6 +148,31 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
+    """`config` with dtype and attention made plain for texts of up to `max_length` tokens on this machine's device.
+
+    Done once for a run, so that all its processes compute alike. Raises ConfigError as `choose_device` does.
+    """
+    device = choose_device(config.device)
+    dtype, attention = config.dtype, config.attention
+    if dtype == "auto":
+        dtype = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
+    if attention == "auto":
+        long = dtype == "float32" and max_length >= SDPA_TOKENS
+        attention = "sdpa" if device.type == "cuda" or long else "eager"
+    return replace(config, dtype=dtype, attention=attention)
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies matrices in bfloat16 itself, and torch makes use of it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    processor = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(
+        processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+
+
 def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
     """`target_modules` as PEFT takes it. Raises ConfigError naming a target that matches no linear module."""
     if target_modules == "all-linear":
@@ -175,8 +202,9 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int) -> Classi
     Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
     """
     device = choose_device(config.device)
+    config = resolve_compute(config, DataConfig.max_length)
     try:
-        base = AutoModel.from_pretrained(resolve(config.model), dtype=getattr(torch, config.dtype))
+        base = open_base(resolve(config.model), config.dtype, config.attention)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
     lora = LoraConfig(
@@ -208,8 +236,13 @@ def save(model: Classifier, directory: Path, labels: list[str]) -> None:
     model.encoder.save_pretrained(str(directory))
     save_file({name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()},
               directory / "head.safetensors")  # fmt: skip
-    dtype = str(model.encoder.get_base_model().dtype).removeprefix("torch.")
-    description = {"labels": labels, "pooling": model.pooling, "dtype": dtype}
+    base = model.encoder.get_base_model()
+    description = {
+        "labels": labels,
+        "pooling": model.pooling,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "attention": model.encoder.config._attn_implementation,
+    }
     (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -218,7 +251,7 @@ def load(directory: str | Path, device: str = "auto") -> Saved:
     directory = Path(directory)
     description = json.loads((directory / "classifier.json").read_text(encoding="utf-8"))
     base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
-    base = AutoModel.from_pretrained(base_name, dtype=getattr(torch, description["dtype"]))
+    base = open_base(base_name, description["dtype"], description["attention"])
     encoder = PeftModel.from_pretrained(base, str(directory))
     weights = load_file(directory / "head.safetensors")
     head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])

@@ -151,18 +151,12 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
 
 
 def make_update(
-    steps: LocalSteps,
-    adapter: Adapter,
-    global_adapter: Adapter,
-    group_of: Mapping[str, int],
-    num_examples: int,
-    metrics: dict[str, float],
+    steps: LocalSteps, adapter: Adapter, group_of: Mapping[str, int], num_examples: int, metrics: dict[str, float]
 ) -> Update:
     """The client's update: its `adapter` without the gate groups that were never on, and what is told of it."""
     active_steps = tuple(steps.masks.sum(0).tolist())
     sent = trained(adapter, active_steps, group_of)
-    metrics = metrics | {"steps": float(len(steps)), "distance": norm(difference(sent, global_adapter))}
-    return Update(steps.client, sent, num_examples, active_steps, metrics)
+    return Update(steps.client, sent, num_examples, active_steps, metrics | {"steps": float(len(steps))})
 
 
 def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter) -> Update:
@@ -187,9 +181,13 @@ def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int
             torch.nn.utils.clip_grad_norm_(adapters + heads, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    metrics = {"loss": float(torch.stack(losses).mean()), "seconds": time.perf_counter() - started}
     adapter = model.read_adapter()
-    return make_update(steps, adapter, global_adapter, model.group_of, len(data.train[client]), metrics)
+    metrics = {
+        "loss": float(torch.stack(losses).mean()),
+        "seconds": time.perf_counter() - started,
+        "distance": norm(difference(adapter, global_adapter)),
+    }
+    return make_update(steps, adapter, model.group_of, len(data.train[client]), metrics)
 
 
 def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:

@@ -144,6 +144,8 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
+    compute = models.resolve_compute(config.model, config.data.max_length)
+    config = config.changed(dtype=compute.dtype, attention=compute.attention)
     nodes = greet(grid, config)
     config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
     federated = data.load(config, models.load_tokenizer(config.model.model))

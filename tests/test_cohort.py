@@ -12,8 +12,8 @@ from copra_fl.adapter import Adapter, Update
 from copra_fl.cohort import slices, train_cohort
 from copra_fl.config import Config
 from copra_fl.evaluation import evaluate
-from copra_fl.prefix import PrefixCache
 from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.stacked.prefix import PrefixCache
 from copra_fl.training import Plan, train_client
 
 Settings = dict[str, object]
@@ -94,7 +94,7 @@ def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes:
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
     if megabytes := world.config.training.prefix_cache:
         room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
-        world.stacked.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.present.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 
@@ -162,7 +162,7 @@ def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
     every state that is not in the graph."""
     world = World(tiny | {"local-steps": 1})
     if cached:
-        world.stacked.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.present.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
     monkeypatch.setattr(
         "copra_fl.schedule.client_masks", lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1))

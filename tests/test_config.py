@@ -39,7 +39,7 @@ def test_toml_round_trip() -> None:
         ({"ramp": 1.5}, "ramp = 1.5 must be more than 0 and at most 1"),
         ({"learning-rate": float("inf")}, "learning-rate = inf"),
         ({"learning-rate": float("nan")}, "learning-rate = nan"),
-        ({"dtype": "int8"}, "dtype = 'int8' is not one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype = 'int8' is not one of auto, float32, bfloat16, float16"),
         ({"partitioner": "natural"}, "needs client-column"),
         ({"num-clients": 4, "clients-per-round": 5}, "clients-per-round = 5 is more than num-clients = 4"),
     ],

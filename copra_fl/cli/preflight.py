@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
-    """The configurations, with the number of clients made plain. Raises ConfigError, AssetError."""
+    """The configurations, with number of clients, dtype and attention made plain. Raises ConfigError, AssetError."""
     configs = list(configs)
     names = {name for config in configs for name in (config.data.dataset, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
@@ -49,7 +49,9 @@ def _check_one(config: Config) -> tuple[Config, list[str]]:
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    return config.changed(num_clients=num_clients), _notes(federated, config.federation.seed)
+    compute = models.resolve_compute(config.model, config.data.max_length)
+    config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
+    return config, _notes(federated, config.federation.seed)
 
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:

@@ -1,0 +1,76 @@
+"""The frozen base, on disk in the dtype that it computes in, and mapped into memory from there.
+
+Processes that map one file share its pages, so that a further worker costs its adapter and its activations. To
+convert while loading would give every process a copy of its own. A base stored in another dtype is therefore
+converted once and kept:
+
+    CACHE/bases/DIGEST/      a folder that Transformers' from_pretrained opens
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from copra_fl.assets import AssetError, cache_dir
+from copra_fl.tables import digest_of
+
+transformers_logging.disable_progress_bar()
+
+
+def open_base(source: str, dtype: str, attention: str) -> PreTrainedModel:
+    """The encoder in the folder or of the hub name `source`, with weights in `dtype` that no process owns.
+
+    `attention` is eager or sdpa; a model that has no sdpa computes with eager.
+    Raises OSError or ValueError where there is no model, AssetError where it cannot be stored in `dtype`.
+    """
+    converted = cache_dir() / "bases" / digest_of(_identity(source), dtype)
+    if not converted.exists():
+        base = _open(source, "auto", attention)
+        if base.dtype == getattr(torch, dtype):
+            return base
+        _convert(source, dtype, converted)
+    base = _open(str(converted), dtype, attention)
+    base.name_or_path = base.config.name_or_path = source  # what PEFT writes beside an adapter
+    return base
+
+
+def _open(source: str, dtype: str, attention: str) -> PreTrainedModel:
+    # Asked for sdpa by name, Transformers raises where a model has none; not asked at all, it takes sdpa if it can.
+    wanted = None if attention == "sdpa" else attention
+    return AutoModel.from_pretrained(source, dtype=dtype, attn_implementation=wanted)
+
+
+def _identity(source: str) -> list[object]:
+    """Changes when the model does: a hub snapshot's folder is named by its commit, other folders by their files."""
+    folder = Path(str(cached_file(source, "config.json"))).parent
+    if not Path(source).is_dir():
+        return [str(folder)]
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [str(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+
+
+def _convert(source: str, dtype: str, place: Path) -> None:
+    """Store the base in `dtype`; one process does it, and one that is killed leaves nothing at `place`."""
+    staging = place.with_suffix(".part")
+    try:
+        place.parent.mkdir(exist_ok=True)
+        with FileLock(place.with_suffix(".lock")):
+            if place.exists():
+                return
+            try:
+                shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left one
+                AutoModel.from_pretrained(source, dtype=dtype).save_pretrained(staging)
+                staging.rename(place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        message = f"cannot store {source!r} in {dtype} in {place.parent}: {error}. COPRA_FL_CACHE names another folder"
+        raise AssetError(message) from error

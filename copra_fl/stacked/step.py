@@ -1,0 +1,123 @@
+"""What one forward of the stacked model has to know: the adapters, and which clients' are on where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from copra_fl.adapter import Layout
+from copra_fl.stacked.prefix import PrefixCache
+
+
+class Stack:
+    """The adapters of C clients, a row each.
+
+    Attributes:
+        values: (C, P) float32.
+        grads: (C, P), summed over backwards.
+        tensors: adapter tensor name -> (C, *shape), views of `values`.
+    """
+
+    def __init__(self, layout: Layout, values: Tensor) -> None:
+        self.values = values
+        self.grads = torch.zeros_like(values)
+        self.tensors = {name: _view(values, layout, name).requires_grad_() for name in layout.shapes}
+        self._tensor_grads = [_view(self.grads, layout, name) for name in layout.shapes]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to `grads`."""
+        found = torch.autograd.grad(loss, list(self.tensors.values()), allow_unused=True)
+        for total, grad in zip(self._tensor_grads, found, strict=True):
+            if grad is not None:
+                total += grad
+
+
+def _view(matrix: Tensor, layout: Layout, name: str) -> Tensor:
+    return matrix[:, layout.spans[name]].unflatten(1, layout.shapes[name])
+
+
+@dataclass
+class Step:
+    """What one forward has to know. Clients are sorted by `depth`, and their rows with them.
+
+    Attributes:
+        stack: the adapters.
+        clients: (c,) the stack's row of each client that takes part.
+        on: (c, groups) whether a client's adapters of a gate group are on.
+        depth: (c,) how many blocks are below the client's lowest active adapter.
+        scale: (c,) what active adapters are multiplied by besides alpha / r.
+        dropout: one generator a client, where there is dropout.
+        shapes: rows and tokens of each client's batch by itself, which is what dropout is drawn for.
+        samples: (rows,) what the prefix cache knows each row by.
+        live: how many clients, from the first, are in the graph where the forward is now.
+    """
+
+    stack: Stack
+    clients: np.ndarray
+    on: np.ndarray
+    depth: np.ndarray
+    scale: Tensor
+    dropout: Sequence[torch.Generator] = ()
+    shapes: Sequence[tuple[int, int]] = ()
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    live: int = 0
+    _routes: dict[tuple[int, int], Route | None] = field(default_factory=dict)
+
+    def route(self, group: int) -> Route | None:
+        """The live clients whose `group` is on; None if there is none."""
+        key = group, self.live
+        if key not in self._routes:
+            positions = np.flatnonzero(self.on[: self.live, group])
+            self._routes[key] = Route.to(self, positions) if len(positions) else None
+        return self._routes[key]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Clients that an adapter product is for.
+
+    Attributes:
+        positions: where they are among the step's clients.
+        places: the same as a tensor; None where it is all that are live.
+        rows: their rows of the stack; None where it is all of them in order.
+        scale: (c, 1, 1).
+    """
+
+    positions: np.ndarray
+    places: Tensor | None
+    rows: Tensor | None
+    scale: Tensor
+
+    @classmethod
+    def to(cls, step: Step, positions: np.ndarray) -> Route:
+        device = step.scale.device
+        places = torch.from_numpy(positions).to(device, non_blocking=True)
+        clients = step.clients[positions]
+        whole = np.array_equal(clients, np.arange(len(step.stack.values)))
+        return cls(
+            positions,
+            None if len(positions) == step.live else places,
+            None if whole else torch.from_numpy(clients).to(device, non_blocking=True),
+            step.scale[places][:, None, None],
+        )
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rows of a stacked tensor that belong to these clients."""
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+
+
+@dataclass
+class Present:
+    """What the layers of a stacked model share.
+
+    Attributes:
+        step: the one that is being made, during a forward.
+        prefix: hidden states kept for rows that no adapter has touched, if wanted.
+    """
+
+    step: Step = field(init=False)
+    prefix: PrefixCache | None = None

@@ -1,0 +1,90 @@
+"""Truncated backward: nothing below a client's lowest active adapter is in the graph.
+
+    block 2    [ c0 c0 | c1 c1 | c2 c2 ]   all in the graph
+    block 1    [ c0 c0 | c1 c1 ]  c2 c2    c2's adapters begin in block 2: its rows pass without a graph
+    block 0    [ c0 c0 ]  c1 c1   c2 c2
+
+Rows are sorted by that depth, so those in the graph are always the first ones. Those that are not
+yet pass through the plain base, which stores nothing for a backward pass and whose results can be
+kept from step to step (`prefix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from copra_fl.stacked.step import Present
+
+#: positional and named arguments that a block gets besides its hidden states
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Trunk(nn.Module):
+    """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins."""
+
+    def __init__(self, blocks: Sequence[nn.Module], present: Present) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.present = present
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        step, inputs, num_rows = self.present.step, (args, kwargs), len(hidden)
+        per_client = num_rows // len(step.clients)
+        live, frozen = hidden[:0], hidden
+        for depth, block in enumerate(self.blocks):
+            joined = int(np.searchsorted(step.depth, depth, side="right"))
+            fresh = joined * per_client - len(live)
+            live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
+            first = joined * per_client
+            if len(frozen):
+                step.live = 0
+                with torch.no_grad():
+                    frozen = self._frozen(depth, block, frozen, _rows(inputs, slice(first, None), num_rows))
+            if len(live):
+                step.live = joined
+                live = _run(block, live, _rows(inputs, slice(0, first), num_rows))
+        step.live = len(step.clients)
+        return _append(live, frozen)
+
+    def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """The plain base's `block` on rows that no adapter has touched: from the cache, where it is there."""
+        cache, step = self.present.prefix, self.present.step
+        if cache is None:
+            return _run(block, hidden, inputs)
+        samples = step.samples[-len(hidden) :]
+        slots = cache.find(samples, depth)
+        missing = np.flatnonzero(slots < 0)
+        output = cache.load(slots, hidden.shape[1])
+        if len(missing):
+            places = torch.from_numpy(missing).to(hidden.device, non_blocking=True)
+            computed = _run(block, hidden.index_select(0, places), _rows(inputs, places, len(hidden)))
+            cache.store(samples[missing], depth, computed)
+            output.index_copy_(0, places, computed)
+        return output
+
+
+def _run(block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+    output = block(hidden, *inputs[0], **inputs[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _append(rows: Tensor, more: Tensor) -> Tensor:
+    if not len(rows) or not len(more):
+        return rows if len(rows) else more
+    return torch.cat([rows, more])
+
+
+def _rows(value: Any, chosen: slice | Tensor, num_rows: int) -> Any:
+    """`value` with every tensor in it that has a row for each of `num_rows` cut to the `chosen` ones."""
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_rows:
+        return value[chosen]
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(item, chosen, num_rows) for item in value)
+    if type(value) is dict:
+        return {key: _rows(item, chosen, num_rows) for key, item in value.items()}
+    return value

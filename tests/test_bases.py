@@ -1,0 +1,101 @@
+"""A base is mapped from a file in the dtype it computes in, and computes what Transformers' own model does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, DebertaV2Config, DebertaV2Model
+
+from copra_fl.assets import AssetError, cache_dir
+from copra_fl.bases import open_base
+
+BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
+
+
+def mapped_files(base: torch.nn.Module) -> set[str]:
+    """The files that the weights' memory is mapped from, by the kernel's own word; "" for memory of our own."""
+    found = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, _, *name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if any(start <= parameter.data_ptr() < end for parameter in base.parameters()):
+            found.add("".join(name))
+    return found
+
+
+def converted() -> set[Path]:
+    return set((cache_dir() / "bases").glob("*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_every_process_maps_the_same_file(tiny_model: str) -> None:
+    stored = str(Path(tiny_model) / "model.safetensors")
+    assert mapped_files(open_base(tiny_model, "float32", "eager")) == {stored}, "where it is, in its own dtype"
+    first, second = open_base(tiny_model, "bfloat16", "eager"), open_base(tiny_model, "bfloat16", "eager")
+    with torch.inference_mode():
+        first(**BATCH)
+    (file,) = mapped_files(first)
+    assert mapped_files(second) == {file} and str(cache_dir() / "bases") in file
+    assert {parameter.dtype for parameter in first.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_computes_what_a_plain_model_does(tiny_model: str, dtype: str, attention: str) -> None:
+    plain = AutoModel.from_pretrained(tiny_model, attn_implementation=attention).to(getattr(torch, dtype))
+    base = open_base(tiny_model, dtype, attention)
+    with torch.inference_mode():
+        assert torch.equal(base(**BATCH).last_hidden_state, plain(**BATCH).last_hidden_state)
+    assert base.config._attn_implementation == attention
+    assert base.name_or_path == base.config.name_or_path == tiny_model
+
+
+def test_a_changed_source_is_converted_anew(tiny_model: str, tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(tiny_model, source)
+    open_base(str(source), "bfloat16", "eager")
+    base = AutoModel.from_pretrained(source)
+    with torch.no_grad():
+        base.embeddings.word_embeddings.weight[7] = 3
+    base.save_pretrained(source)
+    assert (open_base(str(source), "bfloat16", "eager").embeddings.word_embeddings.weight[7] == 3).all()
+
+
+def test_processes_convert_once_and_nothing_half_is_left(tiny_model: str, tmp_path: Path) -> None:
+    """What a killed process left is thrown away; of those that come at once, one does the work."""
+    source = tmp_path / "mine"
+    shutil.copytree(tiny_model, source)
+    before = converted()
+    context = multiprocessing.get_context("fork")
+    with context.Pool(3) as pool:
+        pool.starmap(_open, [(str(source), "float16")] * 3)
+    assert {path.suffix for path in converted() - before} == {"", ".lock"}
+    (place,) = (path for path in converted() - before if path.is_dir())
+    (place / "model.safetensors").rename(tmp_path / "weights")
+    place.rename(place.with_suffix(".part"))
+    open_base(str(source), "float16", "eager")
+    assert (place / "model.safetensors").exists() and not place.with_suffix(".part").exists()
+
+
+def _open(source: str, dtype: str) -> None:
+    open_base(source, dtype, "eager")
+
+
+def test_a_full_disk_is_said_in_words(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bases").write_text("in the way")
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path))
+    with pytest.raises(AssetError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
+        open_base(tiny_model, "bfloat16", "eager")
+
+
+def test_a_model_without_sdpa_computes_with_eager(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    DebertaV2Model(DebertaV2Config(vocab_size=30, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert open_base(str(tmp_path), "float32", "sdpa").config._attn_implementation == "eager"
