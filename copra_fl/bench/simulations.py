@@ -7,9 +7,13 @@ through them in turn.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,63 +22,78 @@ from rich.console import Console
 
 from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round, Sampler
+from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import Run, Share
 from copra_fl.cli import guard
 from copra_fl.cli.flower import RunFailed, Workers, app_directory, superlink
 from copra_fl.cli.progress import watch
 from copra_fl.config import Config, Value
 
-FLOWER_LOG = "flower.log"
 
-
-def run_ours(
-    configs: dict[str, Config], start: Adapter, share: Share, memory: bool, folder: Path, one_client_a_node: bool
-) -> Run:
+def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, one_client_a_node: bool) -> Run:
     """Our apps, a node for each worker or for each client; they draw `start` themselves."""
-    _write_configs(configs, folder)
-    nodes = next(iter(configs.values())).data.num_clients if one_client_a_node else share.workers
-    started, sampler = _simulate({"output": str(folder), "resume": False}, share, nodes, None, memory, folder)
-    rounds, adapters = {}, {}
-    for phase in configs:
-        directory = _phase_folder(folder, phase)
-        rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text("utf-8").splitlines()]
-        checkpoints = sorted((directory / "checkpoints").iterdir())
-        rounds[phase] = []
-        for row, checkpoint in zip(rows, checkpoints, strict=True):
-            end = checkpoint.stat().st_mtime
-            rounds[phase].append(Round(end - row["seconds"], end, row["bytes_down"], row["bytes_up"]))
-        adapters[phase], _ = load_checkpoint(checkpoints[-1])
+    nodes = _num_clients(configs) if one_client_a_node else share.workers
+    with _folder() as folder:
+        _write_configs(configs, folder)
+        started, sampler = _simulate({"output": str(folder), "resume": False}, share, nodes, None, memory, folder)
+        rounds: dict[str, list[Round]] = {}
+        adapters = {}
+        for phase in configs:
+            directory = _phase_folder(folder, phase)
+            rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text("utf-8").splitlines()]
+            checkpoints = sorted((directory / "checkpoints").iterdir())
+            ends = [checkpoint.stat().st_mtime for checkpoint in checkpoints]
+            rounds[phase] = [
+                Round(end - row["seconds"], end, row["bytes_down"], row["bytes_up"])
+                for end, row in zip(ends, rows, strict=True)
+            ]
+            adapters[phase] = [load_checkpoint(checkpoint)[0] for checkpoint in checkpoints]
     cpu_seconds = {phase: sampler.cpu_seconds(rounds[phase]) for phase in configs}
     return Run(started, rounds, adapters, cpu_seconds, sampler.peak)
 
 
-def run_baseline(
-    configs: dict[str, Config], start: Adapter, share: Share, memory: bool, folder: Path, warm: bool
-) -> Run:
+def run_baseline(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, warm: bool) -> Run:
     """The baseline app with a node for each client; `warm`: its actors keep model and data between messages."""
-    _write_configs(configs, folder)
-    save_checkpoint(folder / "start.safetensors", start, {})
-    nodes = next(iter(configs.values())).data.num_clients
     app = app_directory() / "experiments" / "baselines"
-    started, sampler = _simulate({"output": str(folder), "warm": warm}, share, nodes, app, memory, folder)
-    noted = json.loads((folder / "rounds.json").read_text("utf-8"))
-    rounds = {phase: [Round(**row) for row in rows] for phase, rows in noted.items()}
-    adapters = {phase: load_checkpoint(folder / f"{phase}.safetensors")[0] for phase in configs}
+    with _folder() as folder:
+        _write_configs(configs, folder)
+        save_checkpoint(folder / "start.safetensors", start, {})
+        run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
+        started, sampler = _simulate(run_config, share, _num_clients(configs), app, memory, folder)
+        noted = json.loads((folder / "rounds.json").read_text("utf-8"))
+        rounds = {phase: [Round(**row) for row in rows] for phase, rows in noted.items()}
+        adapters = {
+            phase: [load_checkpoint(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
+            for phase, rows in noted.items()
+        }
     cpu_seconds = {phase: sampler.cpu_seconds(rounds[phase]) for phase in configs}
     return Run(started, rounds, adapters, cpu_seconds, sampler.peak)
 
 
-def first_round_of_simulate(config: Config, share: Share, folder: Path) -> float:
+def first_round_of_simulate(config: Config, share: Share) -> float:
     """Seconds from the start of the command `copra-fl simulate` to its first finished round."""
-    recipe, output = folder / "simulate.toml", folder / "run"
-    recipe.write_text(config.to_toml(), "utf-8")
-    command = [sys.executable, "-c", "from copra_fl.cli import main; main()", "simulate", "--recipe", str(recipe)]
-    command += ["--output", str(output), "--workers", str(share.workers)]
-    started = time.time()
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RunFailed(f"copra-fl simulate failed: {result.stderr}")
-    return (output / "checkpoints" / "round-00001.safetensors").stat().st_mtime - started
+    with _folder() as folder:
+        recipe, output = folder / "simulate.toml", folder / "run"
+        recipe.write_text(config.to_toml(), "utf-8")
+        command = [sys.executable, "-c", "from copra_fl.cli import main; main()", "simulate", "--recipe", str(recipe)]
+        command += ["--output", str(output), "--workers", str(share.workers)]
+        started = time.time()
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RunFailed(f"copra-fl simulate failed: {result.stderr}")
+        return (output / "checkpoints" / "round-00001.safetensors").stat().st_mtime - started
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for one run; where the run fails it stays, for its log."""
+    folder = Path(tempfile.mkdtemp(prefix="copra-fl-bench-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _num_clients(configs: dict[str, Config]) -> int:
+    return configs[WARM_UP].data.num_clients
 
 
 def _write_configs(configs: dict[str, Config], folder: Path) -> None:
@@ -95,7 +114,7 @@ def _simulate(
     """Run `app` to its end; when that was begun, and what was seen of its processes. Raises RunFailed."""
     started = time.time()
     workers = replace(Workers.share(share.workers), cpus=share.threads, nodes=nodes)
-    with superlink(folder / FLOWER_LOG) as link:
+    with superlink(folder / "flower.log") as link:
         find = partial(guard.marked, link.environment[guard.VARIABLE])
         with Sampler(find, memory) as sampler:
             watch(link, link.start_run(run_config, workers, app), 1, Console(quiet=True))

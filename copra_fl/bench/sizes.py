@@ -18,8 +18,12 @@ default schedule, p(t) = min(1, (t + 1/2n) / ramp). CopRA is therefore timed by 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +32,7 @@ from tokenizers import models as tokenizer_models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from copra_fl import data, models
-from copra_fl.assets import ASSETS
+from copra_fl.assets import ASSETS, cache_dir
 from copra_fl.config import Config, CopraConfig, Value
 from copra_fl.data import Examples, FederatedData
 from copra_fl.seeding import generator
@@ -43,7 +47,7 @@ VOCABULARY = SPECIAL + [f"w{number}" for number in range(1000)]
 #: name of a data set of random tokens that is made in memory; where Flower runs there are texts in a file instead
 SYNTHETIC = "synthetic"
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "bert-64": {
         "hidden_size": 64,
         "num_hidden_layers": 6,
@@ -95,8 +99,8 @@ class Workload:
     model: str
     dataset: str
 
-    def configs(self, dtype: str = "float32", engine: str = "stacked") -> dict[str, Config]:
-        """Phase -> configuration. Nothing is evaluated, but for one example after a phase and one at its end."""
+    def configs(self, dtype: str, attention: str, engine: str = "stacked") -> dict[str, Config]:
+        """Phase -> configuration, dtype and attention made plain. Evaluated are two examples at the end of a phase."""
         size, steps = self.size, STEADY_ROUNDS * self.size.local_steps
         p0 = 0.5 / steps / CopraConfig.ramp
         flat: dict[str, Value] = {
@@ -108,7 +112,8 @@ class Workload:
             "server-validation-examples": 1,
             "test-examples": 1,
             "max-length": size.tokens,
-            "dtype": "bfloat16" if dtype == "auto" else dtype,
+            "dtype": dtype,
+            "attention": attention,
             "engine": engine,
             "batch-size": size.batch_size,
             "local-steps": size.local_steps,
@@ -122,25 +127,42 @@ class Workload:
             "lora": {"local-training": "lora"},
             "copra": {"local-training": "copra", "p0": p0, "ramp": CopraConfig.ramp * (1 - p0)},
         }
-        return {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
+        configs = {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
+        compute = models.resolve_compute(configs["lora"].model, size.tokens)
+        return {
+            phase: config.changed(dtype=compute.dtype, attention=compute.attention) for phase, config in configs.items()
+        }
 
 
-def prepare(size: Size, directory: Path, random_base: bool, as_file: bool) -> Workload:
-    """The workload of `size`; what has to be on disk for it is made in `directory` or fetched.
+def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
+    """The workload of `size`; what has to be on disk for it is made in the cache or fetched, before anybody is timed.
 
     `as_file`: Flower's workers need the data set as a file. Raises AssetError where the base cannot be had.
     """
-    model = size.base
+    model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
+    cache.mkdir(exist_ok=True)
     if random_base or model not in ASSETS:
-        model = str(directory / f"random-{size.base}")
-        write_base(Path(model), SHAPES[size.base])
-    dataset = str(write_texts(directory / f"{size.name}.jsonl", size)) if as_file else SYNTHETIC
+        model = str(_made(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
+    if as_file:
+        dataset = str(_made(cache / f"{size.name}.jsonl", partial(write_texts, size=size)))
     workload = Workload(size, models.resolve(model), dataset)
-    open_data(workload.configs()[WARM_UP])  # fills the token cache, before anybody is timed
+    for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
+        config = workload.configs(dtype, "auto")[WARM_UP]
+        models.build(config.changed(device="cpu").model, config.copra.group, NUM_LABELS, config.federation.seed)
+        open_data(config)
     return workload
 
 
-def write_base(directory: Path, shape: dict[str, int]) -> None:
+def _made(place: Path, make: Callable[[Path], None]) -> Path:
+    """`place`, made if it is not there; one that is half made is never taken for it."""
+    if not place.exists():
+        partly = place.with_name(f"{place.stem}-{os.getpid()}{place.suffix}")
+        make(partly)
+        partly.rename(place)
+    return place
+
+
+def write_base(directory: Path, shape: dict[str, Any]) -> None:
     """A BERT of that shape with random weights, and a tokenizer that knows `VOCABULARY`."""
     words = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -152,14 +174,13 @@ def write_base(directory: Path, shape: dict[str, int]) -> None:
         BertModel(BertConfig(vocab_size=len(VOCABULARY), **shape)).save_pretrained(str(directory))
 
 
-def write_texts(path: Path, size: Size) -> Path:
+def write_texts(path: Path, size: Size) -> None:
     """A file of random texts, each of as many words as max-length has tokens, and two more to hold out."""
     rng = generator(0, "bench", "texts")
     with path.open("w", encoding="utf-8") as file:
         for number in range(size.clients * size.batch_size * size.local_steps + 2):
             words = " ".join(rng.choice(VOCABULARY[len(SPECIAL) :], size.tokens))
             file.write(json.dumps({"text": words, "label": number % NUM_LABELS}) + "\n")
-    return path
 
 
 def open_data(config: Config) -> FederatedData:

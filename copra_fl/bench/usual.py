@@ -7,6 +7,8 @@ adapters before each step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -43,10 +45,8 @@ class Classifier(nn.Module):
         self.to(self.device).eval()
         adapter = {n.replace(".default.", "."): p for n, p in self.encoder.named_parameters() if ".lora_" in n}
         self.trainable = adapter | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
-        self.layers = [
-            [module for module in block.modules() if isinstance(module, LoraLayer)]
-            for block in self.encoder.get_base_model().encoder.layer
-        ]
+        blocks: Any = base.encoder.layer
+        self.layers = [[module for module in block.modules() if isinstance(module, LoraLayer)] for block in blocks]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) tokens to (B, classes) logits."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from copra_fl.adapter import Adapter, Layout, Update
 from copra_fl.aggregation.fedavg import fedavg
 from copra_fl.bench import usual
 from copra_fl.bench.sampling import Round, Sampler
-from copra_fl.bench.sizes import NUM_LABELS, WARM_UP, open_data
+from copra_fl.bench.sizes import NUM_LABELS, TRAININGS, WARM_UP, open_data
 from copra_fl.cli.flower import RunFailed
 from copra_fl.config import Config
 from copra_fl.data import FederatedData
@@ -54,17 +55,23 @@ class Run:
 
     Attributes:
         started: when its command began, seconds of `time.time`.
+        adapters: the global adapter after each round.
         peak_memory: of all its processes together, and on the GPU, in bytes; 0 where it was not watched.
     """
 
     started: float
     rounds: dict[str, list[Round]]
-    adapters: dict[str, Adapter]
+    adapters: dict[str, list[Adapter]]
     cpu_seconds: dict[str, float]
     peak_memory: int
 
-    def seconds(self, *phases: str) -> float:
-        return sum(r.seconds for phase in phases for r in self.rounds[phase])
+    def seconds(self, phase: str) -> float:
+        return sum(r.seconds for r in self.rounds[phase])
+
+    @property
+    def steady_seconds(self) -> float:
+        """Seconds of all rounds that are timed."""
+        return sum(map(self.seconds, TRAININGS))
 
     @property
     def first_round(self) -> float:
@@ -114,17 +121,17 @@ def run(opener: Opener, configs: dict[str, Config], start: Adapter, share: Share
     """All phases of `configs`, each from `start`, in `share.workers` processes."""
     started = time.time()
     rounds: dict[str, list[Round]] = {}
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, list[Adapter]] = {}
     layout = Layout.by_name(start)
     with crew(opener, configs[WARM_UP], layout, share) as (processes, pipes):
         with Sampler(lambda: processes, memory) as sampler:
             for phase, config in configs.items():
-                row, rounds[phase] = layout.flatten(start).numpy(), []
+                row, rounds[phase], adapters[phase] = layout.flatten(start).numpy(), [], []
                 for server_round in range(1, config.federation.num_rounds + 1):
                     begun = time.time()
                     row = _train_round(pipes, config, server_round, row)
                     rounds[phase].append(Round(begun, time.time()))
-                adapters[phase] = layout.unflatten(torch.from_numpy(row))
+                    adapters[phase].append(layout.unflatten(torch.from_numpy(row)))
         for pipe in pipes:
             pipe.send(None)
         on_device = sum(pipe.recv() for pipe in pipes)
@@ -141,7 +148,9 @@ def crew(
     for number in range(share.workers):
         ours, theirs = PROCESSES.Pipe()
         clients = tuple(range(number, config.data.num_clients, share.workers))
-        worker = PROCESSES.Process(target=_work, args=(theirs, opener, config, layout, clients, share.threads), daemon=True)
+        worker = PROCESSES.Process(
+            target=_work, args=(theirs, opener, config, layout, clients, share.threads), daemon=True
+        )
         worker.start()
         theirs.close()
         workers.append(worker)
@@ -174,6 +183,7 @@ def _work(
     pipe: Connection, opener: Opener, config: Config, layout: Layout, clients: tuple[int, ...], threads: int
 ) -> None:
     """A worker's life: rounds until there is no other, then how much memory it took on the GPU."""
+    warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(threads)
     train = opener(config, open_data(config))
     while (job := pipe.recv()) is not None:
@@ -196,7 +206,7 @@ def _multiply(threads: int, dtype: str, device: str) -> float:
     where = models.choose_device(device)
     side = MATMUL_SIDE[where.type]
     matrix = torch.randn(side, side, device=where).to(getattr(torch, dtype))
-    rates = []
+    rates: list[float] = []
     deadline = time.perf_counter() + MATMUL_SECONDS
     while not rates or time.perf_counter() < deadline:
         begun = time.perf_counter()

@@ -1,7 +1,7 @@
 """A ServerApp as Flower's users write it: Flower's FedAvg over all nodes, once for each phase of the benchmark.
 
 `output` is a folder with ``comparison.toml`` (the phases), a ``config.toml`` for each, and ``start.safetensors``.
-Left behind: ``rounds.json`` (times and bytes of each round) and the final adapter of each phase.
+Left behind: ``rounds.json`` (times and bytes of each round) and the adapter after each, ``PHASE-ROUND.safetensors``.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
 
 from copra_fl.adapter import load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round
@@ -28,6 +29,7 @@ class TimedFedAvg(FedAvg):
     def __init__(self, num_clients: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=num_clients, min_available_nodes=num_clients)
         self.rounds: list[Round] = []
+        self.adapters: list[dict[str, Tensor]] = []
         self._start, self._bytes_down = 0.0, 0
 
     def configure_train(
@@ -45,10 +47,11 @@ class TimedFedAvg(FedAvg):
         for reply in replies:
             if reply.has_error():
                 raise RuntimeError(f"a client failed: {reply.error.reason}")
-        result = super().aggregate_train(server_round, replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
         bytes_up = sum(num_bytes(reply.content) for reply in replies)
         self.rounds.append(Round(self._start, time.time(), self._bytes_down, bytes_up))
-        return result
+        self.adapters.append(arrays.to_torch_state_dict())
+        return arrays, metrics
 
 
 @app.main()
@@ -60,12 +63,13 @@ def main(grid: Grid, context: Context) -> None:
         path = folder / f"{phase}-seed0" / "config.toml"
         config = Config.from_toml(path)
         strategy = TimedFedAvg(config.data.num_clients)
-        result = strategy.start(
+        strategy.start(
             grid,
             initial_arrays=ArrayRecord(start),
             num_rounds=config.federation.num_rounds,
             train_config=ConfigRecord({"config": str(path)}),
         )
-        save_checkpoint(folder / f"{phase}.safetensors", result.arrays.to_torch_state_dict(), {})
+        for number, adapter in enumerate(strategy.adapters, start=1):
+            save_checkpoint(folder / f"{phase}-{number}.safetensors", adapter, {})
         rounds[phase] = [asdict(each) for each in strategy.rounds]
     (folder / "rounds.json").write_text(json.dumps(rounds), encoding="utf-8")
