@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 
 from copra_fl.config import ConfigError
-from copra_fl.report import write
-from copra_fl.results import ResultsError, table
 
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run or of a comparison")],
 ) -> None:
     """Rebuild report.html in DIR, and summary.json where DIR is a comparison."""
+    from copra_fl.report import write  # slow to import
+    from copra_fl.results import ResultsError, table
+
     try:
         summary = write(directory)
     except (ResultsError, ConfigError) as error:
