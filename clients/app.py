@@ -19,6 +19,7 @@ from typing import TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+import copra_fl.process  # noqa: F401  # before torch
 from clients.session import open_data, open_engine
 from copra_fl import wire
 from copra_fl.adapter import Adapter, Layout, Update

@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+import copra_fl.process  # noqa: F401  # before torch
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from server import federation

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Read once, when torch and transformers are imported.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/cli/flower.py
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/process.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np

@@ -106,7 +106,8 @@ def tables(facts: Facts) -> list[Table]:
         found += [_speed(name, size), _work(name, size), _cost(name, size)]
         if "scaling" in size:
             found.append(_scaling(name, size["scaling"]))
-    return [*found, _targets(facts)]
+    verdicts = _targets(facts)
+    return [*found, verdicts] if verdicts.rows else found
 
 
 def _contestants(facts: Facts) -> Table:
@@ -196,12 +197,12 @@ def _scaling(name: str, scaling: Facts) -> Table:
 
 def _targets(facts: Facts) -> Table:
     rows = [[what, wanted, shown, "met" if met else "NOT met"] for what, wanted, shown, met in _checked_targets(facts)]
-    note = "Of the sizes that ran; smoke has none. Ratios are of medians, within this run."
+    note = "Of the sizes that ran. Ratios are of medians, within this run."
     return Table("Targets", ["target", "wanted", "measured", ""], rows, note)
 
 
 def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
-    """Each target that was measured: what, wanted, measured, whether it is met."""
+    """Each target that was measured: what, wanted, measured, whether it is met. The smoke size has none."""
     sizes = {name: size for name, size in facts["sizes"].items() if name != "smoke"}
     for name, ours, rival, *factors in RATIOS:
         contestants = sizes[name]["contestants"] if name in sizes else {}

@@ -12,20 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round, Sampler
 from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import Run, Share
-from copra_fl.cli import guard
-from copra_fl.cli.flower import RunFailed, Workers, app_directory, superlink
+from copra_fl.cli.flower import RunFailed, Workers, app_directory, copy_app, superlink
 from copra_fl.cli.progress import watch
 from copra_fl.config import Config, Value
 
@@ -35,7 +35,8 @@ def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: b
     nodes = _num_clients(configs) if one_client_a_node else share.workers
     with _folder() as folder:
         _write_configs(configs, folder)
-        started, sampler = _simulate({"output": str(folder), "resume": False}, share, nodes, None, memory, folder)
+        run_config: dict[str, Value] = {"output": str(folder), "resume": False}
+        started, sampler = _simulate(folder, run_config, copy_app, len(configs), share, nodes, memory)
         rounds: dict[str, list[Round]] = {}
         adapters = {}
         for phase in configs:
@@ -48,26 +49,24 @@ def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: b
                 for end, row in zip(ends, rows, strict=True)
             ]
             adapters[phase] = [load_checkpoint(checkpoint)[0] for checkpoint in checkpoints]
-    cpu_seconds = {phase: sampler.cpu_seconds(rounds[phase]) for phase in configs}
-    return Run(started, rounds, adapters, cpu_seconds, sampler.peak)
+    return Run.watched(started, rounds, adapters, sampler)
 
 
 def run_baseline(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, warm: bool) -> Run:
-    """The baseline app with a node for each client; `warm`: its actors keep model and data between messages."""
-    app = app_directory() / "experiments" / "baselines"
+    """The baselines' app, a node for each client; `warm`: its actors keep model and data between messages."""
+    copy = partial(shutil.copytree, app_directory() / "experiments" / "baselines")
     with _folder() as folder:
         _write_configs(configs, folder)
         save_checkpoint(folder / "start.safetensors", start, {})
         run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
-        started, sampler = _simulate(run_config, share, _num_clients(configs), app, memory, folder)
+        started, sampler = _simulate(folder, run_config, copy, 1, share, _num_clients(configs), memory)
         noted = json.loads((folder / "rounds.json").read_text("utf-8"))
         rounds = {phase: [Round(**row) for row in rows] for phase, rows in noted.items()}
         adapters = {
             phase: [load_checkpoint(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
             for phase, rows in noted.items()
         }
-    cpu_seconds = {phase: sampler.cpu_seconds(rounds[phase]) for phase in configs}
-    return Run(started, rounds, adapters, cpu_seconds, sampler.peak)
+    return Run.watched(started, rounds, adapters, sampler)
 
 
 def first_round_of_simulate(config: Config, share: Share) -> float:
@@ -109,13 +108,27 @@ def _phase_folder(folder: Path, phase: str) -> Path:
 
 
 def _simulate(
-    run_config: dict[str, Value], share: Share, nodes: int, app: Path | None, memory: bool, folder: Path
+    folder: Path,
+    run_config: dict[str, Value],
+    copy: Callable[[Path], object],
+    num_runs: int,
+    share: Share,
+    nodes: int,
+    memory: bool,
 ) -> tuple[float, Sampler]:
-    """Run `app` to its end; when that was begun, and what was seen of its processes. Raises RunFailed."""
+    """Run the app that `copy` gives until it has told the end of `num_runs` runs.
+
+    Returns when the command began, and what was seen of its processes. Raises RunFailed.
+    """
     started = time.time()
     workers = replace(Workers.share(share.workers), cpus=share.threads, nodes=nodes)
     with superlink(folder / "flower.log") as link:
-        find = partial(guard.marked, link.environment[guard.VARIABLE])
+        command = link.start_run(run_config, workers, copy)
+        roots = [psutil.Process(link.keeper.pid), psutil.Process(command.pid)]
+
+        def find() -> list[psutil.Process]:
+            return [process for root in roots for process in (root, *root.children(recursive=True))]
+
         with Sampler(find, memory) as sampler:
-            watch(link, link.start_run(run_config, workers, app), 1, Console(quiet=True))
+            watch(link, command, num_runs, Console(quiet=True))
     return started, sampler

@@ -56,7 +56,7 @@ class Run:
     Attributes:
         started: when its command began, seconds of `time.time`.
         adapters: the global adapter after each round.
-        peak_memory: of all its processes together, and on the GPU, in bytes; 0 where it was not watched.
+        peak_memory: of all its processes together (0 where it was not watched), and of GPUs, in bytes.
     """
 
     started: float
@@ -64,6 +64,19 @@ class Run:
     adapters: dict[str, list[Adapter]]
     cpu_seconds: dict[str, float]
     peak_memory: int
+
+    @classmethod
+    def watched(
+        cls,
+        started: float,
+        rounds: dict[str, list[Round]],
+        adapters: dict[str, list[Adapter]],
+        sampler: Sampler,
+        on_device: int = 0,
+    ) -> Run:
+        """A run whose processes `sampler` has watched, and that took `on_device` bytes of GPUs."""
+        cpu_seconds = {phase: sampler.cpu_seconds(each) for phase, each in rounds.items()}
+        return cls(started, rounds, adapters, cpu_seconds, sampler.peak + on_device)
 
     def seconds(self, phase: str) -> float:
         return sum(r.seconds for r in self.rounds[phase])
@@ -135,8 +148,7 @@ def run(opener: Opener, configs: dict[str, Config], start: Adapter, share: Share
         for pipe in pipes:
             pipe.send(None)
         on_device = sum(pipe.recv() for pipe in pipes)
-    cpu_seconds = {phase: sampler.cpu_seconds(rounds[phase]) for phase in configs}
-    return Run(started, rounds, adapters, cpu_seconds, sampler.peak + on_device if memory else 0)
+    return Run.watched(started, rounds, adapters, sampler, on_device)
 
 
 @contextmanager

@@ -76,7 +76,8 @@ def bench(
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(_markdown(facts, tables), encoding="utf-8")
     for table in tables:
-        shown = rich_table.Table(*table.columns, title=table.title, caption=table.note)
+        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
+        shown = rich_table.Table(*columns, title=table.title, caption=table.note)
         for row in table.rows:
             shown.add_row(*row)
         Console().print(shown)

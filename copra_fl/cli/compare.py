@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copra_fl.cli import options
+from copra_fl.cli import options, preflight, progress
 from copra_fl.cli.flower import Workers, superlink
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError, read_toml
@@ -27,10 +27,6 @@ def compare(
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare methods seed by seed, with one Flower run; ends in a table, summary.json and report.html."""
-    from copra_fl.cli import preflight, progress
-    from copra_fl.report import write
-    from copra_fl.results import table
-
     console = Console(stderr=True)
     directory = options.choose_output(output, "compare", resume, overwrite)
     plan = directory / "comparison.toml"
@@ -44,15 +40,19 @@ def compare(
         configs = {
             run: settings.config(names[method], seed) for run, (method, seed) in run_names(names, numbers).items()
         }
-    configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
-    options.make_output(directory, overwrite)
-    for name, config in configs.items():
-        options.write_config(directory / name, config)
-    plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
-    shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
     with superlink(directory / "flower.log") as link:
+        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        options.make_output(directory, overwrite)
+        for name, config in configs.items():
+            options.write_config(directory / name, config)
+        plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
+        shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
         run = link.start_run({"output": str(directory), "resume": resume}, shares)
         progress.watch(link, run, len(configs), console)
+
+    from copra_fl.report import write  # slow to import, and not needed before
+    from copra_fl.results import table
+
     summary = write(directory)
     console.print(table(summary))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)

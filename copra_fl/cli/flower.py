@@ -3,8 +3,9 @@
 Flower's own path, with its traps closed (each found by running it): an own FLWR_HOME and a
 free port, so that no other run is touched; an empty working directory, since Ray's workers
 import from the directory where the SuperLink starts; no dependency installation, telemetry
-or update check; the outcome asked of `flwr list`, since `flwr run --stream` exits 0 when a
-run has failed. A guard process ends everything when we end, however we end.
+or update check; the outcome is the server app's own last word (an event), since `flwr run
+--stream` exits 0 when a run has failed. A guard process ends everything when we end, however
+we end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ def app_directory() -> Path:
     package = Path(copra_fl.__file__).parent
     carried = package / "_app"
     return carried if carried.exists() else package.parent
+
+
+def copy_app(directory: Path) -> None:
+    """The app alone: `flwr run` looks at every file below the folder it is given, a checkout's .venv and runs too."""
+    for name in ("clients", "server"):
+        shutil.copytree(app_directory() / name, directory / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(app_directory() / name, directory / name)
 
 
 @dataclass(frozen=True)
@@ -75,31 +84,38 @@ class Workers:
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A private local SuperLink: where it lives, and the environment to talk to it."""
+    """A private local SuperLink: where it lives, its process, and the environment to talk to it."""
 
     home: Path
     environment: dict[str, str]
+    port: int
+    keeper: subprocess.Popen[bytes]
     log: Path
 
     def flwr(self, *arguments: str) -> list[str]:
         return [str(Path(sys.executable).parent / "flwr"), *arguments]
 
     def start_run(
-        self, run_config: Mapping[str, Value], workers: Workers, app: Path | None = None
+        self, run_config: Mapping[str, Value], workers: Workers, copy: Callable[[Path], object] = copy_app
     ) -> subprocess.Popen[bytes]:
-        """Submit `app`, ours unless given; the process returned ends with the run and writes its log to `log`."""
-        config = self.home / "run-config.toml"
+        """Submit the app that `copy` puts into a new folder; the process returned ends with the run.
+
+        It writes its log to `log`. Raises RunFailed if the SuperLink does not start.
+        """
+        app, config = self.home / "app", self.home / "run-config.toml"
+        copy(app)
         config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
-        command = self.flwr("run", str(app or app_directory()), "local", "--stream", "--run-config", str(config))
+        command = self.flwr("run", str(app), "local", "--stream", "--run-config", str(config))
         command += ["--federation-config", workers.federation_config()]
         with open(self.log, "ab") as log:
+            self._wait_until_healthy()
             return subprocess.Popen(
                 command, env=self.environment, cwd=self.home, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 
     def status(self) -> str:
-        """Flower's word on the last run: ``finished:completed`` if all went well."""
+        """Flower's word on the last run, like ``finished:failed``."""
         command = self.flwr("list", "local", "--format", "json")
         output = subprocess.run(command, env=self.environment, cwd=self.home, capture_output=True, text=True).stdout
         try:
@@ -108,12 +124,23 @@ class SuperLink:
             return "unknown"
         return str(runs[0]["status"]) if runs else "never started"
 
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.keeper.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.05)
+        raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; its log is {self.log}")
+
 
 @contextmanager
 def superlink(log: Path) -> Iterator[SuperLink]:
     """A SuperLink for the duration of the block; afterwards no process and no file of it is left.
 
-    `log` takes what SuperLink, server app and workers print. Raises RunFailed if it does not start.
+    It starts in the background: `start_run` waits for it. `log`, if a run was started, takes what server app and
+    workers print, and at the end what the SuperLink printed.
     """
     # Ray's sockets lie below it, and a socket's path must be short, which TMPDIR may not be.
     home = Path(tempfile.mkdtemp(prefix="copra-fl-", dir="/tmp" if os.path.isdir("/tmp") else None))
@@ -135,24 +162,26 @@ def superlink(log: Path) -> Iterator[SuperLink]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # workers that no actor would ever use
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin at OpenMP's barriers made training 10 times slower beside one busy process (measured).
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     command = [sys.executable, guard.__file__, mark, f"{scripts}/flower-superlink", "--insecure", "--simulation"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-    with open(log, "ab") as output:
+    own_log = home / "superlink.log"
+    with open(own_log, "wb") as output:
         keeper = subprocess.Popen(
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
     try:
-        wait_until_healthy(port, keeper, log)
-        yield SuperLink(home, environment, log)
+        yield SuperLink(home, environment, port, keeper, log)
     finally:
         assert keeper.stdin is not None
         keeper.stdin.close()
         keeper.wait()
+        if log.exists():
+            with open(log, "ab") as output:
+                output.write(own_log.read_bytes())
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -166,14 +195,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; its log is {log}")

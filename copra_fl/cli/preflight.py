@@ -34,6 +34,7 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
 
 def _check_one(config: Config) -> tuple[Config, list[str]]:
     """The configuration with what was left open in it, and what its user should know of the data."""
+    import copra_fl.process  # noqa: F401
     from copra_fl import data, models
     from copra_fl.aggregation import find_rule
 

@@ -90,24 +90,24 @@ class Follower:
 
 
 def watch(link: SuperLink, process: subprocess.Popen[bytes], num_runs: int, console: Console) -> None:
-    """Show progress until `process` (the streaming ``flwr run``) ends. Raises RunFailed unless all completed."""
+    """Show progress until the server app has finished `num_runs` runs.
+
+    Raises RunFailed if it says that one failed, or if `process` (the streaming ``flwr run``) ends before.
+    """
     state, follower = State(), Follower(Path(link.environment[events.VARIABLE]))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(str(state), total=num_runs)
         running = True
-        while running:
+        while running and not state.error and state.runs_done < num_runs:
             running = process.poll() is None
             for event in follower.new():
                 state.move(event)
                 if event["event"] == "recorded" and not console.is_terminal:
                     console.print(str(state))
             bar.update(task, description=str(state), completed=state.done)
-            if state.error:
-                break
-            time.sleep(0.2 if running else 0)
+            time.sleep(0.1 if running else 0)
     if state.error:
         raise RunFailed(f"{state.error.strip()}\nFlower's log: {link.log}")
-    status = link.status()
-    if status != "finished:completed":
-        raise RunFailed(f"Flower says the run is {status}; what happened is in its log: {link.log}")
+    if state.runs_done < num_runs:
+        raise RunFailed(f"Flower says the run is {link.status()}; what happened is in its log: {link.log}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from copra_fl.cli import options
+from copra_fl.cli import options, preflight, progress
 from copra_fl.cli.flower import Workers, superlink
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config
@@ -21,10 +21,6 @@ def simulate(
     as_json: options.JsonOption = False,
 ) -> None:
     """Simulate one federation: its clients train, Flower's server averages, on Ray workers here."""
-    from copra_fl.cli import preflight, progress
-    from copra_fl.report import write
-    from copra_fl.results import table
-
     console = Console(stderr=True)
     directory = options.choose_output(output, "simulate", resume, overwrite)
     stored = directory / "config.toml"
@@ -32,13 +28,17 @@ def simulate(
         config = Config.from_toml(stored)
     else:
         config = Recipe.read(recipe or "base", set_ or []).config()
-    (config,) = preflight.check([config], console)
-    options.make_output(directory, overwrite)
-    options.write_config(directory, config)
-    run_config = config.to_flat() | {"output": str(directory), "resume": resume}
-    shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
     with superlink(directory / "flower.log") as link:
+        (config,) = preflight.check([config], console)
+        options.make_output(directory, overwrite)
+        options.write_config(directory, config)
+        run_config = config.to_flat() | {"output": str(directory), "resume": resume}
+        shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
         progress.watch(link, link.start_run(run_config, shares), 1, console)
+
+    from copra_fl.report import write  # slow to import, and not needed before
+    from copra_fl.results import table
+
     console.print(table(write(directory)))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     if as_json:

@@ -18,6 +18,7 @@ from torch import Tensor
 from copra_fl.adapter import load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round
 from copra_fl.config import Config, read_toml
+from copra_fl.events import emit
 from copra_fl.wire import num_bytes
 
 app = ServerApp()
@@ -73,3 +74,4 @@ def main(grid: Grid, context: Context) -> None:
             save_checkpoint(folder / f"{phase}-{number}.safetensors", adapter, {})
         rounds[phase] = [asdict(each) for each in strategy.rounds]
     (folder / "rounds.json").write_text(json.dumps(rounds), encoding="utf-8")
+    emit("finished", accuracy=None)

@@ -1,0 +1,18 @@
+"""How every process of a run begins: what has to be settled before torch is imported, then the large imports.
+
+Imported first by clients.app and server.app, so that it holds in Ray's workers and under a plain `flwr run` too. Not
+by their packages: `flwr run` imports those to look for the apps.
+"""
+
+import gc
+import os
+
+# With OpenMP's default, threads spin at barriers: 10 times slower beside one other busy process (experiments/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The collector would walk again and again through what imports make, none of which is garbage: 0.6 s a process.
+gc.disable()
+import copra_fl.models  # noqa: E402, F401
+
+gc.freeze()
+gc.enable()
