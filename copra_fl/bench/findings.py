@@ -214,8 +214,7 @@ def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
             what = f"{name}, {training}: clients/s of ({letter}) in {contestants[letter]['dtype']} / ({rival})"
             yield what, f">= {factor:g}", f"{ratio:.2f}", ratio >= factor
     for letter, least in RATES:
-        if "compute" in sizes:
-            contestant = sizes["compute"]["contestants"][letter]
+        if contestant := sizes.get("compute", {}).get("contestants", {}).get(letter):
             share = median(contestant["trainings"]["lora"]["share_of_matmul_rate"])
             what = f"compute, lora: matmul rate of {contestant['dtype']} that ({letter}) reaches"
             yield what, f">= {least:.0%}", f"{share:.0%}", share >= least

@@ -39,6 +39,9 @@ EngineOnlyOption = Annotated[
 RandomBaseOption = Annotated[
     bool, typer.Option("--random-base", help="Random weights of MiniLM's shape, where MiniLM cannot be had.")
 ]
+ContestantsOption = Annotated[
+    str, typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are.")
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", help="NAME of NAME.json and NAME.md. Default: dated, experiments/results/.")
 ]
@@ -47,6 +50,7 @@ OutputOption = Annotated[
 def bench(
     size: SizeOption = None,
     repeats: RepeatsOption = 5,
+    contestants: ContestantsOption = "abcdefg",
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
     output: OutputOption = None,
@@ -71,7 +75,7 @@ def bench(
         "sizes": {},
     }
     for name in size or DEFAULT_SIZES:
-        facts["sizes"][str(name)] = _measure(str(name), repeats, engine_only, random_base, console)
+        facts["sizes"][str(name)] = _measure(str(name), repeats, contestants, engine_only, random_base, console)
         tables = findings.tables(facts)  # written after each size: the next one can take an hour
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(_markdown(facts, tables), encoding="utf-8")
@@ -84,14 +88,18 @@ def bench(
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
 
 
-def _measure(name: str, repeats: int, engine_only: bool, random_base: bool, console: Console) -> dict[str, Any]:
+def _measure(
+    name: str, repeats: int, letters: str, engine_only: bool, random_base: bool, console: Console
+) -> dict[str, Any]:
     """All facts of one size."""
     import torch
 
     from copra_fl.bench import contest, findings, simulations, sizes, workers
 
     size, gpu = sizes.SIZES[name], torch.cuda.is_available()
-    contestants = [each for each in contest.CONTESTANTS if not (engine_only and each.on_flower)]
+    contestants = [
+        each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
+    ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
     shares = contest.divisions(os.cpu_count() or 1, size.clients, gpu)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -106,7 +114,7 @@ def _measure(name: str, repeats: int, engine_only: bool, random_base: bool, cons
         results = contest.race(workload, contestants, shares, repeats, show)
         facts = findings.size_facts(workload, results)
         by_letter = {result.contestant.letter: result for result in results}
-        if size.scaling:
+        if size.scaling and "g" in by_letter:
             runs = contest.scale(workload, by_letter["g"], repeats, show)
             adapter = workers.start_adapter(by_letter["g"].config)
             facts["scaling"] = findings.scaling_facts(runs, adapter)
