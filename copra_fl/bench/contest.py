@@ -16,7 +16,7 @@ from copra_fl.bench.flops import phase_flops
 from copra_fl.bench.sizes import SYNTHETIC, TRAININGS, WARM_UP, Size, Workload, open_data
 from copra_fl.bench.workers import Run, Share
 from copra_fl.cli.flower import RunFailed
-from copra_fl.config import Config
+from copra_fl.config import Config, ModelConfig
 
 #: (configuration of each phase, start, division of the cores, whether memory is watched) -> what came of it
 Runner = Callable[[dict[str, Config], Adapter, Share, bool], Run]
@@ -102,7 +102,7 @@ def divisions(cores: int, num_clients: int, gpu: bool) -> list[Share]:
 
 
 def num_runs(contestants: list[Contestant], shares: list[Share], repeats: int, size: Size) -> int:
-    """How often `race` and `scale` run something; references are not counted."""
+    """How often `race` and `scale` run a contestant."""
     return len(contestants) * (len(shares) + repeats) + len(size.scaling) * (1 + repeats)
 
 
@@ -116,8 +116,9 @@ def race(
     gate = Gate(workload, shares[-1], show)
 
     def run(contestant: Contestant, share: Share, memory: bool, occasion: str) -> Run:
+        start = gate.start(contestant)
         show(f"{contestant}, {share}, {occasion}")
-        done = contestant.run(contestant.configs(workload), gate.start, share, memory)
+        done = contestant.run(contestant.configs(workload), start, share, memory)
         gate.check(contestant, done)
         return done
 
@@ -145,41 +146,45 @@ class Gate:
     There is a reference for each dtype and attention, so that what is compared is the training and not the kernels.
 
     Attributes:
-        start: the adapter that everybody starts from.
         errors: letter of a contestant -> phase -> the largest difference seen at the end of the phase.
     """
 
     def __init__(self, workload: Workload, share: Share, show: Show) -> None:
         self._workload, self._share, self._show = workload, share, show
-        self._references: dict[tuple[str, str], Run] = {}
-        self.start = workers.start_adapter(workload.configs("float32", "auto")[WARM_UP])
+        self._references: dict[ModelConfig, tuple[Adapter, Run]] = {}
         self.errors: dict[str, dict[str, float]] = {}
+
+    def start(self, contestant: Contestant) -> Adapter:
+        """The adapter that `contestant` starts from; PEFT rounds what it draws to the dtype of the base."""
+        return self._reference(contestant)[0]
 
     def check(self, contestant: Contestant, run: Run) -> None:
         """Raise Disagreement where a phase of `run` ends elsewhere than the reference's."""
-        model = contestant.configs(self._workload)[WARM_UP].model
-        reference = self._reference(model.dtype, model.attention)
+        start, reference = self._reference(contestant)
+        dtype = contestant.configs(self._workload)[WARM_UP].model.dtype
         errors = self.errors.setdefault(contestant.letter, {})
         for phase, adapters in run.adapters.items():
             expected = reference.adapters[phase]
-            for when, position, allowed in zip(("first", "last"), (0, -1), TOLERANCE[model.dtype], strict=True):
-                change = norm(difference(expected[position], self.start))
+            for when, position, allowed in zip(("first", "last"), (0, -1), TOLERANCE[dtype], strict=True):
+                change = norm(difference(expected[position], start))
                 error = norm(difference(adapters[position], expected[position])) / change
                 if not error <= allowed:
                     raise Disagreement(
                         f"{contestant} does not train what plain PEFT trains: after the {when} round of phase {phase} "
                         f"at size {self._workload.size.name} its adapter differs by {error:.2g} of the change in "
-                        f"training, and {allowed:g} is allowed in {model.dtype}. No time counts"
+                        f"training, and {allowed:g} is allowed in {dtype}. No time counts"
                     )
             errors[phase] = max(error, errors.get(phase, 0.0))
 
-    def _reference(self, dtype: str, attention: str) -> Run:
-        kind = dtype, attention
-        if kind not in self._references:
-            self._show(f"reference, {dtype}, {attention}")
-            configs = self._workload.configs(dtype, attention, engine="peft")
-            self._references[kind] = workers.run(workers.open_ours, configs, self.start, self._share, False)
-        return self._references[kind]
+    def _reference(self, contestant: Contestant) -> tuple[Adapter, Run]:
+        configs = self._workload.configs(contestant.dtype, contestant.attention, engine="peft")
+        model = configs[WARM_UP].model
+        if model not in self._references:
+            self._show(f"reference, {model.dtype}, {model.attention}")
+            start = workers.start_adapter(configs[WARM_UP])
+            run = workers.run(workers.open_ours, configs, start, self._share, False)
+            self._references[model] = start, run
+        return self._references[model]
 
 
 def scale(workload: Workload, result: Result, repeats: int, show: Show) -> dict[int, list[Run]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -73,6 +74,15 @@ class Sampler:
                 self.peak, weighed = max(self.peak, sum(map(_memory, self._processes))), now
             self._cpu |= dict(map(_cpu, self._processes))
             self._curve.append((now, sum(self._cpu.values())))
+
+
+def families(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """The processes `roots` and all that descend from them, those that are left."""
+    found = []
+    for root in roots:
+        with suppress(psutil.Error):
+            found += [root, *root.children(recursive=True)]
+    return found
 
 
 def _cpu(process: psutil.Process) -> tuple[int, float]:

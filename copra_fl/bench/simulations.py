@@ -22,7 +22,7 @@ import psutil
 from rich.console import Console
 
 from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
-from copra_fl.bench.sampling import Round, Sampler
+from copra_fl.bench.sampling import Round, Sampler, families
 from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import Run, Share
 from copra_fl.cli.flower import RunFailed, Workers, app_directory, copy_app, superlink
@@ -125,10 +125,6 @@ def _simulate(
     with superlink(folder / "flower.log") as link:
         command = link.start_run(run_config, workers, copy)
         roots = [psutil.Process(link.keeper.pid), psutil.Process(command.pid)]
-
-        def find() -> list[psutil.Process]:
-            return [process for root in roots for process in (root, *root.children(recursive=True))]
-
-        with Sampler(find, memory) as sampler:
+        with Sampler(partial(families, roots), memory) as sampler:
             watch(link, command, num_runs, Console(quiet=True))
     return started, sampler

@@ -179,7 +179,7 @@ def crew(
 
 
 def start_adapter(config: Config) -> Adapter:
-    """The adapter that every contestant starts from: what `copra_fl.models.build` draws."""
+    """The adapter that a federation of `config` starts from: what `copra_fl.models.build` draws."""
     model = config.changed(device="cpu").model
     return models.build(model, config.copra.group, NUM_LABELS, config.federation.seed).read_adapter()
 
