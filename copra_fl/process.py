@@ -1,7 +1,6 @@
 """How every process of a run begins: what has to be settled before torch is imported, then the large imports.
 
-Imported first by clients.app and server.app, so that it holds in Ray's workers and under a plain `flwr run` too. Not
-by their packages: `flwr run` imports those to look for the apps.
+Imported first by clients.node and server.runs, so that it holds in Ray's workers and under a plain `flwr run` too.
 """
 
 import gc

@@ -1,0 +1,69 @@
+"""From configurations to federations, one after the other for a comparison.
+
+``output`` is a folder that the command line prepared (one run with its ``config.toml``, or a
+comparison with its ``comparison.toml``), or a new one for a plain ``flwr run``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from logging import INFO
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+import copra_fl.process  # noqa: F401
+from copra_fl.config import Config, ConfigError, read_toml
+from copra_fl.events import emit
+from server import federation
+from server.journal import Journal, write_atomically
+
+#: seconds to wait for an earlier process of a killed run to let go of its folder
+LOCK_TIMEOUT = 60
+
+
+def main(grid: Grid, context: Context) -> None:
+    flat = dict(context.run_config)
+    output, resume = str(flat.pop("output")), bool(flat.pop("resume"))
+    directory = Path(output or f"runs/{context.run_id}").absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / ".lock", timeout=LOCK_TIMEOUT):
+            for run_directory, config in planned_runs(directory, flat, resume):
+                log(INFO, "run folder: %s", run_directory)
+                federation.run(grid, config, run_directory)
+    except Timeout:
+        emit("failed", error=f"another run is writing to {directory}")
+        raise
+    except (federation.FederationError, ConfigError) as error:
+        emit("failed", error=str(error))
+        raise
+    except Exception:
+        emit("failed", error=traceback.format_exc())
+        raise
+
+
+def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Path, Config]]:
+    """The runs of `directory` with their configurations, in order.
+
+    Raises ConfigError for a folder that already holds a run, unless `resume`.
+    """
+    comparison = directory / "comparison.toml"
+    if comparison.exists():
+        plan = read_toml(comparison)
+        names = [f"{method}-seed{seed}" for seed in plan["seeds"] for method in plan["methods"]]
+        for name in names:
+            yield directory / name, Config.from_toml(directory / name / "config.toml")
+        return
+    if Journal(directory).begun and not resume:
+        raise ConfigError(f"{directory} holds a run already; resume=true continues it, another output starts anew")
+    config = Config.from_flat(flat)
+    path = directory / "config.toml"
+    if path.exists() and (changed := Config.from_toml(path).differences(config)):
+        raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(changed)}")
+    write_atomically(path, config.to_toml())
+    yield directory, config
