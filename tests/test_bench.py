@@ -15,18 +15,25 @@ import pytest
 from copra_fl import schedule
 from copra_fl.adapter import Adapter, Update
 from copra_fl.bench import workers
-from copra_fl.bench.contest import Contestant, Disagreement, divisions, race
+from copra_fl.bench.contest import CONTESTANTS, Contestant, Disagreement, divisions, race
 from copra_fl.bench.findings import tables
 from copra_fl.bench.flops import Encoder, step_flops
 from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, prepare
 from copra_fl.bench.workers import Share, Train
-from copra_fl.config import Config, CopraConfig
+from copra_fl.cli.bench import LETTERS, bench
+from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.data import FederatedData
 from copra_fl.training import Plan
 from tests.real_runs import RealRun
 
 #: names of packages that a GPU machine need not have
 ABSENT = ("flwr", "flwr_datasets", "ray", "datasets", "plotly")
+
+
+def test_every_contestant_can_be_chosen_and_nobody_else() -> None:
+    assert "".join(contestant.letter for contestant in CONTESTANTS) == LETTERS
+    with pytest.raises(ConfigError, match="--contestants 'bx': x is not one of abcdefg"):
+        bench(contestants="bx")
 
 
 def test_flops_of_one_layer_by_hand() -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from copra_fl import provenance
+from copra_fl.config import ConfigError
 
 
 class SizeName(StrEnum):
@@ -27,6 +28,8 @@ class SizeName(StrEnum):
     SMOKE = "smoke"
 
 
+#: of `bench.contest.CONTESTANTS`, which is slow to import
+LETTERS = "abcdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 
 SizeOption = Annotated[
@@ -50,7 +53,7 @@ OutputOption = Annotated[
 def bench(
     size: SizeOption = None,
     repeats: RepeatsOption = 5,
-    contestants: ContestantsOption = "abcdefg",
+    contestants: ContestantsOption = LETTERS,
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
     output: OutputOption = None,
@@ -59,6 +62,8 @@ def bench(
 
     No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
     """
+    if strangers := set(contestants) - set(LETTERS):
+        raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see cli/flower.py
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.bench import findings
