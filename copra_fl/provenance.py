@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("copra-fl", "flwr", "ray", "torch", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
@@ -32,7 +32,14 @@ def library_digest(clients: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Python's version and those of `PACKAGES`."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, str | int]:

@@ -10,6 +10,7 @@ import typer
 
 from copra_fl.assets import AssetError
 from copra_fl.cli import assets
+from copra_fl.cli.bench import bench
 from copra_fl.cli.compare import compare
 from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.report import report
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(simulate)
 app.command()(compare)
 app.command()(report)
+app.command()(bench)
 app.add_typer(assets.app, name="assets")
 
 

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,23 +56,28 @@ def copy_app(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """How a simulation uses the machine: Ray actors, each with a share of its cores and GPUs."""
+    """How a simulation uses the machine: Ray actors, each with a share of its cores and GPUs.
+
+    Attributes:
+        nodes: Flower's nodes, which host the clients; the actors serve them.
+    """
 
     number: int
     cpus: int
     gpus: float
+    nodes: int
 
     @classmethod
     def share(cls, number: int, gpus_per_worker: float | None = None) -> Workers:
-        """Cores dealt out evenly, and GPUs too unless their share is given."""
+        """Cores dealt out evenly, and GPUs too unless their share is given; one node a worker."""
         if gpus_per_worker is None:
             gpus_per_worker = num_gpus() / number
-        return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker)
+        return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker, nodes=number)
 
     def federation_config(self) -> str:
-        """Flower's federation config: one node per worker, which hosts its share of the clients."""
+        """Flower's federation config."""
         return (
-            f"num-supernodes={self.number} client-resources-num-cpus={self.cpus} "
+            f"num-supernodes={self.nodes} client-resources-num-cpus={self.cpus} "
             f"client-resources-num-gpus={self.gpus} init-args-num-cpus={self.number * self.cpus}"
         )
 
@@ -90,13 +95,15 @@ class SuperLink:
     def flwr(self, *arguments: str) -> list[str]:
         return [str(Path(sys.executable).parent / "flwr"), *arguments]
 
-    def start_run(self, run_config: Mapping[str, Value], workers: Workers) -> subprocess.Popen[bytes]:
-        """Submit the app; the process returned ends with the run and writes its log to `log`.
+    def start_run(
+        self, run_config: Mapping[str, Value], workers: Workers, copy: Callable[[Path], object] = copy_app
+    ) -> subprocess.Popen[bytes]:
+        """Submit the app that `copy` puts into a new folder; the process returned ends with the run.
 
-        Raises RunFailed if the SuperLink does not start.
+        It writes its log to `log`. Raises RunFailed if the SuperLink does not start.
         """
         app, config = self.home / "app", self.home / "run-config.toml"
-        copy_app(app)
+        copy(app)
         config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
         command = self.flwr("run", str(app), "local", "--stream", "--run-config", str(config))
         command += ["--federation-config", workers.federation_config()]

@@ -1,0 +1,67 @@
+"""Floating point operations that a training step needs: matrix products only, 2 for each multiplication and addition.
+
+With n = rows x tokens, width d, intermediate size f, rank r, for a BERT block with adapters on query and value:
+
+    forward          2n (4d^2 + 2df)  linear layers    + 4 n tokens d  attention        in every block
+    adapters         2 x 2n (2dr)                                                       in blocks where they are on
+    backward         as much as forward for the linear layers (input gradients only: the base is frozen), twice as
+                     much for attention, and twice as much for the adapters             above the lowest active block
+    in that block    its input needs no gradient: 2n (d^2 + 2df), attention 6 n tokens d (no gradient of the keys),
+                     adapters without the gradient of their input
+    below it         nothing
+    head             2 rows d classes forward, as much for its weights, and for its input if any adapter is on
+
+Embeddings, norms, activations, softmax, loss and optimiser are not counted, nor the base's pooler, which nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import AutoConfig
+
+from copra_fl.bench.sizes import NUM_LABELS
+from copra_fl.config import Config
+from copra_fl.data import FederatedData
+from copra_fl.training import Plan, plan_steps
+
+ADAPTERS_PER_BLOCK = 2
+
+
+@dataclass(frozen=True)
+class Encoder:
+    layers: int
+    width: int
+    intermediate: int
+    rank: int
+    classes: int
+
+
+def step_flops(encoder: Encoder, rows: int, tokens: int, on: Sequence[bool]) -> int:
+    """One optimiser step on `rows` texts of `tokens` tokens, with the adapters of the blocks `on`."""
+    n, d, f, r = rows * tokens, encoder.width, encoder.intermediate, encoder.rank
+    linear, attention = 2 * n * (4 * d * d + 2 * d * f), 4 * n * tokens * d
+    adapters = ADAPTERS_PER_BLOCK * 2 * n * 2 * d * r
+    head = 2 * rows * d * encoder.classes
+    flops = encoder.layers * (linear + attention) + 2 * head
+    if not any(on):
+        return flops
+    blocks_above = encoder.layers - 1 - list(on).index(True)
+    flops += head + sum(on) * 3 * adapters
+    flops += blocks_above * (linear + 2 * attention)
+    return flops + 2 * n * (d * d + 2 * d * f) + 6 * n * tokens * d - adapters // 2
+
+
+def phase_flops(config: Config, data: FederatedData) -> int:
+    """All rounds of `config`, with the masks that its clients draw."""
+    base = AutoConfig.from_pretrained(config.model.model)
+    layers = base.num_hidden_layers
+    encoder = Encoder(layers, base.hidden_size, base.intermediate_size, config.model.rank, NUM_LABELS)
+    rows, tokens, clients = config.training.batch_size, config.data.max_length, range(len(data.train))
+    return sum(
+        step_flops(encoder, rows, tokens, on)
+        for server_round in range(1, config.federation.num_rounds + 1)
+        for client in clients
+        for on in plan_steps(Plan(server_round, (), config), data, client, layers).masks.tolist()
+    )

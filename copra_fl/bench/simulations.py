@@ -1,0 +1,130 @@
+"""Contestants over Flower and Ray: our apps, and the baselines of experiments/baselines.
+
+Both get the same folder: ``comparison.toml`` names the phases, each phase has its ``config.toml``. One Flower run goes
+through them in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.bench.sampling import Round, Sampler, families
+from copra_fl.bench.sizes import WARM_UP
+from copra_fl.bench.workers import Run, Share
+from copra_fl.cli.flower import RunFailed, Workers, app_directory, copy_app, superlink
+from copra_fl.cli.progress import watch
+from copra_fl.config import Config, Value
+
+
+def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, one_client_a_node: bool) -> Run:
+    """Our apps, a node for each worker or for each client; they draw `start` themselves."""
+    nodes = _num_clients(configs) if one_client_a_node else share.workers
+    with _folder() as folder:
+        _write_configs(configs, folder)
+        run_config: dict[str, Value] = {"output": str(folder), "resume": False}
+        started, sampler = _simulate(folder, run_config, copy_app, len(configs), share, nodes, memory)
+        rounds: dict[str, list[Round]] = {}
+        adapters = {}
+        for phase in configs:
+            directory = _phase_folder(folder, phase)
+            rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text("utf-8").splitlines()]
+            checkpoints = sorted((directory / "checkpoints").iterdir())
+            ends = [checkpoint.stat().st_mtime for checkpoint in checkpoints]
+            rounds[phase] = [
+                Round(end - row["seconds"], end, row["bytes_down"], row["bytes_up"])
+                for end, row in zip(ends, rows, strict=True)
+            ]
+            adapters[phase] = [load_checkpoint(checkpoint)[0] for checkpoint in checkpoints]
+    return Run.watched(started, rounds, adapters, sampler)
+
+
+def run_baseline(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, warm: bool) -> Run:
+    """The baselines' app, a node for each client; `warm`: its actors keep model and data between messages."""
+    copy = partial(shutil.copytree, app_directory() / "experiments" / "baselines")
+    with _folder() as folder:
+        _write_configs(configs, folder)
+        save_checkpoint(folder / "start.safetensors", start, {})
+        run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
+        started, sampler = _simulate(folder, run_config, copy, 1, share, _num_clients(configs), memory)
+        noted = json.loads((folder / "rounds.json").read_text("utf-8"))
+        rounds = {phase: [Round(**row) for row in rows] for phase, rows in noted.items()}
+        adapters = {
+            phase: [load_checkpoint(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
+            for phase, rows in noted.items()
+        }
+    return Run.watched(started, rounds, adapters, sampler)
+
+
+def first_round_of_simulate(config: Config, share: Share) -> float:
+    """Seconds from the start of the command `copra-fl simulate` to its first finished round."""
+    with _folder() as folder:
+        recipe, output = folder / "simulate.toml", folder / "run"
+        recipe.write_text(config.to_toml(), "utf-8")
+        command = [sys.executable, "-c", "from copra_fl.cli import main; main()", "simulate", "--recipe", str(recipe)]
+        command += ["--output", str(output), "--workers", str(share.workers)]
+        started = time.time()
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RunFailed(f"copra-fl simulate failed: {result.stderr}")
+        return (output / "checkpoints" / "round-00001.safetensors").stat().st_mtime - started
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for one run; where the run fails it stays, for its log."""
+    folder = Path(tempfile.mkdtemp(prefix="copra-fl-bench-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _num_clients(configs: dict[str, Config]) -> int:
+    return configs[WARM_UP].data.num_clients
+
+
+def _write_configs(configs: dict[str, Config], folder: Path) -> None:
+    (folder / "comparison.toml").write_text(f"methods = {json.dumps(list(configs))}\nseeds = [0]\n", "utf-8")
+    for phase, config in configs.items():
+        directory = _phase_folder(folder, phase)
+        directory.mkdir()
+        (directory / "config.toml").write_text(config.to_toml(), "utf-8")
+
+
+def _phase_folder(folder: Path, phase: str) -> Path:
+    return folder / f"{phase}-seed0"
+
+
+def _simulate(
+    folder: Path,
+    run_config: dict[str, Value],
+    copy: Callable[[Path], object],
+    num_runs: int,
+    share: Share,
+    nodes: int,
+    memory: bool,
+) -> tuple[float, Sampler]:
+    """Run the app that `copy` gives until it has told the end of `num_runs` runs.
+
+    Returns when the command began, and what was seen of its processes. Raises RunFailed.
+    """
+    started = time.time()
+    workers = replace(Workers.share(share.workers), cpus=share.threads, nodes=nodes)
+    with superlink(folder / "flower.log") as link:
+        command = link.start_run(run_config, workers, copy)
+        roots = [psutil.Process(link.keeper.pid), psutil.Process(command.pid)]
+        with Sampler(partial(families, roots), memory) as sampler:
+            watch(link, command, num_runs, Console(quiet=True))
+    return started, sampler

@@ -1,0 +1,219 @@
+"""What the contestants train.
+
+    overhead   100 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    all that is not arithmetic
+    small      100 clients, MiniLM,                     4 x 16 tokens    small clients on a real base
+    compute      8 clients, MiniLM,                    16 x 64 tokens    arithmetic
+    smoke        4 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    to see that the command works
+
+Every text is at least as long as max-length, so that no contestant gains or loses by padding. A client holds as many
+examples as it trains on in a round.
+
+A contestant goes through three phases without stopping: one round to warm up, `STEADY_ROUNDS` rounds of LoRA,
+`STEADY_ROUNDS` rounds of CopRA, each phase from the same start. CopRA's savings depend on the progress of the
+schedule, so a few rounds must stand for a whole training: their steps are at evenly spread points of it. Step i of n is
+at t = i/n, the start of its share; p0 and ramp are shifted so that it trains as the middle of its share would with the
+default schedule, p(t) = min(1, (t + 1/2n) / ramp). CopRA is therefore timed by all its steady rounds together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from copra_fl import data, models
+from copra_fl.assets import ASSETS, cache_dir
+from copra_fl.config import Config, CopraConfig, Value
+from copra_fl.data import Examples, FederatedData
+from copra_fl.seeding import generator
+
+STEADY_ROUNDS = 3
+WARM_UP = "warm-up"
+#: the phases that are timed
+TRAININGS = ("lora", "copra")
+NUM_LABELS = 16
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = SPECIAL + [f"w{number}" for number in range(1000)]
+#: name of a data set of random tokens that is made in memory; where Flower runs there are texts in a file instead
+SYNTHETIC = "synthetic"
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert-64": {
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+    },
+    "minilm": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    Attributes:
+        base: a shape of `SHAPES`; one that is also an asset comes with its trained weights.
+        scaling: numbers of clients at which our engine's cost per client is compared.
+    """
+
+    name: str
+    clients: int
+    base: str
+    batch_size: int
+    tokens: int
+    local_steps: int = 2
+    scaling: tuple[int, ...] = ()
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("overhead", 100, "bert-64", 4, 16, scaling=(10, 100, 1000)),
+        Size("small", 100, "minilm", 4, 16),
+        Size("compute", 8, "minilm", 16, 64),
+        Size("smoke", 4, "bert-64", 4, 16, scaling=(2, 4)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A size, with the base and the data set that it is run on."""
+
+    size: Size
+    model: str
+    dataset: str
+
+    def configs(self, dtype: str, attention: str, engine: str = "stacked") -> dict[str, Config]:
+        """Phase -> configuration, dtype and attention made plain. Evaluated are two examples at the end of a phase."""
+        size, steps = self.size, STEADY_ROUNDS * self.size.local_steps
+        p0 = 0.5 / steps / CopraConfig.ramp
+        flat: dict[str, Value] = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "partitioner": "iid",
+            "num-clients": size.clients,
+            "validation-fraction": 0.0,
+            "server-validation-examples": 1,
+            "test-examples": 1,
+            "max-length": size.tokens,
+            "dtype": dtype,
+            "attention": attention,
+            "engine": engine,
+            "batch-size": size.batch_size,
+            "local-steps": size.local_steps,
+            "num-rounds": STEADY_ROUNDS,
+            "eval-every": STEADY_ROUNDS,
+            "merge-gap-clients": 0,
+            "path-pairs": 0,
+        }
+        phases: dict[str, dict[str, Value]] = {
+            WARM_UP: {"local-training": "lora", "num-rounds": 1},
+            "lora": {"local-training": "lora"},
+            "copra": {"local-training": "copra", "p0": p0, "ramp": CopraConfig.ramp * (1 - p0)},
+        }
+        configs = {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
+        compute = models.resolve_compute(configs["lora"].model, size.tokens)
+        return {
+            phase: config.changed(dtype=compute.dtype, attention=compute.attention) for phase, config in configs.items()
+        }
+
+
+def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
+    """The workload of `size`; what has to be on disk for it is made in the cache or fetched, before anybody is timed.
+
+    `as_file`: Flower's workers need the data set as a file. Raises AssetError where the base cannot be had.
+    """
+    model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
+    cache.mkdir(exist_ok=True)
+    if random_base or model not in ASSETS:
+        model = str(_made(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
+    if as_file:
+        dataset = str(_made(cache / f"{size.name}.jsonl", partial(write_texts, size=size)))
+    workload = Workload(size, models.resolve(model), dataset)
+    for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
+        config = workload.configs(dtype, "auto")[WARM_UP]
+        models.build(config.changed(device="cpu").model, config.copra.group, NUM_LABELS, config.federation.seed)
+        open_data(config)
+    return workload
+
+
+def _made(place: Path, make: Callable[[Path], None]) -> Path:
+    """`place`, made if it is not there; one that is half made is never taken for it."""
+    if not place.exists():
+        partly = place.with_name(f"{place.stem}-{os.getpid()}{place.suffix}")
+        make(partly)
+        partly.rename(place)
+    return place
+
+
+def write_base(directory: Path, shape: dict[str, Any]) -> None:
+    """A BERT of that shape with random weights, and a tokenizer that knows `VOCABULARY`."""
+    words = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(str(directory))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(VOCABULARY), **shape)).save_pretrained(str(directory))
+
+
+def write_texts(path: Path, size: Size) -> None:
+    """A file of random texts, each of as many words as max-length has tokens, and two more to hold out."""
+    rng = generator(0, "bench", "texts")
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(size.clients * size.batch_size * size.local_steps + 2):
+            words = " ".join(rng.choice(VOCABULARY[len(SPECIAL) :], size.tokens))
+            file.write(json.dumps({"text": words, "label": number % NUM_LABELS}) + "\n")
+
+
+def open_data(config: Config) -> FederatedData:
+    """The clients' examples: from the token cache, or random ones."""
+    if config.data.dataset == SYNTHETIC:
+        return synthetic(config)
+    return data.load(config, models.load_tokenizer(config.model.model))
+
+
+def synthetic(config: Config) -> FederatedData:
+    """Random tokens and labels: the same number for each client, none held out."""
+    clients, tokens = config.data.num_clients, config.data.max_length
+    each = config.training.batch_size * config.training.local_steps
+    number, rng = clients * each, generator(0, "bench", "tokens")
+    examples = Examples(
+        input_ids=torch.from_numpy(rng.integers(len(SPECIAL), len(VOCABULARY), number * tokens, np.int32)),
+        offsets=torch.arange(number + 1) * tokens,
+        labels=torch.from_numpy(rng.integers(0, NUM_LABELS, number)),
+        pad_id=0,
+    )
+    nothing = np.zeros(0, int)
+    return FederatedData(
+        examples=examples,
+        label_names=[str(label) for label in range(NUM_LABELS)],
+        client_names=[str(client) for client in range(clients)],
+        train=np.split(np.arange(number), clients),
+        validation=[nothing] * clients,
+        server_validation=nothing,
+        test=nothing,
+        skipped=[],
+        unassigned=0,
+        dropped_duplicates=0,
+        dropped_empty=0,
+        digest=SYNTHETIC,
+        tokens_digest=SYNTHETIC,
+    )
