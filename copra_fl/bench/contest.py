@@ -102,8 +102,9 @@ def divisions(cores: int, num_clients: int, gpu: bool) -> list[Share]:
 
 
 def num_runs(contestants: list[Contestant], shares: list[Share], repeats: int, size: Size) -> int:
-    """How often `race` and `scale` run a contestant."""
-    return len(contestants) * (len(shares) + repeats) + len(size.scaling) * (1 + repeats)
+    """How often `race` and `scale` run something: contestants, and a reference for each dtype and attention."""
+    references = {(contestant.dtype, contestant.attention) for contestant in contestants}
+    return len(references) + len(contestants) * (len(shares) + repeats) + len(size.scaling) * (1 + repeats)
 
 
 def race(

@@ -64,7 +64,7 @@ def bench(
     """
     if strangers := set(contestants) - set(LETTERS):
         raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see cli/flower.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see copra_fl/process.py
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.bench import findings
 
