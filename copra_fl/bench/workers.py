@@ -11,7 +11,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -198,13 +198,14 @@ def _work(
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(threads)
     train = opener(config, open_data(config))
-    while (job := pipe.recv()) is not None:
-        config, server_round, row = job
-        adapter = layout.unflatten(torch.from_numpy(row))
-        updates = train(Plan(server_round, clients, config), adapter)
-        average = layout.flatten(fedavg(adapter, updates, "examples", {})).numpy()
-        pipe.send((average, sum(update.num_examples for update in updates)))
-    pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    with suppress(EOFError, BrokenPipeError):  # the benchmark was stopped
+        while (job := pipe.recv()) is not None:
+            config, server_round, row = job
+            adapter = layout.unflatten(torch.from_numpy(row))
+            updates = train(Plan(server_round, clients, config), adapter)
+            average = layout.flatten(fedavg(adapter, updates, "examples", {})).numpy()
+            pipe.send((average, sum(update.num_examples for update in updates)))
+        pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def matmul_rate(share: Share, dtype: str, device: str) -> float:
