@@ -83,7 +83,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("overhead", 100, "bert-64", 4, 16, scaling=(10, 100, 1000)),
+        Size("overhead", 100, "bert-64", 4, 16, scaling=(10, 100, 1000, 3000)),
         Size("small", 100, "minilm", 4, 16),
         Size("compute", 8, "minilm", 16, 64),
         Size("smoke", 4, "bert-64", 4, 16, scaling=(2, 4)),
