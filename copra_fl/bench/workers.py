@@ -104,7 +104,7 @@ Opener = Callable[[Config, FederatedData], Train]
 
 
 def open_ours(config: Config, data: FederatedData) -> Train:
-    """The engine that `config` names, used as clients/app.py uses it."""
+    """The engine that `config` names, used as clients/node.py uses it."""
     engine = open_engine(config.training.engine, config.model, config.copra.group, NUM_LABELS, seed=0)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:

@@ -31,6 +31,7 @@ class StackedClassifier:
         layout: a client's adapter as a row: gate group after gate group, then the head.
         spans: the part of the row of each gate group.
         head_span: the part of the row of the head.
+        blocks: the base's blocks, in order.
         present: what its layers share.
     """
 
@@ -48,13 +49,13 @@ class StackedClassifier:
             for group in range(num_groups + 1)
         )
         self._tree: Any
-        self._tree, self._block_of = self._build(classifier)
+        self._tree, self.blocks, self._block_of = self._build(classifier)
 
     def _span(self, names: list[str]) -> slice:
         return slice(self.layout.spans[names[0]].start, self.layout.spans[names[-1]].stop)
 
-    def _build(self, classifier: Classifier) -> tuple[nn.Module, np.ndarray]:
-        """The base with stacked linear layers and a trunk, and the block of each gate group."""
+    def _build(self, classifier: Classifier) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
+        """The base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
         base = classifier.encoder.get_base_model()
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         tree = copy.deepcopy(base, shared)
@@ -77,9 +78,7 @@ class StackedClassifier:
         for position, (block, group) in enumerate(zip(blocks, classifier.gates.group_of.values(), strict=True)):
             outside = 0 if position < first else len(modules)
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
-        self.blocks = modules
-        self.num_blocks = len(modules)
-        return tree.eval(), block_of
+        return tree.eval(), modules, block_of
 
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
         """`values` on this device: float32, or int64 where they are whole numbers."""
@@ -103,7 +102,7 @@ class StackedClassifier:
 
     def depth(self, on: np.ndarray) -> np.ndarray:
         """(c,) blocks below the lowest active adapter of each row of `on` (c, groups); all where none is."""
-        return np.where(on, self._block_of, self.num_blocks).min(axis=1, initial=self.num_blocks)
+        return np.where(on, self._block_of, len(self.blocks)).min(axis=1, initial=len(self.blocks))
 
     def __call__(self, step: Step, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(clients * n, T) tokens to (clients, n, classes) logits in float32."""

@@ -37,7 +37,7 @@ class PrefixCache:
     def store(self, samples: np.ndarray, block: int, states: Tensor) -> None:
         """Keep `states` (len(samples), T, width), as far as there is room for outputs of `block`."""
         chosen = {}
-        for row, sample in enumerate(samples.tolist()):
+        for sample, row in {sample: row for row, sample in enumerate(samples.tolist())}.items():
             slot = self._free(block)
             if slot is None:
                 break
