@@ -77,7 +77,7 @@ def _pack(
     others = [update for update in updates if update.client not in plan.keep]
     buffers = {}
     if others:
-        pooled = pool(global_adapter, others, federation.weighting, group_of)
+        pooled = pool(global_adapter, others, plan.config.aggregation.weighting, group_of)
         buffers["pooled"] = encode([pooled], global_adapter, group_of, "float32")
     if kept and federation.uplink in FEEDBACK:
         layout = Layout.by_name(global_adapter)

@@ -1,14 +1,14 @@
 """Adapter state: what travels between server and clients, as name -> tensor.
 
 Names are PEFT's own (``base_model.model.encoder.layer.0...lora_A.weight``), plus
-``head.weight`` and ``head.bias``. Tensors are float32 on the CPU.
+``head.weight`` and ``head.bias``, and ``lora_R`` for the core of fed-sb. Tensors are float32 on the CPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Update:
         num_examples: training examples it holds.
         active_steps: per gate group, the optimiser steps in which it was on; in a pooled update their mean.
         metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of its change).
+        gradient: mean of its own gradients over the steps in which each tensor was on; with control variates only.
     """
 
     client: int
@@ -39,6 +40,7 @@ class Update:
     num_examples: int
     active_steps: tuple[float, ...]
     metrics: dict[str, float]
+    gradient: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class Layout:
     def unflatten(self, row: Tensor) -> Adapter:
         """The adapter whose row this is: views of it."""
         return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
+
+
+def part_of(name: str) -> str:
+    """Which part of the model the tensor `name` is: factor ``A`` or ``B``, core ``R``, or ``head``."""
+    return name.partition(".lora_")[2][:1] or "head"
+
+
+def parts(adapter: Adapter, wanted: Iterable[str]) -> Adapter:
+    """The tensors of `adapter` that are one of the `wanted` parts."""
+    return {name: tensor for name, tensor in adapter.items() if part_of(name) in wanted}
 
 
 def trained(adapter: Adapter, active_steps: Sequence[float], group_of: Mapping[str, int]) -> Adapter:

@@ -67,7 +67,12 @@ class ModelConfig:
     pooling: str = option("mean", "what the head sees", choices=("mean", "cls", "pooler"))
     target_modules: str = option("query,value", "linear modules that get an adapter, comma-separated, or all-linear")
     rank: int = option(8, "LoRA rank r", low=1)
-    lora_alpha: float = option(16.0, "LoRA alpha; adapters are scaled by alpha / r", above=0)
+    lora_alpha: float = option(16.0, "LoRA alpha", above=0)
+    lora_scaling: str = option(
+        "standard",
+        "what adapters are scaled by; standard: alpha / r, rslora: alpha / sqrt(r), constant: alpha",
+        choices=("standard", "rslora", "constant"),
+    )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
     dtype: str = option(
         "auto",
@@ -78,6 +83,10 @@ class ModelConfig:
         "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")
     )
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+
+    def scaling(self, rank: int) -> float:
+        """The factor s in W0 + s B A of an adapter of this rank."""
+        return self.lora_alpha / {"standard": rank, "rslora": math.sqrt(rank), "constant": 1.0}[self.lora_scaling]
 
 
 @dataclass(frozen=True)
@@ -123,12 +132,11 @@ class FederationConfig:
     num_rounds: int = option(3, "rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled each round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled each round; 0: use fraction-clients", low=0)
-    rule: str = option("fedavg", "how updates become the next global adapter")
-    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
     replies: str = option(
-        "pooled",
-        "pooled: a node sends its clients' average, where the rule is linear; clients: every client's adapter",
-        choices=("pooled", "clients"),
+        "clients",
+        "clients: every client's adapter comes to the server; pooled: a node sends its clients' average, where the "
+        "rule is linear (less traffic, but the aggregation error is not known)",
+        choices=("clients", "pooled"),
     )
     uplink: str = option(
         "float32",
@@ -140,6 +148,35 @@ class FederationConfig:
     min_replies: int = option(1, "tolerant: good replies a round needs", low=1)
     round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
     node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    rule: str = option("fedavg", "how updates become the next global adapter (docs/aggregation.md lists all)")
+    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
+    client_ranks: str = option("", "ranks of the clients' adapters, comma-separated, none above rank; empty: all rank")
+    rank_assignment: str = option(
+        "listed",
+        "client-ranks; listed: one a client, drawn: each client draws one of them",
+        choices=("listed", "drawn"),
+    )
+    proximal_mu: float = option(0.0, "FedProx: weight of mu/2 |theta - global|^2 in the local loss", low=0)
+    control_variates: bool = option(False, "SCAFFOLD: correct local gradients by what clients differ in")
+    server_optimizer: str = option(
+        "none",
+        "what takes the average as a step from the old global adapter",
+        choices=("none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"),
+    )
+    server_learning_rate: float = option(1.0, "server-optimizer: its learning rate", above=0)
+    server_momentum: float = option(0.9, "server-optimizer: decay of the first moment", low=0, high=0.999)
+    server_beta2: float = option(0.99, "fedadam, fedyogi: decay of the second moment", low=0, high=0.9999)
+    server_tau: float = option(1e-3, "fedadam, fedyogi, fedadagrad: how adaptive, small is much", above=0)
+    fair_lambda: float = option(0.01, "lora-fair: weight of the correction's norm", above=0)
+    trim_fraction: float = option(0.2, "trimmed-mean: share of the clients dropped at each end", low=0, high=0.49)
+    clip_norm: float = option(0.0, "norm-clipped: longest change of an update; 0: the median of the round's", low=0)
+    connectivity_bound: float = option(
+        0.05, "connectivity: barrier in loss from which on a client is not taken to be connected", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -162,6 +199,7 @@ class Config:
     copra: CopraConfig = CopraConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
+    aggregation: AggregationConfig = AggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod

@@ -38,7 +38,7 @@ def path_pairs(config: Config, server_round: int, clients: Sequence[int]) -> lis
 
 def kept_clients(config: Config, server_round: int, clients: Sequence[int]) -> set[int]:
     """Those of `clients` whose own adapters must reach the server: all of them where nodes do not pool."""
-    if not pools(config.federation):
+    if not pools(config):
         return set(clients)
     in_pairs = {client for pair in path_pairs(config, server_round, clients) for client in pair}
     return in_pairs.union(merge_gap_clients(config, server_round, clients))

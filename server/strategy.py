@@ -22,6 +22,7 @@ from copra_fl.adapter import Adapter, Update
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.rule import Round
 from copra_fl.compression import decode
 from copra_fl.config import Config
 from copra_fl.seeding import generator
@@ -63,7 +64,7 @@ class CohortStrategy(Strategy):
         self.config = config
         self.group_of = group_of
         self.num_groups = num_groups
-        self.rule = find_rule(config.federation.rule)
+        self.rule = find_rule(config.aggregation.rule)
         by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
         self.hosts = {node: hello.num_examples.keys() for node, hello in by_partition.items()}
         self.num_examples = {c: n for hello in nodes.values() for c, n in hello.num_examples.items()}
@@ -120,8 +121,21 @@ class CohortStrategy(Strategy):
         self.check_missing(f"round {server_round}", len(self.updates))
         loss = pool_scalars(self.updates).metrics["loss"]
         averaged = [update for node in nodes for update in node.averaged]
-        adapter = self.rule(self._global_adapter, averaged, self.config.federation.weighting, self.group_of)
-        return ArrayRecord(torch_state_dict=adapter), MetricRecord({"loss": loss})
+        settings = self.config.aggregation
+        outcome = self.rule.aggregate(
+            Round(
+                server_round,
+                self._global_adapter,
+                sorted(averaged, key=lambda update: update.client),
+                self.group_of,
+                self.config.model.scaling(self.config.model.rank),
+                settings,
+                {},
+                dict,
+                lambda adapters: [],
+            )
+        )
+        return ArrayRecord(torch_state_dict=outcome.adapter), MetricRecord({"loss": loss})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -161,8 +175,13 @@ class CohortStrategy(Strategy):
             )
 
     def summary(self) -> None:
-        federation = self.config.federation
-        log(INFO, "%s over %s clients on %s nodes", federation.rule, len(self.num_examples), len(self.hosts))
+        log(
+            INFO,
+            "%s over %s clients on %s nodes",
+            self.config.aggregation.rule,
+            len(self.num_examples),
+            len(self.hosts),
+        )
 
     def _read_updates(self, clients: list[int], content: wire.RecordDict) -> Reply:
         """What `clients` of one node sent. Raises ValueError for what must not be averaged."""

@@ -1,23 +1,30 @@
-"""Aggregation rules: updates in, next global adapter out. One file a rule.
+"""Aggregation rules: what clients trained in, next global adapter out. One file a rule, pure functions.
 
-To add a rule, write its file and name it in `RULES`; if it is linear in the updates, in `LINEAR` too.
+`RULES` says of each what it asks of local training, what travels, and whether it changes the frozen weights.
+To add a rule, write its file and name it there; docs/aggregation.md says where each comes from and when to use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
 
-from copra_fl.adapter import Adapter, Update
 from copra_fl.aggregation.fedavg import fedavg
-from copra_fl.config import ConfigError, FederationConfig, unknown
+from copra_fl.aggregation.ranks import client_ranks
+from copra_fl.aggregation.rule import ALL, Rule
+from copra_fl.config import Config, ConfigError, unknown
 
-#: (global adapter, updates, weighting, gate group of each tensor) -> next global adapter
-Rule = Callable[[Adapter, Sequence[Update], str, Mapping[str, int]], Adapter]
-
-RULES: dict[str, Rule] = {"fedavg": fedavg}
-
-#: rules for which the pooled update of some clients (`pooling.pool`) does as much as their own updates
-LINEAR = {"fedavg"}
+RULES: dict[str, Rule] = {
+    "fedavg": Rule(fedavg, linear=True),
+    "ffa-lora": Rule(fedavg, linear=True, trains=lambda server_round: ALL - {"A"}),
+    "rolora": Rule(fedavg, linear=True, trains=lambda server_round: ALL - {"A" if server_round % 2 else "B"}),
+    "fedsa-lora": Rule(
+        fedavg,
+        linear=True,
+        shares=frozenset({"A"}),
+        averages=False,
+        no_copra="a client keeps its own B, so that a layer that is off at some clients gets an A that fits no B",
+    ),
+}
 
 
 def find_rule(name: str) -> Rule:
@@ -27,6 +34,41 @@ def find_rule(name: str) -> Rule:
     return RULES[name]
 
 
-def pools(federation: FederationConfig) -> bool:
+def pools(config: Config) -> bool:
     """Whether nodes may send a pooled update in place of their clients' own."""
-    return federation.replies == "pooled" and federation.rule in LINEAR and federation.uplink == "float32"
+    federation, aggregation = config.federation, config.aggregation
+    return (
+        federation.replies == "pooled"
+        and find_rule(aggregation.rule).linear
+        and federation.uplink == "float32"
+        and not aggregation.control_variates
+    )
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where the rule is unknown, or does not combine with the rest, with the reason."""
+    name = config.aggregation.rule
+    for reason in _conflicts(config, find_rule(name)):
+        raise ConfigError(f"rule = {name!r} does not combine with {reason}")
+    if config.data.num_clients:
+        client_ranks(config, config.data.num_clients)
+
+
+def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
+    settings, training = config.aggregation, config.copra.local_training
+    if rule.no_copra and training == "copra":
+        yield f"local-training = 'copra': {rule.no_copra}"
+    if settings.rule != "fedavg" and training == "head":
+        yield "local-training = 'head': there are no adapters to aggregate; use rule = 'fedavg'"
+    if settings.client_ranks and not rule.unequal_ranks:
+        able = ", ".join(name for name, other in RULES.items() if other.unequal_ranks)
+        yield f"client-ranks = {settings.client_ranks!r}: it needs equal ranks; these rules do not: {able}"
+    if settings.server_optimizer != "none" and not rule.averages:
+        yield (
+            f"server-optimizer = {settings.server_optimizer!r}: its next adapter is no average of the clients', so "
+            "there is no step to take"
+        )
+    if settings.control_variates and (rule.changes_base or rule.personal or settings.client_ranks):
+        yield "control-variates: they need factors that all clients share and that keep their meaning over rounds"
+    if config.training.prefix_cache and rule.changes_base:
+        yield f"prefix-cache = {config.training.prefix_cache}: it changes W0, and the cache holds what the old W0 gave"

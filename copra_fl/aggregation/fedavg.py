@@ -13,10 +13,18 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from copra_fl.adapter import Adapter, Update
+from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.weighting import tensor_weights
 
 
-def fedavg(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Adapter:
+def fedavg(round_: Round) -> Outcome:
+    """Factors and head averaged apart; what clients did not train stays as it was."""
+    return Outcome(weighted_average(round_.before, round_.updates, round_.settings.weighting, round_.group_of))
+
+
+def weighted_average(
+    global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]
+) -> Adapter:
     """The weighted average of the clients' tensors, summed in float64 in the order of their numbers.
 
     A tensor that a client did not send counts as unchanged; one that nobody weighs keeps its old value.

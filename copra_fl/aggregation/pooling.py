@@ -14,13 +14,13 @@ from dataclasses import replace
 import numpy as np
 
 from copra_fl.adapter import Adapter, Update, trained
-from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.fedavg import weighted_average
 
 
 def pool(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Update:
     """The update that changes a linear rule's result as much as all of `updates` do."""
     pooled = pool_scalars(updates)
-    averaged = fedavg(global_adapter, updates, weighting, group_of)
+    averaged = weighted_average(global_adapter, updates, weighting, group_of)
     return replace(pooled, adapter=trained(averaged, pooled.active_steps, group_of))
 
 

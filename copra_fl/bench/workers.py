@@ -21,7 +21,7 @@ import torch
 
 from copra_fl import models
 from copra_fl.adapter import Adapter, Layout, Update
-from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.fedavg import weighted_average
 from copra_fl.bench import usual
 from copra_fl.bench.sampling import Round, Sampler
 from copra_fl.bench.sizes import NUM_LABELS, TRAININGS, WARM_UP, open_data
@@ -203,7 +203,7 @@ def _work(
             config, server_round, row = job
             adapter = layout.unflatten(torch.from_numpy(row))
             updates = train(Plan(server_round, clients, config), adapter)
-            average = layout.flatten(fedavg(adapter, updates, "examples", {})).numpy()
+            average = layout.flatten(weighted_average(adapter, updates, "examples", {})).numpy()
             pipe.send((average, sum(update.num_examples for update in updates)))
         pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 

@@ -36,9 +36,9 @@ def _check_one(config: Config) -> tuple[Config, list[str]]:
     """The configuration with what was left open in it, and what its user should know of the data."""
     import copra_fl.process  # noqa: F401
     from copra_fl import data, models
-    from copra_fl.aggregation import find_rule
+    from copra_fl.aggregation import check as check_rule
 
-    find_rule(config.federation.rule)
+    check_rule(config)
     models.check(config.model)
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
