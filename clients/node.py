@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 
 import copra_fl.process  # noqa: F401
+from clients.memory import ClientState, Memory, is_wanted
 from clients.session import open_data, open_engine
 from copra_fl import wire
-from copra_fl.adapter import Adapter, Layout, Update
+from copra_fl.adapter import Adapter, Update, parts
+from copra_fl.aggregation import ALL, find_rule
 from copra_fl.aggregation.checking import BadUpdate, check_update
 from copra_fl.aggregation.pooling import pool
-from copra_fl.compression import FEEDBACK, Arrays, encode, encode_with_feedback
+from copra_fl.aggregation.ranks import as_sent, client_starts, pad
+from copra_fl.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
 from copra_fl.data import FederatedData
 from copra_fl.engine import Engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.provenance import library_digest
+from copra_fl.residual import add
 from copra_fl.training import Plan
 
 Result = TypeVar("Result")
@@ -37,7 +41,7 @@ def hello(message: Message, context: Context) -> Message:
     num_partitions = int(context.node_config["num-partitions"])
     single = config.data.num_clients == 0 and config.data.partitioner != "natural"
     data = open_data(config.changed(num_clients=num_partitions) if single else config)
-    at_home = single or config.federation.uplink in FEEDBACK
+    at_home = single or is_wanted(config)
     hosted = range(partition, len(data.train), num_partitions) if at_home else range(len(data.train))
     answer = wire.Hello(
         partition=partition,
@@ -51,64 +55,115 @@ def hello(message: Message, context: Context) -> Message:
 
 
 def train(message: Message, context: Context) -> Message:
-    plan, engine, data, global_adapter = _open(message)
+    plan, engine, data, state = _open(message, context)
+    config, rule = plan.config, find_rule(plan.config.aggregation.rule)
     group_of, num_groups = engine.classifier.group_of, len(engine.classifier.gates.names)
+    memory = Memory(wire.unpack_delivery(message.content).run)
+    left = {client: memory.read(client, plan.server_round) for client in plan.clients}
+    own = client_starts(config, state.adapter, plan.clients)
+    starts = {c: pad(own[c], config.model.rank) for c in own} if config.aggregation.client_ranks else own
+    if rule.personal:
+        starts = {client: start | left[client].personal for client, start in starts.items()}
+    corrections = {client: _minus(state.control, each.control) for client, each in left.items() if state.control}
     updates: list[Update] = []
     failures: dict[int, str] = {}
     for clients in engine.slices(data, plan):
-        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, global_adapter, _report))
+        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, corrections, _report))
         failures |= failed
         for update in trained:
+            start = parts(starts[update.client], rule.trains(plan.server_round))
             try:
-                check_update(update, global_adapter, group_of, num_groups, len(data.train[update.client]))
+                check_update(update, start, group_of, num_groups, len(data.train[update.client]))
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
-    buffers = _pack(plan, updates, global_adapter, group_of, context.state)
+    sendable = {client: parts(start, rule.sends(plan.server_round)) for client, start in own.items()}
+    buffers, lost = _pack(plan, updates, sendable, {c: each.lost for c, each in left.items()}, group_of)
+    if state.control:
+        moved = [replace(update, adapter=_minus(update.gradient, left[update.client].control)) for update in updates]
+        buffers["controls"] = encode(moved, sendable, group_of, "float32")
+    if is_wanted(config):
+        for update in updates:
+            before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
+            after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
+            memory.write(update.client, plan.server_round, after)
     return Message(wire.pack_updates(updates, buffers, failures), reply_to=message)
 
 
+def _minus(ours: Adapter, theirs: Adapter) -> Adapter:
+    """ours - theirs, where what is missing is zero."""
+    return {name: tensor - theirs.get(name, 0) for name, tensor in ours.items()}
+
+
 def _pack(
-    plan: Plan, updates: list[Update], global_adapter: Adapter, group_of: dict[str, int], state: RecordDict
-) -> dict[str, Arrays]:
-    """The tensors of the cohort: each client's own of those to keep, one pooled update of all others."""
-    federation = plan.config.federation
-    kept = [update for update in updates if update.client in plan.keep]
-    others = [update for update in updates if update.client not in plan.keep]
+    plan: Plan, updates: list[Update], starts: Starts, lost: dict[int, Adapter], group_of: dict[str, int]
+) -> tuple[dict[str, Arrays], dict[int, Adapter]]:
+    """The tensors of the cohort: each client's own of those to keep, one pooled update of all others.
+
+    `starts` hold what a client may send. With error feedback also what rounding has `lost` by now.
+    """
+    config, rule, uplink = plan.config, find_rule(plan.config.aggregation.rule), plan.config.federation.uplink
+    sent = [as_sent(config, replace(each, adapter=parts(each.adapter, rule.shares))) for each in updates]
+    kept = [update for update in sent if update.client in plan.keep]
+    others = [update for update in sent if update.client not in plan.keep]
     buffers = {}
     if others:
-        pooled = pool(global_adapter, others, plan.config.aggregation.weighting, group_of)
-        buffers["pooled"] = encode([pooled], global_adapter, group_of, "float32")
-    if kept and federation.uplink in FEEDBACK:
-        layout = Layout.by_name(global_adapter)
-        lost = wire.read_lost(state, plan, layout)
-        buffers["adapters"], lost = encode_with_feedback(kept, global_adapter, group_of, federation.uplink, lost)
-        wire.write_lost(state, lost, layout)
+        start = starts[others[0].client]
+        pooled = pool(start, others, config.aggregation.weighting, group_of)
+        buffers["pooled"] = encode([pooled], {pooled.client: start}, group_of, "float32")
+    if kept and uplink in FEEDBACK:
+        buffers["adapters"], lost = encode_with_feedback(kept, starts, group_of, uplink, lost)
     elif kept:
-        buffers["adapters"] = encode(kept, global_adapter, group_of, federation.uplink)
-    return buffers
+        buffers["adapters"] = encode(kept, starts, group_of, uplink)
+    return buffers, lost
 
 
 def evaluate_clients(message: Message, context: Context) -> Message:
-    plan, engine, data, global_adapter = _open(message)
-    settings = plan.config.evaluation
+    plan, engine, data, state = _open(message, context)
+    settings, memory = plan.config.evaluation, Memory(wire.unpack_delivery(message.content).run)
 
     def evaluate_all(clients: tuple[int, ...]) -> list[tuple[int, dict[str, float]]]:
-        held = [(client, data.validation[client][: settings.client_eval_examples]) for client in clients]
-        score = partial(evaluate, engine, [global_adapter], data.examples, batch_size=settings.eval_batch_size)
-        return [(client, score(indices)[0]) for client, indices in held]
+        evaluations = []
+        for client in clients:
+            own = state.adapter | memory.read(client, plan.server_round + 1).personal
+            held = data.validation[client][: settings.client_eval_examples]
+            (metrics,) = evaluate(engine, [own], data.examples, held, settings.eval_batch_size)
+            evaluations.append((client, metrics))
+        return evaluations
 
     evaluations, failures = _each(plan.clients, evaluate_all)
     return Message(wire.pack_evaluations(dict(evaluations), failures), reply_to=message)
 
 
-def _open(message: Message) -> tuple[Plan, Engine, FederatedData, Adapter]:
-    """The plan of a message, the engine and data that it needs, and the global adapter."""
+def _open(message: Message, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
+    """The plan of a message, the engine and data that it needs, and the server's state."""
     plan = wire.unpack_plan(message.content)
-    config, data = plan.config, open_data(plan.config)
+    config, data, rule = plan.config, open_data(plan.config), find_rule(plan.config.aggregation.rule)
     num_labels = len(data.label_names)
-    engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0)
-    return plan, engine, data, wire.unpack_adapter(message.content, Layout.by_name(engine.classifier.read_adapter()))
+    engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0, core=rule.core)
+    state = _receive(message.content, context.state, engine.classifier.read_adapter(), plan)
+    engine.classifier.write_residual(state.residual)
+    return plan, engine, data, state
+
+
+def _receive(content: RecordDict, node: RecordDict, like: Adapter, plan: Plan) -> wire.Content:
+    """The server's state: what comes with a message, beside what the `node` holds already; `like` a whole adapter.
+
+    Raises RuntimeError where only changes come, and to another state than the node holds.
+    """
+    delivery = wire.unpack_delivery(content)
+    came, held = wire.unpack_content(content, delivery, like), wire.read_held(node, delivery.run)
+    adapter, residual = pad(came.adapter, plan.config.model.rank), came.residual
+    if delivery.since >= 0:
+        if held is None or held.number != delivery.since:
+            raise RuntimeError(
+                f"the node does not hold the global adapter of round {delivery.since} any more, so what has changed "
+                "since is no use; the next message brings all of it"
+            )
+        adapter, residual = held.adapter | adapter, add(held.residual, residual)
+    if find_rule(plan.config.aggregation.rule).is_held:
+        wire.write_held(node, delivery.run, wire.Held(delivery.number, adapter, residual))
+    return wire.Content(adapter, residual, came.control)
 
 
 def _report(num_clients: float) -> None:

@@ -100,6 +100,15 @@ def complete(update: Update, global_adapter: Adapter) -> Adapter:
     return global_adapter | update.adapter
 
 
+def draw(adapter: Adapter, stream: torch.Generator) -> Adapter:
+    """New factors of the same shapes, as PEFT draws them: A uniform within 1 / sqrt(columns), B = 0. No head."""
+    factors = {}
+    for name, tensor in parts(adapter, {"A", "B"}).items():
+        bound = tensor.shape[1] ** -0.5 if part_of(name) == "A" else 0.0
+        factors[name] = torch.empty_like(tensor).uniform_(-bound, bound, generator=stream)
+    return factors
+
+
 def difference(a: Adapter, b: Adapter) -> Adapter:
     """a - b, tensor by tensor."""
     return {name: a[name] - b[name] for name in a}

@@ -1,11 +1,11 @@
 """How adapters travel: the tensors of many clients as one flat buffer, as they are or rounded.
 
     float32   the tensors themselves
-    float16   the difference d from the global adapter, cast
+    float16   the difference d from the client's start, cast
     int8      the difference in codes: s = max |d| / 127 for each tensor, code = round(d / s)
 
-A buffer has no names and no lengths. Both sides know the global adapter and the active steps
-of each client, and from them what lies where.
+A buffer has no names and no lengths. Both sides know what each client started from and its active steps,
+and from them what lies where. The tensors of a start are those that the client may send.
 
 Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847): what
 rounding lost is added to the client's next difference, so that losses do not add up over rounds.
@@ -24,7 +24,10 @@ from copra_fl.adapter import Adapter, Layout, Update, difference, trained
 #: what travels, by name: ``values``, and for int8 the ``scales``
 Arrays = dict[str, Tensor]
 
-#: uplinks with error feedback: a node keeps what was lost of its clients, so they stay on it
+#: client -> the tensors that it may send, as they were before its training
+Starts = Mapping[int, Adapter]
+
+#: uplinks with error feedback: a node keeps what was lost of its clients
 FEEDBACK = {"int8"}
 
 
@@ -33,8 +36,8 @@ class Codec:
     """Flat values to arrays and back.
 
     Attributes:
-        encode: (values, values of the global adapter, length of each tensor) -> arrays
-        decode: (arrays, values of the global adapter, length of each tensor) -> values in float32;
+        encode: (values, values of the start, length of each tensor) -> arrays
+        decode: (arrays, values of the start, length of each tensor) -> values in float32;
             raises ValueError for arrays of another dtype or length
     """
 
@@ -94,21 +97,21 @@ CODECS = {
 }
 
 
-def encode(updates: Sequence[Update], global_adapter: Adapter, group_of: Mapping[str, int], uplink: str) -> Arrays:
+def encode(updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int], uplink: str) -> Arrays:
     """The tensors of `updates` as one buffer, client by client."""
-    layouts, start, sizes = _frame(updates, global_adapter, group_of)
+    layouts, start, sizes = _frame(updates, starts, group_of)
     values = torch.cat([layout.flatten(update.adapter) for layout, update in zip(layouts, updates, strict=True)])
     return CODECS[uplink].encode(values, start, sizes)
 
 
 def decode(
-    arrays: Arrays, updates: Sequence[Update], global_adapter: Adapter, group_of: Mapping[str, int], uplink: str
+    arrays: Arrays, updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int], uplink: str
 ) -> list[Update]:
     """`updates`, whose active steps are known, with the tensors that `encode` put into `arrays`.
 
     Raises ValueError for arrays that are not what `encode` makes of such updates.
     """
-    layouts, start, sizes = _frame(updates, global_adapter, group_of)
+    layouts, start, sizes = _frame(updates, starts, group_of)
     rows = CODECS[uplink].decode(arrays, start, sizes).split([layout.size for layout in layouts])
     return [
         replace(update, adapter=layout.unflatten(row))
@@ -118,7 +121,7 @@ def decode(
 
 def encode_with_feedback(
     updates: Sequence[Update],
-    global_adapter: Adapter,
+    starts: Starts,
     group_of: Mapping[str, int],
     uplink: str,
     lost: Mapping[int, Adapter],
@@ -128,11 +131,11 @@ def encode_with_feedback(
     What is lost of a gate group waits until the client sends that group again.
     """
     wanted = [
-        replace(update, adapter={name: tensor + lost[update.client][name] for name, tensor in update.adapter.items()})
+        replace(update, adapter={n: tensor + lost[update.client].get(n, 0) for n, tensor in update.adapter.items()})
         for update in updates
     ]
-    arrays = encode(wanted, global_adapter, group_of, uplink)
-    arrived = decode(arrays, wanted, global_adapter, group_of, uplink)
+    arrays = encode(wanted, starts, group_of, uplink)
+    arrived = decode(arrays, wanted, starts, group_of, uplink)
     return arrays, {
         before.client: lost[before.client] | difference(before.adapter, after.adapter)
         for before, after in zip(wanted, arrived, strict=True)
@@ -140,10 +143,10 @@ def encode_with_feedback(
 
 
 def _frame(
-    updates: Sequence[Update], global_adapter: Adapter, group_of: Mapping[str, int]
+    updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int]
 ) -> tuple[list[Layout], Tensor, list[int]]:
-    """A buffer of `updates`: each client's layout, the global adapter's values in it, the length of each tensor."""
-    parts = [trained(global_adapter, update.active_steps, group_of) for update in updates]
+    """A buffer of `updates`: each client's layout, its start's values in it, the length of each tensor."""
+    parts = [trained(starts[update.client], update.active_steps, group_of) for update in updates]
     layouts = [Layout.by_name(part) for part in parts]
     start = torch.cat([layout.flatten(part) for layout, part in zip(layouts, parts, strict=True)])
     return layouts, start, [shape.numel() for layout in layouts for shape in layout.shapes.values()]

@@ -1,26 +1,28 @@
 """Plans and updates to and from Flower's records. The one file of the library that knows Flower.
 
-    to a node    plan: configuration, round, clients     adapter: the global adapter
+    to a node    plan: configuration, round, clients     delivery: what of the server's state is here
+                 adapter: the global adapter             residual, control: where the rule has them
     back         metrics-c: of each client c             failures: client -> traceback
                  adapters: of the clients to keep        pooled: of all others
+                 controls: how the clients' control variates have changed
 
 One message a node a round carries its whole cohort. Adapters are flat buffers without names
-(`compression`): both sides know what lies where. Nothing is pickled.
+(`compression`): both sides know what lies where. What a node holds already is not sent again. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from copra_fl.adapter import Adapter, Layout, Update
+from copra_fl.adapter import Adapter, Layout, Update, parts
+from copra_fl.aggregation.ranks import cut
 from copra_fl.compression import Arrays, take
 from copra_fl.config import KEYS, Config
-from copra_fl.tables import digest_of
 from copra_fl.training import Plan
 
 
@@ -43,6 +45,40 @@ class Hello:
     num_examples: dict[int, int]
     num_validation: dict[int, int]
     label_names: list[str]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Which part of the server's state a message carries.
+
+    Attributes:
+        run: id of the run; what nodes keep goes by it.
+        number: of the state: the rounds behind it.
+        since: number of the state that the node holds, and that only the changes come to; -1: everything comes.
+        parts: of the adapter that come (`adapter.part_of`).
+        rank: that A and B are cut to.
+    """
+
+    run: str
+    number: int
+    since: int
+    parts: tuple[str, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a message carries of the server's state.
+
+    Attributes:
+        adapter: the delivery's parts, cut to its rank.
+        residual: what W0 has changed by, all of it or since the state that the node holds.
+        control: the global control variate; empty without control variates.
+    """
+
+    adapter: Adapter
+    residual: Adapter
+    control: Adapter
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -86,7 +122,7 @@ def unpack_hello(content: RecordDict) -> Hello:
     )
 
 
-def pack_plan(plan: Plan, adapter: Adapter) -> RecordDict:
+def pack_plan(plan: Plan, delivery: Delivery, carried: Content) -> RecordDict:
     record = ConfigRecord(
         {
             **plan.config.to_flat(),
@@ -95,7 +131,18 @@ def pack_plan(plan: Plan, adapter: Adapter) -> RecordDict:
             "keep": list(plan.keep),
         }
     )
-    return RecordDict({"plan": record, "adapter": _pack_arrays({"values": Layout.by_name(adapter).flatten(adapter)})})
+    content = RecordDict(
+        {
+            "plan": record,
+            "delivery": ConfigRecord(asdict(delivery) | {"parts": list(delivery.parts)}),
+            "adapter": _pack_flat(carried.adapter),
+        }
+    )
+    if carried.residual:
+        content["residual"] = _pack_arrays(carried.residual)
+    if carried.control:
+        content["control"] = _pack_flat(carried.control)
+    return content
 
 
 def unpack_plan(content: RecordDict) -> Plan:
@@ -104,13 +151,63 @@ def unpack_plan(content: RecordDict) -> Plan:
     return Plan(record["server-round"], tuple(record["clients"]), config, tuple(record["keep"]))
 
 
-def unpack_adapter(content: RecordDict, layout: Layout) -> Adapter:
-    """The global adapter of a plan. Raises ValueError where the server's does not have the size of `layout`."""
-    return layout.unflatten(take(unpack_arrays(content, "adapter"), "values", torch.float32, layout.size))
+def unpack_delivery(content: RecordDict) -> Delivery:
+    record: dict[str, Any] = dict(content.config_records["delivery"])
+    return Delivery(**record | {"parts": tuple(record["parts"])})
+
+
+def unpack_content(content: RecordDict, delivery: Delivery, adapter: Adapter) -> Content:
+    """What a message carries; `adapter` is one with the names and shapes of a whole one.
+
+    Raises ValueError where the server's model has another size.
+    """
+    expected = cut(parts(adapter, delivery.parts), delivery.rank)
+    return Content(
+        _unpack_flat(content, "adapter", expected),
+        unpack_arrays(content, "residual") if "residual" in content else {},
+        _unpack_flat(content, "control", adapter) if "control" in content else {},
+    )
+
+
+def _pack_flat(adapter: Adapter) -> ArrayRecord:
+    return _pack_arrays({"values": Layout.by_name(adapter).flatten(adapter)} if adapter else {})
+
+
+def _unpack_flat(content: RecordDict, name: str, like: Adapter) -> Adapter:
+    """The tensors of the flat buffer `name`, which has those of `like`."""
+    if not like:
+        return {}
+    layout = Layout.by_name(like)
+    return layout.unflatten(take(unpack_arrays(content, name), "values", torch.float32, layout.size))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a node holds of the server's state number `number`."""
+
+    number: int
+    adapter: Adapter
+    residual: Adapter
+
+
+def read_held(state: RecordDict, run: str) -> Held | None:
+    """What the node's Flower state holds; None where that is nothing, or another run's."""
+    record = state.config_records.get("held", ConfigRecord())
+    if record.get("run") != run:
+        return None
+    number: Any = record["number"]
+    return Held(number, unpack_arrays(state, "held-adapter"), unpack_arrays(state, "held-residual"))
+
+
+def write_held(state: RecordDict, run: str, held: Held) -> None:
+    """Keep it in place of what was held before."""
+    state["held"] = ConfigRecord({"run": run, "number": held.number})
+    state["held-adapter"] = _pack_arrays(held.adapter)
+    state["held-residual"] = _pack_arrays(held.residual)
 
 
 def pack_updates(updates: Iterable[Update], buffers: Mapping[str, Arrays], failures: Mapping[int, str]) -> RecordDict:
-    """The scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``)."""
+    """The scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``, ``controls``)."""
     content = RecordDict({"failures": _pack_failures(failures)})
     for update in updates:
         content[f"metrics-{update.client}"] = MetricRecord(
@@ -144,29 +241,6 @@ def _metrics(content: RecordDict, client: int) -> dict[str, Any]:
     if name not in content.metric_records:
         raise ValueError(f"the metrics of client {client} are missing")
     return dict(content.metric_records[name])
-
-
-def read_lost(state: RecordDict, plan: Plan, layout: Layout) -> dict[int, Adapter]:
-    """What rounding has lost so far of each client of `plan`, from a node's state between rounds.
-
-    Zeros in the first round of a run and where the state is of another run, which is then dropped.
-    """
-    run = ConfigRecord({"config": digest_of(plan.config.to_toml())})
-    if plan.server_round == 1 or state.get("run") != run:
-        state.clear()
-        state["run"] = run
-    zeros = torch.zeros(layout.size)
-    return {
-        client: layout.unflatten(unpack_arrays(state, name)["values"] if name in state else zeros)
-        for client in plan.clients
-        for name in [f"lost-{client}"]
-    }
-
-
-def write_lost(state: RecordDict, lost: Mapping[int, Adapter], layout: Layout) -> None:
-    """Keep what was lost of these clients for the next round, one record a client."""
-    for client, adapter in lost.items():
-        state[f"lost-{client}"] = _pack_arrays({"values": layout.flatten(adapter)})
 
 
 def pack_evaluations(evaluations: Mapping[int, Mapping[str, float]], failures: Mapping[int, str]) -> RecordDict:

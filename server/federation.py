@@ -10,14 +10,18 @@ import time
 from collections.abc import Sequence
 from logging import INFO
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
+import torch
+from copra_fl.core import core_start
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import data, models, provenance, wire
 from copra_fl.adapter import Adapter, Update, complete
+from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
@@ -27,6 +31,7 @@ from copra_fl.events import emit
 from copra_fl.seeding import generator
 from server.journal import Journal, Row
 from server.probes import evaluated, merge_gap_clients, path_pairs
+from server.state import State
 from server.strategy import CohortStrategy, FederationError
 
 CLIENTS = Path(__file__).parent.parent / "clients"
@@ -39,35 +44,50 @@ class Evaluator:
         self.config = config
         self.federated = federated
         kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
-        self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed)
+        core = find_rule(config.aggregation.rule).core
+        self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed, core)
         self.model = self.engine.classifier
 
-    def score(self, adapters: Sequence[Adapter], indices: np.ndarray) -> list[dict[str, float]]:
-        """Loss, accuracy and number of examples of each adapter on the examples `indices`."""
+    def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[dict[str, float]]:
+        """Loss, accuracy and number of examples of each adapter, beside W0 + `residual`, on the examples `indices`."""
+        self.model.write_residual(residual)
         batch_size = self.config.evaluation.eval_batch_size
         return evaluate(self.engine, adapters, self.federated.examples, indices, batch_size)
 
-    def round_metrics(self, adapter: Adapter, before: Adapter, updates: list[Update]) -> Row:
+    def start(self) -> State:
+        """The state before the first round."""
+        adapter, config = self.model.read_adapter(), self.config
+        if find_rule(config.aggregation.rule).core:
+            indices, batch_size = self.federated.server_validation, config.evaluation.eval_batch_size
+            adapter = core_start(self.model, self.federated.examples, indices, batch_size)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
+        return State(adapter, control=zeros if config.aggregation.control_variates else {})
+
+    def validate(self, adapters: Sequence[Adapter], residual: Adapter) -> list[dict[str, float]]:
+        """`score` on the server's validation data."""
+        return self.score(adapters, residual, self.federated.server_validation)
+
+    def round_metrics(self, state: State, before: State, updates: list[Update]) -> Row:
         """Validation metrics of the average, and how much better it is than its parts (the merge gap).
 
         `updates` are those of the clients chosen for the merge gap.
         """
-        indices = self.federated.server_validation
-        average, *own = self.score([adapter, *(complete(update, before) for update in updates)], indices)
+        (average,) = self.validate([state.adapter], state.residual)
         row: Row = {"validation": average}
-        if own:
+        if updates:
+            own = self.validate([complete(update, before.adapter) for update in updates], before.residual)
             row["merge_gap"] = merge_gap(average, own, [update.num_examples for update in updates])
         return row
 
-    def paths(self, before: Adapter, pairs: list[tuple[Update, Update]]) -> list[Row]:
+    def paths(self, before: State, pairs: list[tuple[Update, Update]]) -> list[Row]:
         """Loss and accuracy along the line between the adapters of each pair of clients, with both barriers."""
         evaluation, seed = self.config.evaluation, self.config.federation.seed
         held_out = self.federated.server_validation
         indices = generator(seed, "path-examples").permutation(held_out)[: evaluation.path_examples]
         rows = []
         for a, b in pairs:
-            ends = complete(a, before), complete(b, before)
-            path = walk(lambda adapters: self.score(adapters, indices), *ends, evaluation.path_points)
+            ends = complete(a, before.adapter), complete(b, before.adapter)
+            path = walk(lambda some: self.score(some, before.residual, indices), *ends, evaluation.path_points)
             rows.append(
                 {
                     "clients": [a.client, b.client],
@@ -143,6 +163,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     if journal.finished:
         emit("finished", accuracy=None)
         return
+    check(config)
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(dtype=compute.dtype, attention=compute.attention)
@@ -151,47 +172,50 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     federated = data.load(config, models.load_tokenizer(config.model.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
-    adapter = journal.resume() or model.read_adapter()
+    state = journal.resume() or evaluator.start()
     write_provenance(journal, config, federated)
-    strategy = CohortStrategy(config, model.group_of, len(model.gates.names), nodes)
+    names = model.gates.names
+    strategy = CohortStrategy(config, model.group_of, len(names), nodes, state, journal.run, evaluator.validate)
     strategy.summary()
     num_rounds = config.federation.num_rounds
     for server_round in range(len(journal.rows) + 1, num_rounds + 1):
-        before = adapter
-        adapter, row = train_round(grid, strategy, server_round, before)
-        row["layers"] = model.gates.names
+        before = strategy.state
+        row = train_round(grid, strategy, server_round)
+        row["layers"] = names
         sampled, updates = strategy.sample(server_round), {update.client: update for update in strategy.updates}
         if evaluated(config, server_round):
             emit("evaluating", round=server_round)
             chosen = merge_gap_clients(config, server_round, sampled)
-            row |= evaluator.round_metrics(adapter, before, [updates[c] for c in chosen if c in updates])
+            row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
             log(INFO, "round %s: validation accuracy %.4f", server_round, row["validation"]["accuracy"])
         if server_round == num_rounds:
             pairs = path_pairs(config, server_round, sampled)
             row["paths"] = evaluator.paths(
                 before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates]
             )
-        journal.record(row, adapter)
+        journal.record(row, strategy.state)
         emit("recorded", round=server_round, accuracy=row.get("validation", {}).get("accuracy"))
-    finish(grid, strategy, evaluator, journal, adapter)
+    finish(grid, strategy, evaluator, journal)
 
 
-def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter: Adapter) -> tuple[Adapter, Row]:
-    """One round of local training and averaging: the next global adapter and the round's journal line."""
+def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
+    """One round of local training and aggregation, which moves the strategy's state on: the round's journal line."""
     started = time.perf_counter()
     config = strategy.config
-    arrays = ArrayRecord(torch_state_dict=adapter)
+    arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
     replies = list(grid.send_and_receive(messages, timeout=config.federation.round_timeout))
-    averaged, metrics = strategy.aggregate_train(server_round, replies)
-    assert averaged is not None and metrics is not None
-    row = {
+    _, metrics = strategy.aggregate_train(server_round, replies)
+    assert metrics is not None
+    return {
         "round": server_round,
         "seconds": time.perf_counter() - started,
         "bytes_down": sum(wire.num_bytes(message.content) for message in messages),
         "bytes_up": sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content()),
         "train_loss": metrics["loss"],
+        "aggregation_error": strategy.error,
+        "notes": strategy.notes,
         "clients": [
             {
                 "client": u.client,
@@ -203,12 +227,12 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int, adapter
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],
     }
-    return dict(averaged.to_torch_state_dict()), row
 
 
 def write_provenance(journal: Journal, config: Config, federated: data.FederatedData) -> None:
     """``provenance.json``, also of each resume: what ran may have changed in between."""
     origin = {
+        "run": journal.run,
         "after_round": len(journal.rows),
         "versions": provenance.versions(),
         "source_digest": provenance.library_digest(CLIENTS),
@@ -220,29 +244,38 @@ def write_provenance(journal: Journal, config: Config, federated: data.Federated
     journal.add_provenance(origin)
 
 
-def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal, adapter: Adapter) -> None:
-    """The test, the clients' own validation, the adapter in PEFT's format, the summary."""
-    config, federated, rows = strategy.config, evaluator.federated, journal.rows
+def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal) -> None:
+    """The test, the clients' own validation, the model in PEFT's format, the summary.
+
+    With a personal rule there is no global model to test or to write.
+    """
+    config, federated, rows, state = strategy.config, evaluator.federated, journal.rows, strategy.state
     emit("testing")
-    arrays = ArrayRecord(torch_state_dict=adapter)
+    arrays = ArrayRecord(torch_state_dict=state.adapter)
     messages = strategy.configure_evaluate(len(rows), arrays, ConfigRecord(), grid)
     replies = grid.send_and_receive(messages, timeout=config.federation.round_timeout)
     clients = strategy.aggregate_evaluate(len(rows), replies)
     assert clients is not None
-    (test,) = evaluator.score([adapter], federated.test)
-    evaluator.model.write_adapter(adapter)
-    models.save(evaluator.model, journal.directory / "adapter", federated.label_names)
+    test = None
+    if not strategy.rule.personal:
+        (test,) = evaluator.score([state.adapter], state.residual, federated.test)
+        evaluator.model.write_adapter(state.adapter)
+        models.save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
     columns = {name: list(values) for name, values in clients.items()}  # type: ignore[arg-type]
     last = rows[-1]
+    errors = [row["aggregation_error"]["total"] for row in rows if row["aggregation_error"]]
     journal.write_json(
         "summary.json",
         {
             "method": config.copra.local_training,
+            "rule": config.aggregation.rule,
+            "personal": strategy.rule.personal,
             "seed": config.federation.seed,
             "rounds": len(rows),
             "test": test,
-            "validation": last["validation"],
+            "validation": last.get("validation"),
             "merge_gap": last.get("merge_gap"),
+            "aggregation_error": fmean(errors) if errors else None,
             "bytes_up": sum(row["bytes_up"] for row in rows),
             "bytes_down": sum(row["bytes_down"] for row in rows),
             "seconds": sum(row["seconds"] for row in rows),
@@ -254,4 +287,4 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "dropped_empty": federated.dropped_empty,
         },
     )
-    emit("finished", accuracy=test["accuracy"])
+    emit("finished", accuracy=test["accuracy"] if test else None)

@@ -2,7 +2,7 @@
 
     config.toml           everything needed to run it again
     provenance.json       versions, source digest, seed, assets, machine
-    checkpoints/          the global adapter after each round, atomically, with the round's journal line
+    checkpoints/          the server's state after each round, atomically, with the round's journal line
     journal.jsonl         a line a round
     adapter/              the final adapter in PEFT's format
     summary.json          the run's last word, once it is finished
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
-from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapter import load_checkpoint, save_checkpoint
+from server.state import State
 
 Row = dict[str, Any]
 
@@ -41,25 +43,32 @@ class Journal:
     def begun(self) -> bool:
         return self._checkpoints.exists()
 
-    def resume(self) -> Adapter | None:
-        """The global adapter of the newest checkpoint, None before the first; fills `rows` up to its round."""
+    @property
+    def run(self) -> str:
+        """The run's id, the same after a resume: what nodes keep of their clients goes by it."""
+        path = self.directory / "provenance.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return known.get("run", uuid.uuid4().hex)
+
+    def resume(self) -> State | None:
+        """The state in the newest checkpoint, None before the first; fills `rows` up to its round."""
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         newest = max(self._checkpoints.glob("round-*.safetensors"), default=None)
         if newest is None:
             self._journal.unlink(missing_ok=True)
             return None
-        adapter, metadata = load_checkpoint(newest)
+        tensors, metadata = load_checkpoint(newest)
         last = json.loads(metadata["row"])
         earlier = self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
         rows = [json.loads(line) for line in earlier if line.endswith("}")]
         self.rows = [row for row in rows if row["round"] < last["round"]] + [last]
         write_atomically(self._journal, "".join(json.dumps(row) + "\n" for row in self.rows))
-        return adapter
+        return State.from_tensors(tensors)
 
-    def record(self, row: Row, adapter: Adapter) -> None:
+    def record(self, row: Row, state: State) -> None:
         """A finished round: its checkpoint, then its journal line."""
         path = self._checkpoints / f"round-{row['round']:05d}.safetensors"
-        save_checkpoint(path, adapter, {"row": json.dumps(row)})
+        save_checkpoint(path, state.to_tensors(), {"row": json.dumps(row)})
         with open(self._journal, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)

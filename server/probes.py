@@ -1,5 +1,7 @@
 """Whose own adapters the server looks at, decided before a round so that only those travel.
 
+With a personal rule it looks at none, and evaluates nothing itself: what is shared is no whole model.
+
 Every choice is drawn from its own stream among the clients of the round. Those that then
 fail are not replaced.
 """
@@ -10,13 +12,15 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from copra_fl.aggregation import pools
+from copra_fl.aggregation import find_rule, pools
 from copra_fl.config import Config
 from copra_fl.seeding import generator
 
 
 def evaluated(config: Config, server_round: int) -> bool:
     """Whether the server evaluates after this round: every eval-every rounds and after the last."""
+    if find_rule(config.aggregation.rule).personal:
+        return False
     return server_round % config.evaluation.eval_every == 0 or server_round == config.federation.num_rounds
 
 
@@ -30,7 +34,7 @@ def merge_gap_clients(config: Config, server_round: int, clients: Sequence[int])
 
 def path_pairs(config: Config, server_round: int, clients: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs of `clients` whose connecting line is evaluated; only after the last round."""
-    if server_round != config.federation.num_rounds:
+    if server_round != config.federation.num_rounds or find_rule(config.aggregation.rule).personal:
         return []
     pairs = list(combinations(clients, 2))
     return _draw(pairs, config.evaluation.path_pairs, config.federation.seed, "paths")

@@ -6,31 +6,39 @@ The federation calls `configure_train` and `aggregate_train` round by round. Flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from logging import INFO
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+from copra_fl.aggregation.products import aggregation_error
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from copra_fl import wire
-from copra_fl.adapter import Adapter, Update
-from copra_fl.aggregation import find_rule
+from copra_fl.adapter import Adapter, Update, draw, parts
+from copra_fl.aggregation import client_ranks, find_rule, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
-from copra_fl.aggregation.rule import Round
+from copra_fl.aggregation.ranks import as_global, client_starts
+from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.compression import decode
 from copra_fl.config import Config
-from copra_fl.seeding import generator
+from copra_fl.residual import add
+from copra_fl.seeding import derive, generator
 from copra_fl.training import Plan, num_trained
+from server.delivery import Deliveries
 from server.placement import place
 from server.probes import kept_clients
+from server.state import State
 
 Result = TypeVar("Result")
+#: (adapters, what W0 has changed by) -> metrics on the server's validation data
+Score = Callable[[Sequence[Adapter], Adapter], Sequence[Mapping[str, float]]]
 
 
 class FederationError(RuntimeError):
@@ -44,22 +52,36 @@ class Reply:
     Attributes:
         updates: of every client that it trained; those that were pooled are without tensors.
         averaged: what goes into the rule: the kept clients' own updates, and one pooled update of all others.
+        controls: how each client's control variate has changed; empty without control variates.
     """
 
     updates: list[Update]
     averaged: list[Update]
+    controls: list[Adapter]
 
 
 class CohortStrategy(Strategy):
-    """One message a node a round carries the node's cohort; the rule of the configuration averages.
+    """One message a node a round carries the node's cohort; the rule of the configuration aggregates.
+
+    Flower's `arrays` are the adapter of `state`.
 
     Attributes:
+        state: what the server carries from round to round; `aggregate_train` moves it on.
         updates: of the last round's clients that replied, in their order; those that were pooled are without tensors.
         missing: clients of the last round that did not, with the reason.
+        notes: the rule's, of the last round.
+        error: the last round's aggregation error (`products.aggregation_error`); None where it cannot be known.
     """
 
     def __init__(
-        self, config: Config, group_of: Mapping[str, int], num_groups: int, nodes: Mapping[int, wire.Hello]
+        self,
+        config: Config,
+        group_of: Mapping[str, int],
+        num_groups: int,
+        nodes: Mapping[int, wire.Hello],
+        state: State,
+        run: str,
+        score: Score,
     ) -> None:
         self.config = config
         self.group_of = group_of
@@ -69,9 +91,14 @@ class CohortStrategy(Strategy):
         self.hosts = {node: hello.num_examples.keys() for node, hello in by_partition.items()}
         self.num_examples = {c: n for hello in nodes.values() for c, n in hello.num_examples.items()}
         self.num_validation = {c: n for hello in nodes.values() for c, n in hello.num_validation.items() if n > 0}
+        self.state = state
         self.updates: list[Update] = []
         self.missing: dict[int, str] = {}
-        self._global_adapter: Adapter = {}
+        self.notes: dict[str, Any] = {}
+        self.error: dict[str, Any] | None = None
+        self._score = score
+        self._delivery = Deliveries(config, run)
+        self._starts: dict[int, Adapter] = {}
         self._cohorts: dict[int, list[int]] = {}
         self._keep: set[int] = set()
 
@@ -88,15 +115,15 @@ class CohortStrategy(Strategy):
         return sorted(int(c) for c in rng.choice(eligible, size=min(number, len(eligible)), replace=False))
 
     def cohort_messages(
-        self, server_round: int, work: Mapping[int, float], adapter: Adapter, message_type: str
+        self, server_round: int, number: int, work: Mapping[int, float], message_type: str
     ) -> list[Message]:
-        """One message for each node that some of the clients of `work` are placed on."""
+        """One message with the server's state `number` for each node that some of the clients of `work` are on."""
         self._cohorts = place(work, self.hosts)
         messages = []
         for node, cohort in self._cohorts.items():
             keep = tuple(client for client in cohort if client in self._keep)
             plan = Plan(server_round, tuple(cohort), self.config, keep)
-            messages.append(Message(wire.pack_plan(plan, adapter), node, message_type))
+            messages.append(Message(self._delivery.pack(plan, self.state, number, node), node, message_type))
         return messages
 
     def configure_train(
@@ -104,10 +131,11 @@ class CohortStrategy(Strategy):
     ) -> Iterable[Message]:
         """Messages with the round's clients, balanced over the nodes by the examples that each trains on."""
         clients = self.sample(server_round)
-        self._global_adapter = dict(arrays.to_torch_state_dict())
+        starts = client_starts(self.config, self.state.adapter, clients)
+        self._starts = {client: parts(start, self.rule.sends(server_round)) for client, start in starts.items()}
         self._keep = kept_clients(self.config, server_round, clients)
         work = {client: num_trained(self.config.training, self.num_examples[client]) for client in clients}
-        return self.cohort_messages(server_round, work, self._global_adapter, MessageType.TRAIN)
+        return self.cohort_messages(server_round, server_round - 1, work, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -120,22 +148,43 @@ class CohortStrategy(Strategy):
         self.updates = sorted((u for node in nodes for u in node.updates), key=lambda update: update.client)
         self.check_missing(f"round {server_round}", len(self.updates))
         loss = pool_scalars(self.updates).metrics["loss"]
-        averaged = [update for node in nodes for update in node.averaged]
-        settings = self.config.aggregation
-        outcome = self.rule.aggregate(
-            Round(
-                server_round,
-                self._global_adapter,
-                sorted(averaged, key=lambda update: update.client),
-                self.group_of,
-                self.config.model.scaling(self.config.model.rank),
-                settings,
-                {},
-                dict,
-                lambda adapters: [],
-            )
+        round_ = self._round(server_round, [update for node in nodes for update in node.averaged])
+        outcome = self.rule.aggregate(round_)
+        known = not (pools(self.config) or self.rule.personal)
+        self.error = aggregation_error(round_, outcome) if known else None
+        self.notes = outcome.notes
+        self.state = self._next_state(outcome, [control for node in nodes for control in node.controls])
+        self._delivery.changed = outcome.residual
+        return ArrayRecord(torch_state_dict=self.state.adapter), MetricRecord({"loss": loss})
+
+    def _round(self, server_round: int, averaged: list[Update]) -> Round:
+        config, before = self.config, self.state.adapter
+        stream = torch.Generator().manual_seed(derive(config.federation.seed, "init", server_round))
+        ranks = client_ranks(config, len(self.num_examples))
+        return Round(
+            number=server_round,
+            before=before,
+            updates=sorted(averaged, key=lambda update: update.client),
+            group_of=self.group_of,
+            scaling=config.model.scaling(config.model.rank),
+            settings=config.aggregation,
+            ranks={update.client: ranks[update.client] for update in averaged},
+            fresh=lambda: draw(before, stream),
+            score=lambda adapters: self._score(adapters, self.state.residual),
         )
-        return ArrayRecord(torch_state_dict=outcome.adapter), MetricRecord({"loss": loss})
+
+    def _next_state(self, outcome: Outcome, controls: list[Adapter]) -> State:
+        settings, state = self.config.aggregation, self.state
+        adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
+        if settings.server_optimizer != "none":
+            adapter, first, second = server_optimizers.step(settings, state.adapter, adapter, first, second)
+        return State(
+            adapter,
+            add(state.residual, outcome.residual),
+            scaffold.next_control(state.control, controls, len(self.eligible)),
+            first,
+            second,
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -144,7 +193,7 @@ class CohortStrategy(Strategy):
         most = self.config.evaluation.client_eval_examples
         work = {client: min(number, most) for client, number in self.num_validation.items()}
         self._keep = set()
-        return self.cohort_messages(server_round, work, dict(arrays.to_torch_state_dict()), MessageType.EVALUATE)
+        return self.cohort_messages(server_round, server_round, work, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Lists in the order of the clients: ``client``, ``loss``, ``accuracy``, ``examples``."""
@@ -192,13 +241,15 @@ class CohortStrategy(Strategy):
         others = [update for update in updates if update.client not in self._keep]
         arrived = self._decode(content, "adapters", kept, self.config.federation.uplink) if kept else []
         pooled = self._decode(content, "pooled", [pool_scalars(others)], "float32") if others else []
-        return Reply(arrived + others, arrived + pooled)
+        moved = self._decode(content, "controls", kept, "float32") if self.state.control else []
+        arrived = [as_global(self.config, update) for update in arrived]
+        return Reply(arrived + others, arrived + pooled, [update.adapter for update in moved])
 
     def _decode(self, content: wire.RecordDict, name: str, updates: list[Update], uplink: str) -> list[Update]:
         """`updates` with their tensors from the buffer `name`, checked."""
-        decoded = decode(wire.unpack_arrays(content, name), updates, self._global_adapter, self.group_of, uplink)
+        decoded = decode(wire.unpack_arrays(content, name), updates, self._starts, self.group_of, uplink)
         for update in decoded:
-            check_tensors(update, self._global_adapter, self.group_of)
+            check_tensors(update, self._starts[update.client], self.group_of)
         return decoded
 
     def _read(self, replies: Iterable[Message], read: Callable[[list[int], wire.RecordDict], Result]) -> list[Result]:
@@ -217,6 +268,7 @@ class CohortStrategy(Strategy):
         results = []
         self.missing = {}
         for node, cohort in self._cohorts.items():
+            self._delivery.lost(node)
             if node not in contents:
                 reason = errors.get(node, f"no reply within round-timeout = {timeout:g} s")
                 self.missing |= dict.fromkeys(cohort, reason)
@@ -225,6 +277,7 @@ class CohortStrategy(Strategy):
                 failures = wire.unpack_failures(contents[node])
                 self.missing |= {client: failures[client] for client in cohort if client in failures}
                 results.append(read([client for client in cohort if client not in failures], contents[node]))
+                self._delivery.arrived(node)
             except Exception as error:  # a node can have sent anything; other nodes' clients must not suffer for it
                 self.missing = dict.fromkeys(cohort, f"its node's reply was refused: {error}") | self.missing
         return results

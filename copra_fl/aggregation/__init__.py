@@ -42,6 +42,7 @@ def pools(config: Config) -> bool:
         and find_rule(aggregation.rule).linear
         and federation.uplink == "float32"
         and not aggregation.control_variates
+        and not aggregation.client_ranks
     )
 
 

@@ -9,12 +9,13 @@ scaling   a client trains W0 + s_i B_i A_i, s_i its own alpha / r_i. The server'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from copra_fl.adapter import Adapter, part_of
+from copra_fl.adapter import Adapter, Update, part_of
 from copra_fl.config import Config, ConfigError
 from copra_fl.seeding import generator
 
@@ -68,3 +69,26 @@ def pad(adapter: Adapter, rank: int) -> Adapter:
 def rescale(adapter: Mapping[str, Tensor], factor: float) -> Adapter:
     """Every B times `factor`."""
     return {name: tensor * factor if part_of(name) == "B" else tensor for name, tensor in adapter.items()}
+
+
+def client_starts(config: Config, adapter: Adapter, clients: Iterable[int]) -> dict[int, Adapter]:
+    """The global `adapter` as each client takes it over: cut to its rank, for its scaling."""
+    if not config.aggregation.client_ranks:
+        return dict.fromkeys(clients, adapter)
+    ranks = client_ranks(config, config.data.num_clients)
+    return {c: rescale(cut(adapter, ranks[c]), 1 / relative_scaling(config, ranks[c])) for c in clients}
+
+
+def as_sent(config: Config, update: Update) -> Update:
+    """An update that was trained padded, cut to its client's rank."""
+    if not config.aggregation.client_ranks:
+        return update
+    return replace(update, adapter=cut(update.adapter, client_ranks(config, config.data.num_clients)[update.client]))
+
+
+def as_global(config: Config, update: Update) -> Update:
+    """An update as it was sent, at the global rank and scaling."""
+    if not config.aggregation.client_ranks:
+        return update
+    rank = client_ranks(config, config.data.num_clients)[update.client]
+    return replace(update, adapter=pad(rescale(update.adapter, relative_scaling(config, rank)), config.model.rank))

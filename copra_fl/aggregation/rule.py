@@ -102,7 +102,16 @@ class Rule:
     averages: bool = True
     no_copra: str = ""
 
+    def sends(self, server_round: int) -> frozenset[str]:
+        """The parts that travel to the server in a round."""
+        return self.trains(server_round) & self.shares
+
     @property
     def personal(self) -> bool:
         """Whether a part of each client's model stays with the client."""
         return self.shares < ALL
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a part of the model stays as it is over a round, so that nodes had better hold on to it."""
+        return self.personal or self.changes_base or any(self.trains(server_round) < ALL for server_round in (1, 2))
