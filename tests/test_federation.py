@@ -51,6 +51,7 @@ def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> 
 @pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
 def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Settings, tmp_path: Path) -> None:
     """Bitwise where clients train one by one and are averaged one by one, up to rounding where not."""
+    tiny = tiny | {"replies": "pooled"}
     alone = tiny | changes | {"replies": "clients", "engine": "peft"}
     one = run_federation(alone, tmp_path / "one", num_nodes=1)
     three = run_federation(alone, tmp_path / "three", num_nodes=3)
@@ -64,7 +65,7 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
 def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
     """One round, since training makes more of a last bit. On one node or three: 6 clients, 2 of them kept."""
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
-    flat |= {"engine": "peft"}
+    flat |= {"engine": "peft", "replies": "pooled"}
     clients = run_federation(flat | {"replies": "clients"}, tmp_path / "clients", num_nodes=1)
     expected = final(clients)
     for nodes in (1, 3):
@@ -228,7 +229,7 @@ def test_a_client_that_diverges_does_not_spoil_the_pooled_update(
         return [replace(u, adapter=u.adapter | bad) if u.client == 3 else u for u in updates]
 
     monkeypatch.setattr(engine, "train_cohort", train_cohort)
-    flat = tiny | {"failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0}
+    flat = tiny | {"failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0, "replies": "pooled"}
     row = journal(run_federation(flat, tmp_path / "run", num_nodes=1))[0]
     assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
     (missing,) = row["missing"]
@@ -254,13 +255,10 @@ def test_rounded_uplinks_end_close_to_float32(
 
 
 def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_path: Path) -> None:
-    """One grid, so nodes with one state for both runs, as in a comparison; the second is as if it were alone."""
+    """One grid, so nodes with one state and one disk for both runs; the second is as if it were alone."""
     flat = tiny | {"uplink": "int8"}
     grid = LocalGrid(2)
     run_federation(flat, tmp_path / "first", grid=grid)
-    for node, context in grid.contexts.items():
-        kept = {int(name.removeprefix("lost-")) for name in context.state.array_records}
-        assert kept == set(range(node - 100, 6, 2)), "client c is at home on node c mod 2"
     second = run_federation(flat | {"seed": 1}, tmp_path / "second", grid=grid)
     alone = run_federation(flat | {"seed": 1}, tmp_path / "alone")
     assert_equal(final(second), final(alone))

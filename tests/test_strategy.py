@@ -13,13 +13,14 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from copra_fl import wire
-from copra_fl.adapter import Layout, Update
+from copra_fl.adapter import Update
 from copra_fl.aggregation.checking import BadUpdate, check_update
 from copra_fl.aggregation.pooling import pool
 from copra_fl.compression import encode
 from copra_fl.config import Config
 from copra_fl.training import Plan
 from server.probes import kept_clients, merge_gap_clients, path_pairs
+from server.state import State
 from server.strategy import CohortStrategy, FederationError
 
 GLOBAL = {"x.lora_A.weight": torch.zeros(2, 3), "y.lora_A.weight": torch.zeros(2, 3), "head.weight": torch.zeros(4)}
@@ -70,12 +71,13 @@ def test_bad_updates_are_refused(update: Update, reason: str) -> None:
 def test_plans_and_updates_survive_flowers_records() -> None:
     config = Config.from_flat({"alpha": 0.5, "num-clients": 9, "seed": 3})
     plan = Plan(2, (1, 5), config, keep=(5,))
-    content = wire.pack_plan(plan, GLOBAL)
-    assert wire.unpack_plan(content) == plan
-    adapter = wire.unpack_adapter(content, Layout.by_name(dict(reversed(GLOBAL.items()))))
+    delivery = wire.Delivery("run", number=1, since=-1, parts=("A", "head"), rank=2)
+    content = wire.pack_plan(plan, delivery, wire.Content(GLOBAL, {}, {}))
+    assert wire.unpack_plan(content) == plan and wire.unpack_delivery(content) == delivery
+    adapter = wire.unpack_content(content, delivery, dict(reversed(GLOBAL.items()))).adapter
     assert adapter.keys() == GLOBAL.keys() and all(torch.equal(adapter[name], GLOBAL[name]) for name in GLOBAL)
     with pytest.raises(ValueError, match="values should be 4 values of torch.float32 in a row"):
-        wire.unpack_adapter(content, Layout.of({"head.weight": torch.zeros(4)}))
+        wire.unpack_content(content, delivery, {"head.weight": torch.zeros(4)})
     content = wire.pack_updates([GOOD], {"adapters": {"values": torch.arange(3)}}, {4: "Traceback"})
     assert wire.unpack_scalars(content, 7) == replace(GOOD, adapter={})
     assert wire.unpack_arrays(content, "adapters")["values"].tolist() == [0, 1, 2]
@@ -95,33 +97,15 @@ def test_bytes_are_those_of_arrays_and_metrics() -> None:
     assert 4000 < wire.num_bytes(content) - wire.num_bytes(without) < 4200
 
 
-def test_what_rounding_lost_is_kept_for_one_run_only() -> None:
-    layout, state = Layout.by_name(GLOBAL), RecordDict()
-    config = Config.from_flat({"uplink": "int8"})
-    ones = {name: torch.ones_like(tensor) for name, tensor in GLOBAL.items()}
-
-    def lost(server_round: int, config: Config = config) -> dict[int, float]:
-        found = wire.read_lost(state, Plan(server_round, (3, 8), config), layout)
-        return {client: float(layout.flatten(adapter).sum()) for client, adapter in found.items()}
-
-    assert lost(1) == {3: 0.0, 8: 0.0}
-    wire.write_lost(state, {8: ones}, layout)
-    assert lost(2) == {3: 0.0, 8: 16.0}
-    assert lost(3, config.changed(seed=1)) == {3: 0.0, 8: 0.0}, "a node's first round in another run is not always 1"
-    wire.write_lost(state, {8: ones}, layout)
-    assert lost(3) == {3: 0.0, 8: 0.0}, "gone with the first look of another run"
-    wire.write_lost(state, {8: ones}, layout)
-    assert lost(1) == {3: 0.0, 8: 0.0}, "the same run from its start"
-
-
 def strategy(**flat: object) -> CohortStrategy:
     """20 clients on 2 nodes; client 3 has no examples."""
     hellos = {}
     for node in range(2):
         counts = {client: 0 if client == 3 else 12 for client in range(node, 20, 2)}
         hellos[100 + node] = wire.Hello(node, "", 20, counts, dict.fromkeys(counts, 1), [])
-    config = Config.from_flat({"num-clients": 20, **{key.replace("_", "-"): value for key, value in flat.items()}})
-    return CohortStrategy(config, GROUP_OF, 2, hellos)
+    changes = {key.replace("_", "-"): value for key, value in flat.items()}
+    config = Config.from_flat({"num-clients": 20, "replies": "pooled", "rank": 2, **changes})
+    return CohortStrategy(config, GROUP_OF, 2, hellos, State(GLOBAL), "run", lambda adapters, residual: [])
 
 
 def test_sampling_is_seeded_and_leaves_out_clients_without_data() -> None:
@@ -142,16 +126,17 @@ def identity() -> None:
 
 def replies_to(some: CohortStrategy, clients: list[int], keep: set[int] | None = None) -> list[Message]:
     """What nodes would send of clients that all trained to `GOOD`; `keep` is everyone if not given."""
-    some._global_adapter, some._keep = GLOBAL, set(clients) if keep is None else keep
+    some._starts, some._keep = dict.fromkeys(clients, GLOBAL), set(clients) if keep is None else keep
     replies = []
-    for message in some.cohort_messages(1, dict.fromkeys(clients, 1), GLOBAL, "train"):
+    for message in some.cohort_messages(1, 0, dict.fromkeys(clients, 1), "train"):
         plan = wire.unpack_plan(message.content)
         updates = [replace(GOOD, client=client) for client in plan.clients]
         kept = [update for update in updates if update.client in plan.keep]
         others = [update for update in updates if update.client not in plan.keep]
-        buffers = {"adapters": encode(kept, GLOBAL, GROUP_OF, "float32")} if kept else {}
+        buffers = {"adapters": encode(kept, some._starts, GROUP_OF, "float32")} if kept else {}
         if others:
-            buffers["pooled"] = encode([pool(GLOBAL, others, "examples", GROUP_OF)], GLOBAL, GROUP_OF, "float32")
+            pooled = pool(GLOBAL, others, "examples", GROUP_OF)
+            buffers["pooled"] = encode([pooled], some._starts, GROUP_OF, "float32")
         replies.append(Message(wire.pack_updates(updates, buffers, {}), reply_to=message))
     return replies
 
@@ -159,14 +144,16 @@ def replies_to(some: CohortStrategy, clients: list[int], keep: set[int] | None =
 def test_one_message_a_node_carries_its_cohort() -> None:
     some = strategy()
     some._keep = {2, 7}
-    messages = some.cohort_messages(1, dict.fromkeys([0, 1, 2, 7], 1), GLOBAL, "train")
+    messages = some.cohort_messages(1, 0, dict.fromkeys([0, 1, 2, 7], 1), "train")
     plans = {m.metadata.dst_node_id: wire.unpack_plan(m.content) for m in messages}
     assert {node: plan.clients for node, plan in plans.items()} == {100: (0, 2), 101: (1, 7)}
     assert {node: plan.keep for node, plan in plans.items()} == {100: (2,), 101: (7,)}
 
 
 def test_who_is_kept_is_drawn_before_the_round_and_only_where_someone_looks() -> None:
-    config = Config.from_flat({"num-rounds": 6, "eval-every": 2, "merge-gap-clients": 3, "path-pairs": 2})
+    config = Config.from_flat(
+        {"num-rounds": 6, "eval-every": 2, "merge-gap-clients": 3, "path-pairs": 2, "replies": "pooled"}
+    )
     clients = list(range(5, 25))
     rounds = {server_round: kept_clients(config, server_round, clients) for server_round in range(1, 7)}
     assert [len(rounds[r]) for r in (1, 2, 3, 4, 5)] == [0, 3, 0, 3, 0]
@@ -190,9 +177,8 @@ def test_missing_and_failed_nodes_are_named() -> None:
     some = strategy(failures="tolerant", round_timeout=5.0)
     good, lost = replies_to(some, [0, 2, 1])
     good.content["failures"]["2"] = "Traceback"
-    good.content["adapters"] = wire.pack_updates([], {"adapters": encode([GOOD], GLOBAL, GROUP_OF, "float32")}, {})[
-        "adapters"
-    ]
+    one = encode([GOOD], {GOOD.client: GLOBAL}, GROUP_OF, "float32")
+    good.content["adapters"] = wire.pack_updates([], {"adapters": one}, {})["adapters"]
     some.aggregate_train(1, [good])
     assert [update.client for update in some.updates] == [0]
     assert some.missing == {1: "no reply within round-timeout = 5 s", 2: "Traceback"}

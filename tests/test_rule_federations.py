@@ -1,0 +1,188 @@
+"""Every rule through the real apps: twice the same, resumed the same, exported, and what travels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from copra_fl import data, models
+from copra_fl.adapter import Adapter, difference, norm, part_of, parts
+from copra_fl.aggregation import RULES
+from copra_fl.config import Config
+from tests.local_grid import LocalGrid, run_federation
+from tests.test_federation import Stop, StoppingGrid, assert_equal, final, journal
+
+Settings = dict[str, object]
+
+LOCAL_TERMS = [
+    {"server-optimizer": "fedavgm"},
+    {"server-optimizer": "fedadam", "server-learning-rate": 0.01},
+    {"server-optimizer": "fedyogi", "server-learning-rate": 0.01},
+    {"server-optimizer": "fedadagrad", "server-learning-rate": 0.01},
+    {"proximal-mu": 0.1},
+    {"control-variates": True},
+    {"control-variates": True, "rule": "rolora", "fraction-clients": 0.5},
+    {"uplink": "int8"},
+    {"uplink": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
+]
+
+
+def settings_of(rule: str) -> Settings:
+    """CopRA where the rule takes it, else LoRA."""
+    return {"rule": rule, "local-training": "lora" if RULES[rule].no_copra else "copra", "p0": 0.3}
+
+
+def start(flat: Settings) -> Adapter:
+    return models.build(Config.from_flat(flat).model, "layer", 3, seed=0).read_adapter()
+
+
+def resumes_bitwise(flat: Settings, directory: Path) -> Path:
+    """A whole run, and one that is stopped within its second round and resumed on nodes that know nothing."""
+    whole = run_federation(flat, directory / "whole")
+    with pytest.raises(Stop):
+        run_federation(flat, directory / "stopped", grid=StoppingGrid(2, 3))
+    assert_equal(final(whole), final(run_federation(flat, directory / "stopped")))
+    return whole
+
+
+@pytest.mark.parametrize("engine", ["stacked", "peft"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_runs_twice_and_resumes_bitwise_equal(
+    tiny: Settings, rule: str, engine: str, tmp_path: Path
+) -> None:
+    flat = tiny | settings_of(rule) | {"engine": engine}
+    moved = parts(final(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "head"})
+    assert all(torch.isfinite(tensor).all() for tensor in moved.values())
+
+
+@pytest.mark.parametrize("changes", LOCAL_TERMS, ids=str)
+def test_local_terms_and_server_optimisers_resume_bitwise_equal(
+    tiny: Settings, changes: Settings, tmp_path: Path
+) -> None:
+    whole = resumes_bitwise(tiny | {"local-training": "copra", "p0": 0.3} | changes, tmp_path)
+    plain = run_federation(tiny | {"local-training": "copra", "p0": 0.3}, tmp_path / "plain")
+    assert norm(difference(final(plain), final(whole))) > 1e-4, "it makes a difference"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_path: Path) -> None:
+    """One round of sgd, since adam's first step makes a sign of a rounding error."""
+    flat = tiny | settings_of(rule) | {"num-rounds": 1, "optimizer": "sgd", "learning-rate": 0.1}
+    ours, peft = (final(run_federation(flat | {"engine": engine}, tmp_path / engine)) for engine in ("stacked", "peft"))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, peft[name], atol=1e-4, rtol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("rule", "frozen"), [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"])]
+)
+def test_what_a_rule_freezes_is_bitwise_unchanged(tiny: Settings, rule: str, frozen: list[str], tmp_path: Path) -> None:
+    """After round 1 and after round 2; and where clients share a factor, averages miss nothing."""
+    directory = run_federation(tiny | settings_of(rule), tmp_path / "run")
+    states = [load_file(path) for path in sorted((directory / "checkpoints").glob("*"))]
+    if rule != "fed-sb":
+        states.insert(0, start(tiny))
+        for before, after, still in zip(states, states[1:], frozen, strict=True):
+            for name in parts(before, {"A", "B"}):
+                assert torch.equal(before[name], after[name]) == (part_of(name) in still), name
+    else:
+        first, second = states
+        assert_equal(parts(first, {"A", "B"}), parts(second, {"A", "B"}))
+        assert norm(parts(second, {"R"})) > 0
+    assert all(row["aggregation_error"]["total"] < 1e-6 for row in journal(directory))
+
+
+def test_the_aggregation_error_is_of_fedavg_and_not_of_exact_rules(tiny: Settings, tmp_path: Path) -> None:
+    errors = {}
+    for rule in ("fedavg", "flexlora", "flora", "fedex-lora"):
+        rows = journal(run_federation(tiny | settings_of(rule), tmp_path / rule))
+        errors[rule] = rows[-1]["aggregation_error"]
+        assert len(errors[rule]["layers"]) == 6, "query and value of three layers"
+    assert errors["fedavg"]["total"] > errors["flexlora"]["total"] > 1e-6
+    assert max(errors["flora"]["total"], errors["fedex-lora"]["total"]) < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex-lora", "fed-sb", "flexlora"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_stock_peft_opens_the_final_model_with_the_same_accuracy(
+    tiny: Settings, rule: str, merged: bool, tmp_path: Path
+) -> None:
+    """By hand: plain base, PEFT's adapter (merged or beside it), mean pooling, linear head."""
+    rates = {"local-steps": 30, "learning-rate": 1e-2, "head-learning-rate": 1e-2}
+    directory = run_federation(tiny | settings_of(rule) | rates, tmp_path / "run")
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(directory / "adapter"))
+    encoder = encoder.merge_and_unload() if merged else encoder
+    head = load_file(directory / "adapter" / "head.safetensors")
+    federated = data.load(Config.from_flat(tiny), models.load_tokenizer(str(tiny["model"])))
+    batch = federated.examples.batch(federated.test)
+    with torch.no_grad():
+        mask = batch["attention_mask"]
+        hidden = encoder.eval()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        features = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        logits = F.linear(features, head["weight"], head["bias"])
+    summary = json.loads((directory / "summary.json").read_text())
+    assert float((logits.argmax(1) == batch["labels"]).float().mean()) == pytest.approx(summary["test"]["accuracy"])
+    assert float(F.cross_entropy(logits, batch["labels"])) == pytest.approx(summary["test"]["loss"], rel=1e-4)
+    assert summary["test"]["accuracy"] > 0.5
+
+
+def test_fedsa_keeps_b_and_head_with_each_client_and_has_no_global_model(tiny: Settings, tmp_path: Path) -> None:
+    directory = run_federation(tiny | settings_of("fedsa-lora") | {"local-steps": 20}, tmp_path / "run")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["personal"] and summary["test"] is None and summary["validation"] is None
+    assert not (directory / "adapter").exists()
+    assert [client["client"] for client in summary["clients"]] == list(range(6))
+    before, after = start(tiny), final(directory)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) == (part_of(name) != "A"), name
+    alone = run_federation(tiny | {"local-training": "lora", "local-steps": 20}, tmp_path / "alone")
+    rows = [journal(each)[-1] for each in (directory, alone)]
+    assert rows[0]["bytes_up"] < 0.6 * rows[1]["bytes_up"], "half of the factors, and no head"
+
+
+def test_nodes_get_only_what_has_changed(tiny: Settings, tmp_path: Path) -> None:
+    """Two nodes; the first message brings everything, later ones what the last round has changed."""
+    width, rank, modules, head = 32, 2, 6, 3 * 32 + 3
+    factor = 4 * modules * rank * width
+    for rule, wanted in (("ffa-lora", factor + 4 * head), ("rolora", factor + 4 * head), ("fedsa-lora", factor)):
+        rows = journal(run_federation(tiny | settings_of(rule), tmp_path / rule))
+        assert rows[0]["bytes_down"] == pytest.approx(2 * (2 * factor + 4 * head), abs=2 * 300)
+        assert rows[1]["bytes_down"] == pytest.approx(2 * wanted, abs=2 * 300), rule
+
+
+class ForgetfulGrid(LocalGrid):
+    """The second node forgets what it holds before round 2, as a new machine under an old name would."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        plan = messages[0].content.config_records.get("plan", {})
+        if plan.get("server-round") == 2:
+            self.contexts[101].state.clear()
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def test_a_node_that_has_forgotten_says_so_and_gets_everything_next_time(tiny: Settings, tmp_path: Path) -> None:
+    flat = tiny | settings_of("fedex-lora") | {"num-rounds": 3, "failures": "tolerant"}
+    rows = journal(run_federation(flat, tmp_path / "run", grid=ForgetfulGrid(2)))
+    assert [len(row["clients"]) for row in rows] == [6, 3, 6]
+    assert "does not hold the global adapter of round 0 any more" in rows[1]["missing"][0]["reason"]
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.unequal_ranks])
+def test_clients_of_unequal_rank(tiny: Settings, rule: str, tmp_path: Path) -> None:
+    """Ranks 1 to 4: no client sends more than its own, and the exact rule stays exact."""
+    ranks = {"rank": 4, "client-ranks": "1,2,3,4,1,1", "lora-scaling": "rslora"}
+    whole = resumes_bitwise(tiny | settings_of(rule) | ranks | {"local-training": "lora"}, tmp_path)
+    equal = run_federation(tiny | settings_of(rule) | {"rank": 4, "local-training": "lora"}, tmp_path / "equal")
+    up, full = (journal(each)[0]["bytes_up"] for each in (whole, equal))
+    bytes_a_rank = 4 * 6 * 2 * 32
+    assert full - up == pytest.approx(bytes_a_rank * (6 * 4 - 12), rel=0.01)
+    if rule == "flora":
+        assert journal(whole)[-1]["aggregation_error"]["total"] < 1e-6
