@@ -141,7 +141,7 @@ class FederationConfig:
     uplink: str = option(
         "float32",
         "how adapters travel to the server; below float32 each client's own difference travels, in int8 with what "
-        "rounding lost of the one before (nothing at the start and after a resume)",
+        "rounding lost of the one before",
         choices=("float32", "float16", "int8"),
     )
     failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
