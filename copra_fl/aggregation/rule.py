@@ -43,6 +43,9 @@ class Round:
     fresh: Callable[[], Adapter]
     score: Score
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "updates", sorted(self.updates, key=lambda update: update.client))
+
     @cached_property
     def adapters(self) -> list[Adapter]:
         """Each client's whole adapter after its training."""
