@@ -78,21 +78,26 @@ def lines_to_average(round_: Round) -> list[Path]:
 
 
 def on_factors(round_: Round, weights: Weights, u: float) -> Adapter:
-    """(1 - u) old + u average, tensor by tensor."""
+    """old + u (average - old), tensor by tensor."""
     return {
-        name: mean(old, [old, *(adapter[name] for adapter in round_.adapters)], np.array([1 - u, *(u * weights(name))]))
+        name: mean(old, [old, *(adapter[name] for adapter in round_.adapters)], _shares(weights(name), u))
         for name, old in round_.before.items()
     }
 
 
 def on_products(round_: Round, weights: Weights, u: float) -> Adapter:
-    """Head as in `on_factors`, and the best factors of (1 - u) s B A + u sum_i p_i s B_i A_i."""
+    """Head as in `on_factors`, and the best factors of s B A + u (sum_i p_i s B_i A_i - s B A)."""
     adapter = on_factors(round_, weights, u)
     for module in trained_modules(round_):
-        shares = np.array([1 - u, *(u * weights(b_of(module)))])
+        shares = _shares(weights(b_of(module)), u)
         product = weighted_sum([round_.before, *round_.adapters], shares, module, round_.scaling)
         adapter |= best_factors(round_.before, module, product, round_.scaling)
     return adapter
+
+
+def _shares(weights: np.ndarray, u: float) -> np.ndarray:
+    """(1 + clients,): of the old adapter and of each client's, u of the way; all is the old where nobody weighs."""
+    return np.array([1 - u * weights.sum(), *(u * weights)])
 
 
 def _end(line: Path, index: int) -> Metrics:
