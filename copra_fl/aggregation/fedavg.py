@@ -4,8 +4,8 @@
 
 Factors are averaged apart. That misses the average product by
 s sum_k w_k (B_k - B)(A_k - A); linear mode connectivity is what is to make it enough.
-It is exact where all clients share A (FFA-LoRA, arXiv 2403.12313), A or B in turn (RoLoRA, arXiv 2502.01755), or
-both but for a core R between them (Fed-SB, arXiv 2502.15371).
+It is exact where all clients share A (FFA-LoRA, arXiv 2403.12313), A or B in turn (RoLoRA, arXiv 2409.02346), or
+both but for a core R between them (Fed-SB, arXiv 2502.15436).
 
 Traffic, up and down: r (d + k) a module.
 """

@@ -5,9 +5,9 @@
     B <- sum_i p_i B_i Q_i,    A <- sum_i p_i Q_i^T A_i
 
 The reference is the adapter that the clients started from. B_i Q_i Q_i^T A_i = B_i A_i: no client's model changes,
-only what averaging mixes. In the first round B_ref = 0 and A_ref alone aligns them. The paper aligns A and B in
-turn, by a part of the rotation that is to be tuned; here it is both at once, all the way.
-Traffic, up and down: r (d + k) a module.
+only what averaging mixes. In the first round B_ref = 0 and A_ref alone aligns them. The authors' code aligns one of
+the factors, all or part of the way, and by proper rotations; here it is both at once, all the way, and Q may also
+reflect, which leaves products alone just as well. Traffic, up and down: r (d + k) a module.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     theta <- theta_0 + sum_i p_i min(1, c / ||theta_i - theta_0||) (theta_i - theta_0)
 
-The norm is over a client's whole change, head included; c is clip-norm, or the median of the round's norms.
-Against large changes, not against wrong directions. Traffic, up and down: r (d + k) a module.
+The norm is over a client's whole change, head included: one that trained more layers has the longer change. c is
+clip-norm, or the median of the round's norms. Against large changes, not against wrong directions.
+Traffic, up and down: r (d + k) a module.
 """
 
 from __future__ import annotations

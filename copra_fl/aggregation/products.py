@@ -80,7 +80,9 @@ def ideal(round_: Round, module: str) -> Factors:
 
 def frobenius(product: Factors) -> float:
     """Norm of a product (d, n) (n, k)."""
-    return float(torch.linalg.matrix_norm(_core(product)[1]))
+    left, right = product
+    t_left, t_right = (torch.linalg.qr(each, mode="r").R for each in (left, right.T))
+    return float(torch.linalg.matrix_norm(t_left @ t_right.T))
 
 
 def best_rank(product: Factors, rank: int) -> Factors:
@@ -88,8 +90,9 @@ def best_rank(product: Factors, rank: int) -> Factors:
 
     The largest entry of each left vector is positive, so that the answer is one and the same everywhere.
     """
-    q_left, core, q_right = _core(product)
-    u, s, vt = torch.linalg.svd(core, full_matrices=False)
+    left, right = product
+    (q_left, t_left), (q_right, t_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, s, vt = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
     u, vt, s = q_left @ u[:, :rank], vt[:rank] @ q_right.T, s[:rank]
     if s.numel():
         s = torch.where(s > s[0] * torch.finfo(s.dtype).eps * max(u.shape[0], vt.shape[1]), s, 0)
@@ -98,13 +101,6 @@ def best_rank(product: Factors, rank: int) -> Factors:
     b, a = u.new_zeros(u.shape[0], rank), vt.new_zeros(rank, vt.shape[1])
     b[:, : len(s)], a[: len(s)] = u * s.sqrt(), s.sqrt()[:, None] * vt
     return b, a
-
-
-def _core(product: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    left, right = product
-    q_left, t_left = torch.linalg.qr(left)
-    q_right, t_right = torch.linalg.qr(right.T)
-    return q_left, t_left @ t_right.T, q_right
 
 
 def as_residual(module: str, product: Factors) -> Adapter:

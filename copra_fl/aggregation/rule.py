@@ -24,7 +24,8 @@ class Round:
     Attributes:
         number: the round, from 1.
         before: the global adapter that the clients started from.
-        updates: sorted by client, all of the rank and scaling of `before`; a smaller adapter is padded with zeros.
+        updates: sorted by client, in whatever order they come; all of the rank and scaling of `before`, a smaller
+            adapter padded with zeros.
         group_of: gate group of each adapter tensor; the head's have none.
         scaling: s in W0 + s B A.
         settings: of the run.
