@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from copra_fl.adapter import Update, complete, difference, load_checkpoint, norm, save_checkpoint, trained
-from copra_fl.aggregation import LINEAR, RULES, find_rule, pools
-from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation import RULES, check, find_rule, pools
+from copra_fl.aggregation.fedavg import fedavg, weighted_average
 from copra_fl.aggregation.pooling import pool
+from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.weighting import tensor_weights
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import AggregationConfig, Config, ConfigError
 
+LINEAR = [name for name, rule in RULES.items() if rule.linear]
 GROUP_OF = {"a": 0, "b": 1}
 
 
@@ -33,7 +35,7 @@ def test_weighted_by_examples_by_hand() -> None:
         update(0, 30, (2, 2), a=[2.0, 4.0], b=[1.0, 2.0], head=[4.0, 0.0]),
         update(1, 10, (2, 0), a=[6.0, 0.0], head=[0.0, 4.0]),
     ]
-    averaged = fedavg(OLD, updates, "examples", GROUP_OF)
+    averaged = weighted_average(OLD, updates, "examples", GROUP_OF)
     assert averaged["a"].tolist() == [3.0, 3.0]
     assert averaged["b"].tolist() == [2.0, 2.75]
     assert averaged["head"].tolist() == [3.0, 1.0]
@@ -45,7 +47,7 @@ def test_weighted_by_activity_by_hand() -> None:
         update(0, 30, (1, 2), a=[2.0, 4.0], b=[1.0, 2.0], head=[4.0, 0.0]),
         update(1, 10, (9, 0), a=[6.0, 0.0], head=[0.0, 4.0]),
     ]
-    averaged = fedavg(OLD, updates, "activity", GROUP_OF)
+    averaged = weighted_average(OLD, updates, "activity", GROUP_OF)
     assert averaged["a"].tolist() == [5.0, 1.0]
     assert averaged["b"].tolist() == [1.0, 2.0]
     assert averaged["head"].tolist() == [3.0, 1.0]
@@ -54,7 +56,7 @@ def test_weighted_by_activity_by_hand() -> None:
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
 def test_a_layer_that_nobody_trained_keeps_its_value(weighting: str) -> None:
     updates = [update(client, 10, (1, 0), a=[2.0, 2.0], head=[1.0, 1.0]) for client in (0, 1)]
-    assert fedavg(OLD, updates, weighting, GROUP_OF)["b"].tolist() == [5.0, 5.0]
+    assert weighted_average(OLD, updates, weighting, GROUP_OF)["b"].tolist() == [5.0, 5.0]
     weights = tensor_weights("b", updates, weighting, GROUP_OF)
     assert weights.tolist() == ([0.5, 0.5] if weighting == "examples" else [0.0, 0.0])
 
@@ -69,14 +71,22 @@ def random_updates(number: int) -> tuple[dict[str, torch.Tensor], list[Update]]:
     return old, updates
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
-def test_client_order_is_irrelevant_bitwise(rule: str, weighting: str) -> None:
+def test_client_order_is_irrelevant_bitwise(weighting: str) -> None:
     old, updates = random_updates(4)
-    expected = find_rule(rule)(old, updates, weighting, GROUP_OF)
+    expected = weighted_average(old, updates, weighting, GROUP_OF)
     for order in itertools.permutations(updates):
-        averaged = find_rule(rule)(old, order, weighting, GROUP_OF)
+        averaged = weighted_average(old, order, weighting, GROUP_OF)
         assert all(torch.equal(averaged[name], expected[name]) for name in old)
+
+
+def test_the_rule_averages_a_round_as_its_settings_say() -> None:
+    old, updates = random_updates(3)
+    settings = AggregationConfig(weighting="activity")
+    round_ = Round(1, old, updates, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])
+    outcome, expected = fedavg(round_), weighted_average(old, updates, "activity", GROUP_OF)
+    assert all(torch.equal(outcome.adapter[name], expected[name]) for name in old)
+    assert not outcome.residual and not outcome.notes
 
 
 @pytest.mark.parametrize("rule", LINEAR)
@@ -98,8 +108,11 @@ def test_pooled_updates_do_as_much_as_all_of_theirs(rule: str, weighting: str, s
     ]
     assert sum(update.num_examples for update in pooled) == sum(update.num_examples for update in updates)
     assert all(("b" in update.adapter) == (update.active_steps[1] > 0) for update in pooled)
-    expected = find_rule(rule)(old, updates, weighting, GROUP_OF)
-    averaged = find_rule(rule)(old, pooled, weighting, GROUP_OF)
+    settings = AggregationConfig(rule=rule, weighting=weighting)
+    averaged, expected = (
+        find_rule(rule).aggregate(Round(1, old, some, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])).adapter
+        for some in (pooled, updates)
+    )
     for name in old:
         assert torch.allclose(averaged[name], expected[name], rtol=1e-6, atol=1e-6), name
 
@@ -118,26 +131,44 @@ def test_a_pooled_update_by_hand() -> None:
 
 
 def test_nodes_pool_for_linear_rules_at_full_precision() -> None:
-    assert RULES.keys() >= LINEAR
-    assert pools(Config().federation)
-    assert not pools(Config.from_flat({"replies": "clients"}).federation)
-    assert not pools(Config.from_flat({"uplink": "int8"}).federation)
-    assert not pools(Config.from_flat({"rule": "median"}).federation)
+    pooled = Config().changed(replies="pooled")
+    assert pools(pooled)
+    assert not pools(Config())
+    assert not pools(pooled.changed(uplink="int8"))
+    assert not pools(pooled.changed(rule="median"))
+    assert not pools(pooled.changed(control_variates=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rule": "fedsa-lora"}, "its own B"),
+        ({"rule": "fed-sb"}, "with every layer on"),
+        ({"rule": "flora", "local_training": "head"}, "no adapters to aggregate"),
+        ({"rule": "median", "client_ranks": "8,4"}, "these rules do not: zero-pad, hetlora, flora, flexlora"),
+        ({"rule": "flexlora", "server_optimizer": "fedadam"}, "no step to take"),
+        ({"rule": "flora", "control_variates": True}, "keep their meaning"),
+        ({"rule": "flexlora", "control_variates": True}, "keep their meaning"),
+        ({"rule": "connectivity", "control_variates": True}, "keep their meaning"),
+        ({"rule": "zero-pad", "client_ranks": "8,4", "control_variates": True}, "keep their meaning"),
+        ({"rule": "fedex-lora", "prefix_cache": 64}, "the cache holds what the old W0 gave"),
+    ],
+)
+def test_what_does_not_combine_is_refused_with_the_reason(settings: dict[str, bool | int | str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check(Config().changed(**settings))
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("weighting", ["examples", "activity"])
-def test_one_client_is_the_identity(rule: str, weighting: str) -> None:
-    old, (only,) = random_updates(1)
-    averaged = find_rule(rule)(old, [only], weighting, GROUP_OF)
-    assert all(torch.equal(averaged[name], only.adapter[name]) for name in old)
+def test_every_rule_runs_as_it_comes(rule: str) -> None:
+    check(Config().changed(rule=rule, local_training="lora" if RULES[rule].no_copra else "copra"))
 
 
 def test_averaging_sums_wider_than_float32() -> None:
     """1e8 + 1 - 1e8 loses the 1 in float32."""
     old = {"a": torch.zeros(1)}
     updates = [Update(k, {"a": torch.tensor([v])}, 1, (1,), {}) for k, v in enumerate((1e8, 3.0, -1e8))]
-    assert fedavg(old, updates, "examples", {"a": 0})["a"].item() == pytest.approx(1.0)
+    assert weighted_average(old, updates, "examples", {"a": 0})["a"].item() == pytest.approx(1.0)
 
 
 def test_an_unknown_rule_names_those_there_are() -> None:

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from copra_fl.aggregation.connectivity import connectivity
 from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.fedex_lora import fedex_lora
+from copra_fl.aggregation.fedrot_lora import fedrot_lora
+from copra_fl.aggregation.flexlora import flexlora
+from copra_fl.aggregation.flora import flora
+from copra_fl.aggregation.hetlora import hetlora
+from copra_fl.aggregation.lora_fair import lora_fair
+from copra_fl.aggregation.median import median
+from copra_fl.aggregation.norm_clipped import norm_clipped
 from copra_fl.aggregation.ranks import client_ranks
 from copra_fl.aggregation.rule import ALL, Rule
+from copra_fl.aggregation.trimmed_mean import trimmed_mean
+from copra_fl.aggregation.zero_pad import zero_pad
 from copra_fl.config import Config, ConfigError, unknown
 
 RULES: dict[str, Rule] = {
@@ -24,6 +35,25 @@ RULES: dict[str, Rule] = {
         averages=False,
         no_copra="a client keeps its own B, so that a layer that is off at some clients gets an A that fits no B",
     ),
+    "zero-pad": Rule(zero_pad, unequal_ranks=True),
+    "hetlora": Rule(hetlora, unequal_ranks=True),
+    "flora": Rule(flora, changes_base=True, unequal_ranks=True, averages=False),
+    "flexlora": Rule(flexlora, unequal_ranks=True, averages=False),
+    "fedex-lora": Rule(fedex_lora, changes_base=True, averages=False),
+    "lora-fair": Rule(lora_fair),
+    "fedrot-lora": Rule(fedrot_lora),
+    "fed-sb": Rule(
+        fedavg,
+        core=True,
+        linear=True,
+        trains=lambda server_round: frozenset({"R", "head"}),
+        no_copra="B and A are fixed for good by a first gradient, taken with every layer on; they do not fit a model "
+        "in which layers are off",
+    ),
+    "connectivity": Rule(connectivity, averages=False),
+    "trimmed-mean": Rule(trimmed_mean),
+    "median": Rule(median),
+    "norm-clipped": Rule(norm_clipped),
 }
 
 
@@ -69,7 +99,7 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
             f"server-optimizer = {settings.server_optimizer!r}: its next adapter is no average of the clients', so "
             "there is no step to take"
         )
-    if settings.control_variates and (rule.changes_base or rule.personal or settings.client_ranks):
+    if settings.control_variates and (not rule.averages or settings.client_ranks):
         yield "control-variates: they need factors that all clients share and that keep their meaning over rounds"
     if config.training.prefix_cache and rule.changes_base:
         yield f"prefix-cache = {config.training.prefix_cache}: it changes W0, and the cache holds what the old W0 gave"

@@ -4,13 +4,19 @@
 
 Factors are averaged apart. That misses the average product by
 s sum_k w_k (B_k - B)(A_k - A); linear mode connectivity is what is to make it enough.
+It is exact where all clients share A (FFA-LoRA, arXiv 2403.12313), A or B in turn (RoLoRA, arXiv 2409.02346), or
+both but for a core R between them (Fed-SB, arXiv 2502.15436).
+
+Traffic, up and down: r (d + k) a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from copra_fl.adapter import Adapter, Update
 from copra_fl.aggregation.rule import Outcome, Round
@@ -30,11 +36,21 @@ def weighted_average(
     A tensor that a client did not send counts as unchanged; one that nobody weighs keeps its old value.
     """
     updates = sorted(updates, key=lambda update: update.client)
-    averaged = {}
-    for name, old in global_adapter.items():
-        weights = tensor_weights(name, updates, weighting, group_of)
-        total = torch.zeros_like(old, dtype=torch.float64)
-        for weight, update in zip(weights, updates, strict=True):
-            total += weight * update.adapter.get(name, old).double()
-        averaged[name] = total.to(old.dtype) if weights.any() else old.clone()
-    return averaged
+    return {
+        name: mean(
+            old,
+            [update.adapter.get(name, old) for update in updates],
+            tensor_weights(name, updates, weighting, group_of),
+        )
+        for name, old in global_adapter.items()
+    }
+
+
+def mean(old: Tensor, tensors: Sequence[Tensor], weights: np.ndarray) -> Tensor:
+    """sum_k weights_k tensors_k, in float64 and then as `old` is; a copy of `old` where all weights are 0."""
+    if not weights.any():
+        return old.clone()
+    total = torch.zeros_like(old, dtype=torch.float64)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total += weight * tensor.double()
+    return total.to(old.dtype)

@@ -24,7 +24,8 @@ class Round:
     Attributes:
         number: the round, from 1.
         before: the global adapter that the clients started from.
-        updates: sorted by client, all of the rank and scaling of `before`; a smaller adapter is padded with zeros.
+        updates: sorted by client, in whatever order they come; all of the rank and scaling of `before`, a smaller
+            adapter padded with zeros.
         group_of: gate group of each adapter tensor; the head's have none.
         scaling: s in W0 + s B A.
         settings: of the run.
@@ -42,6 +43,9 @@ class Round:
     ranks: Mapping[int, int]
     fresh: Callable[[], Adapter]
     score: Score
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "updates", sorted(self.updates, key=lambda update: update.client))
 
     @cached_property
     def adapters(self) -> list[Adapter]:

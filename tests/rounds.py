@@ -1,0 +1,93 @@
+"""Rounds for tests of aggregation rules: a module with d != k, a head, clients of unequal weight; dense oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from copra_fl.adapter import Adapter, Update
+from copra_fl.aggregation.rule import Outcome, Round, Score
+from copra_fl.config import AggregationConfig
+
+D, K, R, S = 7, 5, 2, 1.5
+MODULES = ("layer.0.query", "layer.1.query")
+GROUP_OF = {f"{module}.lora_{part}.weight": g for g, module in enumerate(MODULES) for part in "ABR"}
+
+
+def random_adapter(seed: int, rank: int = R, d: int = D, k: int = K, core: bool = False) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for module in MODULES:
+        adapter[f"{module}.lora_A.weight"] = torch.randn(rank, k, generator=rng)
+        adapter[f"{module}.lora_B.weight"] = torch.randn(d, rank, generator=rng)
+        if core:
+            adapter[f"{module}.lora_R.weight"] = torch.randn(rank, rank, generator=rng)
+    return adapter | {"head.weight": torch.randn(3, 4, generator=rng), "head.bias": torch.randn(3, generator=rng)}
+
+
+def start(seed: int = 100, rank: int = R, **shape: int) -> Adapter:
+    """A new adapter: B = 0."""
+    adapter = random_adapter(seed, rank, **shape)
+    return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in adapter.items()}
+
+
+def fresh() -> Adapter:
+    return {name: tensor for name, tensor in start(200).items() if not name.startswith("head")}
+
+
+def no_score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+    """A landscape without any hill: every adapter is as good as every other."""
+    return [{"loss": 1.0, "accuracy": 0.5} for _ in adapters]
+
+
+def update(client: int, adapter: Adapter, examples: int, active: tuple[int, ...] = (1, 1)) -> Update:
+    sent = {name: tensor for name, tensor in adapter.items() if name not in GROUP_OF or active[GROUP_OF[name]]}
+    return Update(client, sent, examples, active, {"loss": 1.0})
+
+
+def make_round(
+    before: Adapter,
+    updates: Sequence[Update],
+    *,
+    ranks: dict[int, int] | None = None,
+    scaling: float = S,
+    score: Score = no_score,
+    fresh: Callable[[], Adapter] = fresh,
+    **settings: float | str,
+) -> Round:
+    return Round(1, before, updates, GROUP_OF, scaling, AggregationConfig(**settings), ranks or {}, fresh, score)
+
+
+def random_round(clients: int = 3, core: bool = False, **settings: float | str) -> Round:
+    """All clients train all of it, with 10, 20, 30 ... examples."""
+    updates = [update(i, random_adapter(i, core=core), 10 * (i + 1)) for i in range(clients)]
+    return make_round(random_adapter(99, core=core), updates, **settings)
+
+
+def dense(adapter: Adapter, module: str, scaling: float = S) -> np.ndarray:
+    """s B A, or s B R A, as numpy (d, k) in float64."""
+    part = {p: adapter[n].double().numpy() for p in "ABR" if (n := f"{module}.lora_{p}.weight") in adapter}
+    return scaling * part["B"] @ (part["R"] @ part["A"] if "R" in part else part["A"])
+
+
+def dense_ideal(round_: Round, module: str) -> np.ndarray:
+    """sum_i n_i s B_i A_i / sum_i n_i."""
+    examples = np.array([update.num_examples for update in round_.updates], dtype=float)
+    products = [dense(round_.before | update.adapter, module, round_.scaling) for update in round_.updates]
+    return np.tensordot(examples / examples.sum(), products, axes=1)
+
+
+def dense_made(round_: Round, outcome: Outcome, module: str) -> np.ndarray:
+    """What the model now has beside the old W0, as numpy (d, k)."""
+    made, residual = dense(outcome.adapter, module, round_.scaling), outcome.residual
+    if f"{module}.residual" in residual:
+        made = made + residual[f"{module}.residual"].double().numpy()
+    if f"{module}.residual_B" in residual:
+        made = made + (residual[f"{module}.residual_B"].double() @ residual[f"{module}.residual_A"].double()).numpy()
+    return made
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
