@@ -8,8 +8,7 @@ SGD work element by element, so one optimiser over the stacked rows is as good a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,20 +50,23 @@ def train_cohort(
     data: FederatedData,
     plan: Plan,
     clients: Sequence[int],
-    global_adapter: Adapter,
+    starts: Mapping[int, Adapter],
+    corrections: Mapping[int, Adapter],
     progress: Callable[[float], None] = lambda num_clients: None,
 ) -> list[Update]:
-    """Train `clients`, all at once, for one round from `global_adapter`.
+    """Train `clients`, all at once, for one round, each from its own of `starts`.
 
-    `clients` are one of the `slices`. After each step `progress` is told how many clients' worth of work it was.
+    `clients` are one of the `slices`. `corrections` are SCAFFOLD's c - c_k, where there are any. After each
+    step `progress` is told how many clients' worth of work it was.
     """
     started = time.perf_counter()
-    training, seed, dropout = plan.config.training, plan.config.federation.seed, plan.config.model.lora_dropout
-    cohort = [plan_steps(plan, data, client, len(model.spans)) for client in clients]
+    seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
+    cohort = [plan_steps(plan, data, client, model.num_groups) for client in clients]
     lengths = np.array([len(steps) for steps in cohort])
-    start = model.layout.flatten(global_adapter).to(model.device)
-    stack = Stack(model.layout, start.expand(len(cohort), -1).clone())
-    optimizer = StackedOptimizer(model, stack, training, cohort)
+    start = _rows(model, [starts[client] for client in clients])
+    stack = Stack(model.layout, start.clone(), plan.trained_parts)
+    optimizer = StackedOptimizer(model, stack, plan, cohort)
+    terms = LocalTerms(model, stack, plan, start, [corrections.get(client, {}) for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     for step in range(lengths.max()):
         rows = np.flatnonzero(lengths > step)
@@ -78,16 +80,25 @@ def train_cohort(
         batches = [cohort[row].batches[step] for row in rows]
         for micro in range(max(map(len, batches))):
             losses[step, model.tensor(rows)] += _backward(model, data, now, batches, micro)
+        terms.add(rows, on)
         optimizer.step(rows, on, step)
         progress(float((1 / lengths[rows]).sum()))
     seconds = (time.perf_counter() - started) / len(cohort)
     distances = torch.linalg.vector_norm(stack.values.double() - start, dim=1).tolist()
+    gradients = terms.gradients()
     updates = []
-    for steps, values, loss, distance in zip(cohort, stack.values.cpu(), losses.cpu().T, distances, strict=True):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distance}
-        adapter = model.layout.unflatten(values)
-        updates.append(make_update(steps, adapter, model.group_of, len(data.train[steps.client]), metrics))
+    for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
+        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
+        adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
+        updates.append(make_update(plan, steps, adapter, gradients[row], model.group_of, num_examples, metrics))
     return updates
+
+
+def _rows(model: StackedClassifier, adapters: Sequence[Adapter]) -> Tensor:
+    """(C, P): the adapters as rows; one row in memory where all are the same one."""
+    if all(adapter is adapters[0] for adapter in adapters):
+        return model.layout.flatten(adapters[0]).to(model.device).expand(len(adapters), -1)
+    return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
 
 
 def _backward(
@@ -112,26 +123,74 @@ def _backward(
     return losses.detach().float()
 
 
+class LocalTerms:
+    """What FedProx and SCAFFOLD add to the gradients of a stack, where a tensor is trained and on.
+
+    g <- g + mu (theta - start) + (c - c_k)
+    """
+
+    def __init__(
+        self, model: StackedClassifier, stack: Stack, plan: Plan, start: Tensor, corrections: Sequence[Adapter]
+    ) -> None:
+        self._model, self._stack, self._start = model, stack, start
+        self._mu = plan.config.aggregation.proximal_mu
+        self._sums = torch.zeros_like(stack.grads) if plan.config.aggregation.control_variates else None
+        self._corrections = torch.zeros_like(stack.grads) if any(corrections) else None
+        if self._corrections is not None:
+            for row, correction in zip(self._corrections, corrections, strict=True):
+                for name, tensor in correction.items():
+                    row[model.layout.spans[name]] = tensor.flatten()
+        gates = np.full(model.layout.size, model.num_groups + 1)
+        for gate, span in model.spans(plan.trained_parts):
+            gates[span] = gate
+        self._gates = model.tensor(gates)
+
+    def add(self, rows: np.ndarray, on: np.ndarray) -> None:
+        """Keep the gradients of a step, and add to those of the clients at `rows` where they are `on`."""
+        grads = self._stack.grads
+        if self._sums is not None:
+            self._sums += grads
+        if not self._mu and self._corrections is None:
+            return
+        is_on = np.zeros((len(grads), self._model.num_groups + 2))
+        is_on[rows, :-2], is_on[rows, -2] = on, 1
+        term = self._mu * (self._stack.values - self._start)
+        term = term if self._corrections is None else term + self._corrections
+        grads += term * self._model.tensor(is_on).index_select(1, self._gates)
+
+    def gradients(self) -> list[Adapter]:
+        """Each client's own gradients, summed over the steps; empty where there are no control variates."""
+        if self._sums is None:
+            return [{}] * len(self._stack.grads)
+        return [self._model.layout.unflatten(row) for row in self._sums.cpu()]
+
+
 class StackedOptimizer:
-    """torch's own optimiser, whose parameters are each client's part of each gate group, and its head.
+    """torch's own optimiser, whose parameters are each client's trained part of each gate group, and of its head.
 
     A part that was off, or whose client has finished, has no gradient: value, moments and step
     count stay. Clients with as many steps share an optimiser, since rates follow progress.
     """
 
-    def __init__(
-        self, model: StackedClassifier, stack: Stack, training: TrainingConfig, cohort: Sequence[LocalSteps]
-    ) -> None:
-        self._training, self._grads = training, stack.grads
-        spans = [*model.spans, model.head_span]
-        self._parts = [[values[span] for span in spans] for values in stack.values]
-        self._grad_parts = [[grads[span] for span in spans] for grads in stack.grads]
+    def __init__(self, model: StackedClassifier, stack: Stack, plan: Plan, cohort: Sequence[LocalSteps]) -> None:
+        self._training: TrainingConfig = plan.config.training
+        self._grads = stack.grads
+        spans = model.spans(plan.trained_parts)
+        self._gates, head = [gate for gate, _ in spans], model.num_groups
+        self._parts = [[values[span] for _, span in spans] for values in stack.values]
+        self._grad_parts = [[grads[span] for _, span in spans] for grads in stack.grads]
         self._groups = []
         for length in sorted({len(steps) for steps in cohort}):
-            parts = [parts for parts, steps in zip(self._parts, cohort, strict=True) if len(steps) == length]
-            adapters, heads = chain.from_iterable(p[:-1] for p in parts), [p[-1] for p in parts]
+            parts = [
+                (gate, part)
+                for own, steps in zip(self._parts, cohort, strict=True)
+                if len(steps) == length
+                for gate, part in zip(self._gates, own, strict=True)
+            ]
+            adapters = [part for gate, part in parts if gate != head]
+            heads = [part for gate, part in parts if gate == head]
             t = next(steps.t for steps in cohort if len(steps) == length)
-            self._groups.append((make_optimizer(training, adapters, heads, many=True), t))
+            self._groups.append((make_optimizer(self._training, adapters, heads, many=True), t))
 
     def step(self, rows: np.ndarray, on: np.ndarray, step: int) -> None:
         """One step of the clients at `rows` of the stack, where they are `on` (rows, groups); clears gradients."""
@@ -139,8 +198,9 @@ class StackedOptimizer:
             norms = torch.linalg.vector_norm(self._grads, dim=1, keepdim=True)
             self._grads.mul_((self._training.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
         for row, open_ in zip(rows, on, strict=True):
-            for part, grad, is_on in zip(self._parts[row], self._grad_parts[row], [*open_, True], strict=True):
-                part.grad = grad if is_on else None
+            is_on = [*open_, True]
+            for gate, part, grad in zip(self._gates, self._parts[row], self._grad_parts[row], strict=True):
+                part.grad = grad if is_on[gate] else None
         for optimizer, t in self._groups:
             if step < len(t):
                 set_learning_rates(optimizer, self._training, t[step])

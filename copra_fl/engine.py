@@ -6,7 +6,7 @@ every model that PEFT takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +42,15 @@ class Engine(Protocol):
         """The plan's clients in parts that `train` takes."""
 
     def train(
-        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+        self,
+        data: FederatedData,
+        plan: Plan,
+        clients: Sequence[int],
+        starts: Mapping[int, Adapter],
+        progress: Progress,
+        corrections: Mapping[int, Adapter],
     ) -> list[Update]:
-        """The updates of `clients`, each from the global `adapter`."""
+        """The updates of `clients`, each from its own of `starts`; `corrections` are SCAFFOLD's c - c_k, or empty."""
 
 
 class PeftEngine:
@@ -57,11 +63,17 @@ class PeftEngine:
         return [(client,) for client in plan.clients]
 
     def train(
-        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+        self,
+        data: FederatedData,
+        plan: Plan,
+        clients: Sequence[int],
+        starts: Mapping[int, Adapter],
+        progress: Progress,
+        corrections: Mapping[int, Adapter],
     ) -> list[Update]:
         updates = []
         for client in clients:
-            updates.append(train_client(self.classifier, data, plan, client, adapter))
+            updates.append(train_client(self.classifier, data, plan, client, starts[client], corrections.get(client)))
             progress(1)
         return updates
 
@@ -78,10 +90,16 @@ class StackedEngine:
         return slices(plan.config, data, plan.clients)
 
     def train(
-        self, data: FederatedData, plan: Plan, clients: Sequence[int], adapter: Adapter, progress: Progress
+        self,
+        data: FederatedData,
+        plan: Plan,
+        clients: Sequence[int],
+        starts: Mapping[int, Adapter],
+        progress: Progress,
+        corrections: Mapping[int, Adapter],
     ) -> list[Update]:
         self._keep_prefixes(data, plan.config)
-        return train_cohort(self.stacked, data, plan, clients, adapter, progress)
+        return train_cohort(self.stacked, data, plan, clients, starts, corrections, progress)
 
     def _keep_prefixes(self, data: FederatedData, config: Config) -> None:
         """A cache of the wanted size for these tokens, if it is not there already."""
@@ -96,12 +114,12 @@ class StackedEngine:
             self._prefix_of = wanted
 
 
-def open_engine(kind: str, model: ModelConfig, group: str, num_labels: int, seed: int) -> Engine:
-    """The engine of that kind, its model at the common start of the run's seed.
+def open_engine(kind: str, model: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
+    """The engine of that kind, its model at the common start of the run's seed; `core` as in `models.build`.
 
     Raises ConfigError as `models.build` does, and where the model cannot be stacked.
     """
-    classifier = models.build(model, group, num_labels, seed)
+    classifier = models.build(model, group, num_labels, seed, core)
     if kind == "peft":
         return PeftEngine(classifier)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -30,6 +31,7 @@ class Gates:
     Attributes:
         names: one name per group.
         group_of: LoRA module name -> index of its group.
+        frozen: adapter tensors that get no gradient, though PEFT gives one to whatever is switched on.
     """
 
     def __init__(self, model: nn.Module, group: str) -> None:
@@ -37,6 +39,7 @@ class Gates:
         self.names = list(dict.fromkeys(group_name(name, group) for name in modules))
         self.group_of = {name: self.names.index(group_name(name, group)) for name in modules}
         self._modules = [[modules[name] for name, g in self.group_of.items() if g == i] for i in range(len(self.names))]
+        self.frozen: list[torch.Tensor] = []
         self._state = [(True, 1.0)] * len(self.names)
 
     def set(self, mask: Sequence[bool], scale: float = 1.0) -> None:
@@ -50,6 +53,8 @@ class Gates:
                 for adapter in module.active_adapters:
                     module.set_scale(adapter, state[1])
             self._state[index] = state
+        for tensor in self.frozen:
+            tensor.requires_grad_(False)
 
     def open(self) -> None:
         """Every group on, unscaled: how models are evaluated, whatever the phase."""

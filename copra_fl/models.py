@@ -8,10 +8,13 @@ client computes depends on its adapter, its data and its named random streams al
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from copra_fl import assets
-from copra_fl.adapter import Adapter
+from copra_fl import residual as residuals
+from copra_fl.adapter import Adapter, part_of
 from copra_fl.bases import open_base
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.gates import Gates
@@ -51,6 +55,8 @@ class Classifier(nn.Module):
     Attributes:
         gates: switches the adapters, one gate per group.
         group_of: adapter tensor name -> index of its gate group; the head's tensors have none.
+        linears: adapted module, as in an adapter tensor's name before ``.lora_`` -> its frozen linear layer.
+        beside: adapted module -> what its residual multiplies x by (`residual.matrices`), where it has one.
         device: where it computes.
     """
 
@@ -70,13 +76,14 @@ class Classifier(nn.Module):
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
             for name in self._trainable
         }
+        base: Any = encoder.get_base_model()
+        self.linears: dict[str, Any] = {
+            f"base_model.model.{name}": base.get_submodule(name).get_base_layer() for name in self.gates.group_of
+        }
+        self.beside: dict[str, tuple[Tensor, ...]] = {}
+        self._hooks: list[Any] = []
         self._trainable |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
-        self._dropouts = [
-            dropout
-            for module in encoder.modules()
-            if isinstance(module, LoraLayer)
-            for dropout in module.lora_dropout.values()
-        ]
+        self._dropouts = [dropout for module in _lora_layers(encoder) for dropout in module.lora_dropout.values()]
         self.to(device).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -104,11 +111,12 @@ class Classifier(nn.Module):
         for dropout in self._dropouts:
             dropout.train(on)
 
-    def parameters_of(self, part: str) -> list[nn.Parameter]:
-        """The trainable parameters of `part`: ``adapter`` or ``head``."""
-        return [
-            parameter for name, parameter in self._trainable.items() if name.startswith("head.") == (part == "head")
-        ]
+    def train_only(self, parts: Collection[str]) -> dict[str, nn.Parameter]:
+        """The parameters of the `parts` (`adapter.part_of`), by name; all others get no gradient from now on."""
+        for name, parameter in self._trainable.items():
+            parameter.requires_grad_(part_of(name) in parts)
+        self.gates.frozen = [parameter for name, parameter in self._trainable.items() if part_of(name) not in parts]
+        return {name: parameter for name, parameter in self._trainable.items() if part_of(name) in parts}
 
     def read_adapter(self) -> Adapter:
         """A copy of adapter and head, on the CPU."""
@@ -118,6 +126,33 @@ class Classifier(nn.Module):
     def write_adapter(self, adapter: Adapter) -> None:
         """Take over `adapter`, which must have every name of `read_adapter`."""
         torch._foreach_copy_(list(self._trainable.values()), [adapter[name] for name in self._trainable])
+
+    def write_residual(self, residual: Adapter) -> None:
+        """Let `residual` (`copra_fl.residual`) act beside W0, in its dtype, in place of any other.
+
+        Raises ValueError for a module that has no adapter.
+        """
+        modules = residuals.modules(residual)
+        if unknown := sorted(set(modules) - self.linears.keys()):
+            raise ValueError(f"a residual for {unknown[:3]}, but only {sorted(self.linears)[:3]}, ... have adapters")
+        for hook in self._hooks:
+            hook.remove()
+        self.beside.clear()
+        for name in modules:
+            weight = self.linears[name].weight
+            self.beside[name] = tuple(matrix.to(weight) for matrix in residuals.matrices(residual, name))
+        self._hooks = [
+            self.linears[name].register_forward_hook(partial(_add_product, matrices))
+            for name, matrices in self.beside.items()
+        ]
+
+
+def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output + residuals.product(inputs[0], matrices)
+
+
+def _lora_layers(encoder: nn.Module) -> list[Any]:
+    return [module for module in encoder.modules() if isinstance(module, LoraLayer)]
 
 
 def resolve(model: str) -> str:
@@ -196,9 +231,10 @@ def check(config: ModelConfig) -> None:
         check_targets(AutoModel.from_config(description), config.target_modules)
 
 
-def build(config: ModelConfig, group: str, num_labels: int, seed: int) -> Classifier:
+def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Classifier:
     """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
 
+    With `core` there is a matrix R (r, r), at first 0, between the factors: W0 + s B R A.
     Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
     """
     device = choose_device(config.device)
@@ -210,7 +246,7 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int) -> Classi
     lora = LoraConfig(
         task_type="FEATURE_EXTRACTION",
         r=config.rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
         target_modules=check_targets(base, config.target_modules),
         exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
@@ -218,7 +254,22 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int) -> Classi
     with torch_stream(torch.device("cpu"), seed, "init"):
         encoder = get_peft_model(base, lora)
         head = nn.Linear(base.config.hidden_size, num_labels)
+        if core:
+            _insert_cores(encoder, config.rank)
     return Classifier(encoder, head, config.pooling, group, device)
+
+
+def _insert_cores(encoder: PeftModel, rank: int) -> None:
+    """Give each LoRA layer a ``lora_R`` (r, r) of zeros, through which the output of its A goes."""
+    for layer in _lora_layers(encoder):
+        core = nn.Linear(rank, rank, bias=False)
+        nn.init.zeros_(core.weight)
+        layer.lora_R = nn.ModuleDict({"default": core})
+        layer.lora_A["default"].register_forward_hook(partial(_apply_core, core))
+
+
+def _apply_core(core: nn.Linear, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return core(output)
 
 
 @dataclass(frozen=True)
@@ -230,10 +281,17 @@ class Saved:
     labels: list[str]
 
 
-def save(model: Classifier, directory: Path, labels: list[str]) -> None:
-    """Write adapter (PEFT's own format) and head (``head.safetensors``, ``classifier.json``) to `directory`."""
+def save(model: Classifier, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
+    """Write adapter (PEFT's own format) and head (``head.safetensors``, ``classifier.json``) to `directory`.
+
+    A core and a `residual` are folded into one plain adapter of a higher rank, so that stock PEFT opens it.
+    """
     model.gates.open()
-    model.encoder.save_pretrained(str(directory))
+    adapter = model.read_adapter()
+    if residual or any(part_of(name) == "R" for name in adapter):
+        _save_folded(model, adapter, residual or {}, directory)
+    else:
+        model.encoder.save_pretrained(str(directory))
     save_file({name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()},
               directory / "head.safetensors")  # fmt: skip
     base = model.encoder.get_base_model()
@@ -244,6 +302,15 @@ def save(model: Classifier, directory: Path, labels: list[str]) -> None:
         "attention": model.encoder.config._attn_implementation,
     }
     (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_folded(model: Classifier, adapter: Adapter, residual: Adapter, directory: Path) -> None:
+    lora: Any = copy.copy(model.encoder.peft_config["default"])
+    folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
+    lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
+    lora.inference_mode = True
+    lora.save_pretrained(str(directory))
+    save_file(folded, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def load(directory: str | Path, device: str = "auto") -> Saved:

@@ -1,7 +1,7 @@
-"""Local training: a client starts from the global adapter and gives an update.
+"""Local training: a client starts from an adapter and gives an update.
 
 One optimiser step of CopRA at progress t: draw a mask, switch the layers, minimise the
-loss over what is on. The mask holds for all micro-batches of the step.
+loss over what is on and what the round's rule trains. The mask holds for all micro-batches of the step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from copra_fl import schedule
-from copra_fl.adapter import Adapter, Update, difference, norm, trained
+from copra_fl.adapter import Adapter, Update, difference, norm, part_of, parts, trained
+from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.models import Classifier
@@ -39,6 +41,11 @@ class Plan:
     clients: tuple[int, ...]
     config: Config
     keep: tuple[int, ...] = ()
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """The parts (`adapter.part_of`) that clients train in this round; all else stays bit by bit."""
+        return find_rule(self.config.aggregation.rule).trains(self.server_round)
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
@@ -120,7 +127,7 @@ class LocalSteps:
     Attributes:
         batches: the micro-batches of each optimiser step: arrays of example indices.
         masks: (steps, groups) bool, which gate groups are on.
-        scales: (steps,) what is on is multiplied by besides alpha / r.
+        scales: (steps,) what is on is multiplied by besides the scaling of the server's rank.
         t: (steps,) progress of the federation.
     """
 
@@ -142,52 +149,85 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
     masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
-    scales = np.ones(len(batches))
+    ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
+    scales = np.full(len(batches), relative_scaling(config, ranks[client]) if ranks else 1.0)
     if copra.rescale:
         given = masks.any(axis=1)
-        scales[given] = [1 / schedule.inclusion(p, num_groups, copra.min_active) for p in probabilities[given]]
+        scales[given] *= [1 / schedule.inclusion(p, num_groups, copra.min_active) for p in probabilities[given]]
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
     return LocalSteps(client, batches, masks, scales, t)
 
 
 def make_update(
-    steps: LocalSteps, adapter: Adapter, group_of: Mapping[str, int], num_examples: int, metrics: dict[str, float]
+    plan: Plan,
+    steps: LocalSteps,
+    adapter: Adapter,
+    gradients: Adapter,
+    group_of: Mapping[str, int],
+    num_examples: int,
+    metrics: dict[str, float],
 ) -> Update:
-    """The client's update: its `adapter` without the gate groups that were never on, and what is told of it."""
+    """The client's update: of its `adapter` what was trained, in gate groups that were on, and what is told of it.
+
+    `gradients` are summed over the steps; empty where there are no control variates.
+    """
     active_steps = tuple(steps.masks.sum(0).tolist())
-    sent = trained(adapter, active_steps, group_of)
-    return Update(steps.client, sent, num_examples, active_steps, metrics | {"steps": float(len(steps))})
+    sent = trained(parts(adapter, plan.trained_parts), active_steps, group_of)
+    steps_on = {name: active_steps[group_of[name]] if name in group_of else len(steps) for name in sent}
+    mean = {name: gradients[name] / number for name, number in steps_on.items() if gradients}
+    return Update(steps.client, sent, num_examples, active_steps, metrics | {"steps": float(len(steps))}, mean)
 
 
-def train_client(model: Classifier, data: FederatedData, plan: Plan, client: int, global_adapter: Adapter) -> Update:
-    """Train one client for one round, from `global_adapter`, on its own data and random streams.
+def train_client(
+    model: Classifier, data: FederatedData, plan: Plan, client: int, start: Adapter, correction: Adapter | None = None
+) -> Update:
+    """Train one client for one round, from `start`, on its own data and random streams.
 
-    Plain PEFT, one client at a time: ``engine = "peft"``, and what `cohort.train_cohort` is checked against.
+    `correction` is SCAFFOLD's c - c_k. Plain PEFT, one client at a time: ``engine = "peft"``, and what
+    `cohort.train_cohort` is checked against.
     """
     started = time.perf_counter()
-    training, seed = plan.config.training, plan.config.federation.seed
+    training, aggregation, seed = plan.config.training, plan.config.aggregation, plan.config.federation.seed
     steps = plan_steps(plan, data, client, len(model.gates.names))
-    model.write_adapter(global_adapter)
+    model.write_adapter(start)
     model.train_adapters(True)
-    adapters, heads = model.parameters_of("adapter"), model.parameters_of("head")
+    parameters = model.train_only(plan.trained_parts)
+    heads = [parameter for name, parameter in parameters.items() if part_of(name) == "head"]
+    adapters = [parameter for name, parameter in parameters.items() if part_of(name) != "head"]
     optimizer = make_optimizer(training, adapters, heads)
-    losses = []
+    losses, gradients = [], dict[str, Tensor]()
     for step, micro_batches in enumerate(steps.batches):
         set_learning_rates(optimizer, training, steps.t[step])
         model.gates.set(steps.masks[step], steps.scales[step])
         with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
             losses.append(_accumulate_gradients(model, data, micro_batches))
+        grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        if aggregation.control_variates:
+            gradients |= {name: grad + gradients.get(name, 0) for name, grad in grads.items()}
+        _add_local_terms(grads, parameters, start, aggregation.proximal_mu, correction or {})
         if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(adapters + heads, training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     adapter = model.read_adapter()
     metrics = {
         "loss": float(torch.stack(losses).mean()),
         "seconds": time.perf_counter() - started,
-        "distance": norm(difference(adapter, global_adapter)),
+        "distance": norm(difference(adapter, start)),
     }
-    return make_update(steps, adapter, model.group_of, len(data.train[client]), metrics)
+    gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
+    return make_update(plan, steps, adapter, gradients, model.group_of, len(data.train[client]), metrics)
+
+
+def _add_local_terms(
+    grads: Adapter, parameters: Mapping[str, nn.Parameter], start: Adapter, mu: float, correction: Adapter
+) -> None:
+    """FedProx and SCAFFOLD: g <- g + mu (theta - start) + (c - c_k)."""
+    for name, grad in grads.items():
+        if mu:
+            grad += mu * (parameters[name].detach() - start[name].to(grad.device))
+        if name in correction:
+            grad += correction[name].to(grad.device)
 
 
 def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:

@@ -64,7 +64,7 @@ class World:
         return train_client(self.plain, self.data, self.plan, client, self.start)
 
     def together(self, *clients: int) -> list[Update]:
-        return train_cohort(self.stacked, self.data, self.plan, clients, self.start)
+        return train_cohort(self.stacked, self.data, self.plan, clients, dict.fromkeys(clients, self.start), {})
 
 
 def relative_error(got: Adapter, expected: Adapter) -> float:

@@ -44,7 +44,7 @@ def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.Classifi
     batch = batch_of(federated)
     inputs = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
-        for parameter in model.parameters_of("adapter"):
+        for parameter in model.train_only({"A", "B"}).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
         model.gates.set([True, False, True])
         gated = model(*inputs)
@@ -76,7 +76,7 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(model: mode
     config, federated = load(tiny)
     batch = batch_of(federated)
     settings = TrainingConfig(weight_decay=0.1)
-    optimizer = training.make_optimizer(settings, model.parameters_of("adapter"), model.parameters_of("head"))
+    optimizer = training.make_optimizer(settings, model.train_only({"A", "B"}).values(), [])
     training.set_learning_rates(optimizer, settings, t=0.0)
     dropped = [p for n, p in model.encoder.named_parameters() if ".layer.1." in n and ".lora_" in n]
     kept = [p for n, p in model.encoder.named_parameters() if ".layer.2." in n and ".lora_B" in n]

@@ -109,7 +109,8 @@ def open_ours(config: Config, data: FederatedData) -> Train:
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
         parts = engine.slices(data, plan)
-        return [update for part in parts for update in engine.train(data, plan, part, adapter, lambda number: None)]
+        starts = dict.fromkeys(plan.clients, adapter)
+        return [u for part in parts for u in engine.train(data, plan, part, starts, lambda number: None, {})]
 
     return train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from copra_fl import residual
 from copra_fl.stacked.step import Present, Route, Step
 
 
@@ -16,6 +18,7 @@ class AdapterProduct(torch.autograd.Function):
     """y = x W^T + b, and for the clients at `places` y_c += scale_c (noise x)_c A_c^T B_c^T, in few passes over memory.
 
     x (clients, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; A and B in x's dtype.
+    Keeps and computes nothing for a factor that wants no gradient.
     """
 
     @staticmethod
@@ -30,18 +33,23 @@ class AdapterProduct(torch.autograd.Function):
             y.baddbmm_(inner, b.mT)
         else:
             y.index_add_(0, places, torch.bmm(inner, b.mT))
-        ctx.save_for_backward(weight, a, b, scale, places, noise, own, inner)
+        for_a, for_b = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(weight, a, b, scale, places, noise, own if for_a else None, inner if for_b else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight, a, b, scale, places, noise, own, inner = ctx.saved_tensors
         mine = grad if places is None else grad.index_select(0, places)
-        grad_b = torch.bmm(mine.mT, inner)
-        grad_inner = torch.bmm(mine, b).mul_(scale)
-        grad_a = torch.bmm(grad_inner.mT, own)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        for_x, for_a, for_b = (ctx.needs_input_grad[index] for index in (0, 3, 4))
+        grad_x = grad_a = grad_b = None
+        if for_b:
+            grad_b = torch.bmm(mine.mT, inner)
+        if for_a or for_x:
+            grad_inner = torch.bmm(mine, b).mul_(scale)
+        if for_a:
+            grad_a = torch.bmm(grad_inner.mT, own)
+        if for_x:
             grad_x = grad @ weight
             if places is None and noise is None:
                 grad_x.baddbmm_(grad_inner, a)
@@ -53,9 +61,14 @@ class AdapterProduct(torch.autograd.Function):
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of the base with an adapter for each client of the present step."""
+    """A linear layer of the base with an adapter for each client of the present step.
 
-    def __init__(self, name: str, module: lora.Linear, group: int, present: Present) -> None:
+    `beside` is `Classifier.beside`, what residuals multiply by; where no adapter is on the base's own hook does.
+    """
+
+    def __init__(
+        self, name: str, module: lora.Linear, group: int, present: Present, beside: Mapping[str, tuple[Tensor, ...]]
+    ) -> None:
         super().__init__()
         self.base = module.get_base_layer()
         self.name = name
@@ -63,18 +76,23 @@ class StackedLinear(nn.Module):
         self.scaling = module.scaling["default"]
         self.dropout = getattr(module.lora_dropout["default"], "p", 0.0)
         self.present = present
+        self.beside = beside
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.present.step
         route = step.route(self.group)
         if route is None:
             return self.base(x)
-        a = route.of(step.stack.tensors[f"{self.name}.lora_A.weight"]).to(x.dtype)
+        a = route.of(step.stack.tensors[f"{self.name}.lora_A.weight"])
         b = route.of(step.stack.tensors[f"{self.name}.lora_B.weight"]).to(x.dtype)
+        core = step.stack.tensors.get(f"{self.name}.lora_R.weight")
+        a = (a if core is None else torch.bmm(route.of(core), a)).to(x.dtype)
         by_client = x.reshape(step.live, -1, x.shape[-1])
         noise = self._noise(step, route, x) if step.dropout and self.dropout else None
         scale = (self.scaling * route.scale).to(x.dtype)
         y = AdapterProduct.apply(by_client, self.base.weight, self.base.bias, a, b, scale, route.places, noise)
+        if self.name in self.beside:
+            y = y + residual.product(by_client, self.beside[self.name])
         return y.view(*x.shape[:-1], -1)
 
     def _noise(self, step: Step, route: Route, x: Tensor) -> Tensor:

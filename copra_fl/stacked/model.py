@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from copra_fl.adapter import Adapter, Layout
+from copra_fl.adapter import Adapter, Layout, part_of
 from copra_fl.gates import group_name
 from copra_fl.models import Classifier, pool
 from copra_fl.stacked.linear import StackedLinear
@@ -28,9 +28,8 @@ class StackedClassifier:
     """A `Classifier` for many clients at once, on the same base tensors.
 
     Attributes:
-        layout: a client's adapter as a row: gate group after gate group, then the head.
-        spans: the part of the row of each gate group.
-        head_span: the part of the row of the head.
+        layout: a client's adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
+        num_groups: how many gate groups there are.
         blocks: the base's blocks, in order.
         present: what its layers share.
     """
@@ -41,18 +40,23 @@ class StackedClassifier:
         self.pooling = classifier.pooling
         self.present = Present()
         adapter, group_of = classifier.read_adapter(), classifier.group_of
-        num_groups = len(classifier.gates.names)
-        order = sorted(adapter, key=lambda name: group_of.get(name, num_groups))
+        self.num_groups = len(classifier.gates.names)
+        order = sorted(adapter, key=lambda name: (group_of.get(name, self.num_groups), part_of(name)))
         self.layout = Layout.of({name: adapter[name] for name in order})
-        *self.spans, self.head_span = (
-            self._span([name for name in order if group_of.get(name, num_groups) == group])
-            for group in range(num_groups + 1)
-        )
         self._tree: Any
         self._tree, self.blocks, self._block_of = self._build(classifier)
 
-    def _span(self, names: list[str]) -> slice:
-        return slice(self.layout.spans[names[0]].start, self.layout.spans[names[-1]].stop)
+    def spans(self, parts: Collection[str]) -> list[tuple[int, slice]]:
+        """Where the `parts` lie in the row, neighbours together, each with its gate group; the head's: num_groups."""
+        spans: list[tuple[int, slice]] = []
+        for name, span in self.layout.spans.items():
+            group = self.group_of.get(name, self.num_groups)
+            if part_of(name) not in parts:
+                continue
+            if spans and spans[-1][0] == group and spans[-1][1].stop == span.start:
+                span = slice(spans.pop()[1].start, span.stop)
+            spans.append((group, span))
+        return spans
 
     def _build(self, classifier: Classifier) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
         """The base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
@@ -64,7 +68,8 @@ class StackedClassifier:
             module: Any = base.get_submodule(name)
             if type(module) is not lora.Linear or type(module.get_base_layer()) is not nn.Linear or module.lora_variant:
                 raise NotStackable(f"{name} is a {type(module.get_base_layer()).__name__} in a {type(module).__name__}")
-            tree.set_submodule(name, StackedLinear(f"base_model.model.{name}", module, group, self.present))
+            tree.set_submodule(name, StackedLinear(f"base_model.model.{name}", module, group, self.present,
+                                                     classifier.beside))  # fmt: skip
             blocks.append(group_name(name, "layer"))
         inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
         trunks = {block.rpartition(".")[0] for block in inside}
@@ -89,7 +94,7 @@ class StackedClassifier:
     def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Tensor, Tensor], Tensor]:
         """What gives (adapters, B, classes) logits for (B, T) tokens and attention mask, every gate open."""
         number = len(adapters)
-        on = np.ones((number, len(self.spans)), dtype=bool)
+        on = np.ones((number, self.num_groups), dtype=bool)
         rows = torch.stack([self.layout.flatten(adapter) for adapter in adapters]).to(self.device)
         step = Step(
             Stack(self.layout, rows), np.arange(number), on, np.zeros(number, int), self.tensor(np.ones(number))

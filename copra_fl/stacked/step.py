@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from copra_fl.adapter import Layout
+from copra_fl.adapter import Layout, part_of
 from copra_fl.stacked.prefix import PrefixCache
 
 
@@ -19,19 +19,21 @@ class Stack:
     Attributes:
         values: (C, P) float32.
         grads: (C, P), summed over backwards.
-        tensors: adapter tensor name -> (C, *shape), views of `values`.
+        tensors: adapter tensor name -> (C, *shape), views of `values`; those of the `trained` parts want a gradient.
     """
 
-    def __init__(self, layout: Layout, values: Tensor) -> None:
+    def __init__(self, layout: Layout, values: Tensor, trained: Collection[str] = ()) -> None:
         self.values = values
         self.grads = torch.zeros_like(values)
-        self.tensors = {name: _view(values, layout, name).requires_grad_() for name in layout.shapes}
-        self._tensor_grads = [_view(self.grads, layout, name) for name in layout.shapes]
+        self.tensors = {name: _view(values, layout, name) for name in layout.shapes}
+        names = [name for name in layout.shapes if part_of(name) in trained]
+        self._trained = [self.tensors[name].requires_grad_() for name in names]
+        self._totals = [_view(self.grads, layout, name) for name in names]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to `grads`."""
-        found = torch.autograd.grad(loss, list(self.tensors.values()), allow_unused=True)
-        for total, grad in zip(self._tensor_grads, found, strict=True):
+        found = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        for total, grad in zip(self._totals, found, strict=True):
             if grad is not None:
                 total += grad
 
@@ -49,7 +51,7 @@ class Step:
         clients: (c,) the stack's row of each client that takes part.
         on: (c, groups) whether a client's adapters of a gate group are on.
         depth: (c,) how many blocks are below the client's lowest active adapter.
-        scale: (c,) what active adapters are multiplied by besides alpha / r.
+        scale: (c,) what active adapters are multiplied by besides the model's scaling.
         dropout: one generator a client, where there is dropout.
         shapes: rows and tokens of each client's batch by itself, which is what dropout is drawn for.
         samples: (rows,) what the prefix cache knows each row by.
