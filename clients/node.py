@@ -68,7 +68,7 @@ def train(message: Message, context: Context) -> Message:
     updates: list[Update] = []
     failures: dict[int, str] = {}
     for clients in engine.slices(data, plan):
-        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, corrections, _report))
+        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, _report, corrections))
         failures |= failed
         for update in trained:
             start = parts(starts[update.client], rule.trains(plan.server_round))
