@@ -49,8 +49,8 @@ def compare(
         run = link.start_run({"output": str(directory), "resume": resume}, shares)
         progress.watch(link, run, len(configs), console)
 
+    from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
-    from copra_fl.results import table
 
     summary = write(directory)
     console.print(table(summary))
