@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,14 +112,20 @@ def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The results for a terminal."""
-    header, cells = results(summary)
-    shown = Table(
-        *header, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left"
-    )
-    names = header.index("method")
-    for index, column in enumerate(shown.columns):
-        column.justify = "left" if index == names else "right"
+    """The results for a terminal; headings are broken so that a column is as narrow as its cells."""
+    accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
+    header, cells = results(summary, (accuracy, *COLUMNS[1:]))
+    shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
+    for heading, column in zip(header, zip(*cells, strict=True), strict=True):
+        width = max(map(len, (*heading.split(), *column)), default=1)
+        is_name = heading == "method"
+        shown.add_column(
+            "\n".join(textwrap.wrap(heading, width)),
+            justify="left" if is_name else "right",
+            vertical="bottom",
+            no_wrap=not heading.startswith("minus"),
+            min_width=width if is_name else None,
+        )
     num_methods = len(summary["methods"])
     for index, row in enumerate(cells, start=1):
         shown.add_row(*row, end_section=index == num_methods)
