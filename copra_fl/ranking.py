@@ -73,7 +73,9 @@ def ranking(summary: Mapping[str, Any]) -> list[tuple[int | None, str]]:
     ]
 
 
-def results(summary: Mapping[str, Any], columns: Sequence[Column] = COLUMNS) -> tuple[list[str], list[list[str]]]:
+def header_and_rows(
+    summary: Mapping[str, Any], columns: Sequence[Column] = COLUMNS
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the methods as they were given with their differences, or many methods ranked."""
     headings = [column.heading for column in columns]
     if not is_ranked(summary):
@@ -102,19 +104,16 @@ def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -
     """The method, with its seeds where some have not finished, and its numbers."""
     found = summary["methods"][method]
     done, asked = len(found["seeds"]), len(summary["seeds"])
-    name = method if done == asked else f"{method} ({done} of {asked} seeds)"
-    without = "no global model" if method in summary["personal"] else None
-    return [
-        name,
-        *(without if without and column.metric == "test_accuracy" else column.show(found.get(column.metric))
-          for column in columns),
-    ]  # fmt: skip
+    cells = {column.metric: column.show(found.get(column.metric)) for column in columns}
+    if method in summary["personal"] and TEST_ACCURACY.metric in cells:
+        cells[TEST_ACCURACY.metric] = "no global model"
+    return [method if done == asked else f"{method} ({done} of {asked} seeds)", *cells.values()]
 
 
 def table(summary: Mapping[str, Any]) -> Table:
     """The results for a terminal; headings are broken so that a column is as narrow as its cells."""
     accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
-    header, cells = results(summary, (accuracy, *COLUMNS[1:]))
+    header, cells = header_and_rows(summary, (accuracy, *COLUMNS[1:]))
     shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
     for heading, column in zip(header, zip(*cells, strict=True), strict=True):
         width = max(map(len, (*heading.split(), *column)), default=1)

@@ -26,8 +26,8 @@ from copra_fl.ranking import (
     MERGE_GAP,
     TEST_ACCURACY,
     Column,
+    header_and_rows,
     note,
-    results,
     rows,
     verdict,
 )
@@ -171,7 +171,7 @@ def _results(summary: Mapping[str, Any]) -> DataTable:
         f"Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
         f"rounds. {note(summary)}"
     )
-    return DataTable(*results(summary, RESULT_COLUMNS), caption)
+    return DataTable(*header_and_rows(summary, RESULT_COLUMNS), caption)
 
 
 def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from copra_fl.cli.report import report
 from copra_fl.config import Config
 from copra_fl.figures.canvas import STYLES, styles
-from copra_fl.ranking import COLUMNS, ranking, results, rows, table, verdict
+from copra_fl.ranking import COLUMNS, header_and_rows, ranking, rows, table, verdict
 from copra_fl.report import render, sections, write
 from copra_fl.results import ResultsError, estimate, load_comparison, load_run, method_name, metrics, summarise
 from tests.browser import check_page, needs_chromium
@@ -279,7 +279,7 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "fedsa-lora", "copra"])
     summary = summarise(load_comparison(folder))
     assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
-    header, (first, second, last) = results(summary)
+    header, (first, second, last) = header_and_rows(summary)
     assert header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
     assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
     assert second[:2] == ["2", "lora"] and second[3] == ""
@@ -301,7 +301,7 @@ def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
     shutil.rmtree(many / "hetlora-seed0")
     shutil.rmtree(many / "hetlora-seed1")
     summary = summarise(load_comparison(many))
-    _, cells = results(summary)
+    _, cells = header_and_rows(summary)
     assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
     assert [row[:4] for row in cells[-2:]] == [
         ["–", "hetlora (0 of 2 seeds)", "–", "–"],
