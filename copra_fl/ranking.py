@@ -202,12 +202,13 @@ def _verdict_on_many(summary: Mapping[str, Any]) -> Iterator[str]:
     below = [method for method, (_, high) in sure.items() if high < 0]
     if differences and not sure:
         yield f"One seed tells nothing about the spread, so none can be called better than {baseline}."
-    for where, found in (("above", above), ("below", below)):
-        if found:
-            yield f"With a 95 % interval {where} 0 in its difference from {baseline}: {join(found)}."
+    if above:
+        yield f"Above {baseline}, with a 95 % interval that does not cover 0: {join(above)}."
+    if below:
+        yield f"Below {baseline}, with a 95 % interval that does not cover 0: {join(below)}."
     if apart := len(sure) - len(above) - len(below):
-        rest = "the others" if above or below else "the methods"
-        yield f"{apart} of {rest} cannot be told apart from {baseline}: the interval of the difference covers 0."
+        who = "No other can" if apart == len(sure) else f"{apart} others cannot"
+        yield f"{who} be told apart from {baseline}: the 95 % interval of the difference covers 0."
     if len(sure) >= 10 and (above or below):
         yield "Of so many intervals, one in 20 misses 0 by chance."
     if summary["personal"]:

@@ -285,7 +285,7 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     assert second[:2] == ["2", "lora"] and second[3] == ""
     assert last[:4] == ["–", "fedsa-lora", "no global model", "–"] and last[5] == "–"
     said = verdict(summary)
-    assert said.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. With a 95 % interval above 0")
+    assert said.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Above lora, with a 95 % interval")
     assert said.endswith("only to be compared on the clients' own data: fedsa-lora.")
 
 
