@@ -16,39 +16,42 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from copra_fl import figures
 from copra_fl.config import toml_value
-from copra_fl.figures import Figure
-from copra_fl.results import (
-    COLUMNS,
+from copra_fl.figures import averaging, clients, cost, learning
+from copra_fl.figures.canvas import Figure
+from copra_fl.ranking import (
+    AGGREGATION_ERROR,
+    CLIENT_ACCURACY,
+    COST,
+    MERGE_GAP,
+    TEST_ACCURACY,
     Column,
-    Comparison,
-    join,
-    load_comparison,
-    metrics,
-    partition_settings,
+    header_and_rows,
+    note,
     rows,
-    summarise,
     verdict,
-    write_text,
 )
+from copra_fl.results import Comparison, join, load_comparison, metrics, partition_settings, summarise, write_text
 
+RESULT_COLUMNS = (TEST_ACCURACY, CLIENT_ACCURACY, AGGREGATION_ERROR, MERGE_GAP, *COST)
 CONNECTIVITY_COLUMNS = (
     Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f"),
     Column("barrier (Frankle), loss", "barrier_frankle", spec="+.3f"),
     Column("midpoint gap, points", "midpoint_gap", scale=100, spec="+.1f"),
 )
 RUN_COLUMNS = (
-    Column("test accuracy, %", "test_accuracy", scale=100),
+    TEST_ACCURACY,
     Column("test loss", "test_loss", spec=".3f"),
     Column("validation accuracy, %", "validation_accuracy", scale=100),
     Column("validation loss", "validation_loss", spec=".3f"),
-    Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f"),
+    CLIENT_ACCURACY,
+    AGGREGATION_ERROR,
+    MERGE_GAP,
     Column("merge gap, loss", "merge_gap_loss", spec="+.3f"),
-    Column("MB up", "bytes_up", scale=1e-6),
-    Column("MB down", "bytes_down", scale=1e-6),
-    Column("seconds", "seconds", spec=".0f"),
+    *COST,
 )
+#: with more methods than this the title does not name them
+MAX_IN_TITLE = 3
 
 
 @dataclass(frozen=True)
@@ -103,25 +106,35 @@ def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
 def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section]:
     """Everything below the results, in reading order. What the runs did not record is left out."""
     arranged = [
-        Section("Learning", figures.learning(comparison)),
-        Section("Averaging the clients", figures.merge_gaps(comparison)),
+        Section("Learning", learning.learning(comparison)),
         Section(
-            "On the line between two clients", figures.connectivity(comparison), _connectivity(comparison, summary)
+            "Aggregation",
+            [
+                *averaging.aggregation_error(comparison),
+                *averaging.error_by_layer(comparison),
+                *averaging.merge_gaps(comparison),
+            ],
         ),
-        Section("Adapters switched on", [*figures.schedule(comparison), *figures.activity_maps(comparison)]),
-        Section("Clients", [*figures.client_accuracy(comparison), *figures.client_examples(comparison)]),
-        Section("Cost", figures.cost(comparison)),
+        Section(
+            "On the line between two clients", averaging.connectivity(comparison), _connectivity(comparison, summary)
+        ),
+        Section("Adapters switched on", [*learning.schedule(comparison), *learning.activity_maps(comparison)]),
+        Section("Clients", [*clients.client_accuracy(comparison), *clients.client_examples(comparison)]),
+        Section("Cost", [*cost.accuracy_for_bytes(comparison), *cost.traffic_and_time(comparison)]),
         Section("Each run", tables=_each_run(comparison), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
+        Section("What the rules noted", tables=_notes(comparison), collapsed=True),
         Section("Failures and data left out", tables=_failures(comparison), collapsed=True),
     ]
     return [section for section in arranged if section.figures or section.tables]
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    others = list(summary["differences"])
-    return f"{summary['baseline']} against {join(others)}" if others else summary["baseline"]
+    baseline, others = summary["baseline"], list(summary["differences"])
+    if not others:
+        return baseline
+    return f"{baseline} against {join(others) if len(others) < MAX_IN_TITLE else f'{len(others)} other methods'}"
 
 
 def _setting(comparison: Comparison, summary: Mapping[str, Any]) -> str:
@@ -141,11 +154,12 @@ def _setting(comparison: Comparison, summary: Mapping[str, Any]) -> str:
 
 
 def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[str]:
-    if summary["unfinished"]:
-        unfinished = [
-            f"{run['method']} seed {run['seed']} ({run['rounds']} rounds done)" for run in summary["unfinished"]
-        ]
+    begun = [run for run in summary["unfinished"] if run["rounds"]]
+    if begun:
+        unfinished = [f"{run['method']} seed {run['seed']} ({run['rounds']} rounds done)" for run in begun]
         yield f"Not finished, and so only in the figures by round: {join(unfinished)}."
+    if waiting := len(summary["unfinished"]) - len(begun):
+        yield f"Runs that have not finished a round: {waiting}."
     missing = sum(len(row["missing"]) for _, run in comparison.runs for row in run.journal)
     if missing:
         yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
@@ -153,10 +167,11 @@ def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[st
 
 def _results(summary: Mapping[str, Any]) -> DataTable:
     caption = (
-        "After the last round. Test data is seen by no client. Means over seeds; in brackets the 95 % t-interval. "
-        "Differences are paired by seed."
+        f"After the last round. Test data is seen by no client; the clients' own data are their validation data. "
+        f"Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
+        f"rounds. {note(summary)}"
     )
-    return DataTable(["method", "seeds", *(column.heading for column in COLUMNS)], rows(summary), caption)
+    return DataTable(*header_and_rows(summary, RESULT_COLUMNS), caption)
 
 
 def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:
@@ -168,7 +183,7 @@ def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[Da
     )
     return [
         DataTable(
-            ["method", "seeds", *(column.heading for column in CONNECTIVITY_COLUMNS)],
+            ["method", *(column.heading for column in CONNECTIVITY_COLUMNS)],
             rows(summary, CONNECTIVITY_COLUMNS),
             caption,
         )
@@ -215,12 +230,18 @@ def _common(common: Mapping[str, Any], text: Callable[[Any], str]) -> DataTable:
 
 
 def _differing(differing: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str]) -> list[DataTable]:
+    """What differs: a row a key, or a row an owner where there are more of these."""
     if not differing:
         return []
-    owners = next(iter(differing.values()))
-    return [
-        DataTable(["differing", *owners], [[key, *map(text, values.values())] for key, values in differing.items()])
-    ]
+    owners = list(next(iter(differing.values())))
+    cells = {(key, owner): text(values[owner]) for key, values in differing.items() for owner in owners}
+    if len(owners) > len(differing):
+        return [
+            DataTable(
+                ["differing", *differing], [[owner, *(cells[key, owner] for key in differing)] for owner in owners]
+            )
+        ]
+    return [DataTable(["differing", *owners], [[key, *(cells[key, owner] for owner in owners)] for key in differing])]
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,6 +250,16 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _notes(comparison: Comparison) -> list[DataTable]:
+    noted = [
+        [method, str(run.seed), str(row["round"]), json.dumps(row["notes"])]
+        for method, run in comparison.runs
+        for row in run.journal
+        if row.get("notes")
+    ]
+    return [DataTable(["method", "seed", "round", "note"], noted)] if noted else []
 
 
 LEFT_OUT = (

@@ -12,15 +12,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from scipy.special import stdtrit
 
 from copra_fl.config import Config, read_toml
@@ -122,13 +120,20 @@ def load_comparison(directory: Path) -> Comparison:
         comparison = Comparison(directory, methods, plan["seeds"])
     elif (directory / "config.toml").exists():
         run = load_run(directory)
-        method = run.summary["method"] if run.summary else run.config.copra.local_training
-        comparison = Comparison(directory, {method: [run]}, [run.seed])
+        comparison = Comparison(directory, {method_name(run.config): [run]}, [run.seed])
     else:
         raise ResultsError(f"{directory} is no run and no comparison: it has no config.toml and no comparison.toml")
     if not any(run.journal for _, run in comparison.runs):
         raise ResultsError(f"{directory} has no finished round to report")
     return comparison
+
+
+def method_name(config: Config) -> str:
+    """What a single run's method is called, as `compare` would call it: ``copra``, ``flora``, ``flora+copra``."""
+    rule, training = config.aggregation.rule, config.copra.local_training
+    if rule == "fedavg":
+        return training
+    return rule if training == "lora" else f"{rule}+{training}"
 
 
 def estimate(values: Sequence[float | None]) -> Estimate:
@@ -150,16 +155,21 @@ def estimate(values: Sequence[float | None]) -> Estimate:
 def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of a finished run that are compared: accuracies in [0, 1], losses in nats, bytes, seconds.
 
-    Barriers and midpoint gap are means over the run's pairs of clients. A number that the run
-    was not asked for is None.
+    Client accuracy is that on the clients' own validation data, weighted by examples: of the global model, or of each
+    client's own where there is none. Barriers and midpoint gap are means over the run's pairs of clients. A number
+    that the run does not have, or was not asked for, is None.
     """
-    gap = summary["merge_gap"] or {}
-    paths = summary["paths"]
+    test, validation, gap = (summary[part] or {} for part in ("test", "validation", "merge_gap"))
+    paths, clients = summary["paths"], summary["clients"]
+    examples = sum(client["examples"] for client in clients)
+    right = sum(client["examples"] * client["accuracy"] for client in clients)
     return {
-        "test_accuracy": summary["test"]["accuracy"],
-        "test_loss": summary["test"]["loss"],
-        "validation_accuracy": summary["validation"]["accuracy"],
-        "validation_loss": summary["validation"]["loss"],
+        "test_accuracy": test.get("accuracy"),
+        "test_loss": test.get("loss"),
+        "validation_accuracy": validation.get("accuracy"),
+        "validation_loss": validation.get("loss"),
+        "client_accuracy": right / examples if examples else None,
+        "aggregation_error": summary.get("aggregation_error"),
         "merge_gap_accuracy": gap.get("accuracy"),
         "merge_gap_loss": gap.get("loss"),
         "bytes_up": summary["bytes_up"],
@@ -177,6 +187,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
 
     ``methods``: for each method ``seeds`` (those finished) and an `Estimate` for each of `metrics`.
     ``differences``: the same for each method minus ``baseline``, over the seeds that both have finished.
+    ``personal``: the methods without a global model, each client of which keeps its own.
     ``settings``: ``common`` to all methods, and ``differing``: key -> method -> value.
     ``unfinished``: method, seed and finished rounds of every run that was asked for and has no summary.
     """
@@ -195,6 +206,9 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         "differences": {
             method: _estimates(_paired_differences(by_method[method], by_method[baseline])) for method in others
         },
+        "personal": [
+            method for method in by_method if any(end.get("personal") for _, end in comparison.finished(method))
+        ],
         "settings": {"common": common, "differing": differing},
         "unfinished": [
             {"method": method, "seed": seed, "rounds": comparison.rounds_done(method, seed)}
@@ -243,89 +257,6 @@ def activity(runs: Sequence[Run]) -> dict[int, npt.NDArray[np.float64]]:
                 np.asarray(client["active_steps"]) / client["steps"] for client in row["clients"]
             )
     return {number: np.mean(clients, axis=0) for number, clients in sorted(shares.items())}
-
-
-def verdict(summary: Mapping[str, Any]) -> str:
-    """What the test accuracies say, in a plain sentence for each method against the first."""
-    baseline = summary["baseline"]
-    if not summary["differences"]:
-        accuracy = summary["methods"][baseline].get("test_accuracy")
-        if accuracy is None:
-            return f"{baseline} has not finished yet; the figures by round show how far it is."
-        return f"{baseline} reaches a test accuracy of {TEST_ACCURACY.show(accuracy)} %."
-    return " ".join(_verdict(method, baseline, found) for method, found in summary["differences"].items())
-
-
-def _verdict(method: str, baseline: str, found: Mapping[str, Any]) -> str:
-    if not found["seeds"]:
-        return f"{method} cannot be compared with {baseline} yet: no seed has finished with both."
-    mean, interval = found["test_accuracy"]["mean"], found["test_accuracy"]["interval"]
-    ends = f"{method} ends {100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'} {baseline} in test accuracy"
-    if interval is None:
-        return (
-            f"{ends} with the one seed that both have finished. "
-            "One seed tells nothing about the spread, so neither can be called better."
-        )
-    low, high = map(POINTS.format, interval)
-    evidence = f"95 % interval {low} to {high} points, {len(found['seeds'])} seeds in pairs"
-    if interval[0] <= 0 <= interval[1]:
-        return f"{method} and {baseline} cannot be told apart: {ends}, but the interval covers 0 ({evidence})."
-    return f"{ends} ({evidence})."
-
-
-@dataclass(frozen=True)
-class Column:
-    """How one of `metrics` is shown: its heading, the factor to the unit shown, and the digits."""
-
-    heading: str
-    metric: str
-    scale: float = 1.0
-    spec: str = ".1f"
-    interval: bool = True
-
-    def format(self, value: float | None) -> str:
-        """`value` in the unit shown; an en dash where there is none."""
-        return "–" if value is None else f"{self.scale * value:{self.spec}}".replace("-", "−")
-
-    def show(self, found: Estimate | None) -> str:
-        """``mean [low, high]``."""
-        if found is None or not (self.interval and found["interval"]):
-            return self.format(found and found["mean"])
-        low, high = found["interval"]
-        return f"{self.format(found['mean'])} [{self.format(low)}, {self.format(high)}]"
-
-
-TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
-POINTS = replace(TEST_ACCURACY, spec="+.1f")
-COLUMNS = (
-    TEST_ACCURACY,
-    Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f"),
-    Column("MB sent", "bytes", scale=1e-6, interval=False),
-    Column("seconds", "seconds", spec=".0f", interval=False),
-)
-
-
-def rows(summary: Mapping[str, Any], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:
-    """The cells of the results: a row a method, then a row for each method minus the first."""
-    signed = [replace(column, spec="+" + column.spec.lstrip("+")) for column in columns]
-
-    def cells(name: str, found: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
-        return [name, str(len(found["seeds"])), *(column.show(found.get(column.metric)) for column in columns)]
-
-    return [cells(method, found, columns) for method, found in summary["methods"].items()] + [
-        cells(f"{method} − {summary['baseline']}", found, signed) for method, found in summary["differences"].items()
-    ]
-
-
-def table(summary: Mapping[str, Any]) -> Table:
-    """The results for a terminal: means with 95 % intervals over seeds."""
-    headings = [column.heading for column in COLUMNS]
-    shown = Table("method", "seeds", *headings, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for index, cells in enumerate(rows(summary)):
-        shown.add_row(*cells, end_section=index == len(summary["methods"]) - 1)
-    return shown
 
 
 def join(items: Iterable[object]) -> str:

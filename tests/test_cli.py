@@ -9,9 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from copra_fl.cli import main
-from copra_fl.config import Config
+from copra_fl.cli.compare import with_all
+from copra_fl.cli.recipes import Recipe
+from copra_fl.config import Config, ConfigError
 from tests.real_runs import SCRIPT, settings
 
 Settings = dict[str, object]
@@ -86,6 +89,32 @@ def test_unknown_method_recipe_and_option(refused: Refused, tmp_path: Path) -> N
     (tmp_path / "bad.toml").write_text("rank = = 3")
     assert "is not valid TOML" in refused(["simulate", "--recipe", "bad.toml"], tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.toml"]
+
+
+def test_a_combination_that_cannot_be_is_refused_with_the_reason(
+    refused: Refused, tmp_path: Path, tiny: Settings
+) -> None:
+    methods = ["--methods", "fedavg,fedsa-lora+copra"]
+    err = refused(["compare", *settings(tiny), *methods, "--output", "both"], tmp_path)
+    assert "rule = 'fedsa-lora' does not combine with local-training = 'copra': a client keeps its own B" in err
+    assert "unknown method 'copar'" in refused(["compare", "--methods", "fedavg+copar"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_is_every_method_once_and_names_what_it_leaves_out(
+    tiny: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = with_all({"all": "all"}, Recipe(tiny), Console(stderr=True))
+    assert list(methods)[:2] == ["fedavg", "fedavg+copra"]
+    assert methods.keys() >= {"head", "fedsa-lora", "ffa-lora", "ffa-lora+copra", "fedadam+copra", "scaffold"}
+    assert not methods.keys() & {"lora", "copra", "head+copra", "fedsa-lora+copra"}
+    assert "note: fedsa-lora+copra is left out: rule = 'fedsa-lora' does not combine" in capsys.readouterr().err
+    assert list(with_all({"lora": "lora", "all": "all"}, Recipe(tiny), Console(quiet=True))) == ["lora", *methods]
+
+
+def test_all_with_what_no_rule_can_do_is_refused(tiny: Settings) -> None:
+    with pytest.raises(ConfigError, match="^unknown rule 'flor'.*Known: [^\n]*$"):
+        with_all({"all": "all"}, Recipe(tiny, overrides={"rule": "flor"}), Console(quiet=True))
 
 
 def test_output_that_exists(refused: Refused, tmp_path: Path, tiny: Settings) -> None:

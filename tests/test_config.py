@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from copra_fl.cli.recipes import Recipe, method_settings
+from copra_fl.aggregation import RULES
+from copra_fl.cli.recipes import Recipe, method_settings, short_name
 from copra_fl.config import KEYS, Config, ConfigError, parse_override
 
 ROOT = Path(__file__).parent.parent
@@ -94,8 +95,57 @@ def test_precedence(tmp_path: Path) -> None:
     assert config.model.rank == 4
 
 
+@pytest.fixture
+def tuned(tmp_path: Path) -> Recipe:
+    """A recipe with a learning rate for each local training, and one for a rule with it."""
+    path = tmp_path / "tuned.toml"
+    path.write_text("[methods.lora]\nlearning-rate = 0.1\n[methods.copra]\nlearning-rate = 0.2\n"
+                    "[methods.fed-sb]\nlearning-rate = 0.3\n")  # fmt: skip
+    return Recipe.read(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "training", "rate"),
+    [
+        ("lora", "fedavg", "lora", 0.1),
+        ("copra", "fedavg", "copra", 0.2),
+        ("flora", "flora", "lora", 0.1),
+        ("flora+copra", "flora", "copra", 0.2),
+        ("fed-sb", "fed-sb", "lora", 0.3),
+        ("fed-sb+copra", "fed-sb", "copra", 0.3),
+    ],
+)
+def test_a_rule_combines_with_local_training(tuned: Recipe, method: str, rule: str, training: str, rate: float) -> None:
+    """The recipe's table of what is trained counts first, those of the other names count more."""
+    config = tuned.config(method)
+    assert (config.aggregation.rule, config.copra.local_training) == (rule, training)
+    assert config.training.learning_rate == rate
+
+
+def test_ones_own_file_wins_over_the_table_of_its_local_training(tuned: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("learning-rate = 0.5\nrank = 2\n")
+    config = tuned.config(f"flora+{tmp_path / 'mine.toml'}")
+    assert (config.aggregation.rule, config.training.learning_rate, config.model.rank) == ("flora", 0.5, 2)
+    assert config.copra.local_training == "lora"
+    assert short_name(f"flora+{tmp_path / 'mine.toml'}") == "flora+mine"
+
+
+def test_a_name_of_which_nothing_is_left_is_refused(tuned: Recipe) -> None:
+    with pytest.raises(ConfigError, match="'copra[+]flora': nothing is left of 'copra'"):
+        tuned.config("copra+flora")
+
+
+def test_every_rule_has_a_method_and_fedavg_is_lora() -> None:
+    recipe = Recipe.read("base", [])
+    assert {recipe.config(method.stem).aggregation.rule for method in METHODS} >= RULES.keys()
+    assert recipe.config("fedavg") == recipe.config("lora")
+    assert recipe.config("fedavg+copra") == recipe.config("copra")
+
+
 def test_unknown_recipe_and_method() -> None:
     with pytest.raises(ConfigError, match="no recipe file 'demoo'.*base, .*smoke"):
         Recipe.read("demoo", [])
+    with pytest.raises(ConfigError, match="unknown method 'flor'. Did you mean 'flora'"):
+        method_settings("flor")
     with pytest.raises(ConfigError, match="unknown method 'copar'. Did you mean 'copra'"):
         method_settings("copar")

@@ -11,22 +11,46 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from copra_fl.cli.report import report
 from copra_fl.config import Config
+from copra_fl.figures.canvas import STYLES, styles
+from copra_fl.ranking import COLUMNS, header_and_rows, ranking, rows, table, verdict
 from copra_fl.report import render, sections, write
-from copra_fl.results import ResultsError, estimate, load_comparison, load_run, rows, summarise, verdict
+from copra_fl.results import ResultsError, estimate, load_comparison, load_run, method_name, metrics, summarise
 from tests.browser import check_page, needs_chromium
 
 LAYERS = [f"encoder.layer.{index}" for index in range(6)]
+MODULES = [f"{layer}.attention.self.{name}" for layer in LAYERS for name in ("query", "value")]
 ACCURACY = {"lora": [0.40, 0.43, 0.39], "copra": [0.43, 0.45, 0.43]}
+#: relative aggregation errors, bytes up and bytes down of a client and round, as multiples of LoRA's; others: 0.2, 1, 1
+RULES = {
+    "ffa-lora": (2e-8, 0.5, 0.5),
+    "fed-sb": (3e-8, 0.01, 0.01),
+    "flora": (4e-8, 1, 8),
+    "fedex-lora": (1e-8, 1, 4),
+    "flexlora": (0.07, 1, 1),
+    "fedsa-lora": (None, 0.5, 0.5),
+}
+
+
+def goals(method: str) -> list[float]:
+    """Test accuracy with each seed."""
+    spread = np.random.default_rng(list(method.encode())).normal(0, [0.03, 0.004, 0.004, 0.004])
+    return ACCURACY.get(method, list(0.38 + spread[0] + spread[1:]))
 
 
 def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finished: bool = True, **changes: Any) -> None:
     """A run folder as the server leaves it: 8 clients, 6 layers, numbers that a real run could have."""
     folder.mkdir(parents=True)
-    config = Config().changed(local_training=method, seed=seed, num_rounds=num_rounds, num_clients=8, **changes)
+    rule, _, training = (f"fedavg+{method}" if method in ("lora", "copra") else f"{method}+lora").partition("+")
+    training = training.removesuffix("+lora")
+    error, up, down = RULES.get(rule, (0.2, 1, 1))
+    personal = error is None
+    settings = {"rule": rule, "local_training": training, "seed": seed, "num_rounds": num_rounds, "num_clients": 8}
+    config = Config().changed(**settings, **changes)
     (folder / "config.toml").write_text(config.to_toml())
     provenance = {
         "versions": {"copra-fl": "0.1.0", "flwr": "1.42.0", "torch": "2.13.0+cpu"},
@@ -37,19 +61,19 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
     }
     (folder / "provenance.json").write_text(json.dumps(provenance))
     rng = np.random.default_rng([seed, len(method)])
-    goal = ACCURACY[method][seed]
+    goal = goals(method)[seed]
     steps = 150
     journal: list[dict[str, Any]] = []
     for number in range(1, num_rounds + 1):
         times = (number - 1 + (np.arange(steps) + 0.5) / steps) / num_rounds
-        p = np.ones(steps) if method == "lora" else np.minimum(1, times / 0.75)
+        p = np.ones(steps) if training == "lora" else np.minimum(1, times / 0.75)
         accuracy = goal - 0.2 * 0.4**number
         journal.append(
             {
                 "round": number,
                 "seconds": 21.5 + rng.normal(),
-                "bytes_up": 8 * 463_132,
-                "bytes_down": 8 * 463_132,
+                "bytes_up": round(up * 8 * 463_132),
+                "bytes_down": round(down * 8 * 463_132),
                 "train_loss": 2.6 - 0.3 * number,
                 "clients": [
                     {
@@ -64,18 +88,25 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
                     if (seed, number, client) != (1, 2, 5)
                 ],
                 "missing": [{"client": 5, "reason": "loss is not finite"}] if (seed, number) == (1, 2) else [],
-                "validation": {"loss": 3.2 - 3 * accuracy, "accuracy": accuracy, "examples": 1000},
-                "merge_gap": {"loss": -0.4 + 0.1 * number, "accuracy": 0.12 - 0.02 * number + 0.01 * rng.normal()},
                 "layers": LAYERS,
+                "aggregation_error": None,
+                "notes": {"kept": [0, 3]} if rule == "connectivity" else {},
             }
         )
+        if not personal:
+            errors = {name: error * float(rng.uniform(0.5, 1.5)) * number for name in MODULES}
+            journal[-1] |= {
+                "validation": {"loss": 3.2 - 3 * accuracy, "accuracy": accuracy, "examples": 1000},
+                "merge_gap": {"loss": -0.4 + 0.1 * number, "accuracy": 0.12 - 0.02 * number + 0.01 * rng.normal()},
+                "aggregation_error": {"total": error * number, "layers": errors},
+            }
     (folder / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in journal))
     if not finished:
         return
     u = np.linspace(0, 1, 11)
-    bump = 0.15 if method == "lora" else -0.1
+    bump = 0.15 if training == "lora" else -0.1
     paths = []
-    for pair in ([0, 1], [2, 5], [3, 7]):
+    for pair in [] if personal else ([0, 1], [2, 5], [3, 7]):
         ends = 2.1 + 0.2 * rng.random(2)
         loss = (1 - u) * ends[0] + u * ends[1] + 4 * bump * u * (1 - u)
         accuracy = goal - 0.2 * (loss - loss.min())
@@ -92,11 +123,14 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
         )
     summary = {
         "method": method,
+        "rule": rule,
         "seed": seed,
         "rounds": num_rounds,
-        "test": {"loss": 3.2 - 3 * goal, "accuracy": goal, "examples": 2000},
-        "validation": journal[-1]["validation"],
-        "merge_gap": journal[-1]["merge_gap"],
+        "personal": personal,
+        "test": None if personal else {"loss": 3.2 - 3 * goal, "accuracy": goal, "examples": 2000},
+        "validation": journal[-1].get("validation"),
+        "merge_gap": journal[-1].get("merge_gap"),
+        "aggregation_error": None if personal else error * (num_rounds + 1) / 2,
         "bytes_up": sum(row["bytes_up"] for row in journal),
         "bytes_down": sum(row["bytes_down"] for row in journal),
         "seconds": sum(row["seconds"] for row in journal) + 10,
@@ -113,19 +147,42 @@ def write_run(folder: Path, method: str, seed: int, num_rounds: int = 3, finishe
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def write_comparison(folder: Path, seeds: list[int]) -> Path:
-    """LoRA and CopRA with each of `seeds`."""
+def write_comparison(folder: Path, seeds: list[int], methods: list[str] | None = None) -> Path:
+    """Each of `methods`, else LoRA and CopRA, with each of `seeds`."""
+    methods = methods or ["lora", "copra"]
     folder.mkdir(parents=True)
-    (folder / "comparison.toml").write_text(f'methods = ["lora", "copra"]\nseeds = {seeds}\n')
-    for seed in seeds:
-        write_run(folder / f"lora-seed{seed}", "lora", seed)
-        write_run(folder / f"copra-seed{seed}", "copra", seed, learning_rate=5e-3)
+    (folder / "comparison.toml").write_text(f"methods = {json.dumps(methods)}\nseeds = {seeds}\n")
+    for method in methods:
+        for seed in seeds:
+            rate = 5e-3 if method.endswith("copra") else 2e-3
+            write_run(folder / f"{method}-seed{seed}", method, seed, learning_rate=rate)
     return folder
 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Path:
     return write_comparison(tmp_path / "comparison", seeds=[0, 1, 2])
+
+
+def many_methods() -> list[str]:
+    rules = [
+        "ffa-lora",
+        "rolora",
+        "zero-pad",
+        "hetlora",
+        "flora",
+        "flexlora",
+        "fedex-lora",
+        "lora-fair",
+        "connectivity",
+    ]
+    rules += ["fedrot-lora", "fed-sb", "median", "trimmed-mean", "norm-clipped"]
+    return ["lora", "copra", *(f"{rule}{copra}" for rule in rules for copra in ("", "+copra")), "fedsa-lora"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    return write_comparison(tmp_path / "many", [0, 1], many_methods())
 
 
 # --- numbers by hand ----------------------------------------------------------------------
@@ -199,9 +256,92 @@ def test_settings_are_common_or_differ(comparison: Path) -> None:
 
 
 def test_rows_sign_only_the_differences(comparison: Path) -> None:
-    lora, _, difference = rows(summarise(load_comparison(comparison)))
-    assert lora[:2] == ["lora", "3"] and lora[2].startswith("40.7 [")
-    assert difference[0] == "copra − lora" and difference[2] == "+3.0 [+0.5, +5.5]"
+    lora, _, difference = rows(summarise(load_comparison(comparison)), COLUMNS)
+    assert lora[0] == "lora" and lora[1].startswith("40.7 [")
+    assert difference[:2] == ["copra − lora", "+3.0 [+0.5, +5.5]"]
+
+
+def test_client_accuracy_is_weighted_by_examples(tmp_path: Path) -> None:
+    """(0.5 * 30 + 0.9 * 10) / 40 = 0.6; a personal method has nothing else."""
+    write_run(tmp_path / "run", "fedsa-lora", 0)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["clients"] = [{"accuracy": 0.5, "examples": 30}, {"accuracy": 0.9, "examples": 10}]
+    found = metrics(summary)
+    assert found["client_accuracy"] == pytest.approx(0.6)
+    nothing = ("test_accuracy", "validation_loss", "merge_gap_accuracy", "aggregation_error", "barrier_frankle")
+    assert {found[name] for name in nothing} == {None}
+
+
+# --- many methods -------------------------------------------------------------------------
+
+
+def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "fedsa-lora", "copra"])
+    summary = summarise(load_comparison(folder))
+    assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
+    header, (first, second, last) = header_and_rows(summary)
+    assert header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
+    assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
+    assert second[:2] == ["2", "lora"] and second[3] == ""
+    assert last[:4] == ["–", "fedsa-lora", "no global model", "–"] and last[5] == "–"
+    said = verdict(summary)
+    assert said.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Above lora, with a 95 % interval")
+    assert said.endswith("only to be compared on the clients' own data: fedsa-lora.")
+
+
+def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
+    two = write_comparison(tmp_path / "two", [0], ["lora", "fedsa-lora"])
+    assert "can only be compared on the clients' own data" in verdict(summarise(load_comparison(two)))
+    one = load_comparison(two / "fedsa-lora-seed0")
+    assert verdict(summarise(one)).startswith("With fedsa-lora each client keeps its own model")
+
+
+def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
+    shutil.rmtree(many / "flora-seed1")
+    shutil.rmtree(many / "hetlora-seed0")
+    shutil.rmtree(many / "hetlora-seed1")
+    summary = summarise(load_comparison(many))
+    _, cells = header_and_rows(summary)
+    assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
+    assert [row[:4] for row in cells[-2:]] == [
+        ["–", "hetlora (0 of 2 seeds)", "–", "–"],
+        ["–", "fedsa-lora", "no global model", "–"],
+    ]
+
+
+def test_a_single_run_is_called_as_compare_would(tmp_path: Path) -> None:
+    for method in ("lora", "copra", "flora", "flora+copra"):
+        write_run(tmp_path / method, method, 0, num_rounds=1)
+        assert method_name(load_run(tmp_path / method).config) == method
+
+
+def test_up_to_45_methods_look_different() -> None:
+    assert styles(["lora", "copra"]) == {"lora": STYLES[0], "copra": STYLES[1]}
+    methods = [f"{rule}{copra}" for rule in range(23) for copra in ("", "+copra")]
+    found = styles(methods)
+    assert len(set(found.values())) == len(methods)
+    assert found["9"].colour == found["9+copra"].colour and found["9"].dash != found["9+copra"].dash
+
+
+def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
+    """On a logarithmic axis there is no 0: what is only rounding is drawn at the lowest tick, and says what it is."""
+    loaded = load_comparison(many)
+    figures = {each.title: each for section in sections(loaded, summarise(loaded)) for each in section.figures}
+    chart = figures["Aggregation error by round"].chart
+    assert chart.layout.yaxis.type == "log" and chart.layout.yaxis.ticktext[0] == "exact"
+    lines = {trace.name: trace for trace in chart.data}
+    assert set(lines["flora"].y) == {chart.layout.yaxis.tickvals[0]}
+    assert list(lines["flora"].customdata) == pytest.approx([4e-6, 8e-6, 12e-6])
+    assert list(lines["lora"].y) == pytest.approx([20, 40, 60])
+    assert "fedsa-lora" not in lines
+    heatmap = figures["Aggregation error by layer"].chart.data[0]
+    assert list(heatmap.x[:3]) == ["0.query", "0.value", "1.query"]
+
+
+def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=100).print(table(summarise(load_comparison(many))))
+    out = capsys.readouterr().out
+    assert "fedex-lora+copra" in out and "no global model" in out and "…" not in out
 
 
 def test_half_a_journal_line_is_not_a_round(tmp_path: Path) -> None:
@@ -235,6 +375,8 @@ def test_every_figure_is_there(comparison: Path) -> None:
     assert [figure.title for figure in figures] == [
         "Accuracy by round",
         "Loss by round",
+        "Aggregation error by round",
+        "Aggregation error by layer",
         "Merge gap in accuracy",
         "Merge gap in loss",
         "Loss on the line",
@@ -243,6 +385,7 @@ def test_every_figure_is_there(comparison: Path) -> None:
         "Activity by layer with copra",
         "Accuracy per client",
         "Examples per client",
+        "Accuracy for bytes",
         "Bytes sent",
         "Time",
     ]
@@ -302,5 +445,18 @@ def test_page_opens_without_a_network(comparison: Path) -> None:
 @needs_chromium
 def test_page_of_one_unfinished_run_opens(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "copra", 0, finished=False)
+    write(tmp_path / "run")
+    check_page(tmp_path / "run" / "report.html", num_figures(tmp_path / "run"))
+
+
+@needs_chromium
+def test_page_of_many_methods_opens(many: Path) -> None:
+    write(many)
+    check_page(many / "report.html", num_figures(many))
+
+
+@needs_chromium
+def test_page_of_one_personal_run_opens(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "fedsa-lora", 0)
     write(tmp_path / "run")
     check_page(tmp_path / "run" / "report.html", num_figures(tmp_path / "run"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from rich.console import Console
 
 from copra_fl.cli import options, preflight, progress
 from copra_fl.cli.flower import Workers, superlink
-from copra_fl.cli.recipes import Recipe
+from copra_fl.cli.recipes import Recipe, carried_methods, method_settings, short_name
 from copra_fl.config import Config, ConfigError, read_toml
 
 
@@ -36,7 +35,7 @@ def compare(
         configs = {name: Config.from_toml(directory / name / "config.toml") for name in run_names(names, numbers)}
     else:
         settings, numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
-        names = parse_methods(methods)
+        names = with_all(parse_methods(methods), settings, console)
         configs = {
             run: settings.config(names[method], seed) for run, (method, seed) in run_names(names, numbers).items()
         }
@@ -50,8 +49,8 @@ def compare(
         run = link.start_run({"output": str(directory), "resume": resume}, shares)
         progress.watch(link, run, len(configs), console)
 
+    from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
-    from copra_fl.results import table
 
     summary = write(directory)
     console.print(table(summary))
@@ -68,10 +67,44 @@ def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[s
 def parse_methods(text: str) -> dict[str, str]:
     """Each method's short name, with the name or file it was given as. Raises ConfigError for one named twice."""
     given = [name.strip() for name in text.split(",")]
-    names = {Path(name).stem: name for name in given}
+    names = {short_name(name): name for name in given}
     if len(names) < len(given):
         raise ConfigError(f"--methods {text!r} names a method twice")
     return names
+
+
+def with_all(names: dict[str, str], recipe: Recipe, console: Console) -> dict[str, str]:
+    """`names`, with every method that comes along in place of the name ``all``."""
+    expanded: dict[str, str] = {}
+    for name, given in names.items():
+        expanded |= all_methods(recipe, console) if name == "all" else {name: given}
+    return expanded
+
+
+def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
+    """Every method that comes along, FedAvg first, and every rule with CopRA too; of those that are equal the first.
+
+    What does not combine is left out with a note. Raises ConfigError where nothing is left.
+    """
+    import copra_fl.process  # noqa: F401
+    from copra_fl.aggregation import check
+
+    methods: dict[Config, str] = {}
+    left_out = {}
+    for name in sorted(carried_methods(), key=lambda name: (name != "fedavg", name)):
+        for method in (name, f"{name}+copra") if "rule" in method_settings(name) else (name,):
+            config = recipe.config(method)
+            try:
+                check(config)
+            except ConfigError as error:
+                left_out[method] = str(error)
+            else:
+                methods.setdefault(config, method)
+    if not methods:
+        raise ConfigError("\n".join(dict.fromkeys(left_out.values())))
+    for method, reason in left_out.items():
+        console.print(f"note: {method} is left out: {reason}", highlight=False, soft_wrap=True)
+    return {method: method for method in methods.values()}
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -18,7 +18,13 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key; wins over all.")
 ]
-MethodsOption = Annotated[str, typer.Option("--methods", help="Comma-separated: lora, copra, head, or TOML files.")]
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        help="Comma-separated: names in experiments/methods or TOML files; flora+copra: one over the other; all.",
+    ),
+]
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Comma-separated root seeds; every method runs with each.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder for the results. Default: below runs/.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Ray workers. Default: one per core, 4.")]

@@ -6,7 +6,8 @@ looks for rule and target modules. What passes here does not fail for its config
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from copra_fl.assets import ASSETS
 from copra_fl.cli.assets import fetch_with_progress
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import Config, ConfigError, FederationConfig
 
 if TYPE_CHECKING:
     from copra_fl.data import FederatedData
@@ -22,28 +23,29 @@ if TYPE_CHECKING:
 
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
     """The configurations, with number of clients, dtype and attention made plain. Raises ConfigError, AssetError."""
+    import copra_fl.process  # noqa: F401
+    from copra_fl.aggregation import check as check_rule
+
     configs = list(configs)
+    for config in configs:
+        check_rule(config)
     names = {name for config in configs for name in (config.data.dataset, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
+    prepared = functools.cache(_prepare)  # methods that are compared have model, data and seed in common
     with console.status("preparing the data"):
-        checked = [_check_one(config) for config in configs]
+        checked = [_check_one(config, prepared) for config in configs]
     for note in dict.fromkeys(note for _, notes in checked for note in notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return [config for config, _ in checked]
 
 
-def _check_one(config: Config) -> tuple[Config, list[str]]:
+def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """The configuration with what was left open in it, and what its user should know of the data."""
-    import copra_fl.process  # noqa: F401
-    from copra_fl import data, models
+    from copra_fl import models
     from copra_fl.aggregation import check as check_rule
 
-    check_rule(config)
-    models.check(config.model)
-    if config.data.num_clients == 0 and config.data.partitioner != "natural":
-        raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
     config = config.changed(**{key: _absolute(value) for key, value in _places(config).items()})
-    federated = data.load(config, models.load_tokenizer(config.model.model))
+    federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
     num_clients = len(federated.train)
     trained = num_clients - len(federated.skipped)
     if config.federation.clients_per_round > trained:
@@ -52,7 +54,18 @@ def _check_one(config: Config) -> tuple[Config, list[str]]:
         )
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
+    check_rule(config)  # again, as the ranks of the clients must be as many as there are clients
     return config, _notes(federated, config.federation.seed)
+
+
+def _prepare(config: Config) -> FederatedData:
+    """The data of `config`, after a look at its model."""
+    from copra_fl import data, models
+
+    models.check(config.model)
+    if config.data.num_clients == 0 and config.data.partitioner != "natural":
+        raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
+    return data.load(config, models.load_tokenizer(config.model.model))
 
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:

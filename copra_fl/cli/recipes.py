@@ -1,7 +1,12 @@
 """From recipe, method and ``--set`` to configurations; and the checks before anything starts.
 
-Precedence, weakest first: the defaults, the recipe, the method's file
-(``experiments/methods/NAME.toml``), the recipe's own ``[methods.NAME]`` table, ``--set``.
+A method is one name or several with ``+`` between them: ``flora+copra`` is flora.toml overlaid by copra.toml. A name
+is a file that comes along (``experiments/methods/NAME.toml``) or a TOML file of one's own.
+
+Precedence, weakest first: the defaults; the recipe; its table ``[methods.T]``, where T is what the method trains
+(local-training: copra, lora or head), so that ``flora`` gets the learning rate that a recipe has for lora and
+``flora+copra`` that for copra; the method's files from left to right; the recipe's ``[methods.NAME]`` for its other
+names, from left to right; ``--set``.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from copra_fl.cli.flower import app_directory
-from copra_fl.config import Config, ConfigError, Value, parse_override, read_toml, unknown
+from copra_fl.config import Config, ConfigError, CopraConfig, Value, parse_override, read_toml, unknown
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,37 @@ class Recipe:
 
     def config(self, method: str | None = None, seed: int | None = None) -> Config:
         """The configuration of one run. Raises ConfigError for whatever is wrong in it."""
-        flat = dict(self.settings)
-        if method is not None:
-            flat |= method_settings(method) | self.methods.get(Path(method).stem, {})
-        flat |= self.overrides
+        flat = (self.settings if method is None else self._with_method(method)) | self.overrides
         return Config.from_flat(flat if seed is None else flat | {"seed": seed})
+
+    def _with_method(self, method: str) -> dict[str, Any]:
+        names = method.split("+")
+        files = {name: method_settings(name) for name in names}
+        overlaid = {key: value for settings in files.values() for key, value in settings.items()}
+        for name, settings in files.items():
+            if not any(overlaid[key] == value for key, value in settings.items()):
+                raise ConfigError(f"method {method!r}: nothing is left of {name!r}, since later names win")
+        training = (self.settings | overlaid | self.overrides).get("local-training", CopraConfig.local_training)
+        flat = self.settings | self.methods.get(training, {}) | overlaid
+        for name in names:
+            if Path(name).stem != training:
+                flat |= self.methods.get(Path(name).stem, {})
+        return flat
+
+
+def short_name(method: str) -> str:
+    """What a method is called in tables and folders: ``flora+mine`` for ``flora+some/where/mine.toml``."""
+    return "+".join(Path(name).stem for name in method.split("+"))
+
+
+def carried_methods() -> dict[str, Path]:
+    """The methods that come with copra-fl, by name."""
+    return {path.stem: path for path in sorted((app_directory() / "experiments" / "methods").glob("*.toml"))}
 
 
 def method_settings(method: str) -> dict[str, Any]:
-    """The settings of a method that comes with copra-fl, or of a TOML file of one's own."""
-    carried = {path.stem: path for path in (app_directory() / "experiments" / "methods").glob("*.toml")}
+    """The settings of one name: a method that comes with copra-fl, or a TOML file of one's own."""
+    carried = carried_methods()
     path = carried.get(method, Path(method))
     if not path.is_file():
         raise ConfigError(unknown("method", method, carried))

@@ -36,8 +36,8 @@ def simulate(
         shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
         progress.watch(link, link.start_run(run_config, shares), 1, console)
 
+    from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
-    from copra_fl.results import table
 
     console.print(table(write(directory)))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)

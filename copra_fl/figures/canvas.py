@@ -1,0 +1,168 @@
+"""What all charts have in common: a method has one colour, symbol and dash in all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from copra_fl.results import Comparison, Run
+
+HEIGHT = 340
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    symbol: str
+    dash: str
+
+
+#: Okabe and Ito's colours: people with any colour vision can tell them apart. Symbol and dash say it again in print.
+STYLES = (
+    Style("#0072B2", "circle", "solid"),
+    Style("#D55E00", "square", "dash"),
+    Style("#009E73", "diamond", "dot"),
+    Style("#CC79A7", "triangle-up", "dashdot"),
+    Style("#E69F00", "cross", "longdash"),
+    Style("#56B4E9", "x", "longdashdot"),
+    Style("#000000", "star", "solid"),
+)
+#: with more methods than there are styles: the first 7 have the first symbol, the next 7 the second ...
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "cross")
+VARIANT = "+copra"
+
+
+def styles(methods: Iterable[str]) -> dict[str, Style]:
+    """A style for each method. With many of them, a method and its ``+copra`` share colour and symbol: the latter is
+    dashed, with open symbols."""
+    methods = list(methods)
+    if len(methods) <= len(STYLES):
+        return dict(zip(methods, STYLES, strict=False))
+    plain = dict.fromkeys(method.removesuffix(VARIANT) for method in methods)
+    looks = {
+        name: Style(style.colour, symbol, "solid")
+        for name, (symbol, style) in zip(plain, itertools.cycle(itertools.product(SYMBOLS, STYLES)), strict=False)
+    }
+    return {
+        method: replace(look, symbol=f"{look.symbol}-open", dash="dot") if method.endswith(VARIANT) else look
+        for method in methods
+        for look in [looks[method.removesuffix(VARIANT)]]
+    }
+
+
+def are_many(comparison: Comparison) -> bool:
+    """Whether there are so many methods that charts take the whole width and leave out bands and single lines."""
+    return len(comparison.methods) > len(STYLES)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and the line under it: what to see, on which split and seeds. A `wide` one has a row to itself."""
+
+    title: str
+    caption: str
+    chart: go.Figure
+    wide: bool = False
+
+    @property
+    def json(self) -> str:
+        """Data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
+        return self.chart.to_json().replace("<", "\\u003c")
+
+
+def started(comparison: Comparison) -> Iterator[tuple[str, list[Run], Style]]:
+    """The methods with at least one started run."""
+    looks = styles(comparison.methods)
+    return ((method, runs, looks[method]) for method, runs in comparison.methods.items() if runs)
+
+
+def blank(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
+    """A chart with nothing drawn yet."""
+    chart = go.Figure()
+    chart.update_layout(
+        template="plotly_white",
+        height=HEIGHT,
+        margin={"l": 8, "r": 8, "t": 40, "b": 8},
+        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1f2933"},
+        legend={"orientation": "h", "xref": "container", "yref": "container", "x": 0, "y": 1, "yanchor": "top"},
+        showlegend=True,
+        hoverlabel={"namelength": -1},
+    )
+    chart.update_xaxes(automargin=True, **x_axis)
+    chart.update_yaxes(automargin=True, **y_axis)
+    for axis in (chart.layout.xaxis, chart.layout.yaxis):
+        axis.title.update(font={"size": 14}, standoff=8)
+    return chart
+
+
+def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
+    """A blank chart with room for a legend of all methods."""
+    chart = blank(x_axis, y_axis)
+    if are_many(comparison):
+        chart.update_layout(
+            height=HEIGHT + 100 + 5 * len(comparison.methods),
+            legend={"entrywidth": 145, "font": {"size": 12}},
+        )
+    return chart
+
+
+def by_method(comparison: Comparison, x_axis: dict[str, Any]) -> go.Figure:
+    """A blank chart with a row a method, the first on top."""
+    chart = blank(x_axis, {"autorange": "reversed", "type": "category"})
+    chart.update_layout(showlegend=False, height=120 + (24 if are_many(comparison) else 60) * len(comparison.methods))
+    return chart
+
+
+def round_ticks(comparison: Comparison) -> int:
+    """Whole rounds between ticks, so that there are at most eight or so."""
+    return math.ceil(max(run.config.federation.num_rounds for _, run in comparison.runs) / 8)
+
+
+def by_round(
+    comparison: Comparison,
+    value: Callable[[dict[str, Any]], float | None],
+    title: str,
+    caption: str,
+    y_axis: dict[str, Any],
+) -> list[Figure]:
+    """A number of the journal's rows, where they have it: a line a method with a band over seeds."""
+    chart = legended(comparison, {"title": "round", "dtick": round_ticks(comparison)}, y_axis)
+    many = are_many(comparison)
+    for method, runs, style in started(comparison):
+        values: dict[int, list[float]] = {}
+        for row in itertools.chain.from_iterable(run.journal for run in runs):
+            if (found := value(row)) is not None:
+                values.setdefault(row["round"], []).append(found)
+        rounds = sorted(values)
+        if len(runs) > 1 and not many:
+            chart.add_scatter(
+                x=rounds + rounds[::-1],
+                y=[max(values[n]) for n in rounds] + [min(values[n]) for n in rounds[::-1]],
+                fill="toself",
+                mode="none",
+                fillcolor=style.colour,
+                opacity=0.18,
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=method,
+            )
+        if rounds:
+            chart.add_scatter(
+                x=rounds,
+                y=[float(np.mean(values[n])) for n in rounds],
+                name=method,
+                legendgroup=method,
+                mode="lines+markers",
+                line={"color": style.colour, "dash": style.dash} if many else {"color": style.colour},
+                marker={"symbol": style.symbol, "size": 9},
+                hovertemplate="round %{x}: %{y:.4g}",
+            )
+    band = "" if many else "; band: lowest to highest"
+    spread = f"Line: mean{band} of " if len(comparison.seeds) > 1 else ""
+    return [Figure(title, f"{caption} {spread}{comparison.named_seeds}.", chart, wide=many)] if chart.data else []

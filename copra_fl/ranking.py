@@ -1,0 +1,215 @@
+"""What a comparison says, in words and in cells: the verdict, the results of two methods, the ranking of many."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from copra_fl.results import Estimate, join
+
+#: more methods than this are ranked, and compared with the first in a column, not in a row each
+MAX_ROWS_OF_DIFFERENCES = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one of `results.metrics` is shown: its heading, the factor to the unit shown, and the digits."""
+
+    heading: str
+    metric: str
+    scale: float = 1.0
+    spec: str = ".1f"
+    interval: bool = True
+
+    def format(self, value: float | None) -> str:
+        """`value` in the unit shown; an en dash where there is none."""
+        return "–" if value is None else f"{self.scale * value:{self.spec}}".replace("-", "−")
+
+    def show(self, found: Estimate | None) -> str:
+        """``mean [low, high]``."""
+        if found is None or not (self.interval and found["interval"]):
+            return self.format(found and found["mean"])
+        low, high = found["interval"]
+        return f"{self.format(found['mean'])} [{self.format(low)}, {self.format(high)}]"
+
+
+TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
+POINTS = replace(TEST_ACCURACY, spec="+.1f")
+CLIENT_ACCURACY = Column("clients' own data, %", "client_accuracy", scale=100)
+AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
+MERGE_GAP = Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f")
+COST = (
+    Column("MB up", "bytes_up", scale=1e-6, interval=False),
+    Column("MB down", "bytes_down", scale=1e-6, interval=False),
+    Column("seconds", "seconds", spec=".0f", interval=False),
+)
+#: what fits a terminal
+COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_ERROR, *COST)
+
+
+def is_ranked(summary: Mapping[str, Any]) -> bool:
+    """Whether there are so many methods that they are shown as a ranking."""
+    return len(summary["methods"]) > MAX_ROWS_OF_DIFFERENCES
+
+
+def ranking(summary: Mapping[str, Any]) -> list[tuple[int | None, str]]:
+    """(place, method), by test accuracy. Without a place, at the end: no test accuracy (yet), no global model."""
+
+    def mean(method: str, metric: str) -> float:
+        found = summary["methods"][method].get(metric)
+        return -1.0 if found is None or found["mean"] is None else found["mean"]
+
+    def order(method: str) -> tuple[bool, float, float]:
+        return method in summary["personal"], -mean(method, "test_accuracy"), -mean(method, "client_accuracy")
+
+    ordered = sorted(summary["methods"], key=order)
+    return [
+        (place if mean(method, "test_accuracy") >= 0 else None, method) for place, method in enumerate(ordered, start=1)
+    ]
+
+
+def header_and_rows(
+    summary: Mapping[str, Any], columns: Sequence[Column] = COLUMNS
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the methods as they were given with their differences, or many methods ranked."""
+    headings = [column.heading for column in columns]
+    if not is_ranked(summary):
+        return ["method", *headings], rows(summary, columns)
+    baseline = summary["baseline"]
+    header = ["", "method", headings[0], f"minus {baseline}, points", *headings[1:]]
+    ranked = []
+    for place, method in ranking(summary):
+        name, accuracy, *others = _cells(summary, method, columns)
+        difference = "" if method == baseline else POINTS.show(summary["differences"][method].get(POINTS.metric))
+        ranked.append(["–" if place is None else str(place), name, accuracy, difference, *others])
+    return header, ranked
+
+
+def rows(summary: Mapping[str, Any], columns: Sequence[Column]) -> list[list[str]]:
+    """A row a method; with two, a row for the second minus the first."""
+    signed = [replace(column, spec="+" + column.spec.lstrip("+")) for column in columns]
+    differences = {} if is_ranked(summary) else summary["differences"]
+    return [_cells(summary, method, columns) for method in summary["methods"]] + [
+        [f"{method} − {summary['baseline']}", *(column.show(found.get(column.metric)) for column in signed)]
+        for method, found in differences.items()
+    ]
+
+
+def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -> list[str]:
+    """The method, with its seeds where some have not finished, and its numbers."""
+    found = summary["methods"][method]
+    done, asked = len(found["seeds"]), len(summary["seeds"])
+    cells = {column.metric: column.show(found.get(column.metric)) for column in columns}
+    if method in summary["personal"] and TEST_ACCURACY.metric in cells:
+        cells[TEST_ACCURACY.metric] = "no global model"
+    return [method if done == asked else f"{method} ({done} of {asked} seeds)", *cells.values()]
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The results for a terminal; headings are broken so that a column is as narrow as its cells."""
+    accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
+    header, cells = header_and_rows(summary, (accuracy, *COLUMNS[1:]))
+    shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
+    for heading, column in zip(header, zip(*cells, strict=True), strict=True):
+        width = max(map(len, (*heading.split(), *column)), default=1)
+        is_name = heading == "method"
+        shown.add_column(
+            "\n".join(textwrap.wrap(heading, width)),
+            justify="left" if is_name else "right",
+            vertical="bottom",
+            no_wrap=not heading.startswith("minus"),
+            min_width=width if is_name else None,
+        )
+    num_methods = len(summary["methods"])
+    for index, row in enumerate(cells, start=1):
+        shown.add_row(*row, end_section=index == num_methods)
+    return shown
+
+
+def note(summary: Mapping[str, Any]) -> str:
+    """How to read the results."""
+    seeds = summary["seeds"]
+    spread = "; in brackets the 95 % t-interval; differences are paired by seed" if len(seeds) > 1 else ""
+    text = f"Means over seed{'s' if len(seeds) > 1 else ''} {join(seeds)}{spread}."
+    if summary["personal"]:
+        text += " No global model: each client keeps its own, and is measured with it on its own data."
+    return text
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What the test accuracies say, in plain sentences."""
+    if is_ranked(summary):
+        return " ".join(_verdict_on_many(summary))
+    if not summary["differences"]:
+        return _verdict_on_one(summary, summary["baseline"])
+    (method,) = summary["differences"]
+    return _verdict_on_two(summary, method)
+
+
+def _verdict_on_one(summary: Mapping[str, Any], method: str) -> str:
+    found = summary["methods"][method]
+    if not found["seeds"]:
+        return f"{method} has not finished yet; the figures by round show how far it is."
+    if method in summary["personal"]:
+        return (
+            f"With {method} each client keeps its own model, so there is no global one to test; on the clients' own "
+            f"validation data they reach {CLIENT_ACCURACY.show(found['client_accuracy'])} %."
+        )
+    return f"{method} reaches a test accuracy of {TEST_ACCURACY.show(found['test_accuracy'])} %."
+
+
+def _verdict_on_two(summary: Mapping[str, Any], method: str) -> str:
+    baseline, found = summary["baseline"], summary["differences"][method]
+    if not found["seeds"]:
+        return f"{method} cannot be compared with {baseline} yet: no seed has finished with both."
+    mean, interval = found["test_accuracy"]["mean"], found["test_accuracy"]["interval"]
+    if mean is None:
+        ends = " ".join(_verdict_on_one(summary, one) for one in (baseline, method))
+        return f"{ends} The two can only be compared on the clients' own data."
+    ends = f"{method} ends {100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'} {baseline} in test accuracy"
+    if interval is None:
+        return (
+            f"{ends} with the one seed that both have finished. "
+            "One seed tells nothing about the spread, so neither can be called better."
+        )
+    low, high = map(POINTS.format, interval)
+    evidence = f"95 % interval {low} to {high} points, {len(found['seeds'])} seeds in pairs"
+    if interval[0] <= 0 <= interval[1]:
+        return f"{method} and {baseline} cannot be told apart: {ends}, but the interval covers 0 ({evidence})."
+    return f"{ends} ({evidence})."
+
+
+def _verdict_on_many(summary: Mapping[str, Any]) -> Iterator[str]:
+    baseline, methods = summary["baseline"], summary["methods"]
+    best = next((method for place, method in ranking(summary) if place), None)
+    if best is None:
+        yield "None of the methods has a test accuracy yet; the figures by round show how far they are."
+    else:
+        highest = TEST_ACCURACY.format(methods[best]["test_accuracy"]["mean"])
+        yield f"{best} has the highest test accuracy of {len(methods)} methods, {highest} %."
+    differences = {
+        method: found["test_accuracy"]
+        for method, found in summary["differences"].items()
+        if found["seeds"] and found["test_accuracy"]["mean"] is not None
+    }
+    sure = {method: found["interval"] for method, found in differences.items() if found["interval"]}
+    above = [method for method, (low, _) in sure.items() if low > 0]
+    below = [method for method, (_, high) in sure.items() if high < 0]
+    if differences and not sure:
+        yield f"One seed tells nothing about the spread, so none can be called better than {baseline}."
+    if above:
+        yield f"Above {baseline}, with a 95 % interval that does not cover 0: {join(above)}."
+    if below:
+        yield f"Below {baseline}, with a 95 % interval that does not cover 0: {join(below)}."
+    if apart := len(sure) - len(above) - len(below):
+        who = "No other can" if apart == len(sure) else f"{apart} others cannot"
+        yield f"{who} be told apart from {baseline}: the 95 % interval of the difference covers 0."
+    if len(sure) >= 10 and (above or below):
+        yield "Of so many intervals, one in 20 misses 0 by chance."
+    if summary["personal"]:
+        yield f"Without a global model, so only to be compared on the clients' own data: {join(summary['personal'])}."
