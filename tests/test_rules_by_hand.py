@@ -16,6 +16,7 @@ import torch
 
 from copra_fl.adapter import Adapter, Update, difference, norm
 from copra_fl.aggregation import RULES
+from copra_fl.aggregation.fedrot_lora import rotation
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Outcome, Round
 from tests.rounds import MODULES, make_round, random_adapter, update
@@ -158,6 +159,13 @@ def test_fedrot_turns_signs_back() -> None:
     assert values(adapter[B]) == [0.25, 1.5] and values(adapter[A]) == [0.25, 2, 3]
     cancelled = aggregate("fedavg", round_).adapter
     assert values(cancelled[B]) == [0.25, -1.5]
+
+
+def test_fedrot_looks_at_both_factors() -> None:
+    """Rank 1: A says +, B says - and is larger: 4 * -2 + 1 * 3 < 0."""
+    b, a, b_ref, a_ref = (torch.tensor(x).double() for x in ([[-2.0]], [[1.0, 1, 1]], [[4.0]], [[1.0, 1, 1]]))
+    assert rotation(b, a, b_ref, a_ref).item() == pytest.approx(-1)
+    assert rotation(b / 4, a, b_ref, a_ref).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("first_round", [True, False])

@@ -9,8 +9,8 @@
                   factors    old + u (average - old), A and B apart
                   products   best rank r of (1 - u) s B A + u sum_i p_i s B_i A_i; the head as on the other
 
-All points of 1 are scored in one call, and all of 3 in another. No defence: where one client drags the average far
-away, nobody is connected to it. Traffic, up and down: r (d + k) a module.
+All points of 1 are scored in one call, and all of 3 in another. No defence against hostile clients: they have their
+part in the average that barriers are measured to. Traffic, up and down: r (d + k) a module.
 """
 
 from __future__ import annotations
