@@ -106,7 +106,7 @@ def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -
     done, asked = len(found["seeds"]), len(summary["seeds"])
     cells = {column.metric: column.show(found.get(column.metric)) for column in columns}
     if method in summary["personal"] and TEST_ACCURACY.metric in cells:
-        cells[TEST_ACCURACY.metric] = "no global model"
+        cells[TEST_ACCURACY.metric] = "none"
     return [method if done == asked else f"{method} ({done} of {asked} seeds)", *cells.values()]
 
 
@@ -117,13 +117,13 @@ def table(summary: Mapping[str, Any]) -> Table:
     shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
     for heading, column in zip(header, zip(*cells, strict=True), strict=True):
         width = max(map(len, (*heading.split(), *column)), default=1)
-        is_name = heading == "method"
+        may_wrap = heading.startswith("minus")
         shown.add_column(
             "\n".join(textwrap.wrap(heading, width)),
-            justify="left" if is_name else "right",
+            justify="left" if heading == "method" else "right",
             vertical="bottom",
-            no_wrap=not heading.startswith("minus"),
-            min_width=width if is_name else None,
+            no_wrap=not may_wrap,
+            min_width=None if may_wrap else width,
         )
     num_methods = len(summary["methods"])
     for index, row in enumerate(cells, start=1):

@@ -43,28 +43,34 @@ CASES: dict[str, Settings] = {
 
 
 class World:
-    """What it takes to train: data, model both ways, plan, start."""
+    """What it takes to train: data, model both ways, plan, where each client starts and what SCAFFOLD tells it."""
 
-    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False) -> None:
+    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
         self.data = data.load(self.config, models.load_tokenizer(self.config.model.model))
-        self.plain = models.build(self.config.model, self.config.copra.group, 3, seed=0)
+        self.plain = models.build(self.config.model, self.config.copra.group, 3, seed=0, core=core)
         if double:
             self.plain.double()
         self.stacked = StackedClassifier(self.plain)
-        start = self.plain.read_adapter()
-        generator = torch.Generator().manual_seed(3)
-        self.start = {
-            name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            for name, tensor in start.items()
-        }
+        self.start = jitter(self.plain.read_adapter(), 3)
+        self.starts = dict.fromkeys(range(6), self.start)
+        self.corrections: dict[int, Adapter] = {}
         self.plan = Plan(server_round, tuple(range(6)), self.config)
 
     def alone(self, client: int) -> Update:
-        return train_client(self.plain, self.data, self.plan, client, self.start)
+        return train_client(self.plain, self.data, self.plan, client, self.starts[client], self.corrections.get(client))
 
     def together(self, *clients: int) -> list[Update]:
-        return train_cohort(self.stacked, self.data, self.plan, clients, dict.fromkeys(clients, self.start), {})
+        return train_cohort(self.stacked, self.data, self.plan, clients, self.starts, self.corrections)
+
+
+def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
+    """`adapter` with normal noise of this size on every value."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in adapter.items()
+    }
 
 
 def relative_error(got: Adapter, expected: Adapter) -> float:

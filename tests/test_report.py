@@ -283,7 +283,7 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     assert header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
     assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
     assert second[:2] == ["2", "lora"] and second[3] == ""
-    assert last[:4] == ["–", "fedsa-lora", "no global model", "–"] and last[5] == "–"
+    assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[5] == "–"
     said = verdict(summary)
     assert said.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Above lora, with a 95 % interval")
     assert said.endswith("only to be compared on the clients' own data: fedsa-lora.")
@@ -305,7 +305,7 @@ def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
     assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
     assert [row[:4] for row in cells[-2:]] == [
         ["–", "hetlora (0 of 2 seeds)", "–", "–"],
-        ["–", "fedsa-lora", "no global model", "–"],
+        ["–", "fedsa-lora", "none", "–"],
     ]
 
 
@@ -341,7 +341,7 @@ def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
 def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=100).print(table(summarise(load_comparison(many))))
     out = capsys.readouterr().out
-    assert "fedex-lora+copra" in out and "no global model" in out and "…" not in out
+    assert "fedex-lora+copra" in out and "No global model" in out and "…" not in out
 
 
 def test_half_a_journal_line_is_not_a_round(tmp_path: Path) -> None:

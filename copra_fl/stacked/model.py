@@ -40,6 +40,7 @@ class StackedClassifier:
         self.pooling = classifier.pooling
         self.present = Present()
         adapter, group_of = classifier.read_adapter(), classifier.group_of
+        self._floats = adapter["head.weight"].numpy().dtype
         self.num_groups = len(classifier.gates.names)
         order = sorted(adapter, key=lambda name: (group_of.get(name, self.num_groups), part_of(name)))
         self.layout = Layout.of({name: adapter[name] for name in order})
@@ -86,9 +87,9 @@ class StackedClassifier:
         return tree.eval(), modules, block_of
 
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
-        """`values` on this device: float32, or int64 where they are whole numbers."""
+        """`values` on this device, in the adapters' dtype, or int64 where they are whole numbers."""
         array = np.asarray(values)
-        array = array if array.dtype.kind == "i" else array.astype(np.float32)
+        array = array if array.dtype.kind == "i" else array.astype(self._floats)
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,0 +1,128 @@
+"""W0 + s B R A: the core between the factors, and the factors from a first gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from copra_fl import models
+from copra_fl.adapter import part_of
+from copra_fl.core import base_gradients, core_start, leading_directions
+from copra_fl.evaluation import evaluate
+from tests.test_bases import BATCH
+from tests.test_cohort import Settings, World, jitter
+
+
+def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
+    """Oracle: plain PEFT with A' = R A; gates open and closed, both engines."""
+    world = World(tiny, double=True, core=True)
+    plain = models.build(world.config.model, "layer", 3, seed=0).double()
+    adapters = [world.start, jitter(world.start, 1, 0.3)]
+    folded = [
+        {
+            name: adapter[name.replace("lora_A", "lora_R")] @ tensor if part_of(name) == "A" else tensor
+            for name, tensor in adapter.items()
+            if part_of(name) != "R"
+        }
+        for adapter in adapters
+    ]
+    inputs = BATCH["input_ids"], BATCH["attention_mask"]
+    with torch.inference_mode():
+        expected = plain.predictor(folded)(*inputs)
+        for model in (world.plain, world.stacked):
+            assert torch.allclose(model.predictor(adapters)(*inputs), expected, atol=1e-12)
+        for model in (world.plain, plain):
+            model.gates.set([True, False, True])
+        assert torch.allclose(world.plain(*inputs), plain(*inputs), atol=1e-12)
+
+
+def test_a_core_starts_at_zero_belongs_to_its_layers_gate_and_changes_no_other_start(tiny: Settings) -> None:
+    world = World(tiny, core=True)
+    start = world.plain.read_adapter()
+    without = models.build(world.config.model, "layer", 3, seed=0).read_adapter()
+    cores = {name: tensor for name, tensor in start.items() if part_of(name) == "R"}
+    assert start.keys() - cores.keys() == without.keys()
+    assert all(torch.equal(start[name], tensor) for name, tensor in without.items())
+    assert len(cores) == 6
+    assert all(tensor.shape == (2, 2) and not tensor.any() for tensor in cores.values())
+    assert all(world.plain.group_of[name] == int(name.split(".layer.")[1][0]) for name in cores)
+
+
+@pytest.mark.parametrize("target", ["query,value", "all-linear"])
+def test_gradients_are_autograds_on_an_unfrozen_base(tiny: Settings, target: str) -> None:
+    """Oracle: the base alone, opened by Transformers, all its parameters trained; one batch of everything."""
+    world = World(tiny | {"target-modules": target}, core=True)
+    indices = world.data.server_validation[:50]
+    world.plain.write_adapter(jitter(world.start, 1, 0.5))
+    base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager").eval()
+    batch = world.data.examples.batch(indices)
+    hidden = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits = world.plain.head(models.pool(hidden, batch["attention_mask"], "mean", None))
+    F.cross_entropy(logits, batch["labels"]).backward()
+    gradients = base_gradients(world.plain, world.data.examples, indices, batch_size=16)
+    assert gradients.keys() == world.plain.linears.keys()
+    for name, gradient in gradients.items():
+        expected = base.get_submodule(name.removeprefix("base_model.model.")).weight.grad
+        assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.norm())), name
+
+
+def test_the_factors_span_the_best_approximation_of_the_gradient(tiny: Settings) -> None:
+    world = World(tiny, core=True)
+    indices = world.data.server_validation
+    start = core_start(world.plain, world.data.examples, indices, 16)
+    again = core_start(world.plain, world.data.examples, indices, 16)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in start.items())
+    assert {name: tensor.shape for name, tensor in start.items()} == {n: t.shape for n, t in world.start.items()}
+    for name, gradient in base_gradients(world.plain, world.data.examples, indices, 16).items():
+        b, a, r = (start[f"{name}.lora_{part}.weight"] for part in "BAR")
+        assert torch.allclose(b.T @ b, torch.eye(2), atol=1e-5)
+        assert torch.allclose(a @ a.T, torch.eye(2), atol=1e-5)
+        left, values, right = torch.linalg.svd(gradient.double())
+        best = left[:, :2] * values[:2] @ right[:2]
+        assert torch.allclose((b @ b.T @ gradient @ a.T @ a).double(), best, atol=1e-5 * float(values[0]))
+        assert not r.any()
+        assert (b.gather(0, b.abs().argmax(0, keepdim=True)) > 0).all()
+    head = world.plain.read_adapter()
+    assert all(torch.equal(start[name], head[name]) for name in ("head.weight", "head.bias"))
+
+
+def test_the_sign_of_the_directions_does_not_depend_on_the_decomposition() -> None:
+    matrix = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, right = leading_directions(matrix, 3)
+    shuffled = np.random.default_rng(0).permutation(9)
+    assert torch.allclose(leading_directions(matrix[shuffled], 3)[0], left[shuffled])
+    assert torch.allclose(leading_directions(matrix[shuffled], 3)[1], right)
+
+
+def test_the_start_is_the_base_and_a_step_along_the_gradient_lowers_the_loss(tiny: Settings) -> None:
+    world = World(tiny, core=True)
+    indices = world.data.server_validation
+    start = core_start(world.plain, world.data.examples, indices, 16)
+    downhill = dict(start)
+    for name, gradient in base_gradients(world.plain, world.data.examples, indices, 16).items():
+        b, a = (start[f"{name}.lora_{part}.weight"] for part in "BA")
+        downhill[f"{name}.lora_R.weight"] = -b.T @ gradient @ a.T
+    before, after = evaluate(world.stacked, [start, downhill], world.data.examples, indices, 60)
+    assert after["loss"] < before["loss"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_frozen_afterwards_as_before(tiny: Settings, dtype: str) -> None:
+    world = World(tiny | {"dtype": dtype}, core=True)
+    before = {name: linear.weight.clone() for name, linear in world.plain.linears.items()}
+    start = core_start(world.plain, world.data.examples, world.data.server_validation, 16)
+    assert {tensor.dtype for tensor in start.values()} == {torch.float32}
+    for name, linear in world.plain.linears.items():
+        assert torch.equal(linear.weight, before[name])
+        assert str(linear.weight.dtype) == f"torch.{dtype}"
+        assert not linear.weight.requires_grad
+        assert linear.weight.grad is None
+    gradients = base_gradients(world.plain, world.data.examples, world.data.server_validation, 16)
+    exact = World(tiny, core=True)
+    for name, expected in base_gradients(exact.plain, exact.data.examples, exact.data.server_validation, 60).items():
+        assert gradients[name].dtype == torch.float32
+        tolerance = 1e-4 if dtype == "float32" else 0.1
+        assert float((gradients[name] - expected).norm()) < tolerance * float(expected.norm()), name

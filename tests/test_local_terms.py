@@ -1,0 +1,254 @@
+"""What aggregation rules ask of local training: parts that are trained, own starts, ranks, FedProx, SCAFFOLD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from copra_fl import cohort, models, training
+from copra_fl.adapter import Adapter, Update, part_of
+from copra_fl.aggregation import ALL, RULES
+from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.ranks import cut, pad
+from copra_fl.aggregation.rule import Rule
+from copra_fl.seeding import generator
+from copra_fl.stacked.linear import AdapterProduct
+from copra_fl.training import Plan, train_client
+from tests.test_cohort import Settings, World, assert_alike, jitter, relative_error
+from tests.test_residual import some_residual
+
+RANKS = {"client-ranks": "2,1,2,1,1,2"}
+HARSH = {"weight-decay": 0.1, "lora-dropout": 0.2}
+SGD: Settings = {"optimizer": "sgd", "learning-rate": 0.1, "head-learning-rate": 0.1, "max-grad-norm": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def core_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule like Fed-SB."""
+    monkeypatch.setitem(RULES, "core-only", Rule(fedavg, trains=lambda number: frozenset({"R", "head"}), core=True))
+
+
+def own_starts(world: World) -> None:
+    world.starts = {client: jitter(world.start, 10 + client) for client in range(6)}
+
+
+def own_corrections(world: World) -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in world.start.items()}
+    world.corrections = {client: jitter(zeros, 20 + client, 0.1) for client in range(6)}
+
+
+def padded_starts(world: World) -> None:
+    ranks = map(int, str(RANKS["client-ranks"]).split(","))
+    world.starts = {client: pad(cut(world.start, rank), 2) for client, rank in enumerate(ranks)}
+
+
+def residual(dense: bool) -> Callable[[World], None]:
+    return lambda world: world.plain.write_residual(some_residual(world.plain, dense))
+
+
+#: settings, round, and what is done to the world
+CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
+    "B and head": ({"rule": "ffa-lora"} | HARSH, 2, ()),
+    "A and head": ({"rule": "rolora"} | HARSH, 2, ()),
+    "R and head": ({"rule": "core-only"} | HARSH, 2, ()),
+    "R and head, all the time": ({"rule": "core-only", "local-training": "lora"}, 2, ()),
+    "own starts": ({}, 2, (own_starts,)),
+    "dense residual": (HARSH, 2, (residual(True),)),
+    "residual in factors": ({"local-training": "lora"}, 2, (residual(False),)),
+    "FedProx": ({"proximal-mu": 0.5} | HARSH, 2, ()),
+    "SCAFFOLD": ({"control-variates": True}, 2, (own_corrections,)),
+    "SCAFFOLD at the start": ({"control-variates": True, "gradient-accumulation": 2}, 1, ()),
+    "unequal ranks": (RANKS | HARSH | {"rescale": True, "min-active": 1}, 2, (padded_starts,)),
+    "all of it": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
+                   "max-grad-norm": 0.1} | RANKS | HARSH, 2,
+                  (own_starts, own_corrections, residual(True))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_both_engines_agree(tiny: Settings, case: tuple, double: bool) -> None:
+    """Oracle: plain PEFT, one client at a time."""
+    flat, server_round, changes = case
+    core = flat.get("rule") == "core-only"
+    flat = tiny | {"local-steps": 10, "num-rounds": 4, "alpha": 1.0} | flat
+    world = World(flat, server_round, double, core)
+    for change in changes:
+        change(world)
+    tolerance = 1e-10 if double else 1e-5
+    for update in world.together(*range(6)):
+        alone = world.alone(update.client)
+        assert_alike(update, alone, tolerance)
+        assert update.metrics["distance"] == pytest.approx(alone.metrics["distance"], rel=1e-3)
+        assert {part_of(name) for name in update.adapter} <= world.plan.trained_parts
+        assert update.gradient.keys() == (update.adapter.keys() if world.config.aggregation.control_variates else set())
+        if update.gradient:
+            assert alone.gradient.keys() == update.gradient.keys()
+            assert relative_error(update.gradient, alone.gradient) < 10 * tolerance
+
+
+class Spy:
+    """Every client's whole adapter after its training, in either engine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.adapters: list[tuple[int, Adapter]] = []
+        for module in (cohort, training):
+            monkeypatch.setattr(module, "make_update", self._make_update)
+
+    def _make_update(self, plan: Plan, steps: training.LocalSteps, adapter: Adapter, *rest: object) -> Update:
+        self.adapters.append((steps.client, adapter))
+        return MAKE_UPDATE(plan, steps, adapter, *rest)  # type: ignore[arg-type]
+
+
+MAKE_UPDATE = training.make_update
+
+
+@pytest.mark.parametrize(("rule", "still"), [("ffa-lora", "A"), ("rolora", "B"), ("core-only", "AB")])
+@pytest.mark.parametrize("optimizer", [{}, SGD | {"momentum": 0.9}], ids=["adamw", "sgd"])
+def test_what_is_not_trained_stays_bit_by_bit(
+    tiny: Settings, rule: str, still: str, optimizer: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tiny | HARSH | optimizer | {"rule": rule, "local-training": "lora"}, core=rule == "core-only")
+    spy = Spy(monkeypatch)
+    world.together(0, 1)
+    world.alone(0)
+    assert len(spy.adapters) == 3
+    for _, adapter in spy.adapters:
+        for name, tensor in adapter.items():
+            assert torch.equal(tensor, world.start[name]) == (part_of(name) in still), name
+
+
+def test_peft_computes_no_gradient_for_what_is_not_trained_whatever_the_gates_do(tiny: Settings) -> None:
+    world = World(tiny)
+    batch = world.data.examples.batch(world.data.train[0][:4])
+    world.plain.train_only({"B", "head"})
+    world.plain.gates.set([False, False, False])
+    world.plain.gates.set([False, True, True])
+    F.cross_entropy(world.plain(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+    grads = {name: p.grad is not None for name, p in world.plain.train_only(ALL).items()}
+    assert grads == {name: part_of(name) == "head" or (part_of(name) == "B" and ".layer.0." not in name)
+                     for name in grads}  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", ["xab", "ab", "b", "xa", "a", "xb"])
+def test_the_adapter_product_multiplies_for_nothing_that_wants_no_gradient(wanted: str) -> None:
+    """c clients, N rows, k in, d out, rank r: of the backward's products only those that are asked for.
+
+    torch's counter does not know ``baddbmm_``, the last of the two products for x.
+    """
+    c, n, k, d, r = 3, 5, 7, 11, 2
+    x, a, b = torch.randn(c, n, k), torch.randn(c, r, k), torch.randn(c, d, r)
+    for name, tensor in {"x": x, "a": a, "b": b}.items():
+        tensor.requires_grad_(name in wanted)
+    y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    products = {
+        "grad_B": ("b" in wanted, r * d),
+        "through B": (wanted != "b", r * d),
+        "grad_A": ("a" in wanted, r * k),
+        "grad_x": ("x" in wanted, d * k),
+    }
+    assert counter.get_total_flops() == sum(2 * c * n * size for asked, size in products.values() if asked)
+    assert [tensor.grad is not None for tensor in (x, a, b)] == [name in wanted for name in "xab"]
+
+
+def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
+    """Oracle: a loop by hand in which autograd differentiates loss + mu/2 |theta - start|^2."""
+    mu = 3.0
+    world = World(tiny | {"local-training": "lora", "proximal-mu": mu, "max-grad-norm": 0.5}, 1, double=True)
+    plain = models.build(world.config.model, "layer", 3, seed=0).double()
+    plain.write_adapter(world.start)
+    parameters = plain.train_only(ALL)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.0)
+    shuffled = generator(0, "order", 1, 0).permutation(world.data.train[0])
+    losses = []
+    for step in range(3):
+        batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
+        loss = F.cross_entropy(plain(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        penalty = sum((tensor - world.start[name]).square().sum() for name, tensor in parameters.items())
+        (loss + mu / 2 * penalty).backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    for update in (world.alone(0), *world.together(0)):
+        assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
+        assert update.metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5), "the data's loss, without penalty"
+
+
+@pytest.mark.parametrize("engine", ["peft", "stacked"])
+def test_scaffold_by_hand(tiny: Settings, engine: str) -> None:
+    """SGD without momentum at rate 0.1: theta = start - 0.1 sum over steps on of (g + correction)."""
+    world = World(tiny | SGD | {"control-variates": True, "local-steps": 5}, double=True)
+    own_corrections(world)
+    (update,) = [world.alone(1)] if engine == "peft" else world.together(1)
+    assert len(set(update.active_steps)) > 1
+    for name, tensor in update.adapter.items():
+        steps = update.active_steps[world.plain.group_of[name]] if name in world.plain.group_of else 5
+        walked = steps * (update.gradient[name] + world.corrections[1][name])
+        assert torch.allclose(tensor, world.start[name] - 0.1 * walked, atol=1e-12), name
+
+
+@pytest.mark.parametrize("engine", ["peft", "stacked"])
+def test_a_correction_that_undoes_the_gradient_leaves_everything_where_it_was(tiny: Settings, engine: str) -> None:
+    world = World(tiny | SGD | {"control-variates": True, "local-training": "lora", "local-steps": 1}, double=True)
+    free = world.alone(0)
+    world.corrections = {0: {name: -gradient for name, gradient in free.gradient.items()}}
+    (update,) = [world.alone(0)] if engine == "peft" else world.together(0)
+    assert update.metrics["distance"] < 1e-12 < free.metrics["distance"]
+    assert relative_error(update.gradient, free.gradient) < 1e-12, "its own, without the correction"
+
+
+@pytest.mark.parametrize("engine", ["peft", "stacked"])
+def test_clipping_comes_after_the_correction(tiny: Settings, engine: str) -> None:
+    world = World(tiny | SGD | {"control-variates": True, "local-steps": 1, "max-grad-norm": 0.05}, double=True)
+    own_corrections(world)
+    (update,) = [world.alone(0)] if engine == "peft" else world.together(0)
+    assert update.metrics["distance"] == pytest.approx(0.1 * 0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora", "constant"])
+def test_a_padded_client_is_a_client_of_its_own_rank(tiny: Settings, scaling: str) -> None:
+    """Oracle: a PEFT model that was built with rank 1, and so has the scaling of rank 1."""
+    flat = tiny | RANKS | HARSH | {"lora-scaling": scaling, "local-steps": 8, "lora-dropout": 0.0}
+    world = World(flat, double=True)
+    padded_starts(world)
+    config = world.config.changed(client_ranks="", rank=1)
+    small = models.build(config.model, "layer", 3, seed=0).double()
+    updates = {update.client: update for update in world.together(*range(6))}
+    for client in (1, 3):
+        expected = train_client(small, world.data, replace(world.plan, config=config), client, cut(world.start, 1))
+        for update in (updates[client], world.alone(client)):
+            assert relative_error(cut(update.adapter, 1), expected.adapter) < 1e-10
+
+
+@pytest.mark.parametrize("optimizer", [{}, SGD | {"momentum": 0.9}], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("rule", ["fedavg", "ffa-lora"])
+def test_padding_stays_exactly_zero(
+    tiny: Settings, optimizer: Settings, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = tiny | RANKS | HARSH | optimizer | {"proximal-mu": 0.5, "local-steps": 8, "rule": rule}
+    world = World(flat)
+    padded_starts(world)
+    spy = Spy(monkeypatch)
+    updates = [*world.together(*range(6)), world.alone(1), world.alone(3)]
+    assert all(update.metrics["distance"] > 0 for update in updates)
+    padded = [adapter for client, adapter in spy.adapters if client in (1, 3)]
+    assert len(padded) == 4
+    for adapter in padded:
+        assert all(torch.equal(tensor, pad(cut({name: tensor}, 1), 2)[name]) for name, tensor in adapter.items())
+
+
+def test_the_optimiser_has_one_parameter_for_a_client_and_group_whatever_is_trained(tiny: Settings) -> None:
+    world = World(tiny, core=True)
+    for parts in (ALL, {"B", "head"}, {"A", "head"}, {"R", "head"}, {"A", "B", "head"}):
+        spans = world.stacked.spans(parts)
+        assert [group for group, _ in spans] == [0, 1, 2, 3]
+        sizes = sum(tensor.numel() for name, tensor in world.start.items() if part_of(name) in parts)
+        assert sum(span.stop - span.start for _, span in spans) == sizes

@@ -1,0 +1,148 @@
+"""What aggregation adds to W0 acts as if it were in W0, and leaves with the adapter for stock PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel
+
+from copra_fl import models, residual
+from copra_fl.adapter import Adapter
+from copra_fl.config import Config
+from tests.test_bases import BATCH
+from tests.test_cohort import Settings, World, assert_alike, jitter
+
+QUERY = "base_model.model.encoder.layer.0.attention.self.query"
+
+
+def some_residual(model: models.Classifier, dense: bool, size: float = 0.1) -> Adapter:
+    """For all adapted modules but one; in factors of rank 3 unless `dense`."""
+    stream = torch.Generator().manual_seed(7)
+    drawn: Adapter = {}
+    for name in sorted(model.linears)[1:]:
+        d, k = model.linears[name].weight.shape
+        if dense:
+            drawn[f"{name}.residual"] = size * torch.randn(d, k, generator=stream)
+        else:
+            drawn[f"{name}.residual_B"] = size * torch.randn(d, 3, generator=stream)
+            drawn[f"{name}.residual_A"] = size * torch.randn(3, k, generator=stream)
+    return drawn
+
+
+def changed_for_real(world: World, change: Adapter) -> None:
+    """Put `change` into the base's own weights."""
+    for name in residual.modules(change):
+        linear = world.plain.linears[name]
+        linear.weight = nn.Parameter(linear.weight + residual.of(change, name).to(linear.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "factors"])
+@pytest.mark.parametrize("target", ["query,value", "all-linear"])
+def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, target: str) -> None:
+    """Oracle: the same model with a base whose weights are other ones. Predictions, gates open and closed; training."""
+    flat = tiny | {"local-steps": 10, "num-rounds": 4, "target-modules": target}
+    beside, inside = World(flat, double=True), World(flat, double=True)
+    change = some_residual(beside.plain, dense)
+    beside.plain.write_residual(change)
+    changed_for_real(inside, change)
+    with torch.inference_mode():
+        for mask in ([True] * 3, [False, True, False], [False] * 3):
+            for world in (beside, inside):
+                world.plain.write_adapter(world.start)
+                world.plain.gates.set(mask)
+            assert torch.allclose(beside.plain(**BATCH), inside.plain(**BATCH), atol=1e-12)
+        adapters = [beside.start, jitter(beside.start, 1, 0.2)]
+        inputs = BATCH["input_ids"], BATCH["attention_mask"]
+        expected = inside.plain.predictor(adapters)(*inputs)
+        for model in (beside.stacked, beside.plain):
+            assert torch.allclose(model.predictor(adapters)(*inputs), expected, atol=1e-12)
+    for update in (*beside.together(0, 1, 2), beside.alone(0)):
+        assert_alike(update, inside.alone(update.client), 1e-10)
+
+
+def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -> None:
+    model = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+    with torch.inference_mode():
+        before = model(**BATCH)
+        model.write_residual(some_residual(model, True))
+        model.write_residual(some_residual(model, False))
+        assert not torch.allclose(model(**BATCH), before)
+        model.write_residual({})
+        assert torch.equal(model(**BATCH), before)
+    assert not any(linear._forward_hooks for linear in model.linears.values())
+
+
+def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
+    world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
+    world.plain.write_residual(some_residual(world.plain, True))
+    assert {matrix.dtype for matrices in world.plain.beside.values() for matrix in matrices} == {torch.bfloat16}
+    for update in world.together(0, 1):
+        assert_alike(update, world.alone(update.client), 0.02)
+
+
+def test_a_residual_for_a_module_without_an_adapter_is_refused(tiny: Settings) -> None:
+    model = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+    with pytest.raises(ValueError, match=r"encoder.layer.0.output.dense.*but only.*query"):
+        model.write_residual({"base_model.model.encoder.layer.0.output.dense.residual": torch.zeros(32, 64)})
+
+
+def factors(d: int, k: int, rank: int, seed: int) -> Adapter:
+    stream = torch.Generator().manual_seed(seed)
+    return {
+        "m.residual_B": torch.randn(d, rank, generator=stream),
+        "m.residual_A": torch.randn(rank, k, generator=stream),
+    }
+
+
+def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> None:
+    """d = 12, k = 20: factors of rank n have 32 n values, the matrix 240."""
+    total, expected = factors(12, 20, 3, 0), residual.of(factors(12, 20, 3, 0), "m")
+    for seed, names in enumerate([["m.residual_A", "m.residual_B"], ["m.residual"], ["m.residual"]], start=1):
+        increment = factors(12, 20, 3, seed)
+        total, expected = residual.add(total, increment), expected + residual.of(increment, "m")
+        assert list(total) == names
+        assert torch.allclose(residual.of(total, "m"), expected, atol=1e-5)
+    assert residual.add({}, total) == total == residual.add(total, {})
+    x = torch.randn(5, 20)
+    for each in (total, factors(12, 20, 3, 9)):
+        assert torch.allclose(
+            residual.product(x, residual.matrices(each, "m")), x @ residual.of(each, "m").float().T, atol=1e-4
+        )
+
+
+CHANGES = {"dense": True, "factors": False, "none": None}
+
+
+@pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
+@pytest.mark.parametrize("dense", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_what_is_saved_computes_the_same_in_stock_peft(
+    tiny: Settings, tmp_path: Path, core: bool, dense: bool | None, scaling: str
+) -> None:
+    """All linear modules: d = k, d > k and d < k."""
+    config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
+    model = models.build(config, "layer", 3, seed=0, core=core)
+    model.write_adapter(jitter(model.read_adapter(), 3, 0.2))
+    change = {} if dense is None else some_residual(model, dense)
+    model.write_residual(change)
+    models.save(model, tmp_path, ["a", "b", "c"], change)
+    base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager")
+    stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    head = load_file(tmp_path / "head.safetensors")
+    lora = stock.peft_config["default"]
+    assert lora.r == {True: 34, False: 5, None: 2}[dense]
+    assert lora.lora_alpha == lora.r * (config.scaling(2) if dense is None and not core else 1)
+    with torch.inference_mode():
+        expected = model(**BATCH)
+        for encoder in (stock, stock.merge_and_unload()):
+            hidden = encoder(**BATCH).last_hidden_state
+            logits = nn.functional.linear(models.pool(hidden, BATCH["attention_mask"], "mean", None), **head)
+            assert torch.allclose(logits, expected, atol=1e-5)
+        assert torch.allclose(models.load(tmp_path, device="cpu").model(**BATCH), expected, atol=1e-5)
+    folded = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in folded.values()} == {torch.float32}
