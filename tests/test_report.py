@@ -340,7 +340,7 @@ def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
 
 def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=100).print(table(summarise(load_comparison(many))))
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "fedex-lora+copra" in out and "No global model" in out and "…" not in out
 
 
