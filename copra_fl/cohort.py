@@ -135,28 +135,27 @@ class LocalTerms:
         self._model, self._stack, self._start = model, stack, start
         self._mu = plan.config.aggregation.proximal_mu
         self._sums = torch.zeros_like(stack.grads) if plan.config.aggregation.control_variates else None
-        self._corrections = torch.zeros_like(stack.grads) if any(corrections) else None
-        if self._corrections is not None:
+        self._are_there = bool(self._mu) or any(corrections)
+        if self._are_there:
+            self._corrections = torch.zeros_like(stack.grads)
             for row, correction in zip(self._corrections, corrections, strict=True):
                 for name, tensor in correction.items():
                     row[model.layout.spans[name]] = tensor.flatten()
-        gates = np.full(model.layout.size, model.num_groups + 1)
-        for gate, span in model.spans(plan.trained_parts):
-            gates[span] = gate
-        self._gates = model.tensor(gates)
+            gates = np.full(model.layout.size, model.num_groups + 1)
+            for gate, span in model.spans(plan.trained_parts):
+                gates[span] = gate
+            self._gates = model.tensor(gates)
 
     def add(self, rows: np.ndarray, on: np.ndarray) -> None:
         """Keep the gradients of a step, and add to those of the clients at `rows` where they are `on`."""
         grads = self._stack.grads
         if self._sums is not None:
             self._sums += grads
-        if not self._mu and self._corrections is None:
-            return
-        is_on = np.zeros((len(grads), self._model.num_groups + 2))
-        is_on[rows, :-2], is_on[rows, -2] = on, 1
-        term = self._mu * (self._stack.values - self._start)
-        term = term if self._corrections is None else term + self._corrections
-        grads += term * self._model.tensor(is_on).index_select(1, self._gates)
+        if self._are_there:
+            is_on = np.zeros((len(grads), self._model.num_groups + 2))  # the last two: heads, and what is not trained
+            is_on[rows, :-2], is_on[rows, -2] = on, 1
+            term = self._mu * (self._stack.values - self._start) + self._corrections
+            grads += term * self._model.tensor(is_on).index_select(1, self._gates)
 
     def gradients(self) -> list[Adapter]:
         """Each client's own gradients, summed over the steps; empty where there are no control variates."""

@@ -2,8 +2,8 @@
 
     W0 + s B R A,    G = U S V^T the gradient of the loss with respect to W0,    B = U_r,    A = V_r^T,    R = 0
 
-Of all W0 + B R A the one step of gradient descent from W0 that these span is the best of rank r. LoRA-SB starts from
-it; here R starts at 0, so that the first round starts from W0.
+So W0 + s B R A can take the best approximation of rank r of a step of full fine-tuning. LoRA-SB starts from that step;
+here R starts at 0, so that the first round starts from W0.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class StackedClassifier:
             module: Any = base.get_submodule(name)
             if type(module) is not lora.Linear or type(module.get_base_layer()) is not nn.Linear or module.lora_variant:
                 raise NotStackable(f"{name} is a {type(module.get_base_layer()).__name__} in a {type(module).__name__}")
-            tree.set_submodule(name, StackedLinear(f"base_model.model.{name}", module, group, self.present,
-                                                     classifier.beside))  # fmt: skip
+            linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, classifier.beside)
+            tree.set_submodule(name, linear)
             blocks.append(group_name(name, "layer"))
         inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
         trunks = {block.rpartition(".")[0] for block in inside}
