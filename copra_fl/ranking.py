@@ -82,9 +82,10 @@ def header_and_rows(
         return ["method", *headings], rows(summary, columns)
     baseline = summary["baseline"]
     header = ["", "method", headings[0], f"minus {baseline}, points", *headings[1:]]
+    narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
     ranked = []
     for place, method in ranking(summary):
-        name, accuracy, *others = _cells(summary, method, columns)
+        name, accuracy, *others = _cells(summary, method, narrow)
         difference = "" if method == baseline else POINTS.show(summary["differences"][method].get(POINTS.metric))
         ranked.append(["–" if place is None else str(place), name, accuracy, difference, *others])
     return header, ranked

@@ -21,7 +21,8 @@ def aggregation_error(comparison: Comparison) -> list[Figure]:
     """How far the new global product is from the average of the clients' products, by round."""
     caption = (
         "How far the next global adapter's B A is from the weighted average of the clients' B A, relative, over all "
-        "layers. Lower is closer to what the clients trained; which is not yet a better model."
+        "layers. Lower is closer to what the clients trained, which need not be a better model. Exact: below "
+        f"{ROUNDING:g} %, float32's rounding."
     )
     figures = by_round(
         comparison,
