@@ -208,7 +208,7 @@ def _verdict_on_many(summary: Mapping[str, Any]) -> Iterator[str]:
     if below:
         yield f"Below {baseline}, with a 95 % interval that does not cover 0: {join(below)}."
     if apart := len(sure) - len(above) - len(below):
-        who = "No other can" if apart == len(sure) else f"{apart} other{'s' if apart > 1 else ''} cannot"
+        who = "No method can" if apart == len(sure) else f"{apart} other{'s' if apart > 1 else ''} cannot"
         yield f"{who} be told apart from {baseline}: the 95 % interval of the difference covers 0."
     if len(sure) >= 10 and (above or below):
         yield "Of so many intervals, one in 20 misses 0 by chance."

@@ -68,13 +68,15 @@ def error_by_layer(comparison: Comparison) -> list[Figure]:
     if not found:
         return []
     modules = list(next(iter(found.values())))
+    cells = [[errors.get(module) for module in modules] for errors in found.values()]
     chart = by_method(comparison, {"title": "layer"})
     chart.add_heatmap(
         x=_short(modules),
         y=list(found),
-        z=[[errors.get(module) for module in modules] for errors in found.values()],
+        z=cells,
         customdata=[modules] * len(found),
         zmin=0,
+        zmax=max(1.0, *(error for row in cells for error in row if error is not None)),
         colorscale=[[0, "#ffffff"], [1, "#0072B2"]],
         colorbar={"title": {"text": "error, %", "side": "right"}, "thickness": 12},
         texttemplate="%{z:.0f}" if len(modules) <= 24 else None,
