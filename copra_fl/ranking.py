@@ -82,9 +82,10 @@ def header_and_rows(
         return ["method", *headings], rows(summary, columns)
     baseline = summary["baseline"]
     header = ["", "method", headings[0], f"minus {baseline}, points", *headings[1:]]
+    narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
     ranked = []
     for place, method in ranking(summary):
-        name, accuracy, *others = _cells(summary, method, columns)
+        name, accuracy, *others = _cells(summary, method, narrow)
         difference = "" if method == baseline else POINTS.show(summary["differences"][method].get(POINTS.metric))
         ranked.append(["–" if place is None else str(place), name, accuracy, difference, *others])
     return header, ranked
@@ -207,7 +208,7 @@ def _verdict_on_many(summary: Mapping[str, Any]) -> Iterator[str]:
     if below:
         yield f"Below {baseline}, with a 95 % interval that does not cover 0: {join(below)}."
     if apart := len(sure) - len(above) - len(below):
-        who = "No other can" if apart == len(sure) else f"{apart} other{'s' if apart > 1 else ''} cannot"
+        who = "No method can" if apart == len(sure) else f"{apart} other{'s' if apart > 1 else ''} cannot"
         yield f"{who} be told apart from {baseline}: the 95 % interval of the difference covers 0."
     if len(sure) >= 10 and (above or below):
         yield "Of so many intervals, one in 20 misses 0 by chance."

@@ -21,7 +21,8 @@ def aggregation_error(comparison: Comparison) -> list[Figure]:
     """How far the new global product is from the average of the clients' products, by round."""
     caption = (
         "How far the next global adapter's B A is from the weighted average of the clients' B A, relative, over all "
-        "layers. Lower is closer to what the clients trained; which is not yet a better model."
+        "layers. Lower is closer to what the clients trained, which need not be a better model. Exact: below "
+        f"{ROUNDING:g} %, float32's rounding."
     )
     figures = by_round(
         comparison,
@@ -67,13 +68,15 @@ def error_by_layer(comparison: Comparison) -> list[Figure]:
     if not found:
         return []
     modules = list(next(iter(found.values())))
+    cells = [[errors.get(module) for module in modules] for errors in found.values()]
     chart = by_method(comparison, {"title": "layer"})
     chart.add_heatmap(
         x=_short(modules),
         y=list(found),
-        z=[[errors.get(module) for module in modules] for errors in found.values()],
+        z=cells,
         customdata=[modules] * len(found),
         zmin=0,
+        zmax=max(1.0, *(error for row in cells for error in row if error is not None)),
         colorscale=[[0, "#ffffff"], [1, "#0072B2"]],
         colorbar={"title": {"text": "error, %", "side": "right"}, "thickness": 12},
         texttemplate="%{z:.0f}" if len(modules) <= 24 else None,

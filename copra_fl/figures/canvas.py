@@ -35,24 +35,19 @@ STYLES = (
 )
 #: with more methods than there are styles: the first 7 have the first symbol, the next 7 the second ...
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "cross")
-VARIANT = "+copra"
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A style for each method. With many of them, a method and its ``+copra`` share colour and symbol: the latter is
-    dashed, with open symbols."""
+    """A style for each method. With many of them a rule has a colour and a symbol; with CopRA it is dotted and open."""
     methods = list(methods)
     if len(methods) <= len(STYLES):
         return dict(zip(methods, STYLES, strict=False))
-    plain = dict.fromkeys(method.removesuffix(VARIANT) for method in methods)
-    looks = {
-        name: Style(style.colour, symbol, "solid")
-        for name, (symbol, style) in zip(plain, itertools.cycle(itertools.product(SYMBOLS, STYLES)), strict=False)
-    }
+    plain = {method: "lora" if method == "copra" else method.removesuffix("+copra") for method in methods}
+    looks = itertools.cycle(Style(style.colour, symbol, "solid") for symbol in SYMBOLS for style in STYLES)
+    look = dict(zip(dict.fromkeys(plain.values()), looks, strict=False))
     return {
-        method: replace(look, symbol=f"{look.symbol}-open", dash="dot") if method.endswith(VARIANT) else look
-        for method in methods
-        for look in [looks[method.removesuffix(VARIANT)]]
+        method: look[name] if method == name else replace(look[name], symbol=f"{look[name].symbol}-open", dash="dot")
+        for method, name in plain.items()
     }
 
 
@@ -107,7 +102,7 @@ def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, A
     if are_many(comparison):
         chart.update_layout(
             height=HEIGHT + 100 + 5 * len(comparison.methods),
-            legend={"entrywidth": 145, "font": {"size": 12}},
+            legend={"entrywidth": 130, "font": {"size": 12}},
         )
     return chart
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from copra_fl.figures.canvas import Figure, are_many, blank, by_method, started
+from copra_fl.figures.canvas import HEIGHT, Figure, are_many, blank, by_method, started
 from copra_fl.results import Comparison
 
 
@@ -32,8 +32,8 @@ def client_accuracy(comparison: Comparison) -> list[Figure]:
         "(with personal models: its own). The box is the middle half of the clients; "
         f"{comparison.named_seeds}."
     )
-    wide = are_many(comparison)
-    return [Figure("Accuracy per client", caption, chart, wide=wide)] if chart.data else []
+    chart.update_layout(height=max(HEIGHT, chart.layout.height))
+    return [Figure("Accuracy per client", caption, chart, wide=are_many(comparison))] if chart.data else []
 
 
 def client_examples(comparison: Comparison) -> list[Figure]:
