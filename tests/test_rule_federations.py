@@ -53,7 +53,7 @@ def resumes_bitwise(flat: Settings, directory: Path) -> Path:
     return whole
 
 
-@pytest.mark.parametrize("engine", ["stacked", "peft"])
+@pytest.mark.parametrize("engine", ["stacked", pytest.param("peft", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_runs_twice_and_resumes_bitwise_equal(
     tiny: Settings, rule: str, engine: str, tmp_path: Path
@@ -72,6 +72,7 @@ def test_local_terms_and_server_optimisers_resume_bitwise_equal(
     assert norm(difference(final(plain), final(whole))) > 1e-4, "it makes a difference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_path: Path) -> None:
     """One round of sgd, since adam's first step makes a sign of a rounding error."""
