@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from copra_fl.aggregation import RULES
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import pad, relative_scaling, rescale
 from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.server_optimizers import SERVER_OPTIMIZERS
 from copra_fl.config import Config
 from tests.rounds import (
     MODULES,
@@ -223,3 +225,14 @@ def test_peft_agrees(rule: str, combination: str, weights: tuple[float, float]) 
     merged = model.base_model.model["query"].get_delta_weight("merged").detach().double().numpy()
     round_ = make_round(start(), [update(i, adapter, 10 + 20 * i) for i, adapter in enumerate(clients)])
     assert relative(dense_made(round_, aggregate(rule, round_), MODULES[0]), merged) < 1e-6
+
+
+def test_the_docs_have_a_row_for_every_rule_and_server_optimiser() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "aggregation.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert rows.keys() == RULES.keys() | SERVER_OPTIMIZERS.keys()
+    for name, rule in RULES.items():
+        *_, kept, unequal, copra, _ = (cell.strip() for cell in rows[name].split("|"))
+        assert (kept, unequal, copra) == tuple(
+            "yes" if is_so else "no" for is_so in (not rule.changes_base, rule.unequal_ranks, not rule.no_copra)
+        ), name

@@ -2,7 +2,7 @@
 
     W0 <- W0 + s [p_1 B_1 ... p_K B_K] [A_1; ...; A_K],    next adapter: A drawn anew, B = 0
 
-Traffic: up r_i (d + k) a module, down (sum_i r_i)(d + k) or d k if that is less, and no adapter.
+Traffic: up r_i (d + k) a module, down as much for the new adapter and (sum_i r_i)(d + k), or d k if that is less.
 """
 
 from __future__ import annotations
