@@ -163,12 +163,12 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     if journal.finished:
         emit("finished", accuracy=None)
         return
-    check(config)
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(dtype=compute.dtype, attention=compute.attention)
     nodes = greet(grid, config)
     config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
+    check(config)
     federated = data.load(config, models.load_tokenizer(config.model.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
