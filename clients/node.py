@@ -7,7 +7,7 @@ into the reply and the server decides.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -56,8 +56,7 @@ def hello(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     plan, engine, data, state = _open(message, context)
-    config, rule = plan.config, find_rule(plan.config.aggregation.rule)
-    group_of, num_groups = engine.classifier.group_of, len(engine.classifier.gates.names)
+    config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.classifier.group_of
     memory = Memory(wire.unpack_delivery(message.content).run)
     left = {client: memory.read(client, plan.server_round) for client in plan.clients}
     own = client_starts(config, state.adapter, plan.clients)
@@ -65,18 +64,7 @@ def train(message: Message, context: Context) -> Message:
     if rule.personal:
         starts = {client: start | left[client].personal for client, start in starts.items()}
     corrections = {client: _minus(state.control, each.control) for client, each in left.items() if state.control}
-    updates: list[Update] = []
-    failures: dict[int, str] = {}
-    for clients in engine.slices(data, plan):
-        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, _report, corrections))
-        failures |= failed
-        for update in trained:
-            start = parts(starts[update.client], rule.trains(plan.server_round))
-            try:
-                check_update(update, start, group_of, num_groups, len(data.train[update.client]))
-                updates.append(update)
-            except BadUpdate as error:
-                failures[update.client] = str(error)
+    updates, failures = _train_all(plan, engine, data, starts, corrections)
     sendable = {client: parts(start, rule.sends(plan.server_round)) for client, start in own.items()}
     buffers, lost = _pack(plan, updates, sendable, {c: each.lost for c, each in left.items()}, group_of)
     if state.control:
@@ -88,6 +76,26 @@ def train(message: Message, context: Context) -> Message:
             after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
             memory.write(update.client, plan.server_round, after)
     return Message(wire.pack_updates(updates, buffers, failures), reply_to=message)
+
+
+def _train_all(
+    plan: Plan, engine: Engine, data: FederatedData, starts: Mapping[int, Adapter], corrections: Mapping[int, Adapter]
+) -> tuple[list[Update], dict[int, str]]:
+    """The good updates of the plan's clients, and why the others have none."""
+    num_groups, trainable = len(engine.classifier.gates.names), plan.trained_parts
+    updates: list[Update] = []
+    failures: dict[int, str] = {}
+    for clients in engine.slices(data, plan):
+        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, _report, corrections))
+        failures |= failed
+        for update in trained:
+            start, num_examples = parts(starts[update.client], trainable), len(data.train[update.client])
+            try:
+                check_update(update, start, engine.classifier.group_of, num_groups, num_examples)
+                updates.append(update)
+            except BadUpdate as error:
+                failures[update.client] = str(error)
+    return updates, failures
 
 
 def _minus(ours: Adapter, theirs: Adapter) -> Adapter:

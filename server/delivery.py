@@ -30,7 +30,10 @@ class Deliveries:
         self.changed: Adapter = {}
 
     def pack(self, plan: Plan, state: State, number: int, node: int) -> wire.RecordDict:
-        """The message with `plan` for `node`; `number`: rounds behind `state`."""
+        """The message with `plan` for `node`; `number`: rounds behind `state`.
+
+        Before the plan's round it is for training: cut to the cohort's largest rank, and with the control variate.
+        """
         since, every = self._holds.get(node, -1), {part_of(name) for name in state.adapter}
         wanted, residual = every, state.residual
         if since == number:
@@ -39,12 +42,13 @@ class Deliveries:
             wanted, residual = every & self._rule.sends(number), self.changed
         else:
             since = -1
-        rank = self._largest_rank(plan.clients)
+        is_training = number < plan.server_round
+        rank = self._largest_rank(plan.clients) if is_training else self._config.model.rank
         self._sent[node] = number
         return wire.pack_plan(
             plan,
             wire.Delivery(self._run, number, since, tuple(sorted(wanted)), rank),
-            wire.Content(cut(parts(state.adapter, wanted), rank), residual, state.control),
+            wire.Content(cut(parts(state.adapter, wanted), rank), residual, state.control if is_training else {}),
         )
 
     def arrived(self, node: int) -> None:
@@ -58,4 +62,4 @@ class Deliveries:
 
     def _largest_rank(self, clients: tuple[int, ...]) -> int:
         ranks = client_ranks(self._config, self._config.data.num_clients)
-        return max(ranks[client] for client in clients) if ranks else self._config.model.rank
+        return max(ranks[client] for client in clients)

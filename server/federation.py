@@ -14,7 +14,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from copra_fl.core import core_start
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -25,6 +24,7 @@ from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
+from copra_fl.core import core_start
 from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit

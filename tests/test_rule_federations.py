@@ -182,10 +182,17 @@ def test_a_node_that_has_forgotten_says_so_and_gets_everything_next_time(tiny: S
 def test_clients_of_unequal_rank(tiny: Settings, rule: str, tmp_path: Path) -> None:
     """Ranks 1 to 4: no client sends more than its own, and the exact rule stays exact."""
     ranks = {"rank": 4, "client-ranks": "1,2,3,4,1,1", "lora-scaling": "rslora"}
-    whole = resumes_bitwise(tiny | settings_of(rule) | ranks | {"local-training": "lora"}, tmp_path)
+    flat = tiny | settings_of(rule) | ranks | {"local-training": "lora"}
+    whole = resumes_bitwise(flat, tmp_path)
+    alone = run_federation(flat | {"engine": "peft"}, tmp_path / "alone", num_nodes=1)
     equal = run_federation(tiny | settings_of(rule) | {"rank": 4, "local-training": "lora"}, tmp_path / "equal")
     up, full = (journal(each)[0]["bytes_up"] for each in (whole, equal))
     bytes_a_rank = 4 * 6 * 2 * 32
     assert full - up == pytest.approx(bytes_a_rank * (6 * 4 - 12), rel=0.01)
+    ends = [json.loads((each / "summary.json").read_text())["clients"] for each in (whole, alone)]
+    losses = [[client["loss"] for client in clients] for clients in ends]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), (
+        "a node whose own clients have a small rank evaluates the whole adapter too"
+    )
     if rule == "flora":
         assert journal(whole)[-1]["aggregation_error"]["total"] < 1e-6
