@@ -3,7 +3,7 @@
     sizes        what is trained: three sizes, a warm-up and two local trainings each
     usual        the training loop with PEFT as its users write it
     workers      contestants in processes of our own: the usual loop, our engine
-    simulations  contestants over Flower and Ray: ours, and experiments/baselines
+    simulations  contestants over Flower and Ray: ours, and experiments/bench
     contest      who competes, the equality gate, the repeats, growth with more clients
     sampling     CPU seconds and memory of a contestant's processes
     flops        what a training step must compute
