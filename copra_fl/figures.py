@@ -10,49 +10,13 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from copra_fl.config import Config
+from copra_fl.page import HEIGHT, STYLES, Figure, Style, empty_chart
 from copra_fl.results import Comparison, Run, activity, join, metrics
-
-HEIGHT = 340
-
-
-@dataclass(frozen=True)
-class Style:
-    colour: str
-    symbol: str
-    dash: str
-
-
-#: Okabe and Ito's colours: people with any colour vision can tell them apart. Symbol and dash say it again in print.
-STYLES = (
-    Style("#0072B2", "circle", "solid"),
-    Style("#D55E00", "square", "dash"),
-    Style("#009E73", "diamond", "dot"),
-    Style("#CC79A7", "triangle-up", "dashdot"),
-    Style("#E69F00", "cross", "longdash"),
-    Style("#56B4E9", "x", "longdashdot"),
-    Style("#000000", "star", "solid"),
-)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart and the line under it: what to see, on which split and seeds."""
-
-    title: str
-    caption: str
-    chart: go.Figure
-
-    @property
-    def json(self) -> str:
-        """Data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
-        return self.chart.to_json().replace("<", "\\u003c")
 
 
 def learning(comparison: Comparison) -> list[Figure]:
@@ -92,7 +56,7 @@ def connectivity(comparison: Comparison) -> list[Figure]:
 
 def schedule(comparison: Comparison) -> list[Figure]:
     """p(t), and the share of layers that really was on."""
-    chart = _chart(
+    chart = empty_chart(
         {"title": "rounds done", "dtick": _round_ticks(comparison)}, {"title": "layers on, %", "range": [-4, 104]}
     )
     for method, runs, style in _methods(comparison):
@@ -135,7 +99,7 @@ def activity_maps(comparison: Comparison) -> list[Figure]:
         layers = next(row["layers"] for run in runs for row in run.journal)
         prefix = os.path.commonprefix(layers)
         prefix = prefix[: prefix.rfind(".") + 1]
-        chart = _chart({"title": "round", "dtick": _round_ticks(comparison)}, {"title": f"{prefix}*"})
+        chart = empty_chart({"title": "round", "dtick": _round_ticks(comparison)}, {"title": f"{prefix}*"})
         chart.add_heatmap(
             x=list(shares),
             y=[layer.removeprefix(prefix) for layer in layers],
@@ -160,7 +124,7 @@ def activity_maps(comparison: Comparison) -> list[Figure]:
 
 def client_accuracy(comparison: Comparison) -> list[Figure]:
     """The final global model on each client's own validation data."""
-    chart = _chart({"title": "seed", "type": "category"}, {"title": "accuracy, %"})
+    chart = empty_chart({"title": "seed", "type": "category"}, {"title": "accuracy, %"})
     for method, _, style in _methods(comparison):
         clients = [(seed, client) for seed, end in comparison.finished(method) for client in end["clients"]]
         if clients:
@@ -187,7 +151,7 @@ def client_accuracy(comparison: Comparison) -> list[Figure]:
 def client_examples(comparison: Comparison) -> list[Figure]:
     """How uneven the split is; read from the first method's runs, as runs of one seed share their split."""
     method, runs, _ = next(_methods(comparison))
-    chart = _chart({"title": "clients, largest first"}, {"title": "examples"})
+    chart = empty_chart({"title": "clients, largest first"}, {"title": "examples"})
     for run, grey in zip(runs, itertools.cycle(("#444444", "#8c8c8c", "#c4c4c4")), strict=False):
         examples = {client["client"]: client["examples"] for row in run.journal for client in row["clients"]}
         clients = sorted(examples, key=lambda client: -examples[client])
@@ -205,8 +169,8 @@ def client_examples(comparison: Comparison) -> list[Figure]:
 
 def cost(comparison: Comparison) -> list[Figure]:
     """Bytes and wall-clock time of whole runs."""
-    bytes_chart = _chart({"title": "MB"}, {"autorange": "reversed"})
-    seconds_chart = _chart({"title": "seconds", "rangemode": "tozero"}, {"autorange": "reversed"})
+    bytes_chart = empty_chart({"title": "MB"}, {"autorange": "reversed"})
+    seconds_chart = empty_chart({"title": "seconds", "rangemode": "tozero"}, {"autorange": "reversed"})
     for method, _, style in _methods(comparison):
         ends = [metrics(end) for _, end in comparison.finished(method)]
         if not ends:
@@ -265,7 +229,7 @@ def _by_round(
     comparison: Comparison, key: str, metric: str, title: str, caption: str, y_axis: dict[str, Any]
 ) -> list[Figure]:
     """The journal's ``row[key][metric]``: a line a method with a band over seeds."""
-    chart = _chart({"title": "round", "dtick": _round_ticks(comparison)}, y_axis)
+    chart = empty_chart({"title": "round", "dtick": _round_ticks(comparison)}, y_axis)
     scale = 100 if metric == "accuracy" else 1
     for method, runs, style in _methods(comparison):
         by_round: dict[int, list[float]] = {}
@@ -300,7 +264,7 @@ def _by_round(
 
 
 def _along_lines(comparison: Comparison, metric: str, title: str, caption: str, unit: str) -> list[Figure]:
-    chart = _chart({"title": "u"}, {"title": unit})
+    chart = empty_chart({"title": "u"}, {"title": unit})
     scale = 100 if metric == "accuracy" else 1
     for method, _, style in _methods(comparison):
         lines = [(seed, line) for seed, end in comparison.finished(method) for line in end["paths"]]
@@ -342,21 +306,3 @@ def _schedule_corners(config: Config) -> tuple[list[float], list[float]]:
 def _round_ticks(comparison: Comparison) -> int:
     """Whole rounds between ticks, so that there are at most eight or so."""
     return math.ceil(max(run.config.federation.num_rounds for _, run in comparison.runs) / 8)
-
-
-def _chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
-    chart = go.Figure()
-    chart.update_layout(
-        template="plotly_white",
-        height=HEIGHT,
-        margin={"l": 8, "r": 8, "t": 40, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1f2933"},
-        legend={"orientation": "h", "xref": "container", "yref": "container", "x": 0, "y": 1, "yanchor": "top"},
-        showlegend=True,
-        hoverlabel={"namelength": -1},
-    )
-    chart.update_xaxes(automargin=True, **x_axis)
-    chart.update_yaxes(automargin=True, **y_axis)
-    for axis in (chart.layout.xaxis, chart.layout.yaxis):
-        axis.title.update(font={"size": 14}, standoff=8)
-    return chart
