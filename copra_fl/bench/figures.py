@@ -1,6 +1,6 @@
 """The charts of a benchmark's page, from its stored facts; empty lists where a run did not measure what they show.
 
-Each caption ends with the machine and the time, since no number means anything without them.
+Each caption ends with the machine, without which no number means anything.
 """
 
 from __future__ import annotations

@@ -101,10 +101,10 @@ def size_facts(workload: Workload, results: Iterable[Result]) -> Facts:
 
 
 def machine(facts: Facts) -> str:
-    """Where it was measured and when, to stand beside every number."""
+    """Where it was measured, to stand beside every number."""
     where = facts["machine"]
     processors = [where[key] for key in ("gpu", "processor") if key in where]
-    return f"{', '.join(processors)}, {where['cores']} cores, {facts['date']}"
+    return f"{', '.join(processors)}, {where['cores']} cores"
 
 
 def tables(facts: Facts) -> list[Table]:

@@ -31,7 +31,7 @@ def render(runs: Sequence[Facts]) -> str:
     several = len(runs) > 1
     return page.render(
         title="Benchmark",
-        setting=" · ".join(dict.fromkeys(map(findings.machine, runs))),
+        setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
         warnings=[
             f"{facts['date']}: {sentence}" if several else sentence for facts in runs for sentence in left_out(facts)

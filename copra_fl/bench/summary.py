@@ -42,6 +42,7 @@ def summary(facts: Facts) -> dict[str, Any]:
     schedule = sizes["compute"].get("schedule")
     return {
         "machine": machine(facts),
+        "date": facts["date"],
         **{name: speed if name == "compute" else speed["lora"] for name, speed in speeds.items()},
         "matmul_share": {name: _by_name(size, "lora", "share_of_matmul_rate") for name, size in sizes.items()},
         "memory": {name: _memory(size) for name, size in sizes.items()},

@@ -22,6 +22,7 @@ from copra_fl import provenance
 from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
+    from copra_fl.bench.findings import Table
     from copra_fl.bench.sizes import Size
 
 
@@ -102,6 +103,8 @@ def bench(
     No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
+        if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
+            raise ConfigError("--page measures nothing: of the other options only --output goes with it")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
     if quick and (size or repeats or contestants):
@@ -132,15 +135,7 @@ def bench(
         left_out = list(summary.left_out(facts))
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
-    shown = console if as_json else Console()
-    for table in tables:
-        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
-        grid = rich_table.Table(*columns, title=table.title, caption=table.note)
-        for row in table.rows:
-            grid.add_row(*row)
-        shown.print(grid)
-    for sentence in left_out:
-        shown.print(sentence, highlight=False)
+    _print_tables(tables, left_out, console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -148,6 +143,17 @@ def bench(
         console.print(f"no page: {error}. Elsewhere, copra-fl bench --page {stem.name}.json writes it", soft_wrap=True)
     if as_json:
         print(json.dumps(summary.summary(facts), indent=2))
+
+
+def _print_tables(tables: list[Table], left_out: list[str], console: Console) -> None:
+    for table in tables:
+        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
+        shown = rich_table.Table(*columns, title=table.title, caption=table.note)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for sentence in left_out:
+        console.print(sentence, highlight=False)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -223,12 +229,12 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[Any], left_out: list[str]) -> str:
+def _markdown(facts: dict[str, Any], tables: list[Table], left_out: list[str]) -> str:
     from copra_fl.bench import findings
 
     origin = [
         f"`{facts['command']}`",
-        f"{findings.machine(facts)}, {facts['repeats']} repeats, {facts['machine']['system']}",
+        f"{findings.machine(facts)}, {facts['machine']['system']}, {facts['date']}, {facts['repeats']} repeats",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         *left_out,
     ]
