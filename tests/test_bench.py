@@ -252,8 +252,8 @@ def test_what_is_left_out_is_said_and_gets_no_verdict() -> None:
     facts = facts_of(c=(10, 10), g=(20, 24))
     facts["sizes"]["compute"]["size"] = vars(QUICK_SIZES["compute"])
     said = " ".join(left_out(facts))
-    assert "compute without (a) Flower + Ray, reload per message, (b)" in said and "(c)" not in said
-    assert "compute with 2 of its 8 clients, and so no verdict" in said
+    assert "Without (a) Flower + Ray, reload per message, (b)" in said and "(c)" not in said
+    assert "No verdict on targets: compute with 2 of 8 clients." in said
     assert not targets(facts).rows
 
 

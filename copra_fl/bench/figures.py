@@ -28,7 +28,9 @@ def speed(facts: Facts, name: str) -> list[Figure]:
     for training in TRAININGS:
         values = {letter: each["trainings"][training]["clients_per_second"] for letter, each in contestants.items()}
         _add_bars(chart, training, _names(contestants), values.values())
-    caption = f"More is better. Bars: medians; whiskers: lowest and highest of {facts['repeats']} repeats."
+    repeats = facts["repeats"]
+    bars = f"medians; whiskers: lowest and highest of {repeats} repeats" if repeats > 1 else "one run, no repeats"
+    caption = f"More is better. Bars: {bars}."
     return [_figure(facts, "Clients per second", caption, chart)]
 
 
@@ -172,12 +174,9 @@ def _names(contestants: Mapping[str, Facts]) -> dict[str, str]:
 
 def _bars(x_axis: dict[str, Any], contestants: Mapping[str, Facts]) -> go.Figure:
     """A chart for horizontal bars, the first contestant at the top."""
-    order = list(reversed(_names(contestants).values()))
-    chart = empty_chart(
-        x_axis | {"rangemode": "tozero"}, {"type": "category", "categoryorder": "array", "categoryarray": order}
-    )
-    chart.update_layout(barmode="group", scattermode="group", height=110 + 60 * len(order))
-    chart.update_layout(legend={"traceorder": "normal"})
+    axis = {"type": "category", "autorange": "reversed", "ticklabelstandoff": 6}
+    chart = empty_chart(x_axis | {"rangemode": "tozero"}, axis)
+    chart.update_layout(barmode="group", scattermode="group", height=110 + 60 * len(contestants))
     return chart
 
 
@@ -202,7 +201,7 @@ def _add_bar(
         offsetgroup=label,
         marker={"color": style.colour},
         text=list(texts),
-        textposition="inside",
+        textangle=0,
         insidetextanchor="start",
         hovertemplate="%{text}",
     )

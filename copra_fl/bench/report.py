@@ -28,17 +28,21 @@ def render(runs: Sequence[Facts]) -> str:
     verdicts = [findings.targets(facts) for facts in runs]
     judged = [row for table in verdicts for row in table.rows]
     met = sum(row[-1] == "met" for row in judged)
-    several = len(runs) > 1
     return page.render(
         title="Benchmark",
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
-        warnings=[
-            f"{facts['date']}: {sentence}" if several else sentence for facts in runs for sentence in left_out(facts)
-        ],
+        warnings=list(_warnings(runs)),
         results=[_data_table(table) for table in verdicts if table.rows],
-        sections=[section for facts in runs for section in _sections(facts, several)],
+        sections=[section for facts in runs for section in _sections(facts, dated=len(runs) > 1)],
     )
+
+
+def _warnings(runs: Sequence[Facts]) -> Iterator[str]:
+    """What each run leaves out."""
+    for facts in runs:
+        if said := " ".join(left_out(facts)):
+            yield f"{facts['date']}: {said}"
 
 
 def _sections(facts: Facts, dated: bool) -> Iterator[Section]:

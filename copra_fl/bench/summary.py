@@ -59,12 +59,18 @@ def left_out(facts: Facts) -> Iterator[str]:
     sizes = facts["sizes"]
     if missing := [name for name in MEASURED if name not in sizes]:
         yield f"Not measured: size {', '.join(missing)}."
+    without: dict[str, list[str]] = {}
     for name, size in sizes.items():
-        if absent := [str(each) for each in CONTESTANTS if each.letter not in size["contestants"]]:
-            yield f"{name} without {', '.join(absent)}."
-        clients, whole = size["size"]["clients"], SIZES[name].clients
-        if clients < whole:
-            yield f"{name} with {clients} of its {whole} clients, and so no verdict on its targets."
+        absent = [str(each) for each in CONTESTANTS if each.letter not in size["contestants"]]
+        without.setdefault(", ".join(absent), []).append(name)
+    yield from (f"Without {absent}: {', '.join(names)}." for absent, names in without.items() if absent)
+    clients = {name: size["size"]["clients"] for name, size in sizes.items()}
+    if fewer := [
+        f"{name} with {number} of {SIZES[name].clients} clients"
+        for name, number in clients.items()
+        if number < SIZES[name].clients
+    ]:
+        yield f"No verdict on targets: {', '.join(fewer)}."
     if facts["repeats"] < FULL_REPEATS:
         yield f"{facts['repeats']} of {FULL_REPEATS} repeats."
 
