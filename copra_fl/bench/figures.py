@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from copra_fl.bench.findings import FLAT, RATES, RATIOS, Facts, machine, ratio
+from copra_fl.bench.findings import FLAT, RATES, RATIOS, Facts, has_targets, machine, ratio
 from copra_fl.bench.sizes import TRAININGS
 from copra_fl.bench.steps import expected_blocks
 from copra_fl.page import STYLES, Figure, Style, empty_chart
@@ -36,6 +36,7 @@ def speed(facts: Facts, name: str) -> list[Figure]:
 
 def ratios(facts: Facts, name: str) -> list[Figure]:
     """Clients per second by those of Flower with warm actors and of the PEFT loop, with the targets."""
+    judged = has_targets(name, facts["sizes"][name])
     contestants, found = facts["sizes"][name]["contestants"], []
     for rival in "bc":
         ours = {letter: each for letter, each in contestants.items() if letter in "defg"}
@@ -46,17 +47,13 @@ def ratios(facts: Facts, name: str) -> list[Figure]:
         for training in TRAININGS:
             values = [[ratio(contestants, letter, rival, training)] for letter in ours]
             _add_bars(chart, training, names, values, "{:.2f}")
+        wanted = {letter: _factors(name, letter, rival, "e" not in contestants) for letter in ours if judged}
         for training in TRAININGS:
-            wanted = {
-                letter: factors[training]
-                for letter in ours
-                if (factors := _factors(name, letter, rival, "e" not in contestants))
-            }
-            _add_targets(chart, training, {names[letter]: factor for letter, factor in wanted.items()})
+            _add_targets(chart, training, {names[letter]: of[training] for letter, of in wanted.items() if of})
         chart.add_vline(x=1, line={"color": "#52606d", "width": 1})
         caption = (
-            f"Medians of clients per second by those of ({rival}), {contestants[rival]['name']}, in the same run. "
-            "Upright strokes: targets."
+            f"Medians of clients per second by those of ({rival}), {contestants[rival]['name']}, in the same run."
+            + (" Upright strokes: targets." if judged else "")
         )
         found.append(_figure(facts, f"Against ({rival}) {contestants[rival]['name']}", caption, chart))
     return found
@@ -73,7 +70,7 @@ def matmul_share(facts: Facts, name: str) -> list[Figure]:
             for each in contestants.values()
         ]
         _add_bars(chart, training, names, values, "{:.0f} %")
-    if name == "compute":
+    if name == "compute" and has_targets(name, facts["sizes"][name]):
         _add_targets(chart, "lora", {names[letter]: 100 * least for letter, least in RATES if letter in names})
     caption = (
         "Floating point operations that the training needs, by what large matrix products do in the same time, dtype "

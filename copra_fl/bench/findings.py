@@ -246,16 +246,14 @@ def targets(facts: Facts) -> Table:
     return Table("Targets", ["target", "wanted", "measured", ""], rows, note)
 
 
-def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
-    """Each target that was measured: what, wanted, measured, whether it is met.
+def has_targets(name: str, size: Facts) -> bool:
+    """The smoke size has none, nor has a size with fewer clients than it is defined with."""
+    return name != "smoke" and size["size"]["clients"] == SIZES[name].clients
 
-    The smoke size has none, nor has a size with fewer clients than it is defined with.
-    """
-    sizes = {
-        name: size
-        for name, size in facts["sizes"].items()
-        if name != "smoke" and size["size"]["clients"] == SIZES[name].clients
-    }
+
+def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
+    """Each target that was measured: what, wanted, measured, whether it is met."""
+    sizes = {name: size for name, size in facts["sizes"].items() if has_targets(name, size)}
     for name, ours, rival, *factors in RATIOS:
         contestants = sizes[name]["contestants"] if name in sizes else {}
         letter = "g" if ours == "e" and "e" not in contestants else ours

@@ -11,8 +11,8 @@ counted (`flops`). The closed form leaves out the products of adapters that are 
 the lowest block has less of a backward pass to lose than the others.
 
 Measured is our engine in one process: rounds of one local step of all clients, of a federation long enough for p to be
-0, 1/8, ... 1 in some of them. Each pass takes LoRA and all these p in turn, with other masks than the pass before; a
-saving is a ratio within its pass.
+0, 1/8, ... 1 in some of them. Each pass takes LoRA and all these p, in an order and with masks of its own; a saving is
+a ratio within its pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from copra_fl.bench.contest import Result, Show
 from copra_fl.bench.flops import block_backward, encoder_of, round_masks, step_flops
 from copra_fl.bench.sizes import WARM_UP, Workload, open_data
 from copra_fl.bench.workers import Share
-from copra_fl.config import Config, CopraConfig
+from copra_fl.config import CopraConfig
+from copra_fl.seeding import generator
 
 PASSES_PER_REPEAT = 3
 #: p = 0, 1/8, ... 1; an even number of steps, for Simpson's rule
@@ -123,54 +124,44 @@ def measure(workload: Workload, result: Result, share: Share, repeats: int, show
     configs = result.contestant.configs(workload)
     changes = {"num_rounds": NUM_ROUNDS, "local_steps": 1, "p0": 0.0, "ramp": CopraConfig.ramp}
     lora, copra = (configs[training].changed(**changes) for training in ("lora", "copra"))
-    places = rounds_of_points(copra.copra)
+    places, ramp = rounds_of_points(copra.copra), copra.copra.ramp
     data, encoder, start = open_data(lora), encoder_of(lora), workers.start_adapter(lora)
-    rows, tokens = lora.training.batch_size, lora.data.max_length
-    whole = step_flops(encoder, rows, tokens, [True] * encoder.layers)
-    share_of_block = block_backward(encoder, rows, tokens) / whole
-    passes = range(num_runs(repeats))
-    seconds: dict[int, list[float]] = {server_round: [] for server_round in (0, *places)}
-    masks: dict[int, list[np.ndarray]] = {server_round: [] for server_round in places}
     layout = Layout.by_name(start)
     row = layout.flatten(start).numpy()
+    draws = [copra.changed(seed=number) for number in range(num_runs(repeats))]
+    seconds = np.empty((len(draws), 1 + len(places)))  # LoRA first
     with workers.crew(workers.open_ours, configs[WARM_UP], layout, share) as (_, pipes):
+        workers.train_round(pipes, lora, 1, row)
+        for number, drawn in enumerate(draws):
+            show(f"{result.contestant}, CopRA's steps, pass {number + 1}/{len(draws)}")
+            rounds = [(lora, 1), *((drawn, server_round) for server_round in places)]
+            for place in generator(number, "bench", "order").permutation(len(rounds)):
+                config, server_round = rounds[place]
+                begun = time.perf_counter()
+                workers.train_round(pipes, config, server_round, row)
+                seconds[number, place] = time.perf_counter() - begun
+    rows, tokens = lora.training.batch_size, lora.data.max_length
+    whole = step_flops(encoder, rows, tokens, [True] * encoder.layers)
+    block_share = block_backward(encoder, rows, tokens) / whole
 
-        def timed(config: Config, server_round: int) -> float:
-            begun = time.perf_counter()
-            workers.train_round(pipes, config, server_round, row)
-            return time.perf_counter() - begun
+    def counted(masks: np.ndarray) -> float:
+        return 1 - float(np.mean([step_flops(encoder, rows, tokens, on) for on in masks.tolist()])) / whole
 
-        timed(lora, 1)
-        for number in passes:
-            show(f"{result.contestant}, CopRA's steps, pass {number + 1}/{len(passes)}")
-            seconds[0].append(timed(lora, 1))
-            drawn = copra.changed(seed=number)
-            for server_round in places:
-                seconds[server_round].append(timed(drawn, server_round))
-                masks[server_round].append(round_masks(drawn, data, server_round, encoder.layers))
-    points = [
-        Point(
-            t=t,
-            p=p,
-            expected=expected_blocks(p, encoder.layers) * share_of_block,
-            blocks=[float(blocks_below(drawn).mean()) for drawn in masks[server_round]],
-            counted=[
-                1 - float(np.mean([step_flops(encoder, rows, tokens, on) for on in drawn.tolist()])) / whole
-                for drawn in masks[server_round]
-            ],
-            measured=(1 - np.array(seconds[server_round]) / seconds[0]).tolist(),
-        )
-        for server_round, (t, p) in places.items()
-    ]
-    ramp = copra.copra.ramp
+    points = []
+    for place, (server_round, (t, p)) in enumerate(places.items(), start=1):
+        masks = [round_masks(drawn, data, server_round, encoder.layers) for drawn in draws]
+        expected = expected_blocks(p, encoder.layers) * block_share
+        blocks = [float(blocks_below(each).mean()) for each in masks]
+        measured = 1 - seconds[:, place] / seconds[:, 0]
+        points.append(Point(t, p, expected, blocks, list(map(counted, masks)), measured.tolist()))
     return Savings(
         division=str(share),
         layers=encoder.layers,
         ramp=ramp,
-        block_share=share_of_block,
-        expected=mean_expected_blocks(ramp, encoder.layers) * share_of_block,
+        block_share=block_share,
+        expected=mean_expected_blocks(ramp, encoder.layers) * block_share,
         counted=schedule_mean(np.array([point.counted for point in points]), ramp).tolist(),
         measured=schedule_mean(np.array([point.measured for point in points]), ramp).tolist(),
-        lora_seconds=seconds[0],
+        lora_seconds=seconds[:, 0].tolist(),
         points=points,
     )
