@@ -105,7 +105,8 @@ def test_rounds_of_one_step_are_at_all_wanted_places_of_the_schedule() -> None:
 def test_quick_sizes_have_fewer_clients_and_the_same_work() -> None:
     for name, quick in QUICK_SIZES.items():
         assert quick.clients < SIZES[name].clients
-        assert replace(quick, clients=SIZES[name].clients, scaling=SIZES[name].scaling) == SIZES[name]
+        whole = SIZES[name]
+        assert replace(quick, clients=whole.clients, scaling=whole.scaling, divided=True) == whole
 
 
 def test_quick_chooses_for_itself() -> None:
@@ -254,6 +255,7 @@ def test_what_is_left_out_is_said_and_gets_no_verdict() -> None:
     said = " ".join(left_out(facts))
     assert "Without (a) Flower + Ray, reload per message, (b)" in said and "(c)" not in said
     assert "No verdict on targets: compute with 2 of 8 clients." in said
+    assert "In one division of the cores alone, which may not be the fastest: compute." in said
     assert not targets(facts).rows
 
 

@@ -5,7 +5,7 @@
     compute      8 clients, MiniLM,                    16 x 64 tokens    arithmetic
     smoke        4 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    to see that the command works
 
-`QUICK_SIZES` are the first three with fewer clients.
+`QUICK_SIZES` are the first three with fewer clients, in one division of the cores.
 
 Every text is at least as long as max-length, so that no contestant gains or loses by padding. A client holds as many
 examples as it trains on in a round.
@@ -72,6 +72,7 @@ class Size:
         base: a shape of `SHAPES`; one that is also an asset comes with its trained weights.
         scaling: numbers of clients at which our engine's cost per client is compared.
         schedule: whether CopRA's steps are measured over its schedule.
+        divided: whether every division of the cores is tried; else a worker a core is all.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Size:
     local_steps: int = 2
     scaling: tuple[int, ...] = ()
     schedule: bool = False
+    divided: bool = True
 
 
 SIZES = {
@@ -94,9 +96,9 @@ SIZES = {
     )
 }
 QUICK_SIZES = {
-    "overhead": replace(SIZES["overhead"], clients=20, scaling=(10, 100)),
-    "small": replace(SIZES["small"], clients=8),
-    "compute": replace(SIZES["compute"], clients=2),
+    "overhead": replace(SIZES["overhead"], clients=20, scaling=(10, 100), divided=False),
+    "small": replace(SIZES["small"], clients=8, divided=False),
+    "compute": replace(SIZES["compute"], clients=2, divided=False),
 }
 
 

@@ -71,6 +71,8 @@ def left_out(facts: Facts) -> Iterator[str]:
         if number < SIZES[name].clients
     ]:
         yield f"No verdict on targets: {', '.join(fewer)}."
+    if undivided := [name for name, size in sizes.items() if not size["size"].get("divided", True)]:
+        yield f"In one division of the cores alone, which may not be the fastest: {', '.join(undivided)}."
     if facts["repeats"] < FULL_REPEATS:
         yield f"{facts['repeats']} of {FULL_REPEATS} repeats."
 

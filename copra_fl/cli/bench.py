@@ -194,7 +194,8 @@ def _measure(
         each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
     ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
-    shares = contest.divisions(os.cpu_count() or 1, size.clients, gpu)
+    cores = os.cpu_count() or 1
+    shares = contest.divisions(cores, size.clients, gpu)[: None if size.divided else 1]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         total = contest.num_runs(contestants, shares, repeats, size) + size.schedule * steps.num_runs(repeats)
@@ -219,7 +220,8 @@ def _measure(
                     simulations.first_round_of_simulate(result.config, result.share) for _ in range(repeats)
                 ]
         if size.schedule and "g" in by_letter:
-            facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], shares[-1], repeats, show))
+            whole = workers.Share(1, cores)
+            facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], whole, repeats, show))
     return facts
 
 
