@@ -1,24 +1,19 @@
 """One self-contained page that shows what a run or a comparison found.
 
-`write` reads a folder, `sections` arranges figures and tables, `render` puts them into
-``report.html.j2`` with plotly.js inline. The page needs no network, and its content
-security policy makes the browser refuse to use one.
+`write` reads a folder, `sections` arranges figures and tables, `render` makes the page of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from plotly.offline import get_plotlyjs
-
+from copra_fl import page
 from copra_fl.config import toml_value
 from copra_fl.figures import averaging, clients, cost, learning
-from copra_fl.figures.canvas import Figure
+from copra_fl.page import DataTable, Section
 from copra_fl.ranking import (
     AGGREGATION_ERROR,
     CLIENT_ACCURACY,
@@ -54,25 +49,6 @@ RUN_COLUMNS = (
 MAX_IN_TITLE = 3
 
 
-@dataclass(frozen=True)
-class DataTable:
-    """Cells as text; the first cell of a row names it. `caption` says how to read it."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with figures and tables under it; a `collapsed` one opens with a click."""
-
-    title: str
-    figures: Sequence[Figure] = ()
-    tables: Sequence[DataTable] = ()
-    collapsed: bool = False
-
-
 def write(directory: Path) -> dict[str, Any]:
     """Write ``report.html``, and for a comparison ``summary.json``, from what is in `directory`.
 
@@ -88,18 +64,13 @@ def write(directory: Path) -> dict[str, Any]:
 
 def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
     """The page, as HTML."""
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(template).render(
+    return page.render(
         title=_title(summary),
         setting=_setting(comparison, summary),
         verdict=verdict(summary),
         warnings=list(_warnings(comparison, summary)),
-        results=_results(summary),
+        results=[_results(summary)],
         sections=sections(comparison, summary),
-        plotly_js=get_plotlyjs(),
     )
 
 

@@ -6,24 +6,38 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from copra_fl import schedule
 from copra_fl.adapter import Adapter, Update
-from copra_fl.bench import workers
+from copra_fl.bench import figures, workers
 from copra_fl.bench.contest import CONTESTANTS, Contestant, Disagreement, divisions, race
-from copra_fl.bench.findings import tables
-from copra_fl.bench.flops import Encoder, step_flops
-from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, prepare
+from copra_fl.bench.findings import machine, tables, targets
+from copra_fl.bench.flops import Encoder, block_backward, step_flops
+from copra_fl.bench.report import render
+from copra_fl.bench.sizes import QUICK_SIZES, SIZES, STEADY_ROUNDS, TRAININGS, prepare
+from copra_fl.bench.steps import (
+    PASSES_PER_REPEAT,
+    blocks_below,
+    expected_blocks,
+    mean_expected_blocks,
+    rounds_of_points,
+    schedule_mean,
+)
+from copra_fl.bench.summary import left_out, summary
 from copra_fl.bench.workers import Share, Train
 from copra_fl.cli.bench import LETTERS, bench
 from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.data import FederatedData
 from copra_fl.training import Plan
+from tests.browser import check_page, needs_chromium
 from tests.real_runs import RealRun
 
 #: names of packages that a GPU machine need not have
@@ -57,6 +71,47 @@ def test_flops_end_at_the_lowest_active_layer() -> None:
 
     assert flops(0) - flops(1) == flops(1) - flops(2) > 0, "a layer further down is one more layer of backward"
     assert flops(0, 1) - flops(0) == flops(0, 5) - flops(0) > 0, "above it only the adapter's products count"
+
+
+def test_a_block_below_the_lowest_adapter_by_hand() -> None:
+    """n = 2 tokens, d = 2, f = 4: for their inputs, linear layers 2*2*(4*2*2 + 2*2*4) = 128 and attention 2 * 32."""
+    for layers in (2, 3):
+        assert block_backward(Encoder(layers, width=2, intermediate=4, rank=1, classes=3), 1, 2) == 128 + 64
+
+
+@pytest.mark.parametrize("p", [0.0, 0.125, 0.6, 1.0])
+def test_expected_blocks_by_enumeration(p: float) -> None:
+    masks = np.array(list(product([False, True], repeat=6)))
+    chances = np.where(masks, p, 1 - p).prod(axis=1)
+    below = [next((layer for layer, on in enumerate(mask) if on), 6) for mask in masks]
+    assert blocks_below(masks).tolist() == below
+    assert expected_blocks(p, 6) == pytest.approx(chances @ below)
+
+
+def test_expected_blocks_over_the_schedule() -> None:
+    """Of 6 layers 0.75 (1/2 + 1/3 + ... + 1/7), and what many points of the schedule give."""
+    times = (np.arange(20_000) + 0.5) / 20_000
+    points = [expected_blocks(schedule.probability(t, 0.0, 0.75), 6) for t in times]
+    assert mean_expected_blocks(0.75, 6) == pytest.approx(0.75 * 223 / 140) == pytest.approx(np.mean(points))
+    measured = np.array([expected_blocks(p, 6) for p in np.linspace(0, 1, 9)])
+    assert schedule_mean(measured, 0.75) == pytest.approx(0.75 * 223 / 140, rel=1e-3), "what nine points lose"
+
+
+def test_rounds_of_one_step_are_at_all_wanted_places_of_the_schedule() -> None:
+    places = rounds_of_points(CopraConfig()).values()
+    assert list(places) == [(0.75 * eighth / 8, eighth / 8) for eighth in range(9)]
+
+
+def test_quick_sizes_have_fewer_clients_and_the_same_work() -> None:
+    for name, quick in QUICK_SIZES.items():
+        assert quick.clients < SIZES[name].clients
+        whole = SIZES[name]
+        assert replace(quick, clients=whole.clients, scaling=whole.scaling, divided=True) == whole
+
+
+def test_quick_chooses_for_itself() -> None:
+    with pytest.raises(ConfigError, match="--quick chooses sizes, contestants and repeats"):
+        bench(quick=True, repeats=2)
 
 
 def test_a_few_rounds_stand_for_a_whole_copra_training() -> None:
@@ -102,13 +157,15 @@ def test_the_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not to be imported')")
     command = "import os; os.cpu_count = lambda: 1; from copra_fl.cli import main; main()"
     arguments = ["bench", "--engine-only", "--random-base", "--size", "smoke", "--repeats", "1", "--output", "found"]
+    arguments.append("--json")
     paths = [str(tmp_path), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "120"}
     result = subprocess.run(
         [sys.executable, "-c", command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert "smoke: 4 clients, bert-64, 4 x 16 tokens, 2 local steps" in result.stdout
+    assert "smoke: 4 clients, bert-64, 4 x 16 tokens, 2 local steps" in result.stderr
+    assert "no page: plotly is not to be imported" in result.stderr and not (tmp_path / "found.html").exists()
     facts = json.loads((tmp_path / "found.json").read_text())
     contestants = facts["sizes"]["smoke"]["contestants"]
     assert list(contestants) == ["c", "f", "g"]
@@ -120,7 +177,25 @@ def test_the_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     assert contestants["f"]["trainings"]["copra"]["flops"] < contestants["f"]["trainings"]["lora"]["flops"]
     assert contestants["c"]["peak_memory"]["1 x 1"] > 100e6, "Python with torch at least"
     assert list(facts["sizes"]["smoke"]["scaling"]["seconds_per_client"]) == ["2", "4"]
-    assert (tmp_path / "found.md").read_text().count("\n## ") == 5
+    assert json.loads(result.stdout) == summary(facts)
+    assert_schedule(facts["sizes"]["smoke"]["schedule"])
+    written = (tmp_path / "found.md").read_text()
+    assert written.count("\n## ") == 6
+    assert written.count(f"{machine(facts)}.") == 5, "below every table with numbers"
+
+
+def assert_schedule(savings: dict) -> None:
+    """Nothing is saved where all is on, all of the backward pass through the blocks where nothing is."""
+    points = savings["points"]
+    assert [point["p"] for point in points] == [eighth / 8 for eighth in range(9)]
+    assert points[0]["blocks"] == [6.0] * PASSES_PER_REPEAT and points[-1]["blocks"] == [0.0] * PASSES_PER_REPEAT
+    assert points[-1]["counted"] == [0.0] * PASSES_PER_REPEAT
+    assert points[0]["counted"][0] == pytest.approx(points[0]["expected"], rel=0.1)
+    assert points[0]["expected"] == pytest.approx(6 * savings["block_share"])
+    for point in points:
+        assert len(point["measured"]) == len(savings["lora_seconds"]) == PASSES_PER_REPEAT
+        for blocks, counted in zip(point["blocks"], point["counted"], strict=True):
+            assert counted == pytest.approx(blocks * savings["block_share"], abs=0.06), "adapters off save a little"
 
 
 def facts_of(**clients_per_second: tuple[float, float]) -> dict:
@@ -141,7 +216,9 @@ def facts_of(**clients_per_second: tuple[float, float]) -> dict:
         for letter, rates in clients_per_second.items()
     }  # fmt: skip
     size = SIZES["compute"]
-    return {"sizes": {"compute": {"size": vars(size), "contestants": contestants}}}
+    machine = {"processor": "Fast CPU", "cores": 2, "system": "Linux"}
+    run = {"command": "copra-fl bench", "date": "2026-01-02", "machine": machine, "versions": {}, "repeats": 3}
+    return run | {"sizes": {"compute": {"size": vars(size), "contestants": contestants}}}
 
 
 def test_targets_are_held_against_medians() -> None:
@@ -154,6 +231,102 @@ def test_targets_are_held_against_medians() -> None:
         [">= 80%", "70%", "NOT met"],
         [">= 60%", "70%", "met"],
     ]
+
+
+def test_summary_is_of_medians_and_has_every_name() -> None:
+    found = summary(facts_of(c=(10, 12), g=(20, 24)))
+    nobody = dict.fromkeys(["naive", "tuned", "loop", "node", "cohort", "engine_float32", "engine"])
+    assert found["machine"] == "Fast CPU, 2 cores"
+    assert found["compute"] == {
+        "lora": nobody | {"loop": 10, "engine": 20},
+        "copra": nobody | {"loop": 12, "engine": 24},
+    }
+    assert found["overhead"] == found["small"] == nobody
+    assert found["matmul_share"]["compute"] == nobody | {"loop": 0.7, "engine": 0.7}
+    assert found["memory"]["compute"]["peak"] == nobody | {"loop": 10**9, "engine": 10**9}
+    assert found["memory"]["overhead"] == {"peak": nobody, "extra_worker": nobody, "extra_client": None}
+
+
+def test_what_is_left_out_is_said_and_gets_no_verdict() -> None:
+    facts = facts_of(**dict.fromkeys("abcdefg", (10, 10)))
+    assert list(left_out(facts)) == ["Not measured: size overhead, small.", "3 of 5 repeats."]
+    facts = facts_of(c=(10, 10), g=(20, 24))
+    facts["sizes"]["compute"]["size"] = vars(QUICK_SIZES["compute"])
+    said = " ".join(left_out(facts))
+    assert "Without (a) Flower + Ray, reload per message, (b)" in said and "(c)" not in said
+    assert "No verdict on targets: compute with 2 of 8 clients." in said
+    assert "In one division of the cores alone, which may not be the fastest: compute." in said
+    assert not targets(facts).rows
+
+
+def with_schedule(facts: dict) -> dict:
+    """`facts` with growth and a schedule, as the command stores them."""
+    points = [
+        {"t": 0.75 * p, "p": p, "expected": 0.5 - 0.5 * p, "blocks": [6 - 6 * p, 6 - 6 * p],
+         "counted": [0.5 - 0.5 * p, 0.5 - 0.5 * p], "measured": [0.4 - 0.4 * p, 0.5 - 0.5 * p]}
+        for p in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    facts["sizes"]["compute"] |= {
+        "schedule": {
+            "division": "1 x 2", "layers": 6, "ramp": 0.75, "block_share": 0.085, "expected": 0.1,
+            "counted": [0.1, 0.1], "measured": [0.09, 0.11], "lora_seconds": [1.0, 1.1], "points": points,
+        },
+        "scaling": {
+            "seconds_per_client": {"10": [0.01, 0.02], "100": [0.008, 0.009]},
+            "peak_memory": {"10": 10**9, "100": 2 * 10**9}, "memory_per_extra_client": 1e7, "adapter_bytes": 460_000,
+        },
+    }  # fmt: skip
+    return facts
+
+
+def test_charts_show_the_stored_numbers() -> None:
+    facts = with_schedule(facts_of(c=(10, 12), g=(20, 24)))
+    (speed,) = figures.speed(facts, "compute")
+    lora, copra = speed.chart.data
+    assert lora.x == (10, 20) and copra.x == (12, 24)
+    assert lora.error_x.array == (10, 20) and lora.error_x.arrayminus == (5, 10), "from half to twice the median"
+    (against_loop,) = figures.ratios(facts, "compute")
+    bars, targets_of = against_loop.chart.data[:2], against_loop.chart.data[2:]
+    assert [bar.x for bar in bars] == [(2.0,), (2.0,)] and [target.x for target in targets_of] == [(2.0,), (2.3,)]
+    (saved,) = figures.schedule(facts, "compute")
+    closed, counted, measured = saved.chart.data
+    assert closed.y[0] == pytest.approx(100 * 6 * 0.085) and closed.y[-1] == 0
+    assert counted.y == (50, 25, 0) and measured.y == (45, 22.5, 0) and measured.x == (0, 0.375, 0.75)
+
+
+def test_page_has_the_machine_beside_every_number() -> None:
+    facts = with_schedule(facts_of(b=(1, 1), c=(10, 12), f=(15, 15), g=(20, 24)))
+    page = render([facts])
+    assert "4 of 8 targets met." in page
+    num_figures, num_tables = page.count("<figcaption"), 5 + 1
+    assert num_figures == 8
+    assert page.count("Fast CPU, 2 cores.") == num_figures + num_tables
+
+
+@needs_chromium
+def test_page_of_stored_results_opens_in_a_browser(tmp_path: Path) -> None:
+    """Of the results in the repository and one with everything, together."""
+    stored = sorted((Path(__file__).parent.parent / "experiments" / "results").glob("bench-*.json"))
+    (tmp_path / "all.json").write_text(json.dumps(with_schedule(facts_of(b=(1, 1), c=(10, 12), g=(20, 24)))))
+    bench(page=[tmp_path / "all.json", *stored])
+    check_page(tmp_path / "all.html", (tmp_path / "all.html").read_text().count("<figcaption"))
+
+
+def test_a_page_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="summary.json is not the NAME.json of a benchmark"):
+        bench(page=[tmp_path / "summary.json"])
+
+
+@pytest.mark.slow
+def test_quick_ends_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    started = time.time()
+    out, _ = RealRun(["bench", "--quick", "--json", "--output", "found"], tmp_path).finish(timeout=600)
+    assert time.time() - started < 180, "on 2 idle cores"
+    found = json.loads(out)
+    assert found["compute"]["copra"]["loop"] > 0 and found["compute"]["copra"]["cohort"] is None
+    assert "1 of 5 repeats." in found["left_out"]
+    assert (tmp_path / "found.html").exists()
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def test_the_wheel_claims_one_import_name_and_carries_the_app(wheel: Path) -> No
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"copra_fl"}
     carried = {name.removeprefix("copra_fl/_app/") for name in names if name.startswith("copra_fl/_app/")}
     assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py", "experiments/methods/copra.toml"}
-    assert carried >= {f"experiments/baselines/{name}" for name in ("pyproject.toml", "client.py", "server.py")}
-    assert "copra_fl/report.html.j2" in names
+    assert carried >= {f"experiments/bench/{name}" for name in ("pyproject.toml", "client.py", "server.py")}
+    assert "copra_fl/page.html.j2" in names
 
 
 def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from copra_fl.cli.report import report
 from copra_fl.config import Config
-from copra_fl.figures.canvas import STYLES, styles
+from copra_fl.figures.canvas import styles
+from copra_fl.page import STYLES
 from copra_fl.ranking import COLUMNS, header_and_rows, ranking, rows, table, verdict
 from copra_fl.report import render, sections, write
 from copra_fl.results import ResultsError, estimate, load_comparison, load_run, method_name, metrics, summarise

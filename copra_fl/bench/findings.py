@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
 from typing import Any
 
 from copra_fl.adapter import Adapter
 from copra_fl.bench.contest import Result
-from copra_fl.bench.sizes import STEADY_ROUNDS, TRAININGS, Workload
+from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, Workload
+from copra_fl.bench.steps import expected_blocks, mean_expected_blocks
 from copra_fl.bench.workers import Run
 
 #: plain data, as it is written to JSON
@@ -99,24 +100,40 @@ def size_facts(workload: Workload, results: Iterable[Result]) -> Facts:
     return {"size": asdict(workload.size), "model": workload.model, "contestants": contestants}
 
 
+def machine(facts: Facts) -> str:
+    """Where it was measured, to stand beside every number."""
+    where = facts["machine"]
+    processors = [where[key] for key in ("gpu", "processor") if key in where]
+    return f"{', '.join(processors)}, {where['cores']} cores"
+
+
 def tables(facts: Facts) -> list[Table]:
-    """Everything worth reading: who competed, for each size speed, work and cost, growth, and the targets."""
-    found = [_contestants(facts)]
-    for name, size in facts["sizes"].items():
-        found += [_speed(name, size), _work(name, size), _cost(name, size)]
-        if "scaling" in size:
-            found.append(_scaling(name, size["scaling"]))
-    verdicts = _targets(facts)
+    """Everything worth reading: who competed, the tables of each size, and the targets, if any was measured."""
+    found = [contestants(facts)]
+    for name in facts["sizes"]:
+        found += size_tables(facts, name)
+    verdicts = targets(facts)
     return [*found, verdicts] if verdicts.rows else found
 
 
-def _contestants(facts: Facts) -> Table:
-    contestants = {
+def size_tables(facts: Facts, name: str) -> list[Table]:
+    """Of one size: speed, work and cost; growth and what CopRA saves over its schedule, where they were measured."""
+    size = facts["sizes"][name]
+    found = [_speed(name, size), _work(name, size), _cost(name, size)]
+    if "scaling" in size:
+        found.append(_scaling(name, size["scaling"]))
+    if "schedule" in size:
+        found.append(_schedule(name, size["schedule"]))
+    return [replace(table, note=f"{table.note} {machine(facts)}.") for table in found]
+
+
+def contestants(facts: Facts) -> Table:
+    competed = {
         letter: [f"({letter})", each["name"], f"{each['dtype']}, {each['attention']}"]
         for size in facts["sizes"].values()
         for letter, each in size["contestants"].items()
     }
-    return Table("Contestants", ["", "contestant", "base"], list(contestants.values()))
+    return Table("Contestants", ["", "contestant", "base"], list(competed.values()))
 
 
 def _speed(name: str, size: Facts) -> Table:
@@ -128,8 +145,8 @@ def _speed(name: str, size: Facts) -> Table:
     for letter, each in contestants.items():
         row = [f"({letter})", each["division"]]
         for training in TRAININGS:
-            ratios = [_ratio(contestants, letter, rival, training) for rival in rivals]
-            row += [_spread(each["trainings"][training]["clients_per_second"]), *(f"{ratio:.2f}" for ratio in ratios)]
+            ratios = [f"{ratio(contestants, letter, rival, training):.2f}" for rival in rivals]
+            row += [_spread(each["trainings"][training]["clients_per_second"]), *ratios]
         rows.append(row)
     title = (
         f"{name}: {facts['clients']} clients, {facts['base']}, {facts['batch_size']} x {facts['tokens']} tokens, "
@@ -195,24 +212,57 @@ def _scaling(name: str, scaling: Facts) -> Table:
     return Table(f"{name}: more clients", ["clients", "ms a client and round", "peak MB"], rows, note)
 
 
-def _targets(facts: Facts) -> Table:
+def _schedule(name: str, savings: Facts) -> Table:
+    rows = [
+        [
+            f"{point['p']:g}",
+            f"{point['t']:.3f}",
+            f"{expected_blocks(point['p'], savings['layers']):.2f}",
+            f"{mean(point['blocks']):.2f}",
+            f"{point['expected']:.1%}",
+            f"{mean(point['counted']):.1%}",
+            _percent(point["measured"]),
+        ]
+        for point in savings["points"]
+    ]
+    blocks = mean_expected_blocks(savings["ramp"], savings["layers"])
+    whole = [f"{savings['expected']:.1%}", f"{mean(savings['counted']):.1%}", _percent(savings["measured"])]
+    rows.append(["whole schedule", "0 - 1", f"{blocks:.2f}", "", *whole])
+    note = (
+        "Share of a LoRA step that a CopRA step saves. In closed form: E[K] blocks below the lowest active adapter, "
+        f"each with {savings['block_share']:.1%} of a LoRA step's FLOPs in its backward pass (bench/steps.py has the "
+        "model). Counted: FLOPs, of the masks drawn. Measured: seconds of a step of all clients of our engine, "
+        f"{savings['division']}: median (minimum - maximum) of {len(savings['measured'])} passes with masks of their "
+        f"own. A LoRA step took {_spread(savings['lora_seconds'])} s."
+    )
+    columns = ["p", "t", "E[K]", "K drawn", "closed form", "counted", "measured"]
+    return Table(f"{name}: what CopRA saves of a step over its schedule", columns, rows, note)
+
+
+def targets(facts: Facts) -> Table:
+    """Each target that was measured, with its verdict in the last column."""
     rows = [[what, wanted, shown, "met" if met else "NOT met"] for what, wanted, shown, met in _checked_targets(facts)]
-    note = "Of the sizes that ran. Ratios are of medians, within this run."
+    note = f"Of the sizes that ran. Ratios are of medians, within this run. {machine(facts)}."
     return Table("Targets", ["target", "wanted", "measured", ""], rows, note)
 
 
+def has_targets(name: str, size: Facts) -> bool:
+    """The smoke size has none, nor has a size with fewer clients than it is defined with."""
+    return name != "smoke" and size["size"]["clients"] == SIZES[name].clients
+
+
 def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
-    """Each target that was measured: what, wanted, measured, whether it is met. The smoke size has none."""
-    sizes = {name: size for name, size in facts["sizes"].items() if name != "smoke"}
+    """Each target that was measured: what, wanted, measured, whether it is met."""
+    sizes = {name: size for name, size in facts["sizes"].items() if has_targets(name, size)}
     for name, ours, rival, *factors in RATIOS:
         contestants = sizes[name]["contestants"] if name in sizes else {}
         letter = "g" if ours == "e" and "e" not in contestants else ours
         if letter not in contestants or rival not in contestants:
             continue
         for training, factor in zip(TRAININGS, factors, strict=True):
-            ratio = _ratio(contestants, letter, rival, training)
+            reached = ratio(contestants, letter, rival, training)
             what = f"{name}, {training}: clients/s of ({letter}) in {contestants[letter]['dtype']} / ({rival})"
-            yield what, f">= {factor:g}", f"{ratio:.2f}", ratio >= factor
+            yield what, f">= {factor:g}", f"{reached:.2f}", reached >= factor
     for letter, least in RATES:
         if contestant := sizes.get("compute", {}).get("contestants", {}).get(letter):
             share = median(contestant["trainings"]["lora"]["share_of_matmul_rate"])
@@ -250,7 +300,7 @@ def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
             )
 
 
-def _ratio(contestants: Facts, letter: str, other: str, training: str) -> float:
+def ratio(contestants: Facts, letter: str, other: str, training: str) -> float:
     """Clients per second of one contestant by those of another, medians."""
     ours, theirs = (median(contestants[each]["trainings"][training]["clients_per_second"]) for each in (letter, other))
     return ours / theirs
@@ -259,3 +309,8 @@ def _ratio(contestants: Facts, letter: str, other: str, training: str) -> float:
 def _spread(values: Sequence[float]) -> str:
     """Median, minimum and maximum."""
     return f"{median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def _percent(values: Sequence[float]) -> str:
+    """The same of shares."""
+    return f"{median(values):.1%} ({min(values):.1%} - {max(values):.1%})"

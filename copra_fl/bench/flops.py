@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import AutoConfig
 
 from copra_fl.bench.sizes import NUM_LABELS
@@ -53,15 +54,28 @@ def step_flops(encoder: Encoder, rows: int, tokens: int, on: Sequence[bool]) -> 
     return flops + 2 * n * (d * d + 2 * d * f) + 6 * n * tokens * d - adapters // 2
 
 
+def block_backward(encoder: Encoder, rows: int, tokens: int) -> int:
+    """What one more block below the lowest active adapter spares a step: all of the backward pass through it."""
+    lowest, one_up = ([layer == number for layer in range(encoder.layers)] for number in (0, 1))
+    return step_flops(encoder, rows, tokens, lowest) - step_flops(encoder, rows, tokens, one_up)
+
+
+def encoder_of(config: Config) -> Encoder:
+    base = AutoConfig.from_pretrained(config.model.model)
+    return Encoder(base.num_hidden_layers, base.hidden_size, base.intermediate_size, config.model.rank, NUM_LABELS)
+
+
+def round_masks(config: Config, data: FederatedData, server_round: int, layers: int) -> np.ndarray:
+    """(steps, layers) bool: what is on in each step of each client in a round."""
+    plan = Plan(server_round, (), config)
+    return np.concatenate([plan_steps(plan, data, client, layers).masks for client in range(len(data.train))])
+
+
 def phase_flops(config: Config, data: FederatedData) -> int:
     """All rounds of `config`, with the masks that its clients draw."""
-    base = AutoConfig.from_pretrained(config.model.model)
-    layers = base.num_hidden_layers
-    encoder = Encoder(layers, base.hidden_size, base.intermediate_size, config.model.rank, NUM_LABELS)
-    rows, tokens, clients = config.training.batch_size, config.data.max_length, range(len(data.train))
+    encoder, rows, tokens = encoder_of(config), config.training.batch_size, config.data.max_length
     return sum(
         step_flops(encoder, rows, tokens, on)
         for server_round in range(1, config.federation.num_rounds + 1)
-        for client in clients
-        for on in plan_steps(Plan(server_round, (), config), data, client, layers).masks.tolist()
+        for on in round_masks(config, data, server_round, encoder.layers).tolist()
     )

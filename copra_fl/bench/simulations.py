@@ -1,4 +1,4 @@
-"""Contestants over Flower and Ray: our apps, and the baselines of experiments/baselines.
+"""Contestants over Flower and Ray: our apps, and the baselines of experiments/bench.
 
 Both get the same folder: ``comparison.toml`` names the phases, each phase has its ``config.toml``. One Flower run goes
 through them in turn.
@@ -54,7 +54,7 @@ def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: b
 
 def run_baseline(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, warm: bool) -> Run:
     """The baselines' app, a node for each client; `warm`: its actors keep model and data between messages."""
-    copy = partial(shutil.copytree, app_directory() / "experiments" / "baselines")
+    copy = partial(shutil.copytree, app_directory() / "experiments" / "bench")
     with _folder() as folder:
         _write_configs(configs, folder)
         save_checkpoint(folder / "start.safetensors", start, {})

@@ -5,6 +5,8 @@
     compute      8 clients, MiniLM,                    16 x 64 tokens    arithmetic
     smoke        4 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    to see that the command works
 
+`QUICK_SIZES` are the first three with fewer clients, in one division of the cores.
+
 Every text is at least as long as max-length, so that no contestant gains or loses by padding. A client holds as many
 examples as it trains on in a round.
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,8 @@ class Size:
     Attributes:
         base: a shape of `SHAPES`; one that is also an asset comes with its trained weights.
         scaling: numbers of clients at which our engine's cost per client is compared.
+        schedule: whether CopRA's steps are measured over its schedule.
+        divided: whether every division of the cores is tried; else a worker a core is all.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Size:
     tokens: int
     local_steps: int = 2
     scaling: tuple[int, ...] = ()
+    schedule: bool = False
+    divided: bool = True
 
 
 SIZES = {
@@ -85,9 +91,14 @@ SIZES = {
     for size in (
         Size("overhead", 100, "bert-64", 4, 16, scaling=(10, 100, 1000, 3000)),
         Size("small", 100, "minilm", 4, 16),
-        Size("compute", 8, "minilm", 16, 64),
-        Size("smoke", 4, "bert-64", 4, 16, scaling=(2, 4)),
+        Size("compute", 8, "minilm", 16, 64, schedule=True),
+        Size("smoke", 4, "bert-64", 4, 16, scaling=(2, 4), schedule=True),
     )
+}
+QUICK_SIZES = {
+    "overhead": replace(SIZES["overhead"], clients=20, scaling=(10, 100), divided=False),
+    "small": replace(SIZES["small"], clients=8, divided=False),
+    "compute": replace(SIZES["compute"], clients=2, divided=False),
 }
 
 
@@ -119,6 +130,7 @@ class Workload:
             "local-steps": size.local_steps,
             "num-rounds": STEADY_ROUNDS,
             "eval-every": STEADY_ROUNDS,
+            "replies": "pooled",
             "merge-gap-clients": 0,
             "path-pairs": 0,
         }
@@ -144,7 +156,7 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     if random_base or model not in ASSETS:
         model = str(_made(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
-        dataset = str(_made(cache / f"{size.name}.jsonl", partial(write_texts, size=size)))
+        dataset = str(_made(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
     workload = Workload(size, models.resolve(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]

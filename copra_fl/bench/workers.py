@@ -143,7 +143,7 @@ def run(opener: Opener, configs: dict[str, Config], start: Adapter, share: Share
                 row, rounds[phase], adapters[phase] = layout.flatten(start).numpy(), [], []
                 for server_round in range(1, config.federation.num_rounds + 1):
                     begun = time.time()
-                    row = _train_round(pipes, config, server_round, row)
+                    row = train_round(pipes, config, server_round, row)
                     rounds[phase].append(Round(begun, time.time()))
                     adapters[phase].append(layout.unflatten(torch.from_numpy(row)))
         for pipe in pipes:
@@ -185,7 +185,8 @@ def start_adapter(config: Config) -> Adapter:
     return models.build(model, config.copra.group, NUM_LABELS, config.federation.seed).read_adapter()
 
 
-def _train_round(pipes: list[Connection], config: Config, server_round: int, row: np.ndarray) -> np.ndarray:
+def train_round(pipes: list[Connection], config: Config, server_round: int, row: np.ndarray) -> np.ndarray:
+    """A round of all workers of a `crew`, from the adapter `row`; returns the next one."""
     for pipe in pipes:
         pipe.send((config, server_round, row))
     averages, weights = zip(*(pipe.recv() for pipe in pipes), strict=True)

@@ -8,9 +8,10 @@ import shlex
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import table as rich_table
@@ -19,6 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from copra_fl import provenance
 from copra_fl.config import ConfigError
+
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.bench.findings import Table
+    from copra_fl.bench.sizes import Size
 
 
 class SizeName(StrEnum):
@@ -31,11 +36,16 @@ class SizeName(StrEnum):
 #: of `bench.contest.CONTESTANTS`, which is slow to import
 LETTERS = "abcdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
+DEFAULT_REPEATS = 5
+#: --quick: one engine of ours and one rival, neither over Flower
+QUICK_LETTERS = "cg"
 
 SizeOption = Annotated[
     list[SizeName] | None, typer.Option("--size", help="May be given several times. Default: all but smoke.")
 ]
-RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each contestant.")]
+RepeatsOption = Annotated[
+    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each contestant. Default: {DEFAULT_REPEATS}.")
+]
 EngineOnlyOption = Annotated[
     bool, typer.Option("--engine-only", help="Without Flower and Ray, which need not be installed.")
 ]
@@ -43,73 +53,153 @@ RandomBaseOption = Annotated[
     bool, typer.Option("--random-base", help="Random weights of MiniLM's shape, where MiniLM cannot be had.")
 ]
 ContestantsOption = Annotated[
-    str, typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are.")
+    str | None,
+    typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are. Default: all."),
+]
+QuickOption = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="At most 3 minutes on 2 idle cores: our engine against the PEFT loop, no Flower, few clients, one repeat. "
+        "The output says what that leaves out.",
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print medians as JSON on standard output, tables on standard error. Contestants are naive, tuned, loop, "
+        "node, cohort, engine_float32, engine: (a) to (g). overhead and small are clients per second of LoRA, compute "
+        "of lora and copra; null is what did not run.",
+    ),
+]
+PageOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--page",
+        metavar="NAME.json",
+        help="Measure nothing: read stored results, and write their page. Several times for several on one page.",
+    ),
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", help="NAME of NAME.json and NAME.md. Default: dated, experiments/results/.")
+    Path | None,
+    typer.Option("--output", help="NAME of NAME.json, NAME.md and NAME.html. Default: dated, experiments/results/."),
 ]
 
 
 def bench(
     size: SizeOption = None,
-    repeats: RepeatsOption = 5,
-    contestants: ContestantsOption = LETTERS,
+    repeats: RepeatsOption = None,
+    contestants: ContestantsOption = None,
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
+    quick: QuickOption = False,
+    as_json: JsonOption = False,
+    page: PageOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Time our engine and its rivals on equal work; ends in tables and a verdict on each target.
+    """Time our engine and its rivals on equal work; ends in tables, a page and a verdict on each target.
 
     No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
     """
-    if strangers := set(contestants) - set(LETTERS):
+    if page:
+        if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
+            raise ConfigError("--page measures nothing: of the other options only --output goes with it")
+        _write_page(output or page[0], list(map(_read_facts, page)))
+        return
+    if quick and (size or repeats or contestants):
+        raise ConfigError("--quick chooses sizes, contestants and repeats; leave it out to choose them yourself")
+    if strangers := set(contestants or "") - set(LETTERS):
         raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see copra_fl/process.py
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
-    from copra_fl.bench import findings
+    from copra_fl.bench import findings, sizes, summary
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
+    chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in size or DEFAULT_SIZES]
+    letters = QUICK_LETTERS if quick else contestants or LETTERS
+    repeats = 1 if quick else repeats or DEFAULT_REPEATS
     facts: findings.Facts = {
         "command": shlex.join(["copra-fl", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": provenance.machine(),
+        "machine": _machine(),
         "versions": provenance.versions(),
         "repeats": repeats,
         "sizes": {},
     }
-    for name in size or DEFAULT_SIZES:
-        facts["sizes"][str(name)] = _measure(str(name), repeats, contestants, engine_only, random_base, console)
+    for each in chosen:
+        facts["sizes"][each.name] = _measure(each, repeats, letters, engine_only or quick, random_base, console)
         tables = findings.tables(facts)  # written after each size: the next one can take an hour
+        left_out = list(summary.left_out(facts))
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        stem.with_suffix(".md").write_text(_markdown(facts, tables), encoding="utf-8")
+        stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
+    _print_tables(tables, left_out, console if as_json else Console())
+    console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
+    try:
+        _write_page(stem, [facts])
+    except ImportError as error:  # a GPU machine need not have plotly
+        console.print(f"no page: {error}. Elsewhere, copra-fl bench --page {stem.name}.json writes it", soft_wrap=True)
+    if as_json:
+        print(json.dumps(summary.summary(facts), indent=2))
+
+
+def _print_tables(tables: list[Table], left_out: list[str], console: Console) -> None:
     for table in tables:
         columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
         shown = rich_table.Table(*columns, title=table.title, caption=table.note)
         for row in table.rows:
             shown.add_row(*row)
-        Console().print(shown)
-    console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
+        console.print(shown)
+    for sentence in left_out:
+        console.print(sentence, highlight=False)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--page {path}: {error}") from error
+    if not isinstance(facts, dict) or "sizes" not in facts:
+        raise ConfigError(f"--page {path} is not the NAME.json of a benchmark")
+    return facts
+
+
+def _write_page(stem: Path, results: list[dict[str, Any]]) -> None:
+    from copra_fl.bench.report import render
+
+    path = stem.absolute().with_suffix(".html")
+    path.write_text(render(results), encoding="utf-8")
+    Console(stderr=True).print(f"page: {path}", soft_wrap=True)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return provenance.machine() | gpu
 
 
 def _measure(
-    name: str, repeats: int, letters: str, engine_only: bool, random_base: bool, console: Console
+    size: Size, repeats: int, letters: str, engine_only: bool, random_base: bool, console: Console
 ) -> dict[str, Any]:
     """All facts of one size."""
     import torch
 
-    from copra_fl.bench import contest, findings, simulations, sizes, workers
+    from copra_fl.bench import contest, findings, simulations, sizes, steps, workers
 
-    size, gpu = sizes.SIZES[name], torch.cuda.is_available()
+    name, gpu = size.name, torch.cuda.is_available()
     contestants = [
         each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
     ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
-    shares = contest.divisions(os.cpu_count() or 1, size.clients, gpu)
+    cores = os.cpu_count() or 1
+    shares = contest.divisions(cores, size.clients, gpu)[: None if size.divided else 1]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=contest.num_runs(contestants, shares, repeats, size))
+        total = contest.num_runs(contestants, shares, repeats, size) + size.schedule * steps.num_runs(repeats)
+        task = progress.add_task(name, total=total)
 
         def show(what: str) -> None:
             progress.update(task, description=f"{name}: {what}", advance=1)
@@ -129,6 +219,9 @@ def _measure(
                 facts["simulate_first_round"] = [
                     simulations.first_round_of_simulate(result.config, result.share) for _ in range(repeats)
                 ]
+        if size.schedule and "g" in by_letter:
+            whole = workers.Share(1, cores)
+            facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], whole, repeats, show))
     return facts
 
 
@@ -138,11 +231,13 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[Any]) -> str:
-    machine, versions = facts["machine"], facts["versions"]
+def _markdown(facts: dict[str, Any], tables: list[Table], left_out: list[str]) -> str:
+    from copra_fl.bench import findings
+
     origin = [
-        f"`{facts['command']}`, {facts['date']}, {facts['repeats']} repeats",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}",
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"`{facts['command']}`",
+        f"{findings.machine(facts)}, {facts['machine']['system']}, {facts['date']}, {facts['repeats']} repeats",
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        *left_out,
     ]
     return "# Benchmark\n\n" + "\\\n".join(origin) + "\n\n" + "\n".join(table.markdown() for table in tables)

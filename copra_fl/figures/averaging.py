@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from copra_fl.figures.canvas import Figure, are_many, by_method, by_round, legended, started
+from copra_fl.figures.canvas import are_many, by_method, by_round, legended, started
+from copra_fl.page import Figure
 from copra_fl.results import Comparison, join
 
 #: in percent: below it an error is float32's rounding, and the rule exact

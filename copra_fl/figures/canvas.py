@@ -5,34 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from copra_fl.page import HEIGHT, STYLES, Figure, Style, empty_chart
 from copra_fl.results import Comparison, Run
 
-HEIGHT = 340
-
-
-@dataclass(frozen=True)
-class Style:
-    colour: str
-    symbol: str
-    dash: str
-
-
-#: Okabe and Ito's colours: people with any colour vision can tell them apart. Symbol and dash say it again in print.
-STYLES = (
-    Style("#0072B2", "circle", "solid"),
-    Style("#D55E00", "square", "dash"),
-    Style("#009E73", "diamond", "dot"),
-    Style("#CC79A7", "triangle-up", "dashdot"),
-    Style("#E69F00", "cross", "longdash"),
-    Style("#56B4E9", "x", "longdashdot"),
-    Style("#000000", "star", "solid"),
-)
 #: with more methods than there are styles: the first 7 have the first symbol, the next 7 the second ...
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "cross")
 
@@ -56,49 +37,15 @@ def are_many(comparison: Comparison) -> bool:
     return len(comparison.methods) > len(STYLES)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart and the line under it: what to see, on which split and seeds. A `wide` one has a row to itself."""
-
-    title: str
-    caption: str
-    chart: go.Figure
-    wide: bool = False
-
-    @property
-    def json(self) -> str:
-        """Data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
-        return self.chart.to_json().replace("<", "\\u003c")
-
-
 def started(comparison: Comparison) -> Iterator[tuple[str, list[Run], Style]]:
     """The methods with at least one started run."""
     looks = styles(comparison.methods)
     return ((method, runs, looks[method]) for method, runs in comparison.methods.items() if runs)
 
 
-def blank(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
-    """A chart with nothing drawn yet."""
-    chart = go.Figure()
-    chart.update_layout(
-        template="plotly_white",
-        height=HEIGHT,
-        margin={"l": 8, "r": 8, "t": 40, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1f2933"},
-        legend={"orientation": "h", "xref": "container", "yref": "container", "x": 0, "y": 1, "yanchor": "top"},
-        showlegend=True,
-        hoverlabel={"namelength": -1},
-    )
-    chart.update_xaxes(automargin=True, **x_axis)
-    chart.update_yaxes(automargin=True, **y_axis)
-    for axis in (chart.layout.xaxis, chart.layout.yaxis):
-        axis.title.update(font={"size": 14}, standoff=8)
-    return chart
-
-
 def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
     """A blank chart with room for a legend of all methods."""
-    chart = blank(x_axis, y_axis)
+    chart = empty_chart(x_axis, y_axis)
     if are_many(comparison):
         chart.update_layout(
             height=HEIGHT + 100 + 5 * len(comparison.methods),
@@ -109,7 +56,7 @@ def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, A
 
 def by_method(comparison: Comparison, x_axis: dict[str, Any]) -> go.Figure:
     """A blank chart with a row a method, the first on top."""
-    chart = blank(x_axis, {"autorange": "reversed", "type": "category"})
+    chart = empty_chart(x_axis, {"autorange": "reversed", "type": "category"})
     chart.update_layout(showlegend=False, height=120 + (24 if are_many(comparison) else 60) * len(comparison.methods))
     return chart
 

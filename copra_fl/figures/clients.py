@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from copra_fl.figures.canvas import HEIGHT, Figure, are_many, blank, by_method, started
+from copra_fl.figures.canvas import are_many, by_method, started
+from copra_fl.page import HEIGHT, Figure, empty_chart
 from copra_fl.results import Comparison
 
 
@@ -39,7 +40,7 @@ def client_accuracy(comparison: Comparison) -> list[Figure]:
 def client_examples(comparison: Comparison) -> list[Figure]:
     """How uneven the split is; read from the first method's runs, as runs of one seed share their split."""
     method, runs, _ = next(started(comparison))
-    chart = blank({"title": "clients, largest first"}, {"title": "examples"})
+    chart = empty_chart({"title": "clients, largest first"}, {"title": "examples"})
     for run, grey in zip(runs, itertools.cycle(("#444444", "#8c8c8c", "#c4c4c4")), strict=False):
         examples = {client["client"]: client["examples"] for row in run.journal for client in row["clients"]}
         clients = sorted(examples, key=lambda client: -examples[client])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from copra_fl.figures.canvas import Figure, are_many, by_method, legended, started
+from copra_fl.figures.canvas import are_many, by_method, legended, started
+from copra_fl.page import Figure
 from copra_fl.results import Comparison, metrics
 
 #: traffics that are further apart than this factor are shown on a logarithmic axis

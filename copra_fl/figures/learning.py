@@ -7,7 +7,8 @@ import os
 import numpy as np
 
 from copra_fl.config import Config, CopraConfig
-from copra_fl.figures.canvas import HEIGHT, Figure, Style, blank, by_round, legended, round_ticks, started
+from copra_fl.figures.canvas import by_round, legended, round_ticks, started
+from copra_fl.page import HEIGHT, Figure, Style, empty_chart
 from copra_fl.results import Comparison, Run, activity
 
 
@@ -81,7 +82,7 @@ def activity_maps(comparison: Comparison) -> list[Figure]:
         layers = next(row["layers"] for run in runs for row in run.journal)
         prefix = os.path.commonprefix(layers)
         prefix = prefix[: prefix.rfind(".") + 1]
-        chart = blank({"title": "round", "dtick": round_ticks(comparison)}, {"title": f"{prefix}*"})
+        chart = empty_chart({"title": "round", "dtick": round_ticks(comparison)}, {"title": f"{prefix}*"})
         chart.add_heatmap(
             x=list(shares),
             y=[layer.removeprefix(prefix) for layer in layers],

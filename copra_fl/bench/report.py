@@ -1,0 +1,67 @@
+"""The page of a benchmark, from stored facts alone: of one run, or of several beside each other.
+
+Ratios are within a run; runs are not mixed, so a size that two runs measured is there twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from copra_fl import page
+from copra_fl.bench import figures, findings
+from copra_fl.bench.findings import Facts, Table
+from copra_fl.bench.summary import left_out
+from copra_fl.page import DataTable, Section
+
+CHARTS = (
+    figures.speed,
+    figures.ratios,
+    figures.matmul_share,
+    figures.memory,
+    figures.scaling,
+    figures.schedule,
+)
+
+
+def render(runs: Sequence[Facts]) -> str:
+    """The page, as HTML. `runs` are what the command wrote to NAME.json files."""
+    verdicts = [findings.targets(facts) for facts in runs]
+    judged = [row for table in verdicts for row in table.rows]
+    met = sum(row[-1] == "met" for row in judged)
+    return page.render(
+        title="Benchmark",
+        setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
+        verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
+        warnings=list(_warnings(runs)),
+        results=[_data_table(table) for table in verdicts if table.rows],
+        sections=[section for facts in runs for section in _sections(facts, dated=len(runs) > 1)],
+    )
+
+
+def _warnings(runs: Sequence[Facts]) -> Iterator[str]:
+    """What each run leaves out."""
+    for facts in runs:
+        if said := " ".join(left_out(facts)):
+            yield f"{facts['date']}: {said}"
+
+
+def _sections(facts: Facts, dated: bool) -> Iterator[Section]:
+    for name in facts["sizes"]:
+        tables = findings.size_tables(facts, name)
+        charts = [figure for chart in CHARTS for figure in chart(facts, name)]
+        title = f"{tables[0].title}, {facts['date']}" if dated else tables[0].title
+        yield Section(title, charts, [_data_table(table) for table in tables])
+    origin = {
+        "command": facts["command"],
+        "date": facts["date"],
+        "repeats": facts["repeats"],
+        **facts["machine"],
+        **facts["versions"],
+    }
+    provenance = DataTable(["", "value"], [[key, str(value)] for key, value in origin.items()])
+    title = f"Who competed, and where, {facts['date']}"
+    yield Section(title, tables=[_data_table(findings.contestants(facts)), provenance], collapsed=True)
+
+
+def _data_table(table: Table) -> DataTable:
+    return DataTable(table.columns, table.rows, table.note, table.title)

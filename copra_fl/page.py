@@ -1,0 +1,115 @@
+"""What a self-contained page is made of: figures in one style, tables, sections; and the page itself.
+
+`render` puts them into ``page.html.j2`` with plotly.js inline. The page needs no network, and its content security
+policy makes the browser refuse to use one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+HEIGHT = 340
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    symbol: str
+    dash: str
+
+
+#: Okabe and Ito's colours: people with any colour vision can tell them apart. Symbol and dash say it again in print.
+STYLES = (
+    Style("#0072B2", "circle", "solid"),
+    Style("#D55E00", "square", "dash"),
+    Style("#009E73", "diamond", "dot"),
+    Style("#CC79A7", "triangle-up", "dashdot"),
+    Style("#E69F00", "cross", "longdash"),
+    Style("#56B4E9", "x", "longdashdot"),
+    Style("#000000", "star", "solid"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and the line under it: what to see, and what it was seen on. A `wide` one has a row to itself."""
+
+    title: str
+    caption: str
+    chart: go.Figure
+    wide: bool = False
+
+    @property
+    def json(self) -> str:
+        """Data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
+        return self.chart.to_json().replace("<", "\\u003c")
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """Cells as text; the first cell of a row names it. `caption` says how to read it."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with figures and tables under it; a `collapsed` one opens with a click."""
+
+    title: str
+    figures: Sequence[Figure] = ()
+    tables: Sequence[DataTable] = ()
+    collapsed: bool = False
+
+
+def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
+    """A chart in the page's style with nothing in it yet; the axes as plotly's layout takes them."""
+    chart = go.Figure()
+    chart.update_layout(
+        template="plotly_white",
+        height=HEIGHT,
+        margin={"l": 8, "r": 8, "t": 40, "b": 8},
+        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1f2933"},
+        legend={"orientation": "h", "xref": "container", "yref": "container", "x": 0, "y": 1, "yanchor": "top"},
+        showlegend=True,
+        hoverlabel={"namelength": -1},
+    )
+    chart.update_xaxes(automargin=True, **x_axis)
+    chart.update_yaxes(automargin=True, **y_axis)
+    for axis in (chart.layout.xaxis, chart.layout.yaxis):
+        axis.title.update(font={"size": 14}, standoff=8)
+    return chart
+
+
+def render(
+    title: str,
+    setting: str,
+    verdict: str,
+    warnings: Sequence[str],
+    results: Sequence[DataTable],
+    sections: Sequence[Section],
+) -> str:
+    """The page, as HTML: `results` are at its top, `sections` below."""
+    template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(template).render(
+        title=title,
+        setting=setting,
+        verdict=verdict,
+        warnings=warnings,
+        results=results,
+        sections=sections,
+        plotly_js=get_plotlyjs(),
+    )
