@@ -91,18 +91,19 @@ def _find_gates(model: nn.Module, copra: CopraConfig) -> Gates:
     gates = Gates(model, copra.group)
     if not gates.names:
         raise ConfigError("CopraCallback: the model has no LoRA layers; give Trainer peft.get_peft_model(model, ...)")
-    closed = [name for name, module in model.named_modules() if isinstance(module, LoraLayer) and module.disable_adapters]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    closed = [name for name, module in layers.items() if module.disable_adapters]
     if closed:
         raise ConfigError(
             f"CopraCallback: adapters are off when the training begins ({closed[0]}, {len(closed)} in all), so that "
             "the optimizer does not have them; call model.base_model.enable_adapter_layers() before making the Trainer"
         )
     parameters = dict(model.named_parameters())
-    if copra.p0 < 1 and not copra.min_active:
-        if not any(p.requires_grad for name, p in parameters.items() if part_of(name) == "head"):
-            raise ConfigError(
-                "CopraCallback: the model trains nothing but adapters, and with min_active = 0 all of them can be off "
-                "in a step, which then has no gradient; use min_active = 1"
-            )
+    others = any(p.requires_grad for name, p in parameters.items() if part_of(name) == "head")
+    if copra.p0 < 1 and not copra.min_active and not others:
+        raise ConfigError(
+            "CopraCallback: the model trains nothing but adapters, and with min_active = 0 all of them can be off "
+            "in a step, which then has no gradient; use min_active = 1"
+        )
     gates.frozen = [p for name, p in parameters.items() if part_of(name) != "head" and not p.requires_grad]
     return gates

@@ -24,16 +24,16 @@ from tests.conftest import NUM_LAYERS
 
 Settings = dict[str, object]
 STEPS = 6
-MASKS = schedule.client_masks(CopraConfig(p0=0.3), 1, 0, STEPS, NUM_LAYERS, 1, 1)[0]
+MASKS = schedule.client_masks(CopraConfig(p0=0.3), 3, 0, STEPS, NUM_LAYERS, 1, 1)[0]
 
 
 def make_callback() -> CopraCallback:
     """What has the masks `MASKS`."""
-    return CopraCallback(p0=0.3, seed=1)
+    return CopraCallback(p0=0.3, seed=3)
 
 
-def test_the_masks_of_these_tests_have_every_layer_on_and_off() -> None:
-    assert MASKS.any(0).all() and not MASKS.all(0).any()
+def test_the_masks_of_these_tests_have_every_layer_on_and_off_and_a_step_of_the_head_alone() -> None:
+    assert MASKS.any(0).all() and not MASKS.all(0).any() and not MASKS.any(1).all()
 
 
 def arguments(directory: Path, **changed: Any) -> Arguments:
@@ -74,10 +74,9 @@ class WithLoss(nn.Module):
 def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one_round(
     tiny: Settings, tmp_path: Path, copra: dict[str, Any]
 ) -> None:
-    flat = {key.replace("_", "-"): value for key, value in copra.items()} | {
-        "num-clients": 1, "partitioner": "iid", "num-rounds": 1, "local-steps": STEPS, "gradient-accumulation": 2, "seed": 1
-    }  # fmt: skip
-    config = Config.from_flat(tiny | flat)
+    alone = {"num-clients": 1, "num-rounds": 1, "partitioner": "iid", "seed": 1}
+    steps = {"local-steps": STEPS, "gradient-accumulation": 2}
+    config = Config.from_flat(tiny | alone | steps).changed(**copra)
     federated = data.load(config, models.load_tokenizer(config.model.model))
     model = models.build(config.model, config.copra.group, 3, seed=0)
     plan = training.Plan(1, (0,), config)
