@@ -30,6 +30,10 @@ class CopraCallback(TrainerCallback):
     Masks depend on seed, step and number of steps alone: a resumed training goes on with the same ones, and neither
     the order of the data nor dropout is shifted. With ``p0=1`` the training is bitwise the one without the callback.
 
+    Two things that a callback cannot see. A training that an exception ends in the middle of a step leaves adapters
+    off until the next ``train()``: before evaluating, call ``model.base_model.enable_adapter_layers()``. And a loss
+    that itself switches adapters off and on again (DPO with the base as its reference) undoes the mask.
+
     Args:
         p0: probability that a group is on at the start.
         ramp: share of the training after which every group is on.

@@ -21,6 +21,7 @@ from transformers import TrainingArguments as Arguments
 from copra_fl import CopraCallback, data, models, schedule, training
 from copra_fl.config import Config, ConfigError, CopraConfig
 from tests.conftest import NUM_LAYERS
+from tests.test_readme import blocks
 
 Settings = dict[str, object]
 STEPS = 6
@@ -284,6 +285,13 @@ def test_errors_say_what_to_do(tiny_model: str, tmp_path: Path, examples: list[d
     model.base_model.disable_adapter_layers()
     with pytest.raises(ConfigError, match="enable_adapter_layers"):
         train(model)
+
+
+def test_the_readmes_snippet(tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]) -> None:
+    (snippet,) = (block for block in blocks("python") if "CopraCallback" in block)
+    names = {"Trainer": Trainer, "model": peft_model(tiny_model), "args": arguments(tmp_path), "examples": examples}
+    exec(snippet, names)
+    assert names["trainer"].state.global_step == STEPS
 
 
 def test_import_copra_fl_imports_nothing_large() -> None:
