@@ -50,8 +50,9 @@ class Gates:
                 continue
             for module in self._modules[index]:
                 module.enable_adapters(state[0])
-                for adapter in module.active_adapters:
-                    module.set_scale(adapter, state[1])
+                if state[1] != self._state[index][1]:
+                    for adapter in module.active_adapters:
+                        module.set_scale(adapter, state[1])
             self._state[index] = state
         for tensor in self.frozen:
             tensor.requires_grad_(False)

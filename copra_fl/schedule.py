@@ -53,6 +53,14 @@ def sample_mask(p: float, num_groups: int, min_active: int, rng: np.random.Gener
     return mask
 
 
+def scales(copra: CopraConfig, masks: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """(steps,) what is on in each step of `client_masks` is multiplied by: 1, with ``rescale`` 1 / its probability."""
+    factors, given = np.ones(len(masks)), masks.any(axis=1)
+    if copra.rescale:
+        factors[given] = [1 / inclusion(p, masks.shape[1], copra.min_active) for p in probabilities[given]]
+    return factors
+
+
 def client_masks(
     copra: CopraConfig, seed: int, client: int, num_steps: int, num_groups: int, server_round: int, num_rounds: int
 ) -> tuple[np.ndarray, np.ndarray]:

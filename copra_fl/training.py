@@ -150,10 +150,8 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
     masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
-    scales = np.full(len(batches), relative_scaling(config, ranks[client]) if ranks else 1.0)
-    if copra.rescale:
-        given = masks.any(axis=1)
-        scales[given] *= [1 / schedule.inclusion(p, num_groups, copra.min_active) for p in probabilities[given]]
+    relative = relative_scaling(config, ranks[client]) if ranks else 1.0
+    scales = relative * schedule.scales(copra, masks, probabilities)
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
     return LocalSteps(client, batches, masks, scales, t)
 
