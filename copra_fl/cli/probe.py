@@ -14,17 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from copra_fl.config import ConfigError
+
 if TYPE_CHECKING:  # slow to import
     from copra_fl.probes.opening import OpenRun, Progress
     from copra_fl.probes.page import Findings
 
 app = typer.Typer(help="Look into finished runs: what lies between adapters, and what becomes of merged ones.",
                   no_args_is_help=True)  # fmt: skip
-
-
-@app.callback()
-def probe() -> None:
-    """A sub-app has at least one command of its own."""
 
 
 class SplitName(StrEnum):
@@ -43,6 +40,45 @@ OutputOption = Annotated[
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="Whose clients to look at. Default: the last round.")
 ]
+ClientsOption = Annotated[
+    str, typer.Option("--clients", metavar="N,N,...", help="Which clients of the round. Default: see the command.")
+]
+
+
+@app.command()
+def connectivity(
+    runs: RunsArgument,
+    round_: RoundOption = None,
+    clients: ClientsOption = "",
+    rounds: Annotated[
+        str, typer.Option("--rounds", metavar="N,N,...", help="Global adapters of these rounds, 0 the start.")
+    ] = "",
+    points: Annotated[int, typer.Option("--points", min=3, help="Points on a line.")] = 21,
+    most: Annotated[int, typer.Option("--most", min=2, help="Without --clients, the first so many.")] = 6,
+    triangle: Annotated[bool, typer.Option("--triangle/--no-triangle", help="The plane through the first 3.")] = True,
+    split: SplitOption = SplitName.SERVER_VALIDATION,
+    output: OutputOption = None,
+) -> None:
+    """Loss and accuracy on the line between each pair: clients of a round, rounds of a run, or several runs.
+
+    One RUN: its clients of the last or of --round, or its global adapters of --rounds. Several: their final adapters.
+    """
+    numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
+    with opened(runs) as opened_runs, progress_bar() as progress:
+        from copra_fl.probes import connectivity as probe
+        from copra_fl.probes.members import members
+
+        chosen = members(opened_runs, progress, round_, *numbers, most)
+        findings = probe.probe(chosen, split.value, points, triangle, progress)
+    leave(findings, output or runs[0])
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a list of whole numbers like 0,3,4") from None
 
 
 @contextmanager
