@@ -40,9 +40,7 @@ OutputOption = Annotated[
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="Whose clients to look at. Default: the last round.")
 ]
-ClientsOption = Annotated[
-    str, typer.Option("--clients", metavar="N,N,...", help="Which clients of the round. Default: see the command.")
-]
+ClientsOption = Annotated[str, typer.Option("--clients", metavar="N,N,...", help="Which clients of the round.")]
 
 
 @app.command()
@@ -70,6 +68,32 @@ def connectivity(
 
         chosen = members(opened_runs, progress, round_, *numbers, most)
         findings = probe.probe(chosen, split.value, points, triangle, progress)
+    leave(findings, output or runs[0])
+
+
+@app.command()
+def merge(
+    runs: RunsArgument,
+    round_: RoundOption = None,
+    clients: ClientsOption = "",
+    scale: Annotated[float, typer.Option("--scale", help="Task arithmetic: what each product is multiplied by.")] = 0.4,
+    density: Annotated[
+        float, typer.Option("--density", min=0.01, max=1, help="TIES and DARE: what is kept of each adapter.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="What DARE draws from.")] = 0,
+    split: SplitOption = SplitName.SERVER_VALIDATION,
+    output: OutputOption = None,
+) -> None:
+    """Merge adapters with PEFT: average, task arithmetic, TIES, DARE, SVD; accuracy before and after.
+
+    One RUN: its clients of the last or of --round. Several: their final adapters.
+    """
+    with opened(runs) as opened_runs, progress_bar() as progress:
+        from copra_fl.probes import merge as probe
+        from copra_fl.probes.members import members
+
+        chosen = members(opened_runs, progress, round_, parse_numbers("--clients", clients))
+        findings = probe.probe(chosen, split.value, scale, density, seed, progress)
     leave(findings, output or runs[0])
 
 

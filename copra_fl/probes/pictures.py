@@ -107,3 +107,21 @@ def _plane(
         f"are positive, × is the mean of the three. {told}"
     )
     return Figure(f"{metric.capitalize()} on the plane through three", caption, chart)
+
+
+def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float, told: str) -> list[Figure]:
+    """Accuracy of each model before and after merging; a line at the mean of those before."""
+    chart = blank({"title": "accuracy, %"}, {"type": "category", "autorange": "reversed"})
+    for name, values, style in (("before", before, STYLES[1]), ("merged", after, STYLES[0])):
+        chart.add_bar(
+            orientation="h",
+            x=[100 * value for value in values.values()],
+            y=list(values),
+            name=name,
+            marker={"color": style.colour},
+            hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+        )
+    chart.add_vline(x=100 * mean, line={"dash": "dash", "width": 1})
+    chart.update_layout(height=140 + 26 * (len(before) + len(after)), barmode="overlay")
+    caption = f"Right of the dashed line, merging gave more than its parts have in the mean. {told}"
+    return [Figure("Accuracy before and after merging", caption, chart, wide=True)]
