@@ -98,7 +98,7 @@ def walk(
     return Path(u, tuple(m["loss"] for m in metrics), tuple(m["accuracy"] for m in metrics))
 
 
-def merge_gap(average: Metrics, clients: Sequence[Metrics], num_examples: Sequence[int]) -> Metrics:
+def merge_gap(average: Metrics, clients: Sequence[Metrics], num_examples: Sequence[float]) -> Metrics:
     """Metric of the average minus the weighted mean of the clients' own metrics.
 
     Better than its parts: accuracy above 0, loss below 0.

@@ -88,12 +88,12 @@ def _model(adapters: Sequence[Adapter]) -> PeftModel:
     ranks = [len(adapter[a_of(names[0])]) for adapter in adapters]
     targets = [_flat(module) for module in names]
     configs = [LoraConfig(r=rank, lora_alpha=rank, target_modules=targets) for rank in ranks]
-    model = get_peft_model(root, configs[0], "0")
+    model: Any = get_peft_model(root, configs[0], "0")
     for number, config in enumerate(configs[1:], 1):
         model.add_adapter(str(number), config)
     for number, adapter in enumerate(adapters):
         for module in names:
-            layer: Any = model.base_model.model.get_submodule(_flat(module))
+            layer = model.base_model.model.get_submodule(_flat(module))
             layer.lora_A[str(number)].weight.data = adapter[a_of(module)]
             layer.lora_B[str(number)].weight.data = adapter[b_of(module)]
     return model

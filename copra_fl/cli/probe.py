@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -109,6 +110,8 @@ def parse_numbers(option: str, text: str) -> list[int]:
 def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
     """The runs in `directories`; inside and while opening, what cannot be probed ends in a message for people."""
     import copra_fl.process  # noqa: F401
+
+    warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.probes.opening import open_runs
     from copra_fl.results import ResultsError
 
