@@ -157,6 +157,7 @@ def test_what_the_command_refuses(run: OpenRun) -> None:
         (["--clients", "1"], "it takes two adapters at least"),
         (["--rounds", "1,2", "--round", "1"], "choose one"),
         (["--rounds", "1,7"], "has no round 7"),
+        (["--round", "7"], "has no round 7"),
     ):
         result = CliRunner().invoke(app, ["probe", "connectivity", str(run.directory), *arguments])
         assert result.exit_code == 2 and message in result.output

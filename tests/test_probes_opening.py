@@ -60,6 +60,10 @@ def test_clients_trained_again_are_those_of_the_federation(
         for client, adapter in updates[server_round].items():
             for name, tensor in adapter.items():
                 assert torch.allclose(again[client][name], tensor, rtol=1e-5, atol=1e-6), name
+    client, adapter = max(again.items())
+    alone = run.clients(2, only=[client])
+    assert list(alone) == [client]
+    assert all(torch.allclose(alone[client][name], adapter[name], rtol=1e-5, atol=1e-6) for name in adapter)
 
 
 def test_the_final_model_scores_as_in_the_summary(tiny: Settings, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from copra_fl.adapter import Adapter
-from copra_fl.connectivity import Path, combine, interpolate, interpolate_products, walk
+from copra_fl.connectivity import Between, Path, combine, interpolate, interpolate_products, walk
 from copra_fl.probes import pictures
 from copra_fl.probes.members import Members
 from copra_fl.probes.opening import Metrics, Progress, Split
@@ -49,9 +49,8 @@ class Plane:
 
 
 def lines(
-    evaluate: Evaluate, adapters: Sequence[Adapter], num_points: int, along: Callable[..., Adapter],
-    done: Callable[[], None],
-) -> dict[Pair, Path]:  # fmt: skip
+    evaluate: Evaluate, adapters: Sequence[Adapter], num_points: int, along: Between, done: Callable[[], None]
+) -> dict[Pair, Path]:
     """The path between each pair of adapters."""
     found = {}
     for i, j in combinations(range(len(adapters)), 2):

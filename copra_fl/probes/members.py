@@ -69,7 +69,7 @@ def members(
     if len(runs) > 1:
         if server_round or clients or rounds:
             raise ResultsError("--round, --clients and --rounds are for a single run, not for several")
-        names = [run.name for run in runs]
+        names = _names(runs)
         states, scalings = [run.final for run in runs], [run.scaling for run in runs]
         return Members(f"final adapters of {join(names)}", names, states, scalings, _uniform(len(runs)), runs)
     if rounds:
@@ -86,13 +86,12 @@ def members(
 
 
 def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int | None, progress: Progress) -> Members:
-    adapters = run.clients(server_round, progress)
-    if strangers := sorted(set(wanted) - adapters.keys()):
-        raise ResultsError(f"clients {join(strangers)} did not train in round {server_round}; {join(adapters)} did")
-    clients = list(wanted or adapters)[: None if wanted else most]
+    sampled = run.sampled(server_round)
+    adapters = run.clients(server_round, progress, wanted or sampled[:most])
+    clients = list(adapters)
     residual, examples = run.state(server_round - 1).residual, run.examples(clients)
     named = f"clients {join(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
-    left_out = f" (of {len(adapters)} in all)" if len(clients) < len(adapters) else ""
+    left_out = f" (of {len(sampled)} in all)" if len(clients) < len(sampled) else ""
     return Members(
         f"{named} of round {server_round}{left_out}",
         [f"client {client}" for client in clients],
@@ -105,3 +104,10 @@ def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int |
 
 def _uniform(number: int) -> list[float]:
     return [1 / number] * number
+
+
+def _names(runs: Sequence[OpenRun]) -> list[str]:
+    """Their folders' names, with the folder above where these are not enough."""
+    names = [run.name for run in runs]
+    distinct = len(set(names)) == len(names)
+    return names if distinct else [f"{run.directory.parent.name}/{run.name}" for run in runs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from copra_fl.adapter import parts
+from copra_fl.adapter import Adapter, parts
 from copra_fl.connectivity import merge_gap
 from copra_fl.merging import MERGES, merge
 from copra_fl.probes import pictures
@@ -34,9 +34,7 @@ class Row:
     gap: float
 
 
-def probe(
-    members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress
-) -> Findings:  # fmt: skip
+def probe(members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress) -> Findings:
     """The members by themselves, and merged in each way that they can be."""
     adapters, score = members.plain(split)
     factors_differ, warnings = members.factors_differ, []
@@ -48,7 +46,7 @@ def probe(
         before += score([adapter])
         progress("before", 1, len(adapters))
 
-    def row(name: str, kind: str, adapter: dict, metrics: Metrics) -> Row:
+    def row(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> Row:
         rank = max(len(tensor) for tensor in parts(adapter, {"A"}).values())
         gap = merge_gap(metrics, before, members.weights)["accuracy"]
         return Row(name, kind, rank, metrics["loss"], metrics["accuracy"], gap)

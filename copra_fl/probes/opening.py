@@ -6,7 +6,7 @@ stream is derived from seed, round and client, so that the same adapters come ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -25,7 +25,7 @@ from copra_fl.data import FederatedData
 from copra_fl.engine import Engine, open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.residual import fold
-from copra_fl.results import ResultsError, load_run
+from copra_fl.results import ResultsError, join, load_run
 from copra_fl.training import Plan
 
 Split = Literal["server-validation", "test"]
@@ -155,29 +155,34 @@ class OpenRun:
         return evaluate(engine, adapters, self.data.examples, self.indices(split), batch_size)
 
     def sampled(self, server_round: int) -> list[int]:
-        """The clients whose training went into a round."""
-        return [client["client"] for client in self.journal[server_round - 1]["clients"]]
-
-    def clients(self, server_round: int, progress: Progress = silent) -> dict[int, Adapter]:
-        """Each client's own adapter after its training in a round, beside the residual of the round before.
-
-        Trained again. Raises ResultsError where that takes more than the checkpoint of the round before.
-        """
+        """The clients whose training went into a round. Raises ResultsError for a round that there is not."""
         if not 1 <= server_round <= self.num_rounds:
             raise ResultsError(f"{self.directory} has no round {server_round}; its rounds are 1 to {self.num_rounds}")
+        return [client["client"] for client in self.journal[server_round - 1]["clients"]]
+
+    def clients(self, server_round: int, progress: Progress = silent, only: Collection[int] = ()) -> dict[int, Adapter]:
+        """Each client's own adapter after its training in a round, beside the residual of the round before.
+
+        Trained again, all of them or `only` some. Raises ResultsError for clients that the round did not have, and
+        where it takes more than the checkpoint of the round before.
+        """
+        sampled = self.sampled(server_round)
         for reason in _not_repeatable(self.config):
             raise ResultsError(f"{self.directory}: the clients of a round cannot be trained again: {reason}")
-        before, sampled = self.state(server_round - 1), self.sampled(server_round)
-        plan, starts = Plan(server_round, tuple(sampled), self.config), dict.fromkeys(sampled, before.adapter)
+        if strangers := sorted(set(only) - set(sampled)):
+            raise ResultsError(f"clients {join(strangers)} did not train in round {server_round}; {join(sampled)} did")
+        chosen = [client for client in sampled if client in (only or sampled)]
+        before = self.state(server_round - 1)
+        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, before.adapter)
         self.engine.classifier.write_residual(before.residual)
 
         def report(done: float) -> None:
-            progress("training clients again", done, len(sampled))
+            progress("training clients again", done, len(chosen))
 
         slices = self.engine.slices(self.data, plan)
         updates = chain.from_iterable(self.engine.train(self.data, plan, some, starts, report, {}) for some in slices)
         adapters = {update.client: complete(update, before.adapter) for update in updates}
-        return {client: adapters[client] for client in sampled}
+        return {client: adapters[client] for client in chosen}
 
 
 def open_run(directory: Path) -> OpenRun:
