@@ -88,17 +88,7 @@ class Evaluator:
         for a, b in pairs:
             ends = complete(a, before.adapter), complete(b, before.adapter)
             path = walk(lambda some: self.score(some, before.residual, indices), *ends, evaluation.path_points)
-            rows.append(
-                {
-                    "clients": [a.client, b.client],
-                    "u": path.u,
-                    "loss": path.loss,
-                    "accuracy": path.accuracy,
-                    "barrier_entezari": path.barrier_entezari,
-                    "barrier_frankle": path.barrier_frankle,
-                    "midpoint_gap": path.midpoint_gap,
-                }
-            )
+            rows.append({"clients": [a.client, b.client], **path.facts})
         return rows
 
 
