@@ -88,17 +88,31 @@ def write(directory: Path) -> dict[str, Any]:
 
 def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
     """The page, as HTML."""
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(template).render(
+    return page(
         title=_title(summary),
         setting=_setting(comparison, summary),
         verdict=verdict(summary),
         warnings=list(_warnings(comparison, summary)),
         results=_results(summary),
         sections=sections(comparison, summary),
+    )
+
+
+def page(
+    title: str, setting: str, verdict: str, warnings: Sequence[str], results: DataTable, sections: Sequence[Section]
+) -> str:
+    """A self-contained page: headings, the table of `results`, then the sections."""
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(template).render(
+        title=title,
+        setting=setting,
+        verdict=verdict,
+        warnings=warnings,
+        results=results,
+        sections=sections,
         plotly_js=get_plotlyjs(),
     )
 

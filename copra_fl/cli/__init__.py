@@ -9,7 +9,7 @@ import click
 import typer
 
 from copra_fl.assets import AssetError
-from copra_fl.cli import assets
+from copra_fl.cli import assets, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.compare import compare
 from copra_fl.cli.flower import RunFailed
@@ -31,6 +31,7 @@ app.command()(simulate)
 app.command()(compare)
 app.command()(report)
 app.command()(bench)
+app.add_typer(probe.app, name="probe")
 app.add_typer(assets.app, name="assets")
 
 
