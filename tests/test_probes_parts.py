@@ -54,7 +54,13 @@ def lora(runs: list[Path]) -> OpenRun:
 @pytest.fixture(scope="module")
 def valued(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     output = tmp_path_factory.mktemp("shapley")
-    return *probe("shapley", runs, output, "--modules", "--standard-error", "0.05"), output
+    return *probe("shapley", runs, output), output
+
+
+@pytest.fixture(scope="module")
+def valued_modules(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    output = tmp_path_factory.mktemp("shapley-modules")
+    return *probe("shapley", runs[:1], output, "--modules", "--standard-error", "0.05"), output
 
 
 def test_shapley_of_layers(valued: tuple[dict[str, Any], str, Path], runs: list[Path], lora: OpenRun) -> None:
@@ -74,21 +80,22 @@ def test_shapley_of_layers(valued: tuple[dict[str, Any], str, Path], runs: list[
     assert facts["layers"][0]["accuracy"]["everything"] > facts["layers"][0]["accuracy"]["nothing"], "it has learnt"
 
 
-def test_shapley_of_modules_is_sampled(valued: tuple[dict[str, Any], str, Path]) -> None:
-    facts, _, _ = valued
-    for worth in facts["modules"]:
-        assert len(worth["players"]) == 18 and not worth["exact"]
-        assert 0 < max(worth["accuracy"]["errors"]) <= 0.05
-        assert worth["accuracy"]["orders"] == worth["minus_loss"]["orders"] >= 32
-        assert sum(worth["accuracy"]["values"]) == pytest.approx(
-            worth["accuracy"]["everything"] - worth["accuracy"]["nothing"]
-        )
+def test_shapley_of_modules_is_sampled(valued_modules: tuple[dict[str, Any], str, Path]) -> None:
+    facts, printed, _ = valued_modules
+    (worth,) = facts["modules"]
+    assert len(worth["players"]) == 18 and not worth["exact"]
+    assert 0 < max(worth["accuracy"]["errors"]) <= 0.05
+    assert worth["accuracy"]["orders"] == worth["minus_loss"]["orders"] >= 32
+    assert sum(worth["accuracy"]["values"]) == pytest.approx(
+        worth["accuracy"]["everything"] - worth["accuracy"]["nothing"]
+    )
+    assert f"modules: {worth['accuracy']['orders']} orders, seed 0" in facts["setting"]
 
 
 @needs_chromium
-def test_the_page_of_shapley_opens(valued: tuple[dict[str, Any], str, Path]) -> None:
-    """Bars of two metrics for layers and for modules, and two maps a run."""
-    check_page(valued[2] / "probe-shapley.html", 2 + 2 + 4)
+def test_the_page_of_shapley_opens(valued_modules: tuple[dict[str, Any], str, Path]) -> None:
+    """Bars of two metrics for layers and for modules, and two maps."""
+    check_page(valued_modules[2] / "probe-shapley.html", 2 + 2 + 2)
 
 
 def test_no_coalition_is_evaluated_twice(lora: OpenRun) -> None:

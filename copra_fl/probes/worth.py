@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.adapter import Adapter
-from copra_fl.figures.canvas import Figure, blank, styles
+from copra_fl.figures.canvas import HEIGHT, Figure, blank, styles
 from copra_fl.gates import group_name
 from copra_fl.probes import prune
 from copra_fl.probes.opening import OpenRun, Progress, Split
@@ -99,7 +99,7 @@ def _verdict(worths: Sequence[Worth]) -> str:
 
 
 def _results(found: dict[str, list[Worth]]) -> DataTable:
-    header = ["run", "players", "metric", "none on", "all on", "top third, % of mass", "Gini", "largest"]
+    header = ["run", "players", "metric", "none on", "all on", "top third, %", "Gini"]
     rows = []
     for kind, worths in found.items():
         for metric, (name, _, scale) in SHOWN.items():
@@ -113,18 +113,17 @@ def _results(found: dict[str, list[Worth]]) -> DataTable:
                     f"{scale * solved.everything:.3g}",
                     f"{100 * top_third(solved.values):.1f}",
                     f"{gini(solved.values):.2f}",
-                    worth.players[int(np.argmax(solved.values))],
                 ])  # fmt: skip
     caption = (
-        "Mass: absolute Shapley values. The head is on always. Gini: 0 where all are worth the same, near 1 where one "
-        "is worth all."
+        "The head is on always. Top third: its share of the mass, which is the sum of absolute Shapley values. Gini: 0 "
+        "where all are worth the same, near 1 where one is worth all."
     )
     return DataTable(header, rows, caption)
 
 
 def _sections(kind: str, worths: Sequence[Worth], how: str) -> list[Section]:
     bars = [_bars(kind, worths, metric, how) for metric in METRICS]
-    maps = [_heat_map(worth, metric, how) for metric in METRICS for worth in worths] if kind == "module" else []
+    maps = [each for metric in METRICS for each in _heat_maps(worths, metric, how)] if kind == "module" else []
     return [
         Section(f"What each {kind} is worth", [*bars, *maps]),
         Section(f"Shapley values of {kind}s", tables=[_values(kind, worths, metric) for metric in METRICS],
@@ -134,48 +133,53 @@ def _sections(kind: str, worths: Sequence[Worth], how: str) -> list[Section]:
 
 def _bars(kind: str, worths: Sequence[Worth], metric: str, how: str) -> Figure:
     name, unit, scale = SHOWN[metric]
-    chart = blank({"title": kind, "type": "category"}, {"title": f"{name}, {unit}"})
+    chart = blank({"title": f"{name}, {unit}"}, {"type": "category"})
+    chart.update_layout(height=max(HEIGHT, 100 + len(worths[0].players) * (12 + 14 * len(worths))))
     looks = styles(worth.run for worth in worths)
     for worth in worths:
         solved = worth.by_metric[metric]
         chart.add_bar(
-            x=worth.players,
-            y=scale * solved.values,
+            orientation="h",
+            x=scale * solved.values,
+            y=worth.players,
             name=worth.run,
             marker={"color": looks[worth.run].colour},
-            error_y={"type": "data", "array": scale * solved.errors, "visible": bool(solved.errors.any())},
-            hovertemplate=f"%{{x}}: %{{y:.3g}} {unit}",
+            error_x={"type": "data", "array": scale * solved.errors, "visible": bool(solved.errors.any())},
+            hovertemplate=f"%{{y}}: %{{x:.3g}} {unit}",
         )
     caption = (
         f"Shapley value: what having the {kind}'s adapter on adds to {name}, mean over all orders of switching on "
         f"({how}). All values together are {name} with every adapter on minus {name} of the head alone. "
         "Error bars: standard errors of the sampling of orders, if any; not of the held-out examples."
     )
-    return Figure(f"Shapley values, {name}", caption, chart, wide=len(worths[0].players) > 12)
+    return Figure(f"Shapley values, {name}", caption, chart)
 
 
-def _heat_map(worth: Worth, metric: str, how: str) -> Figure:
+def _heat_maps(worths: Sequence[Worth], metric: str, how: str) -> list[Figure]:
+    """Layer by module, a map a run, all in the same colours."""
     name, unit, scale = SHOWN[metric]
-    layer_of = {player: group_name(player, "layer") for player in worth.players}
-    rows = list(dict.fromkeys(layer_of.values()))
-    columns = list(dict.fromkeys(prune.kind(player) for player in worth.players))
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for player, value in zip(worth.players, scale * worth.by_metric[metric].values, strict=True):
-        grid[rows.index(layer_of[player]), columns.index(prune.kind(player))] = value
-    chart = blank({"type": "category"}, {"type": "category"})
-    chart.add_trace(
-        go.Heatmap(
-            x=columns,
-            y=rows,
-            z=[[None if np.isnan(value) else float(value) for value in row] for row in grid],
-            zmid=0,
+    largest = scale * max(float(np.abs(worth.by_metric[metric].values).max()) for worth in worths)
+    caption = f"Shapley value of each module in {name}, {unit}; layers from below ({how}). All maps have one scale."
+    maps = []
+    for worth in worths:
+        values = dict(zip(worth.players, scale * worth.by_metric[metric].values, strict=True))
+        layers = list(dict.fromkeys(group_name(player, "layer") for player in values))
+        kinds = list(dict.fromkeys(prune.kind(player) for player in values))
+        cells = {(group_name(player, "layer"), prune.kind(player)): float(value) for player, value in values.items()}
+        chart = blank({"type": "category"}, {"type": "category"})
+        heat = go.Heatmap(
+            x=kinds,
+            y=layers,
+            z=[[cells.get((layer, kind)) for kind in kinds] for layer in layers],
+            zmin=-largest,
+            zmax=largest,
             colorscale="RdBu",
             colorbar={"title": {"text": unit}},
             hovertemplate=f"%{{y}}, %{{x}}: %{{z:.3g}} {unit}<extra></extra>",
         )
-    )
-    caption = f"Shapley value of each module in {name}, {unit}; layers from below ({how})."
-    return Figure(f"Layers and modules of {worth.run}, {name}", caption, chart)
+        chart.add_trace(heat)
+        maps.append(Figure(f"Layers and modules of {worth.run}, {name}", caption, chart))
+    return maps
 
 
 def _values(kind: str, worths: Sequence[Worth], metric: str) -> DataTable:
