@@ -14,7 +14,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from copra_fl.core import core_start
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -25,6 +24,7 @@ from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config
 from copra_fl.connectivity import merge_gap, walk
+from copra_fl.core import core_start
 from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
@@ -88,17 +88,7 @@ class Evaluator:
         for a, b in pairs:
             ends = complete(a, before.adapter), complete(b, before.adapter)
             path = walk(lambda some: self.score(some, before.residual, indices), *ends, evaluation.path_points)
-            rows.append(
-                {
-                    "clients": [a.client, b.client],
-                    "u": path.u,
-                    "loss": path.loss,
-                    "accuracy": path.accuracy,
-                    "barrier_entezari": path.barrier_entezari,
-                    "barrier_frankle": path.barrier_frankle,
-                    "midpoint_gap": path.midpoint_gap,
-                }
-            )
+            rows.append({"clients": [a.client, b.client], **path.facts})
         return rows
 
 

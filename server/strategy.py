@@ -13,7 +13,6 @@ from logging import INFO
 from typing import Any, TypeVar
 
 import torch
-from copra_fl.aggregation.products import aggregation_error
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -24,6 +23,7 @@ from copra_fl.adapter import Adapter, Update, draw, parts
 from copra_fl.aggregation import client_ranks, find_rule, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import as_global, client_starts
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.compression import decode

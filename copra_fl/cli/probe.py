@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,17 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from copra_fl.config import ConfigError
+
 if TYPE_CHECKING:  # slow to import
     from copra_fl.probes.opening import OpenRun, Progress
     from copra_fl.probes.page import Findings
 
 app = typer.Typer(help="Look into finished runs: what lies between adapters, and what becomes of merged ones.",
                   no_args_is_help=True)  # fmt: skip
-
-
-@app.callback()
-def probe() -> None:
-    """A sub-app has at least one command of its own."""
 
 
 class SplitName(StrEnum):
@@ -43,12 +41,77 @@ OutputOption = Annotated[
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="Whose clients to look at. Default: the last round.")
 ]
+ClientsOption = Annotated[str, typer.Option("--clients", metavar="N,N,...", help="Which clients of the round.")]
+
+
+@app.command()
+def connectivity(
+    runs: RunsArgument,
+    round_: RoundOption = None,
+    clients: ClientsOption = "",
+    rounds: Annotated[
+        str, typer.Option("--rounds", metavar="N,N,...", help="Global adapters of these rounds, 0 the start.")
+    ] = "",
+    points: Annotated[int, typer.Option("--points", min=3, help="Points on a line.")] = 21,
+    most: Annotated[int, typer.Option("--most", min=2, help="Without --clients, the first so many.")] = 6,
+    triangle: Annotated[bool, typer.Option("--triangle/--no-triangle", help="The plane through the first 3.")] = True,
+    split: SplitOption = SplitName.SERVER_VALIDATION,
+    output: OutputOption = None,
+) -> None:
+    """Loss and accuracy on the line between each pair: clients of a round, rounds of a run, or several runs.
+
+    One RUN: its clients of the last or of --round, or its global adapters of --rounds. Several: their final adapters.
+    """
+    numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
+    with opened(runs) as opened_runs, progress_bar() as progress:
+        from copra_fl.probes import connectivity as probe
+        from copra_fl.probes.members import members
+
+        chosen = members(opened_runs, progress, round_, *numbers, most)
+        findings = probe.probe(chosen, split.value, points, triangle, progress)
+    leave(findings, output or runs[0])
+
+
+@app.command()
+def merge(
+    runs: RunsArgument,
+    round_: RoundOption = None,
+    clients: ClientsOption = "",
+    scale: Annotated[float, typer.Option("--scale", help="Task arithmetic: what each product is multiplied by.")] = 0.4,
+    density: Annotated[
+        float, typer.Option("--density", min=0.01, max=1, help="TIES and DARE: what is kept of each adapter.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="What DARE draws from.")] = 0,
+    split: SplitOption = SplitName.SERVER_VALIDATION,
+    output: OutputOption = None,
+) -> None:
+    """Merge adapters with PEFT: average, task arithmetic, TIES, DARE, SVD; accuracy before and after.
+
+    One RUN: its clients of the last or of --round. Several: their final adapters.
+    """
+    with opened(runs) as opened_runs, progress_bar() as progress:
+        from copra_fl.probes import merge as probe
+        from copra_fl.probes.members import members
+
+        chosen = members(opened_runs, progress, round_, parse_numbers("--clients", clients))
+        findings = probe.probe(chosen, split.value, scale, density, seed, progress)
+    leave(findings, output or runs[0])
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a list of whole numbers like 0,3,4") from None
 
 
 @contextmanager
 def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
     """The runs in `directories`; inside and while opening, what cannot be probed ends in a message for people."""
     import copra_fl.process  # noqa: F401
+
+    warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.probes.opening import open_runs
     from copra_fl.results import ResultsError
 

@@ -127,6 +127,10 @@ class OpenRun:
         """The examples of a held-out split."""
         return self.data.test if split == "test" else self.data.server_validation
 
+    def examples(self, clients: Sequence[int]) -> list[int]:
+        """How many training examples each client has."""
+        return [len(self.data.train[client]) for client in clients]
+
     def score(
         self, adapters: Sequence[Adapter], split: Split = "server-validation", residual: Adapter | None = None
     ) -> list[Metrics]:
@@ -219,9 +223,11 @@ def open_runs(directories: Sequence[Path]) -> list[OpenRun]:
             ("the pooling", first.config.model.pooling, other.config.model.pooling),
             ("the labels", first.data.label_names, other.data.label_names),
             ("the data", first.data.tokens_digest, other.data.tokens_digest),
+            ("the adapted modules", *(sorted(run.engine.classifier.linears) for run in (first, other))),
         ):
             if ours != theirs:
-                raise ResultsError(f"{first.directory} and {other.directory} do not share {what}: {ours} and {theirs}")
+                both = f"{_short(ours)} and {_short(theirs)}"
+                raise ResultsError(f"{first.directory} and {other.directory} do not share {what}: {both}")
     return runs
 
 
@@ -237,6 +243,23 @@ def plain(states: Sequence[State], scalings: Sequence[float]) -> tuple[list[Adap
         for state, scaling in zip(states, scalings, strict=True)
     ]
     return adapters, common if shared else {}
+
+
+def factors_differ(states: Sequence[State], scalings: Sequence[float]) -> str:
+    """Why the factors of these models cannot be averaged apart; empty where they can."""
+    first = {name: tensor.shape for name, tensor in states[0].adapter.items()}
+    if any({name: tensor.shape for name, tensor in state.adapter.items()} != first for state in states):
+        return "their adapters have unequal ranks"
+    if len(set(scalings)) > 1:
+        return f"their adapters are scaled by {' and '.join(f'{scaling:g}' for scaling in sorted(set(scalings)))}"
+    if not all(_same(states[0].residual, state.residual) for state in states):
+        return "they are beside frozen weights that are not the same: the runs' rule changes W0"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def _same(a: Adapter, b: Adapter) -> bool:

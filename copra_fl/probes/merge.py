@@ -1,0 +1,106 @@
+"""What becomes of adapters that are merged after training, in all the usual ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from copra_fl.adapter import parts
+from copra_fl.connectivity import merge_gap
+from copra_fl.merging import MERGES, merge
+from copra_fl.probes import pictures
+from copra_fl.probes.members import Members
+from copra_fl.probes.opening import Metrics, Progress, Split
+from copra_fl.probes.page import Findings, origin, setting
+from copra_fl.ranking import Column
+from copra_fl.report import DataTable, Section
+
+COLUMNS = (
+    Column("loss", "loss", spec=".3f"),
+    Column("accuracy, %", "accuracy", scale=100),
+    Column("to the mean, points", "gap", scale=100, spec="+.1f"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model before or after merging. `gap`: its accuracy minus the weighted mean of those before."""
+
+    name: str
+    kind: str
+    rank: int
+    loss: float
+    accuracy: float
+    gap: float
+
+
+def probe(
+    members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress
+) -> Findings:  # fmt: skip
+    """The members by themselves, and merged in each way that they can be."""
+    adapters, score = members.plain(split)
+    factors_differ, warnings = members.factors_differ, []
+    ways = {name: how for name, how in MERGES.items() if not (how.of_factors and factors_differ)}
+    if factors_differ:
+        warnings.append(f"No merge of factors apart: {factors_differ}.")
+    before: list[Metrics] = []
+    for adapter in adapters:
+        before += score([adapter])
+        progress("before", 1, len(adapters))
+
+    def row(name: str, kind: str, adapter: dict, metrics: Metrics) -> Row:
+        rank = max(len(tensor) for tensor in parts(adapter, {"A"}).values())
+        gap = merge_gap(metrics, before, members.weights)["accuracy"]
+        return Row(name, kind, rank, metrics["loss"], metrics["accuracy"], gap)
+
+    own = [row(*each) for each in zip(members.names, ["–"] * len(before), adapters, before, strict=True)]
+    merged = []
+    for name, how in ways.items():
+        adapter = merge(adapters, how, members.weights, scale, density, seed)
+        merged.append(row(name, how.kind, adapter, score([adapter])[0]))
+        progress("merged", 1, len(ways))
+    told = setting(
+        members.runs, split, members.what, f"task arithmetic: scale {scale:g}", f"TIES and DARE: density {density:g}",
+        f"DARE: seed {seed}",
+    )  # fmt: skip
+    mean = sum(share * each.accuracy for share, each in zip(members.weights, own, strict=True))
+    return Findings(
+        probe="merge",
+        title=f"Merging {members.what}",
+        setting=told,
+        verdict=_verdict(merged, mean),
+        results=_results(own, merged),
+        facts=origin(members.runs, split)
+        | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
+        | {"before": [vars(each) for each in own], "mean_accuracy_before": mean}
+        | {"merged": [vars(each) for each in merged]},
+        sections=[Section("Before and after", pictures.merges(_accuracies(own), _accuracies(merged), mean, told))],
+        warnings=warnings,
+    )
+
+
+def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
+    return {row.name: row.accuracy for row in rows}
+
+
+def _verdict(merged: Sequence[Row], mean: float) -> str:
+    best = max(merged, key=lambda row: row.accuracy)
+    return (
+        f"Before, accuracy is {100 * mean:.1f} % in the mean. The best merge is {best.name}, with "
+        f"{100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
+    ).replace("(-", "(−")
+
+
+def _results(own: Sequence[Row], merged: Sequence[Row]) -> DataTable:
+    caption = (
+        "PEFT: its combination type. To the mean: accuracy minus the mean of those before, weighted as in the merge: "
+        "by training examples for clients, else alike. Heads are averaged."
+    )
+    return DataTable(
+        ["model", "PEFT", "rank", *(column.heading for column in COLUMNS)],
+        [
+            [row.name, row.kind, str(row.rank), *(column.format(getattr(row, column.metric)) for column in COLUMNS)]
+            for row in (*own, *merged)
+        ],
+        caption,
+    )

@@ -1,0 +1,133 @@
+"""Lines and planes: by hand on toys, product paths against PEFT, the command on a real run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from copra_fl.adapter import Adapter
+from copra_fl.cli import app
+from copra_fl.connectivity import combine, interpolate, interpolate_products, walk
+from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
+from copra_fl.probes.opening import OpenRun, open_run, plain
+from tests.test_probes_opening import Settings, finished
+
+
+def bowl(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+    """loss = 1 - |dW|^2 for dW = B A, with one entry: a hill wherever products are small."""
+    products = [float(a["m.lora_B.weight"] @ a["m.lora_A.weight"]) for a in adapters]
+    return [{"loss": 1 - product**2, "accuracy": abs(product)} for product in products]
+
+
+def rank_1(b: float, a: float, head: float = 0.0) -> Adapter:
+    b, a, head = (torch.tensor([[each]], dtype=torch.float64) for each in (b, a, head))
+    return {"m.lora_A.weight": a, "m.lora_B.weight": b, "head.weight": head}
+
+
+def test_paths_between_equal_products_by_hand() -> None:
+    """1 1 and -1 -1 are the same product 1; halfway the factors are 0, and the products still 1."""
+    a, b = rank_1(1, 1), rank_1(-1, -1)
+    factor, product = (walk(bowl, a, b, 21, along) for along in (interpolate, interpolate_products))
+    assert factor.barrier_entezari == factor.barrier_frankle == pytest.approx(1.0)
+    assert factor.midpoint_gap == pytest.approx(-1.0)
+    assert product.barrier_entezari == pytest.approx(0.0) and product.midpoint_gap == pytest.approx(0.0)
+    assert factor.loss[5] == pytest.approx(1 - 0.5**4), "factors 1/2, product 1/4"
+
+
+def test_a_quadratic_has_the_barrier_that_is_known() -> None:
+    """Products 1 and -1: dW = 1 - 2u on the product path, loss 1 - (1 - 2u)^2, barrier 1 at u = 1/2."""
+    path = walk(bowl, rank_1(1, 1), rank_1(1, -1), 21, interpolate_products)
+    assert path.barrier_entezari == pytest.approx(1.0)
+    assert path.loss == pytest.approx([1 - (1 - 2 * u) ** 2 for u in path.u])
+
+
+def test_the_ends_of_lines_and_the_corners_of_planes_are_exact() -> None:
+    a, b, c = (rank_1(*torch.randn(3, generator=torch.Generator().manual_seed(i)).tolist()) for i in range(3))
+    for end, u in ((a, 0.0), (b, 1.0)):
+        point = interpolate_products(a, b, u)
+        assert torch.equal(point["m.lora_B.weight"] @ point["m.lora_A.weight"],
+                           end["m.lora_B.weight"] @ end["m.lora_A.weight"])  # fmt: skip
+        assert torch.equal(point["head.weight"], end["head.weight"])
+    for corner, weights in ((a, (1.0, 0.0, 0.0)), (b, (0.0, 1.0, 0.0)), (c, (0.0, 0.0, 1.0))):
+        assert all(torch.equal(combine([a, b, c], weights)[name], corner[name]) for name in corner)
+    middle = combine([a, b, c], (1 / 3, 1 / 3, 1 / 3))["head.weight"]
+    assert float(middle) == pytest.approx(float(a["head.weight"] + b["head.weight"] + c["head.weight"]) / 3)
+    found, losses = plane(bowl, [a, b, c], lambda: None), [each["loss"] for each in bowl([a, b, c])]
+    zero, one = LATTICE.index(0.0), LATTICE.index(1.0)
+    assert [found.loss[zero][zero], found.loss[zero][one], found.loss[one][zero]] == losses
+
+
+def test_the_matrix_is_symmetric_with_a_diagonal_of_zeros() -> None:
+    adapters, calls = [rank_1(1, 1), rank_1(-1, -1), rank_1(1, 1)], []
+    paths = lines(bowl, adapters, 5, interpolate, lambda: calls.append(1))
+    cells = matrix(paths, 3, lambda path: path.barrier_entezari)
+    assert np.array_equal(cells, cells.T) and not cells.diagonal().any() and len(calls) == 3
+    assert cells == pytest.approx(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return open_run(finished(tiny | {"num-clients": 3, "learning-rate": 0.05, "local-training": "lora"}, directory))
+
+
+def test_the_product_path_of_a_real_model_begins_and_ends_with_its_adapters(run: OpenRun) -> None:
+    clients = run.clients(2)
+    a, b = clients[0], clients[2]
+    (plain_a, plain_b), _ = plain([run.state(2), run.state(1)], [run.scaling] * 2)
+    path = walk(run.score_plain, plain_a, plain_b, 3, interpolate_products)
+    ends = run.score([run.state(2).adapter, run.state(1).adapter])
+    assert path.loss[0] == pytest.approx(ends[0]["loss"], rel=1e-5)
+    assert path.loss[2] == pytest.approx(ends[1]["loss"], rel=1e-5)
+    assert not torch.equal(a["head.weight"], b["head.weight"])
+
+
+def test_the_command_on_clients_of_a_round(run: OpenRun, tmp_path: Path) -> None:
+    arguments = ["probe", "connectivity", str(run.directory), "--points", "3", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found, html = (tmp_path / f"probe-connectivity.{kind}" for kind in ("json", "html"))
+    facts = json.loads(found.read_text())
+    assert facts["split"] == "server-validation" and facts["examples"] == len(run.data.server_validation)
+    assert facts["runs"][0]["seed"] == 0 and facts["members"]["names"] == ["client 0", "client 1", "client 2"]
+    own = run.score(list(run.clients(2).values()), residual=run.state(1).residual)
+    for kind in ("factor", "product"):
+        assert [path["pair"] for path in facts["paths"][kind]] == [
+            ["client 0", "client 1"], ["client 0", "client 2"], ["client 1", "client 2"]
+        ]  # fmt: skip
+        assert facts["paths"][kind][0]["loss"][::2] == pytest.approx([own[0]["loss"], own[1]["loss"]], rel=1e-5)
+    (corner,) = {facts["plane"]["loss"][LATTICE.index(0.0)][LATTICE.index(0.0)]}
+    assert corner == pytest.approx(own[0]["loss"], rel=1e-5)
+    page = html.read_text()
+    assert "Barriers, product path" in page and "on the plane through three" in page and "(seed 0)" in page
+
+
+def test_the_command_on_rounds_and_on_runs(run: OpenRun, tiny: Settings, tmp_path: Path) -> None:
+    other = finished(tiny | {"seed": 1, "rank": 3, "num-rounds": 1, "num-clients": 3}, tmp_path / "other")
+    short = ["--points", "3", "--output", str(tmp_path / "page")]
+    for places, names in (
+        ([str(run.directory), "--rounds", "0,2"], ["round 0", "round 2"]),
+        ([str(run.directory), str(other)], ["run", "other"]),
+    ):
+        result = CliRunner().invoke(app, ["probe", "connectivity", *places, *short], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        facts = json.loads((tmp_path / "page" / "probe-connectivity.json").read_text())
+        assert facts["members"]["names"] == names and len(facts["paths"]["product"]) == 1
+    assert "factor" not in facts["paths"] and "unequal ranks" in facts["warnings"][0]
+
+
+def test_what_the_command_refuses(run: OpenRun) -> None:
+    for arguments, message in (
+        (["--clients", "0,9"], "clients 9 did not train in round 2; 0, 1 and 2 did"),
+        (["--clients", "1"], "it takes two adapters at least"),
+        (["--rounds", "1,2", "--round", "1"], "choose one"),
+        (["--rounds", "1,7"], "has no round 7"),
+    ):
+        result = CliRunner().invoke(app, ["probe", "connectivity", str(run.directory), *arguments])
+        assert result.exit_code == 2 and message in result.output

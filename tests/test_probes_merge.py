@@ -1,0 +1,89 @@
+"""Merging: PEFT's results against sums by hand, product paths against PEFT's cat, the command on a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from copra_fl.adapter import Adapter
+from copra_fl.cli import app
+from copra_fl.connectivity import interpolate_products
+from copra_fl.merging import MERGES, Merge, merge
+from copra_fl.probes.opening import open_run
+from tests.test_probes_opening import Settings, finished
+
+A, B = "base_model.model.layer.0.query.lora_A.weight", "base_model.model.layer.0.query.lora_B.weight"
+
+
+def adapter(seed: int, rank: int = 2) -> Adapter:
+    stream = torch.Generator().manual_seed(seed)
+    shapes = {A: (rank, 5), B: (4, rank), "head.weight": (3, 4), "head.bias": (3,)}
+    return {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
+
+
+def product(of: Adapter) -> torch.Tensor:
+    return of[B] @ of[A]
+
+
+def merged(name: str, adapters: list[Adapter], shares: list[float], density: float = 0.5, seed: int = 0) -> Adapter:
+    return merge(adapters, MERGES[name], shares, scale=0.4, density=density, seed=seed)
+
+
+def test_averages_are_what_they_say() -> None:
+    adapters, shares = [adapter(0), adapter(1), adapter(2)], [0.5, 0.3, 0.2]
+    factors = merged("average of factors", adapters, shares)
+    for name in (A, B, "head.weight", "head.bias"):
+        mean = sum(share * each[name] for share, each in zip(shares, adapters, strict=True))
+        assert torch.allclose(factors[name], mean, atol=1e-6), name
+    exact = sum(share * product(each) for share, each in zip(shares, adapters, strict=True))
+    assert torch.allclose(product(merged("average of products", adapters, shares)), exact, atol=1e-6)
+    u, s, v = torch.linalg.svd(exact, full_matrices=False)
+    best = u[:, :2] * s[:2] @ v[:2]
+    assert torch.allclose(product(merged("average of products, best rank r", adapters, shares)), best, atol=1e-5)
+    total = 0.4 * sum(map(product, adapters))
+    assert torch.allclose(product(merged("task arithmetic", adapters, shares)), total, atol=1e-6)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 1.0])
+def test_the_product_path_is_pefts_cat(u: float) -> None:
+    a, b = adapter(0), adapter(1, rank=3)
+    by_peft = merge([a, b], Merge("cat", "share"), [1 - u, u], scale=1, density=1, seed=0)
+    ours = interpolate_products(a, b, u)
+    assert torch.allclose(product(ours), product(by_peft), atol=1e-6)
+    assert torch.allclose(ours["head.weight"], by_peft["head.weight"], atol=1e-6)
+
+
+def test_ties_keeps_what_agrees_and_dare_depends_on_its_seed() -> None:
+    """Products 2 and -1 in one entry: the sign with more mass wins, and the other does not count."""
+    one, other = (
+        {A: torch.tensor([[1.0]]), B: torch.tensor([[value]]), "head.weight": torch.ones(1)} for value in (2.0, -1.0)
+    )
+    assert product(merged("TIES of products", [one, other], [0.5, 0.5], density=1)) == pytest.approx(2.0, rel=1e-6)
+    some = [adapter(0), adapter(1)]
+    draws = [product(merged("DARE of products", some, [0.5, 0.5], seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_the_command_on_clients_and_on_runs(tiny: Settings, tmp_path: Path) -> None:
+    flat = tiny | {"num-clients": 3, "local-training": "lora", "rule": "fedavg"}
+    run = finished(flat, tmp_path / "run")
+    result = CliRunner().invoke(app, ["probe", "merge", str(run), "--split", "test"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((run / "probe-merge.json").read_text())
+    assert [row["name"] for row in facts["before"]] == ["client 0", "client 1", "client 2"]
+    assert [row["name"] for row in facts["merged"]] == list(MERGES)
+    opened = open_run(run)
+    (own,) = opened.score([opened.adapter], "test")
+    assert facts["merged"][0]["loss"] == pytest.approx(own["loss"], rel=1e-5), "FedAvg of the round"
+    assert "DARE: seed 0" in (run / "probe-merge.html").read_text()
+    other = finished(flat | {"seed": 1, "rank": 3}, tmp_path / "other")
+    result = CliRunner().invoke(app, ["probe", "merge", str(run), str(other)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((run / "probe-merge.json").read_text())
+    assert [row["rank"] for row in facts["before"]] == [2, 3] and "unequal ranks" in facts["warnings"][0]
+    assert {row["kind"]: row["rank"] for row in facts["merged"]}["cat"] == 5
+    assert "linear" not in {row["kind"] for row in facts["merged"]}
