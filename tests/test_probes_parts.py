@@ -146,3 +146,8 @@ def test_what_aggregation_added_to_the_base_is_pruned_too(tiny: Settings, tmp_pa
 def test_what_cannot_be_probed_is_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["probe", "shapley", str(tmp_path)])
     assert result.exit_code == 2 and "no folder of a run" in result.output
+
+
+def test_runs_of_one_name_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["probe", "prune", str(runs[0]), str(runs[0]), "--output", str(tmp_path)])
+    assert result.exit_code == 2 and "several runs are called lora" in result.output

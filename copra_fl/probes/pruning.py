@@ -8,8 +8,9 @@ from copra_fl.figures.canvas import HEIGHT, Figure, blank, styles
 from copra_fl.probes import prune
 from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
+from copra_fl.probes.pictures import UNITS
 from copra_fl.probes.prune import Pruned
-from copra_fl.probes.whole import METRICS, Game, Whole, solve
+from copra_fl.probes.whole import METRICS, Game, solve, wholes
 from copra_fl.probes.worth import folded
 from copra_fl.report import DataTable, Section
 from copra_fl.results import join
@@ -35,8 +36,7 @@ def probe(
 ) -> Findings:
     """Each run's adapter, pruned in every way, on held-out data; the order of layers is from validation data always."""
     scored: dict[str, Scored] = {}
-    for run in runs:
-        whole = Whole(run)
+    for whole in wholes(runs):
         layers = prune.layers(whole.adapter)
         game = Game(whole, list(layers.values()), "server-validation", progress)
         worth = solve(game, standard_error, max_pairs, seed)["loss"]
@@ -48,7 +48,7 @@ def probe(
             *prune.magnitudes(whole.adapter),
         ]
         metrics = whole.score([pruned.adapter for pruned in prunings], split, "prunings", progress)
-        scored[run.name] = list(zip(prunings, metrics, strict=True))
+        scored[whole.run.name] = list(zip(prunings, metrics, strict=True))
     order = "order of layers by Shapley values of minus loss on server-validation"
     return Findings(
         probe="prune",
@@ -78,19 +78,19 @@ def _verdict(scored: dict[str, Scored]) -> str:
 
 def _table(scored: dict[str, Scored], metric: str) -> DataTable:
     """A row a pruning, a column a run."""
+    unit, scale = UNITS[metric]
     rows: dict[str, list[str]] = {}
     for column, (_, each) in enumerate(scored.items()):
         for pruned, metrics in each:
             row = rows.setdefault(pruned.name, [f"{100 * pruned.kept:.0f}", *["–"] * len(scored)])
-            row[1 + column] = f"{100 * metrics[metric]:.1f}" if metric == "accuracy" else f"{metrics[metric]:.3f}"
-    unit = "accuracy, %" if metric == "accuracy" else "loss, nats"
+            row[1 + column] = f"{scale * metrics[metric]:.{1 if metric == 'accuracy' else 3}f}"
     caption = f"Cells: {unit}. Kept: share of the values of A and B; the head is always kept."
     return DataTable([f"kept ({unit})", "kept, %", *scored], [[name, *cells] for name, cells in rows.items()], caption)
 
 
 def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
     what, how = CURVES[family]
-    scale, unit = (100, "accuracy, %") if metric == "accuracy" else (1, "loss, nats")
+    unit, scale = UNITS[metric]
     chart = blank({"title": "kept, % of values", "range": [-3, 103]}, {"title": unit})
     looks = styles(scored)
     for run, each in scored.items():
@@ -114,7 +114,7 @@ def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
 
 
 def _bars(scored: dict[str, Scored], metric: str) -> Figure:
-    scale, unit = (100, "accuracy, %") if metric == "accuracy" else (1, "loss, nats")
+    unit, scale = UNITS[metric]
     chart = blank({"title": unit}, {"type": "category", "autorange": "reversed"})
     looks = styles(scored)
     rows = 0

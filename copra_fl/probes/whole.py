@@ -13,11 +13,20 @@ from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split
 from copra_fl.probes.prune import keep
 from copra_fl.probes.shapley import MAX_EXACT, Floats, Shapley, Value, exact, from_orders, sample
 from copra_fl.residual import fold
+from copra_fl.results import ResultsError
 from copra_fl.seeding import generator
 
 #: adapters that are evaluated together
 AT_ONCE = 16
 METRICS = ("accuracy", "loss")
+
+
+def wholes(runs: Sequence[OpenRun]) -> list[Whole]:
+    """The whole of each run. Raises ResultsError where two have one name, by which results go."""
+    names = [run.name for run in runs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ResultsError(f"several runs are called {repeated}: results go by the names of folders")
+    return [Whole(run) for run in runs]
 
 
 @dataclass(frozen=True)

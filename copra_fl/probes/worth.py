@@ -16,7 +16,7 @@ from copra_fl.probes import prune
 from copra_fl.probes.opening import OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
 from copra_fl.probes.shapley import MAX_EXACT, Shapley, gini, top_third
-from copra_fl.probes.whole import METRICS, Game, Whole, solve
+from copra_fl.probes.whole import METRICS, Game, solve, wholes
 from copra_fl.report import DataTable, Section
 from copra_fl.results import join
 
@@ -46,12 +46,11 @@ def probe(
     kinds = {"layer": prune.layers, **({"module": _single} if modules else {})}
     found: dict[str, list[Worth]] = {}
     for kind, players_of in kinds.items():
-        for run in runs:
-            whole = Whole(run)
+        for whole in wholes(runs):
             players = players_of(whole.adapter)
             game = Game(whole, list(players.values()), split, progress)
             found.setdefault(kind, []).append(
-                Worth(run.name, [short(name) for name in players], solve(game, standard_error, max_pairs, seed))
+                Worth(whole.run.name, [short(name) for name in players], solve(game, standard_error, max_pairs, seed))
             )
     how = {kind: _how(worths, seed) for kind, worths in found.items()}
     sections = [section for kind, worths in found.items() for section in _sections(kind, worths, how[kind])]
