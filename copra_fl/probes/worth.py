@@ -98,7 +98,7 @@ def _verdict(worths: Sequence[Worth]) -> str:
 
 
 def _results(found: dict[str, list[Worth]]) -> DataTable:
-    header = ["run", "players", "metric", "none on", "all on", "top third, %", "Gini"]
+    header = ["run", "players", "metric", "none", "all", "top 1/3, %", "Gini"]
     rows = []
     for kind, worths in found.items():
         for metric, (name, _, scale) in SHOWN.items():
@@ -114,8 +114,9 @@ def _results(found: dict[str, list[Worth]]) -> DataTable:
                     f"{gini(solved.values):.2f}",
                 ])  # fmt: skip
     caption = (
-        "The head is on always. Top third: its share of the mass, which is the sum of absolute Shapley values. Gini: 0 "
-        "where all are worth the same, near 1 where one is worth all."
+        "None, all: with no adapter on, with all; the head always is. Top 1/3: the share of these players in the mass, "
+        "which is the sum of absolute Shapley values. Gini: 0 where all are worth the same, near 1 where one is worth "
+        "all. The noise of sampled values makes both a little too high."
     )
     return DataTable(header, rows, caption)
 
