@@ -16,6 +16,7 @@ from copra_fl.cli import app
 from copra_fl.connectivity import combine, interpolate, interpolate_products, walk
 from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
 from copra_fl.probes.opening import OpenRun, open_run, plain
+from tests.browser import check_page, needs_chromium
 from tests.test_probes_opening import Settings, finished
 
 
@@ -120,6 +121,34 @@ def test_the_command_on_rounds_and_on_runs(run: OpenRun, tiny: Settings, tmp_pat
         facts = json.loads((tmp_path / "page" / "probe-connectivity.json").read_text())
         assert facts["members"]["names"] == names and len(facts["paths"]["product"]) == 1
     assert "factor" not in facts["paths"] and "unequal ranks" in facts["warnings"][0]
+
+
+@pytest.mark.parametrize(("rule", "kinds"), [("flora", {"product"}), ("fed-sb", {"factor", "product"})])
+def test_product_paths_where_rules_change_w0_or_have_a_core(
+    tiny: Settings, rule: str, kinds: set[str], tmp_path: Path
+) -> None:
+    """FLoRA changes W0 in each round, so its factors do not go together; Fed-SB's B and A never change."""
+    flat = tiny | {"rule": rule, "local-training": "lora", "learning-rate": 0.05}
+    directory = finished(flat, tmp_path / "run")
+    arguments = ["probe", "connectivity", str(directory), "--rounds", "1,2", "--points", "3"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    paths = json.loads((directory / "probe-connectivity.json").read_text())["paths"]
+    assert paths.keys() == kinds
+    run = open_run(directory)
+    for number, end in ((1, 0), (2, -1)):
+        state = run.state(number)
+        (own,) = run.score([state.adapter], residual=state.residual)
+        for (path,) in paths.values():
+            assert path["loss"][end] == pytest.approx(own["loss"], rel=1e-4)
+
+
+@needs_chromium
+def test_the_page_opens_in_a_browser(run: OpenRun, tmp_path: Path) -> None:
+    """Two figures of lines, two heat maps, two of the plane."""
+    arguments = ["probe", "connectivity", str(run.directory), "--points", "3", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    check_page(tmp_path / "probe-connectivity.html", num_figures=6)
 
 
 def test_what_the_command_refuses(run: OpenRun) -> None:

@@ -142,11 +142,9 @@ def _verdict(members: Members, paths: dict[str, dict[Pair, Path]]) -> str:
         worst = max(found, key=lambda pair: found[pair].barrier_entezari)
         gap, barrier = _means(found)["midpoint_gap"], found[worst].barrier_entezari
         where = f", between {members.names[worst[0]]} and {members.names[worst[1]]}" if len(found) > 1 else ""
-        how = f"{abs(100 * gap):.1f} points {'below' if gap < 0 else 'above'}"
-        said.append(
-            f"On the {kind} path the {'largest ' if where else ''}barrier is {barrier:.3f}{where}; "
-            f"accuracy half way is {how} the ends'."
-        )
+        hill = f"the {'largest ' if where else ''}barrier is {barrier:.3f}{where}" if barrier else "there is no barrier"
+        side = "below" if gap < 0 else "above"
+        said.append(f"On the {kind} path {hill}; half way accuracy is {abs(100 * gap):.1f} points {side} the ends'.")
     return " ".join(said)
 
 

@@ -9,13 +9,16 @@ from copra_fl.adapter import Adapter
 from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split, State, factors_differ, plain
 from copra_fl.results import ResultsError, join
 
+#: more clients than this are counted and not named
+MAX_NAMED = 8
+
 
 @dataclass(frozen=True)
 class Members:
     """Adapters that are compared with each other, all scored by the first run's model and data.
 
     Attributes:
-        what: what they are, for people: ``clients of round 3``.
+        what: what they are, for people: ``clients 0, 1 and 2 of round 3``.
         names: of each.
         states: their adapters, each with what it is beside.
         scalings: s in W0 + s B A of each.
@@ -78,7 +81,7 @@ def members(
     else:
         chosen = _clients(first, server_round or first.num_rounds, clients, most, progress)
     if len(chosen.names) < 2:
-        raise ResultsError(f"it takes two adapters at least; {chosen.what} are {len(chosen.names)}")
+        raise ResultsError(f"it takes two adapters at least, not {chosen.what} alone")
     return chosen
 
 
@@ -88,9 +91,10 @@ def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int |
         raise ResultsError(f"clients {join(strangers)} did not train in round {server_round}; {join(adapters)} did")
     clients = list(wanted or adapters)[: None if wanted else most]
     residual, examples = run.state(server_round - 1).residual, run.examples(clients)
-    of = f" (the first {len(clients)} of {len(adapters)})" if len(clients) < len(adapters) and not wanted else ""
+    named = f"clients {join(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
+    left_out = f" (of {len(adapters)} in all)" if len(clients) < len(adapters) else ""
     return Members(
-        f"clients of round {server_round}{of}",
+        f"{named} of round {server_round}{left_out}",
         [f"client {client}" for client in clients],
         [State(adapters[client], residual) for client in clients],
         [run.scaling] * len(clients),

@@ -86,8 +86,8 @@ def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
 def _verdict(merged: Sequence[Row], mean: float) -> str:
     best = max(merged, key=lambda row: row.accuracy)
     return (
-        f"Before, accuracy is {100 * mean:.1f} % in the mean. The best merge is {best.name}, with "
-        f"{100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
+        f"Before, accuracy is {100 * mean:.1f} % in the mean. The best of {len(merged)} merges on these examples is "
+        f"{best.name}, with {100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
     ).replace("(-", "(−")
 
 

@@ -87,20 +87,13 @@ def _plane(
         line={"width": 0.5},
         hovertemplate="u = %{x:.2f}, v = %{y:.2f}: %{z:.4g}<extra></extra>",
     )
+    look = {"color": "#000000", "size": 9}
     chart.add_scatter(
-        x=[0, 1, 0, 0],
-        y=[0, 0, 1, 0],
-        mode="lines+markers+text",
-        text=[a, b, c, ""],
-        textposition=["bottom center", "bottom center", "top center", "bottom center"],
-        textfont={"color": "#ffffff"},
-        line={"color": "#ffffff", "width": 2},
-        marker={"color": "#ffffff", "size": 9, "line": {"color": "#000000", "width": 1}},
-        hoverinfo="skip",
+        x=[0, 1, 0, 0], y=[0, 0, 1, 0], mode="lines+markers", line={"color": "#000000"}, marker=look, hoverinfo="skip"
     )
-    chart.add_scatter(
-        x=[1 / 3], y=[1 / 3], mode="markers", marker={"symbol": "x", "color": "#ffffff", "size": 9}, hoverinfo="skip"
-    )
+    chart.add_scatter(x=[1 / 3], y=[1 / 3], mode="markers", marker=look | {"symbol": "x"}, hoverinfo="skip")
+    for name, u, v in zip(names, (0, 1, 0), (0, 0, 1), strict=True):
+        chart.add_annotation(x=u, y=v, text=name, bgcolor="rgba(255, 255, 255, 0.8)", showarrow=False, yshift=16)
     chart.update_layout(height=440, margin={"t": 10}, showlegend=False)
     caption = (
         f"The plane a + u (b - a) + v (c - a), factors and head alike; inside the triangle all weights 1 - u - v, u, v "
