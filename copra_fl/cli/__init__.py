@@ -13,6 +13,8 @@ from copra_fl.cli import assets, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.compare import compare
 from copra_fl.cli.flower import RunFailed
+from copra_fl.cli.probe_prune import prune
+from copra_fl.cli.probe_shapley import shapley
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
 from copra_fl.config import ConfigError
@@ -31,6 +33,8 @@ app.command()(simulate)
 app.command()(compare)
 app.command()(report)
 app.command()(bench)
+probe.app.command()(prune)
+probe.app.command()(shapley)
 app.add_typer(probe.app, name="probe")
 app.add_typer(assets.app, name="assets")
 

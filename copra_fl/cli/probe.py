@@ -134,7 +134,7 @@ def progress_bar() -> Iterator[Progress]:
         def progress(what: str, done: float, of: float) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], advance=done)
+            bar.update(tasks[what], advance=done, total=of)
 
         yield progress
 

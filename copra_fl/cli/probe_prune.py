@@ -1,0 +1,25 @@
+"""`copra-fl probe prune`: what is left of finished runs when their adapters are pruned."""
+
+from __future__ import annotations
+
+from copra_fl.cli import probe
+from copra_fl.cli.probe_shapley import MaxPairsOption, SeedOption, StandardErrorOption
+
+
+def prune(
+    runs: probe.RunsArgument,
+    split: probe.SplitOption = probe.SplitName.SERVER_VALIDATION,
+    standard_error: StandardErrorOption = 0.005,
+    max_pairs: MaxPairsOption = 256,
+    seed: SeedOption = 0,
+    output: probe.OutputOption = None,
+) -> None:
+    """Accuracy with only some layers, one target module, or the largest values of the adapter kept.
+
+    Several runs, for example LoRA and CopRA of one seed, are shown side by side.
+    """
+    with probe.opened(runs) as open_runs, probe.progress_bar() as progress:
+        from copra_fl.probes import pruning  # slow to import
+
+        findings = pruning.probe(open_runs, split.value, standard_error, max_pairs, seed, progress)
+    probe.leave(findings, output or runs[0])
