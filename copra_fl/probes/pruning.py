@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from copra_fl.figures.canvas import HEIGHT, Figure, blank, styles
+from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart, styles
 from copra_fl.probes import prune
 from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
@@ -12,7 +12,6 @@ from copra_fl.probes.pictures import UNITS
 from copra_fl.probes.prune import Pruned
 from copra_fl.probes.whole import METRICS, Game, solve, wholes
 from copra_fl.probes.worth import folded
-from copra_fl.report import DataTable, Section
 from copra_fl.results import join
 
 #: a run's prunings with what each scores
@@ -91,7 +90,7 @@ def _table(scored: dict[str, Scored], metric: str) -> DataTable:
 def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
     what, how = CURVES[family]
     unit, scale = UNITS[metric]
-    chart = blank({"title": "kept, % of values", "range": [-3, 103]}, {"title": unit})
+    chart = empty_chart({"title": "kept, % of values", "range": [-3, 103]}, {"title": unit})
     looks = styles(scored)
     for run, each in scored.items():
         points = sorted(
@@ -115,7 +114,7 @@ def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
 
 def _bars(scored: dict[str, Scored], metric: str) -> Figure:
     unit, scale = UNITS[metric]
-    chart = blank({"title": unit}, {"type": "category", "autorange": "reversed"})
+    chart = empty_chart({"title": unit}, {"type": "category", "autorange": "reversed"})
     looks = styles(scored)
     rows = 0
     for run, each in scored.items():

@@ -10,14 +10,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.adapter import Adapter
-from copra_fl.figures.canvas import HEIGHT, Figure, blank, styles
 from copra_fl.gates import group_name
+from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart, styles
 from copra_fl.probes import prune
 from copra_fl.probes.opening import OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
 from copra_fl.probes.shapley import MAX_EXACT, Shapley, gini, top_third
 from copra_fl.probes.whole import METRICS, Game, solve, wholes
-from copra_fl.report import DataTable, Section
 from copra_fl.results import join
 
 #: metric -> how it is called, its unit, and what it is multiplied by to be shown
@@ -133,7 +132,7 @@ def _sections(kind: str, worths: Sequence[Worth], how: str) -> list[Section]:
 
 def _bars(kind: str, worths: Sequence[Worth], metric: str, how: str) -> Figure:
     name, unit, scale = SHOWN[metric]
-    chart = blank({"title": f"{name}, {unit}"}, {"type": "category"})
+    chart = empty_chart({"title": f"{name}, {unit}"}, {"type": "category"})
     chart.update_layout(height=max(HEIGHT, 100 + len(worths[0].players) * (12 + 14 * len(worths))))
     looks = styles(worth.run for worth in worths)
     for worth in worths:
@@ -166,7 +165,7 @@ def _heat_maps(worths: Sequence[Worth], metric: str, how: str) -> list[Figure]:
         layers = list(dict.fromkeys(group_name(player, "layer") for player in values))
         kinds = list(dict.fromkeys(prune.kind(player) for player in values))
         cells = {(group_name(player, "layer"), prune.kind(player)): float(value) for player, value in values.items()}
-        chart = blank({"type": "category"}, {"type": "category"})
+        chart = empty_chart({"type": "category"}, {"type": "category"})
         heat = go.Heatmap(
             x=kinds,
             y=layers,
