@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart, styles
+from copra_fl.figures.canvas import styles
+from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart
 from copra_fl.probes import prune
 from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting

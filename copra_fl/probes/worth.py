@@ -10,8 +10,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.adapter import Adapter
+from copra_fl.figures.canvas import styles
 from copra_fl.gates import group_name
-from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart, styles
+from copra_fl.page import HEIGHT, DataTable, Figure, Section, empty_chart
 from copra_fl.probes import prune
 from copra_fl.probes.opening import OpenRun, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
