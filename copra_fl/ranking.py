@@ -86,7 +86,8 @@ def header_and_rows(
     ranked = []
     for place, method in ranking(summary):
         name, accuracy, *others = _cells(summary, method, narrow)
-        difference = "" if method == baseline else POINTS.show(summary["differences"][method].get(POINTS.metric))
+        shown = replace(POINTS, interval=columns[0].interval)
+        difference = "" if method == baseline else shown.show(summary["differences"][method].get(POINTS.metric))
         ranked.append(["–" if place is None else str(place), name, accuracy, difference, *others])
     return header, ranked
 
@@ -118,13 +119,12 @@ def table(summary: Mapping[str, Any]) -> Table:
     shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
     for heading, column in zip(header, zip(*cells, strict=True), strict=True):
         width = max(map(len, (*heading.split(), *column)), default=1)
-        may_wrap = heading.startswith("minus")
         shown.add_column(
             "\n".join(textwrap.wrap(heading, width)),
             justify="left" if heading == "method" else "right",
             vertical="bottom",
-            no_wrap=not may_wrap,
-            min_width=None if may_wrap else width,
+            no_wrap=True,
+            min_width=width,
         )
     num_methods = len(summary["methods"])
     for index, row in enumerate(cells, start=1):
