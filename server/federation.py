@@ -29,6 +29,7 @@ from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.seeding import generator
+from server.exchange import exchange
 from server.journal import Journal, Row
 from server.probes import evaluated, merge_gap_clients, path_pairs
 from server.state import State
@@ -105,7 +106,7 @@ def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
         time.sleep(0.5)
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
     hellos: dict[int, wire.Hello] = {}
-    for reply in grid.send_and_receive(messages, timeout=config.federation.round_timeout):
+    for reply in exchange(grid, messages, config.federation.round_timeout):
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise FederationError(f"node {node} failed at hello: {reply.error.reason}")
@@ -195,7 +196,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
     arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
-    replies = list(grid.send_and_receive(messages, timeout=config.federation.round_timeout))
+    replies = exchange(grid, messages, config.federation.round_timeout)
     _, metrics = strategy.aggregate_train(server_round, replies)
     assert metrics is not None
     return {
@@ -243,7 +244,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     emit("testing")
     arrays = ArrayRecord(torch_state_dict=state.adapter)
     messages = strategy.configure_evaluate(len(rows), arrays, ConfigRecord(), grid)
-    replies = grid.send_and_receive(messages, timeout=config.federation.round_timeout)
+    replies = exchange(grid, messages, config.federation.round_timeout)
     clients = strategy.aggregate_evaluate(len(rows), replies)
     assert clients is not None
     test = None

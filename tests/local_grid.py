@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,6 +25,7 @@ class LocalGrid(Grid):
     def __init__(self, num_nodes: int, app: ClientApp = client_app) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app = app
+        self.replies: dict[str, Message] = {}
         self.contexts = {
             100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes}, RecordDict(), {})
             for i in range(num_nodes)
@@ -32,8 +34,15 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return [self.answer(message) for message in messages]
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Every message is answered at once."""
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self.replies[message.metadata.message_id] = self.answer(message)
+            yield message.metadata.message_id
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.replies.pop(number) for number in list(message_ids) if number in self.replies]
 
     def answer(self, message: Message) -> Message:
         try:
@@ -45,8 +54,7 @@ class LocalGrid(Grid):
     def run(self) -> None: ...
     def create_message(self, *args: object, **kwargs: object) -> None: ...
     def get_nodes(self) -> None: ...
-    def push_messages(self, messages: object) -> None: ...
-    def pull_messages(self, message_ids: object) -> None: ...
+    def send_and_receive(self, messages: object, *, timeout: float | None = None) -> None: ...
 
 
 def run_federation(flat: dict[str, object], directory: Path, num_nodes: int = 2, grid: Grid | None = None) -> Path:

@@ -163,12 +163,11 @@ def test_nodes_get_only_what_has_changed(tiny: Settings, tmp_path: Path) -> None
 class ForgetfulGrid(LocalGrid):
     """The second node forgets what it holds before round 2, as a new machine under an old name would."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        messages = list(messages)
-        plan = messages[0].content.config_records.get("plan", {})
-        if plan.get("server-round") == 2:
+    def answer(self, message):
+        plan = message.content.config_records.get("plan", {})
+        if message.metadata.message_type == "train" and plan["server-round"] == 2:
             self.contexts[101].state.clear()
-        return super().send_and_receive(messages, timeout=timeout)
+        return super().answer(message)
 
 
 def test_a_node_that_has_forgotten_says_so_and_gets_everything_next_time(tiny: Settings, tmp_path: Path) -> None:
