@@ -17,7 +17,7 @@ SHORTEST, LONGEST, SHARE = 0.005, 1.0, 0.02
 
 
 def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Message]:
-    """Send `messages`, and collect the replies that come within `timeout` seconds, in the order in which they come."""
+    """Send `messages`, and collect the replies that come within `timeout` seconds; sorted by node."""
     waiting = set(grid.push_messages(messages))
     replies: list[Message] = []
     started = time.monotonic()
@@ -27,4 +27,4 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Me
         waiting -= {reply.metadata.reply_to_message_id for reply in came}
         if waiting:
             time.sleep(min(LONGEST, max(SHORTEST, SHARE * waited)))
-    return replies
+    return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
