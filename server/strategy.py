@@ -162,7 +162,6 @@ class CohortStrategy(Strategy):
         stream = torch.Generator().manual_seed(derive(config.federation.seed, "init", server_round))
         ranks = client_ranks(config, len(self.num_examples))
         return Round(
-            number=server_round,
             before=before,
             updates=sorted(averaged, key=lambda update: update.client),
             group_of=self.group_of,

@@ -57,7 +57,7 @@ def make_round(
     fresh: Callable[[], Adapter] = fresh,
     **settings: float | str,
 ) -> Round:
-    return Round(1, before, updates, GROUP_OF, scaling, AggregationConfig(**settings), ranks or {}, fresh, score)
+    return Round(before, updates, GROUP_OF, scaling, AggregationConfig(**settings), ranks or {}, fresh, score)
 
 
 def random_round(clients: int = 3, core: bool = False, **settings: float | str) -> Round:

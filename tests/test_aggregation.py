@@ -83,7 +83,7 @@ def test_client_order_is_irrelevant_bitwise(weighting: str) -> None:
 def test_the_rule_averages_a_round_as_its_settings_say() -> None:
     old, updates = random_updates(3)
     settings = AggregationConfig(weighting="activity")
-    round_ = Round(1, old, updates, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])
+    round_ = Round(old, updates, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])
     outcome, expected = fedavg(round_), weighted_average(old, updates, "activity", GROUP_OF)
     assert all(torch.equal(outcome.adapter[name], expected[name]) for name in old)
     assert not outcome.residual and not outcome.notes
@@ -110,7 +110,7 @@ def test_pooled_updates_do_as_much_as_all_of_theirs(rule: str, weighting: str, s
     assert all(("b" in update.adapter) == (update.active_steps[1] > 0) for update in pooled)
     settings = AggregationConfig(rule=rule, weighting=weighting)
     averaged, expected = (
-        find_rule(rule).aggregate(Round(1, old, some, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])).adapter
+        find_rule(rule).aggregate(Round(old, some, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])).adapter
         for some in (pooled, updates)
     )
     for name in old:

@@ -22,7 +22,6 @@ class Round:
     """What a rule may look at.
 
     Attributes:
-        number: the round, from 1.
         before: the global adapter that the clients started from.
         updates: sorted by client, in whatever order they come; all of the rank and scaling of `before`, a smaller
             adapter padded with zeros.
@@ -34,7 +33,6 @@ class Round:
         score: metrics of adapters on W0 as it is before the round.
     """
 
-    number: int
     before: Adapter
     updates: Sequence[Update]
     group_of: Mapping[str, int]
