@@ -95,7 +95,8 @@ class CopraConfig:
         "copra", "what clients train; head: the task head alone, on the bare base", choices=("copra", "lora", "head")
     )
     p0: float = option(0.0, "probability that a layer is on at the start", low=0, high=1)
-    ramp: float = option(0.75, "share of training after which every layer is on", above=0, high=1)
+    p1: float = option(1.0, "probability that a layer is on from the end of the ramp on", above=0, high=1)
+    ramp: float = option(0.75, "share of training over which p0 rises to p1", above=0, high=1)
     min_active: int = option(0, "layers that are on at least, in every step", low=0, high=1)
     group: str = option("layer", "what is switched as one", choices=("layer", "module"))
     progress: str = option("federation", "what the schedule runs over", choices=("federation", "local"))
@@ -249,6 +250,8 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        if self.copra.p0 > self.copra.p1:
+            raise ConfigError(f"p0 = {self.copra.p0} is more than p1 = {self.copra.p1}: it rises, or stays")
         num_clients, sampled = self.data.num_clients, self.federation.clients_per_round
         if num_clients and sampled > num_clients:
             raise ConfigError(f"clients-per-round = {sampled} is more than num-clients = {num_clients}")

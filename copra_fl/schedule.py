@@ -2,8 +2,9 @@
 
     p(t) = min(1, p0 + (1 - p0) t / ramp),    delta_l ~ Bernoulli(p(t)), independent per layer
 
-(CopRA, arXiv 2410.22911.) Progress t in [0, 1) runs over the whole federation, so that
-the schedule goes on where the last round left it instead of restarting in each.
+(CopRA, arXiv 2410.22911.) It may rise to p1 instead of 1; with p0 = p1 it is stochastic depth at a fixed rate. Progress
+t in [0, 1) runs over the whole federation, so that the schedule goes on where the last round left it instead of
+restarting in each.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from copra_fl.config import CopraConfig
 from copra_fl.seeding import generator
 
 
-def probability(t: float, p0: float, ramp: float) -> float:
+def probability(t: float, p0: float, ramp: float, p1: float = 1.0) -> float:
     """p(t): the probability that a layer is on at progress `t`."""
-    return min(1.0, p0 + (1.0 - p0) * t / ramp)
+    return min(p1, p0 + (p1 - p0) * t / ramp)
 
 
 def progress(copra: CopraConfig, step: int, num_steps: int, server_round: int, num_rounds: int) -> float:
@@ -77,7 +78,7 @@ def client_masks(
     rng = generator(seed, *names)
     probabilities = np.array(
         [
-            probability(progress(copra, step, num_steps, server_round, num_rounds), copra.p0, copra.ramp)
+            probability(progress(copra, step, num_steps, server_round, num_rounds), copra.p0, copra.ramp, copra.p1)
             for step in range(num_steps)
         ]
     )

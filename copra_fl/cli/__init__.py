@@ -17,6 +17,7 @@ from copra_fl.cli.probe_prune import prune
 from copra_fl.cli.probe_shapley import shapley
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
+from copra_fl.cli.study import study
 from copra_fl.config import ConfigError
 
 #: what typer makes of Ctrl-C
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(simulate)
 app.command()(compare)
+app.command()(study)
 app.command()(report)
 app.command()(bench)
 probe.app.command()(prune)

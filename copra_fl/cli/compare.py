@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from rich.console import Console
 
@@ -37,17 +38,9 @@ def compare(
         settings, numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
         names = with_all(parse_methods(methods), settings, console)
         configs = {
-            run: settings.config(names[method], seed) for run, (method, seed) in run_names(names, numbers).items()
+            name: settings.config(names[method], seed) for name, (method, seed) in run_names(names, numbers).items()
         }
-    with superlink(directory / "flower.log") as link:
-        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
-        options.make_output(directory, overwrite)
-        for name, config in configs.items():
-            options.write_config(directory / name, config)
-        plan.write_text(f"methods = {json.dumps(list(names))}\nseeds = {numbers}\n", encoding="utf-8")
-        shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
-        run = link.start_run({"output": str(directory), "resume": resume}, shares)
-        progress.watch(link, run, len(configs), console)
+    run_comparison(directory, list(names), numbers, configs, console, workers, gpus_per_worker, overwrite)
 
     from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
@@ -57,6 +50,32 @@ def compare(
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     if as_json:
         print(json.dumps(summary, indent=2))
+
+
+def run_comparison(
+    directory: Path,
+    methods: list[str],
+    seeds: list[int],
+    configs: Mapping[str, Config],
+    console: Console,
+    workers: int | None,
+    gpus_per_worker: float | None,
+    overwrite: bool = False,
+) -> None:
+    """Run the comparison of `configs` (by the names of `run_names`) in `directory`, from where it stands.
+
+    Raises ConfigError for a configuration that cannot run or is not the one that a run was begun with, RunFailed.
+    """
+    with superlink(directory / "flower.log") as link:
+        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        options.make_output(directory, overwrite)
+        for name, config in configs.items():
+            options.write_config(directory / name, config)
+        plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
+        (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+        shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
+        process = link.start_run({"output": str(directory), "resume": True}, shares)
+        progress.watch(link, process, len(configs), console)
 
 
 def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:

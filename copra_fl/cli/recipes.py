@@ -1,7 +1,8 @@
 """From recipe, method and ``--set`` to configurations; and the checks before anything starts.
 
 A method is one name or several with ``+`` between them: ``flora+copra`` is flora.toml overlaid by copra.toml. A name
-is a file that comes along (``experiments/methods/NAME.toml``) or a TOML file of one's own.
+is a file that comes along (``experiments/methods/NAME.toml``), a TOML file of one's own, or a method that the recipe
+itself makes with a table ``[methods.NAME]``.
 
 Precedence, weakest first: the defaults; the recipe; its table ``[methods.T]``, where T is what the method trains
 (local-training: copra, lora or head), so that ``flora`` gets the learning rate that a recipe has for lora and
@@ -22,11 +23,12 @@ from copra_fl.config import Config, ConfigError, CopraConfig, Value, parse_overr
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to run: settings for every method, and settings of single methods."""
+    """What to run: settings for every method, and settings of single methods; `study` is for cli/study.py."""
 
     settings: dict[str, Any]
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Value] = field(default_factory=dict)
+    study: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, overrides: Iterable[str]) -> Recipe:
@@ -41,7 +43,8 @@ class Recipe:
             path = carried[name]
         settings = read_toml(path)
         methods = settings.pop("methods", {})
-        return cls(settings, methods, dict(parse_override(text) for text in overrides))
+        study = settings.pop("study", {})
+        return cls(settings, methods, dict(parse_override(text) for text in overrides), study)
 
     def config(self, method: str | None = None, seed: int | None = None) -> Config:
         """The configuration of one run. Raises ConfigError for whatever is wrong in it."""
@@ -50,7 +53,7 @@ class Recipe:
 
     def _with_method(self, method: str) -> dict[str, Any]:
         names = method.split("+")
-        files = {name: method_settings(name) for name in names}
+        files = {name: self._method_settings(name) for name in names}
         overlaid = {key: value for settings in files.values() for key, value in settings.items()}
         for name, settings in files.items():
             if not any(overlaid[key] == value for key, value in settings.items()):
@@ -61,6 +64,9 @@ class Recipe:
             if Path(name).stem != training:
                 flat |= self.methods.get(Path(name).stem, {})
         return flat
+
+    def _method_settings(self, name: str) -> dict[str, Any]:
+        return self.methods[name] if name in self.methods.keys() - carried_methods() else method_settings(name)
 
 
 def short_name(method: str) -> str:
