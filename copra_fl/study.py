@@ -2,21 +2,41 @@
 
 A cell of the grid is one split in one regime (rounds x local steps). In its folder are two comparisons: ``rates``,
 every method at every learning rate on tuning seeds, of which only validation data counts, and ``test``, every method at
-the rate chosen, on other seeds. `results` is all that a report or a document needs of them.
+the rate chosen, on other seeds. `write` gathers them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from copra_fl import provenance
+from copra_fl import page, provenance
 from copra_fl.config import Config
+from copra_fl.figures import study as figures
+from copra_fl.page import DataTable, Section
+from copra_fl.ranking import (
+    AGGREGATION_ERROR,
+    CLIENT_ACCURACY,
+    MERGE_GAP,
+    POINTS,
+    TEST_ACCURACY,
+    Column,
+    note,
+    verdict,
+)
 from copra_fl.results import Comparison, estimate, load_comparison, metrics, summarise, write_text
 
 RATES, TEST = "rates", "test"
+COLUMNS = (
+    TEST_ACCURACY,
+    replace(CLIENT_ACCURACY, interval=False),
+    MERGE_GAP,
+    Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f", interval=False),
+    AGGREGATION_ERROR,
+)
 
 
 def rate_key(config: Config) -> str:
@@ -64,45 +84,75 @@ def validation_accuracies(tuning: Comparison) -> dict[str, dict[float, float]]:
 
 
 def cell_results(cell: Path) -> dict[str, Any]:
-    """``split``, ``regime``, the ``rates`` chosen, and the test as `results.summarise` gives it."""
-    tuning, test = load_comparison(cell / RATES), summarise(load_comparison(cell / TEST))
+    """``split``, ``regime``, the ``rates`` tried and chosen, and the test as `results.summarise` gives it."""
+    tuning = load_comparison(cell / RATES)
+    tried = validation_accuracies(tuning)
     return {
         "split": cell.parent.name,
         "regime": cell.name,
         "tuning_seeds": tuning.seeds,
         "rates": {
             method: {
-                "chosen": best_rate(tried),
-                "validation_accuracy": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
+                "chosen": best_rate(accuracies),
+                "validation_accuracy": {f"{rate:g}": accuracies[rate] for rate in sorted(accuracies)},
             }
-            for method, tried in validation_accuracies(tuning).items()
+            for method, accuracies in tried.items()
         },
-        **test,
+        **summarise(load_comparison(cell / TEST)),
     }
 
 
-def paired_difference(cell: Mapping[str, Any], method: str, other: str, metric: str = "test_accuracy") -> Any:
-    """`results.Estimate` of `method` minus `other` over the seeds that both have finished."""
-    ours, theirs = (
-        dict(zip(found["seeds"], found[metric]["values"], strict=True))
-        for found in (cell["methods"][method], cell["methods"][other])
-    )
-    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    return estimate([None if None in pair else pair[0] - pair[1] for pair in pairs])
+def write(directory: Path, cells: Sequence[Path], command: str) -> dict[str, Any]:
+    """Write ``results.json`` and ``report.html`` of the grid in `directory`. Returns the results.
 
-
-def results(cells: Sequence[Path], command: str) -> dict[str, Any]:
-    """What ``results.json`` of a grid holds: everything that a report or a document needs of its runs."""
-    return {
+    They hold everything that a report or a document needs of the runs: the ``command``, versions, machine, and `cells`.
+    """
+    results = {
         "command": command,
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "cells": [cell_results(cell) for cell in cells],
     }
+    write_text(directory / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(directory / "report.html", render(directory.name, results))
+    return results
 
 
-def write(directory: Path, cells: Sequence[Path], command: str) -> Path:
-    """Write ``results.json`` of the grid in `directory`. Returns its path."""
-    path = directory / "results.json"
-    write_text(path, json.dumps(results(cells, command), indent=2, allow_nan=False) + "\n")
-    return path
+def render(name: str, results: Mapping[str, Any]) -> str:
+    """The page of a grid's results."""
+    settings = results["cells"][0]["settings"]["common"]
+    learning_rates = Section("Learning rates", figures.rates(results))
+    return page.render(
+        title=f"Study: {name}",
+        setting=f"{settings['model']} on {settings['dataset']} · {results['command']}",
+        verdict=" ".join(f"{figures.label(cell)}: {verdict(cell)}" for cell in results["cells"]),
+        warnings=list(_at_edges(results)),
+        results=[table(results)],
+        sections=[
+            Section("Accuracy", [*figures.gains(results), *figures.accuracies(results)]),
+            Section("What goes with a gain", figures.predictors(results)),
+            learning_rates,
+        ],
+    )
+
+
+def table(results: Mapping[str, Any]) -> DataTable:
+    """A row a cell and method: its rate, its test, and what averaging did."""
+    rows = []
+    for cell in results["cells"]:
+        for method, found in cell["methods"].items():
+            gain = cell["differences"].get(method, {}).get("test_accuracy")
+            rate = f"{cell['rates'][method]['chosen']:g}"
+            shown = (column.show(found.get(column.metric)) for column in COLUMNS)
+            rows.append([figures.label(cell), method, rate, POINTS.show(gain) if gain else "", *shown])
+    baseline = results["cells"][0]["baseline"]
+    header = ["cell", "method", "rate", f"minus {baseline}, points", *(column.heading for column in COLUMNS)]
+    return DataTable(header, rows, f"After the last round. {note(results['cells'][0])}")
+
+
+def _at_edges(results: Mapping[str, Any]) -> Iterator[str]:
+    for cell in results["cells"]:
+        for method, found in cell["rates"].items():
+            tried = [float(rate) for rate in found["validation_accuracy"]]
+            if found["chosen"] in (min(tried), max(tried)):
+                yield f"{figures.label(cell)}: the best rate of {method} is the last of the grid, {found['chosen']:g}."

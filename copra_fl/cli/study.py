@@ -106,8 +106,9 @@ def study(
             go_on(cell.directory / TEST, cell.seeds, chosen)
             console.print(table(summarise(load_comparison(cell.directory / TEST))))
         command = shlex.join(["copra-fl", *sys.argv[1:]])
-        page = write(output.absolute() / name, [cell.directory for cell in cells], command)
-        console.print(f"results and report: {page}", soft_wrap=True)
+        directory = output.absolute() / name
+        write(directory, [cell.directory for cell in cells], command)
+        console.print(f"results and report: {directory / 'results.json'}, {directory / 'report.html'}", soft_wrap=True)
 
 
 def read_grids(recipe: Recipe, wanted: str | None, output: Path) -> Iterator[tuple[str, Iterator[Cell]]]:
