@@ -1,0 +1,225 @@
+"""A study: how rates are chosen, what is refused before anything starts, and a real one that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from copra_fl.cli import main
+from copra_fl.cli.recipes import Recipe
+from copra_fl.cli.study import read_grids
+from copra_fl.config import ConfigError
+from copra_fl.figures.study import gains_against, pearson, predictors
+from copra_fl.results import load_comparison
+from copra_fl.study import best_rate, rates_to_try, validation_accuracies, write
+from tests.browser import check_page, needs_chromium
+from tests.real_runs import RealRun
+from tests.run_folders import write_run
+
+RATES = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
+
+
+@pytest.mark.parametrize("peak", RATES)
+def test_the_search_finds_the_best_of_the_whole_grid_where_accuracy_has_one_peak(peak: float) -> None:
+    accuracy = {rate: -abs(np.log(rate / peak)) for rate in RATES}
+    tried: dict[float, float] = {}
+    while more := rates_to_try(RATES, tried):
+        tried |= {rate: accuracy[rate] for rate in more}
+    assert best_rate(tried) == max(accuracy, key=accuracy.__getitem__) == peak
+    place = RATES.index(peak)
+    assert tried.keys() >= set(RATES[max(0, place - 1) : place + 2]), "both neighbours of the best were tried"
+    assert len(tried) < len(RATES)
+
+
+def test_of_equal_rates_the_lowest_is_chosen() -> None:
+    assert best_rate({0.02: 0.4, 0.005: 0.4, 0.01: 0.3}) == 0.005
+
+
+def study_of(tiny: dict[str, object], **changes: dict[str, object]) -> Recipe:
+    """A study of two methods in one cell."""
+    study = {
+        "tuning": {"seeds": [10], "learning-rates": [0.002, 0.01]},
+        "splits": {"iid": {"partitioner": "iid"}},
+        "regimes": {"2x3": {"num-rounds": 2, "local-steps": 3}},
+        "grids": {"first": {"methods": ["lora", "head"], "seeds": [0, 1], "splits": ["iid"], "regimes": ["2x3"]}},
+    }
+    return Recipe(tiny, study=study | changes)
+
+
+def cells(recipe: Recipe, wanted: str | None = None) -> list:
+    return [cell for _, found in read_grids(recipe, wanted, Path("out")) for cell in found]
+
+
+def test_a_cell_is_tuned_and_tested_alike_but_for_rate_seed_and_what_tuning_leaves_out(tiny: dict[str, object]) -> None:
+    (cell,) = cells(study_of(tiny, tuning={"seeds": [10], "learning-rates": [0.01], "settings": {"path-pairs": 0}}))
+    tuning, test = cell.tuning_config("lora", 0.01, 10), cell.config("lora", 0.005, 0)
+    changed = {difference.partition(":")[0] for difference in tuning.differences(test)}
+    assert changed == {"learning-rate", "seed", "path-pairs"}
+    head = cell.config("head", 0.005, 0).training
+    assert (
+        head.head_learning_rate == 0.005
+        and head.learning_rate == test.changed(learning_rate=2e-3).training.learning_rate
+    )
+    assert cell.directory == Path("out/first/iid/2x3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"splits": {}}, "no table \\[study.splits\\]"),
+        ({"splits": {"idi": {}}}, "unknown split 'iid'. Did you mean 'idi'"),
+        ({"tuning": {"seeds": [1]}}, "\\[study.tuning\\] lacks learning-rates"),
+        ({"tuning": {"seeds": [1], "learning-rates": [1], "rate": 2}}, "\\[study.tuning\\]: unknown key 'rate'"),
+        ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
+    ],
+)
+def test_what_is_wrong_in_a_study_is_named(tiny: dict[str, object], changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cells(study_of(tiny, **changes))
+
+
+def test_an_unknown_grid_is_named(tiny: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="unknown grid 'frist'. Did you mean 'first'"):
+        cells(study_of(tiny), "frist")
+
+
+def test_a_bad_setting_in_the_last_cell_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parent.parent / "experiments/smoke.toml").read_text()
+    text = text.replace("[study.regimes]", "[study.regimes]\nbad = { local-stepps = 2 }").replace(
+        '["1x2"]', '["1x2", "bad"]'
+    )
+    (tmp_path / "mine.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["copra-fl", "study", "mine.toml"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "unknown configuration key 'local-stepps'. Did you mean 'local-steps'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_can_make_a_method() -> None:
+    recipe = Recipe({"rank": 3}, {"slow": {"local-training": "copra", "p0": 0.2}, "lora": {"rank": 5}})
+    assert (recipe.config("slow").copra.p0, recipe.config("slow").model.rank) == (0.2, 3)
+    assert recipe.config("flora+slow").aggregation.rule == "flora" and recipe.config("lora").model.rank == 5
+    with pytest.raises(ConfigError, match="unknown method 'fast'"):
+        recipe.config("fast")
+
+
+def cell_folder(directory: Path) -> Path:
+    """A cell as a study leaves it: two methods, two rates, tuning seeds 0 and 1, seeds 0, 1 and 2."""
+    validation = {
+        "lora@0.002": [0.3, 0.5],
+        "lora@0.01": [0.35, 0.35],
+        "copra@0.002": [0.2, 0.3],
+        "copra@0.01": [0.4, 0.1],
+    }
+    cell = directory / "iid" / "3x50"
+    for name, accuracies in validation.items():
+        for seed, accuracy in enumerate(accuracies):
+            folder = cell / "rates" / f"{name}-seed{seed}"
+            write_run(folder, name.partition("@")[0], seed)
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["validation"]["accuracy"] = accuracy
+            (folder / "summary.json").write_text(json.dumps(summary))
+    (cell / "rates/comparison.toml").write_text(f"methods = {json.dumps(list(validation))}\nseeds = [0, 1]\n")
+    for method in ("lora", "copra"):
+        for seed in range(3):
+            write_run(cell / "test" / f"{method}-seed{seed}", method, seed)
+    (cell / "test/comparison.toml").write_text('methods = ["lora", "copra"]\nseeds = [0, 1, 2]\n')
+    return cell
+
+
+def test_rates_are_means_over_tuning_seeds_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
+    cell = cell_folder(tmp_path)
+    found = validation_accuracies(load_comparison(cell / "rates"))
+    assert found == {"lora": {0.002: 0.4, 0.01: 0.35}, "copra": {0.002: 0.25, 0.01: 0.25}}
+    (cell / "rates/copra@0.002-seed1/summary.json").unlink()
+    assert validation_accuracies(load_comparison(cell / "rates"))["copra"] == {0.01: 0.25}
+
+
+def test_results_are_those_of_scipy(tmp_path: Path) -> None:
+    cell = cell_folder(tmp_path)
+    found = write(tmp_path, [cell], "copra-fl study mine")["cells"][0]
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["rates"]["lora"]["chosen"] == 0.002
+    accuracies = {
+        method: [
+            json.loads((cell / f"test/{method}-seed{seed}/summary.json").read_text())["test"]["accuracy"]
+            for seed in range(3)
+        ]
+        for method in ("lora", "copra")
+    }
+    pairs = np.subtract(accuracies["copra"], accuracies["lora"])
+    interval = stats.ttest_1samp(pairs, 0).confidence_interval()
+    gain = found["differences"]["copra"]["test_accuracy"]
+    assert gain["mean"] == pytest.approx(pairs.mean()) and gain["interval"] == pytest.approx(tuple(interval))
+    points = gains_against({"cells": [found]}, "merge_gap_accuracy")
+    gaps = found["differences"]["copra"]["merge_gap_accuracy"]["values"]
+    assert pearson(points) == pytest.approx(stats.pearsonr(gaps, pairs).statistic)
+
+
+@needs_chromium
+def test_the_report_opens_in_a_browser(tmp_path: Path) -> None:
+    cell = cell_folder(tmp_path)
+    results = write(tmp_path, [cell], "copra-fl study mine")
+    html = (tmp_path / "report.html").read_text()
+    assert "iid" in html and "the best rate of lora is the last of the grid, 0.002" in html
+    check_page(tmp_path / "report.html", 3 + len(predictors(results)))
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, tiny: dict[str, object]) -> Path:
+    """The study of `study_of`, as a file."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tiny.items()]
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "\n".join(lines)
+        + """
+[study.tuning]
+seeds = [10]
+learning-rates = [0.002, 0.01, 0.05]
+[study.splits]
+iid = { partitioner = "iid" }
+[study.regimes]
+2x3 = { num-rounds = 2, local-steps = 3 }
+[study.grids.first]
+methods = ["lora", "head"]
+seeds = [0, 1]
+splits = ["iid"]
+regimes = ["2x3"]
+"""
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_a_study_survives_a_kill_and_skips_what_is_finished(study_file: Path, tmp_path: Path) -> None:
+    arguments = ["study", str(study_file), "--output", "runs"]
+    rates, test = (tmp_path / "runs/first/iid/2x3" / stage for stage in ("rates", "test"))
+    killed = RealRun(arguments, tmp_path)
+    killed.wait_until(lambda: (rates / "lora@0.01-seed10/summary.json").exists(), "the second run")
+    killed.process.send_signal(signal.SIGKILL)
+    killed.wait_until(lambda: not killed.processes(), "no process left", 60)
+    done = {path: path.stat().st_mtime_ns for path in rates.glob("*/summary.json")}
+    assert 2 <= len(done) < 6
+    RealRun(arguments, tmp_path).finish()
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "finished runs were not run again"
+    results = json.loads((tmp_path / "runs/first/results.json").read_text())["cells"][0]
+    for method, key in (("lora", "learning-rate"), ("head", "head-learning-rate")):
+        ends = {
+            rate: json.loads((rates / f"{method}@{rate}-seed10/summary.json").read_text())["validation"]["accuracy"]
+            for rate in ("0.002", "0.01", "0.05")
+        }
+        best = max(ends, key=ends.__getitem__)
+        assert results["rates"][method]["chosen"] == float(best)
+        assert f"\n{key} = {best}\n" in (test / f"{method}-seed1/config.toml").read_text()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")}
+    _, err = RealRun(arguments, tmp_path).finish(timeout=60)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")} == before
