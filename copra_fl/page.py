@@ -6,7 +6,8 @@ policy makes the browser refuse to use one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ class Section:
     figures: Sequence[Figure] = ()
     tables: Sequence[DataTable] = ()
     collapsed: bool = False
+
+
+def pack(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """The figures of `sections` as plain data, from which `unpack` makes them again for another page."""
+    figures = [figure for section in sections for figure in section.figures]
+    return [vars(figure) | {"chart": json.loads(figure.chart.to_json())} for figure in figures]
+
+
+def unpack(packed: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The figures that `pack` has packed."""
+    return [Figure(**figure | {"chart": go.Figure(figure["chart"])}) for figure in packed]
 
 
 def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:

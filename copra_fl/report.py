@@ -92,6 +92,7 @@ def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section
         Section("Adapters switched on", [*learning.schedule(comparison), *learning.activity_maps(comparison)]),
         Section("Clients", [*clients.client_accuracy(comparison), *clients.client_examples(comparison)]),
         Section("Cost", [*cost.accuracy_for_bytes(comparison), *cost.traffic_and_time(comparison)]),
+        *_probes(comparison),
         Section("Each run", tables=_each_run(comparison), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
@@ -159,6 +160,14 @@ def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[Da
             caption,
         )
     ]
+
+
+def _probes(comparison: Comparison) -> Iterator[Section]:
+    """What `copra-fl probe` has left in the folder and in those of its runs."""
+    folders = dict.fromkeys([comparison.directory, *(run.directory for _, run in comparison.runs)])
+    for path in (path for folder in folders for path in sorted(folder.glob("probe-*.figures.json"))):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        yield Section(found["title"], page.unpack(found["figures"]))
 
 
 def _each_run(comparison: Comparison) -> list[DataTable]:

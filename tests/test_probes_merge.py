@@ -9,12 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from copra_fl import report
 from copra_fl.adapter import Adapter
 from copra_fl.cli import app
 from copra_fl.connectivity import interpolate_products
 from copra_fl.merging import MERGES, Merge, merge
 from copra_fl.probes.opening import open_run
 from tests.test_probes_opening import Settings, finished
+from tests.test_report import num_figures
 
 A, B = "base_model.model.layer.0.query.lora_A.weight", "base_model.model.layer.0.query.lora_B.weight"
 
@@ -79,6 +81,11 @@ def test_the_command_on_clients_and_on_runs(tiny: Settings, tmp_path: Path) -> N
     opened = open_run(run)
     (own,) = opened.score([opened.adapter], "test")
     assert facts["merged"][0]["loss"] == pytest.approx(own["loss"], rel=1e-5), "FedAvg of the round"
+    report.write(run)
+    assert "<h2>Merging " in (run / "report.html").read_text()
+    shown = num_figures(run)
+    (run / "probe-merge.figures.json").unlink()
+    assert shown == num_figures(run) + 1
     assert "DARE: seed 0" in (run / "probe-merge.html").read_text()
     other = finished(flat | {"seed": 1, "rank": 3}, tmp_path / "other")
     result = CliRunner().invoke(app, ["probe", "merge", str(run), str(other)], catch_exceptions=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.page import DataTable, Section, render
+from copra_fl.page import DataTable, Section, pack, render
 from copra_fl.probes.opening import OpenRun, Split
 from copra_fl.results import join, write_text
 
@@ -39,12 +39,17 @@ class Findings:
 
 
 def write(findings: Findings, directory: Path) -> Path:
-    """Write ``probe-NAME.json`` and ``probe-NAME.html`` to `directory`; returns the page."""
+    """Write ``probe-NAME.json`` and ``probe-NAME.html`` to `directory`; returns the page.
+
+    ``probe-NAME.figures.json`` is for the report of the run (`copra_fl.report`), which shows the same figures.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / f"probe-{findings.probe}"
     told = {"probe": findings.probe, "setting": findings.setting, "verdict": findings.verdict}
     facts = _finite(told | {"warnings": list(findings.warnings)} | dict(findings.facts))
     write_text(stem.with_suffix(".json"), json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    figures = {"title": findings.title, "figures": pack(findings.sections)}
+    write_text(stem.with_suffix(".figures.json"), json.dumps(figures) + "\n")
     html = render(
         findings.title, findings.setting, findings.verdict, findings.warnings, [findings.results], findings.sections
     )
