@@ -81,7 +81,7 @@ def pack(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 def unpack(packed: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """The figures that `pack` has packed."""
-    return [Figure(**figure | {"chart": go.Figure(figure["chart"])}) for figure in packed]
+    return [Figure(**{**figure, "chart": go.Figure(figure["chart"])}) for figure in packed]
 
 
 def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
