@@ -53,7 +53,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     if code == INTERRUPTED:
-        fail("stopped; the same --output with --resume goes on after the last finished round", code)
+        fail("stopped; the same command goes on after the last finished round (all but study: with --resume)", code)
     sys.exit(code)
 
 
