@@ -22,7 +22,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -190,8 +190,8 @@ def of_several(runs: Sequence[OpenRun]) -> dict[str, float]:
     ways, found = list(WAYS), dict[str, float]()
     if len(runs) == 2:
         paths = {
-            "factor": walk(score, *group.adapters, POINTS, interpolate),
-            "product": walk(score_plain, *plain, POINTS, interpolate_products),
+            "factor": walk(score, group.adapters[0], group.adapters[1], POINTS, interpolate),
+            "product": walk(score_plain, plain[0], plain[1], POINTS, interpolate_products),
         }
         for kind, path in paths.items():
             found[f"{kind} path: accuracy at the midpoint"] = path.accuracy[POINTS // 2]
@@ -217,16 +217,17 @@ def measure(study: Study, rates: Mapping[str, float], seeds: Sequence[int]) -> d
             for method in METHODS:
                 runs = [study.run(method, rates[method], seed) for seed in chosen]
                 name = f"{method}-{rates[method]:g}-seeds{'-'.join(map(str, chosen))}-{len(study.data.test)}.json"
-                found = _once(study.output / "measured" / name, lambda r=runs: of_several(r) if r[1:] else of_one(*r))
+                found = _once(study.output / "measured" / name, runs)
                 for what, value in found.items():
                     measured[method].setdefault(what, {})[chosen] = value
     return measured
 
 
-def _once(path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _once(path: Path, runs: Sequence[OpenRun]) -> dict[str, float]:
+    """What is measured of `runs` together, from the file if it is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(make()))
+        write_text(path, json.dumps(of_several(runs) if len(runs) > 1 else of_one(runs[0])))
         print(path.stem, flush=True)
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return found
