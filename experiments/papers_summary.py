@@ -1,0 +1,91 @@
+"""What `papers.py` measured, in means and intervals, and as a table with the published numbers beside it.
+
+Pairs and triples of seeds are not independent. So intervals are the jackknife's over seeds: of n seeds, with m the
+mean over all groups and m_-s the one over groups without seed s, the pseudo-values n m - (n-1) m_-s are taken as one
+value a seed. Their mean is m; for measures of single adapters they are the seeds' own values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from copra_fl.results import Estimate, estimate, join
+
+#: measure -> seeds of the adapters -> value
+Values = dict[str, dict[tuple[int, ...], float]]
+#: measure -> what was published of the same, LoRA -> CopRA or CoTo, on other models and data
+PUBLISHED = {
+    "alone": "one task: −0.94 on GLUE's average",
+    "factor path: accuracy at the midpoint": "39 → 79 (commonsense reasoning); 65.60 → 72.03 (DTD), "
+    "81.48 → 86.69 (UCF101), merged one to one",
+    "merge of 3: average of factors": "59.6 → 69.7 (DTD)",
+    "kept: every other layer": "63.30 → 71.11 (DTD), 79.25 → 85.38 (UCF101)",
+    "Shapley: share of the uppermost third": "69 in the top 4 of 12 layers → balanced to about ±8",
+}
+#: in names of measures that are no shares
+PLAIN = ("barrier", "loss", "Gini")
+
+
+def pseudo_values(values: Mapping[tuple[int, ...], float], seeds: Sequence[int]) -> list[float]:
+    """The jackknife's, one a seed; only the mean where no group is left without some seed.
+
+    >>> pseudo_values({(0,): 1.0, (1,): 2.0, (2,): 6.0}, (0, 1, 2))
+    [1.0, 2.0, 6.0]
+    """
+    number, mean = len(seeds), fmean(values.values())
+    without = [[value for chosen, value in values.items() if seed not in chosen] for seed in seeds]
+    return [number * mean - (number - 1) * fmean(rest) for rest in without] if all(without) else [mean]
+
+
+def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str, dict[str, Estimate]]:
+    """Measure -> ``lora``, ``copra``, and their ``difference`` paired by seed."""
+    summary = {}
+    for name in measured["lora"]:
+        lora, copra = (pseudo_values(measured[method][name], seeds) for method in ("lora", "copra"))
+        difference = estimate([ours - theirs for ours, theirs in zip(copra, lora, strict=True)])
+        summary[name] = {"lora": estimate(lora), "copra": estimate(copra), "difference": difference}
+    return summary
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """Markdown: how it was done, the choice of rates, all measures."""
+    config, examples, methods = facts["settings"], facts["examples"], list(facts["rates"])
+    lines = [
+        "# The papers' tests, outside a federation",
+        "",
+        f"`{facts['command']}`; facts: papers-{facts['date']}.json. {config['model']}, {config['dataset']}, rank "
+        f"{config['rank']} on {config['target-modules']}, {config['local-steps']} steps of {config['batch-size']} by "
+        f"Trainer, base in {config['dtype']}; {examples['test']} test texts. Seeds {join(facts['seeds'])}, each with "
+        "its own start of adapter and head and its own order of the data.",
+        "",
+        f"Accuracy on {examples['validation']} validation texts, %, seeds {join(facts['tuning_seeds'])}:",
+        "",
+        f"| rate | {' | '.join(methods)} |",
+        "|---|---|---|",
+    ]
+    for rate in facts["tuning"][methods[0]]:
+        means = {method: f"{100 * fmean(facts['tuning'][method][rate]):.1f}" for method in methods}
+        cells = [f"**{mean}**" if facts["rates"][method] == float(rate) else mean for method, mean in means.items()]
+        lines.append(f"| {rate} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Mean [95 %] in % and points, but losses, barriers and Gini as they are; intervals: jackknife over seeds. "
+        "Difference: copra − lora, paired by seed. Gap: to the mean of those merged. Published: on other models and "
+        "data.",
+        "",
+        "| measure | lora | copra | difference | published |",
+        "|---|---|---|---|---|",
+    ]
+    for name, by in facts["measures"].items():
+        cells = [_cell(found, name, "+" if what == "difference" else "") for what, found in by.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {PUBLISHED.get(name, '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Estimate, name: str, sign: str) -> str:
+    scale, spec = (1, f"{sign}.3f") if any(word in name for word in PLAIN) else (100, f"{sign}.1f")
+    mean = "–" if found["mean"] is None else f"{scale * found['mean']:{spec}}"
+    ends = [f"{scale * end:{spec}}" for end in found["interval"] or ()]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean

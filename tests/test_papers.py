@@ -1,0 +1,152 @@
+"""The papers' tests: Trainer's adapters, what is measured on them, and the jackknife by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from copra_fl import models
+from copra_fl.adapter import Adapter
+from copra_fl.evaluation import evaluate
+from copra_fl.probes.opening import OpenRun
+from experiments import papers
+from experiments.papers_summary import pseudo_values, summarise
+from tests.conftest import NUM_LAYERS
+
+Settings = dict[str, object]
+RATE = 0.02
+KEPT = ("model", "dataset", "rank", "max-length", "server-validation-examples", "test-examples", "device", "dtype")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny: Settings) -> Settings:
+    return {key: tiny[key] for key in KEPT} | {"local-steps": 12, "batch-size": 8, "lora-alpha": 8.0}
+
+
+@pytest.fixture(scope="module")
+def study(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> papers.Study:
+    return papers.Study.open(settings, tmp_path_factory.mktemp("papers"))
+
+
+@pytest.fixture(scope="module")
+def runs(study: papers.Study) -> list[OpenRun]:
+    """Two trainings from different starts."""
+    trained = [study.run("lora", RATE, seed) for seed in (0, 1)]
+    for run in trained:
+        papers.ensure(run)
+    return trained
+
+
+def by_peft(study: papers.Study, adapter: Adapter) -> float:
+    """Test accuracy by plain PEFT, not stacked."""
+    model = models.build(study.base.model, "layer", len(study.data.label_names), seed=7)
+    (metrics,) = evaluate(model, [adapter], study.data.examples, study.data.test, 60)
+    return metrics["accuracy"]
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_with_p_1_the_callback_changes_nothing_and_with_p_0_it_does(study: papers.Study, runs: list[OpenRun]) -> None:
+    always = papers.Study(study.base.changed(p0=1.0), study.output, study.data, study.engine)
+    assert same(papers.train(always.run("copra", RATE, 0), callback=True), runs[0].adapter)
+    assert not same(papers.train(study.run("copra", RATE, 0), callback=True), runs[0].adapter)
+
+
+def test_each_seed_has_its_own_start_of_adapter_and_head_and_training_moves_both(
+    study: papers.Study, runs: list[OpenRun]
+) -> None:
+    starts = [models.build(study.base.model, "layer", 3, seed).read_adapter() for seed in (0, 1)]
+    for name in ("head.weight", next(name for name in starts[0] if "lora_A" in name)):
+        assert not torch.equal(starts[0][name], starts[1][name])
+    for start, run in zip(starts, runs, strict=True):
+        assert not any(torch.equal(start[name], run.adapter[name]) for name in start)
+
+
+def test_the_base_is_in_eval_mode_in_training(study: papers.Study) -> None:
+    model = papers.ForTrainer(models.build(study.base.model, "layer", 3, 0)).train()
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_of_one_adapter(study: papers.Study, runs: list[OpenRun]) -> None:
+    run = runs[0]
+    found = papers.of_one(run)
+    assert found["alone"] == by_peft(study, run.adapter)
+    values = [found[f"Shapley: layer {layer}"] for layer in range(NUM_LAYERS)]
+    assert sum(values) == pytest.approx(found["alone"] - found["head alone"])
+    for name, kept in {"kept: every other layer": (0, 2), "kept: high third": (2,), "head alone": ()}.items():
+        off = [f".layer.{layer}." for layer in range(NUM_LAYERS) if layer not in kept]
+        cut = {
+            tensor: torch.zeros_like(value) if "lora_B" in tensor and any(layer in tensor for layer in off) else value
+            for tensor, value in run.adapter.items()
+        }
+        assert found[name] == by_peft(study, cut)
+    upper = abs(values[-1]) / np.abs(values).sum()  # one of three layers
+    assert found["Shapley: share of the uppermost third"] == pytest.approx(upper)
+    assert found["Shapley: share of the largest third"] == pytest.approx(max(np.abs(values)) / np.abs(values).sum())
+
+
+def test_of_two_adapters(study: papers.Study, runs: list[OpenRun]) -> None:
+    found = papers.of_several(runs)
+    a, b = (run.adapter for run in runs)
+    middle = {name: (a[name] + b[name]) / 2 for name in a}
+    assert found["factor path: accuracy at the midpoint"] == by_peft(study, middle)
+    ends = (by_peft(study, a) + by_peft(study, b)) / 2
+    assert found["factor path: midpoint gap"] == pytest.approx(by_peft(study, middle) - ends)
+    heads = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in middle.items()}
+    assert found["heads alone, averaged"] == by_peft(study, heads)
+    best = found["merge of 2: average of products, best rank r"]
+    assert found["merge of 2: average of products, best rank r, gap"] == pytest.approx(best - ends)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_an_adapter_merged_with_itself_is_itself(study: papers.Study, runs: list[OpenRun], number: int) -> None:
+    found, alone = papers.of_several([runs[0]] * number), by_peft(study, runs[0].adapter)
+    accuracies = [value for name, value in found.items() if "midpoint" in name and "gap" not in name]
+    accuracies += [value for name, value in found.items() if "merge of" in name and "average of" in name
+                   and "gap" not in name]  # fmt: skip
+    assert accuracies == [alone] * 3
+    assert all(value == pytest.approx(0, abs=1e-6) for name, value in found.items() if "barrier" in name)
+
+
+def test_the_jackknife_by_hand() -> None:
+    """n = 3 seeds, m = 3: without seed 0 there is only 6, so 3*3 - 2*6; without 1 only 2, without 2 only 1."""
+    pairs = {(0, 1): 1.0, (0, 2): 2.0, (1, 2): 6.0}
+    assert pseudo_values(pairs, (0, 1, 2)) == [-3.0, 5.0, 7.0]
+    assert pseudo_values({(0, 1, 2): 4.0}, (0, 1, 2)) == [4.0], "no seed can be left out"
+    measured = {"lora": {"pairs": pairs}, "copra": {"pairs": {pair: value + 0.5 for pair, value in pairs.items()}}}
+    found = summarise(measured, (0, 1, 2))["pairs"]
+    assert found["lora"]["mean"] == 3 and found["lora"]["interval"] is not None
+    assert found["difference"]["mean"] == 0.5 and found["difference"]["interval"] == (0.5, 0.5)
+
+
+def test_train_then_measure_and_what_is_there_is_not_done_twice(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(papers, "RATES", (1e-3, RATE))
+    options = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--seeds", "0,1"]
+    options += ["--tuning-seeds", "10", "--date", "today", "--texts", "50"]
+    options += [f"--set={key}={value}" for key, value in settings.items()]
+    papers.main(["train", *options])
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    assert len(trained) == 2 * (2 + 2)
+    papers.main(["measure", *options])
+    assert trained == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+
+    facts = json.loads((tmp_path / "results" / "papers-today.json").read_text(encoding="utf-8"))
+    assert facts["examples"]["test"] == 50
+    for method, tuning in facts["tuning"].items():
+        assert tuning[f"{facts['rates'][method]:g}"] == max(tuning.values())
+    alone = facts["measures"]["alone"]
+    differences = np.subtract(alone["copra"]["values"], alone["lora"]["values"])
+    assert alone["difference"]["mean"] == pytest.approx(differences.mean())
+    table = (tmp_path / "results" / "papers-today.md").read_text(encoding="utf-8")
+    assert f"| alone | {100 * alone['lora']['mean']:.1f} [" in table and "59.6 → 69.7" not in table  # no triple
+
+    with pytest.raises(ValueError, match="other settings: local-steps: 12 -> 13"):
+        papers.main(["train", *options, "--set", "local-steps=13"])
