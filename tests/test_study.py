@@ -12,7 +12,7 @@ from scipy import stats
 
 from copra_fl.cli import main
 from copra_fl.cli.recipes import Recipe
-from copra_fl.cli.study import read_grids
+from copra_fl.cli.study import read_grids, samples
 from copra_fl.config import ConfigError
 from copra_fl.figures.study import gains_against, pearson, predictors
 from copra_fl.results import load_comparison
@@ -86,6 +86,13 @@ def test_what_is_wrong_in_a_study_is_named(tiny: dict[str, object], changes: dic
 def test_an_unknown_grid_is_named(tiny: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="unknown grid 'frist'. Did you mean 'first'"):
         cells(study_of(tiny), "frist")
+
+
+def test_a_rule_without_a_global_model_is_refused(tiny: dict[str, object]) -> None:
+    grid = {"methods": ["fedsa-lora"], "seeds": [0], "splits": ["iid"], "regimes": ["2x3"]}
+    (cell,) = cells(study_of(tiny, grids={"first": grid}))
+    with pytest.raises(ConfigError, match="'fedsa-lora' has no global model"):
+        list(samples(cell))
 
 
 def test_a_bad_setting_in_the_last_cell_starts_nothing(

@@ -31,6 +31,7 @@ from copra_fl.cli.recipes import Recipe, short_name
 from copra_fl.config import Config, ConfigError, unknown
 
 TUNING_KEYS = ("seeds", "learning-rates", "settings")
+ConfigOfSeed = Callable[[int], Config]
 GRID_KEYS = ("methods", "seeds", "splits", "regimes")
 
 GridsOption = Annotated[
@@ -78,37 +79,39 @@ def study(
 
     from copra_fl.ranking import table  # slow to import
     from copra_fl.results import load_comparison, summarise
-    from copra_fl.study import RATES, TEST, best_rate, rates_to_try, tuned_name, validation_accuracies, write
+    from copra_fl.study import TEST, write
 
-    def go_on(directory: Path, seeds: list[int], configs: Mapping[str, Callable[[int], Config]]) -> None:
-        """Run the comparison of `configs` (method -> seed -> configuration), unless it has finished."""
-        names = run_names(configs, seeds)
-        runs = {name: configs[method](seed) for name, (method, seed) in names.items()}
-        if not all((directory / name / "summary.json").exists() for name in names):
-            run_comparison(directory, list(configs), seeds, runs, console, workers, gpus_per_worker)
+    def run(directory: Path, seeds: list[int], methods: Mapping[str, ConfigOfSeed]) -> None:
+        """Run the comparison of `methods`, unless it has finished."""
+        configs = {name: methods[method](seed) for name, (method, seed) in run_names(methods, seeds).items()}
+        if not all((directory / name / "summary.json").exists() for name in configs):
+            run_comparison(directory, list(methods), seeds, configs, console, workers, gpus_per_worker)
 
     for name, cells in planned.items():
         for number, cell in enumerate(cells, start=1):
             console.rule(f"{name} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}")
-            tried: dict[str, dict[float, float]] = {method: {} for method in cell.methods}
-            while more := [
-                (method, rate)
-                for method in cell.methods
-                for rate in rates_to_try(cell.tuning["learning-rates"], tried[method])
-            ]:
-                rates = [(method, rate) for method in cell.methods for rate in tried[method]] + more
-                tuned = {tuned_name(*one): functools.partial(cell.tuning_config, *one) for one in rates}
-                go_on(cell.directory / RATES, cell.tuning["seeds"], tuned)
-                tried |= validation_accuracies(load_comparison(cell.directory / RATES))
-            for method, accuracies in tried.items():
-                console.print(f"{method}: best rate {best_rate(accuracies)}, of {accuracies}")
-            chosen = {m: functools.partial(cell.config, m, best_rate(tried[m])) for m in cell.methods}
-            go_on(cell.directory / TEST, cell.seeds, chosen)
+            rates = tune(cell, run)
+            console.print(", ".join(f"{method}: {rate:g}" for method, rate in rates.items()))
+            tested = {method: functools.partial(cell.config, method, rate) for method, rate in rates.items()}
+            run(cell.directory / TEST, cell.seeds, tested)
             console.print(table(summarise(load_comparison(cell.directory / TEST))))
-        command = shlex.join(["copra-fl", *sys.argv[1:]])
         directory = output.absolute() / name
-        write(directory, [cell.directory for cell in cells], command)
-        console.print(f"results and report: {directory / 'results.json'}, {directory / 'report.html'}", soft_wrap=True)
+        write(directory, [cell.directory for cell in cells], shlex.join(["copra-fl", *sys.argv[1:]]))
+        console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)
+
+
+def tune(cell: Cell, run: Callable[[Path, list[int], Mapping[str, ConfigOfSeed]], None]) -> dict[str, float]:
+    """The learning rate of each method, found by running what `copra_fl.study.rates_to_try` asks for."""
+    from copra_fl.results import load_comparison
+    from copra_fl.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
+
+    grid, tried = cell.tuning["learning-rates"], dict[str, dict[float, float]]()
+    while more := [(method, rate) for method in cell.methods for rate in rates_to_try(grid, tried.get(method, {}))]:
+        runs = [(method, rate) for method in tried for rate in tried[method]] + more
+        configs = {tuned_name(*one): functools.partial(cell.tuning_config, *one) for one in runs}
+        run(cell.directory / RATES, cell.tuning["seeds"], configs)
+        tried = validation_accuracies(load_comparison(cell.directory / RATES))
+    return {method: best_rate(tried[method]) for method in cell.methods}
 
 
 def read_grids(recipe: Recipe, wanted: str | None, output: Path) -> Iterator[tuple[str, Iterator[Cell]]]:
@@ -126,6 +129,7 @@ def read_grids(recipe: Recipe, wanted: str | None, output: Path) -> Iterator[tup
 
 
 def cells_of(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], directory: Path) -> Iterator[Cell]:
+    """A cell for every split and regime of a grid."""
     grid = recipe.study["grids"][grid_name]
     check_keys(f"study.grids.{grid_name}", grid, GRID_KEYS)
     methods = {short_name(method): method for method in grid["methods"]}
@@ -160,8 +164,15 @@ def check_keys(table: str, given: Mapping[str, Any], keys: tuple[str, ...]) -> N
 
 
 def samples(cell: Cell) -> Iterator[Config]:
-    """A configuration of every kind that the cell will run: what is wrong in it is known before anything starts."""
+    """A configuration of every kind that the cell will run: what is wrong in it is known before anything starts.
+
+    Raises ConfigError for a rule without a global model, which has no validation to choose a rate by.
+    """
+    from copra_fl.aggregation import find_rule
+
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
+        if find_rule(cell.config(method, rate, cell.seeds[0]).aggregation.rule).personal:
+            raise ConfigError(f"{method!r} has no global model, and so no validation accuracy to choose a rate by")
         yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
         yield cell.config(method, rate, cell.seeds[0])
