@@ -8,7 +8,9 @@ checks and names whatever is wrong, so that nothing starts on a bad configuratio
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import json
 import math
 import tomllib
@@ -46,8 +48,11 @@ class DataConfig:
     text_column: str = option("text", "column with the text")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "column that says whose an example is, for partitioner = natural")
+    labels: str = option("", "all labels in order, as a line of CSV; empty: those that the data set has")
     partitioner: str = option(
-        "dirichlet", "how examples go to clients", choices=("iid", "dirichlet", "pathological", "shards", "natural")
+        "dirichlet",
+        "how examples go to clients; own: each node has a file of its own (docs/nodes.md), dataset is the server's",
+        choices=("iid", "dirichlet", "pathological", "shards", "natural", "own"),
     )
     alpha: float = option(0.3, "dirichlet: concentration; small is skewed", above=0)
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
@@ -60,10 +65,18 @@ class DataConfig:
     test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
     max_length: int = option(64, "tokens per example; longer texts are cut", low=4)
 
+    @property
+    def label_list(self) -> list[str]:
+        """The labels in `labels`; none where it is empty."""
+        return next(csv.reader([self.labels], skipinitialspace=True), [])
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers encoder")
+    model_sha256: str = option(
+        "", "SHA-256 of the base's weights, as sha256sum prints it of one file; empty: of what the server has"
+    )
     pooling: str = option("mean", "what the head sees", choices=("mean", "cls", "pooler"))
     target_modules: str = option("query,value", "linear modules that get an adapter, comma-separated, or all-linear")
     rank: int = option(8, "LoRA rank r", low=1)
@@ -249,6 +262,8 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        if len(set(labels := self.data.label_list)) < len(labels) or len(labels) == 1:
+            raise ConfigError(f"labels = {self.data.labels!r} must be two or more, each of them once")
         num_clients, sampled = self.data.num_clients, self.federation.clients_per_round
         if num_clients and sampled > num_clients:
             raise ConfigError(f"clients-per-round = {sampled} is more than num-clients = {num_clients}")
@@ -294,6 +309,13 @@ def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
         limits += [f"at most {rules['high']:g}"] if rules["high"] < math.inf else []
         raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits or ['finite'])}")
     return value
+
+
+def csv_line(names: Iterable[str]) -> str:
+    """`names` as a line of CSV, which `DataConfig.label_list` reads."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
 
 
 def toml_value(value: Value) -> str:

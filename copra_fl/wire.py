@@ -13,7 +13,7 @@ One message a node a round carries its whole cohort. Adapters are flat buffers w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -37,14 +37,16 @@ class Hello:
         num_examples: training examples of each client that it can host.
         num_validation: validation examples of each client that it can host.
         label_names: the classes its data has, in order.
+        refusal: why it takes no part; empty where it does. With one, all that follows `digest` is empty.
     """
 
     partition: int
     digest: str
-    num_clients: int
-    num_examples: dict[int, int]
-    num_validation: dict[int, int]
-    label_names: list[str]
+    num_clients: int = 0
+    num_examples: dict[int, int] = field(default_factory=dict)
+    num_validation: dict[int, int] = field(default_factory=dict)
+    label_names: list[str] = field(default_factory=list)
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def pack_hello(hello: Hello) -> RecordDict:
             "num-examples": list(hello.num_examples.values()),
             "num-validation": list(hello.num_validation.values()),
             "label-names": hello.label_names,
+            "refusal": hello.refusal,
         }
     )
     return RecordDict({"hello": record})
@@ -119,6 +122,7 @@ def unpack_hello(content: RecordDict) -> Hello:
         num_examples=dict(zip(record["clients"], record["num-examples"], strict=True)),
         num_validation=dict(zip(record["clients"], record["num-validation"], strict=True)),
         label_names=record["label-names"],
+        refusal=record["refusal"],
     )
 
 

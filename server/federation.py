@@ -22,7 +22,7 @@ from copra_fl import data, models, provenance, wire
 from copra_fl.adapter import Adapter, Update, complete
 from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
-from copra_fl.config import Config
+from copra_fl.config import Config, csv_line
 from copra_fl.connectivity import merge_gap, walk
 from copra_fl.core import core_start
 from copra_fl.engine import open_engine
@@ -96,8 +96,8 @@ class Evaluator:
 def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
     """Ask every node who it is. Returns node id -> hello.
 
-    Raises FederationError for a node that fails, runs other code, has other data or a partition twice; for
-    a client that no node can host (strict); and when no node is there after node-timeout.
+    Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
+    partition twice; for a client that no node can host (strict); and when no node is there after node-timeout.
     """
     deadline = time.monotonic() + config.federation.node_timeout
     while not (nodes := sorted(grid.get_node_ids())):
@@ -130,12 +130,19 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
                 f"{who} runs other sources of copra_fl and clients (digest {hello.digest[:12]}) than the server "
                 f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
             )
+        if hello.refusal:
+            raise FederationError(f"{who} takes no part: {hello.refusal}")
         if hello.label_names != first.label_names:
             raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {first.label_names}")
         if hello.num_clients != first.num_clients:
             raise FederationError(
                 f"{who} counts {hello.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
                 "all nodes need the same num-partitions"
+            )
+        if config.data.num_clients not in (0, hello.num_clients):
+            raise FederationError(
+                f"{who} counts {hello.num_clients} clients, but num-clients = {config.data.num_clients}; with nodes' "
+                "own data num-clients = 0 is right"
             )
         if hello.partition in partitions:
             raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
@@ -155,8 +162,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
-    compute = models.resolve_compute(config.model, config.data.max_length)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention)
+    config = settle(config)
     nodes = greet(grid, config)
     config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
@@ -187,6 +193,18 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         journal.record(row, strategy.state)
         emit("recorded", round=server_round, accuracy=row.get("validation", {}).get("accuracy"))
     finish(grid, strategy, evaluator, journal)
+
+
+def settle(config: Config) -> Config:
+    """`config` with all made plain that server and nodes must agree on: dtype, attention, base; labels of own data.
+
+    Raises ConfigError where the base is not the one that ``model-sha256`` names.
+    """
+    compute, base = models.resolve_compute(config.model, config.data.max_length), models.check_weights(config.model)
+    config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
+    if config.data.partitioner != "own":
+        return config
+    return config.changed(labels=csv_line(data.load(config, models.load_tokenizer(config.model.model)).label_names))
 
 
 def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
