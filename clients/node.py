@@ -32,7 +32,7 @@ from copra_fl.events import emit
 from copra_fl.models import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.residual import add
-from copra_fl.training import Plan
+from copra_fl.training import Plan, expected_update
 
 Result = TypeVar("Result")
 
@@ -92,7 +92,7 @@ def _train(site: Site, message: Message, context: Context) -> RecordDict:
             before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
             after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
             memory.write(update.client, plan.server_round, after)
-    return wire.pack_updates(updates, buffers, failures)
+    return wire.echo(message.content, wire.pack_updates(updates, buffers, failures))
 
 
 def _train_all(
@@ -104,7 +104,7 @@ def _train_all(
     corrections: Mapping[int, Adapter],
 ) -> tuple[list[Update], dict[int, str]]:
     """The good updates of the plan's clients, and why the others have none."""
-    num_groups, trainable = len(engine.classifier.gates.names), plan.trained_parts
+    trainable = plan.trained_parts
     updates: list[Update] = []
     failures: dict[int, str] = {}
     for clients in engine.slices(data, plan):
@@ -113,9 +113,10 @@ def _train_all(
         )
         failures |= failed
         for update in trained:
-            start, num_examples = parts(starts[update.client], trainable), len(data.train[update.client])
+            start = parts(starts[update.client], trainable)
+            expected = expected_update(plan.config, len(engine.classifier.gates.names), len(data.train[update.client]))
             try:
-                check_update(update, start, engine.classifier.group_of, num_groups, num_examples)
+                check_update(update, start, engine.classifier.group_of, expected)
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
@@ -170,7 +171,7 @@ def _evaluate(site: Site, message: Message, context: Context) -> RecordDict:
         return evaluations
 
     evaluations, failures = _each(site, plan.clients, evaluate_all)
-    return wire.pack_evaluations(dict(evaluations), failures)
+    return wire.echo(message.content, wire.pack_evaluations(dict(evaluations), failures))
 
 
 def _open(site: Site, message: Message, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:

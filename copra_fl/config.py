@@ -159,6 +159,12 @@ class FederationConfig:
     )
     failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
     min_replies: int = option(1, "tolerant: good replies a round needs", low=1)
+    over_sample: float = option(
+        0.0, "tolerant: share of clients sampled on top; a round ends with as many as were wanted", low=0, high=1
+    )
+    max_update_norm: float = option(
+        0.0, "longest change of a client's tensors that is accepted (the journal has each distance); 0: any", low=0
+    )
     round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
     node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
 
@@ -166,7 +172,7 @@ class FederationConfig:
 @dataclass(frozen=True)
 class AggregationConfig:
     rule: str = option("fedavg", "how updates become the next global adapter (docs/aggregation.md lists all)")
-    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
+    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity", "equal"))
     client_ranks: str = option("", "ranks of the clients' adapters, comma-separated, none above rank; empty: all rank")
     rank_assignment: str = option(
         "listed",
@@ -193,6 +199,16 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    dp_clip: float = option(
+        0.0, "differential privacy: norm that each client's change is clipped to (docs/nodes.md); 0: off", low=0
+    )
+    dp_noise_multiplier: float = option(1.0, "deviation of the noise on the sum of changes, in dp-clip", above=0)
+    dp_delta: float = option(1e-5, "delta that epsilon is given at", above=0, high=0.5)
+    dp_budget: float = option(0.0, "largest epsilon that a run may spend; 0: any", low=0)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
     eval_batch_size: int = option(64, "examples per batch", low=1)
@@ -213,6 +229,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
@@ -262,11 +279,31 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        if self.federation.over_sample and self.federation.failures == "strict":
+            raise ConfigError(
+                f"over-sample = {self.federation.over_sample:g} leaves the slowest clients out, which failures = "
+                "'strict' does not allow; failures = 'tolerant' does"
+            )
+        if self.privacy.dp_clip:
+            self._check_privacy()
         if len(set(labels := self.data.label_list)) < len(labels) or len(labels) == 1:
             raise ConfigError(f"labels = {self.data.labels!r} must be two or more, each of them once")
         num_clients, sampled = self.data.num_clients, self.federation.clients_per_round
         if num_clients and sampled > num_clients:
             raise ConfigError(f"clients-per-round = {sampled} is more than num-clients = {num_clients}")
+
+    def _check_privacy(self) -> None:
+        """One client more or less may move the sum of changes by dp-clip, and by no more."""
+        aggregation, clip = self.aggregation, f"dp-clip = {self.privacy.dp_clip:g}"
+        if aggregation.weighting != "equal":
+            raise ConfigError(f"{clip} needs weighting = 'equal': one client must count as much as another")
+        if aggregation.control_variates:
+            raise ConfigError(f"{clip} does not combine with control-variates, which travel without clip and noise")
+        if self.federation.over_sample:
+            raise ConfigError(
+                f"{clip} does not combine with over-sample = {self.federation.over_sample:g}: where one client is "
+                "missing another would take its place"
+            )
 
 
 def kebab(name: str) -> str:

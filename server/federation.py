@@ -29,6 +29,7 @@ from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.seeding import generator
+from server.budget import Budget, forget_secret, open_secret
 from server.exchange import exchange
 from server.journal import Journal, Row
 from server.probes import evaluated, merge_gap_clients, path_pairs
@@ -110,7 +111,10 @@ def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise FederationError(f"node {node} failed at hello: {reply.error.reason}")
-        hellos[node] = wire.unpack_hello(reply.content)
+        try:
+            hellos[node] = wire.unpack_hello(reply.content)
+        except Exception as error:  # a node can have sent anything
+            raise FederationError(f"node {node} sent no hello that can be read: {error!r}") from error
     check_nodes(hellos, nodes, config)
     return hellos
 
@@ -123,6 +127,7 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
     digest = provenance.library_digest(CLIENTS)
     first = next(iter(hellos.values()))
     partitions: dict[int, int] = {}
+    counts: dict[int, tuple[int, int]] = {}
     for node, hello in hellos.items():
         who = f"node {node} (partition-id {hello.partition})"
         if hello.digest != digest:
@@ -147,6 +152,13 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
         if hello.partition in partitions:
             raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
         partitions[hello.partition] = node
+        for client, own in hello.counts.items():
+            if not 0 <= client < hello.num_clients or min(own) < 0:
+                raise FederationError(f"{who} has {own[0]} and {own[1]} examples of a client {client}")
+            if config.data.partitioner == "own" and client != hello.partition:
+                raise FederationError(f"{who} claims client {client}, where each node has data of its own")
+            if counts.setdefault(client, own) != own:
+                raise FederationError(f"{who} has {own} examples of client {client}, other nodes {counts[client]}")
     homeless = set(range(first.num_clients)).difference(*(hello.num_examples for hello in hellos.values()))
     if homeless and config.federation.failures == "strict":
         raise FederationError(
@@ -172,13 +184,27 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     state = journal.resume() or evaluator.start()
     write_provenance(journal, config, federated)
     names = model.gates.names
-    strategy = CohortStrategy(config, model.group_of, len(names), nodes, state, journal.run, evaluator.validate)
+    budget = Budget(config.privacy, journal.rows) if config.privacy.dp_clip else None
+    strategy = CohortStrategy(
+        config,
+        model.group_of,
+        len(names),
+        nodes,
+        state,
+        journal.run,
+        evaluator.validate,
+        open_secret(directory) if budget else 0,
+    )
     strategy.summary()
     num_rounds = config.federation.num_rounds
+    if budget:
+        budget.check(strategy.sampling_rate, num_rounds - len(journal.rows))
     for server_round in range(len(journal.rows) + 1, num_rounds + 1):
         before = strategy.state
         row = train_round(grid, strategy, server_round)
         row["layers"] = names
+        if budget:
+            row["privacy"] = budget.spend(strategy.sampling_rate)
         sampled, updates = strategy.sample(server_round), {update.client: update for update in strategy.updates}
         if evaluated(config, server_round):
             emit("evaluating", round=server_round)
@@ -214,7 +240,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
     arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
-    replies = exchange(grid, messages, config.federation.round_timeout)
+    replies = exchange(grid, messages, config.federation.round_timeout, strategy.is_enough)
     _, metrics = strategy.aggregate_train(server_round, replies)
     assert metrics is not None
     return {
@@ -284,6 +310,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "test": test,
             "validation": last.get("validation"),
             "merge_gap": last.get("merge_gap"),
+            "privacy": last.get("privacy"),
             "aggregation_error": fmean(errors) if errors else None,
             "bytes_up": sum(row["bytes_up"] for row in rows),
             "bytes_down": sum(row["bytes_down"] for row in rows),
@@ -296,4 +323,5 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "dropped_empty": federated.dropped_empty,
         },
     )
+    forget_secret(journal.directory)
     emit("finished", accuracy=test["accuracy"] if test else None)

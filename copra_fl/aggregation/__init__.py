@@ -71,6 +71,7 @@ def pools(config: Config) -> bool:
         federation.replies == "pooled"
         and find_rule(aggregation.rule).linear
         and federation.uplink == "float32"
+        and aggregation.weighting != "equal"
         and not aggregation.control_variates
         and not aggregation.client_ranks
     )
@@ -91,6 +92,12 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         yield f"local-training = 'copra': {rule.no_copra}"
     if settings.rule != "fedavg" and training == "head":
         yield "local-training = 'head': there are no adapters to aggregate; use rule = 'fedavg'"
+    if config.privacy.dp_clip and not rule.linear:
+        able = ", ".join(name for name, other in RULES.items() if other.linear)
+        yield (
+            f"dp-clip = {config.privacy.dp_clip:g}: it is no average of changes, so that one client could move it by "
+            f"more than its share; these rules are: {able}"
+        )
     if settings.client_ranks and not rule.unequal_ranks:
         able = ", ".join(name for name, other in RULES.items() if other.unequal_ranks)
         yield f"client-ranks = {settings.client_ranks!r}: it needs equal ranks; these rules do not: {able}"
