@@ -42,7 +42,9 @@ def option(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = option(
-        "health-tweets", "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name"
+        "health-tweets",
+        "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name; empty: the server has none, "
+        "and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
@@ -284,6 +286,8 @@ class Config:
                 f"over-sample = {self.federation.over_sample:g} leaves the slowest clients out, which failures = "
                 "'strict' does not allow; failures = 'tolerant' does"
             )
+        if not self.data.dataset and not (self.data.partitioner == "own" and self.data.labels):
+            raise ConfigError("dataset = '' (the server has no data) needs partitioner = 'own', and the list of labels")
         if self.privacy.dp_clip:
             self._check_privacy()
         if len(set(labels := self.data.label_list)) < len(labels) or len(labels) == 1:

@@ -135,6 +135,8 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     is_known = data.num_clients or data.partitioner in ("natural", "own")
     assert is_known, "num-clients = 0 is for the caller to resolve"
     check_tokenizer(tokenizer)
+    if not data.dataset:
+        return _nothing(data, tokenizer)
 
     train, test = find_tables(data)
     columns = (data.text_column, data.label_column, data.client_column)
@@ -181,6 +183,14 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
         unassigned=int((partition["owner"] < 0).sum()),
         digest=digest,
     )
+
+
+def _nothing(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+    """The data of a server that has none: labels alone."""
+    none, digest = torch.zeros(0, dtype=torch.int64), digest_of(data.labels)
+    tokens = {"input_ids": none.int(), "offsets": torch.zeros(1, dtype=torch.int64), "labels": none}
+    examples, nobody = as_examples(tokens, tokenizer), none.numpy()
+    return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

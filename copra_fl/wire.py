@@ -228,7 +228,7 @@ def check_reply(reply: RecordDict, run: str, server_round: int, most: int) -> No
     size = sum(record.count_bytes() for record in reply.values())
     if size > most:
         raise ValueError(f"it has {size} bytes, where such a reply has {most} at most")
-    answered = dict(reply.config_records.get("echo", ConfigRecord()))
+    answered: dict[str, Any] = dict(reply.config_records.get("echo", ConfigRecord()))
     if answered != {"run": run, "round": server_round}:
         raise ValueError(
             f"it answers round {answered.get('round')} of run {answered.get('run')}, not round {server_round} of {run}"

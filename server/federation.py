@@ -208,16 +208,19 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         sampled, updates = strategy.sample(server_round), {update.client: update for update in strategy.updates}
         if evaluated(config, server_round):
             emit("evaluating", round=server_round)
-            chosen = merge_gap_clients(config, server_round, sampled)
-            row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
-            log(INFO, "round %s: validation accuracy %.4f", server_round, row["validation"]["accuracy"])
+            if config.data.dataset:
+                chosen = merge_gap_clients(config, server_round, sampled)
+                row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
+            else:
+                row["validation"] = weighted_mean(evaluate_clients(grid, strategy, server_round))
+            log(INFO, "round %s: validation %s", server_round, row["validation"])
         if server_round == num_rounds:
             pairs = path_pairs(config, server_round, sampled)
             row["paths"] = evaluator.paths(
                 before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates]
             )
         journal.record(row, strategy.state)
-        emit("recorded", round=server_round, accuracy=row.get("validation", {}).get("accuracy"))
+        emit("recorded", round=server_round, accuracy=(row.get("validation") or {}).get("accuracy"))
     finish(grid, strategy, evaluator, journal)
 
 
@@ -248,7 +251,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
         "seconds": time.perf_counter() - started,
         "bytes_down": sum(wire.num_bytes(message.content) for message in messages),
         "bytes_up": sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content()),
-        "train_loss": metrics["loss"],
+        "train_loss": metrics["loss"] if strategy.updates else None,
         "aggregation_error": strategy.error,
         "notes": strategy.notes,
         "clients": [
@@ -262,6 +265,26 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],
     }
+
+
+def evaluate_clients(grid: Grid, strategy: CohortStrategy, server_round: int) -> list[Row]:
+    """Loss, accuracy and number of examples of each client on its own validation data, after a round."""
+    arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
+    messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+    replies = exchange(grid, messages, strategy.config.federation.round_timeout)
+    metrics = strategy.aggregate_evaluate(server_round, replies)
+    assert metrics is not None
+    columns = {name: list(values) for name, values in metrics.items()}  # type: ignore[arg-type]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def weighted_mean(clients: Sequence[Row]) -> Row | None:
+    """Loss and accuracy over all the clients' validation examples; None where there are none."""
+    examples = [client["examples"] for client in clients]
+    if not clients:
+        return None
+    means = {name: float(np.average([row[name] for row in clients], weights=examples)) for name in ("loss", "accuracy")}
+    return {**means, "examples": sum(examples)}
 
 
 def write_provenance(journal: Journal, config: Config, federated: data.FederatedData) -> None:
@@ -286,17 +309,12 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     """
     config, federated, rows, state = strategy.config, evaluator.federated, journal.rows, strategy.state
     emit("testing")
-    arrays = ArrayRecord(torch_state_dict=state.adapter)
-    messages = strategy.configure_evaluate(len(rows), arrays, ConfigRecord(), grid)
-    replies = exchange(grid, messages, config.federation.round_timeout)
-    clients = strategy.aggregate_evaluate(len(rows), replies)
-    assert clients is not None
-    test = None
-    if not strategy.rule.personal:
+    clients, test = evaluate_clients(grid, strategy, len(rows)), None
+    if config.data.dataset and not strategy.rule.personal:
         (test,) = evaluator.score([state.adapter], state.residual, federated.test)
+    if not strategy.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         models.save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
-    columns = {name: list(values) for name, values in clients.items()}  # type: ignore[arg-type]
     last = rows[-1]
     errors = [row["aggregation_error"]["total"] for row in rows if row["aggregation_error"]]
     journal.write_json(
@@ -315,7 +333,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "bytes_up": sum(row["bytes_up"] for row in rows),
             "bytes_down": sum(row["bytes_down"] for row in rows),
             "seconds": sum(row["seconds"] for row in rows),
-            "clients": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)],
+            "clients": clients,
             "paths": last["paths"],
             "skipped_clients": federated.skipped,
             "unassigned_examples": federated.unassigned,

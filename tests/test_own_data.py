@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
+from safetensors.torch import load_file
 
 from clients import session
 from clients.app import app as client_app
 from copra_fl import models, wire
-from copra_fl.config import Config, csv_line
+from copra_fl.aggregation import check
+from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data import FederatedData
 from copra_fl.own_data import load_own
 from server.strategy import FederationError
@@ -105,6 +108,40 @@ def test_labels_are_a_line_of_csv() -> None:
 def test_the_configured_labels_are_agreed_in_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:
     directory = run_federation(own | {"labels": "sky,sea,lake,sand"}, tmp_path / "run", grid=nodes(files))
     assert models.load(directory / "adapter", device="cpu").labels == ["sky", "sea", "lake", "sand"]
+
+
+def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    """Its validation is the mean over all of the clients' examples, by hand from what the last round's clients say.
+
+    The adapters are those of a server that has data, since data decide about nothing but the evaluation.
+    """
+    flat = own | {"dataset": "", "labels": "sand,sea,sky", "validation-fraction": 0.3}
+    files[1] = write(rows_of(1, 60), files[1])
+    directory = run_federation(flat, tmp_path / "run", grid=nodes(files))
+    summary = json.loads((directory / "summary.json").read_text())
+    clients = summary["clients"]
+    assert [client["examples"] for client in clients] == [12, 18, 12]
+    right = sum(client["examples"] * client["accuracy"] for client in clients)
+    assert summary["validation"]["accuracy"] == pytest.approx(right / 42) and summary["validation"]["examples"] == 42
+    assert (summary["test"], summary["merge_gap"], summary["paths"]) == (None, None, [])
+    rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    assert all(row["validation"]["loss"] > 0 for row in rows)
+    saved = [
+        load_file(run / "adapter" / "head.safetensors")
+        for run in (directory, run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=nodes(files)))
+    ]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
+    with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own', and the list of labels"):
+        Config.from_flat(own | {"dataset": ""})
+    with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own'"):
+        Config.from_flat({"dataset": "", "labels": "a,b"})
+    for rule in ("connectivity", "fed-sb"):
+        config = Config.from_flat(own | {"dataset": "", "labels": "a,b", "rule": rule, "local-training": "lora"})
+        with pytest.raises(ConfigError, match=f"rule = '{rule}' does not combine with dataset = ''"):
+            check(config)
 
 
 class Wire(LocalGrid):

@@ -62,7 +62,7 @@ def test_one_sampled_round_is_the_integral(q: float, z: float) -> None:
 def renyi_epsilon(q: float, z: float, rounds: int, delta: float) -> float:
     """An upper bound by Renyi divergence at whole orders (Mironov et al., arXiv 1908.10530, section 3.3)."""
     bounds = []
-    for order in range(2, 64):
+    for order in range(2, 40):
         terms = [comb(order, k) * (1 - q) ** (order - k) * q**k * math.exp(k * (k - 1) / (2 * z**2))
                  for k in range(order + 1)]  # fmt: skip
         bounds.append(rounds * math.log(sum(terms)) / (order - 1) + math.log(1 / delta) / (order - 1))
@@ -78,7 +78,8 @@ def test_rounds_of_different_kinds_compose_in_any_order() -> None:
     """30 rounds at z = 4 without sampling and 10 at z = 2 are one Gaussian of 1 / z^2 = 30 / 16 + 10 / 4."""
     mixed = [Release(1.0, 4.0)] * 30 + [Release(1.0, 2.0)] * 10
     expected = gaussian_epsilon((30 / 16 + 10 / 4) ** -0.5, 1, 1e-5)
-    assert epsilon(mixed, 1e-5) == epsilon(mixed[::-1], 1e-5) == pytest.approx(expected, rel=2e-3)
+    assert epsilon(mixed, 1e-5) == pytest.approx(expected, rel=2e-3)
+    assert epsilon(mixed[::-1], 1e-5) == pytest.approx(epsilon(mixed, 1e-5), rel=1e-9)
 
 
 def test_clipping_by_hand() -> None:
@@ -155,7 +156,7 @@ def test_only_linear_rules_are_private(rule: str) -> None:
 
 @pytest.fixture
 def private(tiny: Settings) -> Settings:
-    flat = {"dp-clip": 0.1, "dp-noise-multiplier": 0.8, "weighting": "equal", "num-rounds": 3, "path-pairs": 0}
+    flat = {"dp-clip": 0.02, "dp-noise-multiplier": 0.8, "weighting": "equal", "num-rounds": 3, "path-pairs": 0}
     return tiny | flat | {"merge-gap-clients": 0}
 
 
@@ -183,7 +184,7 @@ def test_noise_cannot_be_drawn_again_from_the_seed(private: Settings, tmp_path: 
     a, b = (final(run_federation(private | {"num-rounds": 1}, tmp_path / name)) for name in "ab")
     apart = norm({name: a[name].double() - b[name].double() for name in a})
     size = sum(tensor.numel() for tensor in a.values())
-    assert apart == pytest.approx(math.sqrt(2 * size) * 0.8 * 0.1 / 6, rel=0.1)
+    assert apart == pytest.approx(math.sqrt(2 * size) * 0.8 * 0.02 / 6, rel=0.1)
 
 
 def test_a_private_run_resumes_with_the_same_noise_sample_and_epsilon(private: Settings, tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ RULES: dict[str, Rule] = {
         fedavg,
         core=True,
         linear=True,
+        needs_data=True,
         trains=lambda server_round: frozenset({"R", "head"}),
         no_copra="B and A are fixed for good by a first gradient, taken with every layer on; they do not fit a model "
         "in which layers are off",
     ),
-    "connectivity": Rule(connectivity, averages=False),
+    "connectivity": Rule(connectivity, averages=False, needs_data=True),
     "trimmed-mean": Rule(trimmed_mean),
     "median": Rule(median),
     "norm-clipped": Rule(norm_clipped),
@@ -92,6 +93,8 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         yield f"local-training = 'copra': {rule.no_copra}"
     if settings.rule != "fedavg" and training == "head":
         yield "local-training = 'head': there are no adapters to aggregate; use rule = 'fedavg'"
+    if rule.needs_data and not config.data.dataset:
+        yield "dataset = '': it needs validation data on the server"
     if config.privacy.dp_clip and not rule.linear:
         able = ", ".join(name for name, other in RULES.items() if other.linear)
         yield (
