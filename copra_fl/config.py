@@ -168,6 +168,7 @@ class FederationConfig:
         0.0, "longest change of a client's tensors that is accepted (the journal has each distance); 0: any", low=0
     )
     round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
+    min_nodes: int = option(1, "nodes that must be there before a run begins", low=1)
     node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
 
 

@@ -98,12 +98,15 @@ def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
     """Ask every node who it is. Returns node id -> hello.
 
     Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
-    partition twice; for a client that no node can host (strict); and when no node is there after node-timeout.
+    partition twice; for a client that no node can host (strict); and for fewer than min-nodes after node-timeout.
     """
     deadline = time.monotonic() + config.federation.node_timeout
-    while not (nodes := sorted(grid.get_node_ids())):
+    while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
         if time.monotonic() > deadline:
-            raise FederationError(f"no node connected within node-timeout = {config.federation.node_timeout:g} s")
+            raise FederationError(
+                f"{len(nodes)} nodes connected within node-timeout = {config.federation.node_timeout:g} s; "
+                f"min-nodes = {config.federation.min_nodes}"
+            )
         time.sleep(0.5)
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
     hellos: dict[int, wire.Hello] = {}

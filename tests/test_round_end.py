@@ -90,6 +90,23 @@ def test_over_sampling_takes_the_first_and_waits_for_no_more(settings: Settings,
     ]
 
 
+class LateGrid(LocalGrid):
+    """Nodes connect one after the other, one with each look."""
+
+    looks = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return list(self.contexts)[: self.looks]
+
+
+def test_a_run_waits_for_its_nodes(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
+    assert clients(run_federation(flat | {"min-nodes": 3}, tmp_path / "run", grid=LateGrid(3))) == [[0, 1, 2]]
+    with pytest.raises(FederationError, match="3 nodes connected within node-timeout = 2 s; min-nodes = 4"):
+        run_federation(flat | {"min-nodes": 4, "node-timeout": 2.0}, tmp_path / "few", grid=LateGrid(3))
+
+
 def test_over_sampling_needs_tolerance() -> None:
     with pytest.raises(ConfigError, match="over-sample = 0.2 leaves the slowest clients out.*tolerant"):
         Config.from_flat({"over-sample": 0.2})
