@@ -70,8 +70,7 @@ class Site:
         if config.data.partitioner == "own":
             if not self.data_path:
                 raise Refused("partitioner = 'own', but its node config names no data-path")
-            with self.discretion():
-                return open_own(config, self.data_path, self.partition, self.num_partitions)
+            return open_own(config, self.data_path, self.partition, self.num_partitions)
         if self.data_path:
             raise Refused(
                 f"it has data of its own (data-path), and partitioner = {config.data.partitioner!r} would train on "
