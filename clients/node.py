@@ -6,7 +6,6 @@ into the reply and the server decides.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from flwr.app import Context, Message, RecordDict
 
 import copra_fl.process  # noqa: F401
 from clients.memory import ClientState, Memory, is_wanted
-from clients.session import open_data, open_engine
+from clients.session import open_engine
+from clients.site import Refused, Site
 from copra_fl import wire
 from copra_fl.adapter import Adapter, Update, parts
 from copra_fl.aggregation import ALL, find_rule
@@ -24,38 +24,55 @@ from copra_fl.aggregation.checking import BadUpdate, check_update
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.ranks import as_sent, client_starts, pad
 from copra_fl.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
+from copra_fl.config import Config, ConfigError
 from copra_fl.data import FederatedData
 from copra_fl.engine import Engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
+from copra_fl.models import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.residual import add
-from copra_fl.training import Plan
+from copra_fl.training import Plan, expected_update
 
 Result = TypeVar("Result")
 
 
 def hello(message: Message, context: Context) -> Message:
-    config = wire.unpack_config(message.content)
-    partition = int(context.node_config["partition-id"])
-    num_partitions = int(context.node_config["num-partitions"])
+    """Who this node is and which clients it can host, or why it takes no part."""
+    site, digest = Site.of(context), library_digest(Path(__file__).parent)
+    config = site.adapt(wire.unpack_config(message.content))
+    try:
+        check_weights(config.model)
+        with site.discretion():
+            answer = _introduce(site, digest, config)
+    except (Refused, ConfigError) as error:
+        answer = wire.Hello(site.partition, digest, refusal=str(error))
+    return Message(wire.pack_hello(answer), reply_to=message)
+
+
+def _introduce(site: Site, digest: str, config: Config) -> wire.Hello:
     single = config.data.num_clients == 0 and config.data.partitioner != "natural"
-    data = open_data(config.changed(num_clients=num_partitions) if single else config)
-    at_home = single or is_wanted(config)
-    hosted = range(partition, len(data.train), num_partitions) if at_home else range(len(data.train))
-    answer = wire.Hello(
-        partition=partition,
-        digest=library_digest(Path(__file__).parent),
+    data = site.open_data(config.changed(num_clients=site.num_partitions) if single else config)
+    at_home = single or config.data.partitioner == "own" or is_wanted(config)
+    hosted = range(site.partition, len(data.train), site.num_partitions) if at_home else range(len(data.train))
+    return wire.Hello(
+        partition=site.partition,
+        digest=digest,
         num_clients=len(data.train),
         num_examples={client: len(data.train[client]) for client in hosted},
         num_validation={client: len(data.validation[client]) for client in hosted},
         label_names=data.label_names,
     )
-    return Message(wire.pack_hello(answer), reply_to=message)
 
 
 def train(message: Message, context: Context) -> Message:
-    plan, engine, data, state = _open(message, context)
+    site = Site.of(context)
+    with site.discretion():
+        return Message(_train(site, message, context), reply_to=message)
+
+
+def _train(site: Site, message: Message, context: Context) -> RecordDict:
+    plan, engine, data, state = _open(site, message, context)
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.classifier.group_of
     memory = Memory(wire.unpack_delivery(message.content).run)
     left = {client: memory.read(client, plan.server_round) for client in plan.clients}
@@ -64,7 +81,7 @@ def train(message: Message, context: Context) -> Message:
     if rule.personal:
         starts = {client: start | left[client].personal for client, start in starts.items()}
     corrections = {client: _minus(state.control, each.control) for client, each in left.items() if state.control}
-    updates, failures = _train_all(plan, engine, data, starts, corrections)
+    updates, failures = _train_all(site, plan, engine, data, starts, corrections)
     sendable = {client: parts(start, rule.sends(plan.server_round)) for client, start in own.items()}
     buffers, lost = _pack(plan, updates, sendable, {c: each.lost for c, each in left.items()}, group_of)
     if state.control:
@@ -75,23 +92,31 @@ def train(message: Message, context: Context) -> Message:
             before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
             after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
             memory.write(update.client, plan.server_round, after)
-    return Message(wire.pack_updates(updates, buffers, failures), reply_to=message)
+    return wire.echo(message.content, wire.pack_updates(updates, buffers, failures))
 
 
 def _train_all(
-    plan: Plan, engine: Engine, data: FederatedData, starts: Mapping[int, Adapter], corrections: Mapping[int, Adapter]
+    site: Site,
+    plan: Plan,
+    engine: Engine,
+    data: FederatedData,
+    starts: Mapping[int, Adapter],
+    corrections: Mapping[int, Adapter],
 ) -> tuple[list[Update], dict[int, str]]:
     """The good updates of the plan's clients, and why the others have none."""
-    num_groups, trainable = len(engine.classifier.gates.names), plan.trained_parts
+    trainable = plan.trained_parts
     updates: list[Update] = []
     failures: dict[int, str] = {}
     for clients in engine.slices(data, plan):
-        trained, failed = _each(clients, lambda some: engine.train(data, plan, some, starts, _report, corrections))
+        trained, failed = _each(
+            site, clients, lambda some: engine.train(data, plan, some, starts, _report, corrections)
+        )
         failures |= failed
         for update in trained:
-            start, num_examples = parts(starts[update.client], trainable), len(data.train[update.client])
+            start = parts(starts[update.client], trainable)
+            expected = expected_update(plan.config, len(engine.classifier.gates.names), len(data.train[update.client]))
             try:
-                check_update(update, start, engine.classifier.group_of, num_groups, num_examples)
+                check_update(update, start, engine.classifier.group_of, expected)
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
@@ -127,7 +152,13 @@ def _pack(
 
 
 def evaluate_clients(message: Message, context: Context) -> Message:
-    plan, engine, data, state = _open(message, context)
+    site = Site.of(context)
+    with site.discretion():
+        return Message(_evaluate(site, message, context), reply_to=message)
+
+
+def _evaluate(site: Site, message: Message, context: Context) -> RecordDict:
+    plan, engine, data, state = _open(site, message, context)
     settings, memory = plan.config.evaluation, Memory(wire.unpack_delivery(message.content).run)
 
     def evaluate_all(clients: tuple[int, ...]) -> list[tuple[int, dict[str, float]]]:
@@ -139,14 +170,15 @@ def evaluate_clients(message: Message, context: Context) -> Message:
             evaluations.append((client, metrics))
         return evaluations
 
-    evaluations, failures = _each(plan.clients, evaluate_all)
-    return Message(wire.pack_evaluations(dict(evaluations), failures), reply_to=message)
+    evaluations, failures = _each(site, plan.clients, evaluate_all)
+    return wire.echo(message.content, wire.pack_evaluations(dict(evaluations), failures))
 
 
-def _open(message: Message, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
+def _open(site: Site, message: Message, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
     """The plan of a message, the engine and data that it needs, and the server's state."""
     plan = wire.unpack_plan(message.content)
-    config, data, rule = plan.config, open_data(plan.config), find_rule(plan.config.aggregation.rule)
+    plan = replace(plan, config=site.adapt(plan.config))
+    config, data, rule = plan.config, site.open_data(plan.config), find_rule(plan.config.aggregation.rule)
     num_labels = len(data.label_names)
     engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0, core=rule.core)
     state = _receive(message.content, context.state, engine.classifier.read_adapter(), plan)
@@ -179,21 +211,21 @@ def _report(num_clients: float) -> None:
 
 
 def _each(
-    clients: tuple[int, ...], work: Callable[[tuple[int, ...]], list[Result]]
+    site: Site, clients: tuple[int, ...], work: Callable[[tuple[int, ...]], list[Result]]
 ) -> tuple[list[Result], dict[int, str]]:
-    """`work` on all `clients`: results, and tracebacks of those that failed.
+    """`work` on all `clients`: results, and what may be told of those that failed.
 
     Where all together fail each is tried alone, so that one does not take the others with it.
     """
     try:
         return work(clients), {}
-    except Exception:
+    except Exception as error:
         if len(clients) == 1:
-            return [], {clients[0]: traceback.format_exc()}
+            return [], {clients[0]: site.told(error)}
     results: list[Result] = []
     failures: dict[int, str] = {}
     for client in clients:
-        done, failed = _each((client,), work)
+        done, failed = _each(site, (client,), work)
         results += done
         failures |= failed
     return results, failures

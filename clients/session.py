@@ -12,6 +12,7 @@ from copra_fl import engine
 from copra_fl.config import Config
 from copra_fl.data import FederatedData, load
 from copra_fl.models import load_tokenizer
+from copra_fl.own_data import load_own
 
 #: its adapter's values come with each message
 open_engine = lru_cache(maxsize=1)(engine.open_engine)
@@ -21,3 +22,9 @@ open_engine = lru_cache(maxsize=1)(engine.open_engine)
 def open_data(config: Config) -> FederatedData:
     """The clients' examples, from the token cache."""
     return load(config, load_tokenizer(config.model.model))
+
+
+@lru_cache(maxsize=4)
+def open_own(config: Config, path: str, client: int, num_clients: int) -> FederatedData:
+    """The examples in a node's own file, from the token cache."""
+    return load_own(config, load_tokenizer(config.model.model), path, client, num_clients)

@@ -4,11 +4,15 @@ Processes that map one file share its pages, so that a further worker costs its 
 convert while loading would give every process a copy of its own. A base stored in another dtype is therefore
 converted once and kept:
 
-    CACHE/bases/DIGEST/      a folder that Transformers' from_pretrained opens
+    CACHE/bases/DIGEST/           a folder that Transformers' from_pretrained opens
+    CACHE/bases/DIGEST.sha256     `weights_digest`; a model's own folder need not be writable
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +27,9 @@ from copra_fl.assets import AssetError, cache_dir
 from copra_fl.tables import digest_of
 
 transformers_logging.disable_progress_bar()
+
+#: where Transformers looks for weights, in its order; an index names the files of which they are made up
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def open_base(source: str, dtype: str, attention: str) -> PreTrainedModel:
@@ -55,6 +62,39 @@ def _identity(source: str) -> list[object]:
         return [str(folder)]
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     return [str(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+
+
+def weights_digest(source: str) -> str:
+    """SHA-256 of the weights of the model `source`; of several files that of their digests, one a line.
+
+    Computed once and kept, for as long as the files stay as they are. Raises OSError where there are none.
+    """
+    kept = cache_dir() / "bases" / f"{digest_of(_identity(source))}.sha256"
+    if not kept.exists():
+        digests = [_sha256(path) for path in _weights(source)]
+        digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        kept.parent.mkdir(exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(digest, encoding="ascii")
+        partial.rename(kept)
+    return kept.read_text(encoding="ascii")
+
+
+def _weights(source: str) -> list[Path]:
+    """The files with the weights, sorted by name."""
+    found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHTS)
+    path = next((Path(str(name)) for name in found if name), None)
+    if path is None:
+        raise OSError(f"{source!r} has none of {', '.join(WEIGHTS)}")
+    if path.suffix != ".json":
+        return [path]
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    return [Path(str(cached_file(source, shard))) for shard in sorted(set(shards))]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _convert(source: str, dtype: str, place: Path) -> None:

@@ -8,7 +8,9 @@ checks and names whatever is wrong, so that nothing starts on a bad configuratio
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import json
 import math
 import tomllib
@@ -40,14 +42,19 @@ def option(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = option(
-        "health-tweets", "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name"
+        "health-tweets",
+        "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name; empty: the server has none, "
+        "and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "column that says whose an example is, for partitioner = natural")
+    labels: str = option("", "all labels in order, as a line of CSV; empty: those that the data set has")
     partitioner: str = option(
-        "dirichlet", "how examples go to clients", choices=("iid", "dirichlet", "pathological", "shards", "natural")
+        "dirichlet",
+        "how examples go to clients; own: each node has a file of its own (docs/nodes.md), dataset is the server's",
+        choices=("iid", "dirichlet", "pathological", "shards", "natural", "own"),
     )
     alpha: float = option(0.3, "dirichlet: concentration; small is skewed", above=0)
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
@@ -60,10 +67,18 @@ class DataConfig:
     test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
     max_length: int = option(64, "tokens per example; longer texts are cut", low=4)
 
+    @property
+    def label_list(self) -> list[str]:
+        """The labels in `labels`; none where it is empty."""
+        return next(csv.reader([self.labels], skipinitialspace=True), [])
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers encoder")
+    model_sha256: str = option(
+        "", "SHA-256 of the base's weights, as sha256sum prints it of one file; empty: of what the server has"
+    )
     pooling: str = option("mean", "what the head sees", choices=("mean", "cls", "pooler"))
     target_modules: str = option("query,value", "linear modules that get an adapter, comma-separated, or all-linear")
     rank: int = option(8, "LoRA rank r", low=1)
@@ -147,14 +162,21 @@ class FederationConfig:
     )
     failures: str = option("strict", "stop at the first failed client, or go on", choices=("strict", "tolerant"))
     min_replies: int = option(1, "tolerant: good replies a round needs", low=1)
+    over_sample: float = option(
+        0.0, "tolerant: share of clients sampled on top; a round ends with as many as were wanted", low=0, high=1
+    )
+    max_update_norm: float = option(
+        0.0, "longest change of a client's tensors that is accepted (the journal has each distance); 0: any", low=0
+    )
     round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
+    min_nodes: int = option(1, "nodes that must be there before a run begins", low=1)
     node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
 
 
 @dataclass(frozen=True)
 class AggregationConfig:
     rule: str = option("fedavg", "how updates become the next global adapter (docs/aggregation.md lists all)")
-    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity"))
+    weighting: str = option("examples", "what a client's layer weighs", choices=("examples", "activity", "equal"))
     client_ranks: str = option("", "ranks of the clients' adapters, comma-separated, none above rank; empty: all rank")
     rank_assignment: str = option(
         "listed",
@@ -181,6 +203,16 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    dp_clip: float = option(
+        0.0, "differential privacy: norm that each client's change is clipped to (docs/nodes.md); 0: off", low=0
+    )
+    dp_noise_multiplier: float = option(1.0, "deviation of the noise on the sum of changes, in dp-clip", above=0)
+    dp_delta: float = option(1e-5, "delta that epsilon is given at", above=0, high=0.5)
+    dp_budget: float = option(0.0, "largest epsilon that a run may spend; 0: any", low=0)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
     eval_batch_size: int = option(64, "examples per batch", low=1)
@@ -201,6 +233,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
@@ -252,9 +285,33 @@ class Config:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
         if self.copra.p0 > self.copra.p1:
             raise ConfigError(f"p0 = {self.copra.p0} is more than p1 = {self.copra.p1}: it rises, or stays")
+        if self.federation.over_sample and self.federation.failures == "strict":
+            raise ConfigError(
+                f"over-sample = {self.federation.over_sample:g} leaves the slowest clients out, which failures = "
+                "'strict' does not allow; failures = 'tolerant' does"
+            )
+        if not self.data.dataset and not (self.data.partitioner == "own" and self.data.labels):
+            raise ConfigError("dataset = '' (the server has no data) needs partitioner = 'own', and the list of labels")
+        if self.privacy.dp_clip:
+            self._check_privacy()
+        if len(set(labels := self.data.label_list)) < len(labels) or len(labels) == 1:
+            raise ConfigError(f"labels = {self.data.labels!r} must be two or more, each of them once")
         num_clients, sampled = self.data.num_clients, self.federation.clients_per_round
         if num_clients and sampled > num_clients:
             raise ConfigError(f"clients-per-round = {sampled} is more than num-clients = {num_clients}")
+
+    def _check_privacy(self) -> None:
+        """One client more or less may move the sum of changes by dp-clip, and by no more."""
+        aggregation, clip = self.aggregation, f"dp-clip = {self.privacy.dp_clip:g}"
+        if aggregation.weighting != "equal":
+            raise ConfigError(f"{clip} needs weighting = 'equal': one client must count as much as another")
+        if aggregation.control_variates:
+            raise ConfigError(f"{clip} does not combine with control-variates, which travel without clip and noise")
+        if self.federation.over_sample:
+            raise ConfigError(
+                f"{clip} does not combine with over-sample = {self.federation.over_sample:g}: where one client is "
+                "missing another would take its place"
+            )
 
 
 def kebab(name: str) -> str:
@@ -297,6 +354,13 @@ def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
         limits += [f"at most {rules['high']:g}"] if rules["high"] < math.inf else []
         raise ConfigError(f"{key} = {value!r} must be {' and '.join(limits or ['finite'])}")
     return value
+
+
+def csv_line(names: Iterable[str]) -> str:
+    """`names` as a line of CSV, which `DataConfig.label_list` reads."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
 
 
 def toml_value(value: Value) -> str:

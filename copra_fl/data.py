@@ -4,6 +4,8 @@
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
     client ->  train | validation                     shuffled, seeded
 
+With ``partitioner = own`` the table is the server's, all of it held out, and clients have their own (`own_data`).
+
 The held-out sets are the same for every seed, so that what is tuned on validation data with one seed was never test
 data with another. Tokens and partitions are computed once, by one process, and kept in the cache; from then on `load`
 maps them into memory and imports none of the libraries that made them.
@@ -17,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -124,25 +126,45 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     """The data of `config`, tokenised by `tokenizer`, partitioned by the run's seed.
 
     The first call does the work and fills the cache; calls in other processes wait for it and then only read.
-    ``num-clients`` must be known, except for ``partitioner = natural``, where 0 means every value of the client column.
+    ``num-clients`` must be known, except for ``partitioner = natural``, where 0 means every value of the client column,
+    and for ``own``, where it does not matter: there are no clients' examples here.
 
     Raises ConfigError where data, columns or the wanted split cannot be had, AssetError where an asset cannot.
     """
     data, seed = config.data, config.federation.seed
-    assert data.num_clients or data.partitioner == "natural", "num-clients = 0 is for the caller to resolve"
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
+    is_known = data.num_clients or data.partitioner in ("natural", "own")
+    assert is_known, "num-clients = 0 is for the caller to resolve"
+    check_tokenizer(tokenizer)
+    if not data.dataset:
+        return _nothing(data, tokenizer)
 
     train, test = find_tables(data)
     columns = (data.text_column, data.label_column, data.client_column)
     sizes = (data.max_length, data.server_validation_examples, data.test_examples)
     content = (train.digest, test.digest if test else None)
-    tokens_digest = digest_of(CACHE_VERSION, content, columns, sizes, _tokenizer_state(tokenizer))
-    tokens, facts = _cached("tokens", tokens_digest, lambda: _tokenise(data, tokenizer, train, test))
-
+    roles = (data.labels, data.partitioner == "own")
+    tokens_digest = digest_of(CACHE_VERSION, content, columns, sizes, roles, tokenizer_state(tokenizer))
+    tokens, facts = cached("tokens", tokens_digest, lambda: _tokenise(data, tokenizer, train, test))
+    everything = FederatedData(
+        examples=as_examples(tokens, tokenizer),
+        label_names=facts["label_names"],
+        client_names=[],
+        train=[],
+        validation=[],
+        server_validation=tokens["server_validation"].numpy(),
+        test=tokens["test"].numpy(),
+        skipped=[],
+        unassigned=0,
+        dropped_duplicates=facts["dropped_duplicates"],
+        dropped_empty=facts["dropped_empty"],
+        digest=tokens_digest,
+        tokens_digest=tokens_digest,
+    )
+    if data.partitioner == "own":
+        return everything
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
     digest = digest_of(tokens_digest, split, seed)
-    partition, owners = _cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
+    partition, owners = cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
 
     pool, client_names = tokens["pool"].numpy(), owners["client_names"]
     train_sets, validation_sets = _split_clients(
@@ -152,21 +174,29 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     if skipped and data.empty_clients == "refuse":
         names = ", ".join(client_names[client] for client in skipped)
         raise ConfigError(f"empty-clients = 'refuse', and these clients have no training examples: {names}")
-    return FederatedData(
-        examples=Examples(tokens["input_ids"], tokens["offsets"], tokens["labels"], int(tokenizer.pad_token_id)),
-        label_names=facts["label_names"],
+    return replace(
+        everything,
         client_names=client_names,
         train=train_sets,
         validation=validation_sets,
-        server_validation=tokens["server_validation"].numpy(),
-        test=tokens["test"].numpy(),
         skipped=skipped,
         unassigned=int((partition["owner"] < 0).sum()),
-        dropped_duplicates=facts["dropped_duplicates"],
-        dropped_empty=facts["dropped_empty"],
         digest=digest,
-        tokens_digest=tokens_digest,
     )
+
+
+def _nothing(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+    """The data of a server that has none: labels alone."""
+    none, digest = torch.zeros(0, dtype=torch.int64), digest_of(data.labels)
+    tokens = {"input_ids": none.int(), "offsets": torch.zeros(1, dtype=torch.int64), "labels": none}
+    examples, nobody = as_examples(tokens, tokenizer), none.numpy()
+    return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for a tokenizer that cannot tokenise quickly, or cannot fill batches up."""
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
 
 
 def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table, test: Table | None) -> Stored:
@@ -176,10 +206,15 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table
     columns = {"text-column": data.text_column, "label-column": data.label_column}
     own = {"client-column": data.client_column} if data.client_column else {}
     rows, dropped_empty = read_examples(train, columns | own)
-    label_names = _in_order(rows["label-column"].unique())
+    there = _in_order(rows["label-column"].unique())
+    label_names = data.label_list or there
     if len(label_names) == 1:
         raise ConfigError(
             f"{train.where} has one label only, {label_names[0]!r}, in {data.label_column!r}: there is nothing to learn"
+        )
+    if new := set(there) - set(label_names):
+        raise ConfigError(
+            f"{train.where} has labels that are not in labels = {data.labels!r}: {', '.join(_in_order(new))}"
         )
     num_train = len(rows)
     if test is not None:
@@ -195,24 +230,12 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table
     subsets, dropped_duplicates = _hold_out(data, rows["text-column"], num_train)
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
-    tensors["labels"] = _codes(rows["label-column"], label_names)
+    tensors["labels"] = codes(rows["label-column"], label_names)
     client_names: list[str] = []
     if own:
         client_names = _in_order(rows["client-column"].dropna().unique())
-        tensors["clients"] = _codes(rows["client-column"], client_names)
-    lengths, parts = [0], []
-    for start in range(0, len(rows), TEXTS_PER_CALL):
-        encoded = tokenizer(
-            rows["text-column"].iloc[start : start + TEXTS_PER_CALL].tolist(),
-            truncation=True,
-            max_length=data.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        lengths += map(len, encoded)
-        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-    tensors["input_ids"] = torch.from_numpy(np.concatenate(parts))
-    tensors["offsets"] = torch.tensor(lengths).cumsum(0)
+        tensors["clients"] = codes(rows["client-column"], client_names)
+    tensors |= encode_texts(tokenizer, rows["text-column"], data.max_length)
     facts = {
         "label_names": label_names,
         "client_names": client_names,
@@ -222,13 +245,34 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table
     return tensors, facts
 
 
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pd.Series, max_length: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``offsets`` of `texts`, as in `Examples`."""
+    lengths, parts = [0], []
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        encoded = tokenizer(
+            texts.iloc[start : start + TEXTS_PER_CALL].tolist(),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths += map(len, encoded)
+        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+    return {"input_ids": torch.from_numpy(np.concatenate(parts)), "offsets": torch.tensor(lengths).cumsum(0)}
+
+
+def as_examples(tokens: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """What the cache keeps of tokens, as examples."""
+    return Examples(tokens["input_ids"], tokens["offsets"], tokens["labels"], int(tokenizer.pad_token_id))
+
+
 def _in_order(names: Iterable[str]) -> list[str]:
     """Sorted, by value where all are whole numbers."""
     names = sorted(names)
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
 
 
-def _codes(column: pd.Series, names: list[str]) -> Tensor:
+def codes(column: pd.Series, names: list[str]) -> Tensor:
     """(N,) int64: where each text is in `names`; -1 for a missing one."""
     import pandas as pd
 
@@ -243,18 +287,20 @@ def _hold_out(data: DataConfig, texts: pd.Series, num_train: int) -> tuple[dict[
     test = np.arange(num_train, len(texts))
     carve_test = 0 if len(test) else data.test_examples
     carved = carve_test + data.server_validation_examples
-    if 2 * carved > num_train:
+    own = data.partitioner == "own"
+    if carved > num_train or (2 * carved > num_train and not own):
         wanted = [f"test-examples = {carve_test}"] if carve_test else []
         wanted.append(f"server-validation-examples = {data.server_validation_examples}")
         raise ConfigError(
-            f"{' and '.join(wanted)} would take {carved} of {num_train} examples from the clients; at most half may go"
+            f"{' and '.join(wanted)} would take {carved} of {num_train} examples"
+            + ("" if own else " from the clients; at most half may go")
         )
     order = generator(HELD_OUT_ROOT, "held-out").permutation(num_train)
     if carve_test:
         test = order[:carve_test]
-    validation, pool = order[carve_test:carved], order[carved:]
+    validation, pool = order[carve_test:carved], order[carved:carved] if own else order[carved:]
     new_validation = validation[~texts.iloc[validation].isin(texts.iloc[pool]).to_numpy()]
-    new_test = test[~texts.iloc[test].isin(texts.iloc[order[carve_test:]]).to_numpy()]
+    new_test = test[~texts.iloc[test].isin(texts.iloc[np.concatenate([validation, pool])]).to_numpy()]
     for name, kept in (("test set", new_test), ("server's validation set", new_validation)):
         if not len(kept):
             raise ConfigError(f"nothing is left of the {name}: all its texts are also among the other examples")
@@ -334,27 +380,33 @@ def _make_partitioner(data: DataConfig, seed: int, labels: np.ndarray) -> Any:
 def _split_clients(
     pool: np.ndarray, owner: np.ndarray, num_clients: int, validation_fraction: float, seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Train and validation indices of each client; who has an example at all has one to train on."""
+    """`split_client` of each client; who has an example at all has one to train on."""
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(num_clients + 1))
     train, validation = [], []
     for client in range(num_clients):
-        own = generator(seed, "partition", "client", client).permutation(
-            pool[order[bounds[client] : bounds[client + 1]]]
-        )
-        held = int(len(own) * validation_fraction)
-        train.append(own[held:])
-        validation.append(own[:held])
+        own, held = split_client(pool[order[bounds[client] : bounds[client + 1]]], client, validation_fraction, seed)
+        train.append(own)
+        validation.append(held)
     return train, validation
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+def split_client(
+    indices: np.ndarray, client: int, validation_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train and validation part of the examples `indices` of one client."""
+    shuffled = generator(seed, "partition", "client", client).permutation(indices)
+    held = int(len(shuffled) * validation_fraction)
+    return shuffled[held:], shuffled[:held]
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides what tokens a text gets; not the truncation and padding that the last call left behind."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return digest_of(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
 
 
-def _cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
+def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
     """The tensors and facts kept under `digest`, mapped into memory; built first, by one process, if not there."""
     path = cache_dir() / kind / f"{digest}.safetensors"
     if not path.exists():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from copra_fl import assets
+from copra_fl import assets, bases
 from copra_fl import residual as residuals
 from copra_fl.adapter import Adapter, part_of
 from copra_fl.bases import open_base
@@ -174,6 +174,23 @@ def _not_found(model: str, error: Exception) -> str:
         f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be "
         f"had from the Hugging Face hub: {str(error).splitlines()[0]}"
     )
+
+
+def check_weights(config: ModelConfig) -> str:
+    """SHA-256 of the base's weights (`bases.weights_digest`).
+
+    Raises ConfigError where there is no such model, or ``model-sha256`` names other weights.
+    """
+    try:
+        digest = bases.weights_digest(resolve(config.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    if config.model_sha256 not in ("", digest):
+        raise ConfigError(
+            f"the base differs: the weights of model = {config.model!r} have SHA-256 {digest} here, not "
+            f"{config.model_sha256}"
+        )
+    return digest
 
 
 def choose_device(device: str) -> torch.device:

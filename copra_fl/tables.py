@@ -22,6 +22,17 @@ if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 
+class TableError(ConfigError):
+    """A file of examples that cannot be used.
+
+    `outline` is the message without what only who has the file may know: its name, its columns, its values.
+    """
+
+    def __init__(self, message: str, outline: str) -> None:
+        super().__init__(message)
+        self.outline = outline
+
+
 def digest_of(*parts: Any) -> str:
     """SHA-256 of `parts` written as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -38,16 +49,16 @@ class Table:
 
 def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     """The training table and, where there is one, the test table."""
-    test = _file_table("test-file", Path(data.test_file)) if data.test_file else None
+    test = file_table("test-file", Path(data.test_file)) if data.test_file else None
     known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
     if data.dataset in known:
         folder = fetch(data.dataset)
         if test is None and (folder / "test.parquet").exists():
-            test = _file_table("dataset", folder / "test.parquet")
-        return _file_table("dataset", folder / "train.parquet"), test
+            test = file_table("dataset", folder / "test.parquet")
+        return file_table("dataset", folder / "train.parquet"), test
     path = Path(data.dataset).expanduser()
     if path.is_file() or path.suffix.lower() in FORMATS:
-        return _file_table("dataset", path), test
+        return file_table("dataset", path), test
     if "/" not in data.dataset:
         raise ConfigError(
             f"{unknown('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
@@ -57,17 +68,24 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     return train, test or own_test
 
 
-def _file_table(key: str, path: Path) -> Table:
+def file_table(key: str, path: Path) -> Table:
+    """The table in the file `path`, which the setting `key` names. Raises TableError where there is none."""
     path = path.expanduser().absolute()
     if not path.is_file():
-        raise ConfigError(f"{key}: there is no file {path}")
+        raise TableError(f"{key}: there is no file {path}", f"{key}: there is no such file")
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{key}: {path} ends in {path.suffix!r}, which is none of {', '.join(FORMATS)}")
+        known = ", ".join(FORMATS)
+        raise TableError(
+            f"{key}: {path} ends in {path.suffix!r}, which is none of {known}",
+            f"{key}: its file ends in none of {known}",
+        )
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+        raise TableError(
+            f"{key}: cannot read {path}: {error.strerror}", f"{key}: cannot read its file: {error.strerror}"
+        ) from error
     return Table(str(path), digest, lambda: _read_file(key, path))
 
 
@@ -86,7 +104,9 @@ def _read_file(key: str, path: Path) -> pd.DataFrame:
                 return pd.read_json(path, lines=True, dtype=False)
     except (ValueError, OSError) as error:
         kind = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(path.suffix.lower(), "JSON, one object a line")
-        raise ConfigError(f"{key}: {path} cannot be read as {kind}: {error}") from error
+        raise TableError(
+            f"{key}: {path} cannot be read as {kind}: {error}", f"{key}: its file cannot be read as {kind}"
+        ) from error
 
 
 def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
@@ -133,15 +153,21 @@ def read_examples(table: Table, columns: dict[str, str]) -> tuple[pd.DataFrame, 
 
     rows = table.read()
     if rows.empty:
-        raise ConfigError(f"{table.where} has no examples")
+        raise TableError(f"{table.where} has no examples", "its file has no examples")
     for key, column in columns.items():
         if column not in rows:
             there = ", ".join(map(str, rows.columns))
-            raise ConfigError(f"{key} = {column!r} is not a column of {table.where}; there are: {there}")
+            raise TableError(
+                f"{key} = {column!r} is not a column of {table.where}; there are: {there}",
+                f"{key} = {column!r} is not a column of its file",
+            )
     texts = pd.DataFrame({key: _as_text(rows[column]) for key, column in columns.items()})
     complete = texts.apply(lambda column: column.str.strip().fillna("") != "").all(axis=1)
     if not complete.any():
-        raise ConfigError(f"{table.where} has no example with all of {', '.join(map(repr, columns.values()))}")
+        wanted = ", ".join(map(repr, columns.values()))
+        raise TableError(
+            f"{table.where} has no example with all of {wanted}", f"its file has no example with all of {wanted}"
+        )
     return texts[complete].reset_index(drop=True), int((~complete).sum())
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from copra_fl import schedule
 from copra_fl.adapter import Adapter, Update, difference, norm, part_of, parts, trained
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.checking import Expected
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
@@ -54,6 +55,12 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
         return training.local_steps
     per_step = training.batch_size * training.gradient_accumulation
     return -(-num_examples * training.local_epochs // per_step)
+
+
+def expected_update(config: Config, num_groups: int, num_examples: int) -> Expected:
+    """What must be true of the update of a client with `num_examples` examples."""
+    steps = num_steps(config.training, num_examples)
+    return Expected(num_groups, num_examples, steps, config.federation.max_update_norm)
 
 
 def num_trained(training: TrainingConfig, num_examples: int) -> int:

@@ -2,7 +2,8 @@
 
     to a node    plan: configuration, round, clients     delivery: what of the server's state is here
                  adapter: the global adapter             residual, control: where the rule has them
-    back         metrics-c: of each client c             failures: client -> traceback
+    back         echo: the run and the round that are answered
+                 metrics-c: of each client c             failures: client -> traceback
                  adapters: of the clients to keep        pooled: of all others
                  controls: how the clients' control variates have changed
 
@@ -13,7 +14,7 @@ One message a node a round carries its whole cohort. Adapters are flat buffers w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -37,14 +38,21 @@ class Hello:
         num_examples: training examples of each client that it can host.
         num_validation: validation examples of each client that it can host.
         label_names: the classes its data has, in order.
+        refusal: why it takes no part; empty where it does. With one, all that follows `digest` is empty.
     """
 
     partition: int
     digest: str
-    num_clients: int
-    num_examples: dict[int, int]
-    num_validation: dict[int, int]
-    label_names: list[str]
+    num_clients: int = 0
+    num_examples: dict[int, int] = field(default_factory=dict)
+    num_validation: dict[int, int] = field(default_factory=dict)
+    label_names: list[str] = field(default_factory=list)
+    refusal: str = ""
+
+    @property
+    def counts(self) -> dict[int, tuple[int, int]]:
+        """Training and validation examples of each client that it can host."""
+        return {client: (number, self.num_validation[client]) for client, number in self.num_examples.items()}
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def pack_hello(hello: Hello) -> RecordDict:
             "num-examples": list(hello.num_examples.values()),
             "num-validation": list(hello.num_validation.values()),
             "label-names": hello.label_names,
+            "refusal": hello.refusal,
         }
     )
     return RecordDict({"hello": record})
@@ -119,6 +128,7 @@ def unpack_hello(content: RecordDict) -> Hello:
         num_examples=dict(zip(record["clients"], record["num-examples"], strict=True)),
         num_validation=dict(zip(record["clients"], record["num-validation"], strict=True)),
         label_names=record["label-names"],
+        refusal=record["refusal"],
     )
 
 
@@ -204,6 +214,25 @@ def write_held(state: RecordDict, run: str, held: Held) -> None:
     state["held"] = ConfigRecord({"run": run, "number": held.number})
     state["held-adapter"] = _pack_arrays(held.adapter)
     state["held-residual"] = _pack_arrays(held.residual)
+
+
+def echo(message: RecordDict, reply: RecordDict) -> RecordDict:
+    """`reply` with the run and the round of the `message` that it answers."""
+    server_round = message.config_records["plan"]["server-round"]
+    reply["echo"] = ConfigRecord({"run": unpack_delivery(message).run, "round": server_round})
+    return reply
+
+
+def check_reply(reply: RecordDict, run: str, server_round: int, most: int) -> None:
+    """Raise ValueError for a reply of another run or round, or of more than `most` bytes; opens no array."""
+    size = sum(record.count_bytes() for record in reply.values())
+    if size > most:
+        raise ValueError(f"it has {size} bytes, where such a reply has {most} at most")
+    answered: dict[str, Any] = dict(reply.config_records.get("echo", ConfigRecord()))
+    if answered != {"run": run, "round": server_round}:
+        raise ValueError(
+            f"it answers round {answered.get('round')} of run {answered.get('run')}, not round {server_round} of {run}"
+        )
 
 
 def pack_updates(updates: Iterable[Update], buffers: Mapping[str, Arrays], failures: Mapping[int, str]) -> RecordDict:

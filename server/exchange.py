@@ -7,7 +7,7 @@ clients can be over in less.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -16,12 +16,25 @@ from flwr.serverapp import Grid
 SHORTEST, LONGEST, SHARE = 0.005, 1.0, 0.02
 
 
-def exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> list[Message]:
-    """Send `messages`, and collect the replies that come within `timeout` seconds; sorted by node."""
+def all_of_them(replies: Sequence[Message]) -> bool:
+    """Only all replies are enough."""
+    return False
+
+
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout: float,
+    is_enough: Callable[[Sequence[Message]], bool] = all_of_them,
+) -> list[Message]:
+    """Send `messages`, and collect the replies that come within `timeout` seconds, until they are enough.
+
+    Returns them sorted by node.
+    """
     waiting = set(grid.push_messages(messages))
     replies: list[Message] = []
     started = time.monotonic()
-    while waiting and (waited := time.monotonic() - started) < timeout:
+    while waiting and not is_enough(replies) and (waited := time.monotonic() - started) < timeout:
         came = list(grid.pull_messages(waiting))
         replies += came
         waiting -= {reply.metadata.reply_to_message_id for reply in came}

@@ -22,13 +22,14 @@ from copra_fl import data, models, provenance, wire
 from copra_fl.adapter import Adapter, Update, complete
 from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
-from copra_fl.config import Config
+from copra_fl.config import Config, csv_line
 from copra_fl.connectivity import merge_gap, walk
 from copra_fl.core import core_start
 from copra_fl.engine import open_engine
 from copra_fl.evaluation import evaluate
 from copra_fl.events import emit
 from copra_fl.seeding import generator
+from server.budget import Budget, forget_secret, open_secret
 from server.exchange import exchange
 from server.journal import Journal, Row
 from server.probes import evaluated, merge_gap_clients, path_pairs
@@ -96,13 +97,16 @@ class Evaluator:
 def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
     """Ask every node who it is. Returns node id -> hello.
 
-    Raises FederationError for a node that fails, runs other code, has other data or a partition twice; for
-    a client that no node can host (strict); and when no node is there after node-timeout.
+    Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
+    partition twice; for a client that no node can host (strict); and for fewer than min-nodes after node-timeout.
     """
     deadline = time.monotonic() + config.federation.node_timeout
-    while not (nodes := sorted(grid.get_node_ids())):
+    while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
         if time.monotonic() > deadline:
-            raise FederationError(f"no node connected within node-timeout = {config.federation.node_timeout:g} s")
+            raise FederationError(
+                f"{len(nodes)} nodes connected within node-timeout = {config.federation.node_timeout:g} s; "
+                f"min-nodes = {config.federation.min_nodes}"
+            )
         time.sleep(0.5)
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
     hellos: dict[int, wire.Hello] = {}
@@ -110,7 +114,10 @@ def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise FederationError(f"node {node} failed at hello: {reply.error.reason}")
-        hellos[node] = wire.unpack_hello(reply.content)
+        try:
+            hellos[node] = wire.unpack_hello(reply.content)
+        except Exception as error:  # a node can have sent anything
+            raise FederationError(f"node {node} sent no hello that can be read: {error!r}") from error
     check_nodes(hellos, nodes, config)
     return hellos
 
@@ -123,6 +130,7 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
     digest = provenance.library_digest(CLIENTS)
     first = next(iter(hellos.values()))
     partitions: dict[int, int] = {}
+    counts: dict[int, tuple[int, int]] = {}
     for node, hello in hellos.items():
         who = f"node {node} (partition-id {hello.partition})"
         if hello.digest != digest:
@@ -130,6 +138,8 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
                 f"{who} runs other sources of copra_fl and clients (digest {hello.digest[:12]}) than the server "
                 f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
             )
+        if hello.refusal:
+            raise FederationError(f"{who} takes no part: {hello.refusal}")
         if hello.label_names != first.label_names:
             raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {first.label_names}")
         if hello.num_clients != first.num_clients:
@@ -137,9 +147,21 @@ def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config)
                 f"{who} counts {hello.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
                 "all nodes need the same num-partitions"
             )
+        if config.data.num_clients not in (0, hello.num_clients):
+            raise FederationError(
+                f"{who} counts {hello.num_clients} clients, but num-clients = {config.data.num_clients}; with nodes' "
+                "own data num-clients = 0 is right"
+            )
         if hello.partition in partitions:
             raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
         partitions[hello.partition] = node
+        for client, own in hello.counts.items():
+            if not 0 <= client < hello.num_clients or min(own) < 0:
+                raise FederationError(f"{who} has {own[0]} and {own[1]} examples of a client {client}")
+            if config.data.partitioner == "own" and client != hello.partition:
+                raise FederationError(f"{who} claims client {client}, where each node has data of its own")
+            if counts.setdefault(client, own) != own:
+                raise FederationError(f"{who} has {own} examples of client {client}, other nodes {counts[client]}")
     homeless = set(range(first.num_clients)).difference(*(hello.num_examples for hello in hellos.values()))
     if homeless and config.federation.failures == "strict":
         raise FederationError(
@@ -155,8 +177,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
-    compute = models.resolve_compute(config.model, config.data.max_length)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention)
+    config = settle(config)
     nodes = greet(grid, config)
     config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
@@ -166,27 +187,56 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     state = journal.resume() or evaluator.start()
     write_provenance(journal, config, federated)
     names = model.gates.names
-    strategy = CohortStrategy(config, model.group_of, len(names), nodes, state, journal.run, evaluator.validate)
+    budget = Budget(config.privacy, journal.rows) if config.privacy.dp_clip else None
+    strategy = CohortStrategy(
+        config,
+        model.group_of,
+        len(names),
+        nodes,
+        state,
+        journal.run,
+        evaluator.validate,
+        open_secret(directory) if budget else 0,
+    )
     strategy.summary()
     num_rounds = config.federation.num_rounds
+    if budget:
+        budget.check(strategy.sampling_rate, num_rounds - len(journal.rows))
     for server_round in range(len(journal.rows) + 1, num_rounds + 1):
         before = strategy.state
         row = train_round(grid, strategy, server_round)
         row["layers"] = names
+        if budget:
+            row["privacy"] = budget.spend(strategy.sampling_rate)
         sampled, updates = strategy.sample(server_round), {update.client: update for update in strategy.updates}
         if evaluated(config, server_round):
             emit("evaluating", round=server_round)
-            chosen = merge_gap_clients(config, server_round, sampled)
-            row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
-            log(INFO, "round %s: validation accuracy %.4f", server_round, row["validation"]["accuracy"])
+            if config.data.dataset:
+                chosen = merge_gap_clients(config, server_round, sampled)
+                row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
+            else:
+                row["validation"] = weighted_mean(evaluate_clients(grid, strategy, server_round))
+            log(INFO, "round %s: validation %s", server_round, row["validation"])
         if server_round == num_rounds:
             pairs = path_pairs(config, server_round, sampled)
             row["paths"] = evaluator.paths(
                 before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates]
             )
         journal.record(row, strategy.state)
-        emit("recorded", round=server_round, accuracy=row.get("validation", {}).get("accuracy"))
+        emit("recorded", round=server_round, accuracy=(row.get("validation") or {}).get("accuracy"))
     finish(grid, strategy, evaluator, journal)
+
+
+def settle(config: Config) -> Config:
+    """`config` with all made plain that server and nodes must agree on: dtype, attention, base; labels of own data.
+
+    Raises ConfigError where the base is not the one that ``model-sha256`` names.
+    """
+    compute, base = models.resolve_compute(config.model, config.data.max_length), models.check_weights(config.model)
+    config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
+    if config.data.partitioner != "own":
+        return config
+    return config.changed(labels=csv_line(data.load(config, models.load_tokenizer(config.model.model)).label_names))
 
 
 def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
@@ -196,7 +246,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
     arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
-    replies = exchange(grid, messages, config.federation.round_timeout)
+    replies = exchange(grid, messages, config.federation.round_timeout, strategy.is_enough)
     _, metrics = strategy.aggregate_train(server_round, replies)
     assert metrics is not None
     return {
@@ -204,7 +254,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
         "seconds": time.perf_counter() - started,
         "bytes_down": sum(wire.num_bytes(message.content) for message in messages),
         "bytes_up": sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content()),
-        "train_loss": metrics["loss"],
+        "train_loss": metrics["loss"] if strategy.updates else None,
         "aggregation_error": strategy.error,
         "notes": strategy.notes,
         "clients": [
@@ -218,6 +268,26 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],
     }
+
+
+def evaluate_clients(grid: Grid, strategy: CohortStrategy, server_round: int) -> list[Row]:
+    """Loss, accuracy and number of examples of each client on its own validation data, after a round."""
+    arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
+    messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+    replies = exchange(grid, messages, strategy.config.federation.round_timeout)
+    metrics = strategy.aggregate_evaluate(server_round, replies)
+    assert metrics is not None
+    columns = {name: list(values) for name, values in metrics.items()}  # type: ignore[arg-type]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def weighted_mean(clients: Sequence[Row]) -> Row | None:
+    """Loss and accuracy over all the clients' validation examples; None where there are none."""
+    examples = [client["examples"] for client in clients]
+    if not clients:
+        return None
+    means = {name: float(np.average([row[name] for row in clients], weights=examples)) for name in ("loss", "accuracy")}
+    return {**means, "examples": sum(examples)}
 
 
 def write_provenance(journal: Journal, config: Config, federated: data.FederatedData) -> None:
@@ -242,17 +312,12 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     """
     config, federated, rows, state = strategy.config, evaluator.federated, journal.rows, strategy.state
     emit("testing")
-    arrays = ArrayRecord(torch_state_dict=state.adapter)
-    messages = strategy.configure_evaluate(len(rows), arrays, ConfigRecord(), grid)
-    replies = exchange(grid, messages, config.federation.round_timeout)
-    clients = strategy.aggregate_evaluate(len(rows), replies)
-    assert clients is not None
-    test = None
-    if not strategy.rule.personal:
+    clients, test = evaluate_clients(grid, strategy, len(rows)), None
+    if config.data.dataset and not strategy.rule.personal:
         (test,) = evaluator.score([state.adapter], state.residual, federated.test)
+    if not strategy.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         models.save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
-    columns = {name: list(values) for name, values in clients.items()}  # type: ignore[arg-type]
     last = rows[-1]
     errors = [row["aggregation_error"]["total"] for row in rows if row["aggregation_error"]]
     journal.write_json(
@@ -266,11 +331,12 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "test": test,
             "validation": last.get("validation"),
             "merge_gap": last.get("merge_gap"),
+            "privacy": last.get("privacy"),
             "aggregation_error": fmean(errors) if errors else None,
             "bytes_up": sum(row["bytes_up"] for row in rows),
             "bytes_down": sum(row["bytes_down"] for row in rows),
             "seconds": sum(row["seconds"] for row in rows),
-            "clients": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)],
+            "clients": clients,
             "paths": last["paths"],
             "skipped_clients": federated.skipped,
             "unassigned_examples": federated.unassigned,
@@ -278,4 +344,5 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "dropped_empty": federated.dropped_empty,
         },
     )
+    forget_secret(journal.directory)
     emit("finished", accuracy=test["accuracy"] if test else None)

@@ -26,7 +26,7 @@ def evaluated(config: Config, server_round: int) -> bool:
 
 def merge_gap_clients(config: Config, server_round: int, clients: Sequence[int]) -> list[int]:
     """Those of `clients` whose own adapters are evaluated for the merge gap."""
-    if not evaluated(config, server_round):
+    if not (config.data.dataset and evaluated(config, server_round)):
         return []
     number, seed = config.evaluation.merge_gap_clients, config.federation.seed
     return _draw(clients, number, seed, "merge-gap", server_round)
@@ -34,7 +34,8 @@ def merge_gap_clients(config: Config, server_round: int, clients: Sequence[int])
 
 def path_pairs(config: Config, server_round: int, clients: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs of `clients` whose connecting line is evaluated; only after the last round."""
-    if server_round != config.federation.num_rounds or find_rule(config.aggregation.rule).personal:
+    is_last = server_round == config.federation.num_rounds
+    if not (config.data.dataset and is_last) or find_rule(config.aggregation.rule).personal:
         return []
     pairs = list(combinations(clients, 2))
     return _draw(pairs, config.evaluation.path_pairs, config.federation.seed, "paths")

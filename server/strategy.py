@@ -6,6 +6,7 @@ The federation calls `configure_train` and `aggregate_train` round by round. Flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +24,7 @@ from copra_fl.adapter import Adapter, Update, draw, parts
 from copra_fl.aggregation import client_ranks, find_rule, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import as_global, client_starts
 from copra_fl.aggregation.rule import Outcome, Round
@@ -30,13 +32,15 @@ from copra_fl.compression import decode
 from copra_fl.config import Config
 from copra_fl.residual import add
 from copra_fl.seeding import derive, generator
-from copra_fl.training import Plan, num_trained
+from copra_fl.training import Plan, expected_update, num_trained
 from server.delivery import Deliveries
 from server.placement import place
 from server.probes import kept_clients
 from server.state import State
 
 Result = TypeVar("Result")
+#: a client's scalars, or its traceback, and the headers of its tensors: far more than they take
+REPORT_BYTES = 1 << 16
 #: (adapters, what W0 has changed by) -> metrics on the server's validation data
 Score = Callable[[Sequence[Adapter], Adapter], Sequence[Mapping[str, float]]]
 
@@ -82,6 +86,7 @@ class CohortStrategy(Strategy):
         state: State,
         run: str,
         score: Score,
+        secret: int = 0,
     ) -> None:
         self.config = config
         self.group_of = group_of
@@ -101,6 +106,9 @@ class CohortStrategy(Strategy):
         self._starts: dict[int, Adapter] = {}
         self._cohorts: dict[int, list[int]] = {}
         self._keep: set[int] = set()
+        self._secret = secret
+        self._asked = self._wanted = 0
+        self._run = run
 
     @property
     def eligible(self) -> list[int]:
@@ -108,17 +116,38 @@ class CohortStrategy(Strategy):
         return sorted(client for client, count in self.num_examples.items() if count > 0)
 
     def sample(self, server_round: int) -> list[int]:
-        """The clients of a round, drawn from the ``sampling`` stream."""
+        """The clients of a round, drawn from the ``sampling`` stream; in a private run each by itself, in secret."""
         federation, eligible = self.config.federation, self.eligible
-        number = federation.clients_per_round or max(1, round(federation.fraction_clients * len(eligible)))
+        if self.config.privacy.dp_clip:
+            drawn = generator(self._secret, "sampling", server_round).random(len(eligible))
+            return [client for client, number in zip(eligible, drawn, strict=True) if number < self.sampling_rate]
+        extra = math.ceil(federation.over_sample * self.num_wanted)
+        number = min(self.num_wanted + extra, len(eligible))
         rng = generator(federation.seed, "sampling", server_round)
-        return sorted(int(c) for c in rng.choice(eligible, size=min(number, len(eligible)), replace=False))
+        return sorted(int(c) for c in rng.choice(eligible, size=number, replace=False))
+
+    @property
+    def num_wanted(self) -> int:
+        """Clients that a round is made of, where all that are sampled reply."""
+        federation, there = self.config.federation, len(self.eligible)
+        return min(federation.clients_per_round or max(1, round(federation.fraction_clients * there)), there)
+
+    @property
+    def sampling_rate(self) -> float:
+        """How likely a client is to be in a round."""
+        return self.num_wanted / len(self.eligible)
+
+    def is_enough(self, replies: Sequence[Message]) -> bool:
+        """Whether `replies` bring as many clients as are wanted, so that nobody else is waited for."""
+        nodes = {reply.metadata.src_node_id for reply in replies if reply.has_content()}
+        return sum(len(cohort) for node, cohort in self._cohorts.items() if node in nodes) >= self._wanted
 
     def cohort_messages(
         self, server_round: int, number: int, work: Mapping[int, float], message_type: str
     ) -> list[Message]:
         """One message with the server's state `number` for each node that some of the clients of `work` are on."""
-        self._cohorts = place(work, self.hosts)
+        self._cohorts, self._asked = place(work, self.hosts), server_round
+        self._wanted = min(self.num_wanted, len(work)) if message_type == MessageType.TRAIN else len(work)
         messages = []
         for node, cohort in self._cohorts.items():
             keep = tuple(client for client in cohort if client in self._keep)
@@ -147,15 +176,23 @@ class CohortStrategy(Strategy):
         nodes = self._read(replies, self._read_updates)
         self.updates = sorted((u for node in nodes for u in node.updates), key=lambda update: update.client)
         self.check_missing(f"round {server_round}", len(self.updates))
-        loss = pool_scalars(self.updates).metrics["loss"]
+        loss = pool_scalars(self.updates).metrics["loss"] if self.updates else math.nan
         round_ = self._round(server_round, [update for node in nodes for update in node.averaged])
-        outcome = self.rule.aggregate(round_)
-        known = not (pools(self.config) or self.rule.personal)
+        privacy = self.config.privacy
+        outcome = self._private_average(round_, server_round) if privacy.dp_clip else self.rule.aggregate(round_)
+        known = not (pools(self.config) or self.rule.personal or privacy.dp_clip)
         self.error = aggregation_error(round_, outcome) if known else None
         self.notes = outcome.notes
         self.state = self._next_state(outcome, [control for node in nodes for control in node.controls])
         self._delivery.changed = outcome.residual
         return ArrayRecord(torch_state_dict=self.state.adapter), MetricRecord({"loss": loss})
+
+    def _private_average(self, round_: Round, server_round: int) -> Outcome:
+        privacy, noise = self.config.privacy, derive(self._secret, "dp-noise", server_round)
+        travels = self.rule.sends(server_round)
+        if self.config.copra.local_training == "head":
+            travels &= {"head"}
+        return private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, self.num_wanted, noise)
 
     def _round(self, server_round: int, averaged: list[Update]) -> Round:
         config, before = self.config, self.state.adapter
@@ -200,12 +237,22 @@ class CohortStrategy(Strategy):
 
         def read(clients: list[int], content: wire.RecordDict) -> list[dict[str, float]]:
             metrics = {client: wire.unpack_evaluation(content, client) for client in clients}
+            for client in clients:
+                self._check_evaluation(client, metrics[client])
             return [{"client": client, **{name: metrics[client][name] for name in names}} for client in clients]
 
         rows = sorted(chain.from_iterable(self._read(replies, read)), key=lambda row: row["client"])
         if self._cohorts:
             self.check_missing("the evaluation by the clients", len(rows))
         return MetricRecord({name: [row[name] for row in rows] for name in ("client", *names)})
+
+    def _check_evaluation(self, client: int, metrics: Mapping[str, float]) -> None:
+        """Raise ValueError for what no evaluation of `client` gives."""
+        examples = min(self.num_validation[client], self.config.evaluation.client_eval_examples)
+        if metrics["examples"] != examples:
+            raise ValueError(f"client {client} claims {metrics['examples']} validation examples; it has {examples}")
+        if not (math.isfinite(metrics["loss"]) and 0 <= metrics["accuracy"] <= 1):
+            raise ValueError(f"client {client} has a loss of {metrics['loss']}, an accuracy of {metrics['accuracy']}")
 
     def check_missing(self, where: str, num_good: int) -> None:
         """Raise FederationError if what is in `missing` must stop the run."""
@@ -216,7 +263,10 @@ class CohortStrategy(Strategy):
             raise FederationError(f"client {client} failed in {where}{others}: {reason}")
         for client, reason in sorted(self.missing.items()):
             log(INFO, "client %s is missing in %s: %s", client, where, reason)
-        if num_good < federation.min_replies:
+        needed = federation.min_replies
+        if self.config.privacy.dp_clip:  # a Poisson sample can be small, or empty
+            needed = min(needed, sum(map(len, self._cohorts.values())))
+        if num_good < needed:
             raise FederationError(
                 f"{where}: {num_good} good replies, min-replies = {federation.min_replies}; missing clients: "
                 + "; ".join(f"{client}: {reason.strip().splitlines()[-1]}" for client, reason in self.missing.items())
@@ -235,7 +285,7 @@ class CohortStrategy(Strategy):
         """What `clients` of one node sent. Raises ValueError for what must not be averaged."""
         updates = [wire.unpack_scalars(content, client) for client in clients]
         for update in updates:
-            check_scalars(update, self.num_groups, self.num_examples[update.client])
+            check_scalars(update, expected_update(self.config, self.num_groups, self.num_examples[update.client]))
         kept = [update for update in updates if update.client in self._keep]
         others = [update for update in updates if update.client not in self._keep]
         arrived = self._decode(content, "adapters", kept, self.config.federation.uplink) if kept else []
@@ -247,32 +297,41 @@ class CohortStrategy(Strategy):
     def _decode(self, content: wire.RecordDict, name: str, updates: list[Update], uplink: str) -> list[Update]:
         """`updates` with their tensors from the buffer `name`, checked."""
         decoded = decode(wire.unpack_arrays(content, name), updates, self._starts, self.group_of, uplink)
+        most = self.config.federation.max_update_norm if name != "controls" else 0.0
         for update in decoded:
-            check_tensors(update, self._starts[update.client], self.group_of)
+            check_tensors(update, self._starts[update.client], self.group_of, most)
         return decoded
+
+    def _most_bytes(self, cohort: list[int]) -> int:
+        """Of a reply of these clients: their tensors in float32, twice with control variates, and what they report."""
+        adapters = [self._starts.get(client, {}) for client in cohort]
+        values = sum(tensor.numel() for adapter in adapters for tensor in adapter.values())
+        return 4 * values * (2 if self.state.control else 1) + REPORT_BYTES * len(cohort)
 
     def _read(self, replies: Iterable[Message], read: Callable[[list[int], wire.RecordDict], Result]) -> list[Result]:
         """`read` of each node's reply and of the clients that did not fail there.
 
         The others go to `missing`, and so do all clients of a node whose reply `read` refuses.
         """
-        contents, errors = {}, {}
-        for reply in replies:
+        contents, errors, came = {}, {}, list(replies)
+        for reply in came:
             node = reply.metadata.src_node_id
             if reply.has_error():
                 errors[node] = f"its node failed: {reply.error.reason}"
             else:
                 contents[node] = reply.content
-        timeout = self.config.federation.round_timeout
+        silent = f"no reply within round-timeout = {self.config.federation.round_timeout:g} s"
         results = []
         self.missing = {}
         for node, cohort in self._cohorts.items():
             self._delivery.lost(node)
             if node not in contents:
-                reason = errors.get(node, f"no reply within round-timeout = {timeout:g} s")
+                late = f"not among the first {self._wanted} clients" if self.is_enough(came) else silent
+                reason = errors.get(node, late)
                 self.missing |= dict.fromkeys(cohort, reason)
                 continue
             try:
+                wire.check_reply(contents[node], self._run, self._asked, self._most_bytes(cohort))
                 failures = wire.unpack_failures(contents[node])
                 self.missing |= {client: failures[client] for client in cohort if client in failures}
                 results.append(read([client for client in cohort if client not in failures], contents[node]))

@@ -5,7 +5,7 @@ The one place that touches Flower's private TaskIdentity, which messages need fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,15 +20,17 @@ from server import federation
 
 
 class LocalGrid(Grid):
-    """`num_nodes` nodes that all run `app`; node i has partition-id i."""
+    """`num_nodes` nodes that all run `app`; node i has partition-id i, and `own[i]` in its node config too."""
 
-    def __init__(self, num_nodes: int, app: ClientApp = client_app) -> None:
+    def __init__(
+        self, num_nodes: int, app: ClientApp = client_app, own: Sequence[Mapping[str, str]] | None = None
+    ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app = app
         self.replies: dict[str, Message] = {}
         self.contexts = {
-            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes}, RecordDict(), {})
-            for i in range(num_nodes)
+            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes} | extra, RecordDict(), {})
+            for i, extra in enumerate(own or [{}] * num_nodes)
         }
 
     def get_node_ids(self) -> Iterable[int]:

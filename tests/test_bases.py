@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import shutil
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
+from copra_fl import bases
 from copra_fl.assets import AssetError, cache_dir
-from copra_fl.bases import open_base
+from copra_fl.bases import open_base, weights_digest
 
 BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
 
@@ -99,3 +101,36 @@ def test_a_model_without_sdpa_computes_with_eager(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
     assert open_base(str(tmp_path), "float32", "sdpa").config._attn_implementation == "eager"
+
+
+def sha256sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_digest_of_weights_is_what_sha256sum_prints(tiny_model: str, tmp_path: Path) -> None:
+    """Of shards it is the digest of their digests, one a line, by name."""
+    assert weights_digest(tiny_model) == sha256sum(Path(tiny_model) / "model.safetensors")
+    AutoModel.from_pretrained(tiny_model).save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert weights_digest(str(tmp_path)) == hashlib.sha256("\n".join(map(sha256sum, shards)).encode()).hexdigest()
+
+
+def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    digest, read = weights_digest(str(model)), []
+    monkeypatch.setattr(bases, "_sha256", lambda path: read.append(path) or sha256sum(path))
+    assert weights_digest(str(model)) == digest and not read
+    with (model / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert weights_digest(str(model)) == sha256sum(model / "model.safetensors") != digest
+    assert read == [model / "model.safetensors"]
+
+
+def test_a_folder_without_weights_is_an_error(tiny_model: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"has none of model.safetensors, model.safetensors.index.json"):
+        weights_digest(str(model))

@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from copra_fl import wire
 from copra_fl.adapter import Update
-from copra_fl.aggregation.checking import BadUpdate, check_update
+from copra_fl.aggregation.checking import BadUpdate, Expected, check_update
 from copra_fl.aggregation.pooling import pool
 from copra_fl.compression import encode
 from copra_fl.config import Config
@@ -34,6 +34,10 @@ GOOD = Update(
 )
 
 
+#: of GOOD: 6 ones and 0, 1, 2, 3 away from 0, so moved by sqrt(6 + 14)
+EXPECTED = Expected(num_groups=2, num_examples=12, num_steps=3, max_norm=20**0.5 + 1e-6)
+
+
 def tensors(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     named = {"x": "x.lora_A.weight", "head": "head.weight"}
     changed = GOOD.adapter | {named.get(name, name): value for name, value in changes.items()}
@@ -41,7 +45,7 @@ def tensors(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 def test_a_good_update_passes() -> None:
-    check_update(GOOD, GLOBAL, GROUP_OF, 2, 12)
+    check_update(GOOD, GLOBAL, GROUP_OF, EXPECTED)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +63,21 @@ def test_a_good_update_passes() -> None:
         (replace(GOOD, adapter=tensors(x=torch.ones(2, 3).double())), "float64"),
         (replace(GOOD, adapter=tensors(x=torch.full((2, 3), math.nan))), "not finite"),
         (replace(GOOD, adapter=tensors(head=torch.tensor([0, 1, math.inf, 0]))), "not finite"),
+        (replace(GOOD, active_steps=(4, 0)), "claims 4 active steps of a layer; a round has 3"),
+        (replace(GOOD, active_steps=(math.nan, 0)), "claims nan active steps"),
+        (
+            replace(GOOD, adapter=tensors(head=torch.arange(4.0) * 1.01)),
+            "has moved by 4.50., more than max-update-norm",
+        ),
         (replace(GOOD, metrics={"loss": math.nan}), "loss of nan"),
+        (replace(GOOD, metrics={"loss": 1.0, "steps": math.inf}), "reports steps = inf"),
+        (replace(GOOD, metrics={"loss": 1.0, "client": 3.0}), "reports client; known are distance, loss"),
         (replace(GOOD, metrics={}), "loss of None"),
     ],
 )
 def test_bad_updates_are_refused(update: Update, reason: str) -> None:
     with pytest.raises(BadUpdate, match=reason):
-        check_update(update, GLOBAL, GROUP_OF, 2, 12)
+        check_update(update, GLOBAL, GROUP_OF, EXPECTED)
 
 
 def test_plans_and_updates_survive_flowers_records() -> None:
@@ -137,7 +149,8 @@ def replies_to(some: CohortStrategy, clients: list[int], keep: set[int] | None =
         if others:
             pooled = pool(GLOBAL, others, "examples", GROUP_OF)
             buffers["pooled"] = encode([pooled], some._starts, GROUP_OF, "float32")
-        replies.append(Message(wire.pack_updates(updates, buffers, {}), reply_to=message))
+        content = wire.echo(message.content, wire.pack_updates(updates, buffers, {}))
+        replies.append(Message(content, reply_to=message))
     return replies
 
 
@@ -218,6 +231,12 @@ def junk(content: RecordDict, name: str, values: object) -> None:
         (lambda c: junk(c, "pooled", Array("float32", (10,), "numpy.ndarray", b"")), "No data left"),
         (lambda c: junk(c, "pooled", Array("float32", (10,), "numpy.ndarray", b"PK\x03\x04 no zip")), ""),
         (lambda c: c["failures"].update({"evil": "no number"}), "invalid literal"),
+        (lambda c: c["echo"].update({"round": 7}), "answers round 7 of run run, not round 1 of run"),
+        (lambda c: c["echo"].update({"run": "other"}), "answers round 1 of run other"),
+        (lambda c: c.pop("echo"), "answers round None of run None"),
+        (lambda c: c["metrics-0"].update({"active-steps": [10**6, 0]}), "claims 1000000 active steps"),
+        (lambda c: junk(c, "more", Array(np.zeros(60_000, np.float32))), "bytes, where such a reply has 196"),
+        (lambda c: c["failures"].update({"9": "x" * 10**6}), "bytes, where such a reply has 196"),
     ],
 )
 def test_a_malformed_reply_is_refused_for_its_node_and_not_raised(meddle, reason: str) -> None:
@@ -238,7 +257,9 @@ def test_an_empty_evaluation_names_its_client() -> None:
     some = strategy(failures="tolerant")
     good, other = replies_to(some, [0, 2, 1])
     for reply, clients in ((good, (0, 2)), (other, ())):
-        rows = {client: {"loss": 1.0, "accuracy": 0.5, "examples": 4} for client in clients}
+        rows = {client: {"loss": 1.0, "accuracy": 0.5, "examples": 1} for client in clients}
+        echo = reply.content["echo"]
         reply.content = wire.pack_evaluations(rows, {})
+        reply.content["echo"] = echo
     assert some.aggregate_evaluate(1, [good, other])["client"] == [0, 2]
     assert some.missing == {1: "its node's reply was refused: the metrics of client 1 are missing"}

@@ -46,11 +46,12 @@ RULES: dict[str, Rule] = {
         fedavg,
         core=True,
         linear=True,
+        needs_data=True,
         trains=lambda server_round: frozenset({"R", "head"}),
         no_copra="B and A are fixed for good by a first gradient, taken with every layer on; they do not fit a model "
         "in which layers are off",
     ),
-    "connectivity": Rule(connectivity, averages=False),
+    "connectivity": Rule(connectivity, averages=False, needs_data=True),
     "trimmed-mean": Rule(trimmed_mean),
     "median": Rule(median),
     "norm-clipped": Rule(norm_clipped),
@@ -71,6 +72,7 @@ def pools(config: Config) -> bool:
         federation.replies == "pooled"
         and find_rule(aggregation.rule).linear
         and federation.uplink == "float32"
+        and aggregation.weighting != "equal"
         and not aggregation.control_variates
         and not aggregation.client_ranks
     )
@@ -91,6 +93,14 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         yield f"local-training = 'copra': {rule.no_copra}"
     if settings.rule != "fedavg" and training == "head":
         yield "local-training = 'head': there are no adapters to aggregate; use rule = 'fedavg'"
+    if rule.needs_data and not config.data.dataset:
+        yield "dataset = '': it needs validation data on the server"
+    if config.privacy.dp_clip and not rule.linear:
+        able = ", ".join(name for name, other in RULES.items() if other.linear)
+        yield (
+            f"dp-clip = {config.privacy.dp_clip:g}: it is no average of changes, so that one client could move it by "
+            f"more than its share; these rules are: {able}"
+        )
     if settings.client_ranks and not rule.unequal_ranks:
         able = ", ".join(name for name, other in RULES.items() if other.unequal_ranks)
         yield f"client-ranks = {settings.client_ranks!r}: it needs equal ranks; these rules do not: {able}"

@@ -8,39 +8,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from copra_fl.adapter import Adapter, Update, trained
+from copra_fl.adapter import Adapter, Update, difference, norm, trained
+
+#: the scalars that clients report
+METRICS = {"loss", "steps", "seconds", "distance"}
 
 
 class BadUpdate(ValueError):
     """An update that must not be averaged, with the reason."""
 
 
-def check_update(
-    update: Update, global_adapter: Adapter, group_of: Mapping[str, int], num_groups: int, num_examples: int
-) -> None:
-    """Raise BadUpdate unless `update` is what a client of `num_examples` examples can have trained."""
-    check_scalars(update, num_groups, num_examples)
-    check_tensors(update, global_adapter, group_of)
+@dataclass(frozen=True)
+class Expected:
+    """What can be known of a client's update before it is there.
+
+    Attributes:
+        num_groups: gate groups of the model.
+        num_examples: what the client had at the start.
+        num_steps: the optimiser steps that it makes in a round.
+        max_norm: longest change that is accepted; 0: any.
+    """
+
+    num_groups: int
+    num_examples: int
+    num_steps: int
+    max_norm: float = 0.0
 
 
-def check_scalars(update: Update, num_groups: int, num_examples: int) -> None:
+def check_update(update: Update, start: Adapter, group_of: Mapping[str, int], expected: Expected) -> None:
+    """Raise BadUpdate unless `update` is what a client that is as `expected` can have trained from `start`."""
+    check_scalars(update, expected)
+    check_tensors(update, start, group_of, expected.max_norm)
+
+
+def check_scalars(update: Update, expected: Expected) -> None:
     """`check_update` of all but the tensors."""
-    who = f"client {update.client}"
-    if update.num_examples <= 0 or update.num_examples != num_examples:
-        raise BadUpdate(f"{who} claims {update.num_examples} examples; at the start it had {num_examples}")
+    who, num_groups = f"client {update.client}", expected.num_groups
+    if update.num_examples <= 0 or update.num_examples != expected.num_examples:
+        raise BadUpdate(f"{who} claims {update.num_examples} examples; at the start it had {expected.num_examples}")
     if len(update.active_steps) != num_groups or min(update.active_steps, default=0) < 0:
         raise BadUpdate(f"{who} has active steps {update.active_steps}, not {num_groups} counts, one per gate group")
+    if not all(steps <= expected.num_steps for steps in update.active_steps):
+        raise BadUpdate(
+            f"{who} claims {max(update.active_steps)} active steps of a layer; a round has {expected.num_steps}"
+        )
     if not math.isfinite(update.metrics.get("loss", math.nan)):
         raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}")
+    if unknown := sorted(update.metrics.keys() - METRICS):
+        raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")
+    if bad := sorted(name for name, value in update.metrics.items() if not math.isfinite(value)):
+        raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}")
 
 
-def check_tensors(update: Update, global_adapter: Adapter, group_of: Mapping[str, int]) -> None:
+def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], max_norm: float = 0.0) -> None:
     """`check_update` of the tensors alone; their active steps are taken to be good."""
     who = f"client {update.client}"
-    expected = trained(global_adapter, update.active_steps, group_of)
+    expected = trained(start, update.active_steps, group_of)
     if update.adapter.keys() != expected.keys():
         unknown, missing = sorted(update.adapter.keys() - expected), sorted(expected.keys() - update.adapter)
         raise BadUpdate(f"{who}: tensors {missing[:3]} are missing and {unknown[:3]} are not known or not trained")
@@ -52,3 +79,6 @@ def check_tensors(update: Update, global_adapter: Adapter, group_of: Mapping[str
             )
         if not torch.isfinite(got).all():
             raise BadUpdate(f"{who}: {name} has values that are not finite; a lower learning rate may help")
+    moved = norm(difference(update.adapter, expected)) if max_norm else 0.0
+    if moved > max_norm:
+        raise BadUpdate(f"{who} has moved by {moved:.4g}, more than max-update-norm = {max_norm:g}")

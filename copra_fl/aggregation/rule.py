@@ -91,6 +91,7 @@ class Rule:
         changes_base: whether W0 is changed, so that there is a residual.
         unequal_ranks: whether clients' adapters may have different ranks.
         averages: whether the next adapter is an average of the clients', which a server optimiser can take as a step.
+        needs_data: whether the server must have data to evaluate or to start on.
         no_copra: why it does not combine with CopRA; empty where it does.
     """
 
@@ -102,6 +103,7 @@ class Rule:
     changes_base: bool = False
     unequal_ranks: bool = False
     averages: bool = True
+    needs_data: bool = False
     no_copra: str = ""
 
     def sends(self, server_round: int) -> frozenset[str]:

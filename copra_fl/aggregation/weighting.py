@@ -1,6 +1,7 @@
 """What each client weighs in an average, tensor by tensor.
 
     examples   w_k  = n_k / sum_j n_j
+    equal      w_k  = 1 / K
     activity   w_kl = n_k a_kl / sum_j n_j a_jl,   a_kl = steps in which layer l was on at client k
 
 With `activity` a client that never trained a layer does not count for it, and a layer that
@@ -19,7 +20,7 @@ from copra_fl.adapter import Update
 
 def tensor_weights(name: str, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> np.ndarray:
     """float64 of shape (clients,): sums to 1, or is 0 where nobody trained the tensor's layer."""
-    weights = np.array([update.num_examples for update in updates], dtype=np.float64)
+    weights = np.array([1 if weighting == "equal" else update.num_examples for update in updates], dtype=np.float64)
     if weighting == "activity" and name in group_of:
         weights *= [update.active_steps[group_of[name]] for update in updates]
     total = weights.sum()

@@ -204,6 +204,8 @@ def open_run(directory: Path) -> OpenRun:
             f"{directory}: rule = {rule!r} leaves a part of each model with its client, so that there is no whole "
             "global adapter to probe"
         )
+    if config.data.partitioner == "own":
+        raise ResultsError(f"{directory}: its clients' data is on their own nodes, and only there")
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ResultsError(f"{directory}: num-clients = 0, so its clients depended on the nodes that were connected")
     compute = models.resolve_compute(config.model, config.data.max_length)

@@ -1,0 +1,47 @@
+"""The average with client-level differential privacy (DP-FedAvg; McMahan et al., arXiv 1710.06963).
+
+    theta <- theta_0 + (sum_k min(1, C / ||d_k||) d_k + N(0, (z C)^2)) / n,    d_k = theta_k - theta_0
+
+n is the number of clients that a round has on average, not the number that came: one client more or less moves the sum
+by C at most, whatever the others do. Hence all clients weigh the same. In place of a linear rule's own average, which
+is the same without noise. The norm is over all that travels; every value that can travel gets noise, also where this
+round's clients happen not to have trained it, since otherwise the noise would say who was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from copra_fl.adapter import Adapter, difference, norm, parts
+from copra_fl.aggregation.rule import Outcome, Round
+
+
+def clip(change: Adapter, bound: float) -> Adapter:
+    """`change`, at most `bound` long."""
+    share = min(1.0, bound / max(norm(change), 1e-300))
+    return {name: share * tensor for name, tensor in change.items()}
+
+
+def private_average(
+    round_: Round, travels: Iterable[str], clip_norm: float, noise_multiplier: float, num_wanted: int, noise: int
+) -> Outcome:
+    """The private average of a round.
+
+    Args:
+        travels: parts (`adapter.part_of`) that clients train and send in this round.
+        num_wanted: n.
+        noise: seed of the noise.
+    """
+    stream = torch.Generator().manual_seed(noise)
+    before = {name: tensor.double() for name, tensor in sorted(parts(round_.before, travels).items())}
+    changes = [difference(parts(adapter, travels), before) for adapter in round_.adapters]
+    clipped = [clip(change, clip_norm) for change in changes]
+    adapter = dict(round_.before)
+    for name, old in before.items():
+        total = noise_multiplier * clip_norm * torch.randn(old.shape, generator=stream, dtype=torch.float64)
+        for change in clipped:
+            total += change[name]
+        adapter[name] = (old + total / num_wanted).to(round_.before[name].dtype)
+    return Outcome(adapter, notes={"clipped": sum(norm(change) > clip_norm for change in changes)})

@@ -1,0 +1,328 @@
+"""Nodes with data of their own: what they train on, what they refuse, and that nothing of it leaves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_to_proto
+from safetensors.torch import load_file
+
+from clients import session
+from clients.app import app as client_app
+from copra_fl import models, wire
+from copra_fl.aggregation import check
+from copra_fl.config import Config, ConfigError, csv_line
+from copra_fl.data import FederatedData
+from copra_fl.own_data import load_own
+from server.strategy import FederationError
+from tests.conftest import TOPICS, WORDS
+from tests.local_grid import LocalGrid, run_federation
+
+Settings = dict[str, object]
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+NAMES = [f"ward-{number}-admissions{suffix}" for number, suffix in enumerate(SUFFIXES)]
+
+
+def rows_of(site: int, number: int = 40) -> pd.DataFrame:
+    """Texts of known words, each with a word of its own that no other text in the world has."""
+    rng = np.random.default_rng(1000 + site)
+    labels = [TOPICS[(site + i) % 2] for i in range(number)]
+    texts = [f"patient{site}x{i} {' '.join(rng.choice(WORDS, 7))}" for i in range(number)]
+    return pd.DataFrame({"note": texts, "topic": labels, "hidden": range(number)})
+
+
+def write(rows: pd.DataFrame, path: Path) -> Path:
+    match path.suffix:
+        case ".csv":
+            rows.to_csv(path, index=False)
+        case ".jsonl":
+            rows.to_json(path, orient="records", lines=True)
+        case _:
+            rows.to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    return [write(rows_of(site), folder / name) for site, name in enumerate(NAMES)]
+
+
+@pytest.fixture
+def own(tiny: Settings, tmp_path: Path) -> Settings:
+    """The run's settings; the server's own file has other texts, and all three labels."""
+    texts = pd.read_csv(str(tiny["dataset"])).rename(columns={"text": "note", "label": "topic"})
+    texts.to_csv(tmp_path / "server.csv", index=False)
+    columns = {"text-column": "note", "label-column": "topic"}
+    return tiny | columns | {"dataset": str(tmp_path / "server.csv"), "partitioner": "own", "num-clients": 0}
+
+
+def nodes(files: list[Path], app: ClientApp = client_app) -> LocalGrid:
+    return LocalGrid(len(files), app, [{"data-path": str(path)} for path in files])
+
+
+def test_each_node_is_one_client_with_the_examples_of_its_file(
+    own: Settings, files: list[Path], tmp_path: Path
+) -> None:
+    """40 examples each, of which a tenth is kept for validation; the server's 600 are all held out or nobody's."""
+    directory = run_federation(own, tmp_path / "run", grid=nodes(files))
+    row = json.loads((directory / "journal.jsonl").read_text().splitlines()[0])
+    assert [(client["client"], client["examples"]) for client in row["clients"]] == [(0, 36), (1, 36), (2, 36)]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert [client["examples"] for client in summary["clients"]] == [4, 4, 4]
+    assert (summary["test"]["examples"], summary["validation"]["examples"]) == (60, 60)
+    assert models.load(directory / "adapter", device="cpu").labels == ["sand", "sea", "sky"]
+
+
+@pytest.mark.parametrize("site", range(3))
+def test_a_file_of_any_format_is_read_as_it_is(own: Settings, files: list[Path], site: int) -> None:
+    config, tokenizer = Config.from_flat(own | {"labels": "sky,sea,sand"}), models.load_tokenizer(str(own["model"]))
+    data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
+    assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
+    held = np.concatenate([data.train[1], data.validation[1]])
+    batch = data.examples.batch(held)
+    read = sorted(zip(tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
+                      [["sky", "sea", "sand"][label] for label in batch["labels"]], strict=True))  # fmt: skip
+    rows = rows_of(site)
+    known = [text.split(" ", 1)[1] for text in rows["note"]]  # the tokenizer knows no patients
+    assert read == sorted(zip(known, rows["topic"], strict=True))
+
+
+def test_labels_are_a_line_of_csv() -> None:
+    names = ["a, b", 'said "c"', "d"]
+    assert Config.from_flat({"labels": csv_line(names)}).data.label_list == names
+    assert Config.from_flat({"labels": "sea, sky"}).data.label_list == ["sea", "sky"]
+    assert Config().data.label_list == []
+
+
+def test_the_configured_labels_are_agreed_in_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    directory = run_federation(own | {"labels": "sky,sea,lake,sand"}, tmp_path / "run", grid=nodes(files))
+    assert models.load(directory / "adapter", device="cpu").labels == ["sky", "sea", "lake", "sand"]
+
+
+def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    """Its validation is the mean over all of the clients' examples, by hand from what the last round's clients say.
+
+    The adapters are those of a server that has data, since data decide about nothing but the evaluation.
+    """
+    flat = own | {"dataset": "", "labels": "sand,sea,sky", "validation-fraction": 0.3}
+    files[1] = write(rows_of(1, 60), files[1])
+    directory = run_federation(flat, tmp_path / "run", grid=nodes(files))
+    summary = json.loads((directory / "summary.json").read_text())
+    clients = summary["clients"]
+    assert [client["examples"] for client in clients] == [12, 18, 12]
+    right = sum(client["examples"] * client["accuracy"] for client in clients)
+    assert summary["validation"]["accuracy"] == pytest.approx(right / 42) and summary["validation"]["examples"] == 42
+    assert (summary["test"], summary["merge_gap"], summary["paths"]) == (None, None, [])
+    rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    assert all(row["validation"]["loss"] > 0 for row in rows)
+    saved = [
+        load_file(run / "adapter" / "head.safetensors")
+        for run in (directory, run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=nodes(files)))
+    ]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
+    with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own', and the list of labels"):
+        Config.from_flat(own | {"dataset": ""})
+    with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own'"):
+        Config.from_flat({"dataset": "", "labels": "a,b"})
+    for rule in ("connectivity", "fed-sb"):
+        config = Config.from_flat(own | {"dataset": "", "labels": "a,b", "rule": rule, "local-training": "lora"})
+        with pytest.raises(ConfigError, match=f"rule = '{rule}' does not combine with dataset = ''"):
+            check(config)
+
+
+class Wire(LocalGrid):
+    """Keeps every message as the bytes that go over the wire, and its numbers."""
+
+    def __init__(self, files: list[Path], app: ClientApp = client_app) -> None:
+        super().__init__(len(files), app, [{"data-path": str(path)} for path in files])
+        self.messages: list[Message] = []
+
+    def answer(self, message: Message) -> Message:
+        reply = super().answer(message)
+        self.messages += [message, reply]
+        return reply
+
+    @property
+    def seen(self) -> bytes:
+        return b"".join(message_to_proto(message).SerializeToString() for message in self.messages)
+
+    @property
+    def numbers(self) -> Iterator[list[int | float]]:
+        """The lists of numbers in records: protobuf packs them, so that they are no plain bytes."""
+        for message in self.messages:
+            if message.has_content():
+                for record in [*message.content.metric_records.values(), *message.content.config_records.values()]:
+                    yield from (value for value in record.values() if isinstance(value, list))
+
+
+def leaks(grid: Wire, config: Config, files: list[Path]) -> list[str]:
+    """What of the nodes' files was seen: names, words that only one text has, runs of 6 tokens of an example."""
+    tokenizer = models.load_tokenizer(config.model.model)
+    seen, found = grid.seen, []
+    numbers = [
+        " ".join(map(str, map(int, values))) for values in grid.numbers if set(map(type, values)) <= {int, float}
+    ]
+    for site, path in enumerate(files):
+        found += [path.name] if path.stem.encode() in seen else []
+        for text in rows_of(site)["note"]:
+            word, tokens = text.split()[0], tokenizer(text)["input_ids"][2:8]
+            found += [word] if word.encode() in seen else []
+            forms = [np.array(tokens, kind).tobytes() for kind in (np.int32, np.int64, np.float32, np.int16, np.uint8)]
+            if any(form in seen for form in forms) or any(" ".join(map(str, tokens)) in line for line in numbers):
+                found.append(f"tokens of {word}")
+    return found
+
+
+def test_nothing_of_the_files_is_in_any_message_or_in_the_run_folder(
+    own: Settings, files: list[Path], tmp_path: Path
+) -> None:
+    grid = Wire(files)
+    directory = run_federation(own, tmp_path / "run", grid=grid)
+    assert [m.metadata.message_type for m in grid.messages] == ["query"] * 6 + ["train"] * 12 + ["evaluate"] * 6
+    assert leaks(grid, Config.from_flat(own), files) == []
+    left = b"".join(path.read_bytes() for path in directory.rglob("*") if path.is_file())
+    assert not any(secret in left for secret in [b"patient", *(path.stem.encode() for path in files)])
+
+
+def leak_text(data: FederatedData, path: str) -> Any:
+    return ConfigRecord({"text": rows_of(0)["note"][3]})
+
+
+def leak_name(data: FederatedData, path: str) -> Any:
+    return ConfigRecord({"path": path})
+
+
+def leak_tokens(data: FederatedData, path: str) -> Any:
+    return MetricRecord({"tokens": data.examples.input_ids[:200].tolist()})
+
+
+def leak_bytes(data: FederatedData, path: str) -> Any:
+    return ConfigRecord({"tokens": data.examples.input_ids[:200].numpy().tobytes()})
+
+
+@pytest.mark.parametrize("leak", [leak_text, leak_name, leak_tokens, leak_bytes])
+def test_a_node_that_leaks_is_seen(
+    own: Settings, files: list[Path], leak: Callable[[FederatedData, str], Any], tmp_path: Path
+) -> None:
+    """The test above can fail."""
+    leaky = ClientApp()
+
+    @leaky.query()
+    def hello(message: Message, context: Context) -> Message:
+        reply, path = client_app(message, context), str(context.node_config["data-path"])
+        config = wire.unpack_config(message.content)
+        data = load_own(config, models.load_tokenizer(config.model.model), path, client=0, num_clients=3)
+        reply.content["more"] = leak(data, path)
+        return reply
+
+    leaky.train()(lambda message, context: client_app(message, context))
+    leaky.evaluate()(lambda message, context: client_app(message, context))
+    grid = Wire(files, leaky)
+    run_federation(own | {"num-rounds": 1}, tmp_path / "run", grid=grid)
+    assert leaks(grid, Config.from_flat(own), files)
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (Path.unlink, "data-path: there is no such file"),
+    "empty": (lambda p: p.write_text(""), "its file has no examples"),
+    "header-only": (lambda p: p.write_text("note,topic\n"), "its file has no examples"),
+    "no-csv": (lambda p: p.write_bytes(b"note,topic\n\xff\xfepatient1x1,sea\n"), "cannot be read as CSV in UTF-8"),
+    "columns": (
+        lambda p: write(rows_of(1).rename(columns={"note": "patient9x9"}), p),
+        "text-column = 'note' is not a column of its file",
+    ),
+    "blank": (
+        lambda p: write(rows_of(1).assign(note=" "), p),
+        "its file has no example with all of 'note', 'topic'",
+    ),
+    "labels": (
+        lambda p: write(pd.concat([rows_of(1), rows_of(1, 2).assign(topic="patient7x7")]), p),
+        "2 of 42 examples have a label that is none of sand, sea, sky",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_that_cannot_be_used_is_refused_at_hello_and_not_quoted(
+    own: Settings, files: list[Path], kind: str, tmp_path: Path
+) -> None:
+    spoil, reason = BAD_FILES[kind]
+    files[1] = write(rows_of(1), files[1].with_suffix(".csv"))
+    spoil(files[1])
+    grid = Wire(files)
+    with pytest.raises(FederationError, match=rf"^node 101 \(partition-id 1\) takes no part: .*{reason}$"):
+        run_federation(own, tmp_path / "run", grid=grid)
+    assert {message.metadata.message_type for message in grid.messages} == {"query"}
+    assert b"patient" not in grid.seen and b"ward" not in grid.seen
+
+
+def test_a_file_of_another_kind_is_refused_without_its_name(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    files[0] = files[0].rename(files[0].with_suffix(".patient1x1"))
+    with pytest.raises(FederationError, match=r"its file ends in none of .csv, .json, .jsonl, .parquet$"):
+        run_federation(own, tmp_path / "run", grid=nodes(files))
+
+
+def test_own_data_and_the_run_must_agree(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) takes no part: .*names no data-path"):
+        run_federation(own, tmp_path / "none", num_nodes=2)
+    with pytest.raises(FederationError, match=r"takes no part: it has data of its own .*partitioner = 'iid'"):
+        run_federation(own | {"partitioner": "iid"}, tmp_path / "other", grid=nodes(files))
+    with pytest.raises(FederationError, match=r"counts 3 clients, but num-clients = 4"):
+        run_federation(own | {"num-clients": 4}, tmp_path / "four", grid=nodes(files))
+
+
+@pytest.mark.parametrize("changes", [{"partition-id": 3}, {"num-partitions": "x"}])
+def test_a_node_without_its_place_says_what_is_missing(
+    own: Settings, files: list[Path], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    grid = nodes(files)
+    grid.contexts[102].node_config.update(changes)
+    with pytest.raises(FederationError, match="node 102 failed at hello: its node config has .*partition-id=0"):
+        run_federation(own, tmp_path / "run", grid=grid)
+
+
+def test_what_fails_in_training_is_told_without_its_words(
+    own: Settings, files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error's message can quote anything; its kind and its place in the sources are enough to look it up."""
+
+    def client_steps(*arguments: object) -> None:
+        raise ValueError("cannot read patient1x7 sea3")
+
+    monkeypatch.setattr("copra_fl.cohort.plan_steps", client_steps)
+    grid = Wire(files)
+    with pytest.raises(
+        FederationError, match=r"client 0 failed in round 1.*: ValueError at test_own_data.py:\d+ < coh"
+    ):
+        run_federation(own, tmp_path / "run", grid=grid)
+    assert b"patient" not in grid.seen
+
+
+def test_a_file_that_changes_in_a_run_is_noticed(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    """The node's processes are new in each message, as in a deployment; the file has grown after the hello."""
+
+    class Growing(LocalGrid):
+        def answer(self, message: Message) -> Message:
+            session.open_own.cache_clear()
+            reply = super().answer(message)
+            if message.metadata.message_type == "query" and message.metadata.dst_node_id == 100:
+                write(rows_of(0, 60), files[0])
+            return reply
+
+    grid = Growing(3, own=[{"data-path": str(path)} for path in files])
+    with pytest.raises(FederationError, match="client 0 claims 54 examples; at the start it had 36"):
+        run_federation(own, tmp_path / "run", grid=grid)

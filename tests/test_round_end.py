@@ -1,0 +1,112 @@
+"""A round ends: with enough replies, at its deadline, or in an error that can be resumed from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+
+from copra_fl.adapter import load_checkpoint
+from copra_fl.config import Config, ConfigError
+from server.strategy import FederationError
+from tests.local_grid import LocalGrid, run_federation
+
+Settings = dict[str, object]
+
+
+class SilentGrid(LocalGrid):
+    """Nodes that say nothing in some rounds: node -> rounds."""
+
+    def __init__(self, silent: dict[int, set[int]], num_nodes: int = 3) -> None:
+        super().__init__(num_nodes)
+        self.silent = silent
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            (number,) = super().push_messages([message])
+            about, is_training = message.metadata, message.metadata.message_type == "train"
+            if is_training and message.content["plan"]["server-round"] in self.silent.get(about.dst_node_id, ()):
+                del self.replies[number]
+            yield number
+
+
+@pytest.fixture
+def settings(tiny: Settings) -> Settings:
+    flat = {"num-clients": 3, "num-rounds": 3, "failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0}
+    return tiny | flat | {"round-timeout": 5.0}
+
+
+def journal(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+
+
+def clients(directory: Path) -> list[list[int]]:
+    return [[client["client"] for client in row["clients"]] for row in journal(directory)]
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
+
+
+def test_a_lost_client_is_named_and_not_waited_for_beyond_the_deadline(settings: Settings, tmp_path: Path) -> None:
+    """Client 1 is away in round 2, and back in round 3."""
+    started = time.monotonic()
+    directory = run_federation(settings, tmp_path / "run", grid=SilentGrid({101: {2}}))
+    assert clients(directory) == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert [row["missing"] for row in journal(directory)] == [
+        [],
+        [{"client": 1, "reason": "no reply within round-timeout = 5 s"}],
+        [],
+    ]
+    assert journal(directory)[1]["seconds"] >= 5 and time.monotonic() - started < 60
+
+
+def test_a_round_that_cannot_reach_k_stops_and_can_be_resumed(settings: Settings, tmp_path: Path) -> None:
+    """Bitwise as if nothing had been."""
+    flat = settings | {"min-replies": 2, "round-timeout": 2.0}
+    with pytest.raises(FederationError, match="^round 2: 1 good replies, min-replies = 2; missing clients: 0: no"):
+        run_federation(flat, tmp_path / "run", grid=SilentGrid({100: {2}, 101: {2}}))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-00001.safetensors"]
+    resumed = run_federation(flat, tmp_path / "run", grid=LocalGrid(3))
+    whole = run_federation(flat, tmp_path / "whole", grid=LocalGrid(3))
+    got, wanted = final(resumed), final(whole)
+    assert clients(resumed) == [[0, 1, 2]] * 3 and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_over_sampling_takes_the_first_and_waits_for_no_more(settings: Settings, tmp_path: Path) -> None:
+    """2 of 3 clients are wanted and 3 are asked. In round 1 client 0 never answers, in round 2 client 2."""
+    flat = settings | {"clients-per-round": 2, "over-sample": 0.5, "round-timeout": 600.0, "num-rounds": 2}
+    directory = run_federation(flat, tmp_path / "run", grid=SilentGrid({100: {1}, 102: {2}}))
+    assert clients(directory) == [[1, 2], [0, 1]]
+    reason = "not among the first 2 clients"
+    assert [row["missing"] for row in journal(directory)] == [
+        [{"client": 0, "reason": reason}],
+        [{"client": 2, "reason": reason}],
+    ]
+
+
+class LateGrid(LocalGrid):
+    """Nodes connect one after the other, one with each look."""
+
+    looks = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return list(self.contexts)[: self.looks]
+
+
+def test_a_run_waits_for_its_nodes(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
+    assert clients(run_federation(flat | {"min-nodes": 3}, tmp_path / "run", grid=LateGrid(3))) == [[0, 1, 2]]
+    with pytest.raises(FederationError, match="3 nodes connected within node-timeout = 2 s; min-nodes = 4"):
+        run_federation(flat | {"min-nodes": 4, "node-timeout": 2.0}, tmp_path / "few", grid=LateGrid(3))
+
+
+def test_over_sampling_needs_tolerance() -> None:
+    with pytest.raises(ConfigError, match="over-sample = 0.2 leaves the slowest clients out.*tolerant"):
+        Config.from_flat({"over-sample": 0.2})
