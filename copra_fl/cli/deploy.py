@@ -15,10 +15,7 @@ from rich.console import Console
 from copra_fl.cli.flower import RunFailed, app_directory
 from copra_fl.config import ConfigError
 from copra_fl.deployment import compose, engine, nodes
-from copra_fl.deployment.folder import Folder
-
-#: seconds that `up` waits for the clients to connect
-CONNECT_SECONDS = 180
+from copra_fl.deployment.folder import Folder, client_name
 
 app = typer.Typer(help="Run a federation on real nodes: containers, TLS, keys.", no_args_is_help=True)
 console = Console(stderr=True)
@@ -66,6 +63,10 @@ def init(
 def up(
     directory: Directory,
     gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each client (docker-compose.gpu.yml).")] = False,
+    build: Annotated[
+        bool, typer.Option("--build/--no-build", help="Build the image, or take the one there is.")
+    ] = True,
+    wait: Annotated[int, typer.Option("--wait", min=1, help="Seconds for the clients to connect.")] = 180,
     server_only: Annotated[
         bool, typer.Option("--server-only", help="The SuperLink alone: the clients are on machines of their own.")
     ] = False,
@@ -73,19 +74,20 @@ def up(
     """Build the image, start the SuperLink and the clients, and wait until all are connected."""
     folder = Folder.open(directory)
     containers = engine.find(folder)
-    build = ["--build"] if (app_directory() / "Dockerfile").exists() else []
-    containers.run("up", "-d", *build, *(["superlink"] if server_only else []), gpu=gpu)
+    if build:
+        for service in ["superlink", *([client_name(0)] if gpu else [])]:
+            containers.run("build", service, gpu=gpu)
+    containers.run("up", "-d", *(["superlink"] if server_only else []), gpu=gpu)
     wanted = 0 if server_only else compose.num_clients(folder)
-    deadline = time.monotonic() + CONNECT_SECONDS
-    online: int | None = None
-    while online is None or online < wanted:
+    deadline = time.monotonic() + wait
+    while (found := nodes.find(containers)) is None or sum(node.status == "online" for node in found) < wanted:
         if time.monotonic() > deadline:
-            what = "the SuperLink does not answer" if online is None else f"{online} of {wanted} clients are connected"
-            raise RunFailed(f"after {CONNECT_SECONDS} s {what}; why: copra-fl deploy logs {directory}")
+            what = (
+                "the SuperLink does not answer" if found is None else f"connected is too little: {nodes.words(found)}"
+            )
+            raise RunFailed(f"after {wait} s {what}; why: copra-fl deploy logs {directory}")
         time.sleep(1)
-        found = nodes.find(containers)
-        online = None if found is None else sum(node.status == "online" for node in found)
-    console.print(f"{online} clients are connected; next: copra-fl deploy run smoke {directory}", soft_wrap=True)
+    console.print(f"{nodes.words(found)}; next: copra-fl deploy run smoke {directory}", soft_wrap=True)
 
 
 @app.command()

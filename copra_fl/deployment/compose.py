@@ -80,14 +80,23 @@ def without_security(document: Document) -> Document:
 
 
 def _renumbered(service: str, number: int) -> str:
-    service = service.replace(client_name(0), client_name(number)).replace("partition-id=0", f"partition-id={number}")
-    return service.replace('"device_ids": ["0"]', f'"device_ids": ["{number}"]')
+    for old, new in (
+        (client_name(0), client_name(number)),
+        ("partition-id=0", f"partition-id={number}"),
+        ("COPRA_FL_CLIENT_0", f"COPRA_FL_CLIENT_{number}"),
+        ('"device_ids": ["0"]', f'"device_ids": ["{number}"]'),
+    ):
+        service = service.replace(old, new)
+    return service
 
 
 def _write(directory: Path, base: Document, gpu: Document, settings: dict[str, str]) -> None:
+    """The compose files and .env of one folder; lines that people have added to .env stay."""
     for name, document in ((NAME, base), (GPU_NAME, gpu)):
         text = "# Written by `copra-fl deploy init`, which writes it again when it is repeated.\n"
         text += yaml.safe_dump(document, sort_keys=False, width=1000)
         (directory / name).write_text(text, encoding="utf-8")
-    lines = "".join(f"{key}={value}\n" for key, value in settings.items())
-    (directory / ".env").write_text(lines, encoding="utf-8")
+    path = directory / ".env"
+    earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    added = [line for line in earlier if line.partition("=")[0] not in settings]
+    path.write_text("\n".join([*(f"{key}={value}" for key, value in settings.items()), *added, ""]), encoding="utf-8")

@@ -6,6 +6,7 @@
     ca.key                      signs server certificates; no container sees it
     server/tls/                 ca.crt, server.crt, server.key
     server/nodes/client-0.pub   the nodes that may connect: one public key each
+    server/data/                the server's data files, mounted read-only
     server/state/               Flower's database, how `flwr` reaches the SuperLink, the cache
     runs/                       a folder a run
     clients/client-0/           all that this client's machine needs:
@@ -85,6 +86,10 @@ class Folder:
         return self.root / "server" / "nodes"
 
     @property
+    def data(self) -> Path:
+        return self.root / "server" / "data"
+
+    @property
     def state(self) -> Path:
         return self.root / "server" / "state"
 
@@ -104,7 +109,7 @@ class Folder:
         """The folders, where they are missing."""
         clients = [self.client(number) for number in range(num_clients)]
         inner = [each for client in clients for each in (client.tls, client.data, client.state)]
-        for path in (self.root, self.tls, self.nodes, self.flower_home, self.runs, *inner):
+        for path in (self.root, self.tls, self.nodes, self.data, self.flower_home, self.runs, *inner):
             path.mkdir(parents=True, exist_ok=True)
         for path, _, _ in os.walk(self.root):
             os.chmod(path, 0o700)

@@ -9,6 +9,7 @@ Behind this gate they answer only to the machine (the container) that the SuperL
 from __future__ import annotations
 
 import ipaddress
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -17,23 +18,35 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: what the network may reach
-OPEN = ("/v1/fleet/", "/health")
-REFUSAL = b"copra-fl: only the Fleet API is open to the network"
+FLEET, HEALTH = "/v1/fleet/", "/health"
 
 
 class Gate:
-    """The ASGI application `app`, of which callers from outside reach only the paths that start as in `OPEN`."""
+    """The ASGI application `app`, of which callers from outside reach only the Fleet API and the health check.
 
-    def __init__(self, app: App) -> None:
+    Until `ready` is set, nodes are told to try again: one that came before its key was registered would give up.
+    """
+
+    def __init__(self, app: App, ready: threading.Event) -> None:
         self._app = app
+        self._ready = ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(OPEN) or _is_local(scope["client"]):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": REFUSAL})
+        path = scope["path"]
+        if not path.startswith((FLEET, HEALTH)) and not _is_local(scope["client"]):
+            await _answer(send, 403, b"copra-fl: only the Fleet API is open to the network")
+        elif path.startswith(FLEET) and not self._ready.is_set():
+            await _answer(send, 503, b"copra-fl: the nodes' keys are being registered")
+        else:
+            await self._app(scope, receive, send)
+
+
+async def _answer(send: Send, status: int, text: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text})
 
 
 def _is_local(client: tuple[str, int] | None) -> bool:

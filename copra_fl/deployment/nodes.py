@@ -53,3 +53,8 @@ def find(containers: Engine) -> list[Node] | None:
             since = {"online": node["online-at"], "offline": node["offline-at"]}.get(node["status"], "")
             found.append(Node(names.get(node["node-id"], node["node-id"]), node["node-id"], node["status"], since))
     return sorted(found, key=lambda node: node.name)
+
+
+def words(found: list[Node]) -> str:
+    """Like ``client-0 online, client-1 registered``."""
+    return ", ".join(f"{node.name} {node.status}" for node in found) or "no node"

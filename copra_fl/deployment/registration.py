@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ KNOWN = "nodes.json"
 LOOK_SECONDS = 3
 
 
-def keep_registered(nodes: Path) -> None:
-    """Make the SuperLink's nodes those of the keys in `nodes`, now and whenever these change; print what is done."""
-    while not _flwr("list")["success"]:
-        time.sleep(LOOK_SECONDS)
+def keep_registered(nodes: Path, ready: threading.Event) -> None:
+    """Make the SuperLink's nodes those of the keys in `nodes`, now and whenever these change; `ready` once it is so."""
     while True:
         update(nodes)
+        ready.set()
         time.sleep(LOOK_SECONDS)
 
 

@@ -29,10 +29,13 @@ def main() -> None:
     serve = uvicorn.run
 
     def serve_gated(app: Any, **settings: Any) -> None:
+        ready = threading.Event()
         if ours.nodes:
-            threading.Thread(target=keep_registered, args=(ours.nodes,), daemon=True).start()
+            threading.Thread(target=keep_registered, args=(ours.nodes, ready), daemon=True).start()
+        else:
+            ready.set()
         # Without proxy headers a caller's address is that of its connection, whatever it claims.
-        serve(Gate(app), proxy_headers=False, **settings)
+        serve(Gate(app, ready), proxy_headers=False, **settings)
 
     uvicorn.run = serve_gated
     (superlink,) = entry_points(group="console_scripts", name="flower-superlink")
