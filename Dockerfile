@@ -21,13 +21,11 @@ RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml
         > requirements.txt \
     && pip install --quiet --requirement requirements.txt
 COPY . .
-RUN pip install --quiet --no-deps . \
-    && ln -s "$(python -c 'import copra_fl; print(copra_fl.__path__[0])')/_app" /opt/copra-fl/app
+RUN pip install --quiet --no-deps .
 
 FROM ${BASE_IMAGE}
 RUN useradd --uid 10001 --no-create-home copra
 COPY --from=build /opt/copra-fl /opt/copra-fl
-RUN ln -s /opt/copra-fl/app /app
 # Everything that a container writes lies below /state, which a volume outlives it on. HF_HOME: models from the hub.
 ENV PATH=/opt/copra-fl/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -39,5 +37,7 @@ ENV PATH=/opt/copra-fl/bin:$PATH \
     FLWR_DISABLE_UPDATE_CHECK=1 \
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
     TOKENIZERS_PARALLELISM=false
+# The Flower app that is submitted, which the package carries.
+RUN ln -s "$(python -I -c 'import copra_fl; print(copra_fl.__path__[0])')/_app" /app
 USER 10001
 WORKDIR /state

@@ -84,9 +84,8 @@ def submit(containers: Engine, config: Config, name: str, resume: bool) -> str:
     wanted = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
     wanted |= {"output": f"{RUNS}/{name}", "resume": resume}
     overrides = " ".join(f"{key}={toml_value(value)}" for key, value in wanted.items())
-    command = ("flwr", "run", APP, nodes.CONNECTION, "--stream", "--run-config", overrides)
-    process = containers.start(
-        "exec", "-T", "superlink", *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
+    process = containers.follow_in_superlink(
+        "flwr", "run", APP, nodes.CONNECTION, "--stream", "--run-config", overrides
     )
     assert process.stdout is not None
     number = None

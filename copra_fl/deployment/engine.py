@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,36 +16,37 @@ class ComposeFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Engine:
-    """`command` is the compose program, run in the deployment's folder."""
+    """`program` runs compose files; here those of one deployment."""
 
-    command: tuple[str, ...]
+    program: tuple[str, ...]
     folder: Folder
 
-    def start(self, *arguments: str, gpu: bool = False, **popen: object) -> subprocess.Popen[str]:
-        files = ("-f", NAME, "-f", GPU_NAME) if gpu else ("-f", NAME)
-        return subprocess.Popen([*self.command, *files, *arguments], cwd=self.folder.root, text=True, **popen)  # type: ignore[call-overload, no-any-return]
+    def words(self, *arguments: str, gpu: bool = False) -> list[str]:
+        """The command line, to be run in the deployment's folder."""
+        return [*self.program, "-f", NAME, *(["-f", GPU_NAME] if gpu else []), *arguments]
 
     def run(self, *arguments: str, gpu: bool = False) -> None:
         """Run to the end, its output on the terminal. Raises ComposeFailed."""
-        if code := self.start(*arguments, gpu=gpu).wait():
-            raise ComposeFailed(f"{' '.join(self.command)} {arguments[0]} ended with exit code {code}; why is above")
+        if code := subprocess.run(self.words(*arguments, gpu=gpu), cwd=self.folder.root).returncode:
+            raise ComposeFailed(f"{' '.join(self.program)} {arguments[0]} ended with exit code {code}; why is above")
 
     def in_superlink(self, *command: str) -> str:
         """What `command` prints in the SuperLink's container. Raises CalledProcessError."""
-        process = self.start("exec", "-T", "superlink", *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate()
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args, out, err)
-        return out
+        words = self.words("exec", "-T", "superlink", *command)
+        return subprocess.run(words, cwd=self.folder.root, capture_output=True, text=True, check=True).stdout
+
+    def follow_in_superlink(self, *command: str) -> subprocess.Popen[str]:
+        """`command` in the SuperLink's container, while it runs: what it prints comes out of the process's stdout."""
+        words = self.words("exec", "-T", "superlink", *command)
+        return subprocess.Popen(
+            words, cwd=self.folder.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
 
 
 def find(folder: Folder) -> Engine:
     """Docker's compose plugin if there is one, else podman-compose. Raises ComposeFailed."""
-    if shutil.which("docker"):
-        version = subprocess.run(["docker", "compose", "version"], capture_output=True)
-        if version.returncode == 0:
-            return Engine(("docker", "compose"), folder)
+    if shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        return Engine(("docker", "compose"), folder)
     if shutil.which("podman-compose"):
-        os.environ.setdefault("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
         return Engine(("podman-compose",), folder)
     raise ComposeFailed("neither `docker compose` nor `podman-compose` was found; install one of them")

@@ -111,8 +111,8 @@ class Folder:
         inner = [each for client in clients for each in (client.tls, client.data, client.state)]
         for path in (self.root, self.tls, self.nodes, self.data, self.flower_home, self.runs, *inner):
             path.mkdir(parents=True, exist_ok=True)
-        for path, _, _ in os.walk(self.root):
-            os.chmod(path, 0o700)
+        for directory, _, _ in os.walk(self.root):
+            os.chmod(directory, 0o700)
 
     def hand_over(self) -> None:
         """Give to the image's user what root has made and containers need."""

@@ -22,8 +22,6 @@ ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), Non
 NUM_CLIENTS = 3
 PATIENCE = 1500
 
-os.environ.setdefault("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
