@@ -74,6 +74,10 @@ def up(
     """Build the image, start the SuperLink and the clients, and wait until all are connected."""
     folder = Folder.open(directory)
     containers = engine.find(folder)
+    if build and not (app_directory() / "Dockerfile").exists():
+        raise ConfigError(
+            "there is no Dockerfile beside an installed copra-fl: build the image from a checkout, then up --no-build"
+        )
     if build:
         for service in ["superlink", *([client_name(0)] if gpu else [])]:
             containers.run("build", service, gpu=gpu)

@@ -50,7 +50,9 @@ def run(
         console.print(f"not followed any more, but going on: copra-fl deploy status {directory}", soft_wrap=True)
         raise
     if status != "finished:completed" or not (run_folder / "summary.json").exists():
-        raise RunFailed(f"the run ended as {status!r}; what happened is above. To go on after its last round: {again}")
+        raise RunFailed(
+            f"Flower says of the run: {status}; what happened is above. To go on after its last round: {again}"
+        )
 
     from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
@@ -100,7 +102,7 @@ def submit(containers: Engine, config: Config, name: str, resume: bool) -> str:
         answer = containers.in_superlink("flwr", "list", nodes.CONNECTION, "--run-id", number, "--format", "json")
         return str(json.loads(answer)["runs"][0]["status"])
     except (subprocess.CalledProcessError, ValueError, KeyError, IndexError):
-        return "unknown: the SuperLink does not answer"
+        return "nothing, as the SuperLink does not answer"
 
 
 def status(directory: Directory, as_json: JsonOption = False) -> None:
