@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
@@ -37,11 +38,13 @@ def run(
 ) -> None:
     """Submit a run and follow it. Each node is one client, unless num-clients is set. Ctrl-C leaves the run alone."""
     console, folder = Console(stderr=True), Folder.open(directory)
-    config = Recipe.read(recipe, set_ or []).config()
-    if not any(text.startswith("num-clients=") for text in set_ or []):
-        config = config.changed(num_clients=0)
+    wanted = Recipe.read(recipe, set_ or [])
+    config = wanted.config() if "num-clients" in wanted.overrides else wanted.config().changed(num_clients=0)
     run_folder = folder.runs / choose_name(folder, output, resume)
-    again = f"copra-fl deploy run {recipe} {directory} --resume --output {run_folder.name}"
+    sets = [word for text in set_ or [] for word in ("--set", text)]
+    again = shlex.join(
+        ["copra-fl", "deploy", "run", recipe, str(directory), *sets, "--resume", "--output", run_folder.name]
+    )
     console.print(f"run folder: {run_folder}", soft_wrap=True)
     containers = engine.find(folder)
     try:
