@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -14,7 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 from copra_fl.cli import app
+from copra_fl.cli.deploy_run import choose_name, read_runs
+from copra_fl.config import ConfigError
 from copra_fl.deployment.compose import GPU_NAME, NAME
+from copra_fl.deployment.folder import Folder
 
 ROOT = Path(__file__).parent.parent
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here to read certificates with")
@@ -153,3 +157,39 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     result = CliRunner().invoke(app, ["deploy", "status", str(tmp_path)])
     assert "copra-fl deploy init" in str(result.exception)
+
+
+def test_a_run_has_a_plain_name_and_is_never_begun_twice(tmp_path: Path) -> None:
+    init(tmp_path / "d")
+    folder = Folder.open(tmp_path / "d")
+    for name in ("../elsewhere", "a/b", ".."):
+        with pytest.raises(ConfigError, match="is a path"):
+            choose_name(folder, name, resume=False)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        choose_name(folder, None, resume=True)
+    for age, name in ((20, "older"), (10, "newer")):
+        (folder.runs / name / "checkpoints").mkdir(parents=True)
+        (folder.runs / name / "config.toml").write_text("num-rounds = 3\n")
+        os.utime(folder.runs / name / "config.toml", (1e9 - age, 1e9 - age))
+    assert choose_name(folder, None, resume=True) == "newer"
+    assert choose_name(folder, "older", resume=True) == "older"
+    with pytest.raises(ConfigError, match="--resume goes on with it"):
+        choose_name(folder, "older", resume=False)
+    assert choose_name(folder, None, resume=False) not in ("older", "newer")
+
+
+def test_how_far_runs_are_is_read_from_their_journals(tmp_path: Path) -> None:
+    init(tmp_path / "d")
+    folder = Folder.open(tmp_path / "d")
+    row = {"round": 2, "clients": [{"client": 0}], "missing": [{"client": 1, "reason": "its node failed"}]}
+    for name in ("begun", "running"):
+        (folder.runs / name).mkdir()
+        (folder.runs / name / "config.toml").write_text("num-rounds = 3\n")
+    os.utime(folder.runs / "begun" / "config.toml", (1e9, 1e9))
+    journal = folder.runs / "running" / "journal.jsonl"
+    journal.write_text(json.dumps(row | {"validation": {"accuracy": 0.51}}) + "\n")
+    begun, running = read_runs(folder)
+    assert (begun["run"], begun["round"], begun["finished"]) == ("begun", "0/3", False)
+    assert running == {
+        "run": "running", "round": "2/3", "clients": 1, "missing": "1", "accuracy": 0.51, "finished": False
+    }  # fmt: skip

@@ -29,7 +29,7 @@ from copra_fl.deployment import certificates
 from copra_fl.deployment.folder import Folder
 
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 300
+PATIENCE = 1500
 
 
 @dataclass

@@ -68,7 +68,7 @@ def run(
 
 def choose_name(folder: Folder, output: str | None, resume: bool) -> str:
     """The run's folder below DIR/runs: as asked, the newest on `resume`, else a new one. Raises ConfigError."""
-    if output is not None and Path(output).name != output:
+    if output is not None and (Path(output).name != output or output == ".."):
         raise ConfigError(
             f"--output {output!r} is a path; it must be a plain name, the run's folder is below {folder.runs}"
         )
@@ -130,7 +130,7 @@ def read_runs(folder: Folder) -> Iterator[dict[str, Any]]:
         directory = path.parent
         journal = directory / "journal.jsonl"
         lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        last = json.loads(lines[-1]) if lines else {"round": 0, "clients": [], "missing": []}
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {"round": 0, "clients": [], "missing": []}
         accuracy = last.get("validation", {}).get("accuracy")
         yield {
             "run": directory.name,

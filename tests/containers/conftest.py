@@ -38,10 +38,10 @@ class Containers:
     root: Path
 
     def deploy(self, *arguments: str, code: int = 0) -> str:
-        """`copra-fl deploy ARGUMENTS`; what it printed."""
+        """`copra-fl deploy ARGUMENTS`; what it printed on standard output."""
         result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=PATIENCE)
         assert result.returncode == code, result.stdout + result.stderr
-        return result.stdout + result.stderr
+        return result.stdout
 
     def start_run(self, name: str, settings: dict[str, object], *options: str) -> subprocess.Popen[str]:
         sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
