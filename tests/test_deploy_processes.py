@@ -29,7 +29,7 @@ from copra_fl.deployment import certificates
 from copra_fl.deployment.folder import Folder
 
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 1500
+PATIENCE = 300
 
 
 @dataclass
@@ -175,11 +175,9 @@ def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(
     settings = tiny | {"num-clients": 0, "output": str(output)}
     overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
     home = {"FLWR_HOME": str(deployment.folder.flower_home)}
-    subprocess.run(
-        [SCRIPTS / "flwr", "run", str(tmp_path), "deployment", "--run-config", overrides],
-        env=os.environ | home, check=True, capture_output=True,
-    )  # fmt: skip
-    deployment.wait((output / "summary.json").exists, "the run's end")
+    command = [SCRIPTS / "flwr", "run", str(tmp_path), "deployment", "--stream", "--run-config", overrides]
+    run = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=PATIENCE)
+    assert (output / "summary.json").exists(), run.stdout + run.stderr
     rows = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1], [0, 1]]
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(output / "adapter"))
