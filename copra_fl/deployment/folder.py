@@ -106,20 +106,23 @@ class Folder:
         return ClientFolder(self.root / "clients" / client_name(number))
 
     def make(self, num_clients: int) -> None:
-        """The folders, where they are missing."""
+        """The folders, where they are missing; for their owner alone."""
         clients = [self.client(number) for number in range(num_clients)]
-        inner = [each for client in clients for each in (client.tls, client.data, client.state)]
-        for path in (self.root, self.tls, self.nodes, self.data, self.flower_home, self.runs, *inner):
+        server = (self.tls.parent, self.tls, self.nodes, self.data, self.state, self.flower_home)
+        inner = [each for client in clients for each in (client.root, client.tls, client.data, client.state)]
+        for path in (self.root, self.runs, *server, self.root / "clients", *inner):
             path.mkdir(parents=True, exist_ok=True)
-        for directory, _, _ in os.walk(self.root):
-            os.chmod(directory, 0o700)
+            path.chmod(0o700)
 
     def hand_over(self) -> None:
-        """Give to the image's user what root has made and containers need."""
+        """Give to the image's user what root has made and containers need; what people put into data stays theirs."""
         if os.getuid() != 0:
             return
         for top in (self.root / "server", self.runs, self.root / "clients"):
-            for path, _, names in os.walk(top):
+            for path, inside, names in os.walk(top):
+                if Path(path).name == "data":
+                    inside.clear()
+                    names = []
                 for each in (path, *(os.path.join(path, name) for name in names)):
                     os.chown(each, IMAGE_USER, IMAGE_USER)
 
