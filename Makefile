@@ -2,19 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow check lint types imports clean
+.PHONY: help demo test test-slow test-containers check lint types imports clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
 	$(BIN)/copra-fl compare --recipe experiments/demo.toml --seeds 0,1 --output runs/demo --overwrite
 
 test: .venv/developed  ## the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not containers"
 
 test-slow: .venv/developed  ## what `test` leaves out: the whole demo
 	$(BIN)/python -m pytest -m slow
+
+test-containers: .venv/developed  ## a deployment in real containers, and faults in it; needs docker or podman
+	$(BIN)/python -m pytest -m containers tests/containers
 
 check: lint types imports test  ## what CI runs
 

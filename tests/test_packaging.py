@@ -30,6 +30,7 @@ def test_the_wheel_claims_one_import_name_and_carries_the_app(wheel: Path) -> No
     carried = {name.removeprefix("copra_fl/_app/") for name in names if name.startswith("copra_fl/_app/")}
     assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py", "experiments/methods/copra.toml"}
     assert carried >= {f"experiments/bench/{name}" for name in ("pyproject.toml", "client.py", "server.py")}
+    assert carried >= {"docker-compose.yml", "docker-compose.gpu.yml"}
     assert "copra_fl/page.html.j2" in names
 
 

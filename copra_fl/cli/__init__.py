@@ -9,7 +9,7 @@ import click
 import typer
 
 from copra_fl.assets import AssetError
-from copra_fl.cli import assets, probe
+from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.compare import compare
 from copra_fl.cli.flower import RunFailed
@@ -19,6 +19,7 @@ from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
 from copra_fl.cli.study import study
 from copra_fl.config import ConfigError
+from copra_fl.deployment.engine import ComposeFailed
 
 #: what typer makes of Ctrl-C
 INTERRUPTED = 130
@@ -37,6 +38,9 @@ app.command()(report)
 app.command()(bench)
 probe.app.command()(prune)
 probe.app.command()(shapley)
+deploy.app.command()(deploy_run.run)
+deploy.app.command()(deploy_run.status)
+app.add_typer(deploy.app, name="deploy")
 app.add_typer(probe.app, name="probe")
 app.add_typer(assets.app, name="assets")
 
@@ -47,7 +51,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except ConfigError as error:
         fail(str(error), 2)
-    except (RunFailed, AssetError) as error:
+    except (RunFailed, AssetError, ComposeFailed) as error:
         fail(str(error), 1)
     except click.ClickException as error:
         error.show()

@@ -1,0 +1,43 @@
+# One image for the SuperLink and the clients. For the CPU by default:
+#
+#   docker build -t copra-fl .
+#
+# For NVIDIA GPUs, with PyPI's own build of torch (docker-compose.gpu.yml does this):
+#
+#   docker build -t copra-fl:gpu --build-arg TORCH_INDEX=https://pypi.org/simple .
+#
+# No key, certificate or data is copied in: they are mounted when a container starts. Health checks: docker-compose.yml.
+ARG BASE_IMAGE=python:3.11-slim
+
+FROM ${BASE_IMAGE} AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /source
+RUN python -m venv /opt/copra-fl
+ENV PATH=/opt/copra-fl/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# What changes seldom first: torch, the other dependencies, and only then the sources.
+RUN pip install --quiet --index-url "${TORCH_INDEX}" "torch>=2.11"
+COPY pyproject.toml .
+RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
+        > requirements.txt \
+    && pip install --quiet --requirement requirements.txt
+COPY . .
+RUN pip install --quiet --no-deps .
+
+FROM ${BASE_IMAGE}
+RUN useradd --uid 10001 --no-create-home copra
+COPY --from=build /opt/copra-fl /opt/copra-fl
+# Everything that a container writes lies below /state, which a volume outlives it on. HF_HOME: models from the hub.
+ENV PATH=/opt/copra-fl/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/state \
+    COPRA_FL_CACHE=/state/cache \
+    HF_HOME=/state/huggingface \
+    FLWR_HOME=/state/flower \
+    FLWR_TELEMETRY_ENABLED=0 \
+    FLWR_DISABLE_UPDATE_CHECK=1 \
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
+    TOKENIZERS_PARALLELISM=false
+# The Flower app that is submitted, which the package carries.
+RUN ln -s "$(python -I -c 'import copra_fl; print(copra_fl.__path__[0])')/_app" /app
+USER 10001
+WORKDIR /state

@@ -1,0 +1,47 @@
+"""What the server's container runs: Flower's SuperLink behind the gate, knowing the nodes whose keys lie in a folder.
+
+    python -m copra_fl.deployment.superlink --nodes=FOLDER WHAT flower-superlink IS TOLD...
+
+It is `flower-superlink` in this very process, with two additions. What it serves goes through the `Gate`. And once it
+answers, the public keys in FOLDER are registered and those that are gone from it unregistered; without --nodes whoever
+connects is a node (`deploy init --insecure`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from copra_fl.deployment.gate import Gate
+from copra_fl.deployment.registration import keep_registered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nodes", type=Path)
+    ours, flowers = parser.parse_known_args()
+    serve = uvicorn.run
+
+    def serve_gated(app: Any, **settings: Any) -> None:
+        ready = threading.Event()
+        if ours.nodes:
+            threading.Thread(target=keep_registered, args=(ours.nodes, ready), daemon=True).start()
+        else:
+            ready.set()
+        # Without proxy headers a caller's address is that of its connection, whatever it claims.
+        serve(Gate(app, ready), proxy_headers=False, **settings)
+
+    uvicorn.run = serve_gated
+    (superlink,) = entry_points(group="console_scripts", name="flower-superlink")
+    sys.argv = ["flower-superlink", *flowers]
+    superlink.load()()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A real deployment in containers: `copra-fl deploy init`, `up`, and what tests do to it.
+
+COPRA_FL_IMAGE names an image that is there already, which is then tested as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from copra_fl.cli.flower import free_port
+from tests.real_runs import SCRIPT
+
+ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)
+NUM_CLIENTS = 3
+PATIENCE = 1500
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "containers" in item.path.parts:
+            item.add_marker(pytest.mark.containers)
+            if ENGINE is None:
+                item.add_marker(pytest.mark.skip(reason="neither docker nor podman is here to run containers"))
+
+
+@dataclass
+class Containers:
+    """A deployment that is up: its folder, and its containers by service name."""
+
+    root: Path
+
+    def deploy(self, *arguments: str, code: int = 0) -> str:
+        """`copra-fl deploy ARGUMENTS`; what it printed on standard output."""
+        result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=PATIENCE)
+        assert result.returncode == code, result.stdout + result.stderr
+        return result.stdout
+
+    def start_run(self, name: str, settings: dict[str, object], *options: str) -> subprocess.Popen[str]:
+        sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        command = [SCRIPT, "deploy", "run", "base", str(self.root), *sets, "--output", name, *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(self, run: subprocess.Popen[str], code: int = 0) -> str:
+        out, _ = run.communicate(timeout=PATIENCE)
+        assert run.returncode == code, out
+        return out
+
+    def engine(self, *arguments: str) -> str:
+        assert ENGINE is not None
+        return subprocess.run([ENGINE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    def container(self, service: str) -> str:
+        """The id of a service's container."""
+        label = "com.docker.compose.service"
+        project = f"label=com.docker.compose.project={self.root.name}"
+        return self.engine("ps", "-aq", "--filter", project, "--filter", f"label={label}={service}")
+
+    def kill(self, service: str) -> None:
+        """SIGKILL from outside, as the kernel does it when memory is short: the engine did not ask for it."""
+        pid = self.engine("inspect", "--format", "{{.State.Pid}}", self.container(service))
+        subprocess.run(["kill", "-9", pid], check=True)
+
+    def network(self) -> str:
+        return self.engine(
+            "inspect", "--format", "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}",
+            self.container("superlink"),
+        )  # fmt: skip
+
+    def rounds(self, name: str) -> list[str]:
+        journal = self.root / "runs" / name / "journal.jsonl"
+        return journal.read_text().splitlines() if journal.exists() else []
+
+    @staticmethod
+    def wait(condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}"
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="session")
+def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts: str) -> Iterator[Containers]:
+    """Three clients and a server with the tiny model and the texts in their data folders, all connected."""
+    root = tmp_path_factory.mktemp("deployment")
+    root = root.rename(root.with_name(f"copra-fl-test-{os.getpid()}"))
+    containers = Containers(root)
+    containers.deploy("init", str(root), "--clients", str(NUM_CLIENTS), "--port", str(free_port()))
+    for data in [root / "server" / "data", *root.glob("clients/*/data")]:
+        shutil.copytree(tiny_model, data / "tiny-bert")
+        shutil.copy(texts, data / "texts.csv")
+        subprocess.run(["chmod", "-R", "a+rX", data], check=True)
+    try:
+        build = "--no-build" if os.environ.get("COPRA_FL_IMAGE") else "--build"
+        containers.deploy("up", str(root), build, "--wait", str(PATIENCE))
+        yield containers
+    finally:
+        containers.deploy("down", str(root))
+
+
+@pytest.fixture(scope="session")
+def settings(tiny: dict[str, object]) -> dict[str, object]:
+    """Three rounds of the tiny federation, long enough to be caught in one, with what is where in the containers."""
+    inside = {"model": "/data/tiny-bert", "dataset": "/data/texts.csv", "num-rounds": 3, "partitioner": "iid"}
+    return {key: value for key, value in tiny.items() if key != "num-clients"} | inside

@@ -1,0 +1,192 @@
+"""A deployment without containers: SuperLink and SuperNodes as processes on this machine, with TLS and keys.
+
+The same apps, unchanged, and the commands of docker-compose.yml with other paths and ports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import PeftModel
+from transformers import AutoModel
+
+from copra_fl.cli.flower import copy_app, free_port
+from copra_fl.config import toml_value
+from copra_fl.deployment import certificates
+from copra_fl.deployment.folder import Folder
+
+SCRIPTS = Path(sys.executable).parent
+PATIENCE = 300
+
+
+@dataclass
+class Processes:
+    """A deployment's folder, and the processes started for it."""
+
+    folder: Folder
+    port: int
+    started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        home = self.folder.flower_home if name == "superlink" else self.folder.root / name
+        environment = os.environ | {
+            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+        with open(self.log(name), "ab") as log:
+            self.started[name] = subprocess.Popen(
+                command, env=environment, cwd=self.folder.runs, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        return self.started[name]
+
+    def start_superlink(self) -> None:
+        tls, state = self.folder.tls, self.folder.state
+        self.start(
+            "superlink", sys.executable, "-m", "copra_fl.deployment.superlink", f"--nodes={self.folder.nodes}",
+            "--host=0.0.0.0", f"--port={self.port}", f"--database={state / 'superlink.db'}",
+            f"--ssl-ca-certfile={tls / 'ca.crt'}", f"--ssl-certfile={tls / 'server.crt'}",
+            f"--ssl-keyfile={tls / 'server.key'}", "--enable-supernode-auth",
+        )  # fmt: skip
+
+    def start_node(self, name: str, ca: Path, key: Path | None, partition: int = 0) -> subprocess.Popen[bytes]:
+        keys = [f"--auth-supernode-private-key={key}"] if key else []
+        return self.start(
+            name, str(SCRIPTS / "flower-supernode"), f"--superlink=localhost:{self.port}", f"--port={free_port()}",
+            f"--root-certificates={ca}", f"--node-config=partition-id={partition} num-partitions=2", *keys,
+        )  # fmt: skip
+
+    def log(self, name: str) -> Path:
+        return self.folder.root / f"{name}.log"
+
+    def said(self, name: str, words: str) -> bool:
+        return words in self.log(name).read_text(errors="replace")
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            logs = "".join(f"\n--- {name}\n{self.log(name).read_text(errors='replace')}" for name in self.started)
+            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}{logs}"
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        family = [psutil.Process(each.pid) for each in self.started.values() if each.poll() is None]
+        for process in [child for each in family for child in each.children(recursive=True)] + family:
+            if process.is_running():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """A SuperLink that knows two nodes, and both connected."""
+    folder, port = Folder(tmp_path_factory.mktemp("deployment")), free_port()
+    folder.make(2)
+    certificates.make_ca(folder)
+    certificates.make_server_certificate(folder, [])
+    certificates.make_node_keys(folder, 2)
+    (folder.flower_home / "config.toml").write_text(
+        f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "localhost:{port}"\n'
+        f'root-certificates = "{folder.tls / "ca.crt"}"\n'
+    )
+    processes = Processes(folder, port)
+    try:
+        processes.start_superlink()
+        processes.wait(lambda: processes.said("superlink", "registering client-1: done"), "both keys registered")
+        for number in range(2):
+            client = folder.client(number)
+            processes.start_node(f"node-{number}", client.tls / "ca.crt", client.key, number)
+        processes.wait(
+            lambda: all(processes.said(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
+        )
+        yield processes
+    finally:
+        processes.stop()
+
+
+@pytest.mark.parametrize("kind", ["no key", "unknown key", "wrong CA"])
+def test_a_stranger_is_turned_away(deployment: Processes, tmp_path: Path, kind: str) -> None:
+    """It ends by itself, and no more nodes than the two are active."""
+    other = Folder(tmp_path / "other")
+    other.make(1)
+    certificates.make_ca(other)
+    certificates.make_node_keys(other, 1)
+    ours, theirs = deployment.folder.client(1), other.client(0)
+    ca = theirs.tls / "ca.crt" if kind == "wrong CA" else ours.tls / "ca.crt"
+    key = {"no key": None, "unknown key": theirs.key, "wrong CA": ours.key}[kind]
+    name = f"stranger-{kind.replace(' ', '-')}"
+    process = deployment.start_node(name, ca, key)
+    deployment.wait(lambda: process.poll() is not None, "the stranger gives up")
+    assert process.returncode != 0
+    reason = {
+        "no key": "All SuperNodes must be registered",
+        "unknown key": "Failed to activate SuperNode",
+        "wrong CA": "certificate verify failed",
+    }[kind]
+    assert deployment.said(name, reason), deployment.log(name).read_text()
+    assert not deployment.said(name, "SuperNode ID")
+
+
+def test_the_network_reaches_the_fleet_api_alone(deployment: Processes) -> None:
+    """From the machine's own address, which is not loopback: as another machine would come."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; says which address packets would leave from
+        address = probe.getsockname()[0]
+    if address.startswith("127."):
+        pytest.skip("this machine has no address but loopback")
+
+    def answer(host: str, path: str) -> int:
+        url = f"https://{host}:{deployment.port}{path}"
+        context = ssl.create_default_context(cafile=deployment.folder.tls / "ca.crt")
+        context.check_hostname = False  # the certificate is not for this machine's own address
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+        request = urllib.request.Request(url, data=b"", headers={"X-Forwarded-For": "127.0.0.1"})
+        try:
+            with opener.open(request, timeout=30) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    control, runtime, fleet = "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/pull-messages"
+    assert [answer(address, path) for path in (control, runtime)] == [403, 403]
+    assert answer(address, fleet) != 403 and answer("127.0.0.1", control) != 403
+
+
+def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(
+    deployment: Processes, tiny: dict[str, object], tmp_path: Path
+) -> None:
+    copy_app(tmp_path)
+    output = deployment.folder.runs / "first"
+    settings = tiny | {"num-clients": 0, "output": str(output)}
+    overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
+    home = {"FLWR_HOME": str(deployment.folder.flower_home)}
+    command = [SCRIPTS / "flwr", "run", str(tmp_path), "deployment", "--stream", "--run-config", overrides]
+    run = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=PATIENCE)
+    assert (output / "summary.json").exists(), run.stdout + run.stderr
+    rows = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1], [0, 1]]
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(output / "adapter"))
+    assert any(".lora_" in name for name, _ in encoder.named_parameters())
+
+
+def test_a_key_that_is_taken_away_ends_its_node(deployment: Processes) -> None:
+    """And only its own: last in this file, since it takes the deployment apart."""
+    (deployment.folder.nodes / "client-1.pub").unlink()
+    node = deployment.started["node-1"]
+    deployment.wait(lambda: node.poll() is not None, "node 1 is turned out")
+    assert deployment.started["node-0"].poll() is None
