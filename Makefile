@@ -13,7 +13,7 @@ demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clie
 test: .venv/developed  ## the tests
 	$(BIN)/python -m pytest -m "not slow and not containers"
 
-test-slow: .venv/developed  ## what `test` leaves out: the whole demo
+test-slow: .venv/developed  ## what `test` leaves out: the whole demo, a killed study, a deployment of processes
 	$(BIN)/python -m pytest -m slow
 
 test-containers: .venv/developed  ## a deployment in real containers, and faults in it; needs docker or podman

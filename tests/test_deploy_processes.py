@@ -28,6 +28,8 @@ from copra_fl.config import toml_value
 from copra_fl.deployment import certificates
 from copra_fl.deployment.folder import Folder
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(sys.executable).parent
 PATIENCE = 300
 
