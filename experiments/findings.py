@@ -1,4 +1,4 @@
-"""The tables and figures of docs/findings.md, made of the committed results: `python experiments/findings.py`.
+"""The tables and figures of docs/findings.md, made of the committed results: `python -m experiments.findings`.
 
 Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,27 @@ from copra_fl.page import DataTable, Figure
 from copra_fl.ranking import POINTS
 from copra_fl.results import estimate
 from copra_fl.study import table
+from experiments.papers_summary import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGE = ROOT / "docs" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAPERS_MEASURES = (
+    "alone",
+    "factor path: accuracy at the midpoint",
+    "factor path: midpoint gap",
+    "factor path: barrier (Entezari)",
+    "product path: accuracy at the midpoint",
+    "product path: barrier (Entezari)",
+    "merge of 3: average of factors",
+    "merge of 3: average of products",
+    "kept: every other layer",
+    "kept: every other layer, from the second",
+    "Shapley: share of the largest third",
+    "Shapley: Gini",
+)
 METRICS = {metric: name.partition(",")[0] for metric, name, _ in figures.PREDICTORS}
 
 
@@ -39,8 +55,10 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield f"{name} results", f"{markdown(table(results))}\n{source}\n"
         yield f"{name} copra", markdown(copra_against(results))
         yield f"{name} predictors", markdown(predictors(results))
-    for path in sorted(RESULTS.glob("papers-*.md")):
-        yield "papers", path.read_text(encoding="utf-8").partition("\n\n")[2]
+    path = sorted(RESULTS.glob("papers-*.json"))[-1]
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    source = f"From `experiments/results/{path.name}`, which `{facts['command']}` wrote; all measures: the same, `.md`."
+    yield "papers", f"{markdown(papers(facts))}\n{source}\n"
 
 
 def copra_against(results: Mapping[str, Any]) -> DataTable:
@@ -67,6 +85,20 @@ def predictors(results: Mapping[str, Any]) -> DataTable:
     return DataTable(
         ["minus the baseline's", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
     )
+
+
+def papers(facts: Mapping[str, Any]) -> DataTable:
+    """What the papers claim, LoRA against CopRA outside a federation."""
+    rows = []
+    for measure in PAPERS_MEASURES:
+        found, scale = facts["measures"][measure], 1 if "barrier" in measure or "Gini" in measure else 100
+        spec = ".3f" if scale == 1 else ".1f"
+        columns = [replace(POINTS, scale=scale, spec=sign + spec) for sign in ("", "", "+")]
+        cells = [
+            column.show(found[what]) for column, what in zip(columns, ("lora", "copra", "difference"), strict=True)
+        ]
+        rows.append([measure, *cells, PUBLISHED.get(measure, "")])
+    return DataTable(["%, points; barriers in nats", "lora", "copra", "copra − lora", "published elsewhere"], rows)
 
 
 def images() -> Iterator[tuple[str, Figure]]:

@@ -265,7 +265,7 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     measured = measure(study, rates, seeds)
     facts = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "experiments.papers", *sys.argv[1:]]),
         "date": options.date,
         "versions": provenance.versions(),
         "machine": provenance.machine(),
