@@ -71,11 +71,16 @@ def run_comparison(
         options.make_output(directory, overwrite)
         for name, config in configs.items():
             options.write_config(directory / name, config)
-        plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
-        (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+        write_plan(directory, methods, seeds)
         shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
         process = link.start_run({"output": str(directory), "resume": True}, shares)
         progress.watch(link, process, len(configs), console)
+
+
+def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:
+    """Write ``comparison.toml``: what the server goes through, and what a report is of."""
+    plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
+    (directory / "comparison.toml").write_text(plan, encoding="utf-8")
 
 
 def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:

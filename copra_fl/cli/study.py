@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 
 from copra_fl.cli import options, preflight
-from copra_fl.cli.compare import run_comparison, run_names
+from copra_fl.cli.compare import run_comparison, run_names, write_plan
 from copra_fl.cli.recipes import Recipe, short_name
 from copra_fl.config import Config, ConfigError, unknown
 
@@ -82,9 +82,11 @@ def study(
     from copra_fl.study import TEST, write
 
     def run(directory: Path, seeds: list[int], methods: Mapping[str, ConfigOfSeed]) -> None:
-        """Run the comparison of `methods`, unless it has finished."""
+        """Run the comparison of `methods`; one that has finished is only told apart from what else is in its folder."""
         configs = {name: methods[method](seed) for name, (method, seed) in run_names(methods, seeds).items()}
-        if not all((directory / name / "summary.json").exists() for name in configs):
+        if all((directory / name / "summary.json").exists() for name in configs):
+            write_plan(directory, list(methods), seeds)
+        else:
             run_comparison(directory, list(methods), seeds, configs, console, workers, gpus_per_worker)
 
     for name, cells in planned.items():
