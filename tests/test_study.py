@@ -227,6 +227,9 @@ def test_a_study_survives_a_kill_and_skips_what_is_finished(study_file: Path, tm
         best = max(ends, key=ends.__getitem__)
         assert results["rates"][method]["chosen"] == float(best)
         assert f"\n{key} = {best}\n" in (test / f"{method}-seed1/config.toml").read_text()
+    study_file.write_text(study_file.read_text().replace("seeds = [0, 1]", "seeds = [1]"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")}
-    _, err = RealRun(arguments, tmp_path).finish(timeout=60)
+    RealRun(arguments, tmp_path).finish(timeout=60)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")} == before
+    results = json.loads((tmp_path / "runs/first/results.json").read_text())["cells"][0]
+    assert results["seeds"] == [1] and results["unfinished"] == []
