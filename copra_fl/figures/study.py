@@ -128,6 +128,7 @@ def _by_cell(results: Results, title: str, found: Any) -> Any:
             "tickvals": list(range(len(cells))),
             "ticktext": [label(cell) for cell in cells],
             "showgrid": False,
+            "zeroline": False,
             "range": [-0.5, len(cells) - 0.5],
         },
         {"title": title},
