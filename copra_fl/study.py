@@ -121,7 +121,6 @@ def write(directory: Path, cells: Sequence[Path], command: str) -> dict[str, Any
 def render(name: str, results: Mapping[str, Any]) -> str:
     """The page of a grid's results."""
     settings = results["cells"][0]["settings"]["common"]
-    learning_rates = Section("Learning rates", figures.rates(results))
     return page.render(
         title=f"Study: {name}",
         setting=f"{settings['model']} on {settings['dataset']} · {results['command']}",
@@ -131,7 +130,7 @@ def render(name: str, results: Mapping[str, Any]) -> str:
         sections=[
             Section("Accuracy", [*figures.gains(results), *figures.accuracies(results)]),
             Section("What goes with a gain", figures.predictors(results)),
-            learning_rates,
+            Section("Learning rates", figures.rates(results)),
         ],
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from copra_fl.page import DataTable, Figure
 from copra_fl.ranking import POINTS
 from copra_fl.results import estimate
 from copra_fl.study import table
-from experiments.papers_summary import PUBLISHED
+from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -91,12 +90,9 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
     """What the papers claim, LoRA against CopRA outside a federation."""
     rows = []
     for measure in PAPERS_MEASURES:
-        found, scale = facts["measures"][measure], 1 if "barrier" in measure or "Gini" in measure else 100
-        spec = ".3f" if scale == 1 else ".1f"
-        columns = [replace(POINTS, scale=scale, spec=sign + spec) for sign in ("", "", "+")]
-        cells = [
-            column.show(found[what]) for column, what in zip(columns, ("lora", "copra", "difference"), strict=True)
-        ]
+        lora, copra, difference = facts["measures"][measure].values()
+        shown = column(measure)
+        cells = [shown.show(lora), shown.show(copra), column(measure, "+").show(difference)]
         rows.append([measure, *cells, PUBLISHED.get(measure, "")])
     return DataTable(["%, points; barriers in nats", "lora", "copra", "copra − lora", "published elsewhere"], rows)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from copra_fl.ranking import Column
 from copra_fl.results import Estimate, estimate, join
 
 #: measure -> seeds of the adapters -> value
@@ -79,13 +80,12 @@ def table(facts: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, by in facts["measures"].items():
-        cells = [_cell(found, name, "+" if what == "difference" else "") for what, found in by.items()]
+        cells = [column(name, "+" if what == "difference" else "").show(found) for what, found in by.items()]
         lines.append(f"| {name} | {' | '.join(cells)} | {PUBLISHED.get(name, '')} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(found: Estimate, name: str, sign: str) -> str:
-    scale, spec = (1, f"{sign}.3f") if any(word in name for word in PLAIN) else (100, f"{sign}.1f")
-    mean = "–" if found["mean"] is None else f"{scale * found['mean']:{spec}}"
-    ends = [f"{scale * end:{spec}}" for end in found["interval"] or ()]
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
+def column(measure: str, sign: str = "") -> Column:
+    """How a measure is shown; `sign`: ``+`` for differences."""
+    scale, spec = (1, ".3f") if any(word in measure for word in PLAIN) else (100, ".1f")
+    return Column(measure, measure, scale, sign + spec)

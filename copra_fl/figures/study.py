@@ -1,15 +1,16 @@
 """What a study found, cell by cell: gains with intervals, the rates they were reached at, and what goes with a gain.
 
-The figures take the contents of a grid's ``results.json`` (`copra_fl.study.results`), so that they can be made again
+The figures take the contents of a grid's ``results.json`` (`copra_fl.study.write`), so that they can be made again
 from stored results, for a page or for a document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from copra_fl.figures.canvas import styles
 from copra_fl.page import Figure, empty_chart
@@ -119,7 +120,7 @@ def pearson(points: Mapping[str, Sequence[tuple[float, float]]]) -> float | None
     return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else None
 
 
-def _by_cell(results: Results, title: str, found: Any) -> Any:
+def _by_cell(results: Results, title: str, found: Callable[[Cell, str], Mapping[str, Any] | None]) -> go.Figure:
     """A chart with the cells side by side, and in each a point with its interval a method."""
     cells: Sequence[Cell] = results["cells"]
     methods = list(dict.fromkeys(method for cell in cells for method in cell["methods"]))
