@@ -73,7 +73,7 @@ def train(message: Message, context: Context) -> Message:
 
 def _train(site: Site, message: Message, context: Context) -> RecordDict:
     plan, engine, data, state = _open(site, message, context)
-    config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.classifier.group_of
+    config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
     memory = Memory(wire.unpack_delivery(message.content).run)
     left = {client: memory.read(client, plan.server_round) for client in plan.clients}
     own = client_starts(config, state.adapter, plan.clients)
@@ -114,9 +114,9 @@ def _train_all(
         failures |= failed
         for update in trained:
             start = parts(starts[update.client], trainable)
-            expected = expected_update(plan.config, len(engine.classifier.gates.names), len(data.train[update.client]))
+            expected = expected_update(plan.config, len(engine.model.gates.names), len(data.train[update.client]))
             try:
-                check_update(update, start, engine.classifier.group_of, expected)
+                check_update(update, start, engine.model.group_of, expected)
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
@@ -181,8 +181,8 @@ def _open(site: Site, message: Message, context: Context) -> tuple[Plan, Engine,
     config, data, rule = plan.config, site.open_data(plan.config), find_rule(plan.config.aggregation.rule)
     num_labels = len(data.label_names)
     engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0, core=rule.core)
-    state = _receive(message.content, context.state, engine.classifier.read_adapter(), plan)
-    engine.classifier.write_residual(state.residual)
+    state = _receive(message.content, context.state, engine.model.read_adapter(), plan)
+    engine.model.write_residual(state.residual)
     return plan, engine, data, state
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from copra_fl import engine
 from copra_fl.config import Config
 from copra_fl.data import FederatedData, load
-from copra_fl.models import load_tokenizer
+from copra_fl.models import load_processor
 from copra_fl.own_data import load_own
 
 #: its adapter's values come with each message
@@ -21,10 +21,10 @@ open_engine = lru_cache(maxsize=1)(engine.open_engine)
 @lru_cache(maxsize=4)
 def open_data(config: Config) -> FederatedData:
     """The clients' examples, from the token cache."""
-    return load(config, load_tokenizer(config.model.model))
+    return load(config, load_processor(config.model))
 
 
 @lru_cache(maxsize=4)
 def open_own(config: Config, path: str, client: int, num_clients: int) -> FederatedData:
     """The examples in a node's own file, from the token cache."""
-    return load_own(config, load_tokenizer(config.model.model), path, client, num_clients)
+    return load_own(config, load_processor(config.model), path, client, num_clients)

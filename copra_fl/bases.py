@@ -15,11 +15,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -32,27 +33,28 @@ transformers_logging.disable_progress_bar()
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def open_base(source: str, dtype: str, attention: str) -> PreTrainedModel:
-    """The encoder in the folder or of the hub name `source`, with weights in `dtype` that no process owns.
+def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreTrainedModel:
+    """The model in the folder or of the hub name `source`, with weights in `dtype` that no process owns.
 
-    `attention` is eager or sdpa; a model that has no sdpa computes with eager.
+    `model_class` is the Transformers class that opens it, `attention` eager or sdpa; a model that has no sdpa computes
+    with eager.
     Raises OSError or ValueError where there is no model, AssetError where it cannot be stored in `dtype`.
     """
-    converted = cache_dir() / "bases" / digest_of(_identity(source), dtype)
+    converted = cache_dir() / "bases" / digest_of(_identity(source), dtype, model_class.__name__)
     if not converted.exists():
-        base = _open(source, "auto", attention)
+        base = _open(source, "auto", attention, model_class)
         if base.dtype == getattr(torch, dtype):
             return base
-        _convert(source, dtype, converted)
-    base = _open(str(converted), dtype, attention)
+        _convert(source, dtype, model_class, converted)
+    base = _open(str(converted), dtype, attention, model_class)
     base.name_or_path = base.config.name_or_path = source  # what PEFT writes beside an adapter
     return base
 
 
-def _open(source: str, dtype: str, attention: str) -> PreTrainedModel:
+def _open(source: str, dtype: str, attention: str, model_class: Any) -> PreTrainedModel:
     # Asked for sdpa by name, Transformers raises where a model has none; not asked at all, it takes sdpa if it can.
     wanted = None if attention == "sdpa" else attention
-    return AutoModel.from_pretrained(source, dtype=dtype, attn_implementation=wanted)
+    return model_class.from_pretrained(source, dtype=dtype, attn_implementation=wanted)
 
 
 def _identity(source: str) -> list[object]:
@@ -97,7 +99,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _convert(source: str, dtype: str, place: Path) -> None:
+def _convert(source: str, dtype: str, model_class: Any, place: Path) -> None:
     """Store the base in `dtype`; one process does it, and one that is killed leaves nothing at `place`."""
     staging = place.with_suffix(".part")
     try:
@@ -107,7 +109,7 @@ def _convert(source: str, dtype: str, place: Path) -> None:
                 return
             try:
                 shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left one
-                AutoModel.from_pretrained(source, dtype=dtype).save_pretrained(staging)
+                model_class.from_pretrained(source, dtype=dtype).save_pretrained(staging)
                 staging.rename(place)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from copra_fl.adapter import Adapter, Update
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.seeding import derive
-from copra_fl.stacked import StackedClassifier
-from copra_fl.stacked.step import Stack, Step
+from copra_fl.stacked import StackedModel
+from copra_fl.stacked.step import Stack, Step, by_client
 from copra_fl.training import (
     LocalSteps,
     Plan,
@@ -38,7 +37,7 @@ def slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[
     Clients with like numbers of steps go together, most steps first.
     """
     steps = {client: num_steps(config.training, len(data.train[client])) for client in clients}
-    tokens = config.training.batch_size * config.data.max_length
+    tokens = config.training.batch_size * data.examples.max_length
     number = -(-len(clients) * tokens // config.training.step_tokens)
     ordered = sorted(clients, key=lambda client: (-steps[client], client))
     parts = np.array_split(np.array(ordered, dtype=int), min(number, len(clients)))
@@ -46,7 +45,7 @@ def slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[
 
 
 def train_cohort(
-    model: StackedClassifier,
+    model: StackedModel,
     data: FederatedData,
     plan: Plan,
     clients: Sequence[int],
@@ -94,7 +93,7 @@ def train_cohort(
     return updates
 
 
-def _rows(model: StackedClassifier, adapters: Sequence[Adapter]) -> Tensor:
+def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     """(C, P): the adapters as rows; one row in memory where all are the same one."""
     if all(adapter is adapters[0] for adapter in adapters):
         return model.layout.flatten(adapters[0]).to(model.device).expand(len(adapters), -1)
@@ -102,23 +101,31 @@ def _rows(model: StackedClassifier, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _backward(
-    model: StackedClassifier, data: FederatedData, step: Step, batches: list[list[np.ndarray]], micro: int
+    model: StackedModel, data: FederatedData, step: Step, batches: list[list[np.ndarray]], micro: int
 ) -> Tensor:
-    """Gradients of each client's mean loss over its micro-batch number `micro`; returns its part of the losses."""
+    """Gradients of each client's loss on its micro-batch number `micro`, as a part of its mean over the step's targets.
+
+    Returns that part, (clients,).
+    """
+    num_targets = data.examples.num_targets
     own = [parts[micro] if micro < len(parts) else parts[0][:0] for parts in batches]
     width = max(map(len, own))
     samples = np.stack(
         [np.concatenate([o, np.full(width - len(o), parts[0][0])]) for o, parts in zip(own, batches, strict=True)]
     )
     weights = np.stack(
-        [(np.arange(width) < len(o)) / sum(map(len, parts)) for o, parts in zip(own, batches, strict=True)]
+        [
+            (np.arange(width) < len(o)) / num_targets[np.concatenate(parts)].sum()
+            for o, parts in zip(own, batches, strict=True)
+        ]
     )
     step.samples = samples.ravel()
     step.shapes = [(len(o), int(data.examples.lengths[o].max(initial=0))) for o in own]
+    step.targets = num_targets[samples].sum(1)
     batch = data.examples.batch(step.samples, model.device)
-    logits = model(step, batch["input_ids"], batch["attention_mask"])
-    each = F.cross_entropy(logits.flatten(0, 1), batch["labels"], reduction="none").view(weights.shape)
-    losses = (each * model.tensor(weights)).sum(1)
+    each = model.task.losses(model(step, batch), batch)
+    weighted = each * model.tensor(weights.ravel().repeat(num_targets[step.samples]))
+    losses = by_client(weighted, step.targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()
 
@@ -130,7 +137,7 @@ class LocalTerms:
     """
 
     def __init__(
-        self, model: StackedClassifier, stack: Stack, plan: Plan, start: Tensor, corrections: Sequence[Adapter]
+        self, model: StackedModel, stack: Stack, plan: Plan, start: Tensor, corrections: Sequence[Adapter]
     ) -> None:
         self._model, self._stack, self._start = model, stack, start
         self._mu = plan.config.aggregation.proximal_mu
@@ -171,7 +178,7 @@ class StackedOptimizer:
     count stay. Clients with as many steps share an optimiser, since rates follow progress.
     """
 
-    def __init__(self, model: StackedClassifier, stack: Stack, plan: Plan, cohort: Sequence[LocalSteps]) -> None:
+    def __init__(self, model: StackedModel, stack: Stack, plan: Plan, cohort: Sequence[LocalSteps]) -> None:
         self._training: TrainingConfig = plan.config.training
         self._grads = stack.grads
         spans = model.spans(plan.trained_parts)

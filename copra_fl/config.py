@@ -39,6 +39,10 @@ def option(
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
 
 
+#: partitioners that deal examples out by their labels
+BY_LABEL = ("dirichlet", "pathological", "shards")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = option(
@@ -54,7 +58,7 @@ class DataConfig:
     partitioner: str = option(
         "dirichlet",
         "how examples go to clients; own: each node has a file of its own (docs/nodes.md), dataset is the server's",
-        choices=("iid", "dirichlet", "pathological", "shards", "natural", "own"),
+        choices=("iid", *BY_LABEL, "natural", "own"),
     )
     alpha: float = option(0.3, "dirichlet: concentration; small is skewed", above=0)
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
@@ -75,7 +79,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers encoder")
+    task: str = option(
+        "text-classification",
+        "what is learnt (docs/tasks.md); a dotted name is a module of your own, as in hospital.tagging",
+    )
+    model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers model")
     model_sha256: str = option(
         "", "SHA-256 of the base's weights, as sha256sum prints it of one file; empty: of what the server has"
     )
@@ -290,8 +298,8 @@ class Config:
                 f"over-sample = {self.federation.over_sample:g} leaves the slowest clients out, which failures = "
                 "'strict' does not allow; failures = 'tolerant' does"
             )
-        if not self.data.dataset and not (self.data.partitioner == "own" and self.data.labels):
-            raise ConfigError("dataset = '' (the server has no data) needs partitioner = 'own', and the list of labels")
+        if not self.data.dataset and self.data.partitioner != "own":
+            raise ConfigError("dataset = '' (the server has no data) needs partitioner = 'own'")
         if self.privacy.dp_clip:
             self._check_privacy()
         if len(set(labels := self.data.label_list)) < len(labels) or len(labels) == 1:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from copra_fl.adapter import Adapter
-from copra_fl.data import Examples
-from copra_fl.models import Classifier
+from copra_fl.models import AdaptedModel
+from copra_fl.tasks import Examples
 
 
-def core_start(classifier: Classifier, examples: Examples, indices: np.ndarray, batch_size: int) -> Adapter:
-    """The adapter to start from, its head `classifier`'s own, by the gradient on the examples `indices`."""
-    adapter = classifier.read_adapter()
-    for module, gradient in base_gradients(classifier, examples, indices, batch_size).items():
+def core_start(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> Adapter:
+    """The adapter to start from, its head `model`'s own, by the gradient on the examples `indices`."""
+    adapter = model.read_adapter()
+    for module, gradient in base_gradients(model, examples, indices, batch_size).items():
         core = adapter[f"{module}.lora_R.weight"]
         left, right = leading_directions(gradient, len(core))
         adapter[f"{module}.lora_B.weight"] = left.to("cpu", core.dtype)
@@ -30,32 +29,30 @@ def core_start(classifier: Classifier, examples: Examples, indices: np.ndarray, 
     return adapter
 
 
-def base_gradients(
-    classifier: Classifier, examples: Examples, indices: np.ndarray, batch_size: int
-) -> dict[str, Tensor]:
+def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> dict[str, Tensor]:
     """Adapted module -> gradient (d, k) of the mean loss over `indices` with respect to its W0, adapters off.
 
     Summed over batches in float32 at least. The base is frozen afterwards as before, and every gate open.
     """
-    weights = {name: linear.weight for name, linear in classifier.linears.items()}
+    weights = {name: linear.weight for name, linear in model.linears.items()}
     totals = {
         name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name, weight in weights.items()
     }
-    classifier.gates.set([False] * len(classifier.gates.names))
+    num_targets = int(examples.num_targets[indices].sum())
+    model.gates.set([False] * len(model.gates.names))
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
         for start in range(0, len(indices), batch_size):
-            batch = examples.batch(indices[start : start + batch_size], classifier.device)
-            logits = classifier(batch["input_ids"], batch["attention_mask"])
-            loss = F.cross_entropy(logits, batch["labels"], reduction="sum") / len(indices)
+            batch = examples.batch(indices[start : start + batch_size], model.device)
+            loss = model.losses(batch).sum() / num_targets
             for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
                 total += gradient
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
-        classifier.gates.open()
+        model.gates.open()
     return totals
 
 

@@ -1,4 +1,4 @@
-"""From a table of texts and labels to token tensors: what each client holds, what the server holds out.
+"""From a table of examples to tensors: what each client holds, what the server holds out.
 
     table  ->  test | server validation | pool        fixed by the data alone, never by the seed
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
@@ -7,8 +7,8 @@
 With ``partitioner = own`` the table is the server's, all of it held out, and clients have their own (`own_data`).
 
 The held-out sets are the same for every seed, so that what is tuned on validation data with one seed was never test
-data with another. Tokens and partitions are computed once, by one process, and kept in the cache; from then on `load`
-maps them into memory and imports none of the libraries that made them.
+data with another. What a task makes of the examples, and partitions, are computed once, by one process, and kept in the
+cache; from then on `load` maps them into memory and imports none of the libraries that made them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,60 +31,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from copra_fl.assets import cache_dir
-from copra_fl.config import Config, ConfigError, DataConfig
+from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig
 from copra_fl.seeding import derive, generator
-from copra_fl.tables import Table, digest_of, find_tables, read_examples
+from copra_fl.tables import Table, codes, digest_of, find_tables, read_examples
+from copra_fl.tasks import Examples, Task, find_task
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
-    from transformers import PreTrainedTokenizerBase
 
-#: Changes whenever the same inputs would give other tokens, held-out sets or partitions.
+#: Changes whenever the same inputs would give other held-out sets or partitions.
 CACHE_VERSION = 1
 HELD_OUT_ROOT = 0
-TEXTS_PER_CALL = 512
 
 Facts = dict[str, Any]
 Stored = tuple[dict[str, Tensor], Facts]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All examples of a data set, tokenised; subsets are arrays of indices into them.
-
-    Attributes:
-        input_ids: (sum of lengths,) int32, one example after the other.
-        offsets: (N + 1,) int64; example i is ``input_ids[offsets[i]:offsets[i + 1]]``.
-        labels: (N,) int64.
-        pad_id: the token that fills batches up.
-    """
-
-    input_ids: Tensor
-    offsets: Tensor
-    labels: Tensor
-    pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens per example."""
-        return self.offsets.diff().numpy()
-
-    def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The examples `indices`, padded on the right to the longest of them.
-
-        Returns ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64, ``labels`` (B,) int64, on `device`.
-        """
-        chosen = torch.as_tensor(indices)
-        starts, ends = self.offsets[chosen, None], self.offsets[chosen + 1, None]
-        positions = starts + torch.arange(int((ends - starts).max()))
-        real = positions < ends
-        input_ids = torch.full(positions.shape, self.pad_id)
-        input_ids[real] = self.input_ids[positions[real]].long()
-        batch = {"input_ids": input_ids, "attention_mask": real.long(), "labels": self.labels[chosen]}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -94,16 +52,16 @@ class FederatedData:
     """A data set in a federation. Subsets are int64 arrays of indices into `examples`; no two overlap.
 
     Attributes:
-        label_names: name of each label, in order.
+        label_names: name of each label, in order; empty for a task without.
         client_names: value of the client column where that decides, else the client's number.
         train: what each client trains on.
         validation: what each client keeps for validation; none for a client with too few examples for its share.
-        server_validation, test: what no client sees, nor any text equal to one that a client holds.
+        server_validation, test: what no client sees, nor any example equal to one that a client holds.
         skipped: clients without training examples. They keep their numbers.
         unassigned: examples that the partitioner gave to no client.
-        dropped_duplicates: held-out examples dropped since their text is also in the pool (test: or in validation).
-        dropped_empty: rows dropped since text, label or client is missing.
-        digest: names content, tokens, held-out sets and partition; equal on every machine that has the same.
+        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test: or in validation).
+        dropped_empty: rows dropped since content, label or client is missing.
+        digest: names content, encoding, held-out sets and partition; equal on every machine that has the same.
         tokens_digest: the same without the partition.
     """
 
@@ -122,8 +80,8 @@ class FederatedData:
     tokens_digest: str
 
 
-def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
-    """The data of `config`, tokenised by `tokenizer`, partitioned by the run's seed.
+def load(config: Config, processor: Any) -> FederatedData:
+    """The data of `config`, encoded by its task with `processor`, partitioned by the run's seed.
 
     The first call does the work and fills the cache; calls in other processes wait for it and then only read.
     ``num-clients`` must be known, except for ``partitioner = natural``, where 0 means every value of the client column,
@@ -131,22 +89,20 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
 
     Raises ConfigError where data, columns or the wanted split cannot be had, AssetError where an asset cannot.
     """
-    data, seed = config.data, config.federation.seed
+    data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
     is_known = data.num_clients or data.partitioner in ("natural", "own")
     assert is_known, "num-clients = 0 is for the caller to resolve"
-    check_tokenizer(tokenizer)
+    encoding = encoding_of(task, data, processor)
     if not data.dataset:
-        return _nothing(data, tokenizer)
+        return _nothing(task, data, processor)
 
     train, test = find_tables(data)
-    columns = (data.text_column, data.label_column, data.client_column)
-    sizes = (data.max_length, data.server_validation_examples, data.test_examples)
     content = (train.digest, test.digest if test else None)
-    roles = (data.labels, data.partitioner == "own")
-    tokens_digest = digest_of(CACHE_VERSION, content, columns, sizes, roles, tokenizer_state(tokenizer))
-    tokens, facts = cached("tokens", tokens_digest, lambda: _tokenise(data, tokenizer, train, test))
+    sizes = (data.server_validation_examples, data.test_examples)
+    tokens_digest = digest_of(CACHE_VERSION, content, encoding, data.client_column, sizes, data.partitioner == "own")
+    tokens, facts = cached("tokens", tokens_digest, lambda: _encode(task, data, processor, train, test))
     everything = FederatedData(
-        examples=as_examples(tokens, tokenizer),
+        examples=task.examples(tokens, processor, data),
         label_names=facts["label_names"],
         client_names=[],
         train=[],
@@ -185,57 +141,62 @@ def load(config: Config, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     )
 
 
-def _nothing(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+def encoding_of(task: Task, data: DataConfig, processor: Any) -> list[Any]:
+    """All that decides what tensors a table gives. Raises ConfigError for a processor that cannot be used."""
+    columns = list(columns_of(task, data).values())
+    return [task.name, task.version, columns, data.labels, data.max_length, task.processor_digest(processor)]
+
+
+def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
+    """Configuration key -> column for what `task` reads of a table."""
+    return {key: getattr(data, key.replace("-", "_")) for key in task.columns}
+
+
+def _nothing(task: Task, data: DataConfig, processor: Any) -> FederatedData:
     """The data of a server that has none: labels alone."""
-    none, digest = torch.zeros(0, dtype=torch.int64), digest_of(data.labels)
-    tokens = {"input_ids": none.int(), "offsets": torch.zeros(1, dtype=torch.int64), "labels": none}
-    examples, nobody = as_examples(tokens, tokenizer), none.numpy()
+    import pandas as pd
+
+    rows = pd.DataFrame({key: pd.Series(dtype="string") for key in task.columns})
+    examples = task.examples(task.encode(rows, data.label_list, processor, data), processor, data)
+    nobody, digest = np.zeros(0, int), digest_of(data.labels)
     return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError for a tokenizer that cannot tokenise quickly, or cannot fill batches up."""
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
-
-
-def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table, test: Table | None) -> Stored:
-    """What the cache keeps of a data set: tokens, labels and clients of all examples, and who sees which."""
+def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Table | None) -> Stored:
+    """What the cache keeps of a data set: what the task makes of all examples, their clients, and who sees which."""
     import pandas as pd
 
-    columns = {"text-column": data.text_column, "label-column": data.label_column}
+    columns, content = columns_of(task, data), task.columns[0]
     own = {"client-column": data.client_column} if data.client_column else {}
-    rows, dropped_empty = read_examples(train, columns | own)
-    there = _in_order(rows["label-column"].unique())
-    label_names = data.label_list or there
+    rows, dropped_empty = read_examples(train, columns | own, {content: task.content})
+    there = labels_in(task, rows)
+    label_names = (data.label_list or _in_order(there)) if task.labels != "none" else []
     if len(label_names) == 1:
         raise ConfigError(
             f"{train.where} has one label only, {label_names[0]!r}, in {data.label_column!r}: there is nothing to learn"
         )
-    if new := set(there) - set(label_names):
+    if new := there - set(label_names):
         raise ConfigError(
             f"{train.where} has labels that are not in labels = {data.labels!r}: {', '.join(_in_order(new))}"
         )
     num_train = len(rows)
     if test is not None:
-        test_rows, dropped = read_examples(test, columns)
+        test_rows, dropped = read_examples(test, columns, {content: task.content})
         dropped_empty += dropped
-        new = set(test_rows["label-column"]) - set(label_names)
-        if new:
+        if new := labels_in(task, test_rows) - set(label_names):
             raise ConfigError(
                 f"{test.where} has labels that {train.where} has not: {', '.join(_in_order(new))}. "
                 f"Labels there: {', '.join(label_names)}"
             )
         rows = pd.concat([rows, test_rows], ignore_index=True)
-    subsets, dropped_duplicates = _hold_out(data, rows["text-column"], num_train)
+    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train)
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
-    tensors["labels"] = codes(rows["label-column"], label_names)
     client_names: list[str] = []
     if own:
         client_names = _in_order(rows["client-column"].dropna().unique())
         tensors["clients"] = codes(rows["client-column"], client_names)
-    tensors |= encode_texts(tokenizer, rows["text-column"], data.max_length)
+    tensors |= task.encode(rows, label_names, processor, data)
     facts = {
         "label_names": label_names,
         "client_names": client_names,
@@ -245,25 +206,11 @@ def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Table
     return tensors, facts
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pd.Series, max_length: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``offsets`` of `texts`, as in `Examples`."""
-    lengths, parts = [0], []
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        encoded = tokenizer(
-            texts.iloc[start : start + TEXTS_PER_CALL].tolist(),
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        lengths += map(len, encoded)
-        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-    return {"input_ids": torch.from_numpy(np.concatenate(parts)), "offsets": torch.tensor(lengths).cumsum(0)}
-
-
-def as_examples(tokens: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """What the cache keeps of tokens, as examples."""
-    return Examples(tokens["input_ids"], tokens["offsets"], tokens["labels"], int(tokenizer.pad_token_id))
+def labels_in(task: Task, rows: pd.DataFrame) -> set[str]:
+    """The labels that `rows` have; none for a task without."""
+    if task.labels == "none":
+        return set()
+    return {label for entry in rows["label-column"].unique() for label in task.labels_of(entry)}
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -272,19 +219,12 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
 
 
-def codes(column: pd.Series, names: list[str]) -> Tensor:
-    """(N,) int64: where each text is in `names`; -1 for a missing one."""
-    import pandas as pd
-
-    return torch.from_numpy(pd.Categorical(column, categories=names).codes.astype(np.int64))
-
-
-def _hold_out(data: DataConfig, texts: pd.Series, num_train: int) -> tuple[dict[str, np.ndarray], int]:
+def _hold_out(data: DataConfig, contents: pd.Series, num_train: int) -> tuple[dict[str, np.ndarray], int]:
     """Indices of ``test``, ``server_validation`` and ``pool``, and how many duplicates were dropped.
 
-    `texts` are `num_train` training texts and then those of the test set, if the data has its own.
+    `contents` are those of `num_train` training examples and then of the test set, if the data has its own.
     """
-    test = np.arange(num_train, len(texts))
+    test = np.arange(num_train, len(contents))
     carve_test = 0 if len(test) else data.test_examples
     carved = carve_test + data.server_validation_examples
     own = data.partitioner == "own"
@@ -299,11 +239,11 @@ def _hold_out(data: DataConfig, texts: pd.Series, num_train: int) -> tuple[dict[
     if carve_test:
         test = order[:carve_test]
     validation, pool = order[carve_test:carved], order[carved:carved] if own else order[carved:]
-    new_validation = validation[~texts.iloc[validation].isin(texts.iloc[pool]).to_numpy()]
-    new_test = test[~texts.iloc[test].isin(texts.iloc[np.concatenate([validation, pool])]).to_numpy()]
+    new_validation = validation[~contents.iloc[validation].isin(contents.iloc[pool]).to_numpy()]
+    new_test = test[~contents.iloc[test].isin(contents.iloc[np.concatenate([validation, pool])]).to_numpy()]
     for name, kept in (("test set", new_test), ("server's validation set", new_validation)):
         if not len(kept):
-            raise ConfigError(f"nothing is left of the {name}: all its texts are also among the other examples")
+            raise ConfigError(f"nothing is left of the {name}: all of it is also among the other examples")
     subsets = {"test": new_test, "server_validation": new_validation, "pool": pool}
     dropped = len(validation) - len(new_validation) + len(test) - len(new_test)
     return {name: np.sort(indices) for name, indices in subsets.items()}, dropped
@@ -316,7 +256,9 @@ def _partition(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_n
     pool = tokens["pool"].numpy()
     # Partitioners cut the table in its own order, which can be one of time or of source.
     order = generator(seed, "partition", "order").permutation(len(pool))
-    columns = {"position": order, "label": tokens["labels"].numpy()[pool[order]]}
+    columns = {"position": order}
+    if data.partitioner in BY_LABEL:
+        columns["label"] = tokens["labels"].numpy()[pool[order]]
     names = [str(client) for client in range(data.num_clients)]
     if data.partitioner == "natural":
         clients = tokens["clients"].numpy()[pool[order]]
@@ -326,7 +268,7 @@ def _partition(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_n
         columns = {name: column[kept] for name, column in columns.items()} | {
             "client": np.searchsorted(chosen, clients[kept])
         }
-    partitioner = _make_partitioner(data, derive(seed, "partition"), columns["label"])
+    partitioner = _make_partitioner(data, derive(seed, "partition"), columns)
     partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
     owner = np.full(len(pool), -1, np.int32)
     try:
@@ -350,27 +292,28 @@ def _largest(clients: np.ndarray, names: list[str], wanted: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[: wanted or len(names)])
 
 
-def _make_partitioner(data: DataConfig, seed: int, labels: np.ndarray) -> Any:
+def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray]) -> Any:
     """The partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than there are."""
     from flwr_datasets import partitioner
 
-    clients, each, classes = data.num_clients, data.classes_per_client, len(np.unique(labels))
-    if clients > len(labels):
-        raise ConfigError(f"num-clients = {clients} is more than the {len(labels)} examples that are left for clients")
+    clients, each, number = data.num_clients, data.classes_per_client, len(columns["position"])
+    if clients > number:
+        raise ConfigError(f"num-clients = {clients} is more than the {number} examples that are left for clients")
     match data.partitioner:
         case "iid":
             return partitioner.IidPartitioner(clients)
         case "dirichlet":
             return partitioner.DirichletPartitioner(clients, "label", data.alpha, min_partition_size=0, seed=seed)
         case "pathological":
+            classes = len(np.unique(columns["label"]))
             if each > classes:
                 raise ConfigError(f"classes-per-client = {each} is more than the {classes} classes of the data")
             return partitioner.PathologicalPartitioner(clients, "label", each, "first-deterministic", seed=seed)
         case "shards":
-            if clients * each > len(labels):
+            if clients * each > number:
                 raise ConfigError(
                     f"num-clients = {clients} with classes-per-client = {each} shards is {clients * each} shards, "
-                    f"more than the {len(labels)} examples that are left for clients"
+                    f"more than the {number} examples that are left for clients"
                 )
             return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=each, seed=seed)
         case _:
@@ -398,12 +341,6 @@ def split_client(
     shuffled = generator(seed, "partition", "client", client).permutation(indices)
     held = int(len(shuffled) * validation_fraction)
     return shuffled[held:], shuffled[:held]
-
-
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides what tokens a text gets; not the truncation and padding that the last call left behind."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return digest_of(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
 
 
 def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:

@@ -7,7 +7,7 @@ every model that PEFT takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,9 +17,10 @@ from copra_fl.cohort import slices, train_cohort
 from copra_fl.config import Config, ConfigError, ModelConfig
 from copra_fl.data import FederatedData
 from copra_fl.evaluation import Predict
-from copra_fl.models import Classifier
-from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.models import AdaptedModel
+from copra_fl.stacked import NotStackable, StackedModel
 from copra_fl.stacked.prefix import PrefixCache
+from copra_fl.tasks import Task
 from copra_fl.training import Plan, train_client
 
 #: called with how many clients' worth of training was done since the last call
@@ -29,11 +30,13 @@ Progress = Callable[[float], None]
 class Engine(Protocol):
     """
     Attributes:
-        classifier: the plain PEFT model: names of tensors and gate groups, start values, saving.
+        model: the plain PEFT model: names of tensors and gate groups, start values, saving.
+        task: what it learns.
         device: where it computes.
     """
 
-    classifier: Classifier
+    model: AdaptedModel
+    task: Task
     device: torch.device
 
     def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
@@ -54,10 +57,11 @@ class Engine(Protocol):
 
 
 class PeftEngine:
-    def __init__(self, classifier: Classifier) -> None:
-        self.classifier = classifier
-        self.device = classifier.device
-        self.predictor = classifier.predictor
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+        self.task = model.task
+        self.device = model.device
+        self.predictor = model.predictor
 
     def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
         return [(client,) for client in plan.clients]
@@ -73,16 +77,17 @@ class PeftEngine:
     ) -> list[Update]:
         updates = []
         for client in clients:
-            updates.append(train_client(self.classifier, data, plan, client, starts[client], corrections.get(client)))
+            updates.append(train_client(self.model, data, plan, client, starts[client], corrections.get(client)))
             progress(1)
         return updates
 
 
 class StackedEngine:
-    def __init__(self, classifier: Classifier) -> None:
-        self.classifier = classifier
-        self.device = classifier.device
-        self.stacked = StackedClassifier(classifier)
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+        self.task = model.task
+        self.device = model.device
+        self.stacked = StackedModel(model)
         self.predictor = self.stacked.predictor
         self._prefix_of = ""
 
@@ -103,26 +108,25 @@ class StackedEngine:
 
     def _keep_prefixes(self, data: FederatedData, config: Config) -> None:
         """A cache of the wanted size for these tokens, if it is not there already."""
-        megabytes, tokens = config.training.prefix_cache, config.data.max_length
+        megabytes, tokens = config.training.prefix_cache, data.examples.max_length
         wanted = f"{data.tokens_digest} {megabytes}" if megabytes else ""
         if wanted != self._prefix_of:
-            base: Any = self.classifier.encoder.get_base_model()
-            width, dtype = base.config.hidden_size, base.dtype
+            width, dtype = self.model.base.config.hidden_size, self.model.base.dtype
             self.stacked.present.prefix = (
                 PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
             )
             self._prefix_of = wanted
 
 
-def open_engine(kind: str, model: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
+def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
     """The engine of that kind, its model at the common start of the run's seed; `core` as in `models.build`.
 
     Raises ConfigError as `models.build` does, and where the model cannot be stacked.
     """
-    classifier = models.build(model, group, num_labels, seed, core)
+    model = models.build(config, group, num_labels, seed, core)
     if kind == "peft":
-        return PeftEngine(classifier)
+        return PeftEngine(model)
     try:
-        return StackedEngine(classifier)
+        return StackedEngine(model)
     except NotStackable as error:
         raise ConfigError(f"engine = 'stacked' cannot take this model: {error}; engine = 'peft' can") from error

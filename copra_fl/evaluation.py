@@ -1,4 +1,4 @@
-"""Loss and accuracy of adapters, every gate open."""
+"""Loss, accuracy and a task's own metrics of adapters, every gate open."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from copra_fl.adapter import Adapter
-from copra_fl.data import Examples
+from copra_fl.tasks import Examples, Inputs, Task
 
-#: (B, T) token ids and attention mask to (adapters, B, classes) logits
-Predict = Callable[[Tensor, Tensor], Tensor]
+#: a batch to (adapters, targets, outputs) logits
+Predict = Callable[[Inputs], Tensor]
 
 
 class Predictor(Protocol):
-    """What can be evaluated: `Classifier` takes adapters one after the other, `StackedClassifier` all at once."""
+    """What can be evaluated: `AdaptedModel` takes adapters one after the other, `StackedModel` all at once."""
 
+    task: Task
     device: torch.device
 
     def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
@@ -29,22 +29,22 @@ class Predictor(Protocol):
 def evaluate(
     model: Predictor, adapters: Sequence[Adapter], examples: Examples, indices: np.ndarray, batch_size: int
 ) -> list[dict[str, float]]:
-    """For each adapter its mean cross-entropy and accuracy over `indices`, and how many they are.
+    """For each adapter its mean loss and accuracy over the targets of `indices`, and how many examples they are.
 
-    Examples are taken in order of length, so that little is spent on padding, and at most `batch_size` of them
-    at once, counted once for each adapter.
+    Besides, what else the task tells (`Task.metrics`). Examples are taken in order of length, so that little is spent
+    on padding, and at most `batch_size` of them at once, counted once for each adapter.
     """
-    predict = model.predictor(adapters)
+    predict, task = model.predictor(adapters), model.task
     by_length = indices[np.argsort(examples.lengths[indices], kind="stable")]
     at_once = max(1, batch_size // len(adapters))
     loss, correct = torch.zeros(2, len(adapters), dtype=torch.float64, device=model.device)
     for start in range(0, len(by_length), at_once):
         batch = examples.batch(by_length[start : start + at_once], model.device)
-        logits, labels = predict(batch["input_ids"], batch["attention_mask"]), batch["labels"].expand(len(adapters), -1)
-        each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        loss += each.sum(1)
-        correct += (logits.argmax(2) == labels).sum(1)
+        logits = predict(batch)
+        loss += torch.stack([task.losses(own, batch) for own in logits]).sum(1)
+        correct += torch.stack([task.correct(own, batch) for own in logits]).sum(1)
+    means = (torch.stack([loss, correct]) / examples.num_targets[indices].sum()).T.tolist()
     return [
-        {"loss": total / len(indices), "accuracy": right / len(indices), "examples": len(indices)}
-        for total, right in zip(loss.tolist(), correct.tolist(), strict=True)
+        {"loss": mean, "accuracy": right, "examples": len(indices), **task.metrics(mean, right)}
+        for mean, right in means
     ]

@@ -1,6 +1,6 @@
-"""The model a client trains: a frozen Transformers encoder, LoRA in it, a head on top.
+"""The model a client trains: a frozen Transformers model, LoRA in it, a head on top.
 
-    logits = head(pool(encoder(tokens))),    encoder = PEFT model on the plain base
+    logits = head(features(body(inputs))),    body and head as the task wants them (`copra_fl.tasks`)
 
 The base stays in eval mode, also in training: its own dropout is off, so that what a
 client computes depends on its adapter, its data and its named random streams alone.
@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from copra_fl import assets, bases
 from copra_fl import residual as residuals
@@ -30,76 +30,77 @@ from copra_fl.bases import open_base
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.gates import Gates
 from copra_fl.seeding import torch_stream
+from copra_fl.tasks import Inputs, Task, find_task
 
 #: tokens from which on sdpa trains faster than eager on a CPU in float32; in bfloat16 it does not up to 512
 #: (experiments/LOG.md)
 SDPA_TOKENS = 128
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
-    """(B, T, D) hidden states to (B, D) features, in float32 at least; `mean` runs over real tokens only."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).to(dtype)
-        return (hidden.to(dtype) * mask).sum(1) / mask.sum(1)
-    if pooling == "cls":
-        return hidden[:, 0].to(dtype)
-    if pooler_output is None:
-        raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
-    return pooler_output.to(dtype)
-
-
-class Classifier(nn.Module):
-    """Encoder with LoRA, pooling, linear head.
+class AdaptedModel(nn.Module):
+    """A base with LoRA, and what a task makes of its hidden states.
 
     Attributes:
+        task: what it learns.
+        peft: PEFT's model on the plain base.
+        head: the linear layer that is trained on the features; None where the base's own output layer is the head.
         gates: switches the adapters, one gate per group.
-        group_of: adapter tensor name -> index of its gate group; the head's tensors have none.
+        group_of: adapter tensor name -> index of its gate group; a head's tensors have none.
         linears: adapted module, as in an adapter tensor's name before ``.lora_`` -> its frozen linear layer.
         beside: adapted module -> what its residual multiplies x by (`residual.matrices`), where it has one.
         device: where it computes.
     """
 
-    def __init__(self, encoder: PeftModel, head: nn.Linear, pooling: str, group: str, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, peft: PeftModel, head: nn.Linear | None, pooling: str, group: str, device: torch.device
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.task = task
+        self.peft = peft
         self.head = head
         self.pooling = pooling
         self.device = device
-        self.gates = Gates(encoder.get_base_model(), group)
+        self.gates = Gates(self.base, group)
         self._trainable = {
-            name.replace(".default.", "."): parameter
-            for name, parameter in encoder.named_parameters()
-            if ".lora_" in name
+            name.replace(".default.", "."): parameter for name, parameter in peft.named_parameters() if ".lora_" in name
         }
         self.group_of = {
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
             for name in self._trainable
         }
-        base: Any = encoder.get_base_model()
         self.linears: dict[str, Any] = {
-            f"base_model.model.{name}": base.get_submodule(name).get_base_layer() for name in self.gates.group_of
+            f"base_model.model.{name}": self.base.get_submodule(name).get_base_layer() for name in self.gates.group_of
         }
         self.beside: dict[str, tuple[Tensor, ...]] = {}
         self._hooks: list[Any] = []
-        self._trainable |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
-        self._dropouts = [dropout for module in _lora_layers(encoder) for dropout in module.lora_dropout.values()]
+        if head is not None:
+            self._trainable |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+        self._dropouts = [dropout for module in _lora_layers(peft) for dropout in module.lora_dropout.values()]
         self.to(device).eval()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) tokens to (B, classes) logits in float32."""
-        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        pooler_output = getattr(output, "pooler_output", None)
-        return self.head(pool(output.last_hidden_state, attention_mask, self.pooling, pooler_output))
+    @property
+    def base(self) -> Any:
+        """The plain base, with PEFT's layers in it."""
+        return self.peft.get_base_model()
 
-    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Tensor, Tensor], Tensor]:
-        """What gives (adapters, B, classes) logits for (B, T) tokens and attention mask, every gate open."""
+    def forward(self, **batch: Tensor) -> Tensor:
+        """A batch of the task's examples to (targets, outputs) logits, in float32 at least."""
+        output = self.base.base_model(**self.task.inputs(batch))
+        features = self.task.features(output, batch, self.pooling)
+        return self.head(features) if self.head is not None else own_head(self.base, features)
 
-        def predict(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def losses(self, batch: Inputs) -> Tensor:
+        """(targets,) the loss of each target of a batch."""
+        return self.task.losses(self(**batch), batch)
+
+    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Inputs], Tensor]:
+        """What gives (adapters, targets, outputs) logits for a batch, every gate open."""
+
+        def predict(batch: Inputs) -> Tensor:
             logits = []
             for adapter in adapters:
                 self.write_adapter(adapter)
-                logits.append(self(input_ids, attention_mask))
+                logits.append(self(**batch))
             return torch.stack(logits)
 
         self.gates.open()
@@ -151,8 +152,14 @@ def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[
     return output + residuals.product(inputs[0], matrices)
 
 
-def _lora_layers(encoder: nn.Module) -> list[Any]:
-    return [module for module in encoder.modules() if isinstance(module, LoraLayer)]
+def own_head(base: Any, features: Tensor) -> Tensor:
+    """The logits that the base's own output layer gives, in float32 at least."""
+    logits = base.get_output_embeddings()(features)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _lora_layers(peft: nn.Module) -> list[Any]:
+    return [module for module in peft.modules() if isinstance(module, LoraLayer)]
 
 
 def resolve(model: str) -> str:
@@ -160,12 +167,12 @@ def resolve(model: str) -> str:
     return str(assets.fetch(model)) if model in assets.ASSETS else model
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of an asset, path or hub name. Raises ConfigError where there is none."""
+def load_processor(config: ModelConfig) -> Any:
+    """What the task encodes examples with: the tokenizer or image processor of the model. Raises ConfigError."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(model))
+        return find_task(config.task).processor_class.from_pretrained(resolve(config.model))
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_found(model, error)) from error
+        raise error if isinstance(error, ConfigError) else ConfigError(_not_found(config.model, error)) from error
 
 
 def _not_found(model: str, error: Exception) -> str:
@@ -245,23 +252,24 @@ def check(config: ModelConfig) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
     with torch.device("meta"):
-        check_targets(AutoModel.from_config(description), config.target_modules)
+        check_targets(find_task(config.task).model_class.from_config(description), config.target_modules)
 
 
-def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Classifier:
+def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> AdaptedModel:
     """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
 
-    With `core` there is a matrix R (r, r), at first 0, between the factors: W0 + s B R A.
+    `num_labels` is how many labels the task's data has. With `core` there is a matrix R (r, r), at first 0, between the
+    factors: W0 + s B R A.
     Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
     """
-    device = choose_device(config.device)
+    task, device = find_task(config.task), choose_device(config.device)
     config = resolve_compute(config, DataConfig.max_length)
     try:
-        base = open_base(resolve(config.model), config.dtype, config.attention)
+        base = open_base(resolve(config.model), config.dtype, config.attention, task.model_class)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
     lora = LoraConfig(
-        task_type="FEATURE_EXTRACTION",
+        task_type=task.peft_type,
         r=config.rank,
         lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
@@ -269,16 +277,16 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
         exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
     )
     with torch_stream(torch.device("cpu"), seed, "init"):
-        encoder = get_peft_model(base, lora)
-        head = nn.Linear(base.config.hidden_size, num_labels)
+        peft = get_peft_model(base, lora)
+        head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None
         if core:
-            _insert_cores(encoder, config.rank)
-    return Classifier(encoder, head, config.pooling, group, device)
+            _insert_cores(peft, config.rank)
+    return AdaptedModel(task, peft, head, config.pooling, group, device)
 
 
-def _insert_cores(encoder: PeftModel, rank: int) -> None:
+def _insert_cores(peft: PeftModel, rank: int) -> None:
     """Give each LoRA layer a ``lora_R`` (r, r) of zeros, through which the output of its A goes."""
-    for layer in _lora_layers(encoder):
+    for layer in _lora_layers(peft):
         core = nn.Linear(rank, rank, bias=False)
         nn.init.zeros_(core.weight)
         layer.lora_R = nn.ModuleDict({"default": core})
@@ -291,38 +299,43 @@ def _apply_core(core: nn.Linear, linear: nn.Module, inputs: tuple[Tensor], outpu
 
 @dataclass(frozen=True)
 class Saved:
-    """A classifier opened from a folder: `model(**tokenizer(texts, ...))` gives logits over `labels`."""
+    """A model opened from a folder: `model(**processor(...))` gives logits, one for each of `labels` where there are.
 
-    model: Classifier
-    tokenizer: PreTrainedTokenizerBase
+    `processor` is the tokenizer or image processor of the base.
+    """
+
+    model: AdaptedModel
+    processor: Any
     labels: list[str]
 
 
-def save(model: Classifier, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
-    """Write adapter (PEFT's own format) and head (``head.safetensors``, ``classifier.json``) to `directory`.
+def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
+    """Write adapter (PEFT's own format), what else the task needs (``task.json``) and head to `directory`.
 
-    A core and a `residual` are folded into one plain adapter of a higher rank, so that stock PEFT opens it.
+    The head, where one is trained, is in ``head.safetensors``. A core and a `residual` are folded into one plain
+    adapter of a higher rank, so that stock PEFT opens it.
     """
     model.gates.open()
     adapter = model.read_adapter()
     if residual or any(part_of(name) == "R" for name in adapter):
         _save_folded(model, adapter, residual or {}, directory)
     else:
-        model.encoder.save_pretrained(str(directory))
-    save_file({name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()},
-              directory / "head.safetensors")  # fmt: skip
-    base = model.encoder.get_base_model()
+        model.peft.save_pretrained(str(directory))
+    if model.head is not None:
+        head = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
+        save_file(head, directory / "head.safetensors")
     description = {
+        "task": model.task.name,
         "labels": labels,
         "pooling": model.pooling,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "attention": model.encoder.config._attn_implementation,
+        "dtype": str(model.base.dtype).removeprefix("torch."),
+        "attention": model.base.config._attn_implementation,
     }
-    (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_folded(model: Classifier, adapter: Adapter, residual: Adapter, directory: Path) -> None:
-    lora: Any = copy.copy(model.encoder.peft_config["default"])
+def _save_folded(model: AdaptedModel, adapter: Adapter, residual: Adapter, directory: Path) -> None:
+    lora: Any = copy.copy(model.peft.peft_config["default"])
     folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
     lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
     lora.inference_mode = True
@@ -331,14 +344,16 @@ def _save_folded(model: Classifier, adapter: Adapter, residual: Adapter, directo
 
 
 def load(directory: str | Path, device: str = "auto") -> Saved:
-    """Open what `save` wrote, on the base that the adapter names."""
+    """Open what `save` wrote, on the base that the adapter names. Raises ConfigError for a task that is not here."""
     directory = Path(directory)
-    description = json.loads((directory / "classifier.json").read_text(encoding="utf-8"))
+    description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
+    task = find_task(description["task"])
     base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
-    base = open_base(base_name, description["dtype"], description["attention"])
-    encoder = PeftModel.from_pretrained(base, str(directory))
-    weights = load_file(directory / "head.safetensors")
-    head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
-    head.load_state_dict(weights)
-    model = Classifier(encoder, head, description["pooling"], "layer", choose_device(device))
-    return Saved(model, AutoTokenizer.from_pretrained(base_name), description["labels"])
+    base = open_base(base_name, description["dtype"], description["attention"], task.model_class)
+    peft, head = PeftModel.from_pretrained(base, str(directory)), None
+    if task.trains_head:
+        weights = load_file(directory / "head.safetensors")
+        head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+        head.load_state_dict(weights)
+    model = AdaptedModel(task, peft, head, description["pooling"], "layer", choose_device(device))
+    return Saved(model, task.processor_class.from_pretrained(base_name), description["labels"])

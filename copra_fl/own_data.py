@@ -1,6 +1,6 @@
 """A node's own examples: one CSV, JSONL or Parquet file of its site, which makes the node one client.
 
-    file  ->  client's train | validation        tokens in the node's cache, readable by its owner only
+    file  ->  client's train | validation        encoded in the node's cache, readable by its owner only
 
 Nothing of the file leaves the node but the number of examples. What is wrong with it is a `TableError`, whose
 outline names settings of the run and counts, never a column, a label or a text of the file.
@@ -9,7 +9,7 @@ outline names settings of the run and counts, never a column, a label or a text 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -18,40 +18,32 @@ from copra_fl.data import (
     CACHE_VERSION,
     FederatedData,
     Stored,
-    as_examples,
     cached,
-    check_tokenizer,
-    codes,
-    encode_texts,
+    columns_of,
+    encoding_of,
     split_client,
-    tokenizer_state,
 )
 from copra_fl.tables import Table, TableError, digest_of, file_table, read_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from copra_fl.tasks import Task, find_task
 
 
-def load_own(
-    config: Config, tokenizer: PreTrainedTokenizerBase, path: str, client: int, num_clients: int
-) -> FederatedData:
+def load_own(config: Config, processor: Any, path: str, client: int, num_clients: int) -> FederatedData:
     """The examples in the file `path` as those of `client`; all others of the `num_clients` have none here.
 
-    ``labels`` must be known: the server fills it in. Raises TableError for a file that cannot be used, ConfigError as
-    `data.load` does.
+    For a task with labels ``labels`` must be known: the server fills it in. Raises TableError for a file that cannot be
+    used, ConfigError as `data.load` does.
     """
-    data, seed = config.data, config.federation.seed
-    assert data.labels, "labels = '' is for the server to resolve"
-    check_tokenizer(tokenizer)
+    data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
+    assert data.labels or task.labels == "none", "labels = '' is for the server to resolve"
     table = file_table("data-path", Path(path))
-    columns, size = (data.text_column, data.label_column, data.labels), data.max_length
-    digest = digest_of(CACHE_VERSION, "own", table.digest, columns, size, tokenizer_state(tokenizer))
-    tokens, facts = cached("tokens", digest, lambda: _tokenise(data, tokenizer, table))
-    indices = np.arange(len(tokens["labels"]))
+    digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_of(task, data, processor))
+    tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table))
+    examples = task.examples(tokens, processor, data)
+    indices = np.arange(len(examples))
     nobody = [indices[:0]] * num_clients
     train, validation = split_client(indices, client, data.validation_fraction, seed)
     return FederatedData(
-        examples=as_examples(tokens, tokenizer),
+        examples=examples,
         label_names=data.label_list,
         client_names=[str(number) for number in range(num_clients)],
         train=[*nobody[:client], train, *nobody[client + 1 :]],
@@ -67,13 +59,13 @@ def load_own(
     )
 
 
-def _tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, table: Table) -> Stored:
+def _encode(task: Task, data: DataConfig, processor: Any, table: Table) -> Stored:
     """What the cache keeps of the file."""
-    rows, dropped = read_examples(table, {"text-column": data.text_column, "label-column": data.label_column})
-    labels = rows["label-column"]
-    new = labels[~labels.isin(data.label_list)]
-    if len(new):
-        told = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
-        raise TableError(f"{table.where}: {told}: {', '.join(map(repr, new.unique()[:5]))}", told)
-    tensors = {"labels": codes(labels, data.label_list)}
-    return tensors | encode_texts(tokenizer, rows["text-column"], data.max_length), {"dropped_empty": dropped}
+    rows, dropped = read_examples(table, columns_of(task, data), {task.columns[0]: task.content})
+    if task.labels != "none":
+        entries, known = rows["label-column"], set(data.label_list)
+        new = entries[[not known.issuperset(task.labels_of(entry)) for entry in entries]]
+        if len(new):
+            told = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
+            raise TableError(f"{table.where}: {told}: {', '.join(map(repr, new.unique()[:5]))}", told)
+    return task.encode(rows, data.label_list, processor, data), {"dropped_empty": dropped}

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from copra_fl.assets import ASSETS, fetch
 from copra_fl.config import ConfigError, DataConfig, unknown
@@ -147,8 +151,13 @@ def _read_split(split: datasets.Dataset) -> pd.DataFrame:
     return table
 
 
-def read_examples(table: Table, columns: dict[str, str]) -> tuple[pd.DataFrame, int]:
-    """The wanted columns under their configuration keys, as texts, and how many rows were dropped for lacking one."""
+def read_examples(
+    table: Table, columns: Mapping[str, str], readers: Mapping[str, Callable[[pd.Series], pd.Series]]
+) -> tuple[pd.DataFrame, int]:
+    """The wanted columns under their configuration keys, and how many rows were dropped for lacking one.
+
+    As texts, but where `readers` have another way for a key, which gives NA for what is missing.
+    """
     import pandas as pd
 
     rows = table.read()
@@ -161,18 +170,29 @@ def read_examples(table: Table, columns: dict[str, str]) -> tuple[pd.DataFrame, 
                 f"{key} = {column!r} is not a column of {table.where}; there are: {there}",
                 f"{key} = {column!r} is not a column of its file",
             )
-    texts = pd.DataFrame({key: _as_text(rows[column]) for key, column in columns.items()})
-    complete = texts.apply(lambda column: column.str.strip().fillna("") != "").all(axis=1)
+    read = pd.DataFrame({key: readers.get(key, as_text)(rows[column]) for key, column in columns.items()})
+    complete = read.notna().all(axis=1)
     if not complete.any():
         wanted = ", ".join(map(repr, columns.values()))
         raise TableError(
             f"{table.where} has no example with all of {wanted}", f"its file has no example with all of {wanted}"
         )
-    return texts[complete].reset_index(drop=True), int((~complete).sum())
+    return read[complete].reset_index(drop=True), int((~complete).sum())
 
 
-def _as_text(column: pd.Series) -> pd.Series:
-    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0."""
+def as_text(column: pd.Series) -> pd.Series:
+    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0.
+
+    Blank ones count as missing.
+    """
     if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
         column = column.astype("Int64")
-    return column.astype("string")
+    texts = column.astype("string")
+    return texts.mask((texts.str.strip() == "").fillna(False))
+
+
+def codes(column: pd.Series, names: list[str]) -> Tensor:
+    """(N,) int64: where each text is in `names`; -1 for a missing one."""
+    import pandas as pd
+
+    return torch.from_numpy(pd.Categorical(column, categories=names).codes.astype(np.int64))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from copra_fl import schedule
 from copra_fl.adapter import Adapter, Update, difference, norm, part_of, parts, trained
@@ -23,7 +22,7 @@ from copra_fl.aggregation.checking import Expected
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
-from copra_fl.models import Classifier
+from copra_fl.models import AdaptedModel
 from copra_fl.seeding import generator, torch_stream
 
 
@@ -184,7 +183,7 @@ def make_update(
 
 
 def train_client(
-    model: Classifier, data: FederatedData, plan: Plan, client: int, start: Adapter, correction: Adapter | None = None
+    model: AdaptedModel, data: FederatedData, plan: Plan, client: int, start: Adapter, correction: Adapter | None = None
 ) -> Update:
     """Train one client for one round, from `start`, on its own data and random streams.
 
@@ -235,14 +234,16 @@ def _add_local_terms(
             grad += correction[name].to(grad.device)
 
 
-def _accumulate_gradients(model: Classifier, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:
-    """Gradients of the mean loss over all micro-batches, as if they were one batch; returns that loss."""
-    num_examples = sum(map(len, micro_batches))
+def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> torch.Tensor:
+    """Gradients of the mean loss over all targets of all micro-batches, as if they were one batch; returns that loss.
+
+    Where nothing is on and no head is trained there are none.
+    """
+    num_targets = int(data.examples.num_targets[np.concatenate(micro_batches)].sum())
     loss = torch.zeros((), device=model.device)
     for indices in micro_batches:
-        batch = data.examples.batch(indices, model.device)
-        logits = model(batch["input_ids"], batch["attention_mask"])
-        part = F.cross_entropy(logits, batch["labels"], reduction="sum") / num_examples
-        part.backward()
+        part = model.losses(data.examples.batch(indices, model.device)).sum() / num_targets
+        if part.requires_grad:
+            part.backward()
         loss += part.detach()
     return loss

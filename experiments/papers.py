@@ -42,7 +42,7 @@ from copra_fl.connectivity import combine, interpolate, interpolate_products, me
 from copra_fl.data import FederatedData
 from copra_fl.engine import Engine, open_engine
 from copra_fl.merging import MERGES, merge
-from copra_fl.models import Classifier
+from copra_fl.models import AdaptedModel
 from copra_fl.probes import prune
 from copra_fl.probes.members import members
 from copra_fl.probes.opening import OpenRun, silent
@@ -88,7 +88,7 @@ class Study:
         config = Config.from_flat(SETTINGS | dict(settings))
         compute = models.resolve_compute(config.model, config.data.max_length)
         config = config.changed(dtype=compute.dtype, attention=compute.attention)
-        pooled = data.load(config, models.load_tokenizer(config.model.model))
+        pooled = data.load(config, models.load_processor(config.model))
         engine = open_engine("stacked", config.model, config.copra.group, len(pooled.label_names), seed=0)
         return cls(config, output, replace(pooled, test=pooled.test[:texts]), engine)
 
@@ -100,17 +100,17 @@ class Study:
 
 
 class ForTrainer(nn.Module):
-    """Our classifier as Trainer wants a model: the loss comes out, and the base stays in eval mode."""
+    """Our model as Trainer wants a model: the loss comes out, and the base stays in eval mode."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, model: AdaptedModel) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.model = model
 
     def train(self, mode: bool = True) -> ForTrainer:
         return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.classifier(input_ids, attention_mask)
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 

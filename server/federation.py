@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from copra_fl import data, models, provenance, wire
+from copra_fl import data, models, provenance, tasks, wire
 from copra_fl.adapter import Adapter, Update, complete
 from copra_fl.aggregation import check, find_rule
 from copra_fl.assets import ASSETS
@@ -48,7 +48,7 @@ class Evaluator:
         kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
         core = find_rule(config.aggregation.rule).core
         self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed, core)
-        self.model = self.engine.classifier
+        self.model = self.engine.model
 
     def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[dict[str, float]]:
         """Loss, accuracy and number of examples of each adapter, beside W0 + `residual`, on the examples `indices`."""
@@ -177,11 +177,12 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
+    tasks.check(config)
     config = settle(config)
     nodes = greet(grid, config)
     config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
-    federated = data.load(config, models.load_tokenizer(config.model.model))
+    federated = data.load(config, models.load_processor(config.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
     state = journal.resume() or evaluator.start()
@@ -236,7 +237,7 @@ def settle(config: Config) -> Config:
     config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
     if config.data.partitioner != "own":
         return config
-    return config.changed(labels=csv_line(data.load(config, models.load_tokenizer(config.model.model)).label_names))
+    return config.changed(labels=csv_line(data.load(config, models.load_processor(config.model)).label_names))
 
 
 def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:

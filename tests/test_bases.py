@@ -37,8 +37,10 @@ def converted() -> set[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_every_process_maps_the_same_file(tiny_model: str) -> None:
     stored = str(Path(tiny_model) / "model.safetensors")
-    assert mapped_files(open_base(tiny_model, "float32", "eager")) == {stored}, "where it is, in its own dtype"
-    first, second = open_base(tiny_model, "bfloat16", "eager"), open_base(tiny_model, "bfloat16", "eager")
+    assert mapped_files(open_base(tiny_model, "float32", "eager", AutoModel)) == {stored}, (
+        "where it is, in its own dtype"
+    )
+    first, second = (open_base(tiny_model, "bfloat16", "eager", AutoModel) for _ in range(2))
     with torch.inference_mode():
         first(**BATCH)
     (file,) = mapped_files(first)
@@ -50,7 +52,7 @@ def test_every_process_maps_the_same_file(tiny_model: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_computes_what_a_plain_model_does(tiny_model: str, dtype: str, attention: str) -> None:
     plain = AutoModel.from_pretrained(tiny_model, attn_implementation=attention).to(getattr(torch, dtype))
-    base = open_base(tiny_model, dtype, attention)
+    base = open_base(tiny_model, dtype, attention, AutoModel)
     with torch.inference_mode():
         assert torch.equal(base(**BATCH).last_hidden_state, plain(**BATCH).last_hidden_state)
     assert base.config._attn_implementation == attention
@@ -60,12 +62,12 @@ def test_computes_what_a_plain_model_does(tiny_model: str, dtype: str, attention
 def test_a_changed_source_is_converted_anew(tiny_model: str, tmp_path: Path) -> None:
     source = tmp_path / "mine"
     shutil.copytree(tiny_model, source)
-    open_base(str(source), "bfloat16", "eager")
+    open_base(str(source), "bfloat16", "eager", AutoModel)
     base = AutoModel.from_pretrained(source)
     with torch.no_grad():
         base.embeddings.word_embeddings.weight[7] = 3
     base.save_pretrained(source)
-    assert (open_base(str(source), "bfloat16", "eager").embeddings.word_embeddings.weight[7] == 3).all()
+    assert (open_base(str(source), "bfloat16", "eager", AutoModel).embeddings.word_embeddings.weight[7] == 3).all()
 
 
 def test_processes_convert_once_and_nothing_half_is_left(tiny_model: str, tmp_path: Path) -> None:
@@ -80,19 +82,19 @@ def test_processes_convert_once_and_nothing_half_is_left(tiny_model: str, tmp_pa
     (place,) = (path for path in converted() - before if path.is_dir())
     (place / "model.safetensors").rename(tmp_path / "weights")
     place.rename(place.with_suffix(".part"))
-    open_base(str(source), "float16", "eager")
+    open_base(str(source), "float16", "eager", AutoModel)
     assert (place / "model.safetensors").exists() and not place.with_suffix(".part").exists()
 
 
 def _open(source: str, dtype: str) -> None:
-    open_base(source, dtype, "eager")
+    open_base(source, dtype, "eager", AutoModel)
 
 
 def test_a_full_disk_is_said_in_words(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bases").write_text("in the way")
     monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path))
     with pytest.raises(AssetError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
-        open_base(tiny_model, "bfloat16", "eager")
+        open_base(tiny_model, "bfloat16", "eager", AutoModel)
 
 
 def test_a_model_without_sdpa_computes_with_eager(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_a_model_without_sdpa_computes_with_eager(tmp_path: Path) -> None:
     DebertaV2Model(DebertaV2Config(vocab_size=30, **shape)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
-    assert open_base(str(tmp_path), "float32", "sdpa").config._attn_implementation == "eager"
+    assert open_base(str(tmp_path), "float32", "sdpa", AutoModel).config._attn_implementation == "eager"
 
 
 def sha256sum(path: Path) -> str:

@@ -55,17 +55,17 @@ def arguments(directory: Path, **changed: Any) -> Arguments:
 
 
 class WithLoss(nn.Module):
-    """Our classifier as Trainer wants a model: the loss comes out of it, and there is no dropout in train mode."""
+    """Our model as Trainer wants a model: the loss comes out of it, and there is no dropout in train mode."""
 
-    def __init__(self, classifier: models.Classifier) -> None:
+    def __init__(self, model: models.AdaptedModel) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.model = model
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.classifier(input_ids, attention_mask)
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -78,7 +78,7 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     alone = {"num-clients": 1, "num-rounds": 1, "partitioner": "iid", "seed": 1}
     steps = {"local-steps": STEPS, "gradient-accumulation": 2}
     config = Config.from_flat(tiny | alone | steps).changed(**copra)
-    federated = data.load(config, models.load_tokenizer(config.model.model))
+    federated = data.load(config, models.load_processor(config.model))
     model = models.build(config.model, config.copra.group, 3, seed=0)
     plan = training.Plan(1, (0,), config)
     update = training.train_client(model, federated, plan, 0, model.read_adapter())

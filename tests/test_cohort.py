@@ -12,7 +12,7 @@ from copra_fl.adapter import Adapter, Update
 from copra_fl.cohort import slices, train_cohort
 from copra_fl.config import Config
 from copra_fl.evaluation import evaluate
-from copra_fl.stacked import NotStackable, StackedClassifier
+from copra_fl.stacked import NotStackable, StackedModel
 from copra_fl.stacked.prefix import PrefixCache
 from copra_fl.training import Plan, train_client
 
@@ -47,11 +47,11 @@ class World:
 
     def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
-        self.data = data.load(self.config, models.load_tokenizer(self.config.model.model))
+        self.data = data.load(self.config, models.load_processor(self.config.model))
         self.plain = models.build(self.config.model, self.config.copra.group, 3, seed=0, core=core)
         if double:
             self.plain.double()
-        self.stacked = StackedClassifier(self.plain)
+        self.stacked = StackedModel(self.plain)
         self.start = jitter(self.plain.read_adapter(), 3)
         self.starts = dict.fromkeys(range(6), self.start)
         self.corrections: dict[int, Adapter] = {}
@@ -150,7 +150,7 @@ def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:
 class Recorder:
     """Rows that each block of the base computes, with a graph and without."""
 
-    def __init__(self, stacked: StackedClassifier) -> None:
+    def __init__(self, stacked: StackedModel) -> None:
         self.rows: list[tuple[int, bool, int, bool]] = []
         for depth, block in enumerate(stacked.blocks):
             block.register_forward_hook(
@@ -211,7 +211,7 @@ def test_evaluating_many_adapters_at_once(tiny: Settings) -> None:
 
 def test_a_model_that_cannot_be_stacked_is_refused_with_the_reason(tiny: Settings) -> None:
     world = World(tiny)
-    module = world.plain.encoder.base_model.model.encoder.layer[1].attention.self.query
+    module = world.plain.peft.base_model.model.encoder.layer[1].attention.self.query
     module.base_layer = nn.Bilinear(2, 2, 2)
     with pytest.raises(NotStackable, match=r"encoder.layer.1.attention.self.query is a Bilinear in a Linear"):
-        StackedClassifier(world.plain)
+        StackedModel(world.plain)

@@ -12,6 +12,7 @@ from copra_fl import models
 from copra_fl.adapter import part_of
 from copra_fl.core import base_gradients, core_start, leading_directions
 from copra_fl.evaluation import evaluate
+from copra_fl.tasks.text_classification import pool
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, jitter
 
@@ -29,14 +30,13 @@ def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
         }
         for adapter in adapters
     ]
-    inputs = BATCH["input_ids"], BATCH["attention_mask"]
     with torch.inference_mode():
-        expected = plain.predictor(folded)(*inputs)
+        expected = plain.predictor(folded)(BATCH)
         for model in (world.plain, world.stacked):
-            assert torch.allclose(model.predictor(adapters)(*inputs), expected, atol=1e-12)
+            assert torch.allclose(model.predictor(adapters)(BATCH), expected, atol=1e-12)
         for model in (world.plain, plain):
             model.gates.set([True, False, True])
-        assert torch.allclose(world.plain(*inputs), plain(*inputs), atol=1e-12)
+        assert torch.allclose(world.plain(**BATCH), plain(**BATCH), atol=1e-12)
 
 
 def test_a_core_starts_at_zero_belongs_to_its_layers_gate_and_changes_no_other_start(tiny: Settings) -> None:
@@ -60,7 +60,7 @@ def test_gradients_are_autograds_on_an_unfrozen_base(tiny: Settings, target: str
     base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager").eval()
     batch = world.data.examples.batch(indices)
     hidden = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    logits = world.plain.head(models.pool(hidden, batch["attention_mask"], "mean", None))
+    logits = world.plain.head(pool(hidden, batch["attention_mask"], "mean", None))
     F.cross_entropy(logits, batch["labels"]).backward()
     gradients = base_gradients(world.plain, world.data.examples, indices, batch_size=16)
     assert gradients.keys() == world.plain.linears.keys()

@@ -160,7 +160,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
     weights = load_file(directory / "adapter" / "head.safetensors")
     head = nn.Linear(32, 3)
     head.load_state_dict(weights)
-    federated = data.load(Config.from_flat(tiny), models.load_tokenizer(str(tiny["model"])))
+    federated = data.load(Config.from_flat(tiny), models.load_processor(Config.from_flat(tiny).model))
     batch = federated.examples.batch(federated.test)
     with torch.no_grad():
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -173,7 +173,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
     saved = models.load(directory / "adapter", device="cpu")
     assert saved.labels == ["sand", "sea", "sky"]
     with torch.no_grad():
-        again = saved.model(batch["input_ids"], batch["attention_mask"]).argmax(1)
+        again = saved.model(**batch).argmax(1)
     assert torch.equal(again, predicted)
 
 

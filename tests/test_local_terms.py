@@ -129,7 +129,7 @@ def test_peft_computes_no_gradient_for_what_is_not_trained_whatever_the_gates_do
     world.plain.train_only({"B", "head"})
     world.plain.gates.set([False, False, False])
     world.plain.gates.set([False, True, True])
-    F.cross_entropy(world.plain(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+    F.cross_entropy(world.plain(**batch), batch["labels"]).backward()
     grads = {name: p.grad is not None for name, p in world.plain.train_only(ALL).items()}
     assert grads == {name: part_of(name) == "head" or (part_of(name) == "B" and ".layer.0." not in name)
                      for name in grads}  # fmt: skip
@@ -170,7 +170,7 @@ def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
     losses = []
     for step in range(3):
         batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
-        loss = F.cross_entropy(plain(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        loss = F.cross_entropy(plain(**batch), batch["labels"])
         penalty = sum((tensor - world.start[name]).square().sum() for name, tensor in parameters.items())
         (loss + mu / 2 * penalty).backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)

@@ -1,4 +1,4 @@
-"""How a model computes is settled once for a run, and a saved classifier computes the same when it is opened."""
+"""How a model computes is settled once for a run, and a saved model computes the same when it is opened."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_was_asked_for_stays() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("bfloat16", "eager"), ("float32", "sdpa")])
-def test_a_saved_classifier_computes_the_same(tiny: dict, tmp_path: Path, dtype: str, attention: str) -> None:
+def test_a_saved_model_computes_the_same(tiny: dict, tmp_path: Path, dtype: str, attention: str) -> None:
     config = Config.from_flat(tiny | {"dtype": dtype, "attention": attention}).model
     model = models.build(config, "layer", 3, seed=0)
     with torch.no_grad():
@@ -53,4 +53,4 @@ def test_a_saved_classifier_computes_the_same(tiny: dict, tmp_path: Path, dtype:
     opened = models.load(tmp_path, device="cpu")
     with torch.inference_mode():
         assert torch.equal(opened.model(**BATCH), model(**BATCH))
-    assert opened.model.encoder.peft_config["default"].base_model_name_or_path == tiny["model"]
+    assert opened.model.peft.peft_config["default"].base_model_name_or_path == tiny["model"]

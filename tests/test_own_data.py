@@ -86,7 +86,8 @@ def test_each_node_is_one_client_with_the_examples_of_its_file(
 
 @pytest.mark.parametrize("site", range(3))
 def test_a_file_of_any_format_is_read_as_it_is(own: Settings, files: list[Path], site: int) -> None:
-    config, tokenizer = Config.from_flat(own | {"labels": "sky,sea,sand"}), models.load_tokenizer(str(own["model"]))
+    config = Config.from_flat(own | {"labels": "sky,sea,sand"})
+    tokenizer = models.load_processor(config.model)
     data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
     assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
     held = np.concatenate([data.train[1], data.validation[1]])
@@ -134,8 +135,8 @@ def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[
 
 
 def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
-    with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own', and the list of labels"):
-        Config.from_flat(own | {"dataset": ""})
+    with pytest.raises(ConfigError, match="dataset = '' .*task = 'text-classification' need the list of labels"):
+        tasks.check(Config.from_flat(own | {"dataset": ""}))
     with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own'"):
         Config.from_flat({"dataset": "", "labels": "a,b"})
     for rule in ("connectivity", "fed-sb"):
@@ -171,7 +172,7 @@ class Wire(LocalGrid):
 
 def leaks(grid: Wire, config: Config, files: list[Path]) -> list[str]:
     """What of the nodes' files was seen: names, words that only one text has, runs of 6 tokens of an example."""
-    tokenizer = models.load_tokenizer(config.model.model)
+    tokenizer = models.load_processor(config.model)
     seen, found = grid.seen, []
     numbers = [
         " ".join(map(str, map(int, values))) for values in grid.numbers if set(map(type, values)) <= {int, float}
@@ -225,7 +226,7 @@ def test_a_node_that_leaks_is_seen(
     def hello(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
-        data = load_own(config, models.load_tokenizer(config.model.model), path, client=0, num_clients=3)
+        data = load_own(config, models.load_processor(config.model), path, client=0, num_clients=3)
         reply.content["more"] = leak(data, path)
         return reply
 

@@ -10,7 +10,7 @@ from copra_fl import models
 from copra_fl.adapter import Adapter
 from copra_fl.config import Config
 from copra_fl.probes import prune
-from copra_fl.stacked import StackedClassifier
+from copra_fl.stacked import StackedModel
 from tests.test_cohort import jitter
 
 BLOCK = "base_model.model.encoder.layer"
@@ -110,27 +110,27 @@ def test_equal_values_still_give_the_wanted_share() -> None:
 
 
 @pytest.fixture(scope="module")
-def classifier(tiny: dict[str, object]) -> models.Classifier:
+def model(tiny: dict[str, object]) -> models.AdaptedModel:
     return models.build(Config.from_flat(tiny | {"target-modules": "all-linear"}).model, "layer", 3, seed=0)
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_a_dropped_layer_is_one_that_peft_disables(classifier: models.Classifier, dropped: int) -> None:
-    adapter = jitter(classifier.read_adapter(), 0, size=0.3)
+def test_a_dropped_layer_is_one_that_peft_disables(model: models.AdaptedModel, dropped: int) -> None:
+    adapter = jitter(model.read_adapter(), 0, size=0.3)
     names = list(prune.layers(adapter))
     left = [module for layer in names if layer != names[dropped] for module in prune.layers(adapter)[layer]]
     pruned = prune.keep(adapter, left)
     tokens = torch.randint(5, 41, (7, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens)
-    lora_layers = {name: module for name, module in classifier.encoder.named_modules() if isinstance(module, LoraLayer)}
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    lora_layers = {name: module for name, module in model.peft.named_modules() if isinstance(module, LoraLayer)}
     switched = [module for name, module in lora_layers.items() if f"layer.{dropped}." in name]
     with torch.inference_mode():
-        (plain,) = classifier.predictor([pruned])(tokens, mask)
-        whole, stacked = StackedClassifier(classifier).predictor([adapter, pruned])(tokens, mask)
-        classifier.write_adapter(adapter)
+        (plain,) = model.predictor([pruned])(batch)
+        whole, stacked = StackedModel(model).predictor([adapter, pruned])(batch)
+        model.write_adapter(adapter)
         for module in switched:
             module.enable_adapters(False)
-        disabled = classifier(tokens, mask)
+        disabled = model(**batch)
         for module in switched:
             module.enable_adapters(True)
     assert torch.allclose(plain, disabled, atol=1e-6) and torch.allclose(stacked, disabled, atol=1e-5)

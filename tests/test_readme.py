@@ -78,7 +78,7 @@ def test_snippet(clone: Path) -> None:
     """Needs the run that the first command of "Simulate" left."""
     snippet, _ = blocks("python")  # the other one: tests/test_callback.py
     result = subprocess.run([sys.executable, "-c", snippet], cwd=clone, capture_output=True, text=True, check=True)
-    labels = json.loads((clone / "runs/smoke/adapter/classifier.json").read_text())["labels"]
+    labels = json.loads((clone / "runs/smoke/adapter/task.json").read_text())["labels"]
     assert result.stdout.strip() in labels and len(labels) == 16
 
 

@@ -14,13 +14,14 @@ from transformers import AutoModel
 from copra_fl import models, residual
 from copra_fl.adapter import Adapter
 from copra_fl.config import Config
+from copra_fl.tasks.text_classification import pool
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, assert_alike, jitter
 
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 
 
-def some_residual(model: models.Classifier, dense: bool, size: float = 0.1) -> Adapter:
+def some_residual(model: models.AdaptedModel, dense: bool, size: float = 0.1) -> Adapter:
     """For all adapted modules but one; in factors of rank 3 unless `dense`."""
     stream = torch.Generator().manual_seed(7)
     drawn: Adapter = {}
@@ -57,10 +58,9 @@ def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, ta
                 world.plain.gates.set(mask)
             assert torch.allclose(beside.plain(**BATCH), inside.plain(**BATCH), atol=1e-12)
         adapters = [beside.start, jitter(beside.start, 1, 0.2)]
-        inputs = BATCH["input_ids"], BATCH["attention_mask"]
-        expected = inside.plain.predictor(adapters)(*inputs)
+        expected = inside.plain.predictor(adapters)(BATCH)
         for model in (beside.stacked, beside.plain):
-            assert torch.allclose(model.predictor(adapters)(*inputs), expected, atol=1e-12)
+            assert torch.allclose(model.predictor(adapters)(BATCH), expected, atol=1e-12)
     for update in (*beside.together(0, 1, 2), beside.alone(0)):
         assert_alike(update, inside.alone(update.client), 1e-10)
 
@@ -141,7 +141,7 @@ def test_what_is_saved_computes_the_same_in_stock_peft(
         expected = model(**BATCH)
         for encoder in (stock, stock.merge_and_unload()):
             hidden = encoder(**BATCH).last_hidden_state
-            logits = nn.functional.linear(models.pool(hidden, BATCH["attention_mask"], "mean", None), **head)
+            logits = nn.functional.linear(pool(hidden, BATCH["attention_mask"], "mean", None), **head)
             assert torch.allclose(logits, expected, atol=1e-5)
         assert torch.allclose(models.load(tmp_path, device="cpu").model(**BATCH), expected, atol=1e-5)
     folded = load_file(tmp_path / "adapter_model.safetensors")

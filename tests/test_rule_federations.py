@@ -123,7 +123,7 @@ def test_stock_peft_opens_the_final_model_with_the_same_accuracy(
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(directory / "adapter"))
     encoder = encoder.merge_and_unload() if merged else encoder
     head = load_file(directory / "adapter" / "head.safetensors")
-    federated = data.load(Config.from_flat(tiny), models.load_tokenizer(str(tiny["model"])))
+    federated = data.load(Config.from_flat(tiny), models.load_processor(Config.from_flat(tiny).model))
     batch = federated.examples.batch(federated.test)
     with torch.no_grad():
         mask = batch["attention_mask"]

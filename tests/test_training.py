@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from copra_fl import data, models, training
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.seeding import generator
+from copra_fl.tasks.text_classification import LabelledTexts
 from copra_fl.training import Plan, data_order, num_steps, train_client
 from tests.conftest import NUM_LAYERS
 
@@ -20,70 +21,71 @@ Settings = dict[str, object]
 
 
 @pytest.fixture
-def model(tiny: Settings) -> models.Classifier:
+def model(tiny: Settings) -> models.AdaptedModel:
     return models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
 
 
 def load(flat: Settings) -> tuple[Config, data.FederatedData]:
     config = Config.from_flat(flat)
-    return config, data.load(config, models.load_tokenizer(config.model.model))
+    return config, data.load(config, models.load_processor(config.model))
 
 
 def batch_of(federated: data.FederatedData) -> dict[str, torch.Tensor]:
     return federated.examples.batch(federated.train[0][:8])
 
 
-def test_gates_follow_the_transformer_blocks(model: models.Classifier) -> None:
+def test_gates_follow_the_transformer_blocks(model: models.AdaptedModel) -> None:
     assert model.gates.names == [f"encoder.layer.{i}" for i in range(NUM_LAYERS)]
     assert sorted(model.group_of.values()) == sorted(list(range(NUM_LAYERS)) * 4), "query and value, A and B"
 
 
-def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.Classifier, tiny: Settings) -> None:
+def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.AdaptedModel, tiny: Settings) -> None:
     """Oracle: the adapter's B set to zero by hand, which makes its product zero."""
     _, federated = load(tiny)
     batch = batch_of(federated)
-    inputs = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
         for parameter in model.train_only({"A", "B"}).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
         model.gates.set([True, False, True])
-        gated = model(*inputs)
+        gated = model(**batch)
         model.gates.open()
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and ".layer.1." in name:
                 module.lora_B["default"].weight.zero_()
-        assert torch.allclose(model(*inputs), gated, atol=1e-6)
+        assert torch.allclose(model(**batch), gated, atol=1e-6)
 
 
 def test_a_closed_layer_gets_no_gradient_and_nothing_below_the_lowest_open_one_is_in_the_graph(
-    model: models.Classifier, tiny: Settings
+    model: models.AdaptedModel, tiny: Settings
 ) -> None:
     _, federated = load(tiny)
     batch = batch_of(federated)
     model.gates.set([False, False, True])
-    loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+    loss = F.cross_entropy(model(**batch), batch["labels"])
     loss.backward()
-    for name, parameter in model.encoder.named_parameters():
+    for name, parameter in model.peft.named_parameters():
         if ".lora_" in name:
             assert (parameter.grad is not None) == (".layer.2." in name), name
-    hidden = model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+    hidden = model.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                            output_hidden_states=True).hidden_states  # fmt: skip
     assert [state.requires_grad for state in hidden] == [False, False, False, True]
 
 
-def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(model: models.Classifier, tiny: Settings) -> None:
+def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(
+    model: models.AdaptedModel, tiny: Settings
+) -> None:
     """Two AdamW steps with weight decay; layer 1 is on in the first only."""
     config, federated = load(tiny)
     batch = batch_of(federated)
     settings = TrainingConfig(weight_decay=0.1)
     optimizer = training.make_optimizer(settings, model.train_only({"A", "B"}).values(), [])
     training.set_learning_rates(optimizer, settings, t=0.0)
-    dropped = [p for n, p in model.encoder.named_parameters() if ".layer.1." in n and ".lora_" in n]
-    kept = [p for n, p in model.encoder.named_parameters() if ".layer.2." in n and ".lora_B" in n]
+    dropped = [p for n, p in model.peft.named_parameters() if ".layer.1." in n and ".lora_" in n]
+    kept = [p for n, p in model.peft.named_parameters() if ".layer.2." in n and ".lora_B" in n]
 
     def step(mask: list[bool]) -> None:
         model.gates.set(mask)
-        F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+        F.cross_entropy(model(**batch), batch["labels"]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -99,13 +101,13 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(model: mode
     assert all(optimizer.state[p]["step"] == 2 for p in kept)
 
 
-def train(model: models.Classifier, flat: Settings, client: int = 0, server_round: int = 1) -> training.Update:
+def train(model: models.AdaptedModel, flat: Settings, client: int = 0, server_round: int = 1) -> training.Update:
     config, federated = load(flat)
     start = models.build(config.model, "layer", 3, seed=0).read_adapter()
     return train_client(model, federated, Plan(server_round, (client,), config), client, start)
 
 
-def test_lora_training_is_the_usual_loop(model: models.Classifier, tiny: Settings) -> None:
+def test_lora_training_is_the_usual_loop(model: models.AdaptedModel, tiny: Settings) -> None:
     """Oracle: a loop written out by hand on PEFT's model, with its own optimiser over all parameters."""
     flat = tiny | {"local-training": "lora", "max-grad-norm": 0.5, "weight-decay": 0.01, "head-learning-rate": 0.002}
     config, federated = load(flat)
@@ -116,7 +118,7 @@ def test_lora_training_is_the_usual_loop(model: models.Classifier, tiny: Setting
     shuffled = generator(0, "order", 1, 0).permutation(federated.train[0])
     for step in range(3):
         batch = federated.examples.batch(shuffled[4 * step : 4 * step + 4])
-        F.cross_entropy(plain(batch["input_ids"], batch["attention_mask"]), batch["labels"]).backward()
+        F.cross_entropy(plain(**batch), batch["labels"]).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -124,24 +126,24 @@ def test_lora_training_is_the_usual_loop(model: models.Classifier, tiny: Setting
         assert torch.allclose(update.adapter[name], tensor, atol=1e-6), name
 
 
-def test_accumulated_micro_batches_equal_one_large_batch(model: models.Classifier, tiny: Settings) -> None:
+def test_accumulated_micro_batches_equal_one_large_batch(model: models.AdaptedModel, tiny: Settings) -> None:
     whole = train(model, tiny | {"batch-size": 8, "p0": 1.0})
     parts = train(model, tiny | {"batch-size": 2, "gradient-accumulation": 4, "p0": 1.0})
     for name, tensor in whole.adapter.items():
         assert torch.allclose(parts.adapter[name], tensor, atol=1e-5), name
 
 
-def test_masks_do_not_shift_the_data_order(model: models.Classifier, tiny: Settings, monkeypatch) -> None:
+def test_masks_do_not_shift_the_data_order(model: models.AdaptedModel, tiny: Settings, monkeypatch) -> None:
     def batches_seen(flat: Settings) -> list[list[int]]:
         seen = []
-        original = data.Examples.batch
+        original = LabelledTexts.batch
 
         def spy(self, indices, device="cpu"):
             seen.append(list(map(int, indices)))
             return original(self, indices, device)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data.Examples, "batch", spy)
+            patch.setattr(LabelledTexts, "batch", spy)
             train(model, flat)
         return seen
 
@@ -150,7 +152,7 @@ def test_masks_do_not_shift_the_data_order(model: models.Classifier, tiny: Setti
     assert lora == batches_seen(tiny | {"local-training": "copra", "min-active": 1, "lora-dropout": 0.3})
 
 
-def test_training_leaves_the_global_generators_alone(model: models.Classifier, tiny: Settings) -> None:
+def test_training_leaves_the_global_generators_alone(model: models.AdaptedModel, tiny: Settings) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     expected = torch.rand(1), np.random.rand()
@@ -160,7 +162,7 @@ def test_training_leaves_the_global_generators_alone(model: models.Classifier, t
     assert (torch.rand(1), np.random.rand()) == expected
 
 
-def test_layers_never_on_are_not_sent(model: models.Classifier, tiny: Settings) -> None:
+def test_layers_never_on_are_not_sent(model: models.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"mask-scope": "round", "p0": 0.4}, client=1)
     assert set(update.active_steps) == {0, 3}, "a seed where some layers are on and some are off"
     sent = {model.group_of[name] for name in update.adapter if name in model.group_of}
@@ -168,7 +170,7 @@ def test_layers_never_on_are_not_sent(model: models.Classifier, tiny: Settings) 
     assert {"head.weight", "head.bias"} <= update.adapter.keys()
 
 
-def test_rescale_divides_what_is_on_by_its_probability(model: models.Classifier, tiny: Settings) -> None:
+def test_rescale_divides_what_is_on_by_its_probability(model: models.AdaptedModel, tiny: Settings) -> None:
     """A scale of 1/p beside alpha / r: seen at PEFT's own scaling (16 / 2 = 8)."""
     model.gates.set([True, True, False], scale=4.0)
     scalings = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
@@ -187,7 +189,7 @@ def test_bf16_base_keeps_adapters_in_float32(tiny: Settings) -> None:
     model = models.build(Config.from_flat(flat).model, "layer", 3, seed=0)
     update = train(model, flat)
     assert {tensor.dtype for tensor in update.adapter.values()} == {torch.float32}
-    assert model.encoder.base_model.model.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert model.peft.base_model.model.embeddings.word_embeddings.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
@@ -266,6 +268,6 @@ def test_cosine_ends_at_zero_over_the_federation() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
-def test_sgd_with_momentum(model: models.Classifier, tiny: Settings) -> None:
+def test_sgd_with_momentum(model: models.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"optimizer": "sgd", "momentum": 0.9, "local-epochs": 1, "local-training": "lora"})
     assert update.metrics["steps"] == -(-update.num_examples // 4)

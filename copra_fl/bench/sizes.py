@@ -36,8 +36,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from copra_fl import data, models
 from copra_fl.assets import ASSETS, cache_dir
 from copra_fl.config import Config, CopraConfig, Value
-from copra_fl.data import Examples, FederatedData
+from copra_fl.data import FederatedData
 from copra_fl.seeding import generator
+from copra_fl.tasks.text_classification import LabelledTexts
 
 STEADY_ROUNDS = 3
 WARM_UP = "warm-up"
@@ -199,7 +200,7 @@ def open_data(config: Config) -> FederatedData:
     """The clients' examples: from the token cache, or random ones."""
     if config.data.dataset == SYNTHETIC:
         return synthetic(config)
-    return data.load(config, models.load_tokenizer(config.model.model))
+    return data.load(config, models.load_processor(config.model))
 
 
 def synthetic(config: Config) -> FederatedData:
@@ -207,11 +208,12 @@ def synthetic(config: Config) -> FederatedData:
     clients, tokens = config.data.num_clients, config.data.max_length
     each = config.training.batch_size * config.training.local_steps
     number, rng = clients * each, generator(0, "bench", "tokens")
-    examples = Examples(
+    examples = LabelledTexts(
         input_ids=torch.from_numpy(rng.integers(len(SPECIAL), len(VOCABULARY), number * tokens, np.int32)),
         offsets=torch.arange(number + 1) * tokens,
         labels=torch.from_numpy(rng.integers(0, NUM_LABELS, number)),
         pad_id=0,
+        max_length=tokens,
     )
     nothing = np.zeros(0, int)
     return FederatedData(

@@ -111,6 +111,7 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
     What does not combine is left out with a note. Raises ConfigError where nothing is left.
     """
     import copra_fl.process  # noqa: F401
+    from copra_fl import tasks
     from copra_fl.aggregation import check
 
     methods: dict[Config, str] = {}
@@ -120,6 +121,7 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
             config = recipe.config(method)
             try:
                 check(config)
+                tasks.check(config)
             except ConfigError as error:
                 left_out[method] = str(error)
             else:

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a configuration, found before anything starts.
 
-Fetches the assets, tokenises the data once into the cache, deals it out to the clients and
-looks for rule and target modules. What passes here does not fail for its configuration later.
+Fetches the assets, encodes the data once into the cache, deals it out to the clients and
+looks for task, rule and target modules. What passes here does not fail for its configuration later.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
     """The configurations, with number of clients, dtype and attention made plain. Raises ConfigError, AssetError."""
     import copra_fl.process  # noqa: F401
+    from copra_fl import tasks
     from copra_fl.aggregation import check as check_rule
 
     configs = list(configs)
     for config in configs:
         check_rule(config)
+        tasks.check(config)
     names = {name for config in configs for name in (config.data.dataset, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     prepared = functools.cache(_prepare)  # methods that are compared have model, data and seed in common
@@ -65,15 +67,15 @@ def _prepare(config: Config) -> FederatedData:
     models.check(config.model)
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
-    return data.load(config, models.load_tokenizer(config.model.model))
+    return data.load(config, models.load_processor(config.model))
 
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:
     notes = []
     if federated.dropped_empty:
-        notes.append(f"{federated.dropped_empty} rows without text, label or client were left out")
+        notes.append(f"{federated.dropped_empty} rows without content, label or client were left out")
     if federated.dropped_duplicates:
-        notes.append(f"{federated.dropped_duplicates} held-out texts were left out: clients hold the same texts")
+        notes.append(f"{federated.dropped_duplicates} held-out examples were left out: clients hold the same ones")
     if federated.unassigned:
         notes.append(f"seed {seed}: the partitioner gave {federated.unassigned} examples to no client")
     if federated.skipped:

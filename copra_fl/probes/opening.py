@@ -117,7 +117,7 @@ class OpenRun:
     @cached_property
     def _start(self) -> Adapter:
         rule, seed = find_rule(self.config.aggregation.rule), self.config.federation.seed
-        model = _open_engine(self.config, len(self.data.label_names), seed).classifier
+        model = _open_engine(self.config, len(self.data.label_names), seed).model
         if rule.core:
             held_out, batch_size = self.data.server_validation, self.config.evaluation.eval_batch_size
             return core_start(model, self.data.examples, held_out, batch_size)
@@ -150,7 +150,7 @@ class OpenRun:
         return self._score(self._engines[rank], [_padded(adapter, rank) for adapter in adapters], split, residual or {})
 
     def _score(self, engine: Engine, adapters: Sequence[Adapter], split: Split, residual: Adapter) -> list[Metrics]:
-        engine.classifier.write_residual(residual)
+        engine.model.write_residual(residual)
         batch_size = self.config.evaluation.eval_batch_size
         return evaluate(engine, adapters, self.data.examples, self.indices(split), batch_size)
 
@@ -174,7 +174,7 @@ class OpenRun:
         chosen = [client for client in sampled if client in (only or sampled)]
         before = self.state(server_round - 1)
         plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, before.adapter)
-        self.engine.classifier.write_residual(before.residual)
+        self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:
             progress("training clients again", done, len(chosen))
@@ -210,7 +210,7 @@ def open_run(directory: Path) -> OpenRun:
         raise ResultsError(f"{directory}: num-clients = 0, so its clients depended on the nodes that were connected")
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(dtype=compute.dtype, attention=compute.attention)
-    federated = data.load(config, models.load_tokenizer(config.model.model))
+    federated = data.load(config, models.load_processor(config.model))
     if federated.digest != run.provenance.get("data_digest", federated.digest):
         raise ResultsError(f"{directory}: its data, {config.data.dataset}, is no longer what the run was trained on")
     config = config.changed(num_clients=len(federated.train))
@@ -226,11 +226,12 @@ def open_runs(directories: Sequence[Path]) -> list[OpenRun]:
     first, *others = runs = [open_run(directory) for directory in directories]
     for other in others:
         for what, ours, theirs in (
+            ("the task", first.config.model.task, other.config.model.task),
             ("the base model", first.config.model.model, other.config.model.model),
             ("the pooling", first.config.model.pooling, other.config.model.pooling),
             ("the labels", first.data.label_names, other.data.label_names),
             ("the data", first.data.tokens_digest, other.data.tokens_digest),
-            ("the adapted modules", *(sorted(run.engine.classifier.linears) for run in (first, other))),
+            ("the adapted modules", *(sorted(run.engine.model.linears) for run in (first, other))),
         ):
             if ours != theirs:
                 both = f"{_short(ours)} and {_short(theirs)}"

@@ -5,10 +5,10 @@
     adapters   y_c += s x_c A_c^T B_c^T       batched over the clients whose gate is open
 
 Each adapter sees only its own client's rows, so the gradient of the sum of the clients' losses
-is each client's own gradient. The base is the plain PEFT model's, tensor for tensor; `Classifier`
+is each client's own gradient. The base is the plain PEFT model's, tensor for tensor; `AdaptedModel`
 stays as it is beside it and is what this is checked against.
 """
 
-from copra_fl.stacked.model import NotStackable, StackedClassifier
+from copra_fl.stacked.model import NotStackable, StackedModel
 
-__all__ = ["NotStackable", "StackedClassifier"]
+__all__ = ["NotStackable", "StackedModel"]

@@ -63,7 +63,7 @@ class AdapterProduct(torch.autograd.Function):
 class StackedLinear(nn.Module):
     """A linear layer of the base with an adapter for each client of the present step.
 
-    `beside` is `Classifier.beside`, what residuals multiply by; where no adapter is on the base's own hook does.
+    `beside` is `AdaptedModel.beside`, what residuals multiply by; where no adapter is on the base's own hook does.
     """
 
     def __init__(

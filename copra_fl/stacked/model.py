@@ -1,4 +1,4 @@
-"""The model that many clients train at once: base, stacked adapters, pooling, heads."""
+"""The model that many clients train at once: base, stacked adapters, heads."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from copra_fl.adapter import Adapter, Layout, part_of
 from copra_fl.gates import group_name
-from copra_fl.models import Classifier, pool
+from copra_fl.models import AdaptedModel, own_head
 from copra_fl.stacked.linear import StackedLinear
-from copra_fl.stacked.step import Present, Stack, Step
+from copra_fl.stacked.step import Present, Stack, Step, by_client, places
 from copra_fl.stacked.trunk import Trunk
+from copra_fl.tasks import Inputs
 
 
 class NotStackable(TypeError):
     """A model whose adapters cannot be stacked, with the reason; it trains one client at a time."""
 
 
-class StackedClassifier:
-    """A `Classifier` for many clients at once, on the same base tensors.
+class StackedModel:
+    """An `AdaptedModel` for many clients at once, on the same base tensors.
 
     Attributes:
         layout: a client's adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
@@ -34,18 +35,19 @@ class StackedClassifier:
         present: what its layers share.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
-        self.device = classifier.device
-        self.group_of = classifier.group_of
-        self.pooling = classifier.pooling
+    def __init__(self, model: AdaptedModel) -> None:
+        self.device = model.device
+        self.task = model.task
+        self.group_of = model.group_of
+        self.pooling = model.pooling
         self.present = Present()
-        adapter, group_of = classifier.read_adapter(), classifier.group_of
-        self._floats = adapter["head.weight"].numpy().dtype
-        self.num_groups = len(classifier.gates.names)
+        adapter, group_of = model.read_adapter(), model.group_of
+        self._floats = next(iter(adapter.values())).numpy().dtype
+        self.num_groups = len(model.gates.names)
         order = sorted(adapter, key=lambda name: (group_of.get(name, self.num_groups), part_of(name)))
         self.layout = Layout.of({name: adapter[name] for name in order})
         self._tree: Any
-        self._tree, self.blocks, self._block_of = self._build(classifier)
+        self._tree, self.blocks, self._block_of = self._build(model)
 
     def spans(self, parts: Collection[str]) -> list[tuple[int, slice]]:
         """Where the `parts` lie in the row, neighbours together, each with its gate group; the head's: num_groups."""
@@ -59,17 +61,17 @@ class StackedClassifier:
             spans.append((group, span))
         return spans
 
-    def _build(self, classifier: Classifier) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
+    def _build(self, model: AdaptedModel) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
         """The base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
-        base = classifier.encoder.get_base_model()
+        base = model.base
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         tree = copy.deepcopy(base, shared)
         blocks: list[str] = []
-        for name, group in classifier.gates.group_of.items():
+        for name, group in model.gates.group_of.items():
             module: Any = base.get_submodule(name)
             if type(module) is not lora.Linear or type(module.get_base_layer()) is not nn.Linear or module.lora_variant:
                 raise NotStackable(f"{name} is a {type(module.get_base_layer()).__name__} in a {type(module).__name__}")
-            linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, classifier.beside)
+            linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, model.beside)
             tree.set_submodule(name, linear)
             blocks.append(group_name(name, "layer"))
         inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
@@ -80,8 +82,8 @@ class StackedClassifier:
         modules = list(tree.get_submodule(trunk).children())
         tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, self.present)]))
         first = blocks.index(inside[0])
-        block_of = np.zeros(len(classifier.gates.names), dtype=int)
-        for position, (block, group) in enumerate(zip(blocks, classifier.gates.group_of.values(), strict=True)):
+        block_of = np.zeros(len(model.gates.names), dtype=int)
+        for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):
             outside = 0 if position < first else len(modules)
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
         return tree.eval(), modules, block_of
@@ -92,8 +94,8 @@ class StackedClassifier:
         array = array if array.dtype.kind == "i" else array.astype(self._floats)
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Tensor, Tensor], Tensor]:
-        """What gives (adapters, B, classes) logits for (B, T) tokens and attention mask, every gate open."""
+    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Inputs], Tensor]:
+        """What gives (adapters, targets, outputs) logits for a batch, every gate open."""
         number = len(adapters)
         on = np.ones((number, self.num_groups), dtype=bool)
         rows = torch.stack([self.layout.flatten(adapter) for adapter in adapters]).to(self.device)
@@ -101,8 +103,9 @@ class StackedClassifier:
             Stack(self.layout, rows), np.arange(number), on, np.zeros(number, int), self.tensor(np.ones(number))
         )
 
-        def predict(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self(step, input_ids.repeat(number, 1), attention_mask.repeat(number, 1))
+        def predict(batch: Inputs) -> Tensor:
+            repeated = {name: tensor.repeat(number, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
+            return self(step, repeated).unflatten(0, (number, -1))
 
         return predict
 
@@ -110,14 +113,19 @@ class StackedClassifier:
         """(c,) blocks below the lowest active adapter of each row of `on` (c, groups); all where none is."""
         return np.where(on, self._block_of, len(self.blocks)).min(axis=1, initial=len(self.blocks))
 
-    def __call__(self, step: Step, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(clients * n, T) tokens to (clients, n, classes) logits in float32."""
+    def __call__(self, step: Step, batch: Inputs) -> Tensor:
+        """A batch to (targets, outputs) logits, in float32 at least. Each client of the step has as many rows."""
         self.present.step, step.live = step, len(step.clients)
-        output = self._tree(input_ids=input_ids, attention_mask=attention_mask)
+        output = self._tree.base_model(**self.task.inputs(batch))
         del self.present.step
-        pooler_output = getattr(output, "pooler_output", None)
-        features = pool(output.last_hidden_state, attention_mask, self.pooling, pooler_output)
+        features = self.task.features(output, batch, self.pooling)
+        return self._heads(step, features) if self.task.trains_head else own_head(self._tree, features)
+
+    def _heads(self, step: Step, features: Tensor) -> Tensor:
+        """Each client's own head on its targets."""
         clients = self.tensor(step.clients)
         weight = step.stack.tensors["head.weight"].index_select(0, clients)
         bias = step.stack.tensors["head.bias"].index_select(0, clients)
-        return torch.baddbmm(bias[:, None], features.unflatten(0, (len(clients), -1)), weight.mT)
+        counts = np.full(len(clients), len(features) // len(clients)) if step.targets is None else step.targets
+        logits = torch.baddbmm(bias[:, None], by_client(features, counts), weight.mT)
+        return logits.flatten(0, 1).index_select(0, places(counts, self.device))

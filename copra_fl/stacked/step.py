@@ -31,7 +31,9 @@ class Stack:
         self._totals = [_view(self.grads, layout, name) for name in names]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to `grads`."""
+        """Add the gradients of `loss` to `grads`; there are none where nothing is on and no head is trained."""
+        if not loss.requires_grad:
+            return
         found = torch.autograd.grad(loss, self._trained, allow_unused=True)
         for total, grad in zip(self._totals, found, strict=True):
             if grad is not None:
@@ -55,6 +57,7 @@ class Step:
         dropout: one generator a client, where there is dropout.
         shapes: rows and tokens of each client's batch by itself, which is what dropout is drawn for.
         samples: (rows,) what the prefix cache knows each row by.
+        targets: (c,) how many targets each client's rows have; None where all have as many.
         live: how many clients, from the first, are in the graph where the forward is now.
     """
 
@@ -66,6 +69,7 @@ class Step:
     dropout: Sequence[torch.Generator] = ()
     shapes: Sequence[tuple[int, int]] = ()
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    targets: np.ndarray | None = None
     live: int = 0
     _routes: dict[tuple[int, int], Route | None] = field(default_factory=dict)
 
@@ -123,3 +127,15 @@ class Present:
 
     step: Step = field(init=False)
     prefix: PrefixCache | None = None
+
+
+def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
+    """(targets, ...), the first counts[0] of them the first client's and so on, as (c, most, ...) padded with zeros."""
+    shape = len(counts), int(counts.max())
+    padded = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
+    return padded.index_copy(0, places(counts, values.device), values).unflatten(0, shape)
+
+
+def places(counts: np.ndarray, device: torch.device) -> Tensor:
+    """(targets,) where each target is among the (c * most) rows of `by_client`."""
+    return torch.from_numpy(np.flatnonzero(np.arange(counts.max()) < counts[:, None])).to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from copra_fl.bench.usual import Classifier, train
 from copra_fl.config import Config, ModelConfig
 from copra_fl.data import FederatedData, load
-from copra_fl.models import load_tokenizer
+from copra_fl.models import load_processor
 from copra_fl.training import Plan, plan_steps
 
 app = ClientApp()
@@ -24,7 +24,7 @@ def open_model(config: ModelConfig, num_labels: int) -> Classifier:
 
 
 def open_data(config: Config) -> FederatedData:
-    return load(config, load_tokenizer(config.model.model))
+    return load(config, load_processor(config.model))
 
 
 warm_model = lru_cache(maxsize=1)(open_model)

@@ -1,0 +1,53 @@
+"""What models learn: one file a task.
+
+``task`` in a configuration is the name of a module here (with - for _), or the dotted name of a module of a user's own;
+either has ``TASK``, a `Task`. docs/tasks.md shows one that is complete.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from copra_fl.config import BY_LABEL, Config, ConfigError, unknown
+from copra_fl.tasks.task import Examples, Inputs, Task
+
+__all__ = ["Examples", "Inputs", "Task", "check", "find_task"]
+
+
+def find_task(name: str) -> Task:
+    """The task called `name`. Raises ConfigError where there is none."""
+    module = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
+    try:
+        task = getattr(import_module(module), "TASK", None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        task = None
+    if isinstance(task, Task):
+        return task
+    if "." in name:
+        raise ConfigError(f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task")
+    raise ConfigError(f"{unknown('task', name, _names())}; one of your own has a dotted name, as in hospital.tagging")
+
+
+def _names() -> list[str]:
+    """The tasks that are here."""
+    modules = [name for _, name, _ in iter_modules(__path__)]
+    return [name.replace("_", "-") for name in modules if hasattr(import_module(f"{__name__}.{name}"), "TASK")]
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a task that there is not, or that cannot do what `config` wants of it."""
+    task, data, called = find_task(config.model.task), config.data, f"task = {config.model.task!r}"
+    if data.partitioner in BY_LABEL and task.labels != "one":
+        raise ConfigError(
+            f"partitioner = {data.partitioner!r} deals examples out by their label, and {called} has not one label an "
+            "example; use natural, iid or own"
+        )
+    if not (data.dataset or data.labels) and task.labels != "none":
+        raise ConfigError(f"dataset = '' (the server has no data) and {called} need the list of labels: set labels")
+    if config.copra.local_training == "head" and not task.trains_head:
+        raise ConfigError(
+            f"local-training = 'head' has nothing to train: {called} has no head of its own; use copra or lora"
+        )

@@ -1,0 +1,83 @@
+"""One label for each text, from its pooled hidden states: logits = head(pool(encoder(tokens)))."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from copra_fl.config import ConfigError, DataConfig
+from copra_fl.tables import codes
+from copra_fl.tasks.task import Inputs, Task
+from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
+
+if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class LabelledTexts(Texts):
+    """
+    Attributes:
+        labels: (N, ...) what is learnt of each text; here its label's place in the list, (N,) int64.
+    """
+
+    labels: Tensor
+
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """(N,) ones: a text is one target."""
+        return np.ones(len(self), int)
+
+    def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The texts `indices`, padded on the right to the longest of them.
+
+        Returns ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64, ``labels`` (B, ...), on `device`.
+        """
+        batch = self.inputs(indices) | {"labels": self.labels[torch.as_tensor(indices)]}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
+    """(B, T, D) hidden states to (B, D) features, in float32 at least; `mean` runs over real tokens only."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).to(dtype)
+        return (hidden.to(dtype) * mask).sum(1) / mask.sum(1)
+    if pooling == "cls":
+        return hidden[:, 0].to(dtype)
+    if pooler_output is None:
+        raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
+    return pooler_output.to(dtype)
+
+
+class TextClassification(Task):
+    def processor_digest(self, processor: Any) -> str:
+        return tokenizer_digest(processor)
+
+    def encode(self, rows: pd.DataFrame, labels: list[str], processor: Any, data: DataConfig) -> dict[str, Tensor]:
+        tokens = encode_texts(processor, rows["text-column"], data.max_length)
+        return {"labels": codes(rows["label-column"], labels), **tokens}
+
+    def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabelledTexts:
+        tokens = tensors["input_ids"], tensors["offsets"]
+        return LabelledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
+
+    def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
+        pooler_output = getattr(output, "pooler_output", None)
+        return pool(output.last_hidden_state, batch["attention_mask"], pooling, pooler_output)
+
+    def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+    def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
+        return logits.argmax(1) == batch["labels"]
+
+
+TASK = TextClassification()

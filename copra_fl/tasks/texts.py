@@ -1,0 +1,83 @@
+"""Texts as tokens: what tasks on texts have in common."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from copra_fl.config import ConfigError
+from copra_fl.tables import digest_of
+
+if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+TEXTS_PER_CALL = 512
+
+
+@dataclass(frozen=True)
+class Texts:
+    """
+    Attributes:
+        input_ids: (sum of lengths,) int32, one example after the other.
+        offsets: (N + 1,) int64; example i is ``input_ids[offsets[i]:offsets[i + 1]]``.
+        pad_id: the token that fills batches up.
+        max_length: tokens that longer texts were cut to.
+    """
+
+    input_ids: Tensor
+    offsets: Tensor
+    pad_id: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens per example."""
+        return self.offsets.diff().numpy()
+
+    def inputs(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` (B, T) int64 of `indices`, padded on the right to the longest."""
+        chosen = torch.as_tensor(indices)
+        starts, ends = self.offsets[chosen, None], self.offsets[chosen + 1, None]
+        positions = starts + torch.arange(int((ends - starts).max()))
+        real = positions < ends
+        input_ids = torch.full(positions.shape, self.pad_id)
+        input_ids[real] = self.input_ids[positions[real]].long()
+        return {"input_ids": input_ids, "attention_mask": real.long()}
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pd.Series, max_length: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``offsets`` of `texts`, as in `Texts`."""
+    lengths, parts = [0], [np.zeros(0, np.int32)]
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        encoded = tokenizer(
+            texts.iloc[start : start + TEXTS_PER_CALL].tolist(),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths += map(len, encoded)
+        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+    return {"input_ids": torch.from_numpy(np.concatenate(parts)), "offsets": torch.tensor(lengths).cumsum(0)}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names all that decides what tokens a text gets; not the truncation and padding that the last call left behind.
+
+    Raises ConfigError for a tokenizer that cannot tokenise quickly, or cannot fill batches up.
+    """
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest_of(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
