@@ -1,7 +1,8 @@
 """Adapter state: what travels between server and clients, as name -> tensor.
 
 Names are PEFT's own (``base_model.model.encoder.layer.0...lora_A.weight``), plus
-``head.weight`` and ``head.bias``, and ``lora_R`` for the core of fed-sb. Tensors are float32 on the CPU.
+``head.weight`` and ``head.bias`` where a task trains a head, and ``lora_R`` for the core of fed-sb. Tensors are float32
+on the CPU.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Layout:
 
     def flatten(self, adapter: Adapter) -> Tensor:
         """The row (size,) of `adapter`."""
-        return torch.cat([adapter[name].reshape(-1) for name in self.shapes])
+        return torch.cat([adapter[name].reshape(-1) for name in self.shapes] or [torch.empty(0)])
 
     def unflatten(self, row: Tensor) -> Adapter:
         """The adapter whose row this is: views of it."""
@@ -116,14 +117,16 @@ def difference(a: Adapter, b: Adapter) -> Adapter:
 
 def norm(adapter: Adapter) -> float:
     """Euclidean norm over all tensors, summed in float64."""
-    return float(torch.stack([tensor.double().square().sum() for tensor in adapter.values()]).sum().sqrt())
+    squares = [tensor.double().square().sum() for tensor in adapter.values()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
     """Write `adapter` and `metadata` to a safetensors file that is either whole or not there."""
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in adapter.items()}, dict(metadata)))
+        # of no tensors and no metadata safetensors would make a file that it cannot read
+        file.write(save({name: tensor.contiguous() for name, tensor in adapter.items()}, dict(metadata) or None))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -132,4 +135,4 @@ def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -
 def load_checkpoint(path: Path) -> tuple[Adapter, dict[str, str]]:
     """The adapter and the metadata of `save_checkpoint`."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -75,7 +75,7 @@ def _decode_float16(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tens
 def _encode_int8(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
     """Off by at most half a scale; a tensor that has not moved has scale 0."""
     moved = values - start
-    scales = torch.stack([part.abs().max() for part in moved.split(list(sizes))]) / 127
+    scales = torch.tensor([float(part.abs().max()) for part in moved.split(list(sizes))]) / 127
     codes = moved / _spread(scales.where(scales > 0, 1.0), sizes)
     return {"values": codes.round().clamp(-127, 127).to(torch.int8), "scales": scales}
 
@@ -86,7 +86,7 @@ def _decode_int8(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
-    return scales.repeat_interleave(torch.tensor(sizes))
+    return scales.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
 
 
 #: uplink -> codec

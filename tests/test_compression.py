@@ -45,6 +45,17 @@ def test_a_buffer_holds_what_was_trained_and_nothing_else(uplink: str) -> None:
         assert all(got.adapter[name].shape == GLOBAL[name].shape for name in got.adapter)
 
 
+@pytest.mark.parametrize("uplink", CODECS)
+def test_a_client_without_a_head_whose_layers_were_all_off_sends_nothing(uplink: str) -> None:
+    factors = {name: tensor for name, tensor in GLOBAL.items() if name != "head"}
+    idle, busy = update(0, (0, 0), factors), update(4, (1, 0), factors)
+    for sent in ([idle], [idle, busy]):
+        arrays = encode(sent, {0: factors, 4: factors}, GROUP_OF, uplink)
+        arrived = decode(arrays, sent, {0: factors, 4: factors}, GROUP_OF, uplink)
+        assert [got.adapter.keys() for got in arrived] == [own.adapter.keys() for own in sent]
+    assert arrived[0].adapter == {} and torch.equal(arrived[1].adapter["a"], GLOBAL["a"])
+
+
 def test_float32_is_exact_and_does_not_care_for_the_order_of_names() -> None:
     """A checkpoint has its tensors in another order than a model."""
     arrays = encode(UPDATES, STARTS, GROUP_OF, "float32")

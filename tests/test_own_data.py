@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from clients import session
 from clients.app import app as client_app
-from copra_fl import models, wire
+from copra_fl import models, tasks, wire
 from copra_fl.aggregation import check
 from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data import FederatedData

@@ -44,6 +44,8 @@ def test_a_client_remembers_its_last_round_before_the_one_that_runs() -> None:
     assert memory.read(3, before=6).personal["head.bias"].tolist() == [7] * 4
     assert memory.read(3, before=2) == ClientState(), "only the two newest are kept"
     assert memory.read(33, before=6) == ClientState() == Memory("other").read(3, before=6)
+    memory.write(4, 1, ClientState())
+    assert memory.read(4, before=2) == ClientState(), "it trained nothing"
 
 
 @pytest.mark.parametrize(
