@@ -168,11 +168,12 @@ def resolve(model: str) -> str:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """What the task encodes examples with: the tokenizer or image processor of the model. Raises ConfigError."""
+    """What the task encodes examples with: tokenizer or image processor. Raises ConfigError where there is none."""
+    task = find_task(config.task)
     try:
-        return find_task(config.task).processor_class.from_pretrained(resolve(config.model))
+        return task.processor_class.from_pretrained(resolve(config.model))
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(_not_found(config.model, error)) from error
+        raise ConfigError(_not_found(config.model, error)) from error
 
 
 def _not_found(model: str, error: Exception) -> str:

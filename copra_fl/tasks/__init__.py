@@ -27,7 +27,10 @@ def find_task(name: str) -> Task:
     if isinstance(task, Task):
         return task
     if "." in name:
-        raise ConfigError(f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task")
+        raise ConfigError(
+            f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task. Install it, or put "
+            "the full path of its folder on PYTHONPATH"
+        )
     raise ConfigError(f"{unknown('task', name, _names())}; one of your own has a dotted name, as in hospital.tagging")
 
 

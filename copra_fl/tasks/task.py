@@ -122,7 +122,7 @@ class Task(ABC):
         """
 
     def head(self, width: int, num_labels: int) -> nn.Linear:
-        """The head on features of `width`, where one is trained; its values are drawn from the global generator."""
+        """The head on features of `width`, where one is trained, as torch draws it; who calls sets the stream."""
         return nn.Linear(width, num_labels)
 
     @abstractmethod
