@@ -29,14 +29,19 @@ def exchange(
 ) -> list[Message]:
     """Send `messages`, and collect the replies that come within `timeout` seconds, until they are enough.
 
-    Returns them sorted by node.
+    Returns them sorted by node. An error that Flower reports in place of a node that is gone counts as the node's.
     """
-    waiting = set(grid.push_messages(messages))
+    messages = list(messages)
+    waiting = set(grid.push_messages(messages))  # an id is missing, or None, where a node is not there any more
+    asked = {message.metadata.message_id: message for message in messages}
+    waiting &= asked.keys()
     replies: list[Message] = []
     started = time.monotonic()
     while waiting and not is_enough(replies) and (waited := time.monotonic() - started) < timeout:
         came = list(grid.pull_messages(waiting))
-        replies += came
+        for reply in came:
+            message = asked[reply.metadata.reply_to_message_id]
+            replies.append(Message(reply.error, reply_to=message) if reply.has_error() else reply)
         waiting -= {reply.metadata.reply_to_message_id for reply in came}
         if waiting:
             time.sleep(min(LONGEST, max(SHORTEST, SHARE * waited)))

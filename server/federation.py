@@ -14,7 +14,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -31,12 +31,11 @@ from copra_fl.events import emit
 from copra_fl.seeding import generator
 from server.budget import Budget, forget_secret, open_secret
 from server.exchange import exchange
+from server.hello import CLIENTS, greet, welcome
 from server.journal import Journal, Row
 from server.probes import evaluated, merge_gap_clients, path_pairs
 from server.state import State
-from server.strategy import CohortStrategy, FederationError
-
-CLIENTS = Path(__file__).parent.parent / "clients"
+from server.strategy import CohortStrategy
 
 
 class Evaluator:
@@ -94,82 +93,6 @@ class Evaluator:
         return rows
 
 
-def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
-    """Ask every node who it is. Returns node id -> hello.
-
-    Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
-    partition twice; for a client that no node can host (strict); and for fewer than min-nodes after node-timeout.
-    """
-    deadline = time.monotonic() + config.federation.node_timeout
-    while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"{len(nodes)} nodes connected within node-timeout = {config.federation.node_timeout:g} s; "
-                f"min-nodes = {config.federation.min_nodes}"
-            )
-        time.sleep(0.5)
-    messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
-    hellos: dict[int, wire.Hello] = {}
-    for reply in exchange(grid, messages, config.federation.round_timeout):
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            raise FederationError(f"node {node} failed at hello: {reply.error.reason}")
-        try:
-            hellos[node] = wire.unpack_hello(reply.content)
-        except Exception as error:  # a node can have sent anything
-            raise FederationError(f"node {node} sent no hello that can be read: {error!r}") from error
-    check_nodes(hellos, nodes, config)
-    return hellos
-
-
-def check_nodes(hellos: dict[int, wire.Hello], nodes: list[int], config: Config) -> None:
-    """Raise FederationError unless all `nodes` answered, run this code and make up one federation."""
-    silent = set(nodes) - hellos.keys()
-    if silent:
-        raise FederationError(f"nodes {sorted(silent)} did not answer the hello query")
-    digest = provenance.library_digest(CLIENTS)
-    first = next(iter(hellos.values()))
-    partitions: dict[int, int] = {}
-    counts: dict[int, tuple[int, int]] = {}
-    for node, hello in hellos.items():
-        who = f"node {node} (partition-id {hello.partition})"
-        if hello.digest != digest:
-            raise FederationError(
-                f"{who} runs other sources of copra_fl and clients (digest {hello.digest[:12]}) than the server "
-                f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
-            )
-        if hello.refusal:
-            raise FederationError(f"{who} takes no part: {hello.refusal}")
-        if hello.label_names != first.label_names:
-            raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {first.label_names}")
-        if hello.num_clients != first.num_clients:
-            raise FederationError(
-                f"{who} counts {hello.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
-                "all nodes need the same num-partitions"
-            )
-        if config.data.num_clients not in (0, hello.num_clients):
-            raise FederationError(
-                f"{who} counts {hello.num_clients} clients, but num-clients = {config.data.num_clients}; with nodes' "
-                "own data num-clients = 0 is right"
-            )
-        if hello.partition in partitions:
-            raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
-        partitions[hello.partition] = node
-        for client, own in hello.counts.items():
-            if not 0 <= client < hello.num_clients or min(own) < 0:
-                raise FederationError(f"{who} has {own[0]} and {own[1]} examples of a client {client}")
-            if config.data.partitioner == "own" and client != hello.partition:
-                raise FederationError(f"{who} claims client {client}, where each node has data of its own")
-            if counts.setdefault(client, own) != own:
-                raise FederationError(f"{who} has {own} examples of client {client}, other nodes {counts[client]}")
-    homeless = set(range(first.num_clients)).difference(*(hello.num_examples for hello in hellos.values()))
-    if homeless and config.federation.failures == "strict":
-        raise FederationError(
-            f"no connected node can host the clients {sorted(homeless)}; connected are the partition-ids "
-            f"{sorted(partitions)}"
-        )
-
-
 def run(grid: Grid, config: Config, directory: Path) -> None:
     """Run the federation of `config` in `directory`, from its newest checkpoint, to ``summary.json``."""
     journal = Journal(directory)
@@ -178,9 +101,9 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     tasks.check(config)
-    config = settle(config)
-    nodes = greet(grid, config)
-    config = config.changed(num_clients=next(iter(nodes.values())).num_clients)
+    greeting = settle(config)
+    nodes = greet(grid, greeting)
+    config = greeting.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
     federated = data.load(config, models.load_processor(config.model))
     evaluator = Evaluator(config, federated)
@@ -204,6 +127,9 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     if budget:
         budget.check(strategy.sampling_rate, num_rounds - len(journal.rows))
     for server_round in range(len(journal.rows) + 1, num_rounds + 1):
+        if config.federation.failures == "tolerant":
+            nodes = welcome(grid, greeting, nodes)
+            strategy.meet(nodes)
         before = strategy.state
         row = train_round(grid, strategy, server_round)
         row["layers"] = names

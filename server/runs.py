@@ -6,6 +6,7 @@ comparison with its ``comparison.toml``), or a new one for a plain ``flwr run``.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterator
 from logging import INFO
@@ -21,6 +22,7 @@ from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from server import federation
 from server.journal import Journal, write_atomically
+from server.strategy import FederationError
 
 #: seconds to wait for an earlier process of a killed run to let go of its folder
 LOCK_TIMEOUT = 60
@@ -35,16 +37,28 @@ def main(grid: Grid, context: Context) -> None:
         with FileLock(directory / ".lock", timeout=LOCK_TIMEOUT):
             for run_directory, config in planned_runs(directory, flat, resume):
                 log(INFO, "run folder: %s", run_directory)
-                federation.run(grid, config, run_directory)
+                run(grid, config, run_directory)
     except Timeout:
         emit("failed", error=f"another run is writing to {directory}")
         raise
-    except (federation.FederationError, ConfigError) as error:
+    except (FederationError, ConfigError) as error:
         emit("failed", error=str(error))
         raise
     except Exception:
         emit("failed", error=traceback.format_exc())
         raise
+
+
+def run(grid: Grid, config: Config, directory: Path) -> None:
+    """One federation. Raises FederationError where its disk is full."""
+    try:
+        federation.run(grid, config, directory)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise FederationError(
+            f"the disk of {directory} is full; with some space freed, --resume goes on after the last round"
+        ) from error
 
 
 def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Path, Config]]:

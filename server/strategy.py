@@ -92,10 +92,7 @@ class CohortStrategy(Strategy):
         self.group_of = group_of
         self.num_groups = num_groups
         self.rule = find_rule(config.aggregation.rule)
-        by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
-        self.hosts = {node: hello.num_examples.keys() for node, hello in by_partition.items()}
-        self.num_examples = {c: n for hello in nodes.values() for c, n in hello.num_examples.items()}
-        self.num_validation = {c: n for hello in nodes.values() for c, n in hello.num_validation.items() if n > 0}
+        self.meet(nodes)
         self.state = state
         self.updates: list[Update] = []
         self.missing: dict[int, str] = {}
@@ -109,6 +106,13 @@ class CohortStrategy(Strategy):
         self._secret = secret
         self._asked = self._wanted = 0
         self._run = run
+
+    def meet(self, nodes: Mapping[int, wire.Hello]) -> None:
+        """Let `nodes`, and no others, take part from now on."""
+        by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
+        self.hosts = {node: hello.num_examples.keys() for node, hello in by_partition.items()}
+        self.num_examples = {c: n for hello in nodes.values() for c, n in hello.num_examples.items()}
+        self.num_validation = {c: n for hello in nodes.values() for c, n in hello.num_validation.items() if n > 0}
 
     @property
     def eligible(self) -> list[int]:

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from copra_fl.adapter import load_checkpoint
 from copra_fl.config import Config, ConfigError
+from copra_fl.provenance import library_digest
+from copra_fl.wire import Hello, pack_hello
+from server.hello import CLIENTS
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
 
@@ -105,6 +110,61 @@ def test_a_run_waits_for_its_nodes(settings: Settings, tmp_path: Path) -> None:
     assert clients(run_federation(flat | {"min-nodes": 3}, tmp_path / "run", grid=LateGrid(3))) == [[0, 1, 2]]
     with pytest.raises(FederationError, match="3 nodes connected within node-timeout = 2 s; min-nodes = 4"):
         run_federation(flat | {"min-nodes": 4, "node-timeout": 2.0}, tmp_path / "few", grid=LateGrid(3))
+
+
+class JoiningGrid(LocalGrid):
+    """Node 102 connects after the first round's training; with `other` it runs other code than the others."""
+
+    def __init__(self, other: ClientApp | None = None) -> None:
+        super().__init__(3)
+        self.other, self.has_begun = other, False
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts) if self.has_begun else [100, 101]
+
+    def answer(self, message: Message) -> Message:
+        self.has_begun |= message.metadata.message_type == "train"
+        if self.other and message.metadata.dst_node_id == 102:
+            return self.other(message, self.contexts[102])
+        return super().answer(message)
+
+
+def test_a_client_that_joins_late_trains_from_the_next_round_on(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | {"num-clients": 0}
+    assert clients(run_federation(flat, tmp_path / "run", grid=JoiningGrid())) == [[0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_a_late_node_that_does_not_fit_is_left_out(settings: Settings, tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        refusing = Hello(partition=2, digest=library_digest(CLIENTS), refusal="it has no data")
+        return Message(pack_hello(refusing), reply_to=message)
+
+    directory = run_federation(settings | {"num-clients": 0}, tmp_path / "run", grid=JoiningGrid(app))
+    assert clients(directory) == [[0, 1]] * 3
+
+
+class RestartedGrid(LocalGrid):
+    """Flower still takes the last node to be connected, and answers its first hello in its place, as itself."""
+
+    asked = 0
+
+    def answer(self, message: Message) -> Message:
+        self.asked += message.metadata.dst_node_id == 102
+        if message.metadata.dst_node_id == 102 and self.asked == 1:
+            reply = Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = 1
+            return reply
+        return super().answer(message)
+
+
+def test_a_node_that_is_not_back_yet_is_asked_again(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
+    assert clients(run_federation(flat, tmp_path / "run", grid=RestartedGrid(3))) == [[0, 1, 2]]
+    with pytest.raises(FederationError, match="node 102 failed at hello: no heartbeat"):
+        run_federation(flat | {"node-timeout": 1e-3}, tmp_path / "gone", grid=RestartedGrid(3))
 
 
 def test_over_sampling_needs_tolerance() -> None:

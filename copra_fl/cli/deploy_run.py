@@ -20,7 +20,7 @@ from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.options import JsonOption, ResumeOption, SetOption
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError, toml_value
-from copra_fl.deployment import engine, nodes
+from copra_fl.deployment import compose, engine, nodes
 from copra_fl.deployment.engine import Engine
 from copra_fl.deployment.folder import Folder
 
@@ -39,7 +39,11 @@ def run(
     """Submit a run and follow it. Each node is one client, unless num-clients is set. Ctrl-C leaves the run alone."""
     console, folder = Console(stderr=True), Folder.open(directory)
     wanted = Recipe.read(recipe, set_ or [])
-    config = wanted.config() if "num-clients" in wanted.overrides else wanted.config().changed(num_clients=0)
+    config = wanted.config()
+    if "num-clients" not in wanted.overrides:
+        config = config.changed(num_clients=0)
+        if config.federation.failures == "strict" and "min-nodes" not in wanted.overrides:
+            config = config.changed(min_nodes=compose.num_clients(folder))  # each node has a client of its own
     run_folder = folder.runs / choose_name(folder, output, resume)
     sets = [word for text in set_ or [] for word in ("--set", text)]
     again = shlex.join(

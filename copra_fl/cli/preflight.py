@@ -65,6 +65,11 @@ def _prepare(config: Config) -> FederatedData:
     from copra_fl import data, models
 
     models.check(config.model)
+    if config.data.partitioner == "own":
+        raise ConfigError(
+            "partitioner = 'own': each node has a data file of its own, and simulated nodes have none; "
+            "copra-fl deploy run sends it to nodes that have (docs/nodes.md)"
+        )
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
     return data.load(config, models.load_processor(config.model))

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from copra_fl.adapter import Adapter, load_checkpoint
 from copra_fl.cli.flower import free_port
 from tests.real_runs import SCRIPT
 
 ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 NUM_CLIENTS = 3
 PATIENCE = 1500
+
+Settings = dict[str, object]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +46,7 @@ class Containers:
         assert result.returncode == code, result.stdout + result.stderr
         return result.stdout
 
-    def start_run(self, name: str, settings: dict[str, object], *options: str) -> subprocess.Popen[str]:
+    def start_run(self, name: str, settings: Settings, *options: str) -> subprocess.Popen[str]:
         sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         command = [SCRIPT, "deploy", "run", "base", str(self.root), *sets, "--output", name, *options]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -67,6 +70,12 @@ class Containers:
         """SIGKILL from outside, as the kernel does it when memory is short: the engine did not ask for it."""
         pid = self.engine("inspect", "--format", "{{.State.Pid}}", self.container(service))
         subprocess.run(["kill", "-9", pid], check=True)
+
+    def num_trained(self, service: str) -> int:
+        """How many rounds' training its container has begun so far."""
+        assert ENGINE is not None
+        log = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
+        return (log.stdout + log.stderr).count("Receiving: train message")
 
     def network(self) -> str:
         return self.engine(
@@ -106,7 +115,19 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts:
 
 
 @pytest.fixture(scope="session")
-def settings(tiny: dict[str, object]) -> dict[str, object]:
+def settings(tiny: Settings) -> Settings:
     """Three rounds of the tiny federation, long enough to be caught in one, with what is where in the containers."""
     inside = {"model": "/data/tiny-bert", "dataset": "/data/texts.csv", "num-rounds": 3, "partitioner": "iid"}
     return {key: value for key, value in tiny.items() if key != "num-clients"} | inside
+
+
+@pytest.fixture(scope="session")
+def undisturbed(deployment: Containers, settings: Settings) -> Path:
+    """A run of three rounds that nothing happens to: its folder."""
+    deployment.finish(deployment.start_run("undisturbed", settings))
+    return deployment.root / "runs" / "undisturbed"
+
+
+def final(directory: Path) -> Adapter:
+    """The global adapter of a run's newest checkpoint."""
+    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]

@@ -1,0 +1,116 @@
+"""What a deployment survives, in real containers: docs/reliability.md says what is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers, Settings, final
+
+SERVICES = ["superlink", *(f"client-{number}" for number in range(NUM_CLIENTS))]
+
+
+@pytest.fixture
+def patient(settings: Settings) -> Settings:
+    """A run of five rounds that goes on without a third of its clients."""
+    return settings | {"failures": "tolerant", "min-replies": 2, "round-timeout": 90, "num-rounds": 5}
+
+
+def assert_same(run: Path, undisturbed: Path) -> None:
+    found, expected = final(run), final(undisturbed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def missing(deployment: Containers, run: str) -> list[list[int]]:
+    """The clients that each round went without."""
+    return [[each["client"] for each in json.loads(line)["missing"]] for line in deployment.rounds(run)]
+
+
+def test_a_killed_client_costs_a_round_and_comes_back(deployment: Containers, patient: Settings) -> None:
+    before = deployment.num_trained("client-1")
+    run = deployment.start_run("killed-client", patient)
+    deployment.wait(lambda: deployment.num_trained("client-1") == before + 2, "client-1 trains in round 2")
+    deployment.kill("client-1")
+    deployment.finish(run)
+    assert missing(deployment, "killed-client")[:2] == [[], [1]]
+    assert missing(deployment, "killed-client")[-1] == [], "it came back"
+
+
+def test_a_cut_network_costs_a_round(deployment: Containers, patient: Settings) -> None:
+    """`network disconnect` of one client in the middle; it is connected again, and trains again."""
+    run = deployment.start_run("cut-network", patient)
+    deployment.wait(lambda: len(deployment.rounds("cut-network")) >= 1, "round 1")
+    network, client = deployment.network(), deployment.container("client-2")
+    deployment.engine("network", "disconnect", network, client)
+    deployment.wait(lambda: any(missing(deployment, "cut-network")), "a round without it")
+    deployment.engine("network", "connect", network, client)
+    deployment.finish(run)
+    found = missing(deployment, "cut-network")
+    assert [2] in found and all(each in ([], [2]) for each in found), "no other client was harmed"
+    assert found[-1] == []
+
+
+@pytest.mark.parametrize("killed", [["superlink"], SERVICES], ids=["superlink", "machine"])
+def test_a_killed_server_loses_nothing(
+    deployment: Containers, settings: Settings, undisturbed: Path, killed: list[str]
+) -> None:
+    """kill -9 once round 1 is over: the containers come back by themselves, --resume ends with the same adapter."""
+    name = f"killed-{len(killed)}"
+    run = deployment.start_run(name, settings)
+    deployment.wait(lambda: len(deployment.rounds(name)) >= 1, "round 1")
+    for service in killed:
+        deployment.kill(service)
+    assert "--resume" in deployment.finish(run, code=1)
+    assert len(deployment.rounds(name)) < 3, "it was stopped in the middle"
+    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+    deployment.finish(deployment.start_run(name, settings, "--resume"))
+    assert_same(deployment.root / "runs" / name, undisturbed)
+
+
+def test_two_runs_at_once_do_not_mix(deployment: Containers, settings: Settings, undisturbed: Path) -> None:
+    runs = [deployment.start_run(name, settings) for name in ("first", "second")]
+    for run in runs:
+        deployment.finish(run)
+    for name in ("first", "second"):
+        assert_same(deployment.root / "runs" / name, undisturbed)
+
+
+@pytest.fixture
+def small_disk(deployment: Containers) -> Iterator[Path]:
+    """A run's folder on a disk of its own of 8 MB, as the SuperLink's container sees it after a restart."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = deployment.root / "runs" / "full-disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=777", "tmpfs", folder], check=True)
+    try:
+        deployment.engine("restart", deployment.container("superlink"))
+        deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_stops_a_run_that_can_go_on(
+    deployment: Containers, settings: Settings, undisturbed: Path, small_disk: Path
+) -> None:
+    """The disk fills up once round 1 is over; when there is room again, --resume ends with the same adapter."""
+    run = deployment.start_run(small_disk.name, settings)
+    deployment.wait(lambda: len(deployment.rounds(small_disk.name)) >= 1, "round 1")
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(shutil.disk_usage(small_disk).free or 1))
+    said = deployment.finish(run, code=1)
+    assert f"the disk of /runs/{small_disk.name} is full" in said and "--resume" in said
+    filler.unlink()
+    deployment.finish(deployment.start_run(small_disk.name, settings, "--resume"))
+    assert_same(small_disk, undisturbed)

@@ -1,0 +1,40 @@
+"""Nodes with data files of their own, in real containers, told in the deployment's .env as docs/deployment.md says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import make_texts
+from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers, Settings
+
+
+@pytest.fixture(scope="module")
+def own(deployment: Containers, settings: Settings) -> Settings:
+    """A run on the files of 3 sites, each of another size."""
+    with (deployment.root / ".env").open("a") as file:
+        for number in range(NUM_CLIENTS):
+            data = deployment.root / "clients" / f"client-{number}" / "data"
+            make_texts(data / "ward.csv", 100 + number, seed=number + 1).chmod(0o644)
+            file.write(f'COPRA_FL_CLIENT_{number}=data-path="/data/ward.csv"\n')
+    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+    return settings | {"partitioner": "own", "num-rounds": 1}
+
+
+def test_each_node_trains_on_its_own_file(deployment: Containers, own: Settings) -> None:
+    deployment.finish(deployment.start_run("own", own))
+    (row,) = map(json.loads, deployment.rounds("own"))
+    assert [client["examples"] for client in row["clients"]] == [100 - 10, 101 - 10, 102 - 10], "a tenth validates"
+
+
+def test_a_node_with_unknown_labels_is_refused_by_name_before_any_training(
+    deployment: Containers, own: Settings
+) -> None:
+    file = deployment.root / "clients" / "client-1" / "data" / "ward.csv"
+    with file.open("a") as table:
+        table.write('"some words of nobody",secret-diagnosis,0\n')
+    said = deployment.finish(deployment.start_run("unknown-label", own), code=1)
+    assert "(partition-id 1)" in said and "1 of 102 examples have a label that is none of" in said
+    assert "secret-diagnosis" not in said and "ward.csv" not in said
+    assert not deployment.rounds("unknown-label")
