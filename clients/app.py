@@ -5,7 +5,7 @@
     evaluate  the global adapter on each client's own validation data
 
 It imports nothing large before the first message: in a simulation the server's process imports it too,
-and only then starts Ray.
+and only then starts Ray. Where the node config has `keep-warm` it never does: the node's resident answers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ app = ClientApp()
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    from clients import node
-
-    return node.hello(message, context)
+    return _answer("hello", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    from clients import node
-
-    return node.train(message, context)
+    return _answer("train", message, context)
 
 
 @app.evaluate()
 def evaluate_clients(message: Message, context: Context) -> Message:
+    return _answer("evaluate_clients", message, context)
+
+
+def _answer(work: str, message: Message, context: Context) -> Message:
+    if seconds := float(context.node_config.get("keep-warm", 0)):
+        from clients import resident
+
+        return Message(resident.ask(work, message.content, context, seconds), reply_to=message)
+
     from clients import node
 
-    return node.evaluate_clients(message, context)
+    return Message(getattr(node, work)(message.content, context), reply_to=message)

@@ -1,4 +1,4 @@
-"""What a node does with a message: unpack it, call the library, pack the reply.
+"""What a node does with a message: unpack its content, call the library, pack the reply's.
 
 A client that fails does not take the others of its cohort with it: its traceback goes
 into the reply and the server decides.
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, RecordDict
 
 import copra_fl.process  # noqa: F401
 from clients.memory import ClientState, Memory, is_wanted
@@ -37,17 +37,17 @@ from copra_fl.training import Plan, expected_update
 Result = TypeVar("Result")
 
 
-def hello(message: Message, context: Context) -> Message:
+def hello(content: RecordDict, context: Context) -> RecordDict:
     """Who this node is and which clients it can host, or why it takes no part."""
     site, digest = Site.of(context), library_digest(Path(__file__).parent)
-    config = site.adapt(wire.unpack_config(message.content))
+    config = site.adapt(wire.unpack_config(content))
     try:
         check_weights(config.model)
         with site.discretion():
             answer = _introduce(site, digest, config)
     except (Refused, ConfigError) as error:
         answer = wire.Hello(site.partition, digest, refusal=str(error))
-    return Message(wire.pack_hello(answer), reply_to=message)
+    return wire.pack_hello(answer)
 
 
 def _introduce(site: Site, digest: str, config: Config) -> wire.Hello:
@@ -65,16 +65,16 @@ def _introduce(site: Site, digest: str, config: Config) -> wire.Hello:
     )
 
 
-def train(message: Message, context: Context) -> Message:
+def train(content: RecordDict, context: Context) -> RecordDict:
     site = Site.of(context)
     with site.discretion():
-        return Message(_train(site, message, context), reply_to=message)
+        return _train(site, content, context)
 
 
-def _train(site: Site, message: Message, context: Context) -> RecordDict:
-    plan, engine, data, state = _open(site, message, context)
+def _train(site: Site, content: RecordDict, context: Context) -> RecordDict:
+    plan, engine, data, state = _open(site, content, context)
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
-    memory = Memory(wire.unpack_delivery(message.content).run)
+    memory = Memory(wire.unpack_delivery(content).run)
     left = {client: memory.read(client, plan.server_round) for client in plan.clients}
     own = client_starts(config, state.adapter, plan.clients)
     starts = {c: pad(own[c], config.model.rank) for c in own} if config.aggregation.client_ranks else own
@@ -92,7 +92,7 @@ def _train(site: Site, message: Message, context: Context) -> RecordDict:
             before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
             after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
             memory.write(update.client, plan.server_round, after)
-    return wire.echo(message.content, wire.pack_updates(updates, buffers, failures))
+    return wire.echo(content, wire.pack_updates(updates, buffers, failures))
 
 
 def _train_all(
@@ -151,15 +151,15 @@ def _pack(
     return buffers, lost
 
 
-def evaluate_clients(message: Message, context: Context) -> Message:
+def evaluate_clients(content: RecordDict, context: Context) -> RecordDict:
     site = Site.of(context)
     with site.discretion():
-        return Message(_evaluate(site, message, context), reply_to=message)
+        return _evaluate(site, content, context)
 
 
-def _evaluate(site: Site, message: Message, context: Context) -> RecordDict:
-    plan, engine, data, state = _open(site, message, context)
-    settings, memory = plan.config.evaluation, Memory(wire.unpack_delivery(message.content).run)
+def _evaluate(site: Site, content: RecordDict, context: Context) -> RecordDict:
+    plan, engine, data, state = _open(site, content, context)
+    settings, memory = plan.config.evaluation, Memory(wire.unpack_delivery(content).run)
 
     def evaluate_all(clients: tuple[int, ...]) -> list[tuple[int, dict[str, float]]]:
         evaluations = []
@@ -171,17 +171,17 @@ def _evaluate(site: Site, message: Message, context: Context) -> RecordDict:
         return evaluations
 
     evaluations, failures = _each(site, plan.clients, evaluate_all)
-    return wire.echo(message.content, wire.pack_evaluations(dict(evaluations), failures))
+    return wire.echo(content, wire.pack_evaluations(dict(evaluations), failures))
 
 
-def _open(site: Site, message: Message, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
-    """The plan of a message, the engine and data that it needs, and the server's state."""
-    plan = wire.unpack_plan(message.content)
+def _open(site: Site, content: RecordDict, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
+    """The plan of a message of this `content`, the engine and data that it needs, and the server's state."""
+    plan = wire.unpack_plan(content)
     plan = replace(plan, config=site.adapt(plan.config))
     config, data, rule = plan.config, site.open_data(plan.config), find_rule(plan.config.aggregation.rule)
     num_labels = len(data.label_names)
     engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0, core=rule.core)
-    state = _receive(message.content, context.state, engine.model.read_adapter(), plan)
+    state = _receive(content, context.state, engine.model.read_adapter(), plan)
     engine.model.write_residual(state.residual)
     return plan, engine, data, state
 

@@ -23,7 +23,7 @@ class LocalGrid(Grid):
     """`num_nodes` nodes that all run `app`; node i has partition-id i, and `own[i]` in its node config too."""
 
     def __init__(
-        self, num_nodes: int, app: ClientApp = client_app, own: Sequence[Mapping[str, str]] | None = None
+        self, num_nodes: int, app: ClientApp = client_app, own: Sequence[Mapping[str, str | int]] | None = None
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app = app

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -65,15 +67,45 @@ class Processes:
             f"--ssl-keyfile={tls / 'server.key'}", "--enable-supernode-auth",
         )  # fmt: skip
 
-    def start_node(self, name: str, ca: Path, key: Path | None, partition: int = 0) -> subprocess.Popen[bytes]:
+    def start_node(
+        self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0
+    ) -> subprocess.Popen[bytes]:
         keys = [f"--auth-supernode-private-key={key}"] if key else []
+        config = f"partition-id={partition} num-partitions=2 keep-warm={keep_warm}"
         return self.start(
             name, str(SCRIPTS / "flower-supernode"), f"--superlink=localhost:{self.port}", f"--port={free_port()}",
-            f"--root-certificates={ca}", f"--node-config=partition-id={partition} num-partitions=2", *keys,
+            f"--root-certificates={ca}", f"--node-config={config}", *keys,
         )  # fmt: skip
 
     def log(self, name: str) -> Path:
         return self.folder.root / f"{name}.log"
+
+    def start_nodes(self, keep_warm: int) -> None:
+        """Both, in place of those that run, and wait until they are connected."""
+        for number in range(2):
+            name, client = f"node-{number}", self.folder.client(number)
+            if name in self.started:
+                self.started[name].terminate()
+                self.started[name].wait()
+                self.log(name).unlink()
+            self.start_node(name, client.tls / "ca.crt", client.key, number, keep_warm)
+        self.wait(
+            lambda: all(self.said(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
+        )
+
+    def start_run(self, app: Path, settings: dict[str, object]) -> subprocess.Popen[str]:
+        """Submit a run; the process returned ends with it."""
+        if not (app / "pyproject.toml").exists():
+            copy_app(app)
+        overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
+        command = [SCRIPTS / "flwr", "run", str(app), "deployment", "--stream", "--run-config", overrides]
+        environment = os.environ | {"FLWR_HOME": str(self.folder.flower_home)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def residents(self, name: str) -> list[int]:
+        """The process ids of the residents that have answered on a node, in their order."""
+        found = re.findall(r"resident \(process (\d+)\): \w+", self.log(name).read_text(errors="replace"))
+        return list(dict.fromkeys(map(int, found)))
 
     def said(self, name: str, words: str) -> bool:
         return words in self.log(name).read_text(errors="replace")
@@ -108,12 +140,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     try:
         processes.start_superlink()
         processes.wait(lambda: processes.said("superlink", "registering client-1: done"), "both keys registered")
-        for number in range(2):
-            client = folder.client(number)
-            processes.start_node(f"node-{number}", client.tls / "ca.crt", client.key, number)
-        processes.wait(
-            lambda: all(processes.said(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
-        )
+        processes.start_nodes(keep_warm=0)
         yield processes
     finally:
         processes.stop()
@@ -169,21 +196,45 @@ def test_the_network_reaches_the_fleet_api_alone(deployment: Processes) -> None:
     assert answer(address, fleet) != 403 and answer("127.0.0.1", control) != 403
 
 
-def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(
-    deployment: Processes, tiny: dict[str, object], tmp_path: Path
-) -> None:
-    copy_app(tmp_path)
-    output = deployment.folder.runs / "first"
-    settings = tiny | {"num-clients": 0, "output": str(output)}
-    overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
-    home = {"FLWR_HOME": str(deployment.folder.flower_home)}
-    command = [SCRIPTS / "flwr", "run", str(tmp_path), "deployment", "--stream", "--run-config", overrides]
-    run = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=PATIENCE)
-    assert (output / "summary.json").exists(), run.stdout + run.stderr
-    rows = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
-    assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1], [0, 1]]
-    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(output / "adapter"))
+@pytest.fixture(scope="module")
+def settings(deployment: Processes, tiny: dict[str, object]) -> dict[str, object]:
+    return tiny | {"num-clients": 0, "num-rounds": 3, "rule": "flora", "output": str(deployment.folder.runs / "cold")}
+
+
+@pytest.fixture(scope="module")
+def cold(deployment: Processes, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on nodes that keep nothing warm: its folder."""
+    run = deployment.start_run(tmp_path_factory.mktemp("app"), settings)
+    said, _ = run.communicate(timeout=PATIENCE)
+    output = Path(str(settings["output"]))
+    assert (output / "summary.json").exists(), said
+    return output
+
+
+def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(cold: Path, tiny: dict[str, object]) -> None:
+    rows = [json.loads(line) for line in (cold / "journal.jsonl").read_text().splitlines()]
+    assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1]] * 3
+    encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(cold / "adapter"))
     assert any(".lora_" in name for name, _ in encoder.named_parameters())
+
+
+def test_a_resident_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
+    deployment: Processes, settings: dict[str, object], cold: Path, tmp_path: Path
+) -> None:
+    """Node 0's dies after the first round; the adapter is the cold run's all the same, and residents end with nodes."""
+    deployment.start_nodes(keep_warm=600)
+    output = deployment.folder.runs / "warm"
+    run = deployment.start_run(tmp_path, settings | {"output": str(output)})
+    deployment.wait(lambda: (output / "journal.jsonl").exists(), "the first round")
+    os.kill(deployment.residents("node-0")[0], signal.SIGKILL)
+    said, _ = run.communicate(timeout=PATIENCE)
+    assert (output / "summary.json").exists(), said
+    residents = [deployment.residents(f"node-{number}") for number in range(2)]
+    assert [len(those) for those in residents] == [2, 1], said
+    adapters = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (cold, output)]
+    assert adapters[0] == adapters[1]
+    deployment.start_nodes(keep_warm=0)
+    deployment.wait(lambda: not any(map(psutil.pid_exists, (residents[0][1], residents[1][0]))), "residents end")
 
 
 def test_a_key_that_is_taken_away_ends_its_node(deployment: Processes) -> None:

@@ -1,0 +1,129 @@
+"""What a message costs in a deployment, where the node works on it in a process of its own or in one that stays.
+
+    python -m experiments.deployment
+
+A SuperLink and two SuperNodes as processes on this machine, without TLS; the recipe `smoke` over and over, on nodes
+without `keep-warm` and with it in turn, each time started anew. A round's overhead is its seconds in the journal, from
+the sending of train messages to the last reply, less those that its slowest client trained. A run's first round,
+in which base and data are opened in either case, is told apart; the query before it is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import median
+
+from copra_fl.cli.flower import copy_app, free_port
+from copra_fl.cli.recipes import Recipe
+from copra_fl.config import toml_value
+
+SCRIPTS = Path(sys.executable).parent
+NUM_NODES = 2
+#: seconds of keep-warm
+KINDS = {"cold": 0, "warm": 600}
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+@contextmanager
+def running(folder: Path, name: str, *command: str) -> Iterator[None]:
+    """A process of Flower's with a FLWR_HOME of its own, for the duration of the block."""
+    home = folder / name
+    home.mkdir(exist_ok=True)
+    with open(folder / f"{name}.log", "ab") as log:
+        process = subprocess.Popen(
+            [str(SCRIPTS / command[0]), *command[1:]], env=environment(home), cwd=home, stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_for(url: str) -> None:
+    for _ in range(600):
+        with suppress(OSError), urllib.request.urlopen(url, timeout=1):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{url} does not answer")
+
+
+def run(folder: Path, app: Path, port: int, kind: str, name: str, rounds: int) -> Iterator[float]:
+    """Each round's overhead, of a run with nodes of this kind."""
+    output, home = folder / name, folder / "operator"
+    recipe = Recipe.read("smoke", [f"num-rounds={rounds}", "num-clients=0", f"min-nodes={NUM_NODES}"])
+    settings = recipe.config().to_flat() | {"output": str(output)}
+    overrides = folder / "run-config.toml"
+    overrides.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in settings.items()), "utf-8")
+    nodes = [
+        running(
+            folder, f"node-{number}", "flower-supernode", "--insecure", f"--superlink=127.0.0.1:{port}",
+            f"--port={free_port()}", "--node-config",
+            f"partition-id={number} num-partitions={NUM_NODES} keep-warm={KINDS[kind]}",
+        )
+        for number in range(NUM_NODES)
+    ]  # fmt: skip
+    command = [SCRIPTS / "flwr", "run", app, "deployment", "--stream", "--run-config", overrides]
+    with nodes[0], nodes[1], open(folder / "flwr-run.log", "ab") as log:
+        subprocess.run(command, env=environment(home), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
+    for line in (output / "journal.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        yield row["seconds"] - max(client["seconds"] for client in row["clients"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="of each run")
+    options = parser.parse_args()
+    overheads: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory(prefix="copra-fl-") as temporary:
+        folder, port = Path(temporary), free_port()
+        app, home = folder / "app", folder / "operator"
+        app.mkdir(), home.mkdir()
+        copy_app(app)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "127.0.0.1:{port}"\n'
+            "insecure = true\n"
+        )
+        with running(folder, "superlink", "flower-superlink", "--insecure", "--host=127.0.0.1", f"--port={port}"):
+            wait_for(f"http://127.0.0.1:{port}/health")
+            for number in range(options.runs):
+                for kind in KINDS:
+                    seconds = list(run(folder, app, port, kind, f"{kind}-{number}", options.rounds))
+                    print(kind, *(f"{each:.1f}" for each in seconds), flush=True)
+                    overheads[kind].append(seconds)
+    print("\nseconds of a round beside its training, median (least, most):")
+    for rounds in ("first", "later"):
+        medians = {}
+        for kind, runs in overheads.items():
+            seconds = [each for run in runs for each in (run[:1] if rounds == "first" else run[1:])]
+            medians[kind] = median(seconds)
+            print(
+                f"{rounds}, {kind}: {medians[kind]:.1f} ({min(seconds):.1f} to {max(seconds):.1f}), n = {len(seconds)}"
+            )
+        print(f"{rounds}, cold / warm: {medians['cold'] / medians['warm']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
