@@ -18,10 +18,11 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
 from copra_fl.models import lora_config, resolve
+from copra_fl.tasks import find_task
 
 GB = 1e9
 
@@ -86,11 +87,11 @@ def plan(config: Config, num_labels: int) -> MemoryPlan:
     """The memory plan of a run whose dtype, attention and number of clients are plain."""
     training, tokens = config.training, config.data.max_length
     encoder = measure(config.model, tokens)
-    numbers = encoder.adapter + (encoder.width + 1) * num_labels
+    head = (encoder.width + 1) * num_labels if find_task(config.model.task).trains_head else 0
     together = -(-training.step_tokens // (training.batch_size * tokens)) if training.engine == "stacked" else 1
     return MemoryPlan(
         base=encoder.base,
-        client=numbers * torch.float32.itemsize * _copies(training),
+        client=(encoder.adapter + head) * torch.float32.itemsize * _copies(training),
         row=encoder.row,
         prefix=int(training.prefix_cache * 1e6),
         clients=min(together, config.data.num_clients),
@@ -102,7 +103,7 @@ def plan(config: Config, num_labels: int) -> MemoryPlan:
 def measure(config: ModelConfig, num_tokens: int) -> Encoder:
     """The encoder of `config`, made and run on the meta device; rows of `num_tokens` tokens."""
     with torch.device("meta"):
-        base: Any = AutoModel.from_config(
+        base: Any = find_task(config.task).model_class.from_config(
             AutoConfig.from_pretrained(resolve(config.model)),
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,

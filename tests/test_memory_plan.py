@@ -26,10 +26,10 @@ def config(tiny: dict[str, object]) -> Config:
 
 def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
     """Bytes that autograd keeps in one real step of `clients`, adapters and base not counted."""
-    federated = data.load(config, models.load_tokenizer(config.model.model))
+    federated = data.load(config, models.load_processor(config.model))
     engine = open_engine("stacked", config.model, "layer", len(federated.label_names), seed=0)
     assert isinstance(engine, StackedEngine)
-    start = engine.classifier.read_adapter()
+    start = engine.model.read_adapter()
     kept: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         training = Plan(config=config, server_round=1, clients=clients)
         engine.train(federated, training, clients, dict.fromkeys(clients, start), lambda done: None, {})
-    frozen = {each.untyped_storage()._cdata for each in engine.classifier.parameters()}
+    frozen = {each.untyped_storage()._cdata for each in engine.model.parameters()}
     return sum(storage.nbytes() for number, storage in kept.items() if number not in frozen)
 
 
@@ -56,7 +56,7 @@ def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
     model = models.build(config.model, "layer", 3, seed=0)
     adapter = sum(tensor.nbytes for tensor in model.read_adapter().values())
     assert needed.client == 4 * adapter, "values, gradients, two moments"
-    base = sum(parameter.nbytes for name, parameter in model.encoder.named_parameters() if ".lora_" not in name)
+    base = sum(parameter.nbytes for name, parameter in model.peft.named_parameters() if ".lora_" not in name)
     assert needed.base == base
     assert (needed.clients, needed.batch_size) == (3, BATCH_SIZE)
     assert needed.total == base + 3 * (4 * adapter + BATCH_SIZE * needed.row)
