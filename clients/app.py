@@ -13,6 +13,9 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from copra_fl import logs
+
+logs.configure()
 app = ClientApp()
 
 

@@ -147,6 +147,7 @@ class TrainingConfig:
         "stacked", "stacked: a cohort's clients step together; peft: one by one", choices=("stacked", "peft")
     )
     step_tokens: int = option(4096, "stacked: tokens in one step of all its clients, at most (bounds memory)", low=1)
+    max_memory: float = option(0.0, "GB a worker may take in training, kept by fewer step-tokens; 0: no limit", low=0)
     prefix_cache: int = option(0, "MB per worker for hidden states below the lowest active adapter; 0: none", low=0)
 
 

@@ -256,6 +256,18 @@ def check(config: ModelConfig) -> None:
         check_targets(find_task(config.task).model_class.from_config(description), config.target_modules)
 
 
+def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
+    return LoraConfig(
+        task_type=find_task(config.task).peft_type,
+        r=config.rank,
+        lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_dropout=config.lora_dropout,
+        target_modules=check_targets(base, config.target_modules),
+        exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
+    )
+
+
 def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> AdaptedModel:
     """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
 
@@ -269,14 +281,7 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
         base = open_base(resolve(config.model), config.dtype, config.attention, task.model_class)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
-    lora = LoraConfig(
-        task_type=task.peft_type,
-        r=config.rank,
-        lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
-        lora_dropout=config.lora_dropout,
-        target_modules=check_targets(base, config.target_modules),
-        exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
-    )
+    lora = lora_config(config, base)
     with torch_stream(torch.device("cpu"), seed, "init"):
         peft = get_peft_model(base, lora)
         head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None

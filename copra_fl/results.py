@@ -52,6 +52,12 @@ class Run:
     def seed(self) -> int:
         return self.config.federation.seed
 
+    @property
+    def comparison(self) -> str | None:
+        """Name of the comparison that this run is part of."""
+        parent = self.directory.parent
+        return parent.name if (parent / "comparison.toml").exists() else None
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from copra_fl import logs
+
+logs.configure()
 app = ServerApp()
 
 

@@ -143,13 +143,13 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
                 row |= evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
             else:
                 row["validation"] = weighted_mean(evaluate_clients(grid, strategy, server_round))
-            log(INFO, "round %s: validation %s", server_round, row["validation"])
         if server_round == num_rounds:
             pairs = path_pairs(config, server_round, sampled)
             row["paths"] = evaluator.paths(
                 before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates]
             )
         journal.record(row, strategy.state)
+        log(INFO, "round %s: validation %s", server_round, row.get("validation"), extra=figures(row))
         emit("recorded", round=server_round, accuracy=(row.get("validation") or {}).get("accuracy"))
     finish(grid, strategy, evaluator, journal)
 
@@ -195,6 +195,12 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
         ],
         "missing": [{"client": client, "reason": reason} for client, reason in sorted(strategy.missing.items())],
     }
+
+
+def figures(row: Row) -> Row:
+    """What a log line carries of a round, beside its words."""
+    names = ("round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing")
+    return {name: row[name] for name in names} | {"validation": row.get("validation"), "clients": len(row["clients"])}
 
 
 def evaluate_clients(grid: Grid, strategy: CohortStrategy, server_round: int) -> list[Row]:

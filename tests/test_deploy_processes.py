@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 from peft import PeftModel
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModel
 
 from copra_fl.cli.flower import copy_app, free_port
@@ -42,6 +43,7 @@ class Processes:
 
     folder: Folder
     port: int
+    metrics_port: int = field(default_factory=free_port)
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -49,6 +51,7 @@ class Processes:
         environment = os.environ | {
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home),
+            "COPRA_FL_LOG": "json",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         }
@@ -62,6 +65,7 @@ class Processes:
         tls, state = self.folder.tls, self.folder.state
         self.start(
             "superlink", sys.executable, "-m", "copra_fl.deployment.superlink", f"--nodes={self.folder.nodes}",
+            f"--metrics-port={self.metrics_port}", f"--runs={self.folder.runs}",
             "--host=0.0.0.0", f"--port={self.port}", f"--database={state / 'superlink.db'}",
             f"--ssl-ca-certfile={tls / 'ca.crt'}", f"--ssl-certfile={tls / 'server.crt'}",
             f"--ssl-keyfile={tls / 'server.key'}", "--enable-supernode-auth",
@@ -73,7 +77,8 @@ class Processes:
         keys = [f"--auth-supernode-private-key={key}"] if key else []
         config = f"partition-id={partition} num-partitions=2 keep-warm={keep_warm}"
         return self.start(
-            name, str(SCRIPTS / "flower-supernode"), f"--superlink=localhost:{self.port}", f"--port={free_port()}",
+            name, sys.executable, "-m", "copra_fl.deployment.supernode",
+            f"--superlink=localhost:{self.port}", f"--port={free_port()}",
             f"--root-certificates={ca}", f"--node-config={config}", *keys,
         )  # fmt: skip
 
@@ -216,6 +221,26 @@ def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(cold: Path, tin
     assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1]] * 3
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(cold / "adapter"))
     assert any(".lora_" in name for name, _ in encoder.named_parameters())
+
+
+def test_an_operator_sees_the_nodes_and_the_run(deployment: Processes, cold: Path) -> None:
+    """Metrics over HTTP, and the round in the log: both as the journal has them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=60) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    told = {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+    assert [told["copra_fl_node_online", f"client-{number}"] for number in range(2)] == [1, 1]
+    journal = (cold / "journal.jsonl").read_text().splitlines()
+    last = json.loads(journal[-1])
+    assert (told["copra_fl_round", "cold"], told["copra_fl_finished", "cold"]) == (3, 1)
+    assert told["copra_fl_validation_accuracy", "cold"] == last["validation"]["accuracy"]
+
+    lines = deployment.log("superlink").read_text().splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {line["process"] for line in logged} >= {"flower-superlink", "flwr-serverapp"}
+    rounds = [line for line in logged if "round" in line and "seconds" in line]
+    assert [(line["round"], line["bytes_up"]) for line in rounds] == [
+        (row["round"], row["bytes_up"]) for row in map(json.loads, journal)
+    ]
 
 
 def test_a_resident_answers_all_of_a_run_and_one_that_is_killed_is_replaced(

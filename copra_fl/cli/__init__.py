@@ -18,6 +18,7 @@ from copra_fl.cli.probe_shapley import shapley
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
 from copra_fl.cli.study import study
+from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.engine import ComposeFailed
 
@@ -35,6 +36,7 @@ app.command()(simulate)
 app.command()(compare)
 app.command()(study)
 app.command()(report)
+app.command()(track)
 app.command()(bench)
 probe.app.command()(prune)
 probe.app.command()(shapley)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ def compare(
     gpus_per_worker: options.GpusOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
+    track: options.TrackOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare methods seed by seed, with one Flower run; ends in a table, summary.json and report.html."""
@@ -40,7 +42,7 @@ def compare(
         configs = {
             name: settings.config(names[method], seed) for name, (method, seed) in run_names(names, numbers).items()
         }
-    run_comparison(directory, list(names), numbers, configs, console, workers, gpus_per_worker, overwrite)
+    run_comparison(directory, list(names), numbers, configs, console, workers, gpus_per_worker, overwrite, track or [])
 
     from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
@@ -61,6 +63,7 @@ def run_comparison(
     workers: int | None,
     gpus_per_worker: float | None,
     overwrite: bool = False,
+    track: Sequence[str] = (),
 ) -> None:
     """Run the comparison of `configs` (by the names of `run_names`) in `directory`, from where it stands.
 
@@ -74,7 +77,11 @@ def run_comparison(
         write_plan(directory, methods, seeds)
         shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
         process = link.start_run({"output": str(directory), "resume": True}, shares)
-        progress.watch(link, process, len(configs), console)
+
+        from copra_fl.trackers.feed import Tracking  # slow to import
+
+        with closing(Tracking(track, [directory / name for name in configs], console)) as tracking:
+            progress.watch(link, process, len(configs), console, tracking.update)
 
 
 def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:

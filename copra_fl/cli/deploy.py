@@ -30,6 +30,10 @@ def init(
         list[str] | None, typer.Option("--host", help="Name or address of the server for clients on other machines.")
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the server.")] = 8000,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=1, max=65535, help="Port of this machine's loopback for Prometheus."),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys: whoever connects is a node.")] = False,
 ) -> None:
     """Make keys, certificates and compose files in DIR. Repeated, it keeps the CA, the keys and the data."""
@@ -52,7 +56,7 @@ def init(
         "COPRA_FL_LISTEN": f"{'0.0.0.0' if hosts else '127.0.0.1'}:{port}",
     }
     server = f"{hosts[0]}:{port}" if hosts else None
-    compose.write(folder, app_directory(), clients, server, insecure, settings)
+    compose.write(folder, app_directory(), clients, server, insecure, metrics_port, settings)
     folder.hand_over()
     if insecure:
         console.print("[bold red]insecure[/]: nothing is encrypted, and whoever reaches the port is a client")

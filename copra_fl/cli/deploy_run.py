@@ -7,7 +7,8 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.flower import RunFailed
-from copra_fl.cli.options import JsonOption, ResumeOption, SetOption
+from copra_fl.cli.options import JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError, toml_value
 from copra_fl.deployment import compose, engine, nodes
@@ -34,6 +35,7 @@ def run(
     set_: SetOption = None,
     output: Annotated[str | None, typer.Option("--output", help="Name of the run's folder in DIR/runs.")] = None,
     resume: ResumeOption = False,
+    track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a run and follow it. Each node is one client, unless num-clients is set. Ctrl-C leaves the run alone."""
@@ -51,8 +53,12 @@ def run(
     )
     console.print(f"run folder: {run_folder}", soft_wrap=True)
     containers = engine.find(folder)
+
+    from copra_fl.trackers.feed import Tracking  # slow to import
+
     try:
-        status = submit(containers, config, run_folder.name, resume)
+        with closing(Tracking(track or [], [run_folder], console)) as tracking:
+            status = submit(containers, config, run_folder.name, resume, tracking.update)
     except KeyboardInterrupt:
         console.print(f"not followed any more, but going on: copra-fl deploy status {directory}", soft_wrap=True)
         raise
@@ -87,8 +93,11 @@ def choose_name(folder: Folder, output: str | None, resume: bool) -> str:
     return name
 
 
-def submit(containers: Engine, config: Config, name: str, resume: bool) -> str:
-    """Submit a run, print what the server app says until it has ended: Flower's word on how, like finished:failed."""
+def submit(containers: Engine, config: Config, name: str, resume: bool, heard: Callable[[], None]) -> str:
+    """Submit a run, print what the server app says until it has ended: Flower's word on how, like finished:failed.
+
+    `heard` is called after each line that it says.
+    """
     defaults = Config().to_flat()
     wanted = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
     wanted |= {"output": f"{RUNS}/{name}", "resume": resume}
@@ -100,9 +109,11 @@ def submit(containers: Engine, config: Config, name: str, resume: bool) -> str:
     number = None
     for line in process.stdout:
         typer.echo(line.rstrip(), err=True)
+        heard()
         if number is None and (found := re.search(r"started run (\d+)", line)):
             number = found[1]
     process.wait()
+    heard()
     if number is None:
         raise RunFailed("Flower did not start the run; its words are above")
     try:

@@ -1,4 +1,4 @@
-"""The options that `simulate` and `compare` share."""
+"""The options that `simulate`, `compare` and `deploy run` share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from copra_fl import trackers
 from copra_fl.config import Config, ConfigError
 
 RecipeOption = Annotated[
@@ -33,6 +34,15 @@ GpusOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run in --output left off.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in --output.")]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="tensorboard, mlflow or wandb, fed as the run goes; repeatable.",
+        callback=trackers.checked,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 
 #: what a run or comparison folder has at its top, and no other folder is taken for one

@@ -43,7 +43,7 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """The configuration with what was left open in it, and what its user should know of the data."""
-    from copra_fl import models
+    from copra_fl import memory_plan, models
     from copra_fl.aggregation import check as check_rule
 
     config = config.changed(**{key: _absolute(value) for key, value in _places(config).items()})
@@ -57,7 +57,9 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     compute = models.resolve_compute(config.model, config.data.max_length)
     config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
     check_rule(config)  # again, as the ranks of the clients must be as many as there are clients
-    return config, _notes(federated, config.federation.seed)
+    config = memory_plan.fitted(config, memory_plan.plan(config, len(federated.label_names)))
+    needed = memory_plan.plan(config, len(federated.label_names))
+    return config, [*_notes(federated, config.federation.seed), f"memory of a worker in training: {needed}"]
 
 
 def _prepare(config: Config) -> FederatedData:

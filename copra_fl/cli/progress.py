@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,14 @@ class Follower:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def watch(link: SuperLink, process: subprocess.Popen[bytes], num_runs: int, console: Console) -> None:
-    """Show progress until the server app has finished `num_runs` runs.
+def watch(
+    link: SuperLink,
+    process: subprocess.Popen[bytes],
+    num_runs: int,
+    console: Console,
+    heard: Callable[[], None] = lambda: None,
+) -> None:
+    """Show progress until the server app has finished `num_runs` runs; `heard` after each round and run.
 
     Raises RunFailed if it says that one failed, or if `process` (the streaming ``flwr run``) ends before.
     """
@@ -105,6 +112,8 @@ def watch(link: SuperLink, process: subprocess.Popen[bytes], num_runs: int, cons
                 state.move(event)
                 if event["event"] == "recorded" and not console.is_terminal:
                     console.print(str(state))
+                if event["event"] in ("recorded", "finished"):
+                    heard()
             bar.update(task, description=str(state), completed=state.done)
             time.sleep(0.1 if running else 0)
     if state.error:

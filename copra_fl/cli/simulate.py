@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from rich.console import Console
 
 from copra_fl.cli import options, preflight, progress
@@ -18,6 +20,7 @@ def simulate(
     gpus_per_worker: options.GpusOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
+    track: options.TrackOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Simulate one federation: its clients train, Flower's server averages, on Ray workers here."""
@@ -34,10 +37,14 @@ def simulate(
         options.write_config(directory, config)
         run_config = config.to_flat() | {"output": str(directory), "resume": resume}
         shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
-        progress.watch(link, link.start_run(run_config, shares), 1, console)
+
+        from copra_fl.trackers.feed import Tracking  # slow to import, as are those below
+
+        with closing(Tracking(track or [], [directory], console)) as tracking:
+            progress.watch(link, link.start_run(run_config, shares), 1, console, tracking.update)
 
     from copra_fl.ranking import table
-    from copra_fl.report import write  # slow to import, and not needed before
+    from copra_fl.report import write
 
     console.print(table(write(directory)))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)

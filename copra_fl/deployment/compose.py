@@ -18,21 +18,31 @@ from copra_fl.deployment.folder import Folder, client_name
 Document = dict[str, Any]
 
 NAME, GPU_NAME = "docker-compose.yml", "docker-compose.gpu.yml"
+#: where in its container the SuperLink serves metrics
+METRICS_PORT = 9464
 #: what `--insecure` leaves out of the commands
 SECURE = ("--ssl-", "--enable-supernode-auth", "--nodes=", "--root-certificates=", "--auth-supernode-private-key=")
 
 
 def write(
-    folder: Folder, originals: Path, num_clients: int, server: str | None, insecure: bool, settings: dict[str, str]
+    folder: Folder,
+    originals: Path,
+    num_clients: int,
+    server: str | None,
+    insecure: bool,
+    metrics_port: int | None,
+    settings: dict[str, str],
 ) -> None:
     """All compose files of a deployment and the settings (.env) that they are filled in with.
 
     `originals` is the folder with copra-fl's own. `server` is the HOST:PORT that clients on other machines connect to;
-    None: all are on this one.
+    None: all are on this one. `metrics_port`: where on this machine's loopback Prometheus finds metrics; None: nowhere.
     """
     base, gpu = (yaml.safe_load((originals / name).read_text(encoding="utf-8")) for name in (NAME, GPU_NAME))
     if insecure:
         base = without_security(base)
+    if metrics_port:
+        base = with_metrics(base, metrics_port)
     _write(folder.root, with_clients(base, range(num_clients)), with_clients(gpu, range(num_clients)), settings)
     if server is None:
         return
@@ -77,6 +87,14 @@ def without_security(document: Document) -> Document:
     for service in document["services"].values():
         service["command"] = [word for word in service["command"] if not word.startswith(SECURE)] + ["--insecure"]
     return document
+
+
+def with_metrics(document: Document, port: int) -> Document:
+    """`document` with the SuperLink's metrics on `port` of the machine's loopback."""
+    superlink = document["services"]["superlink"]
+    command = [*superlink["command"], f"--metrics-port={METRICS_PORT}"]
+    ports = [*superlink["ports"], f"127.0.0.1:{port}:{METRICS_PORT}"]
+    return {"services": document["services"] | {"superlink": superlink | {"command": command, "ports": ports}}}
 
 
 def _renumbered(service: str, number: int) -> str:

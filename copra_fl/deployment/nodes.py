@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import dataclass
+from typing import Any
 
 from copra_fl.deployment.engine import Engine
 from copra_fl.deployment.folder import Folder
@@ -44,9 +45,14 @@ def find(containers: Engine) -> list[Node] | None:
         answer = json.loads(containers.in_superlink("flwr", "supernode", "list", CONNECTION, "--format", "json"))
     except (subprocess.CalledProcessError, ValueError):
         return None
+    return named(answer, read_known(containers.folder.flower_home))
+
+
+def named(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> list[Node] | None:
+    """The nodes in what ``flwr supernode list`` answers, named after their keys in `known`; None for no success."""
     if not answer["success"]:
         return None
-    names = {node["id"]: name for name, node in read_known(containers.folder.flower_home).items()}
+    names = {node["id"]: name for name, node in known.items()}
     found = []
     for node in answer["nodes"]:
         if node["status"] != "unregistered":

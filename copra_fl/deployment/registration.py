@@ -8,6 +8,7 @@ It runs where the SuperLink runs, with Flower's own command line and the connect
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 KNOWN = "nodes.json"
 LOOK_SECONDS = 3
@@ -33,11 +36,11 @@ def update(nodes: Path) -> None:
     keys = {path.stem: path.read_text(encoding="utf-8") for path in sorted(nodes.glob("*.pub"))}
     known = read_known(Path(os.environ["FLWR_HOME"]))
     for name, node in list(known.items()):
-        if keys.get(name) != node["key"] and _done(f"unregistering {name}", _flwr("unregister", node["id"])):
+        if keys.get(name) != node["key"] and _done(f"unregistering {name}", flwr("unregister", node["id"])):
             del known[name]
             _write_known(known)
     for name in keys.keys() - known.keys():
-        answer = _flwr("register", str(nodes / f"{name}.pub"), "--name", name)
+        answer = flwr("register", str(nodes / f"{name}.pub"), "--name", name)
         if _done(f"registering {name}", answer):
             known[name] = {"id": str(answer["node-id"]), "key": keys[name]}
             _write_known(known)
@@ -57,15 +60,15 @@ def _write_known(known: dict[str, dict[str, str]]) -> None:
 
 
 def _done(what: str, answer: dict[str, Any]) -> bool:
-    """Whether Flower did it, which is printed too."""
-    print(f"copra-fl: {what}: {'done' if answer['success'] else answer.get('error-message', 'failed')}", flush=True)
+    """Whether Flower did it, which is logged too."""
+    log.info("%s: %s", what, "done" if answer["success"] else answer.get("error-message", "failed"))
     return bool(answer["success"])
 
 
-def _flwr(command: str, *arguments: str) -> dict[str, Any]:
+def flwr(command: str, *arguments: str) -> dict[str, Any]:
     """What ``flwr supernode COMMAND`` answers."""
-    flwr = [str(Path(sys.executable).parent / "flwr"), "supernode", command, *arguments, "--format", "json"]
-    output = subprocess.run(flwr, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    words = [str(Path(sys.executable).parent / "flwr"), "supernode", command, *arguments, "--format", "json"]
+    output = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
     try:
         return json.loads(output)
     except ValueError:

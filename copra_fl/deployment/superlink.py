@@ -1,10 +1,11 @@
 """What the server's container runs: Flower's SuperLink behind the gate, knowing the nodes whose keys lie in a folder.
 
-    python -m copra_fl.deployment.superlink --nodes=FOLDER WHAT flower-superlink IS TOLD...
+    python -m copra_fl.deployment.superlink --nodes=FOLDER --metrics-port=PORT WHAT flower-superlink IS TOLD...
 
-It is `flower-superlink` in this very process, with two additions. What it serves goes through the `Gate`. And once it
+It is `flower-superlink` in this very process, with additions. What it serves goes through the `Gate`. Once it
 answers, the public keys in FOLDER are registered and those that are gone from it unregistered; without --nodes whoever
-connects is a node (`deploy init --insecure`).
+connects is a node (`deploy init --insecure`). With --metrics-port Prometheus can ask there how it goes. And it logs as
+COPRA_FL_LOG says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from copra_fl import logs
 from copra_fl.deployment.gate import Gate
 from copra_fl.deployment.registration import keep_registered
 
@@ -25,6 +27,8 @@ from copra_fl.deployment.registration import keep_registered
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nodes", type=Path)
+    parser.add_argument("--metrics-port", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("/runs"))
     ours, flowers = parser.parse_known_args()
     serve = uvicorn.run
 
@@ -34,13 +38,21 @@ def main() -> None:
             threading.Thread(target=keep_registered, args=(ours.nodes, ready), daemon=True).start()
         else:
             ready.set()
+        if logs.as_json():
+            settings["log_config"]["formatters"] |= {"http": {"()": logs.JsonFormatter}}
         # Without proxy headers a caller's address is that of its connection, whatever it claims.
         serve(Gate(app, ready), proxy_headers=False, **settings)
 
     uvicorn.run = serve_gated
     (superlink,) = entry_points(group="console_scripts", name="flower-superlink")
     sys.argv = ["flower-superlink", *flowers]
-    superlink.load()()
+    run = superlink.load()
+    logs.configure()
+    if ours.metrics_port:
+        from copra_fl.deployment import metrics  # slow to import
+
+        metrics.serve(ours.metrics_port, ours.runs)
+    run()
 
 
 if __name__ == "__main__":

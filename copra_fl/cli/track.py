@@ -1,0 +1,28 @@
+"""``copra-fl track DIR``: put a run or a comparison into a tracker after the fact."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from copra_fl import trackers
+
+
+def track(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run or of a comparison.")],
+    to: Annotated[
+        list[str],
+        typer.Option("--to", metavar="TRACKER", help="As --track.", callback=trackers.checked),
+    ],
+) -> None:
+    """Write the journal and results of DIR to a tracker, as `--track` does while a run goes on."""
+    from copra_fl.results import load_comparison  # slow to import
+    from copra_fl.trackers.feed import Tracking
+
+    runs = [run.directory for _, run in load_comparison(directory.absolute()).runs]
+    with closing(Tracking(to, runs, Console(stderr=True))) as tracking:
+        tracking.update()

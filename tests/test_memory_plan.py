@@ -1,0 +1,84 @@
+"""The memory plan against what autograd keeps in a real step of the engine, and against real tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from copra_fl import data, memory_plan, models
+from copra_fl.config import Config, ConfigError
+from copra_fl.engine import StackedEngine, open_engine
+from copra_fl.memory_plan import GB, plan
+from copra_fl.training import Plan
+
+BATCH_SIZE = 4
+
+
+@pytest.fixture
+def config(tiny: dict[str, object]) -> Config:
+    """Three clients a step; every text is longer than max-length, so that no row is shorter."""
+    flat = tiny | {"max-length": 8, "attention": "eager", "local-training": "lora", "local-steps": 1}
+    return Config.from_flat(flat | {"step-tokens": 3 * BATCH_SIZE * 8})
+
+
+def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
+    """Bytes that autograd keeps in one real step of `clients`, adapters and base not counted."""
+    federated = data.load(config, models.load_processor(config.model))
+    engine = open_engine("stacked", config.model, "layer", len(federated.label_names), seed=0)
+    assert isinstance(engine, StackedEngine)
+    start = engine.model.read_adapter()
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        training = Plan(config=config, server_round=1, clients=clients)
+        engine.train(federated, training, clients, dict.fromkeys(clients, start), lambda done: None, {})
+    frozen = {each.untyped_storage()._cdata for each in engine.model.parameters()}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in frozen)
+
+
+def test_a_row_s_activations_are_what_a_real_step_keeps(config: Config) -> None:
+    """From one client to three: the difference is 2 x batch-size rows, and two clients' own adapters."""
+    needed = plan(config, num_labels=3)
+    added = kept_in_a_step(config, (0, 1, 2)) - kept_in_a_step(config, (0,))
+    assert added / (2 * BATCH_SIZE * needed.row) == pytest.approx(1, abs=0.15)
+
+
+def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
+    needed = plan(config, num_labels=3)
+    model = models.build(config.model, "layer", 3, seed=0)
+    adapter = sum(tensor.nbytes for tensor in model.read_adapter().values())
+    assert needed.client == 4 * adapter, "values, gradients, two moments"
+    base = sum(parameter.nbytes for name, parameter in model.peft.named_parameters() if ".lora_" not in name)
+    assert needed.base == base
+    assert (needed.clients, needed.batch_size) == (3, BATCH_SIZE)
+    assert needed.total == base + 3 * (4 * adapter + BATCH_SIZE * needed.row)
+
+
+def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
+    """Eager attention keeps a (heads, T, T) of probabilities a layer, in float32: 3 layers, 2 heads."""
+    rows = [plan(config.changed(max_length=tokens), 3).row for tokens in (64, 128, 256)]
+    assert rows[2] - 2 * rows[1] == pytest.approx(3 * 2 * 4 * (256**2 - 2 * 128**2), rel=0.02)
+    assert rows[1] - 2 * rows[0] == pytest.approx(3 * 2 * 4 * (128**2 - 2 * 64**2), rel=0.02)
+
+
+def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) -> None:
+    needed = plan(config, 3)
+    one = (needed.total - needed.base) / 3
+
+    def fitted(clients: float) -> Config:
+        limited = config.changed(max_memory=(needed.base + clients * one) / GB)
+        return memory_plan.fitted(limited, needed)
+
+    assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
+    assert plan(fitted(2.5), 3).total <= fitted(2.5).training.max_memory * GB
+    assert fitted(3.01).training.step_tokens == config.training.step_tokens
+    with pytest.raises(ConfigError, match="too little for a single client: .* a smaller batch-size"):
+        fitted(0.9)
