@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import wandb
 
@@ -27,7 +27,7 @@ class WeightsAndBiases:
             id=run.provenance["run"],
             resume="allow",
             reinit="create_new",  # the runs of a comparison follow each other in one process
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),
             dir=run.directory,
             config=run.config.to_flat(),
             settings=wandb.Settings(silent=True, console="off"),
