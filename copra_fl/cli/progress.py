@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class State:
     accuracy: float | None = None
     phase: str = ""
     error: str | None = None
+    notes: set[str] = field(default_factory=set)
 
     def move(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -103,6 +104,9 @@ def watch(link: SuperLink, process: subprocess.Popen[bytes], num_runs: int, cons
             running = process.poll() is None
             for event in follower.new():
                 state.move(event)
+                if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison say the same
+                    state.notes.add(event["text"])
+                    console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
                 if event["event"] == "recorded" and not console.is_terminal:
                     console.print(str(state))
             bar.update(task, description=str(state), completed=state.done)
