@@ -144,7 +144,9 @@ class TrainingConfig:
         1, "batches that are made together, each of texts of like length; 1: as shuffled", low=1
     )
     engine: str = option(
-        "stacked", "stacked: a cohort's clients step together; peft: one by one", choices=("stacked", "peft")
+        "stacked",
+        "stacked: a cohort's clients step together, where the model allows it; peft: one by one",
+        choices=("stacked", "peft"),
     )
     step_tokens: int = option(4096, "stacked: tokens in one step of all its clients, at most (bounds memory)", low=1)
     max_memory: float = option(0.0, "GB a worker may take in training, kept by fewer step-tokens; 0: no limit", low=0)

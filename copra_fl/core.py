@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from copra_fl.adapter import Adapter
 from copra_fl.models import AdaptedModel
@@ -53,7 +54,7 @@ def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray,
         for weight in weights.values():
             weight.requires_grad_(False)
         model.gates.open()
-    return totals
+    return {name: total.T if isinstance(model.linears[name], Conv1D) else total for name, total in totals.items()}
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

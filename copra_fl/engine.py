@@ -1,7 +1,7 @@
 """What trains and evaluates in a process: all clients of a slice stacked, or one after the other with plain PEFT.
 
 Both give the same adapters up to float rounding. `stacked` is fast; `peft` is what it is checked against, and takes
-every model that PEFT takes.
+every model that PEFT takes, also in place of `stacked` where that cannot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from copra_fl import models
 from copra_fl.adapter import Adapter, Update
 from copra_fl.cohort import slices, train_cohort
-from copra_fl.config import Config, ConfigError, ModelConfig
+from copra_fl.config import Config, ModelConfig
 from copra_fl.data import FederatedData
 from copra_fl.evaluation import Predict
 from copra_fl.models import AdaptedModel
@@ -33,11 +33,13 @@ class Engine(Protocol):
         model: the plain PEFT model: names of tensors and gate groups, start values, saving.
         task: what it learns.
         device: where it computes.
+        note: what a user should know of the choice of engine; mostly empty.
     """
 
     model: AdaptedModel
     task: Task
     device: torch.device
+    note: str
 
     def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
 
@@ -57,8 +59,9 @@ class Engine(Protocol):
 
 
 class PeftEngine:
-    def __init__(self, model: AdaptedModel) -> None:
+    def __init__(self, model: AdaptedModel, note: str = "") -> None:
         self.model = model
+        self.note = note
         self.task = model.task
         self.device = model.device
         self.predictor = model.predictor
@@ -83,6 +86,8 @@ class PeftEngine:
 
 
 class StackedEngine:
+    note = ""
+
     def __init__(self, model: AdaptedModel) -> None:
         self.model = model
         self.task = model.task
@@ -121,7 +126,7 @@ class StackedEngine:
 def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
     """The engine of that kind, its model at the common start of the run's seed; `core` as in `models.build`.
 
-    Raises ConfigError as `models.build` does, and where the model cannot be stacked.
+    A model that cannot be stacked gets the other engine, whose `note` says why. Raises ConfigError as `models.build`.
     """
     model = models.build(config, group, num_labels, seed, core)
     if kind == "peft":
@@ -129,4 +134,4 @@ def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, see
     try:
         return StackedEngine(model)
     except NotStackable as error:
-        raise ConfigError(f"engine = 'stacked' cannot take this model: {error}; engine = 'peft' can") from error
+        return PeftEngine(model, f"clients train one by one: engine = 'stacked' cannot take this model: {error}")

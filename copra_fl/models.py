@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from copra_fl import assets, bases
 from copra_fl import residual as residuals
@@ -60,6 +61,7 @@ class AdaptedModel(nn.Module):
         self.head = head
         self.pooling = pooling
         self.device = device
+        self.base.config.use_cache = False  # keys and values are for generating text
         self.gates = Gates(self.base, group)
         self._trainable = {
             name.replace(".default.", "."): parameter for name, parameter in peft.named_parameters() if ".lora_" in name
@@ -237,7 +239,8 @@ def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
     """`target_modules` as PEFT takes it. Raises ConfigError naming a target that matches no linear module."""
     if target_modules == "all-linear":
         return target_modules
-    linear = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    kinds = nn.Linear, Conv1D  # GPT-2's Conv1D is a linear layer too
+    linear = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, kinds)})
     targets = [target.strip() for target in target_modules.split(",")]
     for target in targets:
         if target not in linear:

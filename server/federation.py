@@ -108,8 +108,11 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     federated = data.load(config, models.load_processor(config.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
+    if evaluator.engine.note:
+        log(INFO, evaluator.engine.note)
+        emit("note", text=evaluator.engine.note)
     state = journal.resume() or evaluator.start()
-    write_provenance(journal, config, federated)
+    write_provenance(journal, evaluator)
     names = model.gates.names
     budget = Budget(config.privacy, journal.rows) if config.privacy.dp_clip else None
     strategy = CohortStrategy(
@@ -223,8 +226,9 @@ def weighted_mean(clients: Sequence[Row]) -> Row | None:
     return {**means, "examples": sum(examples)}
 
 
-def write_provenance(journal: Journal, config: Config, federated: data.FederatedData) -> None:
+def write_provenance(journal: Journal, evaluator: Evaluator) -> None:
     """``provenance.json``, also of each resume: what ran may have changed in between."""
+    config = evaluator.config
     origin = {
         "run": journal.run,
         "after_round": len(journal.rows),
@@ -232,7 +236,8 @@ def write_provenance(journal: Journal, config: Config, federated: data.Federated
         "source_digest": provenance.library_digest(CLIENTS),
         "machine": provenance.machine(),
         "seed": config.federation.seed,
-        "data_digest": federated.digest,
+        "engine": evaluator.engine.note or config.training.engine,
+        "data_digest": evaluator.federated.digest,
         "assets": {name: ASSETS[name].sha256 for name in (config.data.dataset, config.model.model) if name in ASSETS},
     }
     journal.add_provenance(origin)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from rich.console import Console
 
+from copra_fl import events
 from copra_fl.cli import main
 from copra_fl.cli.compare import with_all
+from copra_fl.cli.progress import watch
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError
 from tests.real_runs import SCRIPT, settings
@@ -154,3 +158,15 @@ def test_report_of_a_folder_that_is_none(refused: Refused, tmp_path: Path) -> No
 def test_help_and_version_are_fast_and_complete(tmp_path: Path) -> None:
     out = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(command in out for command in ("simulate", "compare", "report", "assets"))
+
+
+def test_what_runs_of_a_comparison_note_alike_is_printed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    for _ in range(2):
+        events.emit("note", text="clients train one by one")
+        events.emit("finished", accuracy=None)
+    link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")})
+    watch(link, subprocess.Popen(["true"]), 2, Console())
+    assert capsys.readouterr().out.count("note: clients train one by one") == 1

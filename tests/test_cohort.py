@@ -213,5 +213,5 @@ def test_a_model_that_cannot_be_stacked_is_refused_with_the_reason(tiny: Setting
     world = World(tiny)
     module = world.plain.peft.base_model.model.encoder.layer[1].attention.self.query
     module.base_layer = nn.Bilinear(2, 2, 2)
-    with pytest.raises(NotStackable, match=r"encoder.layer.1.attention.self.query is a Bilinear in a Linear"):
+    with pytest.raises(NotStackable, match=r"encoder.layer.1.attention.self.query is a Bilinear in PEFT's Linear"):
         StackedModel(world.plain)

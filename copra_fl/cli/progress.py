@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class State:
     accuracy: float | None = None
     phase: str = ""
     error: str | None = None
+    notes: set[str] = field(default_factory=set)
 
     def move(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -110,6 +111,9 @@ def watch(
             running = process.poll() is None
             for event in follower.new():
                 state.move(event)
+                if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison say the same
+                    state.notes.add(event["text"])
+                    console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
                 if event["event"] == "recorded" and not console.is_terminal:
                     console.print(str(state))
                 if event["event"] in ("recorded", "finished"):

@@ -9,6 +9,7 @@ is each client's own gradient. The base is the plain PEFT model's, tensor for te
 stays as it is beside it and is what this is checked against.
 """
 
-from copra_fl.stacked.model import NotStackable, StackedModel
+from copra_fl.stacked.chain import NotStackable
+from copra_fl.stacked.model import StackedModel
 
 __all__ = ["NotStackable", "StackedModel"]

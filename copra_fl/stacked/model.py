@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from copra_fl.adapter import Adapter, Layout, part_of
 from copra_fl.gates import group_name
 from copra_fl.models import AdaptedModel, own_head
+from copra_fl.stacked.chain import NotStackable, find_chain
 from copra_fl.stacked.linear import StackedLinear
 from copra_fl.stacked.step import Present, Stack, Step, by_client, places
 from copra_fl.stacked.trunk import Trunk
 from copra_fl.tasks import Inputs
-
-
-class NotStackable(TypeError):
-    """A model whose adapters cannot be stacked, with the reason; it trains one client at a time."""
 
 
 class StackedModel:
@@ -69,8 +66,7 @@ class StackedModel:
         blocks: list[str] = []
         for name, group in model.gates.group_of.items():
             module: Any = base.get_submodule(name)
-            if type(module) is not lora.Linear or type(module.get_base_layer()) is not nn.Linear or module.lora_variant:
-                raise NotStackable(f"{name} is a {type(module.get_base_layer()).__name__} in a {type(module).__name__}")
+            _check(name, module)
             linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, model.beside)
             tree.set_submodule(name, linear)
             blocks.append(group_name(name, "layer"))
@@ -80,7 +76,7 @@ class StackedModel:
             raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
         (trunk,) = trunks
         modules = list(tree.get_submodule(trunk).children())
-        tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, self.present)]))
+        tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, find_chain(base, trunk), self.present)]))
         first = blocks.index(inside[0])
         block_of = np.zeros(len(model.gates.names), dtype=int)
         for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):
@@ -129,3 +125,12 @@ class StackedModel:
         counts = np.full(len(clients), len(features) // len(clients)) if step.targets is None else step.targets
         logits = torch.baddbmm(bias[:, None], by_client(features, counts), weight.mT)
         return logits.flatten(0, 1).index_select(0, places(counts, self.device))
+
+
+def _check(name: str, module: Any) -> None:
+    """Raise NotStackable for a module of PEFT's that is more than an unquantised linear layer with plain LoRA."""
+    base = module.get_base_layer()
+    if type(module) is not lora.Linear or type(base) is not nn.Linear:
+        raise NotStackable(f"{name} is a {type(base).__name__} in PEFT's {type(module).__name__}, not a plain Linear")
+    if module.lora_variant:
+        raise NotStackable(f"{name} has {type(module.lora_variant['default']).__name__}, not plain LoRA")

@@ -18,22 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from copra_fl.stacked.chain import Chain
 from copra_fl.stacked.step import Present
 
-#: positional and named arguments that a block gets besides its hidden states
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+#: what a block gets besides its hidden states, by place (from 1 on) or name
+Inputs = dict[Any, Any]
 
 
 class Trunk(nn.Module):
     """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins."""
 
-    def __init__(self, blocks: Sequence[nn.Module], present: Present) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, present: Present) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.chain = chain
         self.present = present
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        step, inputs, num_rows = self.present.step, (args, kwargs), len(hidden)
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step, num_rows = self.present.step, len(hidden)
+        inputs: Inputs = {**dict(enumerate(args, start=1)), **kwargs}
         per_client = num_rows // len(step.clients)
         live, frozen = hidden[:0], hidden
         for depth, block in enumerate(self.blocks):
@@ -44,12 +47,13 @@ class Trunk(nn.Module):
             if len(frozen):
                 step.live = 0
                 with torch.no_grad():
-                    frozen = self._frozen(depth, block, frozen, _rows(inputs, slice(first, None), num_rows))
+                    frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
             if len(live):
                 step.live = joined
-                live = _run(block, live, _rows(inputs, slice(0, first), num_rows))
+                live = _run(block, live, self._rows(inputs, slice(0, first), num_rows))
         step.live = len(step.clients)
-        return _append(live, frozen)
+        hidden = _append(live, frozen)
+        return hidden if self.chain.extras is None else (hidden, *self.chain.extras)
 
     def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
         """The plain base's `block` on rows that no adapter has touched: from the cache, where it is there."""
@@ -62,14 +66,20 @@ class Trunk(nn.Module):
         output = cache.load(slots, hidden.shape[1])
         if len(missing):
             places = torch.from_numpy(missing).to(hidden.device, non_blocking=True)
-            computed = _run(block, hidden.index_select(0, places), _rows(inputs, places, len(hidden)))
+            computed = _run(block, hidden.index_select(0, places), self._rows(inputs, places, len(hidden)))
             cache.store(samples[missing], depth, computed)
             output.index_copy_(0, places, computed)
         return output
 
+    def _rows(self, inputs: Inputs, chosen: slice | Tensor, num_rows: int) -> Inputs:
+        """`inputs` with those that have a row for each of `num_rows` cut to the `chosen` ones."""
+        with_rows = self.chain.with_rows
+        return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
+
 
 def _run(block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-    output = block(hidden, *inputs[0], **inputs[1])
+    args = [value for key, value in inputs.items() if isinstance(key, int)]
+    output = block(hidden, *args, **{key: value for key, value in inputs.items() if isinstance(key, str)})
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -80,11 +90,7 @@ def _append(rows: Tensor, more: Tensor) -> Tensor:
 
 
 def _rows(value: Any, chosen: slice | Tensor, num_rows: int) -> Any:
-    """`value` with every tensor in it that has a row for each of `num_rows` cut to the `chosen` ones."""
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_rows:
-        return value[chosen]
-    if isinstance(value, tuple | list):
-        return type(value)(_rows(item, chosen, num_rows) for item in value)
-    if type(value) is dict:
-        return {key: _rows(item, chosen, num_rows) for key, item in value.items()}
-    return value
+    """The `chosen` rows of an input; a tensor in it that is the same for all of `num_rows` has one row, and stays."""
+    if isinstance(value, Tensor):
+        return value[chosen] if len(value) == num_rows else value
+    return type(value)(_rows(item, chosen, num_rows) for item in value) if isinstance(value, tuple | list) else value
