@@ -52,6 +52,7 @@ class DataConfig:
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
+    prompt_column: str = option("", "causal-lm: column with what the text is a response to; empty: texts stand alone")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "column that says whose an example is, for partitioner = natural")
     labels: str = option("", "all labels in order, as a line of CSV; empty: those that the data set has")

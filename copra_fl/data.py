@@ -149,14 +149,15 @@ def encoding_of(task: Task, data: DataConfig, processor: Any) -> list[Any]:
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
     """Configuration key -> column for what `task` reads of a table."""
-    return {key: getattr(data, key.replace("-", "_")) for key in task.columns}
+    known = {key: getattr(data, key.replace("-", "_")) for key in (*task.columns, *task.optional_columns)}
+    return {key: column for key, column in known.items() if column or key in task.columns}
 
 
 def _nothing(task: Task, data: DataConfig, processor: Any) -> FederatedData:
     """The data of a server that has none: labels alone."""
     import pandas as pd
 
-    rows = pd.DataFrame({key: pd.Series(dtype="string") for key in task.columns})
+    rows = pd.DataFrame({key: pd.Series(dtype="string") for key in columns_of(task, data)})
     examples = task.examples(task.encode(rows, data.label_list, processor, data), processor, data)
     nobody, digest = np.zeros(0, int), digest_of(data.labels)
     return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)

@@ -275,7 +275,7 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
         lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
         target_modules=check_targets(base, config.target_modules),
-        exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
+        exclude_modules=r".*pooler.*" if hasattr(base, "pooler") and config.pooling != "pooler" else None,
     )
     with torch_stream(torch.device("cpu"), seed, "init"):
         peft = get_peft_model(base, lora)
