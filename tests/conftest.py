@@ -91,6 +91,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache without any asset."""
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give pip a package index that does not answer."""
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+
+
 @pytest.fixture(scope="session")
 def tiny(tiny_model: str, texts: str) -> dict[str, object]:
     """Settings of a federation that runs in a second: 6 clients, 2 rounds of 3 steps."""

@@ -1,4 +1,4 @@
-"""Assets are fetched for real: from the package registry, and through a package index served by the test."""
+"""Assets are fetched for real, through a package index served by the test; what is in them: test_asset_contents.py."""
 
 from __future__ import annotations
 
@@ -15,41 +15,15 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from copra_fl.assets import ASSETS, AssetError, UnknownAssetError, asset_path, cache_dir, fetch
 from copra_fl.cli.assets import app
+from tests.conftest import no_network
 
 TWEETS = ASSETS["health-tweets"]
-CLOSED_PORT = "http://127.0.0.1:9"
 FETCH_TWEETS = [sys.executable, "-c", "from copra_fl.assets import fetch; print(fetch('health-tweets'))"]
-
-
-@pytest.fixture(scope="module")
-def full_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with every asset, fetched from the registry."""
-    cache = tmp_path_factory.mktemp("full-cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COPRA_FL_CACHE", str(cache))
-        for name in ASSETS:
-            fetch(name)
-    return cache
-
-
-@pytest.fixture
-def fetched(full_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every asset is there and the package index is not."""
-    monkeypatch.setenv("COPRA_FL_CACHE", str(full_cache))
-    _no_network(monkeypatch)
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -103,64 +77,9 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
         server.shutdown()
 
 
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", CLOSED_PORT)
-    monkeypatch.setenv("PIP_RETRIES", "0")
-
-
 def _left_in(cache: Path) -> list[Path]:
     """All files in the cache but locks, and unfinished folders even if they are empty."""
     return [path for path in cache.rglob("*") if path.suffix == ".part" or path.is_file() and path.suffix != ".lock"]
-
-
-def _examples(name: str, split: str) -> list[tuple[str, str]]:
-    table = pq.read_table(asset_path(name) / f"{split}.parquet")
-    assert table.column_names == ["text", "label"]
-    return list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
-
-
-def test_health_tweets_are_clean_and_labelled_by_account(fetched: None) -> None:
-    """63,326 tweets, of which one (gdnhealthcare's, "http://gu.com/p/438n2/tw") is nothing but a URL."""
-    tweets = _examples("health-tweets", "train")
-    assert len(tweets) == 63_325
-    accounts = [label for _, label in tweets]
-    assert len(set(accounts)) == 16
-    assert (accounts.count("goodhealth"), accounts.count("gdnhealthcare")) == (7864, 2997 - 1)
-    assert accounts.count("usnewshealth") == 1400
-    assert not (asset_path("health-tweets") / "test.parquet").exists()
-
-    first = "It’s not hard to get a little cardio in at home! @KristinMcGee has an awesome plyometric move you can do"
-    assert tweets[0] == (f"{first} anywhere:", "goodhealth")
-    assert all(text == text.strip() != "" for text, _ in tweets)
-    assert not any("://" in text or "&amp;" in text for text, _ in tweets)
-
-
-def test_20newsgroups_has_its_own_test_split(fetched: None) -> None:
-    train, test = _examples("20newsgroups", "train"), _examples("20newsgroups", "test")
-    assert (len(train), len(test)) == (11_293, 7_528)
-    groups = {label for _, label in train}
-    assert len(groups) == 20 and groups == {label for _, label in test}
-    assert train[0][1] == "alt.atheism" and train[0][0].startswith("alt atheism faq atheist resources archive name")
-    assert test[-1][0].endswith("get reign of the tek")
-
-
-def test_minilm_opens_offline_and_knows_english(fetched: None) -> None:
-    """Pretrained weights, not just the architecture: sentences that mean the same lie close together."""
-    tokenizer = AutoTokenizer.from_pretrained(asset_path("minilm"), local_files_only=True)
-    model = AutoModel.from_pretrained(asset_path("minilm"), local_files_only=True)
-    assert sum(p.numel() for p in model.parameters()) == 22_713_216
-    texts = ["A doctor treats the patient.", "The physician cares for a sick man.", "The stock market fell today."]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    mask = batch["attention_mask"].unsqueeze(-1)
-    features = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-    features = features / features.norm(dim=1, keepdim=True)
-    same, other = features[0] @ features[1], features[0] @ features[2]
-    assert same > 0.5 > 0.3 > other
-
-
-def test_a_fetched_asset_needs_no_network_and_no_pip(fetched: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    assert fetch("health-tweets") == asset_path("health-tweets")
 
 
 def test_the_cache_is_private(empty_cache: Path) -> None:
@@ -237,9 +156,20 @@ def test_a_wrong_checksum_is_refused(empty_cache: Path, index: Index, monkeypatc
 
 
 def test_no_network_is_said(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _no_network(monkeypatch)
+    no_network(monkeypatch)
     with pytest.raises(AssetError, match=r"'minilm'.*84 MB.*No matching distribution.*Check the network"):
         fetch("minilm")
+    assert _left_in(empty_cache) == []
+
+
+def test_a_debian_mirror_that_lacks_the_file_is_said(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COPRA_FL_DEBIAN_MIRROR", tmp_path.as_uri())
+    with pytest.raises(
+        AssetError, match=r"'fashion-mnist' \(31 MB\).*dataset-fashion.*all.deb.*COPRA_FL_DEBIAN_MIRROR"
+    ):
+        fetch("fashion-mnist")
     assert _left_in(empty_cache) == []
 
 
@@ -283,7 +213,9 @@ def test_a_full_disk_is_said(
 
 def test_an_unknown_asset_is_named(empty_cache: Path) -> None:
     for call in (fetch, asset_path):
-        with pytest.raises(UnknownAssetError, match="unknown asset 'mini'.*Known: 20newsgroups, health-tweets, minilm"):
+        with pytest.raises(
+            UnknownAssetError, match="unknown asset 'mini'.*Known: 20newsgroups, fashion-mnist, health-tweets, minilm"
+        ):
             call("mini")
 
 
@@ -308,7 +240,8 @@ def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) 
     assert (path.exit_code, path.stdout) == (0, f"{asset_path('health-tweets')}\n")
 
     rows = [line.strip("│ ").split() for line in run(app, ["list"]).stdout.splitlines() if line.startswith("│")]
-    assert [(row[0], row[-1]) for row in rows] == [("minilm", "no"), ("health-tweets", "yes"), ("20newsgroups", "no")]
+    fetched_ones = [row[0] for row in rows if row[-1] == "yes"]
+    assert (len(rows), fetched_ones) == (len(ASSETS), ["health-tweets"])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +256,7 @@ def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) 
 def test_cli_errors_are_one_line(
     arguments: list[str], exit_code: int, message: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _no_network(monkeypatch)
+    no_network(monkeypatch)
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert result.stderr.splitlines()[-1].startswith(message)
