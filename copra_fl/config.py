@@ -66,6 +66,12 @@ class DataConfig:
     num_clients: int = option(
         0, "number of clients; 0: each node is one client (natural: every value of the client column)", low=0
     )
+    unseen_clients: int = option(
+        0,
+        "natural: clients held out whole, on whose examples (test-examples at most) the final model is tested besides; "
+        "all others are of the num-clients clients",
+        low=0,
+    )
     empty_clients: str = option("skip", "clients left with too little data", choices=("skip", "refuse"))
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
     server_validation_examples: int = option(500, "examples the server holds for validation", low=1)
@@ -292,6 +298,11 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        if self.data.unseen_clients and self.data.partitioner != "natural":
+            raise ConfigError(
+                f"unseen-clients = {self.data.unseen_clients} needs partitioner = 'natural', not "
+                f"{self.data.partitioner!r}: clients must be there before examples are dealt out"
+            )
         if self.copra.p0 > self.copra.p1:
             raise ConfigError(f"p0 = {self.copra.p0} is more than p1 = {self.copra.p1}: it rises, or stays")
         if self.federation.over_sample and self.federation.failures == "strict":

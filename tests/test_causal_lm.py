@@ -13,8 +13,10 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from copra_fl.config import ConfigError
+from copra_fl import report
+from copra_fl.config import Config, ConfigError
 from copra_fl.evaluation import evaluate
+from copra_fl.ranking import also_measured, header_and_rows
 from copra_fl.tasks import find_task
 from copra_fl.tasks.causal_lm import NOT_LEARNT, cut, opening, response
 from tests.local_grid import run_federation
@@ -122,17 +124,27 @@ def test_what_is_too_long_loses_the_start_of_the_prompt_and_the_end_of_the_respo
 
 
 def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tmp_path: Path) -> None:
-    """Oracle: the test loss of `AutoPeftModelForCausalLM`, all examples in one batch."""
-    run = run_federation(settings | {"p0": 0.5}, tmp_path / "run")
-    test = json.loads((run / "summary.json").read_text())["test"]
+    """Oracle: the losses of `AutoPeftModelForCausalLM`, on held-out examples of clients that took part and of others."""
+    settings = settings | {"p0": 0.5, "num-clients": 4, "unseen-clients": 2}
+    run = run_federation(settings, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
     data = World(settings).data
     opened = AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
-    with torch.inference_mode():
-        loss = float(opened(**data.examples.batch(data.test)).loss)
-        with opened.disable_adapter():
-            assert abs(float(opened(**data.examples.batch(data.test)).loss) - loss) > 1e-3
-    assert test["loss"] == pytest.approx(loss, rel=1e-5)
-    assert test["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    for name, indices in (("test", data.test), ("unseen", data.unseen)):
+        batch = data.examples.batch(indices)
+        with torch.inference_mode():
+            loss = float(opened(**batch).loss)
+            with opened.disable_adapter():
+                assert abs(float(opened(**batch).loss) - loss) > 1e-3
+        expected = {"loss": loss, "perplexity": math.exp(loss), "examples": len(indices)}
+        assert summary[name] == pytest.approx(expected | {"accuracy": summary[name]["accuracy"]}, rel=1e-4)
+
+    (run / "config.toml").write_text(Config.from_flat(settings).to_toml())
+    found = report.write(run)
+    header, (row,) = header_and_rows(found, also_measured(found))
+    shown = dict(zip(header, row, strict=True))
+    assert shown["unseen perplexity"] == f"{summary['unseen']['perplexity']:.2f}"
+    assert shown["unseen clients, %"] == f"{100 * summary['unseen']['accuracy']:.1f}"
 
 
 def test_a_diverged_model_has_a_perplexity() -> None:
