@@ -124,7 +124,7 @@ def test_what_is_too_long_loses_the_start_of_the_prompt_and_the_end_of_the_respo
 
 
 def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tmp_path: Path) -> None:
-    """Oracle: the losses of `AutoPeftModelForCausalLM`, on held-out examples of clients that took part and of others."""
+    """Oracle: the losses of `AutoPeftModelForCausalLM`, on examples of clients that took part and of others."""
     settings = settings | {"p0": 0.5, "num-clients": 4, "unseen-clients": 2}
     run = run_federation(settings, tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
