@@ -112,6 +112,10 @@ class ModelConfig:
     attention: str = option(
         "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")
     )
+    gradient_checkpointing: bool = option(
+        False,
+        "blocks store their inputs alone for the backward pass, and are computed again in it: less memory, slower",
+    )
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
     def scaling(self, rank: int) -> float:

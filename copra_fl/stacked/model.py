@@ -80,7 +80,7 @@ class StackedModel:
             raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
         (trunk,) = trunks
         modules = list(tree.get_submodule(trunk).children())
-        tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, self.present)]))
+        tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, self.present, model.recomputes)]))
         first = blocks.index(inside[0])
         block_of = np.zeros(len(model.gates.names), dtype=int)
         for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):
