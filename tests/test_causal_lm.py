@@ -143,7 +143,7 @@ def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tm
     found = report.write(run)
     header, (row,) = header_and_rows(found, also_measured(found))
     shown = dict(zip(header, row, strict=True))
-    assert shown["unseen perplexity"] == f"{summary['unseen']['perplexity']:.2f}"
+    assert shown["unseen ppl"] == f"{summary['unseen']['perplexity']:.2f}"
     assert shown["unseen clients, %"] == f"{100 * summary['unseen']['accuracy']:.1f}"
 
 
