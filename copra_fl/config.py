@@ -52,6 +52,7 @@ class DataConfig:
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
+    prompt_column: str = option("", "causal-lm: column with what the text is a response to; empty: texts stand alone")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "column that says whose an example is, for partitioner = natural")
     labels: str = option("", "all labels in order, as a line of CSV; empty: those that the data set has")
@@ -64,6 +65,12 @@ class DataConfig:
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
     num_clients: int = option(
         0, "number of clients; 0: each node is one client (natural: every value of the client column)", low=0
+    )
+    unseen_clients: int = option(
+        0,
+        "natural: clients held out whole, on whose examples (test-examples at most) the final model is tested besides; "
+        "all others are of the num-clients clients",
+        low=0,
     )
     empty_clients: str = option("skip", "clients left with too little data", choices=("skip", "refuse"))
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
@@ -104,6 +111,10 @@ class ModelConfig:
     )
     attention: str = option(
         "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "blocks store their inputs alone for the backward pass, and are computed again in it: less memory, slower",
     )
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
@@ -294,6 +305,11 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
+        if self.data.unseen_clients and self.data.partitioner != "natural":
+            raise ConfigError(
+                f"unseen-clients = {self.data.unseen_clients} needs partitioner = 'natural', not "
+                f"{self.data.partitioner!r}: clients must be there before examples are dealt out"
+            )
         if self.copra.p0 > self.copra.p1:
             raise ConfigError(f"p0 = {self.copra.p0} is more than p1 = {self.copra.p1}: it rises, or stays")
         if self.federation.over_sample and self.federation.failures == "strict":

@@ -1,6 +1,7 @@
 """From a table of examples to tensors: what each client holds, what the server holds out.
 
     table  ->  test | server validation | pool        fixed by the data alone, never by the seed
+               unseen: clients that are held out whole, where they are wanted; then all is cut to chosen clients
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
     client ->  train | validation                     shuffled, seeded
 
@@ -19,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
 
 #: Changes whenever the same inputs would give other held-out sets or partitions.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 HELD_OUT_ROOT = 0
 
 Facts = dict[str, Any]
@@ -57,9 +58,12 @@ class FederatedData:
         train: what each client trains on.
         validation: what each client keeps for validation; none for a client with too few examples for its share.
         server_validation, test: what no client sees, nor any example equal to one that a client holds.
+        unseen: the same of the `unseen_names`, whose examples no client holds.
+        unseen_names: values of the client column that are held out whole.
         skipped: clients without training examples. They keep their numbers.
         unassigned: examples that the partitioner gave to no client.
-        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test: or in validation).
+        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test, unseen: or in
+            validation).
         dropped_empty: rows dropped since content, label or client is missing.
         digest: names content, encoding, held-out sets and partition; equal on every machine that has the same.
         tokens_digest: the same without the partition.
@@ -78,6 +82,8 @@ class FederatedData:
     dropped_empty: int
     digest: str
     tokens_digest: str
+    unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    unseen_names: list[str] = field(default_factory=list)
 
 
 def load(config: Config, processor: Any) -> FederatedData:
@@ -99,7 +105,9 @@ def load(config: Config, processor: Any) -> FederatedData:
     train, test = find_tables(data)
     content = (train.digest, test.digest if test else None)
     sizes = (data.server_validation_examples, data.test_examples)
-    tokens_digest = digest_of(CACHE_VERSION, content, encoding, data.client_column, sizes, data.partitioner == "own")
+    whole = (data.num_clients, data.unseen_clients) if data.unseen_clients else ()
+    own = data.partitioner == "own"
+    tokens_digest = digest_of(CACHE_VERSION, content, encoding, data.client_column, sizes, whole, own)
     tokens, facts = cached("tokens", tokens_digest, lambda: _encode(task, data, processor, train, test))
     everything = FederatedData(
         examples=task.examples(tokens, processor, data),
@@ -115,8 +123,10 @@ def load(config: Config, processor: Any) -> FederatedData:
         dropped_empty=facts["dropped_empty"],
         digest=tokens_digest,
         tokens_digest=tokens_digest,
+        unseen=tokens["unseen"].numpy(),
+        unseen_names=facts["unseen_names"],
     )
-    if data.partitioner == "own":
+    if own:
         return everything
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
     digest = digest_of(tokens_digest, split, seed)
@@ -149,14 +159,15 @@ def encoding_of(task: Task, data: DataConfig, processor: Any) -> list[Any]:
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
     """Configuration key -> column for what `task` reads of a table."""
-    return {key: getattr(data, key.replace("-", "_")) for key in task.columns}
+    known = {key: getattr(data, key.replace("-", "_")) for key in (*task.columns, *task.optional_columns)}
+    return {key: column for key, column in known.items() if column or key in task.columns}
 
 
 def _nothing(task: Task, data: DataConfig, processor: Any) -> FederatedData:
     """The data of a server that has none: labels alone."""
     import pandas as pd
 
-    rows = pd.DataFrame({key: pd.Series(dtype="string") for key in task.columns})
+    rows = pd.DataFrame({key: pd.Series(dtype="string") for key in columns_of(task, data)})
     examples = task.examples(task.encode(rows, data.label_list, processor, data), processor, data)
     nobody, digest = np.zeros(0, int), digest_of(data.labels)
     return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)
@@ -179,6 +190,9 @@ def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Ta
         raise ConfigError(
             f"{train.where} has labels that are not in labels = {data.labels!r}: {', '.join(_in_order(new))}"
         )
+    unseen_names: list[str] = []
+    if data.unseen_clients:
+        rows, unseen_names = _choose_clients(data, rows)
     num_train = len(rows)
     if test is not None:
         test_rows, dropped = read_examples(test, columns, {content: task.content})
@@ -189,17 +203,19 @@ def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Ta
                 f"Labels there: {', '.join(label_names)}"
             )
         rows = pd.concat([rows, test_rows], ignore_index=True)
-    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train)
+    of_unseen = rows["client-column"].isin(unseen_names).to_numpy() if own else np.zeros(len(rows), bool)
+    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train, np.flatnonzero(of_unseen))
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
     client_names: list[str] = []
     if own:
-        client_names = _in_order(rows["client-column"].dropna().unique())
+        client_names = _in_order(set(rows["client-column"].dropna()) - set(unseen_names))
         tensors["clients"] = codes(rows["client-column"], client_names)
     tensors |= task.encode(rows, label_names, processor, data)
     facts = {
         "label_names": label_names,
         "client_names": client_names,
+        "unseen_names": unseen_names,
         "dropped_duplicates": dropped_duplicates,
         "dropped_empty": dropped_empty,
     }
@@ -219,33 +235,58 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
 
 
-def _hold_out(data: DataConfig, contents: pd.Series, num_train: int) -> tuple[dict[str, np.ndarray], int]:
-    """Indices of ``test``, ``server_validation`` and ``pool``, and how many duplicates were dropped.
+def _choose_clients(data: DataConfig, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of the ``num-clients + unseen-clients`` clients with the most, and which of these are the unseen.
+
+    With ``num-clients = 0`` of all clients. Who is unseen is drawn, by the data alone.
+    """
+    names = _in_order(rows["client-column"].unique())
+    if max(1, data.num_clients) + data.unseen_clients > len(names):
+        raise ConfigError(
+            f"num-clients = {data.num_clients} and unseen-clients = {data.unseen_clients} need more than the "
+            f"{len(names)} values of the client column"
+        )
+    wanted = data.num_clients and data.num_clients + data.unseen_clients
+    chosen = [names[client] for client in _largest(codes(rows["client-column"], names).numpy(), names, wanted)]
+    drawn = generator(HELD_OUT_ROOT, "unseen-clients").permutation(len(chosen))[: data.unseen_clients]
+    kept = rows[rows["client-column"].isin(chosen)].reset_index(drop=True)
+    return kept, [chosen[client] for client in np.sort(drawn)]
+
+
+def _hold_out(
+    data: DataConfig, contents: pd.Series, num_train: int, of_unseen: np.ndarray
+) -> tuple[dict[str, np.ndarray], int]:
+    """Indices of ``test``, ``server_validation``, ``unseen`` and ``pool``, and how many duplicates were dropped.
 
     `contents` are those of `num_train` training examples and then of the test set, if the data has its own.
+    `of_unseen` are the examples of clients that are held out whole.
     """
     test = np.arange(num_train, len(contents))
     carve_test = 0 if len(test) else data.test_examples
     carved = carve_test + data.server_validation_examples
     own = data.partitioner == "own"
-    if carved > num_train or (2 * carved > num_train and not own):
+    seen = np.setdiff1d(np.arange(num_train), of_unseen)
+    if carved > len(seen) or (2 * carved > len(seen) and not own):
         wanted = [f"test-examples = {carve_test}"] if carve_test else []
         wanted.append(f"server-validation-examples = {data.server_validation_examples}")
         raise ConfigError(
-            f"{' and '.join(wanted)} would take {carved} of {num_train} examples"
+            f"{' and '.join(wanted)} would take {carved} of {len(seen)} examples"
             + ("" if own else " from the clients; at most half may go")
         )
-    order = generator(HELD_OUT_ROOT, "held-out").permutation(num_train)
+    order = generator(HELD_OUT_ROOT, "held-out").permutation(seen)
     if carve_test:
         test = order[:carve_test]
     validation, pool = order[carve_test:carved], order[carved:carved] if own else order[carved:]
-    new_validation = validation[~contents.iloc[validation].isin(contents.iloc[pool]).to_numpy()]
-    new_test = test[~contents.iloc[test].isin(contents.iloc[np.concatenate([validation, pool])]).to_numpy()]
-    for name, kept in (("test set", new_test), ("server's validation set", new_validation)):
-        if not len(kept):
-            raise ConfigError(f"nothing is left of the {name}: all of it is also among the other examples")
-    subsets = {"test": new_test, "server_validation": new_validation, "pool": pool}
-    dropped = len(validation) - len(new_validation) + len(test) - len(new_test)
+    unseen = generator(HELD_OUT_ROOT, "unseen").permutation(of_unseen)[: data.test_examples]
+    held_out = {"test": test, "unseen": unseen, "server_validation": validation}
+    subsets, dropped = {"pool": pool}, 0
+    for name, indices in held_out.items():
+        others = pool if name == "server_validation" else np.concatenate([validation, pool])
+        subsets[name] = indices[~contents.iloc[indices].isin(contents.iloc[others]).to_numpy()]
+        dropped += len(indices) - len(subsets[name])
+        if len(indices) and not len(subsets[name]):
+            called = {"test": "test set", "unseen": "unseen clients", "server_validation": "server's validation set"}
+            raise ConfigError(f"nothing is left of the {called[name]}: all of it is also among the other examples")
     return {name: np.sort(indices) for name, indices in subsets.items()}, dropped
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +30,7 @@ from copra_fl import residual as residuals
 from copra_fl.adapter import Adapter, part_of
 from copra_fl.bases import open_base
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
-from copra_fl.gates import Gates
+from copra_fl.gates import Gates, group_name
 from copra_fl.seeding import torch_stream
 from copra_fl.tasks import Inputs, Task, find_task
 
@@ -48,6 +49,7 @@ class AdaptedModel(nn.Module):
         gates: switches the adapters, one gate per group.
         group_of: adapter tensor name -> index of its gate group; a head's tensors have none.
         linears: adapted module, as in an adapter tensor's name before ``.lora_`` -> its frozen linear layer.
+        recomputes: whether blocks are computed again in the backward pass (`recompute_blocks`).
         beside: adapted module -> what its residual multiplies x by (`residual.matrices`), where it has one.
         device: where it computes.
     """
@@ -73,6 +75,7 @@ class AdaptedModel(nn.Module):
         self.linears: dict[str, Any] = {
             f"base_model.model.{name}": self.base.get_submodule(name).get_base_layer() for name in self.gates.group_of
         }
+        self.recomputes = False
         self.beside: dict[str, tuple[Tensor, ...]] = {}
         self._hooks: list[Any] = []
         if head is not None:
@@ -108,6 +111,18 @@ class AdaptedModel(nn.Module):
         self.gates.open()
         self.train_adapters(False)
         return predict
+
+    def recompute_blocks(self) -> None:
+        """From now on each block stores its inputs alone for a backward pass, which computes it again.
+
+        Transformers' own way does so in training mode only, and the base is in eval mode. A block that no adapter needs
+        a gradient of stores nothing, as before.
+        """
+        self.recomputes = True
+        for name in dict.fromkeys(group_name(module, "layer") for module in self.gates.group_of):
+            if name.split(".")[-1].isdigit():
+                block = self.base.get_submodule(name)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def train_adapters(self, on: bool) -> None:
         """LoRA dropout on or off; the base is in eval mode always."""
@@ -267,7 +282,7 @@ def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
         lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
         target_modules=check_targets(base, config.target_modules),
-        exclude_modules=None if config.pooling == "pooler" else r".*pooler.*",
+        exclude_modules=r".*pooler.*" if hasattr(base, "pooler") and config.pooling != "pooler" else None,
     )
 
 
@@ -290,7 +305,10 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
         head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None
         if core:
             _insert_cores(peft, config.rank)
-    return AdaptedModel(task, peft, head, config.pooling, group, device)
+    model = AdaptedModel(task, peft, head, config.pooling, group, device)
+    if config.gradient_checkpointing:
+        model.recompute_blocks()
+    return model
 
 
 def _insert_cores(peft: PeftModel, rank: int) -> None:

@@ -48,8 +48,22 @@ COST = (
     Column("MB down", "bytes_down", scale=1e-6, interval=False),
     Column("seconds", "seconds", spec=".0f", interval=False),
 )
+#: what only some tasks and splits have; ppl: perplexity
+OF_SOME = (
+    Column("unseen clients, %", "unseen_accuracy", scale=100),
+    Column("test ppl", "test_perplexity", spec=".2f"),
+    Column("unseen ppl", "unseen_perplexity", spec=".2f"),
+)
 #: what fits a terminal
 COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_ERROR, *COST)
+
+
+def also_measured(summary: Mapping[str, Any]) -> list[Column]:
+    """Those of `OF_SOME` that a method has."""
+    methods = summary["methods"].values()
+    return [
+        column for column in OF_SOME if any(any(found.get(column.metric, {}).get("values", ())) for found in methods)
+    ]
 
 
 def is_ranked(summary: Mapping[str, Any]) -> bool:
@@ -115,7 +129,8 @@ def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -
 def table(summary: Mapping[str, Any]) -> Table:
     """The results for a terminal; headings are broken so that a column is as narrow as its cells."""
     accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
-    header, cells = header_and_rows(summary, (accuracy, *COLUMNS[1:]))
+    also = [replace(column, interval=False) for column in also_measured(summary)]
+    header, cells = header_and_rows(summary, (accuracy, *also, *(COST if also else COLUMNS[1:])))
     shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
     for heading, column in zip(header, zip(*cells, strict=True), strict=True):
         width = max(map(len, (*heading.split(), *column)), default=1)

@@ -21,6 +21,7 @@ from copra_fl.ranking import (
     MERGE_GAP,
     TEST_ACCURACY,
     Column,
+    also_measured,
     header_and_rows,
     note,
     rows,
@@ -93,7 +94,7 @@ def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section
         Section("Clients", [*clients.client_accuracy(comparison), *clients.client_examples(comparison)]),
         Section("Cost", [*cost.accuracy_for_bytes(comparison), *cost.traffic_and_time(comparison)]),
         *_probes(comparison),
-        Section("Each run", tables=_each_run(comparison), collapsed=True),
+        Section("Each run", tables=_each_run(comparison, also_measured(summary)), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
         Section("What the rules noted", tables=_notes(comparison), collapsed=True),
@@ -139,11 +140,13 @@ def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[st
 
 def _results(summary: Mapping[str, Any]) -> DataTable:
     caption = (
-        f"After the last round. Test data is seen by no client; the clients' own data are their validation data. "
-        f"Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
+        "After the last round. Test data is seen by no client; the clients' own data are their validation data; unseen "
+        "clients took no part. "
+        "Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
         f"rounds. {note(summary)}"
     )
-    return DataTable(*header_and_rows(summary, RESULT_COLUMNS), caption)
+    accuracy, *others = RESULT_COLUMNS
+    return DataTable(*header_and_rows(summary, (accuracy, *also_measured(summary), *others)), caption)
 
 
 def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:
@@ -170,10 +173,11 @@ def _probes(comparison: Comparison) -> Iterator[Section]:
         yield Section(found["title"], page.unpack(found["figures"]))
 
 
-def _each_run(comparison: Comparison) -> list[DataTable]:
+def _each_run(comparison: Comparison, also: list[Column]) -> list[DataTable]:
+    columns = (*RUN_COLUMNS, *also)
     finished = [(method, seed, end) for method in comparison.methods for seed, end in comparison.finished(method)]
     runs = [
-        [method, str(seed), *(column.format(metrics(end)[column.metric]) for column in RUN_COLUMNS)]
+        [method, str(seed), *(column.format(metrics(end)[column.metric]) for column in columns)]
         for method, seed, end in finished
     ]
     pairs = [
@@ -187,7 +191,7 @@ def _each_run(comparison: Comparison) -> list[DataTable]:
         for path in end["paths"]
     ]
     found = [
-        DataTable(["method", "seed", *(column.heading for column in RUN_COLUMNS)], runs),
+        DataTable(["method", "seed", *(column.heading for column in columns)], runs),
         DataTable(["method", "seed", "clients", *(column.heading for column in CONNECTIVITY_COLUMNS)], pairs),
     ]
     return [table for table in found if table.rows]

@@ -165,13 +165,17 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     client's own where there is none. Barriers and midpoint gap are means over the run's pairs of clients. A number
     that the run does not have, or was not asked for, is None.
     """
-    test, validation, gap = (summary[part] or {} for part in ("test", "validation", "merge_gap"))
+    test, validation, gap, unseen = (summary.get(part) or {} for part in ("test", "validation", "merge_gap", "unseen"))
     paths, clients = summary["paths"], summary["clients"]
     examples = sum(client["examples"] for client in clients)
     right = sum(client["examples"] * client["accuracy"] for client in clients)
     return {
         "test_accuracy": test.get("accuracy"),
         "test_loss": test.get("loss"),
+        "test_perplexity": test.get("perplexity"),
+        "unseen_accuracy": unseen.get("accuracy"),
+        "unseen_loss": unseen.get("loss"),
+        "unseen_perplexity": unseen.get("perplexity"),
         "validation_accuracy": validation.get("accuracy"),
         "validation_loss": validation.get("loss"),
         "client_accuracy": right / examples if examples else None,

@@ -250,9 +250,11 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     """
     config, federated, rows, state = strategy.config, evaluator.federated, journal.rows, strategy.state
     emit("testing")
-    clients, test = evaluate_clients(grid, strategy, len(rows)), None
+    clients, test, unseen = evaluate_clients(grid, strategy, len(rows)), None, None
     if config.data.dataset and not strategy.rule.personal:
         (test,) = evaluator.score([state.adapter], state.residual, federated.test)
+        if len(federated.unseen):
+            (unseen,) = evaluator.score([state.adapter], state.residual, federated.unseen)
     if not strategy.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         models.save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
@@ -267,6 +269,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "seed": config.federation.seed,
             "rounds": len(rows),
             "test": test,
+            "unseen": unseen,
             "validation": last.get("validation"),
             "merge_gap": last.get("merge_gap"),
             "privacy": last.get("privacy"),

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
@@ -38,6 +38,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(directory)
+    return str(directory)
+
+
+#: every turn ends with EOS, and a line break that nobody needs
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn['role'] + ' ' + turn['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a causal Llama with 3 layers, 32 wide, random weights; its tokenizer has a chat template, no padding."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    vocabulary = {word: i for i, word in enumerate([*names.values(), "user", "assistant", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=CHAT_TEMPLATE, **names)
+    tokenizer.save_pretrained(directory)
+    shape = {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), intermediate_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=None, **shape
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
     return str(directory)
 
 

@@ -11,6 +11,7 @@ import typer
 from copra_fl.assets import AssetError
 from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
+from copra_fl.cli.chat import chat
 from copra_fl.cli.compare import compare
 from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.probe_prune import prune
@@ -38,6 +39,7 @@ app.command()(study)
 app.command()(report)
 app.command()(track)
 app.command()(bench)
+app.command()(chat)
 probe.app.command()(prune)
 probe.app.command()(shapley)
 deploy.app.command()(deploy_run.run)

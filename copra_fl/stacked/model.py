@@ -76,7 +76,8 @@ class StackedModel:
             raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
         (trunk,) = trunks
         modules = list(tree.get_submodule(trunk).children())
-        tree.set_submodule(trunk, nn.ModuleList([Trunk(modules, find_chain(base, trunk), self.present)]))
+        whole = Trunk(modules, find_chain(base, trunk), self.present, model.recomputes)
+        tree.set_submodule(trunk, nn.ModuleList([whole]))
         first = blocks.index(inside[0])
         block_of = np.zeros(len(model.gates.names), dtype=int)
         for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):

@@ -11,7 +11,9 @@ kept from step to step (`prefix`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,20 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from copra_fl.stacked.chain import Chain
-from copra_fl.stacked.step import Present
+from copra_fl.stacked.step import Present, Step
 
 #: what a block gets besides its hidden states, by place (from 1 on) or name
 Inputs = dict[Any, Any]
 
 
 class Trunk(nn.Module):
-    """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins."""
+    """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins.
 
-    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, present: Present) -> None:
+    `recomputed`: the blocks are computed again in the backward pass (`AdaptedModel.recompute_blocks`).
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, present: Present, recomputed: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.chain = chain
         self.present = present
+        self.recomputed = recomputed
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         step, num_rows = self.present.step, len(hidden)
@@ -50,10 +56,31 @@ class Trunk(nn.Module):
                     frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
             if len(live):
                 step.live = joined
-                live = _run(block, live, self._rows(inputs, slice(0, first), num_rows))
+                live = self._live(block, live, self._rows(inputs, slice(0, first), num_rows))
         step.live = len(step.clients)
         hidden = _append(live, frozen)
         return hidden if self.chain.extras is None else (hidden, *self.chain.extras)
+
+    def _live(self, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """`block` on the rows that are in the graph."""
+        if not self.recomputed:
+            return _run(block, hidden, inputs)
+        step = self.present.step
+        streams = [stream.get_state() for stream in step.dropout]
+        contexts = nullcontext(), self._again(step, step.live, streams)
+        return _run(partial(block, context_fn=lambda: contexts, preserve_rng_state=False), hidden, inputs)
+
+    @contextmanager
+    def _again(self, step: Step, live: int, streams: Sequence[Tensor]) -> Iterator[None]:
+        """What a block must find when it is computed again: the step as it was there, the same dropout."""
+        later = [stream.get_state() for stream in step.dropout]
+        self.present.step, step.live = step, live
+        _set_states(step.dropout, streams)
+        try:
+            yield
+        finally:
+            _set_states(step.dropout, later)
+            del self.present.step
 
     def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
         """The plain base's `block` on rows that no adapter has touched: from the cache, where it is there."""
@@ -77,7 +104,12 @@ class Trunk(nn.Module):
         return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
 
 
-def _run(block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+def _set_states(streams: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for stream, state in zip(streams, states, strict=True):
+        stream.set_state(state)
+
+
+def _run(block: Callable[..., Any], hidden: Tensor, inputs: Inputs) -> Tensor:
     args = [value for key, value in inputs.items() if isinstance(key, int)]
     output = block(hidden, *args, **{key: value for key, value in inputs.items() if isinstance(key, str)})
     return output[0] if isinstance(output, tuple) else output

@@ -59,6 +59,7 @@ class Task(ABC):
     Attributes:
         columns: configuration keys of the columns that are read of a table; first the content, what examples are told
             apart by.
+        optional_columns: keys of columns that are read too where they are set.
         labels: what an example has in its ``label-column``: none, one, or several of a list of labels, which all nodes
             agree on. With one, partitioners can deal examples out by it.
         trains_head: whether a linear layer is trained on the features; otherwise the base's own output layer makes
@@ -70,6 +71,7 @@ class Task(ABC):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("text-column", "label-column")
+    optional_columns: ClassVar[tuple[str, ...]] = ()
     labels: ClassVar[Literal["none", "one", "several"]] = "one"
     trains_head: ClassVar[bool] = True
     model_class: ClassVar[Any] = AutoModel

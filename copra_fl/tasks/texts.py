@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,26 +58,38 @@ class Texts:
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: pd.Series, max_length: int) -> dict[str, Tensor]:
     """``input_ids`` and ``offsets`` of `texts`, as in `Texts`."""
-    lengths, parts = [0], [np.zeros(0, np.int32)]
+    return join_tokens(tokenise(tokenizer, texts.tolist(), truncation=True, max_length=max_length))
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **settings: Any) -> Iterator[list[int]]:
+    """The tokens of each of `texts`; `settings` are those of the tokenizer's call."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
-        encoded = tokenizer(
-            texts.iloc[start : start + TEXTS_PER_CALL].tolist(),
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        lengths += map(len, encoded)
-        parts.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-    return {"input_ids": torch.from_numpy(np.concatenate(parts)), "offsets": torch.tensor(lengths).cumsum(0)}
+        some = texts[start : start + TEXTS_PER_CALL]
+        yield from tokenizer(some, return_attention_mask=False, return_token_type_ids=False, **settings)["input_ids"]
+
+
+def join_tokens(examples: Iterable[Sequence[int]]) -> dict[str, Tensor]:
+    """``input_ids`` and ``offsets`` of `examples`, as in `Texts`."""
+    parts = [np.zeros(0, np.int32), *(np.asarray(tokens, np.int32) for tokens in examples)]
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(parts)),
+        "offsets": torch.tensor(list(map(len, parts))).cumsum(0),
+    }
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`vocabulary_digest`. Raises ConfigError also for a tokenizer that cannot fill batches up."""
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must have a padding token")
+    return vocabulary_digest(tokenizer)
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Names all that decides what tokens a text gets; not the truncation and padding that the last call left behind.
 
-    Raises ConfigError for a tokenizer that cannot tokenise quickly, or cannot fill batches up.
+    Raises ConfigError for a tokenizer that cannot tokenise quickly.
     """
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one and have a padding token")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} must be a fast one")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return digest_of(state | {"truncation": None, "padding": None}, tokenizer.truncation_side)
