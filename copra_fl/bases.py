@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -51,10 +52,25 @@ def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreT
     return base
 
 
-def _open(source: str, dtype: str, attention: str, model_class: Any) -> PreTrainedModel:
+def open_quantised(source: str, dtype: str, attention: str, model_class: Any, device: torch.device) -> PreTrainedModel:
+    """The same with its linear layers in 4 bits on `device`, computing in `dtype`, each process with its own copy.
+
+    Quantised while it loads, as in QLoRA (Dettmers et al., arXiv:2305.14314): NF4, its constants quantised again.
+    """
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    settings = {"quantization_config": quantised, "device_map": {"": device}}
+    return _open(source, dtype, attention, model_class, **settings)
+
+
+def _open(source: str, dtype: str, attention: str, model_class: Any, **settings: Any) -> PreTrainedModel:
     # Asked for sdpa by name, Transformers raises where a model has none; not asked at all, it takes sdpa if it can.
     wanted = None if attention == "sdpa" else attention
-    return model_class.from_pretrained(source, dtype=dtype, attn_implementation=wanted)
+    return model_class.from_pretrained(source, dtype=dtype, attn_implementation=wanted, **settings)
 
 
 def _identity(source: str) -> list[object]:
@@ -92,6 +108,13 @@ def _weights(source: str) -> list[Path]:
         return [path]
     shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     return [Path(str(cached_file(source, shard))) for shard in sorted(set(shards))]
+
+
+def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
+    """Black images, as the model `base` of images takes them."""
+    size, channels = base.config.image_size, base.config.num_channels
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return {"pixel_values": torch.zeros(number, channels, *shape, dtype=base.dtype, device=base.device)}
 
 
 def _sha256(path: Path) -> str:

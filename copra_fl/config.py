@@ -47,12 +47,13 @@ BY_LABEL = ("dirichlet", "pathological", "shards")
 class DataConfig:
     dataset: str = option(
         "health-tweets",
-        "asset name, path of a CSV, JSONL or Parquet file, or Hugging Face data set name; empty: the server has none, "
-        "and only clients evaluate (partitioner = own)",
+        "asset name, path of a CSV, JSONL or Parquet file or of a folder of images, or Hugging Face data set name; "
+        "empty: the server has none, and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with what the text is a response to; empty: texts stand alone")
+    image_column: str = option("image", "image-classification: column with the image, or the path of its file")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "column that says whose an example is, for partitioner = natural")
     labels: str = option("", "all labels in order, as a line of CSV; empty: those that the data set has")
@@ -76,7 +77,7 @@ class DataConfig:
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
     server_validation_examples: int = option(500, "examples the server holds for validation", low=1)
     test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
-    max_length: int = option(64, "tokens per example; longer texts are cut", low=4)
+    max_length: int = option(64, "tokens per text; longer ones are cut (images have as many as the model makes)", low=4)
 
     @property
     def label_list(self) -> list[str]:
@@ -108,6 +109,12 @@ class ModelConfig:
         "auto",
         "dtype of the frozen base; auto: bfloat16 where the device computes fast in it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str = option(
+        "none",
+        "4bit: the frozen base's linear layers are kept in NF4 by bitsandbytes, which must be installed; they compute "
+        "in dtype (QLoRA)",
+        choices=("none", "4bit"),
     )
     attention: str = option(
         "auto", "attention of the base; auto: what trains fastest on the device", choices=("auto", "eager", "sdpa")

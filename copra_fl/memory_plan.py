@@ -11,6 +11,7 @@ Left out are passing tensors of a block, and what CUDA and Python take themselve
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
+from copra_fl.bases import blank_images
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
 from copra_fl.models import lora_config, resolve
 from copra_fl.tasks import find_task
 
 GB = 1e9
+
+#: of a weight in NF4 with double quantisation (QLoRA, section 3)
+NF4_BITS = 4.127
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,11 @@ class MemoryPlan:
     Attributes:
         base: bytes of the frozen base; on a CPU all workers share them.
         client: bytes that each client of a step adds by itself: adapter, gradients, moments of the optimiser.
-        row: bytes that autograd keeps of one example of max-length tokens.
+        row: bytes that autograd keeps of the longest example.
         prefix: bytes of the prefix cache.
         clients: how many a step trains together, at most.
         batch_size: rows of each.
+        tokens: of the longest row.
     """
 
     base: int
@@ -45,6 +51,7 @@ class MemoryPlan:
     prefix: int
     clients: int
     batch_size: int
+    tokens: int
 
     @property
     def total(self) -> int:
@@ -83,9 +90,9 @@ class Encoder:
     row: int
 
 
-def plan(config: Config, num_labels: int) -> MemoryPlan:
-    """The memory plan of a run whose dtype, attention and number of clients are plain."""
-    training, tokens = config.training, config.data.max_length
+def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
+    """The memory plan of a run whose dtype, attention and number of clients are plain, of `tokens` an example."""
+    training = config.training
     encoder = measure(config.model, tokens)
     head = (encoder.width + 1) * num_labels if find_task(config.model.task).trains_head else 0
     together = -(-training.step_tokens // (training.batch_size * tokens)) if training.engine == "stacked" else 1
@@ -96,6 +103,7 @@ def plan(config: Config, num_labels: int) -> MemoryPlan:
         prefix=int(training.prefix_cache * 1e6),
         clients=min(together, config.data.num_clients),
         batch_size=training.batch_size,
+        tokens=tokens,
     )
 
 
@@ -110,15 +118,25 @@ def measure(config: ModelConfig, num_tokens: int) -> Encoder:
         )
         # The engine computes products with adapters in the base's dtype.
         encoder = get_peft_model(base, lora_config(config, base), autocast_adapter_dtype=False).eval()
-    one, two = (kept_bytes(encoder, torch.zeros(n, num_tokens, dtype=torch.long, device="meta")) for n in (1, 2))
+    one, two = (kept_bytes(encoder, _blank(base, number, num_tokens)) for number in (1, 2))
     trained = {id(parameter): parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad}
     frozen = sum(parameter.nbytes for parameter in encoder.parameters() if id(parameter) not in trained)
+    if config.quantization == "4bit":
+        frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantised(base))
     return Encoder(frozen, sum(trained.values()), base.config.hidden_size, two - one)
+
+
+def _quantised(base: nn.Module) -> Iterator[Tensor]:
+    """The weights that bitsandbytes puts into 4 bits: of all linear layers but the output layer."""
+    output = base.get_output_embeddings()  # type: ignore[operator]
+    for name, module in base.named_modules():
+        if type(module) is nn.Linear and ".lora_" not in name and module is not output:
+            yield module.weight
 
 
 def fitted(config: Config, needed: MemoryPlan) -> Config:
     """`config` with no more step-tokens than fit into max-memory. Raises ConfigError where one client does not fit."""
-    limit, tokens = config.training.max_memory * GB, config.training.batch_size * config.data.max_length
+    limit = config.training.max_memory * GB
     if not limit or needed.total <= limit:
         return config
     clients = needed.clients_within(limit)
@@ -127,11 +145,17 @@ def fitted(config: Config, needed: MemoryPlan) -> Config:
             f"max-memory = {config.training.max_memory:g} (GB) is too little for a single client: "
             f"{replace(needed, clients=1)}; a smaller batch-size, max-length or prefix-cache needs less"
         )
-    return config.changed(step_tokens=clients * tokens)
+    return config.changed(step_tokens=clients * needed.batch_size * needed.tokens)
 
 
-def kept_bytes(encoder: nn.Module, tokens: Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass over `tokens` (B, T), parameters not counted."""
+def _blank(base: Any, number: int, num_tokens: int) -> dict[str, Tensor]:
+    if base.main_input_name == "pixel_values":
+        return blank_images(base, number)
+    return {"input_ids": torch.zeros(number, num_tokens, dtype=torch.long, device="meta")}
+
+
+def kept_bytes(encoder: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes that autograd keeps of a forward pass over `inputs`, parameters not counted."""
     known = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
     kept: dict[int, Any] = {}
 
@@ -142,7 +166,7 @@ def kept_bytes(encoder: nn.Module, tokens: Tensor) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        encoder(input_ids=tokens)
+        encoder(**inputs)
     return sum(storage.nbytes() for storage in kept.values())
 
 

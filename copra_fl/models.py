@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from copra_fl import assets, bases
 from copra_fl import residual as residuals
 from copra_fl.adapter import Adapter, part_of
-from copra_fl.bases import open_base
+from copra_fl.bases import open_base, open_quantised
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.gates import Gates, group_name
 from copra_fl.seeding import torch_stream
@@ -157,8 +158,8 @@ class AdaptedModel(nn.Module):
             hook.remove()
         self.beside.clear()
         for name in modules:
-            weight = self.linears[name].weight
-            self.beside[name] = tuple(matrix.to(weight) for matrix in residuals.matrices(residual, name))
+            matrices = residuals.matrices(residual, name)
+            self.beside[name] = tuple(matrix.to(self.device, self.base.dtype) for matrix in matrices)
         self._hooks = [
             self.linears[name].register_forward_hook(partial(_add_product, matrices))
             for name, matrices in self.beside.items()
@@ -266,6 +267,7 @@ def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
 def check(config: ModelConfig) -> None:
     """Raise ConfigError for what `build` would raise, without reading any weights."""
     choose_device(config.device)
+    check_quantization(config.quantization)
     try:
         description = AutoConfig.from_pretrained(resolve(config.model))
     except (OSError, ValueError) as error:
@@ -296,7 +298,7 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
     task, device = find_task(config.task), choose_device(config.device)
     config = resolve_compute(config, DataConfig.max_length)
     try:
-        base = open_base(resolve(config.model), config.dtype, config.attention, task.model_class)
+        base = _open(resolve(config.model), config.dtype, config.attention, config.quantization, task, device)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
     lora = lora_config(config, base)
@@ -309,6 +311,23 @@ def build(config: ModelConfig, group: str, num_labels: int, seed: int, core: boo
     if config.gradient_checkpointing:
         model.recompute_blocks()
     return model
+
+
+def _open(source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device) -> Any:
+    """The base in full or in 4 bits. Raises ConfigError where bitsandbytes is missing."""
+    if quantization == "none":
+        return open_base(source, dtype, attention, task.model_class)
+    check_quantization(quantization)
+    return open_quantised(source, dtype, attention, task.model_class, device)
+
+
+def check_quantization(quantization: str) -> None:
+    """Raise ConfigError where what quantises is not installed."""
+    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
+    if quantization != "none" and missing:
+        raise ConfigError(
+            f"quantization = {quantization!r} needs {' and '.join(missing)}: pip install 'copra-fl[quantization]'"
+        )
 
 
 def _insert_cores(peft: PeftModel, rank: int) -> None:
@@ -357,6 +376,7 @@ def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adap
         "pooling": model.pooling,
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "attention": model.base.config._attn_implementation,
+        "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
     }
     (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -376,7 +396,8 @@ def load(directory: str | Path, device: str = "auto") -> Saved:
     description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     task = find_task(description["task"])
     base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
-    base = open_base(base_name, description["dtype"], description["attention"], task.model_class)
+    compute = description["dtype"], description["attention"], description.get("quantization", "none")
+    base = _open(base_name, *compute, task, choose_device(device))
     peft, head = PeftModel.from_pretrained(base, str(directory)), None
     if task.trains_head:
         weights = load_file(directory / "head.safetensors")

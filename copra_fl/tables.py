@@ -1,4 +1,4 @@
-"""Where examples come from: an asset, a user's CSV, JSONL or Parquet file, a data set of the Hugging Face hub.
+"""Where examples come from: an asset, a user's CSV, JSONL or Parquet file or image folder, a Hugging Face data set.
 
 Each source is a `Table` that knows a digest of its content and is read only when somebody needs its texts.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
 
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class TableError(ConfigError):
@@ -44,11 +45,19 @@ def digest_of(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of examples: `where` it is for messages, `digest` of its content, and how to `read` it."""
+    """A table of examples.
+
+    Attributes:
+        where: it is, for messages.
+        digest: of its content.
+        read: reads it.
+        folder: that relative paths in it are from.
+    """
 
     where: str
     digest: str
     read: Callable[[], pd.DataFrame]
+    folder: Path = Path()
 
 
 def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
@@ -61,6 +70,12 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
             test = file_table("dataset", folder / "test.parquet")
         return file_table("dataset", folder / "train.parquet"), test
     path = Path(data.dataset).expanduser()
+    if _images(path / "train"):
+        if test is None and _images(path / "test"):
+            test = file_table("dataset", path / "test")
+        return file_table("dataset", path / "train"), test
+    if _images(path):
+        return file_table("dataset", path), test
     if path.is_file() or path.suffix.lower() in FORMATS:
         return file_table("dataset", path), test
     if "/" not in data.dataset:
@@ -73,8 +88,13 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
 
 
 def file_table(key: str, path: Path) -> Table:
-    """The table in the file `path`, which the setting `key` names. Raises TableError where there is none."""
+    """The table in the file or image folder `path`, which the setting `key` names.
+
+    Raises TableError where there is none.
+    """
     path = path.expanduser().absolute()
+    if path.is_dir():
+        return image_folder(key, path)
     if not path.is_file():
         raise TableError(f"{key}: there is no file {path}", f"{key}: there is no such file")
     if path.suffix.lower() not in FORMATS:
@@ -83,14 +103,45 @@ def file_table(key: str, path: Path) -> Table:
             f"{key}: {path} ends in {path.suffix!r}, which is none of {known}",
             f"{key}: its file ends in none of {known}",
         )
+    return Table(str(path), _sha256(key, path), lambda: _read_file(key, path), path.parent)
+
+
+def image_folder(key: str, path: Path) -> Table:
+    """The images in the subfolders of `path`, each of which is a label: columns ``image`` and ``label``.
+
+    Raises TableError where there are none.
+    """
+    files = _images(path)
+    if not files:
+        raise TableError(
+            f"{key}: the folder {path} has no images. It must have a subfolder for each label, with its images "
+            f"({', '.join(IMAGES)}) in it",
+            f"{key}: the folder has no images",
+        )
+    names = [str(file.relative_to(path)) for file in files]
+    labels = [file.relative_to(path).parts[0] for file in files]
+
+    def read() -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame({"image": names, "label": labels})
+
+    return Table(str(path), digest_of(names, [_sha256(key, file) for file in files]), read, path)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images in the subfolders of `folder`; none where it is no folder."""
+    return sorted(file for file in folder.glob("*/**/*") if file.suffix.lower() in IMAGES)
+
+
+def _sha256(key: str, path: Path) -> str:
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise TableError(
             f"{key}: cannot read {path}: {error.strerror}", f"{key}: cannot read its file: {error.strerror}"
         ) from error
-    return Table(str(path), digest, lambda: _read_file(key, path))
 
 
 def _read_file(key: str, path: Path) -> pd.DataFrame:
@@ -152,11 +203,12 @@ def _read_split(split: datasets.Dataset) -> pd.DataFrame:
 
 
 def read_examples(
-    table: Table, columns: Mapping[str, str], readers: Mapping[str, Callable[[pd.Series], pd.Series]]
+    table: Table, columns: Mapping[str, str], readers: Mapping[str, Callable[[pd.Series, Path], pd.Series]]
 ) -> tuple[pd.DataFrame, int]:
     """The wanted columns under their configuration keys, and how many rows were dropped for lacking one.
 
-    As texts, but where `readers` have another way for a key, which gives NA for what is missing.
+    As texts, but where `readers` have another way for a key, which gets the table's folder too, and gives NA for what
+    is missing.
     """
     import pandas as pd
 
@@ -170,7 +222,12 @@ def read_examples(
                 f"{key} = {column!r} is not a column of {table.where}; there are: {there}",
                 f"{key} = {column!r} is not a column of its file",
             )
-    read = pd.DataFrame({key: readers.get(key, as_text)(rows[column]) for key, column in columns.items()})
+    read = pd.DataFrame(
+        {
+            key: readers[key](rows[column], table.folder) if key in readers else as_text(rows[column])
+            for key, column in columns.items()
+        }
+    )
     complete = read.notna().all(axis=1)
     if not complete.any():
         wanted = ", ".join(map(repr, columns.values()))

@@ -12,7 +12,7 @@ from copra_fl import models
 from copra_fl.adapter import part_of
 from copra_fl.core import base_gradients, core_start, leading_directions
 from copra_fl.evaluation import evaluate
-from copra_fl.tasks.text_classification import pool
+from copra_fl.tasks.classification import pool
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, jitter
 

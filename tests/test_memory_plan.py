@@ -46,13 +46,13 @@ def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
 
 def test_a_row_s_activations_are_what_a_real_step_keeps(config: Config) -> None:
     """From one client to three: the difference is 2 x batch-size rows, and two clients' own adapters."""
-    needed = plan(config, num_labels=3)
+    needed = plan(config, num_labels=3, tokens=config.data.max_length)
     added = kept_in_a_step(config, (0, 1, 2)) - kept_in_a_step(config, (0,))
     assert added / (2 * BATCH_SIZE * needed.row) == pytest.approx(1, abs=0.15)
 
 
 def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
-    needed = plan(config, num_labels=3)
+    needed = plan(config, num_labels=3, tokens=config.data.max_length)
     model = models.build(config.model, "layer", 3, seed=0)
     adapter = sum(tensor.nbytes for tensor in model.read_adapter().values())
     assert needed.client == 4 * adapter, "values, gradients, two moments"
@@ -64,13 +64,13 @@ def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
 
 def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
     """Eager attention keeps a (heads, T, T) of probabilities a layer, in float32: 3 layers, 2 heads."""
-    rows = [plan(config.changed(max_length=tokens), 3).row for tokens in (64, 128, 256)]
+    rows = [plan(config.changed(max_length=tokens), 3, tokens).row for tokens in (64, 128, 256)]
     assert rows[2] - 2 * rows[1] == pytest.approx(3 * 2 * 4 * (256**2 - 2 * 128**2), rel=0.02)
     assert rows[1] - 2 * rows[0] == pytest.approx(3 * 2 * 4 * (128**2 - 2 * 64**2), rel=0.02)
 
 
 def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) -> None:
-    needed = plan(config, 3)
+    needed = plan(config, 3, config.data.max_length)
     one = (needed.total - needed.base) / 3
 
     def fitted(clients: float) -> Config:
@@ -78,7 +78,7 @@ def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) ->
         return memory_plan.fitted(limited, needed)
 
     assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
-    assert plan(fitted(2.5), 3).total <= fitted(2.5).training.max_memory * GB
+    assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory * GB
     assert fitted(3.01).training.step_tokens == config.training.step_tokens
     with pytest.raises(ConfigError, match="too little for a single client: .* a smaller batch-size"):
         fitted(0.9)

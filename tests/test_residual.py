@@ -14,7 +14,7 @@ from transformers import AutoModel
 from copra_fl import models, residual
 from copra_fl.adapter import Adapter
 from copra_fl.config import Config
-from copra_fl.tasks.text_classification import pool
+from copra_fl.tasks.classification import pool
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, assert_alike, jitter
 

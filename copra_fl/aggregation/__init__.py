@@ -93,6 +93,8 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         yield f"local-training = 'copra': {rule.no_copra}"
     if settings.rule != "fedavg" and training == "head":
         yield "local-training = 'head': there are no adapters to aggregate; use rule = 'fedavg'"
+    if rule.core and config.model.quantization != "none":
+        yield f"quantization = {config.model.quantization!r}: it begins with the gradient of W0, which has none there"
     if rule.needs_data and not config.data.dataset:
         yield "dataset = '': it needs validation data on the server"
     if config.privacy.dp_clip and not rule.linear:

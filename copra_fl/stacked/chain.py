@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from copra_fl.bases import blank_images
+
 #: tokens of an example that the base is run on
 NUM_TOKENS = 4
 
@@ -91,9 +93,7 @@ def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
 def _examples(base: Any, number: int) -> dict[str, Tensor]:
     """Inputs of `number` examples: black images, or texts with padding."""
     if base.main_input_name == "pixel_values":
-        size, channels = base.config.image_size, base.config.num_channels
-        shape = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.zeros(number, channels, *shape, dtype=base.dtype, device=base.device)}
+        return blank_images(base, number)
     if base.main_input_name != "input_ids":
         raise NotStackable(f"it takes {base.main_input_name}, which is neither text nor images")
     tokens = torch.zeros(number, NUM_TOKENS, dtype=torch.int64, device=base.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -87,8 +88,11 @@ class Task(ABC):
 
     # Rows to tensors.
 
-    def content(self, column: pd.Series) -> pd.Series:
-        """The content column as values that can be compared, NA for what is missing. Here texts."""
+    def content(self, column: pd.Series, folder: Path) -> pd.Series:
+        """The content column as values that can be compared, NA for what is missing. Here texts.
+
+        Relative paths in it are from `folder` on, where the table lies.
+        """
         return as_text(column)
 
     def labels_of(self, entry: str) -> list[str]:

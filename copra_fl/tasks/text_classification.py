@@ -1,4 +1,4 @@
-"""One label for each text, from its pooled hidden states: logits = head(pool(encoder(tokens)))."""
+"""One label for each text: logits = head(pool(encoder(tokens)))."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from copra_fl.config import ConfigError, DataConfig
+from copra_fl.config import DataConfig
 from copra_fl.tables import codes
-from copra_fl.tasks.task import Inputs, Task
+from copra_fl.tasks.classification import Classification
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
@@ -44,20 +43,7 @@ class LabelledTexts(Texts):
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: str, pooler_output: Tensor | None) -> Tensor:
-    """(B, T, D) hidden states to (B, D) features, in float32 at least; `mean` runs over real tokens only."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if pooling == "mean":
-        mask = attention_mask.unsqueeze(-1).to(dtype)
-        return (hidden.to(dtype) * mask).sum(1) / mask.sum(1)
-    if pooling == "cls":
-        return hidden[:, 0].to(dtype)
-    if pooler_output is None:
-        raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
-    return pooler_output.to(dtype)
-
-
-class TextClassification(Task):
+class TextClassification(Classification):
     def processor_digest(self, processor: Any) -> str:
         return tokenizer_digest(processor)
 
@@ -68,16 +54,6 @@ class TextClassification(Task):
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabelledTexts:
         tokens = tensors["input_ids"], tensors["offsets"]
         return LabelledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
-
-    def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
-        pooler_output = getattr(output, "pooler_output", None)
-        return pool(output.last_hidden_state, batch["attention_mask"], pooling, pooler_output)
-
-    def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return F.cross_entropy(logits, batch["labels"], reduction="none")
-
-    def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return logits.argmax(1) == batch["labels"]
 
 
 TASK = TextClassification()

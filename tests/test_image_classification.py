@@ -1,0 +1,229 @@
+"""Images, as users have them: read alike from every form, trained alike by both engines, refused in words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+
+from copra_fl import data, memory_plan, models, tasks
+from copra_fl.config import Config, ConfigError
+from copra_fl.evaluation import evaluate
+from copra_fl.own_data import load_own
+from copra_fl.stacked.prefix import PrefixCache
+from copra_fl.tables import file_table
+from tests.local_grid import run_federation
+from tests.test_cohort import CASES, World, assert_alike
+
+Settings = dict[str, object]
+
+LABELS = ("bars", "blot", "stripes")
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+PATCHES = {"image_size": 12, "patch_size": 4}
+NUM_TOKENS = 3 * 3 + 1
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a grey ViT with 3 layers, 32 wide, random weights."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tf.ViTModel(tf.ViTConfig(num_channels=1, **PATCHES, **SHAPE)).save_pretrained(folder)
+    tf.ViTImageProcessorPil(
+        size={"height": 12, "width": 12}, image_mean=[0.4], image_std=[0.3], do_convert_rgb=False
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a DINOv2 for colours, of the same size; its processor cuts out the middle."""
+    folder = tmp_path_factory.mktemp("tiny-dino")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tf.Dinov2Model(tf.Dinov2Config(mlp_ratio=2, **PATCHES, **SHAPE)).save_pretrained(folder)
+    tf.BitImageProcessorPil(size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a subfolder a label: 240 PNG images of 14 x 16, some of them in colours."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(240):
+        label, pixels = LABELS[i % 3], rng.integers(0, 120, (16, 14, 3), np.uint8)
+        if label == "bars":
+            pixels[:, rng.integers(2) :: 4] += 120
+        elif label == "stripes":
+            pixels[rng.integers(2) :: 4] += 120
+        else:
+            pixels[4:12, 4:10] += 120
+        image = Image.fromarray(pixels if i % 2 else pixels[..., 0])
+        (folder / label).mkdir(exist_ok=True)
+        image.save(folder / label / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tiny: Settings, tiny_vit: str, photos: Path) -> Settings:
+    """Settings of a federation on the folder."""
+    vision = {
+        "task": "image-classification",
+        "model": tiny_vit,
+        "dataset": str(photos),
+        "target-modules": "q_proj,v_proj",
+    }
+    return tiny | vision | {"server-validation-examples": 40, "test-examples": 40}
+
+
+def table(photos: Path) -> pd.DataFrame:
+    """The folder as a table of paths."""
+    files = sorted(photos.glob("*/*.png"))
+    return pd.DataFrame({"image": [str(f.relative_to(photos)) for f in files], "label": [f.parent.name for f in files]})
+
+
+def load(settings: Settings) -> data.FederatedData:
+    config = Config.from_flat(settings)
+    return data.load(config, models.load_processor(config.model))
+
+
+@pytest.mark.parametrize("base", ["tiny_vit", "tiny_dino"])
+def test_every_form_gives_the_pixels_that_transformers_makes_of_the_files(
+    images: Settings, photos: Path, tmp_path: Path, base: str, request: pytest.FixtureRequest
+) -> None:
+    """Oracle: Pillow and the model's own image processor, in one go."""
+    model = str(request.getfixturevalue(base))
+    rows, shape = table(photos), (3 if base == "tiny_dino" else 1, 12, 12)
+    processor = tf.AutoImageProcessor.from_pretrained(model, backend="pil")
+    opened = [Image.open(photos / name).convert("RGB" if base == "tiny_dino" else "L") for name in rows["image"]]
+    expected = processor(opened, return_tensors="pt")["pixel_values"]
+
+    beside = shutil.copytree(photos, tmp_path / "beside")
+    rows.to_csv(beside / "paths.csv", index=False)
+    contents = [{"bytes": (photos / name).read_bytes(), "path": None} for name in rows["image"]]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    columns = {"image": contents, "label": rows["label"].tolist()}
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "hugging-face.parquet")
+    rows.assign(image=[content["bytes"] for content in contents]).to_parquet(tmp_path / "bytes.parquet")
+    for form in (photos, beside / "paths.csv", tmp_path / "hugging-face.parquet", tmp_path / "bytes.parquet"):
+        federated = load(images | {"model": model, "dataset": str(form)})
+        batch = federated.examples.batch(np.arange(len(rows)))
+        assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
+        torch.testing.assert_close(batch["pixel_values"], expected)
+        assert [LABELS[label] for label in batch["labels"]] == rows["label"].tolist()
+
+
+def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
+    images: Settings, photos: Path, tmp_path: Path
+) -> None:
+    rows = table(photos)
+    for i, (name, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
+        part = tmp_path / ("test" if i % 4 == 0 else "train") / label
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / name, part)
+    (tmp_path / "train" / "bars" / "notes.txt").write_text("not an image")
+    federated = load(images | {"dataset": str(tmp_path)})
+    assert len(federated.test) == 60 and len(federated.examples) == 240
+
+    config = Config.from_flat(images | {"partitioner": "own", "labels": "bars,blot,stripes"})
+    own = load_own(config, models.load_processor(config.model), str(tmp_path / "test"), 1, 3)
+    assert len(own.train[1]) + len(own.validation[1]) == 60
+
+
+def test_equal_images_are_not_both_learnt_and_tested(images: Settings, photos: Path, tmp_path: Path) -> None:
+    doubled = pd.concat([table(photos)] * 2, ignore_index=True)
+    folder = shutil.copytree(photos, tmp_path / "twice")
+    doubled.to_csv(folder / "twice.csv", index=False)
+    federated = load(images | {"dataset": str(folder / "twice.csv")})
+    assert federated.dropped_duplicates > 40
+    pixels = federated.examples.batch(np.arange(480))["pixel_values"]
+    learnt = {pixels[i].numpy().tobytes() for part in federated.train + federated.validation for i in part}
+    assert not learnt & {pixels[i].numpy().tobytes() for i in federated.test}
+
+
+@pytest.mark.parametrize(
+    "case", ["lora", "copra", "all linear, pooler", "cls", "prefix cache", "epochs: unequal steps, short last batches"]
+)
+def test_both_engines_train_the_same_adapters(images: Settings, case: str) -> None:
+    """Oracle: `train_client`, each client by itself in plain PEFT."""
+    world = World(images | {"local-steps": 8, "num-rounds": 4, "alpha": 1.0} | CASES[case])
+    if world.config.training.prefix_cache:
+        world.stacked.present.prefix = PrefixCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
+    for update in world.together(*range(6)):
+        assert_alike(update, world.alone(update.client), 1e-5)
+
+
+def test_both_engines_take_a_model_of_colour_images(images: Settings, tiny_dino: str) -> None:
+    targets = {"target-modules": ",".join(_attention(tiny_dino))}
+    world = World(images | targets | {"model": tiny_dino, "alpha": 1.0})
+    for update in world.together(*range(6)):
+        assert_alike(update, world.alone(update.client), 1e-5)
+
+
+def _attention(model: str) -> list[str]:
+    """Query and value, as the architecture calls them."""
+    names = {name.split(".")[-1] for name, _ in tf.AutoModel.from_pretrained(model).named_modules()}
+    return sorted(names & {"query", "value", "q_proj", "v_proj"})
+
+
+def test_metrics_are_those_of_every_image_by_itself(images: Settings) -> None:
+    """Oracle: PEFT's model, the mean of its hidden states, the head by hand."""
+    world = World(images)
+    indices, losses, right = world.data.server_validation, [], []
+    with torch.inference_mode():
+        world.plain.write_adapter(world.start)
+        for index in indices:
+            batch = world.data.examples.batch(np.array([index]))
+            hidden = world.plain.peft(pixel_values=batch["pixel_values"]).last_hidden_state[0]
+            assert len(hidden) == NUM_TOKENS
+            logits, label = world.plain.head(hidden.mean(0)), batch["labels"].item()
+            losses.append((torch.logsumexp(logits, 0) - logits[label]).item())
+            right.append(logits.argmax().item() == label)
+    expected = {"loss": np.mean(losses), "accuracy": np.mean(right), "examples": len(indices)}
+    for model in (world.plain, world.stacked):
+        [result] = evaluate(model, [world.start], world.data.examples, indices, 16)
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_federation_ends_in_an_adapter_that_sees(images: Settings, photos: Path, tmp_path: Path) -> None:
+    learn = {"num-rounds": 6, "local-steps": 30, "learning-rate": 0.01, "head-learning-rate": 0.01, "alpha": 5.0}
+    folder = run_federation(images | learn | {"target-modules": "all-linear"}, tmp_path / "run")
+    saved = models.load(folder / "adapter", "cpu")
+    rows = table(photos)
+    with torch.inference_mode():
+        logits = saved.model(**saved.processor([Image.open(photos / name) for name in rows["image"]]))
+    told = [saved.labels[i] for i in logits.argmax(1)]
+    assert np.mean([a == b for a, b in zip(told, rows["label"], strict=True)]) > 0.8
+
+
+def test_memory_counts_the_tokens_of_an_image(images: Settings) -> None:
+    """Eager attention keeps (heads, T, T) probabilities a layer, which grows with the square of the image's tokens."""
+    config = Config.from_flat(images | {"step-tokens": 100, "batch-size": 4, "attention": "eager"})
+    needed = memory_plan.plan(config, 3, NUM_TOKENS)
+    assert needed.clients == 3  # 4 rows of 10 tokens each
+    assert needed.row == memory_plan.plan(config.changed(max_length=512), 3, NUM_TOKENS).row > 0
+
+
+def test_what_is_wrong_is_named(images: Settings, photos: Path, tiny_model: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(photos, tmp_path / "broken")
+    (folder / "blot" / "001.png").write_bytes(b"no image at all")
+    with pytest.raises(ConfigError, match=r"image number 80 .* is none: cannot identify image"):
+        load(images | {"dataset": str(folder)})
+    table(photos).replace("bars/000.png", "bars/gone.png").to_csv(folder / "paths.csv", index=False)
+    with pytest.raises(ConfigError, match=r"cannot read the image .*broken/bars/gone.png: No such file"):
+        load(images | {"dataset": str(folder / "paths.csv")})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"the folder .*empty has no images. It must have a subfolder for each label"):
+        file_table("data-path", tmp_path / "empty")
+    with pytest.raises(ConfigError, match="model = .* takes input_ids, no images"):
+        load(images | {"model": tiny_model})
+    with pytest.raises(ConfigError, match=r"unknown task 'images-classification'. Did you mean 'image-classification'"):
+        tasks.find_task("images-classification")

@@ -1,0 +1,84 @@
+"""Bases in 4 bits: bitsandbytes' own numbers under adapters, trained, saved and opened; refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from copra_fl import aggregation, memory_plan, models
+from copra_fl.config import Config, ConfigError
+from tests.local_grid import run_federation
+from tests.test_bases import BATCH
+from tests.test_cohort import jitter
+
+Settings = dict[str, object]
+
+
+@pytest.fixture
+def quantised(tiny: Settings) -> Settings:
+    return tiny | {"quantization": "4bit", "local-training": "lora", "attention": "eager"}
+
+
+def build(flat: Settings) -> models.AdaptedModel:
+    config = Config.from_flat(flat)
+    return models.build(config.model, config.copra.group, 3, seed=0)
+
+
+def test_the_model_is_the_one_with_the_dequantised_weights(tiny: Settings, quantised: Settings) -> None:
+    """Oracle: the full model, into which bitsandbytes' own dequantised weights are written."""
+    in_4_bits, full = build(quantised), build(tiny)
+    adapter = jitter(full.read_adapter(), 1)
+    modules = dict(in_4_bits.base.named_modules())
+    changed = 0
+    for name, module in full.base.named_modules():
+        if isinstance(modules[name], Linear4bit):
+            quantised_weight = modules[name].weight
+            module.weight.data = dequantize_4bit(quantised_weight.data, quantised_weight.quant_state)
+            changed += 1
+    assert changed >= 3 * 6  # layers x (query, key, value, output, both of the MLP)
+    with torch.inference_mode():
+        for model in (in_4_bits, full):
+            model.write_adapter(adapter)
+        torch.testing.assert_close(in_4_bits(**BATCH), full(**BATCH), rtol=1e-4, atol=1e-5)
+
+
+def test_a_residual_is_added_in_the_dtype_of_the_base(quantised: Settings) -> None:
+    model = build(quantised)
+    name = sorted(model.linears)[0]
+    inputs = torch.randn(4, model.linears[name].in_features)
+    before = model.linears[name](inputs)
+    torch.manual_seed(0)
+    left, right = torch.randn(model.linears[name].out_features, 2), torch.randn(2, model.linears[name].in_features)
+    model.write_residual({f"{name}.residual_B": left, f"{name}.residual_A": right})
+    torch.testing.assert_close(model.linears[name](inputs) - before, inputs @ (left @ right).T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_federation_ends_in_an_adapter_for_the_same_base(quantised: Settings, tmp_path: Path) -> None:
+    folder = run_federation(quantised, tmp_path / "run")
+    note = json.loads((folder / "provenance.json").read_text())["engine"]
+    assert "engine = 'stacked' cannot take this model" in note and "Linear4bit" in note
+    saved = models.load(folder / "adapter", "cpu")
+    assert any(isinstance(module, Linear4bit) for module in saved.model.base.modules())
+
+
+def test_the_plan_counts_4_bits(quantised: Settings) -> None:
+    """Oracle: what the quantised model itself holds."""
+    needed = memory_plan.plan(Config.from_flat(quantised), 3, 16)
+    base = build(quantised).base
+    held = sum(parameter.nbytes for name, parameter in base.named_parameters() if ".lora_" not in name)
+    assert needed.base == pytest.approx(held, rel=0.02)
+    assert needed.base < 0.5 * memory_plan.plan(Config.from_flat(quantised | {"quantization": "none"}), 3, 16).base
+
+
+def test_what_cannot_be_is_refused(quantised: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'fed-sb' does not combine with quantization = '4bit'"):
+        aggregation.check(Config.from_flat(quantised | {"rule": "fed-sb"}))
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes: pip install 'copra-fl\[quantization\]'"):
+        models.check(Config.from_flat(quantised).model)
+    models.check(Config.from_flat(quantised | {"quantization": "none"}).model)
