@@ -1,0 +1,97 @@
+"""A deployment without TLS, every byte between nodes and SuperLink recorded: nothing of the nodes' data is in it.
+
+What messages hold is looked at in test_own_data.py; here it is what Flower makes of them, on a real connection.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from copra_fl.cli.flower import copy_app, free_port
+from copra_fl.config import Config, toml_value
+from experiments.deployment import SCRIPTS, environment, running, wait_for
+from tests.test_own_data import Settings, leaks, own, rows_of, write
+
+__all__ = ["own"]  # a fixture
+
+
+@dataclass
+class Tap:
+    """Passes bytes between nodes and the SuperLink on, and keeps them: `up` to the SuperLink, `down` from it."""
+
+    target: int
+    up: bytearray = field(default_factory=bytearray)
+    down: bytearray = field(default_factory=bytearray)
+    numbers: tuple[()] = ()
+
+    @property
+    def seen(self) -> bytes:
+        return bytes(self.up + self.down)
+
+    @contextmanager
+    def listening(self) -> Iterator[int]:
+        """Its port, for the duration of the block."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            threading.Thread(target=self._accept, args=(server,), daemon=True).start()
+            yield server.getsockname()[1]
+
+    def _accept(self, server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                node, _ = server.accept()
+                superlink = socket.create_connection(("127.0.0.1", self.target))
+                for ends in ((node, superlink, self.up), (superlink, node, self.down)):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**16):
+                kept += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.slow
+def test_nothing_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> None:
+    files = [write(rows_of(site), tmp_path / f"ward-{site}-admissions.csv") for site in range(2)]
+    port, app, output = free_port(), tmp_path / "app", tmp_path / "run"
+    tap = Tap(port)
+    app.mkdir()
+    copy_app(app)
+    (tmp_path / "operator").mkdir()
+    (tmp_path / "operator" / "config.toml").write_text(
+        '[superlink]\ndefault = "deployment"\n\n'
+        f'[superlink.deployment]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    settings = own | {"min-nodes": 2, "output": str(output)}
+    overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        tapped = stack.enter_context(tap.listening())
+        stack.enter_context(
+            running(tmp_path, "superlink", "flower-superlink", "--insecure", "--host=127.0.0.1", f"--port={port}")
+        )
+        wait_for(f"http://127.0.0.1:{port}/health")
+        for number, file in enumerate(files):
+            config = f"partition-id={number} num-partitions=2 data-path='{file}'"
+            stack.enter_context(
+                running(
+                    tmp_path, f"node-{number}", "flower-supernode", "--insecure", f"--superlink=127.0.0.1:{tapped}",
+                    f"--port={free_port()}", "--node-config", config,
+                )
+            )  # fmt: skip
+        command = [SCRIPTS / "flwr", "run", str(app), "deployment", "--stream", "--run-config", overrides]
+        subprocess.run(
+            command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=500
+        )
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    # The tap works: labels that the server tells, and scalars that clients tell, are readable in it.
+    assert b"sand,sea,sky" in tap.down and b"distance" in tap.up and len(tap.up) > 10_000
+    assert leaks(tap, Config.from_flat(own), files) == []  # type: ignore[arg-type]
