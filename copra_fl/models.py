@@ -198,7 +198,8 @@ def _not_found(model: str, error: Exception) -> str:
     names = ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "model")
     return (
         f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be "
-        f"had from the Hugging Face hub: {str(error).splitlines()[0]}"
+        f"had from the Hugging Face hub: {str(error).splitlines()[0]} To use a model of the hub without a network, run "
+        f"`hf download {model} --local-dir FOLDER` where there is one, bring the folder here and set model to its path"
     )
 
 

@@ -176,9 +176,12 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
         splits = builder.as_dataset()
     except Exception as error:  # every kind of error from network, cache, and a foreign data set's files
         known = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "data")
+        called = ", ".join(repr(part) for part in (path, subset) if part)
         raise ConfigError(
             f"dataset = {name!r} is no asset ({known}) and no file in {Path.cwd()}, and it could not be had from the "
-            f"Hugging Face hub: {error}"
+            f"Hugging Face hub: {error}. To use a data set of the hub without a network, run "
+            f"`datasets.load_dataset({called}, split='train').to_parquet('train.parquet')` where there is one, bring "
+            "the file here and set dataset to its path"
         ) from error
     if "train" not in splits:
         raise ConfigError(f"dataset = {name!r} has no split 'train'; it has {', '.join(splits)}")
