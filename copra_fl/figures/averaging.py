@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from copra_fl.adapter import by_number
 from copra_fl.figures.canvas import are_many, by_method, by_round, legended, started
 from copra_fl.page import Figure
 from copra_fl.results import Comparison, join
@@ -68,7 +69,7 @@ def error_by_layer(comparison: Comparison) -> list[Figure]:
             found[method] = {name: 100 * float(np.mean([each[name] for each in layers])) for name in layers[0]}
     if not found:
         return []
-    modules = list(next(iter(found.values())))
+    modules = sorted(next(iter(found.values())), key=by_number)
     cells = [[errors.get(module) for module in modules] for errors in found.values()]
     chart = by_method(comparison, {"title": "layer"})
     chart.add_heatmap(

@@ -6,14 +6,13 @@ After CoTo (arXiv 2506.05713), which keeps every other layer, thirds of the laye
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from copra_fl.adapter import Adapter, part_of, parts
+from copra_fl.adapter import Adapter, by_number, part_of, parts
 from copra_fl.gates import group_name
 
 #: shares of the adapter's values that are set to zero
@@ -37,7 +36,7 @@ class Pruned:
 
 def modules(adapter: Adapter) -> list[str]:
     """The adapted modules, blocks in the order of their numbers."""
-    return sorted((name.partition(".lora_B")[0] for name in parts(adapter, {"B"})), key=_natural)
+    return sorted((name.partition(".lora_B")[0] for name in parts(adapter, {"B"})), key=by_number)
 
 
 def layers(adapter: Adapter) -> dict[str, list[str]]:
@@ -120,11 +119,6 @@ def magnitudes(adapter: Adapter) -> Iterator[Pruned]:
     """The largest values over the whole adapter, from 90 % of them to 10 %."""
     for sparsity in SPARSITIES:
         yield Pruned("magnitude", f"largest {1 - sparsity:.0%}", by_magnitude(adapter, sparsity), 1 - sparsity)
-
-
-def _natural(name: str) -> list[tuple[bool, int | str]]:
-    """Sorts layer 10 behind layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
 def _with_layers(adapter: Adapter, family: str, name: str, chosen: Sequence[str]) -> Pruned:
