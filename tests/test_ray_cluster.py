@@ -142,6 +142,7 @@ def training(raylet: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_give_what_one_machine_gives(
     ray_cluster: LocalCluster, tiny: Settings, tmp_path: Path
 ) -> None:
