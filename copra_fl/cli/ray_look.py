@@ -72,7 +72,8 @@ def free(total_cpus: float, total_gpus: float) -> dict[str, float]:
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     variables = question["variables"] | {"PYTHONPATH": os.pathsep.join(sys.path)}  # as Flower does it
     try:
-        ray.init(question["address"], runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False)
+        environment = {"env_vars": variables}
+        ray.init(question["address"], runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False)
         found = machines(question["paths"], question["mark"])
         total = ray.cluster_resources()
         return {"machines": found, **free(total.get("CPU", 0), total.get("GPU", 0))}
