@@ -11,16 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
-from copra_fl.aggregation import find_rule
 from copra_fl.assets import cache_dir
-from copra_fl.compression import FEEDBACK
-from copra_fl.config import Config
-
-
-def is_wanted(config: Config) -> bool:
-    """Whether clients leave anything behind; they must then be trained where it lies."""
-    aggregation = config.aggregation
-    return find_rule(aggregation.rule).personal or aggregation.control_variates or config.federation.uplink in FEEDBACK
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from flwr.app import Context, RecordDict
 
 import copra_fl.process  # noqa: F401
-from clients.memory import ClientState, Memory, is_wanted
+from clients.memory import ClientState, Memory
 from clients.session import open_engine
 from clients.site import Refused, Site
 from copra_fl import wire
@@ -32,7 +32,7 @@ from copra_fl.events import emit
 from copra_fl.models import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.residual import add
-from copra_fl.training import Plan, expected_update
+from copra_fl.training import Plan, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -53,7 +53,7 @@ def hello(content: RecordDict, context: Context) -> RecordDict:
 def _introduce(site: Site, digest: str, config: Config) -> wire.Hello:
     single = config.data.num_clients == 0 and config.data.partitioner != "natural"
     data = site.open_data(config.changed(num_clients=site.num_partitions) if single else config)
-    at_home = single or config.data.partitioner == "own" or is_wanted(config)
+    at_home = single or config.data.partitioner == "own" or leaves_state(config)
     hosted = range(site.partition, len(data.train), site.num_partitions) if at_home else range(len(data.train))
     return wire.Hello(
         partition=site.partition,
@@ -87,7 +87,7 @@ def _train(site: Site, content: RecordDict, context: Context) -> RecordDict:
     if state.control:
         moved = [replace(update, adapter=_minus(update.gradient, left[update.client].control)) for update in updates]
         buffers["controls"] = encode(moved, sendable, group_of, "float32")
-    if is_wanted(config):
+    if leaves_state(config):
         for update in updates:
             before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
             after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))

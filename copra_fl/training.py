@@ -20,6 +20,7 @@ from copra_fl.adapter import Adapter, Update, difference, norm, part_of, parts, 
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import Expected
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
+from copra_fl.compression import FEEDBACK
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data import FederatedData
 from copra_fl.models import AdaptedModel
@@ -46,6 +47,12 @@ class Plan:
     def trained_parts(self) -> frozenset[str]:
         """The parts (`adapter.part_of`) that clients train in this round; all else stays bit by bit."""
         return find_rule(self.config.aggregation.rule).trains(self.server_round)
+
+
+def leaves_state(config: Config) -> bool:
+    """Whether clients leave anything behind for their next round; they must then be trained where it lies."""
+    aggregation = config.aggregation
+    return find_rule(aggregation.rule).personal or aggregation.control_variates or config.federation.uplink in FEEDBACK
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:

@@ -26,10 +26,12 @@ def exchange(
     messages: Iterable[Message],
     timeout: float,
     is_enough: Callable[[Sequence[Message]], bool] = all_of_them,
+    heard: Callable[[Sequence[Message]], None] = lambda replies: None,
 ) -> list[Message]:
     """Send `messages`, and collect the replies that come within `timeout` seconds, until they are enough.
 
-    Returns them sorted by node. An error that Flower reports in place of a node that is gone counts as the node's.
+    `heard` is called with all that have come, each time that some do. Returns them sorted by node. An error that
+    Flower reports in place of a node that is gone counts as the node's.
     """
     messages = list(messages)
     waiting = set(grid.push_messages(messages))  # an id is missing, or None, where a node is not there any more
@@ -42,6 +44,8 @@ def exchange(
         for reply in came:
             message = asked[reply.metadata.reply_to_message_id]
             replies.append(Message(reply.error, reply_to=message) if reply.has_error() else reply)
+        if came:
+            heard(replies)
         waiting -= {reply.metadata.reply_to_message_id for reply in came}
         if waiting:
             time.sleep(min(LONGEST, max(SHORTEST, SHARE * waited)))

@@ -176,7 +176,10 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
     arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
-    replies = exchange(grid, messages, config.federation.round_timeout, strategy.is_enough)
+    replies = exchange(
+        grid, messages, config.federation.round_timeout, strategy.is_enough,
+        heard=lambda replies: emit("replied", clients=strategy.num_answered(replies)),
+    )  # fmt: skip
     _, metrics = strategy.aggregate_train(server_round, replies)
     assert metrics is not None
     return {

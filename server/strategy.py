@@ -143,8 +143,12 @@ class CohortStrategy(Strategy):
 
     def is_enough(self, replies: Sequence[Message]) -> bool:
         """Whether `replies` bring as many clients as are wanted, so that nobody else is waited for."""
-        nodes = {reply.metadata.src_node_id for reply in replies if reply.has_content()}
-        return sum(len(cohort) for node, cohort in self._cohorts.items() if node in nodes) >= self._wanted
+        return self.num_answered(reply for reply in replies if reply.has_content()) >= self._wanted
+
+    def num_answered(self, replies: Iterable[Message]) -> int:
+        """How many clients were asked through the nodes that `replies` come from."""
+        nodes = {reply.metadata.src_node_id for reply in replies}
+        return sum(len(cohort) for node, cohort in self._cohorts.items() if node in nodes)
 
     def cohort_messages(
         self, server_round: int, number: int, work: Mapping[int, float], message_type: str

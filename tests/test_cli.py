@@ -16,7 +16,7 @@ from rich.console import Console
 from copra_fl import events
 from copra_fl.cli import main
 from copra_fl.cli.compare import with_all
-from copra_fl.cli.progress import watch
+from copra_fl.cli.progress import State, watch
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError
 from tests.real_runs import SCRIPT, settings
@@ -158,6 +158,18 @@ def test_report_of_a_folder_that_is_none(refused: Refused, tmp_path: Path) -> No
 def test_help_and_version_are_fast_and_complete(tmp_path: Path) -> None:
     out = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(command in out for command in ("simulate", "compare", "report", "assets"))
+
+
+def test_clients_count_when_they_are_trained_or_their_reply_is_there() -> None:
+    """Of workers on other machines only replies are heard."""
+    state = State()
+    told = [("trained", 1.5), ("replied", 3), ("trained", 0.5), ("replied", 6)]
+    state.move({"event": "round", "round": 1, "clients": 6})
+    done = []
+    for event, clients in told:
+        state.move({"event": event, "clients": clients})
+        done.append(state.clients_done)
+    assert done == [1.5, 3, 3.5, 6]
 
 
 def test_what_runs_of_a_comparison_note_alike_is_printed_once(

@@ -38,6 +38,13 @@ def test_replies_come_once_each_until_the_time_is_up() -> None:
     assert 0.5 <= time.monotonic() - started < 1.5
 
 
+def test_replies_are_told_of_as_they_come() -> None:
+    grid, heard = SlowGrid(4), list[int]()
+    messages = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+    exchange(grid, messages, timeout=0.5, heard=lambda replies: heard.append(len(replies)))
+    assert heard == sorted(set(heard)) and heard[-1] == 3
+
+
 def test_nothing_is_waited_for_when_all_are_there() -> None:
     grid = SlowGrid(3)
     del grid.contexts[102]

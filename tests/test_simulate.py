@@ -107,7 +107,7 @@ def test_a_decoy_clients_folder_is_refused(long: Settings, tmp_path: Path) -> No
         for path in original.glob("*.py"):
             (decoy / path.name).write_text(path.read_text() + "\n# not what the server has\n")
         run_config = config.to_flat() | {"output": str(tmp_path / "run"), "resume": False}
-        process = link.start_run(run_config, Workers.share(1))
+        process = link.start_run(run_config, Workers.share(1, num_clients=6))
         with pytest.raises(RunFailed, match="runs other sources of copra_fl and clients"):
             watch(link, process, 1, Console(stderr=True))
 

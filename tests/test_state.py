@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.memory import ClientState, Memory, is_wanted
+from clients.memory import ClientState, Memory
 from copra_fl.adapter import Adapter
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
+from copra_fl.training import leaves_state
 from server.journal import Journal
 from server.state import State
 
@@ -60,7 +61,7 @@ def test_a_client_remembers_its_last_round_before_the_one_that_runs() -> None:
     ],
 )
 def test_who_leaves_something_with_its_clients(flat: dict, wanted: bool) -> None:
-    assert is_wanted(Config.from_flat(flat)) == wanted
+    assert leaves_state(Config.from_flat(flat)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _simulate(
     Returns when the command began, and what was seen of its processes. Raises RunFailed.
     """
     started = time.time()
-    workers = replace(Workers.share(share.workers), cpus=share.threads, nodes=nodes)
+    workers = replace(Workers.share(share.workers, num_clients=share.workers), cpus=share.threads, nodes=nodes)
     with superlink(folder / "flower.log") as link:
         command = link.start_run(run_config, workers, copy)
         roots = [psutil.Process(link.keeper.pid), psutil.Process(command.pid)]

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from copra_fl.cli import options, preflight, progress
-from copra_fl.cli.flower import Workers, superlink
+from copra_fl.cli.cluster import Demand
+from copra_fl.cli.flower import superlink
 from copra_fl.cli.recipes import Recipe, carried_methods, method_settings, short_name
 from copra_fl.config import Config, ConfigError, read_toml
 
@@ -23,6 +24,7 @@ def compare(
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,
+    ray_address: options.RayAddressOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
     track: options.TrackOption = None,
@@ -42,7 +44,8 @@ def compare(
         configs = {
             name: settings.config(names[method], seed) for name, (method, seed) in run_names(names, numbers).items()
         }
-    run_comparison(directory, list(names), numbers, configs, console, workers, gpus_per_worker, overwrite, track or [])
+    demand = Demand(workers, gpus_per_worker, ray_address)
+    run_comparison(directory, list(names), numbers, configs, console, demand, overwrite, track or [])
 
     from copra_fl.ranking import table
     from copra_fl.report import write  # slow to import, and not needed before
@@ -60,8 +63,7 @@ def run_comparison(
     seeds: list[int],
     configs: Mapping[str, Config],
     console: Console,
-    workers: int | None,
-    gpus_per_worker: float | None,
+    demand: Demand,
     overwrite: bool = False,
     track: Sequence[str] = (),
 ) -> None:
@@ -69,13 +71,13 @@ def run_comparison(
 
     Raises ConfigError for a configuration that cannot run or is not the one that a run was begun with, RunFailed.
     """
-    with superlink(directory / "flower.log") as link:
+    with superlink(directory / "flower.log", demand.ray_address) as link:
         configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        shares = demand.meet(list(configs.values()), console)
         options.make_output(directory, overwrite)
         for name, config in configs.items():
             options.write_config(directory / name, config)
         write_plan(directory, methods, seeds)
-        shares = Workers.share(options.number_of_workers(workers, *configs.values()), gpus_per_worker)
         process = link.start_run({"output": str(directory), "resume": True}, shares)
 
         from copra_fl.trackers.feed import Tracking  # slow to import

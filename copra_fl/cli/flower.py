@@ -33,6 +33,11 @@ from copra_fl.cli import guard
 from copra_fl.config import Value, toml_value
 
 START_SECONDS = 60
+MAX_DEFAULT_WORKERS = 4
+#: where the app lies below a SuperLink's home
+APP = "app"
+#: variables that all workers of a run have alike
+SHARED = ("COPRA_FL_CACHE", "COPRA_FL_LOG")
 
 
 class RunFailed(RuntimeError):
@@ -56,30 +61,36 @@ def copy_app(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """How a simulation uses the machine: Ray actors, each with a share of its cores and GPUs.
+    """How a simulation is spread: Ray actors, each with a share of a machine's cores and GPUs.
 
     Attributes:
         nodes: Flower's nodes, which host the clients; the actors serve them.
+        starts_ray: on this machine for this run alone; else Ray runs already.
     """
 
     number: int
     cpus: int
     gpus: float
     nodes: int
+    starts_ray: bool = True
 
     @classmethod
-    def share(cls, number: int, gpus_per_worker: float | None = None) -> Workers:
-        """Cores dealt out evenly, and GPUs too unless their share is given; one node a worker."""
+    def share(cls, number: int | None, num_clients: int, gpus_per_worker: float | None = None) -> Workers:
+        """This machine's cores dealt out evenly, and GPUs too unless their share is given; one node a worker.
+
+        Without a `number` there is one per core and at most 4; never more than clients.
+        """
+        number = min(number or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
         if gpus_per_worker is None:
             gpus_per_worker = num_gpus() / number
         return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker, nodes=number)
 
     def federation_config(self) -> str:
         """Flower's federation config."""
-        return (
-            f"num-supernodes={self.nodes} client-resources-num-cpus={self.cpus} "
-            f"client-resources-num-gpus={self.gpus} init-args-num-cpus={self.number * self.cpus}"
+        config = (
+            f"num-supernodes={self.nodes} client-resources-num-cpus={self.cpus} client-resources-num-gpus={self.gpus}"
         )
+        return f"{config} init-args-num-cpus={self.number * self.cpus}" if self.starts_ray else config
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class SuperLink:
 
         It writes its log to `log`. Raises RunFailed if the SuperLink does not start.
         """
-        app, config = self.home / "app", self.home / "run-config.toml"
+        app, config = self.home / APP, self.home / "run-config.toml"
         copy(app)
         config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
         command = self.flwr("run", str(app), "local", "--stream", "--run-config", str(config))
@@ -135,10 +146,27 @@ class SuperLink:
         raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; its log is {self.log}")
 
 
+def worker_variables() -> dict[str, str]:
+    """What workers on other machines are to have of our environment."""
+    return {"TOKENIZERS_PARALLELISM": "false"} | {name: os.environ[name] for name in SHARED if name in os.environ}
+
+
+def ray_variables(home: Path, address: str | None) -> dict[str, str]:
+    """The environment in which Flower starts a Ray of its own, whatever else runs here, or joins that at `address`.
+
+    On another machine there are no `clients`, which lie in `home`: Ray brings them, as its job submission would.
+    """
+    if address is None:
+        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home)}
+    brought = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
+    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": brought})}
+
+
 @contextmanager
-def superlink(log: Path) -> Iterator[SuperLink]:
+def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
     """A SuperLink for the duration of the block; afterwards no process and no file of it is left.
 
+    Simulations run on the Ray cluster at `ray_address`, else on a Ray of their own.
     It starts in the background: `start_run` waits for it. `log`, if a run was started, takes what server app and
     workers print, and at the end what the SuperLink printed.
     """
@@ -160,10 +188,10 @@ def superlink(log: Path) -> Iterator[SuperLink]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",  # workers that no actor would ever use
-        "TOKENIZERS_PARALLELISM": "false",
+        **worker_variables(),
+        **ray_variables(home, ray_address),
     }
     command = [sys.executable, guard.__file__, mark, f"{scripts}/flower-superlink", "--insecure", "--simulation"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]

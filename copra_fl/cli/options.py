@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from copra_fl import trackers
+from copra_fl.cli import cluster
 from copra_fl.config import Config, ConfigError
 
 RecipeOption = Annotated[
@@ -32,6 +32,15 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Ray
 GpusOption = Annotated[
     float | None, typer.Option("--gpus-per-worker", min=0, help="Share of a GPU for each worker. Default: all, evenly.")
 ]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Run on this Ray cluster, of which this machine is one. Default: a Ray of its own, on this machine.",
+        callback=cluster.reachable,
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run in --output left off.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in --output.")]
 TrackOption = Annotated[
@@ -47,13 +56,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as J
 
 #: what a run or comparison folder has at its top, and no other folder is taken for one
 MARKS = ("comparison.toml", "config.toml")
-MAX_DEFAULT_WORKERS = 4
-
-
-def number_of_workers(workers: int | None, *configs: Config) -> int:
-    """As asked, else one per core and at most 4; never more than clients."""
-    num_clients = max(config.data.num_clients for config in configs)
-    return min(workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
 
 
 def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:

@@ -94,6 +94,11 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
     return notes
 
 
+def local_paths(config: Config) -> list[str]:
+    """Files and folders that a configuration names, once it is checked: there they are absolute."""
+    return [place for place in _places(config).values() if Path(place).is_absolute()]
+
+
 def _places(config: Config) -> dict[str, str]:
     """The keys that may name a file or folder."""
     return {"dataset": config.data.dataset, "test_file": config.data.test_file, "model": config.model.model}

@@ -48,6 +48,8 @@ class State:
                 self.recorded, self.phase = event["round"] - 1, "training"
             case "trained":
                 self.clients_done += event["clients"]
+            case "replied":  # all that is heard of workers on other machines
+                self.clients_done = max(self.clients_done, event["clients"])
             case "evaluating":
                 self.phase = "evaluating"
             case "recorded":

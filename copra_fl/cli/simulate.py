@@ -1,4 +1,4 @@
-"""`copra-fl simulate`: one federation, simulated on this machine through Flower on Ray."""
+"""`copra-fl simulate`: one federation, simulated through Flower on Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import closing
 from rich.console import Console
 
 from copra_fl.cli import options, preflight, progress
-from copra_fl.cli.flower import Workers, superlink
+from copra_fl.cli.cluster import Demand
+from copra_fl.cli.flower import superlink
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config
 
@@ -18,12 +19,13 @@ def simulate(
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,
+    ray_address: options.RayAddressOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
     track: options.TrackOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Simulate one federation: its clients train, Flower's server averages, on Ray workers here."""
+    """Simulate one federation: its clients train, Flower's server averages, on Ray workers, here or on a cluster."""
     console = Console(stderr=True)
     directory = options.choose_output(output, "simulate", resume, overwrite)
     stored = directory / "config.toml"
@@ -31,12 +33,12 @@ def simulate(
         config = Config.from_toml(stored)
     else:
         config = Recipe.read(recipe or "base", set_ or []).config()
-    with superlink(directory / "flower.log") as link:
+    with superlink(directory / "flower.log", ray_address) as link:
         (config,) = preflight.check([config], console)
+        shares = Demand(workers, gpus_per_worker, ray_address).meet([config], console)
         options.make_output(directory, overwrite)
         options.write_config(directory, config)
         run_config = config.to_flat() | {"output": str(directory), "resume": resume}
-        shares = Workers.share(options.number_of_workers(workers, config), gpus_per_worker)
 
         from copra_fl.trackers.feed import Tracking  # slow to import, as are those below
 

@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 
 from copra_fl.cli import options, preflight
+from copra_fl.cli.cluster import Demand
 from copra_fl.cli.compare import run_comparison, run_names, write_plan
 from copra_fl.cli.recipes import Recipe, short_name
 from copra_fl.config import Config, ConfigError, unknown
@@ -70,10 +71,11 @@ def study(
     output: OutputOption = Path("runs/study"),
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,
+    ray_address: options.RayAddressOption = None,
 ) -> None:
     """Run a study, or go on with it: every method at its best learning rate, in several splits and regimes."""
     console = Console(stderr=True)
-    recipe = Recipe.read(file, set_ or [])
+    recipe, demand = Recipe.read(file, set_ or []), Demand(workers, gpus_per_worker, ray_address)
     planned = {name: list(cells) for name, cells in read_grids(recipe, grids, output.absolute())}
     preflight.check([config for cells in planned.values() for cell in cells for config in samples(cell)], console)
 
@@ -87,7 +89,7 @@ def study(
         if all((directory / name / "summary.json").exists() for name in configs):
             write_plan(directory, list(methods), seeds)
         else:
-            run_comparison(directory, list(methods), seeds, configs, console, workers, gpus_per_worker)
+            run_comparison(directory, list(methods), seeds, configs, console, demand)
 
     for name, cells in planned.items():
         for number, cell in enumerate(cells, start=1):
