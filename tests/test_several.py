@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from copra_fl import aggregation, models, tasks
+from copra_fl import aggregation, models, report, tasks
 from copra_fl.adapter import Adapter, Update, part_of
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import join, lend, split, without_others
+from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
 from copra_fl.evaluation import evaluate_each, merge_gap_each
+from copra_fl.probes.opening import open_run
+from copra_fl.ranking import by_dataset, table
 from copra_fl.training import Plan, train_client
 from tests.conftest import make_texts
 from tests.local_grid import run_federation
@@ -258,6 +264,64 @@ def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settin
         own = opened.model(**batch).argmax(1)
     assert logits.shape == (1, 5) and torch.isfinite(logits).all()
     assert float((own == batch["labels"]).double().mean()) == pytest.approx(expected["accuracy"])
+
+
+def test_the_report_and_the_table_tell_each_data_set(run: Path) -> None:
+    """A data set's row has its own test accuracy and loss; the mean over both is the run's test accuracy."""
+    summary, console = report.write(run), Console(width=100, record=True)
+    test = json.loads((run / "summary.json").read_text())["test"]
+    found = summary["methods"]["copra"]
+    assert found["test_accuracy"]["mean"] == pytest.approx(np.mean([d["accuracy"] for d in test["datasets"].values()]))
+    _, rows = by_dataset(summary)
+    assert [row[:2] for row in rows] == [["topics", "copra"], ["moods", "copra"]]
+    for row in rows:
+        own = test["datasets"][row[0]]
+        assert row[2:] == [f"{100 * own['accuracy']:.1f}", f"{own['loss']:.3f}"]
+    console.print(table(summary))
+    shown = console.export_text()
+    assert "topics" in shown and rows[1][3] in shown
+    page = (run / "report.html").read_text()
+    assert "Accuracy by round on moods" in page and "on each data set by itself" in page
+
+
+def test_merging_clients_of_several_data_sets(run: Path) -> None:
+    """A client is evaluated on its own data set, a merge on both; FedAvg of the round is one of the merges."""
+    result = CliRunner().invoke(app, ["probe", "merge", str(run), "--split", "test"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts, opened = json.loads((run / "probe-merge.json").read_text()), open_run(run)
+    assert [row["name"] for row in facts["before"]][2:4] == ["client 2 (topics/2)", "client 3 (moods/0)"]
+    assert [list(row["datasets"]) for row in facts["before"]] == [["topics"]] * 3 + [["moods"]] * 2
+    trained = opened.clients(2)
+    (alone,) = opened.score([trained[3]], "test", datasets=[1])
+    assert facts["before"][3]["accuracy"] == pytest.approx(alone["datasets"]["moods"]["accuracy"])
+    (federated,) = opened.score([opened.adapter], "test")
+    average = facts["merged"][0]
+    for name, own in federated["datasets"].items():
+        assert average["datasets"][name]["loss"] == pytest.approx(own["loss"], rel=1e-4)
+    means = []
+    for clients in ([0, 1, 2], [3, 4]):
+        weights = opened.examples(clients)
+        means.append(np.average([facts["before"][client]["accuracy"] for client in clients], weights=weights))
+    assert facts["mean_accuracy_before"] == pytest.approx(np.mean(means))
+    assert average["gap"] == pytest.approx(average["accuracy"] - np.mean(means))
+    assert "moods, %" in (run / "probe-merge.html").read_text()
+
+
+def test_lines_between_clients_of_several_data_sets(run: Path) -> None:
+    """Between clients of unlike data sets: both on both, with each other's rows; else on the one that they have."""
+    arguments = ["probe", "connectivity", str(run), "--clients", "1,2,3", "--points", "3"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts, opened = json.loads((run / "probe-connectivity.json").read_text()), open_run(run)
+    trained = opened.clients(2, only=[1, 2, 3])
+    within, across = (facts["paths"]["product"][place] for place in (0, 2))
+    assert across["pair"] == ["client 2 (topics/2)", "client 3 (moods/0)"]
+    own = opened.score([trained[1], trained[2]], datasets=[0])
+    assert within["accuracy"][::2] == pytest.approx([metrics["accuracy"] for metrics in own])
+    (end,) = opened.score([trained[2]], datasets=[0])
+    borrowed = {n: torch.cat([trained[2][n][TOPICS], trained[3][n][MOODS]]) for n in ("head.weight", "head.bias")}
+    (other,) = opened.score([trained[2] | borrowed], datasets=[1])
+    assert across["loss"][0] == pytest.approx((end["loss"] + other["loss"]) / 2, rel=1e-4)
 
 
 REFUSED = [
