@@ -99,13 +99,14 @@ def members(
 
 
 def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int | None, progress: Progress) -> Members:
+    """Clients weigh as in the run's average; of several data sets each has the others' rows of the head for theirs."""
     sampled = run.sampled(server_round)
-    """With several data sets each has the others' rows of the head for theirs (`heads.lend`)."""
     found = run.clients(server_round, progress, wanted or sampled[:most])
     clients = list(found)
-    residual, examples = run.state(server_round - 1).residual, run.examples(clients)
+    residual = run.state(server_round - 1).residual
+    counts = [1] * len(clients) if run.config.aggregation.weighting == "equal" else run.examples(clients)
     datasets = [run.data.dataset_of(client) for client in clients]
-    adapters = lend(list(found.values()), datasets, examples, run.data.head_sizes)
+    adapters = lend(list(found.values()), datasets, counts, run.data.head_sizes)
     named = f"clients {join(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
     left_out = f" (of {len(sampled)} in all)" if len(clients) < len(sampled) else ""
     return Members(
@@ -113,7 +114,7 @@ def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int |
         [_client(run, client) for client in clients],
         [State(adapter, residual) for adapter in adapters],
         [run.scaling] * len(clients),
-        [number / sum(examples) for number in examples],
+        [number / sum(counts) for number in counts],
         [run],
         datasets,
     )

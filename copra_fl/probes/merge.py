@@ -105,7 +105,7 @@ def _results(own: Sequence[Row], merged: Sequence[Row]) -> DataTable:
     names = list(merged[0].datasets)
     caption = (
         "PEFT: its combination type. To the mean: accuracy minus the mean of those before, weighted as in the merge: "
-        "by training examples for clients, else alike. Heads are averaged."
+        "by training examples for clients, unless their run weighs them alike, else alike. Heads are averaged."
     )
     if names:
         caption += (
