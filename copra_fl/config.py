@@ -48,7 +48,8 @@ class DataConfig:
     dataset: str = option(
         "health-tweets",
         "asset name, path of a CSV, JSONL or Parquet file or of a folder of images, or Hugging Face data set name; "
-        "empty: the server has none, and only clients evaluate (partitioner = own)",
+        "several, with commas: each client has one of them (docs/tasks.md); empty: the server has none, and only "
+        "clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own, else held out of the data")
     text_column: str = option("text", "column with the text")
@@ -78,6 +79,11 @@ class DataConfig:
     server_validation_examples: int = option(500, "examples the server holds for validation", low=1)
     test_examples: int = option(2000, "examples held out for the test, where the data set has none of its own", low=1)
     max_length: int = option(64, "tokens per text; longer ones are cut (images have as many as the model makes)", low=4)
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets in `dataset`, as they are written there; none where it is empty."""
+        return [name.strip() for name in next(csv.reader([self.dataset], skipinitialspace=True), [])]
 
     @property
     def label_list(self) -> list[str]:
@@ -391,7 +397,7 @@ def _checked(key: str, value: Any, spec: Field[Any]) -> Value:
 
 
 def csv_line(names: Iterable[str]) -> str:
-    """`names` as a line of CSV, which `DataConfig.label_list` reads."""
+    """`names` as a line of CSV, which `DataConfig.label_list` and `DataConfig.datasets` read."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(names)
     return line.getvalue()

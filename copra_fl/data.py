@@ -5,6 +5,7 @@
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
     client ->  train | validation                     shuffled, seeded
 
+Several data sets are each loaded like that, as if it were the only one, and then joined (`several`).
 With ``partitioner = own`` the table is the server's, all of it held out, and clients have their own (`own_data`).
 
 The held-out sets are the same for every seed, so that what is tuned on validation data with one seed was never test
@@ -14,12 +15,10 @@ cache; from then on `load` maps them into memory and imports none of the librari
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +31,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from copra_fl.assets import cache_dir
-from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig
-from copra_fl.seeding import derive, generator
-from copra_fl.tables import Table, codes, digest_of, find_tables, read_examples
+from copra_fl.config import Config, ConfigError, DataConfig
+from copra_fl.partitions import largest, partition, split_clients
+from copra_fl.seeding import generator
+from copra_fl.several import DataSet, JoinedExamples, deal, in_turn
+from copra_fl.tables import Table, called, codes, digest_of, find_tables, read_examples
 from copra_fl.tasks import Examples, Task, find_task
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
@@ -43,6 +44,8 @@ if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
 #: Changes whenever the same inputs would give other held-out sets or partitions.
 CACHE_VERSION = 2
 HELD_OUT_ROOT = 0
+#: what the cache keeps beside what a task has made of the examples
+SUBSETS = {"test", "unseen", "server_validation", "pool", "clients"}
 
 Facts = dict[str, Any]
 Stored = tuple[dict[str, Tensor], Facts]
@@ -67,6 +70,7 @@ class FederatedData:
         dropped_empty: rows dropped since content, label or client is missing.
         digest: names content, encoding, held-out sets and partition; equal on every machine that has the same.
         tokens_digest: the same without the partition.
+        datasets: the data sets, where there are several.
     """
 
     examples: Examples
@@ -84,6 +88,21 @@ class FederatedData:
     tokens_digest: str
     unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     unseen_names: list[str] = field(default_factory=list)
+    datasets: list[DataSet] = field(default_factory=list)
+
+    @property
+    def head_sizes(self) -> list[int]:
+        """Rows of the head that each data set has; none where there is one data set."""
+        return [len(dataset.labels) for dataset in self.datasets]
+
+    def dataset_of(self, client: int) -> int | None:
+        """Which of `datasets` the client has; None where there is one data set."""
+        return next((number for number, dataset in enumerate(self.datasets) if client in dataset.clients), None)
+
+    def among(self, indices: np.ndarray, numbers: Collection[int | None]) -> np.ndarray:
+        """Those of `indices` that are of one of these `datasets`; all of them where there is one data set."""
+        parts = [self.datasets[number].among(indices) for number in sorted({n for n in numbers if n is not None})]
+        return np.concatenate(parts) if parts else indices
 
 
 def load(config: Config, processor: Any) -> FederatedData:
@@ -95,13 +114,68 @@ def load(config: Config, processor: Any) -> FederatedData:
 
     Raises ConfigError where data, columns or the wanted split cannot be had, AssetError where an asset cannot.
     """
-    data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
+    data, task = config.data, find_task(config.model.task)
     is_known = data.num_clients or data.partitioner in ("natural", "own")
     assert is_known, "num-clients = 0 is for the caller to resolve"
-    encoding = encoding_of(task, data, processor)
     if not data.dataset:
+        task.processor_digest(processor)
         return _nothing(task, data, processor)
+    shares = deal(data.num_clients, len(data.datasets))
+    loaded, encoded = {}, []
+    for source, clients in zip(data.datasets, shares, strict=True):
+        alone = replace(data, dataset=source, num_clients=clients)
+        try:
+            found, tensors = _load(task, alone, config.federation.seed, processor)
+        except ConfigError as error:
+            if len(shares) == 1:
+                raise
+            raise ConfigError(f"dataset {source!r}: {error}") from error
+        loaded[called(source)] = found
+        encoded.append(tensors)
+    if len(loaded) == 1:
+        return found
+    labels = in_turn([len(each.label_names) for each in loaded.values()])
+    for tensors, own in zip(encoded, labels, strict=True):
+        tensors["labels"] = tensors["labels"] + own.start
+    examples = task.examples(task.join(encoded), processor, data)
+    return _joined(JoinedExamples.of(examples, labels), loaded, labels)
 
+
+def _joined(examples: Examples, loaded: Mapping[str, FederatedData], labels: Sequence[range]) -> FederatedData:
+    """The data sets in `loaded`, by name, as one federation's."""
+    names, parts = list(loaded), list(loaded.values())
+    indices = in_turn([len(each.examples) for each in parts])
+    clients = in_turn([len(each.train) for each in parts])
+    datasets = [DataSet(*each) for each in zip(names, labels, indices, clients, strict=True)]
+
+    def held(kind: str) -> np.ndarray:
+        return np.concatenate([getattr(each, kind) + own.start for each, own in zip(parts, indices, strict=True)])
+
+    def each_client(kind: str) -> list[np.ndarray]:
+        pairs = zip(parts, indices, strict=True)
+        return [subset + own.start for each, own in pairs for subset in getattr(each, kind)]
+
+    return FederatedData(
+        examples=examples,
+        label_names=[f"{name}/{label}" for name, each in loaded.items() for label in each.label_names],
+        client_names=[f"{name}/{client}" for name, each in loaded.items() for client in each.client_names],
+        train=each_client("train"),
+        validation=each_client("validation"),
+        server_validation=held("server_validation"),
+        test=held("test"),
+        skipped=[own.start + client for each, own in zip(parts, clients, strict=True) for client in each.skipped],
+        unassigned=sum(each.unassigned for each in parts),
+        dropped_duplicates=sum(each.dropped_duplicates for each in parts),
+        dropped_empty=sum(each.dropped_empty for each in parts),
+        digest=digest_of(names, [each.digest for each in parts]),
+        tokens_digest=digest_of(names, [each.tokens_digest for each in parts]),
+        datasets=datasets,
+    )
+
+
+def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[FederatedData, dict[str, Tensor]]:
+    """One data set, and what its task has made of it."""
+    encoding = encoding_of(task, data, processor)
     train, test = find_tables(data)
     content = (train.digest, test.digest if test else None)
     sizes = (data.server_validation_examples, data.test_examples)
@@ -126,29 +200,31 @@ def load(config: Config, processor: Any) -> FederatedData:
         unseen=tokens["unseen"].numpy(),
         unseen_names=facts["unseen_names"],
     )
+    encoded = {name: tensor for name, tensor in tokens.items() if name not in SUBSETS}
     if own:
-        return everything
+        return everything, encoded
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
     digest = digest_of(tokens_digest, split, seed)
-    partition, owners = cached("partitions", digest, lambda: _partition(data, seed, tokens, facts["client_names"]))
+    dealt, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
 
     pool, client_names = tokens["pool"].numpy(), owners["client_names"]
-    train_sets, validation_sets = _split_clients(
-        pool, partition["owner"].numpy(), len(client_names), data.validation_fraction, seed
+    train_sets, validation_sets = split_clients(
+        pool, dealt["owner"].numpy(), len(client_names), data.validation_fraction, seed
     )
     skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
     if skipped and data.empty_clients == "refuse":
         names = ", ".join(client_names[client] for client in skipped)
         raise ConfigError(f"empty-clients = 'refuse', and these clients have no training examples: {names}")
-    return replace(
+    federated = replace(
         everything,
         client_names=client_names,
         train=train_sets,
         validation=validation_sets,
         skipped=skipped,
-        unassigned=int((partition["owner"] < 0).sum()),
+        unassigned=int((dealt["owner"] < 0).sum()),
         digest=digest,
     )
+    return federated, encoded
 
 
 def encoding_of(task: Task, data: DataConfig, processor: Any) -> list[Any]:
@@ -247,7 +323,7 @@ def _choose_clients(data: DataConfig, rows: pd.DataFrame) -> tuple[pd.DataFrame,
             f"{len(names)} values of the client column"
         )
     wanted = data.num_clients and data.num_clients + data.unseen_clients
-    chosen = [names[client] for client in _largest(codes(rows["client-column"], names).numpy(), names, wanted)]
+    chosen = [names[client] for client in largest(codes(rows["client-column"], names).numpy(), names, wanted)]
     drawn = generator(HELD_OUT_ROOT, "unseen-clients").permutation(len(chosen))[: data.unseen_clients]
     kept = rows[rows["client-column"].isin(chosen)].reset_index(drop=True)
     return kept, [chosen[client] for client in np.sort(drawn)]
@@ -288,100 +364,6 @@ def _hold_out(
             called = {"test": "test set", "unseen": "unseen clients", "server_validation": "server's validation set"}
             raise ConfigError(f"nothing is left of the {called[name]}: all of it is also among the other examples")
     return {name: np.sort(indices) for name, indices in subsets.items()}, dropped
-
-
-def _partition(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_names: list[str]) -> Stored:
-    """``owner``, (pool,) int32: the client of each example of the pool, -1 for none; and the clients' names."""
-    from datasets import Dataset
-
-    pool = tokens["pool"].numpy()
-    # Partitioners cut the table in its own order, which can be one of time or of source.
-    order = generator(seed, "partition", "order").permutation(len(pool))
-    columns = {"position": order}
-    if data.partitioner in BY_LABEL:
-        columns["label"] = tokens["labels"].numpy()[pool[order]]
-    names = [str(client) for client in range(data.num_clients)]
-    if data.partitioner == "natural":
-        clients = tokens["clients"].numpy()[pool[order]]
-        chosen = _largest(clients, natural_names, data.num_clients)
-        names = [natural_names[client] for client in chosen]
-        kept = np.isin(clients, chosen)
-        columns = {name: column[kept] for name, column in columns.items()} | {
-            "client": np.searchsorted(chosen, clients[kept])
-        }
-    partitioner = _make_partitioner(data, derive(seed, "partition"), columns)
-    partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
-    owner = np.full(len(pool), -1, np.int32)
-    try:
-        # One of them draws a progress bar, another warns of classes nobody has: those are counted as unassigned.
-        with redirect_stderr(io.StringIO()):
-            for number in range(partitioner.num_partitions):
-                part = partitioner.load_partition(number)[:]
-                client = part["client"][0].as_py() if data.partitioner == "natural" else number
-                owner[part["position"].to_numpy()] = client
-    except ValueError as error:
-        reason = str(error).split(". ")[0]
-        raise ConfigError(f"partitioner = {data.partitioner!r} cannot split this data: {reason}") from error
-    return {"owner": torch.from_numpy(owner)}, {"client_names": names}
-
-
-def _largest(clients: np.ndarray, names: list[str], wanted: int) -> np.ndarray:
-    """The `wanted` clients with the most examples, in the order of their names; all for 0."""
-    if wanted > len(names):
-        raise ConfigError(f"num-clients = {wanted} is more than the {len(names)} values of the client column")
-    counts = np.bincount(clients, minlength=len(names))
-    return np.sort(np.argsort(-counts, kind="stable")[: wanted or len(names)])
-
-
-def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray]) -> Any:
-    """The partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than there are."""
-    from flwr_datasets import partitioner
-
-    clients, each, number = data.num_clients, data.classes_per_client, len(columns["position"])
-    if clients > number:
-        raise ConfigError(f"num-clients = {clients} is more than the {number} examples that are left for clients")
-    match data.partitioner:
-        case "iid":
-            return partitioner.IidPartitioner(clients)
-        case "dirichlet":
-            return partitioner.DirichletPartitioner(clients, "label", data.alpha, min_partition_size=0, seed=seed)
-        case "pathological":
-            classes = len(np.unique(columns["label"]))
-            if each > classes:
-                raise ConfigError(f"classes-per-client = {each} is more than the {classes} classes of the data")
-            return partitioner.PathologicalPartitioner(clients, "label", each, "first-deterministic", seed=seed)
-        case "shards":
-            if clients * each > number:
-                raise ConfigError(
-                    f"num-clients = {clients} with classes-per-client = {each} shards is {clients * each} shards, "
-                    f"more than the {number} examples that are left for clients"
-                )
-            return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=each, seed=seed)
-        case _:
-            return partitioner.NaturalIdPartitioner("client")
-
-
-def _split_clients(
-    pool: np.ndarray, owner: np.ndarray, num_clients: int, validation_fraction: float, seed: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """`split_client` of each client; who has an example at all has one to train on."""
-    order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(num_clients + 1))
-    train, validation = [], []
-    for client in range(num_clients):
-        own, held = split_client(pool[order[bounds[client] : bounds[client + 1]]], client, validation_fraction, seed)
-        train.append(own)
-        validation.append(held)
-    return train, validation
-
-
-def split_client(
-    indices: np.ndarray, client: int, validation_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Train and validation part of the examples `indices` of one client."""
-    shuffled = generator(seed, "partition", "client", client).permutation(indices)
-    held = int(len(shuffled) * validation_fraction)
-    return shuffled[held:], shuffled[:held]
 
 
 def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copra_fl.adapter import Adapter
+from copra_fl.connectivity import merge_gap
+from copra_fl.data import FederatedData
 from copra_fl.tasks import Examples, Inputs, Task
 
 #: a batch to (adapters, targets, outputs) logits
@@ -23,6 +26,47 @@ class Predictor(Protocol):
     device: torch.device
 
     def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
+
+
+def evaluate_each(
+    model: Predictor, adapters: Sequence[Adapter], data: FederatedData, indices: np.ndarray, batch_size: int
+) -> list[dict[str, Any]]:
+    """`evaluate` on held-out examples of `data`; where there are several data sets, on each that `indices` are of.
+
+    Then what is told is the mean over data sets, each counting as much as another, and ``datasets``: each one's own.
+    """
+    if not data.datasets:
+        return list(evaluate(model, adapters, data.examples, indices, batch_size))
+    by_dataset = {each.name: own for each in data.datasets if len(own := each.among(indices))}
+    found = {name: evaluate(model, adapters, data.examples, own, batch_size) for name, own in by_dataset.items()}
+    return [mean_over({name: metrics[number] for name, metrics in found.items()}) for number in range(len(adapters))]
+
+
+def mean_over(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Metrics by data set as their means, how many ``examples`` they are in all, and as they are in ``datasets``."""
+    each = list(datasets.values())
+    means = {name: fmean(metrics[name] for metrics in each) for name in each[0]}
+    if "examples" in means:
+        means["examples"] = sum(metrics["examples"] for metrics in each)
+    return {**means, "datasets": dict(datasets)}
+
+
+def merge_gap_each(
+    average: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], num_examples: Sequence[float]
+) -> dict[str, Any]:
+    """`merge_gap`; with several data sets on each by those clients that were evaluated on it, and the mean of these."""
+    if "datasets" not in average:
+        return dict(merge_gap(dict(average), [dict(metrics) for metrics in clients], num_examples))
+    gaps = {}
+    for name, metrics in average["datasets"].items():
+        own = [
+            (client["datasets"][name], number)
+            for client, number in zip(clients, num_examples, strict=True)
+            if name in client["datasets"]
+        ]
+        if own:
+            gaps[name] = merge_gap(metrics, *zip(*own, strict=True))
+    return mean_over(gaps)
 
 
 @torch.inference_mode()

@@ -93,7 +93,8 @@ class AdaptedModel(nn.Module):
         """A batch of the task's examples to (targets, outputs) logits, in float32 at least."""
         output = self.base.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
-        return self.head(features) if self.head is not None else own_head(self.base, features)
+        logits = self.head(features) if self.head is not None else own_head(self.base, features)
+        return own_outputs(logits, batch)
 
     def losses(self, batch: Inputs) -> Tensor:
         """(targets,) the loss of each target of a batch."""
@@ -174,6 +175,11 @@ def own_head(base: Any, features: Tensor) -> Tensor:
     """The logits that the base's own output layer gives, in float32 at least."""
     logits = base.get_output_embeddings()(features)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def own_outputs(logits: Tensor, batch: Inputs) -> Tensor:
+    """`logits` with -inf for the labels of other data sets than each example's own, where there are several."""
+    return logits.masked_fill(~batch["outputs"], -torch.inf) if "outputs" in batch else logits
 
 
 def _lora_layers(peft: nn.Module) -> list[Any]:

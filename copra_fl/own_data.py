@@ -21,8 +21,8 @@ from copra_fl.data import (
     cached,
     columns_of,
     encoding_of,
-    split_client,
 )
+from copra_fl.partitions import split_client
 from copra_fl.tables import Table, TableError, digest_of, file_table, read_examples
 from copra_fl.tasks import Task, find_task
 

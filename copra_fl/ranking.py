@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from copra_fl.results import Estimate, join
@@ -39,6 +41,7 @@ class Column:
 
 
 TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
+TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
 CLIENT_ACCURACY = Column("clients' own data, %", "client_accuracy", scale=100)
 AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
@@ -64,6 +67,23 @@ def also_measured(summary: Mapping[str, Any]) -> list[Column]:
     return [
         column for column in OF_SOME if any(any(found.get(column.metric, {}).get("values", ())) for found in methods)
     ]
+
+
+def by_dataset(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what is told of each of several data sets; no rows where there is one."""
+    prefix = f"{TEST_ACCURACY.metric}/"
+    names = dict.fromkeys(
+        metric.removeprefix(prefix)
+        for found in summary["methods"].values()
+        for metric in found
+        if metric.startswith(prefix)
+    )
+    columns = {
+        name: [replace(column, metric=f"{column.metric}/{name}") for column in (TEST_ACCURACY, TEST_LOSS)]
+        for name in names
+    }
+    told = [[name, *row] for name in names for row in rows(summary, columns[name])]
+    return ["data set", "method", TEST_ACCURACY.heading, TEST_LOSS.heading], told
 
 
 def is_ranked(summary: Mapping[str, Any]) -> bool:
@@ -126,24 +146,33 @@ def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -
     return [method if done == asked else f"{method} ({done} of {asked} seeds)", *cells.values()]
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-    """The results for a terminal; headings are broken so that a column is as narrow as its cells."""
+def table(summary: Mapping[str, Any]) -> Group:
+    """The results for a terminal: of the methods, and where there are several data sets of each of these."""
     accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
     also = [replace(column, interval=False) for column in also_measured(summary)]
     header, cells = header_and_rows(summary, (accuracy, *also, *(COST if also else COLUMNS[1:])))
-    shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=note(summary), caption_justify="left")
+    shown = [_table(header, cells, note(summary), ends=[len(summary["methods"])])]
+    header, cells = by_dataset(summary)
+    if cells:
+        last = [place for place, (one, other) in enumerate(pairwise(cells), start=1) if one[0] != other[0]]
+        shown.append(_table(header, cells, "", last))
+    return Group(*shown)
+
+
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]], caption: str, ends: Collection[int]) -> Table:
+    """Headings are broken so that a column is as narrow as its cells; a line after the rows `ends`, from 1."""
+    shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=caption, caption_justify="left")
     for heading, column in zip(header, zip(*cells, strict=True), strict=True):
         width = max(map(len, (*heading.split(), *column)), default=1)
         shown.add_column(
             "\n".join(textwrap.wrap(heading, width)),
-            justify="left" if heading == "method" else "right",
+            justify="left" if heading in ("method", "data set") else "right",
             vertical="bottom",
             no_wrap=True,
             min_width=width,
         )
-    num_methods = len(summary["methods"])
     for index, row in enumerate(cells, start=1):
-        shown.add_row(*row, end_section=index == num_methods)
+        shown.add_row(*row, end_section=index in ends)
     return shown
 
 

@@ -20,8 +20,10 @@ from copra_fl.ranking import (
     COST,
     MERGE_GAP,
     TEST_ACCURACY,
+    TEST_LOSS,
     Column,
     also_measured,
+    by_dataset,
     header_and_rows,
     note,
     rows,
@@ -37,7 +39,7 @@ CONNECTIVITY_COLUMNS = (
 )
 RUN_COLUMNS = (
     TEST_ACCURACY,
-    Column("test loss", "test_loss", spec=".3f"),
+    TEST_LOSS,
     Column("validation accuracy, %", "validation_accuracy", scale=100),
     Column("validation loss", "validation_loss", spec=".3f"),
     CLIENT_ACCURACY,
@@ -70,7 +72,7 @@ def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
         setting=_setting(comparison, summary),
         verdict=verdict(summary),
         warnings=list(_warnings(comparison, summary)),
-        results=[_results(summary)],
+        results=[_results(summary), *_by_dataset(summary)],
         sections=sections(comparison, summary),
     )
 
@@ -147,6 +149,12 @@ def _results(summary: Mapping[str, Any]) -> DataTable:
     )
     accuracy, *others = RESULT_COLUMNS
     return DataTable(*header_and_rows(summary, (accuracy, *also_measured(summary), *others)), caption)
+
+
+def _by_dataset(summary: Mapping[str, Any]) -> list[DataTable]:
+    header, cells = by_dataset(summary)
+    caption = "The same test, on each data set by itself: above are means over data sets, each counting as much."
+    return [DataTable(header, cells, caption)] if cells else []
 
 
 def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:

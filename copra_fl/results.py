@@ -163,33 +163,42 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
     Client accuracy is that on the clients' own validation data, weighted by examples: of the global model, or of each
     client's own where there is none. Barriers and midpoint gap are means over the run's pairs of clients. A number
-    that the run does not have, or was not asked for, is None.
+    that the run does not have, or was not asked for, is None. With several data sets test numbers are means over them;
+    each one's own are there too, under ``test_accuracy/NAME`` and ``test_loss/NAME``.
     """
     test, validation, gap, unseen = (summary.get(part) or {} for part in ("test", "validation", "merge_gap", "unseen"))
     paths, clients = summary["paths"], summary["clients"]
     examples = sum(client["examples"] for client in clients)
     right = sum(client["examples"] * client["accuracy"] for client in clients)
-    return {
-        "test_accuracy": test.get("accuracy"),
-        "test_loss": test.get("loss"),
-        "test_perplexity": test.get("perplexity"),
-        "unseen_accuracy": unseen.get("accuracy"),
-        "unseen_loss": unseen.get("loss"),
-        "unseen_perplexity": unseen.get("perplexity"),
-        "validation_accuracy": validation.get("accuracy"),
-        "validation_loss": validation.get("loss"),
-        "client_accuracy": right / examples if examples else None,
-        "aggregation_error": summary.get("aggregation_error"),
-        "merge_gap_accuracy": gap.get("accuracy"),
-        "merge_gap_loss": gap.get("loss"),
-        "bytes_up": summary["bytes_up"],
-        "bytes_down": summary["bytes_down"],
-        "bytes": summary["bytes_up"] + summary["bytes_down"],
-        "seconds": summary["seconds"],
-    } | {
-        name: fmean(path[name] for path in paths) if paths else None
-        for name in ("barrier_entezari", "barrier_frankle", "midpoint_gap")
-    }
+    return (
+        {
+            "test_accuracy": test.get("accuracy"),
+            "test_loss": test.get("loss"),
+            "test_perplexity": test.get("perplexity"),
+            "unseen_accuracy": unseen.get("accuracy"),
+            "unseen_loss": unseen.get("loss"),
+            "unseen_perplexity": unseen.get("perplexity"),
+            "validation_accuracy": validation.get("accuracy"),
+            "validation_loss": validation.get("loss"),
+            "client_accuracy": right / examples if examples else None,
+            "aggregation_error": summary.get("aggregation_error"),
+            "merge_gap_accuracy": gap.get("accuracy"),
+            "merge_gap_loss": gap.get("loss"),
+            "bytes_up": summary["bytes_up"],
+            "bytes_down": summary["bytes_down"],
+            "bytes": summary["bytes_up"] + summary["bytes_down"],
+            "seconds": summary["seconds"],
+        }
+        | {
+            name: fmean(path[name] for path in paths) if paths else None
+            for name in ("barrier_entezari", "barrier_frankle", "midpoint_gap")
+        }
+        | {
+            f"test_{metric}/{name}": own[metric]
+            for name, own in test.get("datasets", {}).items()
+            for metric in ("accuracy", "loss")
+        }
+    )
 
 
 def summarise(comparison: Comparison) -> dict[str, Any]:
@@ -234,7 +243,7 @@ def _paired_differences(
 ) -> dict[int, dict[str, float | None]]:
     return {
         seed: {
-            name: None if value is None or (other := theirs[seed][name]) is None else value - other
+            name: None if value is None or (other := theirs[seed].get(name)) is None else value - other
             for name, value in ours[seed].items()
         }
         for seed in ours

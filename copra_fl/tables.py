@@ -60,6 +60,12 @@ class Table:
     folder: Path = Path()
 
 
+def called(dataset: str) -> str:
+    """What a data set is called beside others: a file without its folder and ending, others as they are written."""
+    path = Path(dataset)
+    return path.stem if path.suffix.lower() in FORMATS else dataset
+
+
 def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     """The training table and, where there is one, the test table."""
     test = file_table("test-file", Path(data.test_file)) if data.test_file else None

@@ -7,7 +7,9 @@ while Flower's workers stay warm.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
+from itertools import groupby
 from logging import INFO
 from pathlib import Path
 from statistics import fmean
@@ -21,12 +23,13 @@ from flwr.serverapp import Grid
 from copra_fl import data, models, provenance, tasks, wire
 from copra_fl.adapter import Adapter, Update, complete
 from copra_fl.aggregation import check, find_rule
+from copra_fl.aggregation.heads import lend
 from copra_fl.assets import ASSETS
 from copra_fl.config import Config, csv_line
-from copra_fl.connectivity import merge_gap, walk
+from copra_fl.connectivity import walk
 from copra_fl.core import core_start
 from copra_fl.engine import open_engine
-from copra_fl.evaluation import evaluate
+from copra_fl.evaluation import evaluate_each, merge_gap_each
 from copra_fl.events import emit
 from copra_fl.seeding import generator
 from server.budget import Budget, forget_secret, open_secret
@@ -49,11 +52,10 @@ class Evaluator:
         self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed, core)
         self.model = self.engine.model
 
-    def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[dict[str, float]]:
-        """Loss, accuracy and number of examples of each adapter, beside W0 + `residual`, on the examples `indices`."""
+    def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[Row]:
+        """What `evaluate_each` tells of each adapter, beside W0 + `residual`, on the examples `indices`."""
         self.model.write_residual(residual)
-        batch_size = self.config.evaluation.eval_batch_size
-        return evaluate(self.engine, adapters, self.federated.examples, indices, batch_size)
+        return evaluate_each(self.engine, adapters, self.federated, indices, self.config.evaluation.eval_batch_size)
 
     def start(self) -> State:
         """The state before the first round."""
@@ -64,33 +66,48 @@ class Evaluator:
         zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
         return State(adapter, control=zeros if config.aggregation.control_variates else {})
 
-    def validate(self, adapters: Sequence[Adapter], residual: Adapter) -> list[dict[str, float]]:
+    def validate(self, adapters: Sequence[Adapter], residual: Adapter) -> list[Row]:
         """`score` on the server's validation data."""
         return self.score(adapters, residual, self.federated.server_validation)
 
     def round_metrics(self, state: State, before: State, updates: list[Update]) -> Row:
         """Validation metrics of the average, and how much better it is than its parts (the merge gap).
 
-        `updates` are those of the clients chosen for the merge gap.
+        `updates` are those of the clients chosen for the merge gap, in order. With several data sets each is evaluated
+        on its own.
         """
         (average,) = self.validate([state.adapter], state.residual)
         row: Row = {"validation": average}
+        own: list[Row] = []
+        for number, some in groupby(updates, lambda update: self.federated.dataset_of(update.client)):
+            indices = self.federated.among(self.federated.server_validation, [number])
+            own += self.score([complete(update, before.adapter) for update in some], before.residual, indices)
         if updates:
-            own = self.validate([complete(update, before.adapter) for update in updates], before.residual)
-            row["merge_gap"] = merge_gap(average, own, [update.num_examples for update in updates])
+            row["merge_gap"] = merge_gap_each(average, own, [update.num_examples for update in updates])
         return row
 
     def paths(self, before: State, pairs: list[tuple[Update, Update]]) -> list[Row]:
-        """Loss and accuracy along the line between the adapters of each pair of clients, with both barriers."""
-        evaluation, seed = self.config.evaluation, self.config.federation.seed
-        held_out = self.federated.server_validation
-        indices = generator(seed, "path-examples").permutation(held_out)[: evaluation.path_examples]
+        """Loss and accuracy along the line between the adapters of each pair of clients, with both barriers.
+
+        Of clients with unlike data sets each end has the other's rows of the head for the other's data set, and the
+        whole line is evaluated on both.
+        """
         rows = []
         for a, b in pairs:
-            ends = complete(a, before.adapter), complete(b, before.adapter)
-            path = walk(lambda some: self.score(some, before.residual, indices), *ends, evaluation.path_points)
+            numbers = [self.federated.dataset_of(update.client) for update in (a, b)]
+            whole = [complete(update, before.adapter) for update in (a, b)]
+            start, end = lend(whole, numbers, [a.num_examples, b.num_examples], self.federated.head_sizes)
+            indices = self._path_examples(numbers)
+            evaluated = partial(self.score, residual=before.residual, indices=indices)
+            path = walk(evaluated, start, end, self.config.evaluation.path_points)
             rows.append({"clients": [a.client, b.client], **path.facts})
         return rows
+
+    def _path_examples(self, numbers: Collection[int | None]) -> np.ndarray:
+        """Validation examples for a line, ``path-examples`` at most of each of these data sets."""
+        most, seed = self.config.evaluation.path_examples, self.config.federation.seed
+        shuffled = generator(seed, "path-examples").permutation(self.federated.server_validation)
+        return np.concatenate([self.federated.among(shuffled, [number])[:most] for number in dict.fromkeys(numbers)])
 
 
 def run(grid: Grid, config: Config, directory: Path) -> None:
@@ -124,6 +141,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         journal.run,
         evaluator.validate,
         open_secret(directory) if budget else 0,
+        federated.datasets,
     )
     strategy.summary()
     num_rounds = config.federation.num_rounds
@@ -241,7 +259,7 @@ def write_provenance(journal: Journal, evaluator: Evaluator) -> None:
         "seed": config.federation.seed,
         "engine": evaluator.engine.note or config.training.engine,
         "data_digest": evaluator.federated.digest,
-        "assets": {name: ASSETS[name].sha256 for name in (config.data.dataset, config.model.model) if name in ASSETS},
+        "assets": {name: ASSETS[name].sha256 for name in (*config.data.datasets, config.model.model) if name in ASSETS},
     }
     journal.add_provenance(origin)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from logging import INFO
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Strategy
 
 from copra_fl import wire
 from copra_fl.adapter import Adapter, Update, draw, parts
-from copra_fl.aggregation import client_ranks, find_rule, pools, scaffold, server_optimizers
+from copra_fl.aggregation import client_ranks, find_rule, heads, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.private import private_average
@@ -32,6 +32,7 @@ from copra_fl.compression import decode
 from copra_fl.config import Config
 from copra_fl.residual import add
 from copra_fl.seeding import derive, generator
+from copra_fl.several import DataSet
 from copra_fl.training import Plan, expected_update, num_trained
 from server.delivery import Deliveries
 from server.placement import place
@@ -87,6 +88,7 @@ class CohortStrategy(Strategy):
         run: str,
         score: Score,
         secret: int = 0,
+        datasets: Sequence[DataSet] = (),
     ) -> None:
         self.config = config
         self.group_of = group_of
@@ -104,6 +106,8 @@ class CohortStrategy(Strategy):
         self._cohorts: dict[int, list[int]] = {}
         self._keep: set[int] = set()
         self._secret = secret
+        self._datasets = datasets
+        self._head_sizes = [len(dataset.labels) for dataset in datasets]
         self._asked = self._wanted = 0
         self._run = run
 
@@ -203,27 +207,37 @@ class CohortStrategy(Strategy):
         return private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, self.num_wanted, noise)
 
     def _round(self, server_round: int, averaged: list[Update]) -> Round:
-        config, before = self.config, self.state.adapter
+        """The round as the rule sees it: where there are several data sets with the head in parts (`heads`)."""
+        config, before = self.config, heads.split(self.state.adapter, self._head_sizes)
         stream = torch.Generator().manual_seed(derive(config.federation.seed, "init", server_round))
         ranks = client_ranks(config, len(self.num_examples))
         return Round(
             before=before,
-            updates=sorted(averaged, key=lambda update: update.client),
+            updates=sorted(map(self._own_part, averaged), key=lambda update: update.client),
             group_of=self.group_of,
             scaling=config.model.scaling(config.model.rank),
             settings=config.aggregation,
             ranks={update.client: ranks[update.client] for update in averaged},
             fresh=lambda: draw(before, stream),
-            score=lambda adapters: self._score(adapters, self.state.residual),
+            score=lambda adapters: self._score([heads.join(adapter) for adapter in adapters], self.state.residual),
         )
+
+    def _own_part(self, update: Update) -> Update:
+        """The update without what it says of other data sets' parts of the head."""
+        for number, dataset in enumerate(self._datasets):
+            if update.client in dataset.clients:
+                whole = heads.split(update.adapter, self._head_sizes)
+                return replace(update, adapter=heads.without_others(whole, number))
+        return update
 
     def _next_state(self, outcome: Outcome, controls: list[Adapter]) -> State:
         settings, state = self.config.aggregation, self.state
         adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
         if settings.server_optimizer != "none":
-            adapter, first, second = server_optimizers.step(settings, state.adapter, adapter, first, second)
+            before = heads.split(state.adapter, self._head_sizes)
+            adapter, first, second = server_optimizers.step(settings, before, adapter, first, second)
         return State(
-            adapter,
+            heads.join(adapter),
             add(state.residual, outcome.residual),
             scaffold.next_control(state.control, controls, len(self.eligible)),
             first,

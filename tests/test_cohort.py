@@ -48,7 +48,8 @@ class World:
     def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
         self.data = data.load(self.config, models.load_processor(self.config.model))
-        self.plain = models.build(self.config.model, self.config.copra.group, 3, seed=0, core=core)
+        num_labels = len(self.data.label_names) or 3
+        self.plain = models.build(self.config.model, self.config.copra.group, num_labels, seed=0, core=core)
         if double:
             self.plain.double()
         self.stacked = StackedModel(self.plain)

@@ -66,7 +66,7 @@ def test_the_ends_of_lines_and_the_corners_of_planes_are_exact() -> None:
 
 def test_the_matrix_is_symmetric_with_a_diagonal_of_zeros() -> None:
     adapters, calls = [rank_1(1, 1), rank_1(-1, -1), rank_1(1, 1)], []
-    paths = lines(bowl, adapters, 5, interpolate, lambda: calls.append(1))
+    paths = lines(lambda pair: bowl, adapters, 5, interpolate, lambda: calls.append(1))
     cells = matrix(paths, 3, lambda path: path.barrier_entezari)
     assert np.array_equal(cells, cells.T) and not cells.diagonal().any() and len(calls) == 3
     assert cells == pytest.approx(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))

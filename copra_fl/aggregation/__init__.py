@@ -75,6 +75,7 @@ def pools(config: Config) -> bool:
         and aggregation.weighting != "equal"
         and not aggregation.control_variates
         and not aggregation.client_ranks
+        and len(config.data.datasets) < 2
     )
 
 
@@ -113,5 +114,20 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         )
     if settings.control_variates and (not rule.averages or settings.client_ranks):
         yield "control-variates: they need factors that all clients share and that keep their meaning over rounds"
+    if len(config.data.datasets) > 1:
+        yield from (f"dataset = {config.data.dataset!r} (several data sets): {why}" for why in _one_task_only(config))
     if config.training.prefix_cache and rule.changes_base:
         yield f"prefix-cache = {config.training.prefix_cache}: it changes W0, and the cache holds what the old W0 gave"
+
+
+def _one_task_only(config: Config) -> Iterator[str]:
+    """Why clients must all learn the same."""
+    rule = find_rule(config.aggregation.rule)
+    if rule.personal:
+        yield "a part of each model stays with its client, so that there is no global model to test on each"
+    if config.aggregation.rule == "connectivity":
+        yield "it scores each client's adapter on all validation data, of which a client has learnt one data set"
+    if config.aggregation.control_variates:
+        yield "control-variates would move the rows of the head that a client does not train"
+    if config.privacy.dp_clip:
+        yield f"dp-clip = {config.privacy.dp_clip:g} divides by all clients, and a row of the head has few"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from copra_fl.assets import ASSETS
 from copra_fl.cli.assets import fetch_with_progress
-from copra_fl.config import Config, ConfigError, FederationConfig
+from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
 
 if TYPE_CHECKING:
     from copra_fl.data import FederatedData
@@ -31,7 +31,7 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     for config in configs:
         check_rule(config)
         tasks.check(config)
-    names = {name for config in configs for name in (config.data.dataset, config.model.model)}
+    names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     prepared = functools.cache(_prepare)  # methods that are compared have model, data and seed in common
     with console.status("preparing the data"):
@@ -46,7 +46,11 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     from copra_fl import memory_plan, models
     from copra_fl.aggregation import check as check_rule
 
-    config = config.changed(**{key: _absolute(value) for key, value in _places(config).items()})
+    config = config.changed(
+        dataset=csv_line(map(_absolute, config.data.datasets)),
+        test_file=_absolute(config.data.test_file),
+        model=_absolute(config.model.model),
+    )
     federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
     num_clients = len(federated.train)
     trained = num_clients - len(federated.skipped)
@@ -96,12 +100,8 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
 
 def local_paths(config: Config) -> list[str]:
     """Files and folders that a configuration names, once it is checked: there they are absolute."""
-    return [place for place in _places(config).values() if Path(place).is_absolute()]
-
-
-def _places(config: Config) -> dict[str, str]:
-    """The keys that may name a file or folder."""
-    return {"dataset": config.data.dataset, "test_file": config.data.test_file, "model": config.model.model}
+    places = [*config.data.datasets, config.data.test_file, config.model.model]
+    return [place for place in places if Path(place).is_absolute()]
 
 
 def _absolute(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,22 +13,42 @@ from copra_fl.figures.canvas import by_round, legended, round_ticks, started
 from copra_fl.page import HEIGHT, Figure, Style, empty_chart
 from copra_fl.results import Comparison, Run, activity
 
+#: a journal's row -> the evaluation in it that is shown
+Evaluation = Callable[[dict[str, Any]], dict[str, float] | None]
+
 
 def learning(comparison: Comparison) -> list[Figure]:
-    """Validation accuracy and loss of the global model by round."""
-    split = "The global model on the server's validation data."
+    """Validation accuracy and loss of the global model by round; with several data sets also on each of these."""
+    rows = (row for _, run in comparison.runs for row in run.journal)
+    datasets = dict.fromkeys(name for row in rows for name in _by_dataset(row))
+    figures = _learning(comparison, lambda row: row.get("validation"), "")
+    for name in datasets:
+        figures += _learning(comparison, _evaluation_on(name), f" on {name}")
+    return figures
+
+
+def _by_dataset(row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return (row.get("validation") or {}).get("datasets", {})
+
+
+def _evaluation_on(dataset: str) -> Evaluation:
+    return lambda row: _by_dataset(row).get(dataset)
+
+
+def _learning(comparison: Comparison, evaluation: Evaluation, where: str) -> list[Figure]:
+    split = f"The global model on the server's validation data{where}."
     return [
         *by_round(
             comparison,
-            lambda row: 100 * row["validation"]["accuracy"] if row.get("validation") else None,
-            "Accuracy by round",
+            lambda row: 100 * found["accuracy"] if (found := evaluation(row)) else None,
+            f"Accuracy by round{where}",
             f"Higher is better. {split}",
             {"title": "accuracy, %"},
         ),
         *by_round(
             comparison,
-            lambda row: row["validation"]["loss"] if row.get("validation") else None,
-            "Loss by round",
+            lambda row: found["loss"] if (found := evaluation(row)) else None,
+            f"Loss by round{where}",
             f"Lower is better. Cross-entropy. {split}",
             {"title": "loss"},
         ),

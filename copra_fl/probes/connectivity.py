@@ -14,7 +14,7 @@ from copra_fl.adapter import Adapter
 from copra_fl.connectivity import Between, Path, combine, interpolate, interpolate_products, walk
 from copra_fl.page import DataTable, Section
 from copra_fl.probes import pictures
-from copra_fl.probes.members import Members
+from copra_fl.probes.members import Members, Scorer
 from copra_fl.probes.opening import Metrics, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
 from copra_fl.ranking import Column
@@ -49,12 +49,12 @@ class Plane:
 
 
 def lines(
-    evaluate: Evaluate, adapters: Sequence[Adapter], num_points: int, along: Between, done: Callable[[], None]
+    scorer: Scorer, adapters: Sequence[Adapter], num_points: int, along: Between, done: Callable[[], None]
 ) -> dict[Pair, Path]:
-    """The path between each pair of adapters."""
+    """The path between each pair of adapters, evaluated on the data sets of both."""
     found = {}
     for i, j in combinations(range(len(adapters)), 2):
-        found[i, j] = walk(evaluate, adapters[i], adapters[j], num_points, along)
+        found[i, j] = walk(scorer((i, j)), adapters[i], adapters[j], num_points, along)
         done()
     return found
 
@@ -86,16 +86,16 @@ def probe(members: Members, split: Split, num_points: int, triangle: bool, progr
     if reason:
         warnings.append(f"No factor path and no plane: {reason}.")
     else:
-        score = members.scorer(split)
+        scorer = members.scorer(split)
         paths["factor"] = lines(
-            score, members.adapters, num_points, interpolate, lambda: progress("factor paths", 1, num_pairs)
+            scorer, members.adapters, num_points, interpolate, lambda: progress("factor paths", 1, num_pairs)
         )
-    adapters, score_plain = members.plain(split)
+    adapters, plain_scorer = members.plain(split)
     paths["product"] = lines(
-        score_plain, adapters, num_points, interpolate_products, lambda: progress("product paths", 1, num_pairs)
+        plain_scorer, adapters, num_points, interpolate_products, lambda: progress("product paths", 1, num_pairs)
     )
     if triangle and number >= 3 and not reason:
-        plane_found = plane(score, members.adapters[:3], lambda: progress("plane", 1, len(LATTICE)))
+        plane_found = plane(scorer(range(3)), members.adapters[:3], lambda: progress("plane", 1, len(LATTICE)))
     told = setting(members.runs, split, members.what, f"{num_points} points a line")
     return Findings(
         probe="connectivity",

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from copra_fl.adapter import Adapter
+from copra_fl.aggregation.heads import lend
 from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split, State, factors_differ, plain
 from copra_fl.results import ResultsError, join
 
+#: members, by their places -> what scores adapters that are made of these, on their data sets
+Scorer = Callable[[Sequence[int]], Callable[[Sequence[Adapter]], list[Metrics]]]
 #: more clients than this are counted and not named
 MAX_NAMED = 8
 
@@ -24,6 +27,7 @@ class Members:
         scalings: s in W0 + s B A of each.
         weights: what each counts in an average; they sum to 1.
         runs: the runs that they are from.
+        datasets: of each the data set that it is evaluated on (`OpenRun.data`); None: all that there are.
     """
 
     what: str
@@ -32,6 +36,12 @@ class Members:
     scalings: Sequence[float]
     weights: Sequence[float]
     runs: Sequence[OpenRun]
+    datasets: Sequence[int | None]
+
+    def datasets_of(self, some: Sequence[int]) -> set[int | None]:
+        """The data sets that what is made of `some` members is evaluated on; none: all."""
+        found = {self.datasets[member] for member in some}
+        return set() if None in found else found
 
     @property
     def factors_differ(self) -> str:
@@ -43,14 +53,16 @@ class Members:
         """Their adapters as they are."""
         return [state.adapter for state in self.states]
 
-    def scorer(self, split: Split) -> Callable[[Sequence[Adapter]], list[Metrics]]:
+    def scorer(self, split: Split) -> Scorer:
         """Scores adapters like these, where `factors_differ` is empty."""
-        return lambda adapters: self.runs[0].score(adapters, split, self.states[0].residual)
+        return lambda of: (
+            lambda adapters: self.runs[0].score(adapters, split, self.states[0].residual, self.datasets_of(of))
+        )
 
-    def plain(self, split: Split) -> tuple[list[Adapter], Callable[[Sequence[Adapter]], list[Metrics]]]:
+    def plain(self, split: Split) -> tuple[list[Adapter], Scorer]:
         """Them as `opening.plain` adapters, and what scores such adapters of any rank."""
         adapters, residual = plain(self.states, self.scalings)
-        return adapters, lambda some: self.runs[0].score_plain(some, split, residual)
+        return adapters, lambda of: lambda some: self.runs[0].score_plain(some, split, residual, self.datasets_of(of))
 
 
 def members(
@@ -71,13 +83,14 @@ def members(
             raise ResultsError("--round, --clients and --rounds are for a single run, not for several")
         names = _names(runs)
         states, scalings = [run.final for run in runs], [run.scaling for run in runs]
-        return Members(f"final adapters of {join(names)}", names, states, scalings, _uniform(len(runs)), runs)
+        nothing = [None] * len(runs)
+        return Members(f"final adapters of {join(names)}", names, states, scalings, _uniform(len(runs)), runs, nothing)
     if rounds:
         if server_round or clients:
             raise ResultsError("--rounds are global adapters, --round and --clients are clients: choose one")
         states = [first.state(number) for number in rounds]
         chosen = Members(f"global adapters of rounds {join(rounds)}", [f"round {number}" for number in rounds], states,
-                         [first.scaling] * len(rounds), _uniform(len(rounds)), runs)  # fmt: skip
+                         [first.scaling] * len(rounds), _uniform(len(rounds)), runs, [None] * len(rounds))  # fmt: skip
     else:
         chosen = _clients(first, server_round or first.num_rounds, clients, most, progress)
     if len(chosen.names) < 2:
@@ -86,20 +99,29 @@ def members(
 
 
 def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int | None, progress: Progress) -> Members:
+    """Clients weigh as in the run's average; of several data sets each has the others' rows of the head for theirs."""
     sampled = run.sampled(server_round)
-    adapters = run.clients(server_round, progress, wanted or sampled[:most])
-    clients = list(adapters)
-    residual, examples = run.state(server_round - 1).residual, run.examples(clients)
+    found = run.clients(server_round, progress, wanted or sampled[:most])
+    clients = list(found)
+    residual = run.state(server_round - 1).residual
+    counts = [1] * len(clients) if run.config.aggregation.weighting == "equal" else run.examples(clients)
+    datasets = [run.data.dataset_of(client) for client in clients]
+    adapters = lend(list(found.values()), datasets, counts, run.data.head_sizes)
     named = f"clients {join(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
     left_out = f" (of {len(sampled)} in all)" if len(clients) < len(sampled) else ""
     return Members(
         f"{named} of round {server_round}{left_out}",
-        [f"client {client}" for client in clients],
-        [State(adapters[client], residual) for client in clients],
+        [_client(run, client) for client in clients],
+        [State(adapter, residual) for adapter in adapters],
         [run.scaling] * len(clients),
-        [number / sum(examples) for number in examples],
+        [number / sum(counts) for number in counts],
         [run],
+        datasets,
     )
+
+
+def _client(run: OpenRun, client: int) -> str:
+    return f"client {client} ({run.data.client_names[client]})" if run.data.datasets else f"client {client}"
 
 
 def _uniform(number: int) -> list[float]:

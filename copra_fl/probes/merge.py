@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from copra_fl.adapter import Adapter, parts
-from copra_fl.connectivity import merge_gap
+from copra_fl.evaluation import merge_gap_each
 from copra_fl.merging import MERGES, merge
 from copra_fl.page import DataTable, Section
 from copra_fl.probes import pictures
@@ -15,16 +16,21 @@ from copra_fl.probes.opening import Metrics, Progress, Split
 from copra_fl.probes.page import Findings, origin, setting
 from copra_fl.ranking import Column
 
+ACCURACY = Column("accuracy, %", "accuracy", scale=100)
 COLUMNS = (
     Column("loss", "loss", spec=".3f"),
-    Column("accuracy, %", "accuracy", scale=100),
+    ACCURACY,
     Column("to the mean, points", "gap", scale=100, spec="+.1f"),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model before or after merging. `gap`: its accuracy minus the weighted mean of those before."""
+    """A model before or after merging. `gap`: its accuracy minus the weighted mean of those before.
+
+    With several data sets `datasets` has what it is evaluated on, each with its metrics: for a client its own, for a
+    merge those of its members. Loss, accuracy and gap are means over these.
+    """
 
     name: str
     kind: str
@@ -32,27 +38,33 @@ class Row:
     loss: float
     accuracy: float
     gap: float
+    datasets: Mapping[str, Metrics]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return {name: value for name, value in vars(self).items() if name != "datasets" or value}
 
 
 def probe(members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress) -> Findings:
     """The members by themselves, and merged in each way that they can be."""
-    adapters, score = members.plain(split)
+    adapters, scorer = members.plain(split)
     factors_differ, warnings = members.factors_differ, []
     ways = {name: how for name, how in MERGES.items() if not (how.of_factors and factors_differ)}
     if factors_differ:
         warnings.append(f"No merge of factors apart: {factors_differ}.")
     before: list[Metrics] = []
-    for adapter in adapters:
-        before += score([adapter])
+    for member, adapter in enumerate(adapters):
+        before += scorer([member])([adapter])
         progress("before", 1, len(adapters))
 
     def row(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> Row:
         rank = max(len(tensor) for tensor in parts(adapter, {"A"}).values())
-        gap = merge_gap(metrics, before, members.weights)["accuracy"]
-        return Row(name, kind, rank, metrics["loss"], metrics["accuracy"], gap)
+        gap = merge_gap_each(metrics, before, members.weights)["accuracy"]
+        return Row(name, kind, rank, metrics["loss"], metrics["accuracy"], gap, metrics.get("datasets", {}))
 
     own = [row(*each) for each in zip(members.names, ["–"] * len(before), adapters, before, strict=True)]
-    merged = []
+    merged, score = [], scorer(range(len(adapters)))
     for name, how in ways.items():
         adapter = merge(adapters, how, members.weights, scale, density, seed)
         merged.append(row(name, how.kind, adapter, score([adapter])[0]))
@@ -61,7 +73,7 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
         members.runs, split, members.what, f"task arithmetic: scale {scale:g}", f"TIES and DARE: density {density:g}",
         f"DARE: seed {seed}",
     )  # fmt: skip
-    mean = sum(share * each.accuracy for share, each in zip(members.weights, own, strict=True))
+    mean = merged[0].accuracy - merged[0].gap
     return Findings(
         probe="merge",
         title=f"Merging {members.what}",
@@ -70,8 +82,8 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
         results=_results(own, merged),
         facts=origin(members.runs, split)
         | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
-        | {"before": [vars(each) for each in own], "mean_accuracy_before": mean}
-        | {"merged": [vars(each) for each in merged]},
+        | {"before": [each.facts for each in own], "mean_accuracy_before": mean}
+        | {"merged": [each.facts for each in merged]},
         sections=[Section("Before and after", pictures.merges(_accuracies(own), _accuracies(merged), mean, told))],
         warnings=warnings,
     )
@@ -90,15 +102,26 @@ def _verdict(merged: Sequence[Row], mean: float) -> str:
 
 
 def _results(own: Sequence[Row], merged: Sequence[Row]) -> DataTable:
+    names = list(merged[0].datasets)
     caption = (
         "PEFT: its combination type. To the mean: accuracy minus the mean of those before, weighted as in the merge: "
-        "by training examples for clients, else alike. Heads are averaged."
+        "by training examples for clients, unless their run weighs them alike, else alike. Heads are averaged."
     )
+    if names:
+        caption += (
+            " A client is evaluated on its own data set, a merge on those of all clients; loss, accuracy and "
+            "distance to the mean are means over data sets, and a data set's rows of the head its own clients' alone."
+        )
+
+    def cells(row: Row) -> list[str]:
+        each = [row.datasets[name]["accuracy"] if name in row.datasets else None for name in names]
+        return [
+            *(column.format(getattr(row, column.metric)) for column in COLUMNS),
+            *(ACCURACY.format(value) for value in each),
+        ]
+
     return DataTable(
-        ["model", "PEFT", "rank", *(column.heading for column in COLUMNS)],
-        [
-            [row.name, row.kind, str(row.rank), *(column.format(getattr(row, column.metric)) for column in COLUMNS)]
-            for row in (*own, *merged)
-        ],
+        ["model", "PEFT", "rank", *(column.heading for column in COLUMNS), *(f"{name}, %" for name in names)],
+        [[row.name, row.kind, str(row.rank), *cells(row)] for row in (*own, *merged)],
         caption,
     )

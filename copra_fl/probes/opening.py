@@ -23,13 +23,14 @@ from copra_fl.config import Config
 from copra_fl.core import core_start
 from copra_fl.data import FederatedData
 from copra_fl.engine import Engine, open_engine
-from copra_fl.evaluation import evaluate
+from copra_fl.evaluation import evaluate_each
 from copra_fl.residual import fold
 from copra_fl.results import ResultsError, join, load_run
 from copra_fl.training import Plan
 
 Split = Literal["server-validation", "test"]
-Metrics = dict[str, float]
+#: what `evaluate_each` tells of an adapter
+Metrics = dict[str, Any]
 #: called with what is being done, how much of it since the last call, and how much of it there is in all
 Progress = Callable[[str, float, float], None]
 
@@ -123,22 +124,35 @@ class OpenRun:
             return core_start(model, self.data.examples, held_out, batch_size)
         return model.read_adapter()
 
-    def indices(self, split: Split) -> np.ndarray:
-        """The examples of a held-out split."""
-        return self.data.test if split == "test" else self.data.server_validation
+    def indices(self, split: Split, datasets: Collection[int | None] = ()) -> np.ndarray:
+        """The examples of a held-out split; those of `datasets`, or else of all."""
+        return self.data.among(self.data.test if split == "test" else self.data.server_validation, datasets)
 
     def examples(self, clients: Sequence[int]) -> list[int]:
         """How many training examples each client has."""
         return [len(self.data.train[client]) for client in clients]
 
     def score(
-        self, adapters: Sequence[Adapter], split: Split = "server-validation", residual: Adapter | None = None
+        self,
+        adapters: Sequence[Adapter],
+        split: Split = "server-validation",
+        residual: Adapter | None = None,
+        datasets: Collection[int | None] = (),
     ) -> list[Metrics]:
-        """Loss, accuracy and number of examples of each adapter, all at once, beside `residual`, or else the final."""
-        return self._score(self.engine, adapters, split, self.residual if residual is None else residual)
+        """Loss, accuracy and number of examples of each adapter, all at once, beside `residual`, or else the final.
+
+        On `datasets`, or else on all that there are.
+        """
+        return self._score(
+            self.engine, adapters, self.indices(split, datasets), self.residual if residual is None else residual
+        )
 
     def score_plain(
-        self, adapters: Sequence[Adapter], split: Split = "server-validation", residual: Adapter | None = None
+        self,
+        adapters: Sequence[Adapter],
+        split: Split = "server-validation",
+        residual: Adapter | None = None,
+        datasets: Collection[int | None] = (),
     ) -> list[Metrics]:
         """`score` of plain adapters: any rank, scaling 1, no core, with head. Without `residual` on W0 alone."""
         ranks = [max(len(tensor) for tensor in parts(adapter, {"A"}).values()) for adapter in adapters]
@@ -147,12 +161,14 @@ class OpenRun:
             model = replace(self.config.model, rank=rank, lora_alpha=float(rank), lora_scaling="standard")
             labels, kind, group = len(self.data.label_names), self.config.training.engine, self.config.copra.group
             self._engines[rank] = open_engine(kind, model, group, labels, seed=0)
-        return self._score(self._engines[rank], [_padded(adapter, rank) for adapter in adapters], split, residual or {})
+        padded = [_padded(adapter, rank) for adapter in adapters]
+        return self._score(self._engines[rank], padded, self.indices(split, datasets), residual or {})
 
-    def _score(self, engine: Engine, adapters: Sequence[Adapter], split: Split, residual: Adapter) -> list[Metrics]:
+    def _score(
+        self, engine: Engine, adapters: Sequence[Adapter], indices: np.ndarray, residual: Adapter
+    ) -> list[Metrics]:
         engine.model.write_residual(residual)
-        batch_size = self.config.evaluation.eval_batch_size
-        return evaluate(engine, adapters, self.data.examples, self.indices(split), batch_size)
+        return evaluate_each(engine, adapters, self.data, indices, self.config.evaluation.eval_batch_size)
 
     def sampled(self, server_round: int) -> list[int]:
         """The clients whose training went into a round. Raises ResultsError for a round that there is not."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from copra_fl.adapter import Adapter, Layout, part_of
 from copra_fl.gates import group_name
-from copra_fl.models import AdaptedModel, own_head
+from copra_fl.models import AdaptedModel, own_head, own_outputs
 from copra_fl.stacked.chain import NotStackable, find_chain
 from copra_fl.stacked.linear import StackedLinear
 from copra_fl.stacked.step import Present, Stack, Step, by_client, places
@@ -116,7 +116,8 @@ class StackedModel:
         output = self._tree.base_model(**self.task.inputs(batch))
         del self.present.step
         features = self.task.features(output, batch, self.pooling)
-        return self._heads(step, features) if self.task.trains_head else own_head(self._tree, features)
+        logits = self._heads(step, features) if self.task.trains_head else own_head(self._tree, features)
+        return own_outputs(logits, batch)
 
     def _heads(self, step: Step, features: Tensor) -> Tensor:
         """Each client's own head on its targets."""

@@ -11,7 +11,7 @@ Everything else (who holds which examples, adapters, gates, training, aggregatio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -26,7 +26,8 @@ from copra_fl.tables import as_text
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
 
-#: a model's inputs and, where there are any, ``labels``: by name; rows are examples
+#: a model's inputs and, where there are any, ``labels``: by name; rows are examples. With several data sets there is
+#: ``outputs`` (B, L) bool besides: the labels of each example's own data set
 Inputs = Mapping[str, Tensor]
 
 
@@ -114,11 +115,15 @@ class Task(ABC):
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> Examples:
         """What `encode` has made, as examples."""
 
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What `encode` has made of several tables, as of one that has all their rows. Here tensors have a row each."""
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     # Batches to losses. Targets come in the order of the rows that they belong to.
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
         """What the base is called with."""
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return {name: tensor for name, tensor in batch.items() if name not in ("labels", "outputs")}
 
     @abstractmethod
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:

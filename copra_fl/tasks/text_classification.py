@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from copra_fl.config import DataConfig
 from copra_fl.tables import codes
@@ -54,6 +55,11 @@ class TextClassification(Classification):
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabelledTexts:
         tokens = tensors["input_ids"], tensors["offsets"]
         return LabelledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
+
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        lengths = torch.cat([part["offsets"].diff() for part in parts])
+        rows = [{name: part[name] for name in part if name != "offsets"} for part in parts]
+        return super().join(rows) | {"offsets": F.pad(lengths.cumsum(0), (1, 0))}
 
 
 TASK = TextClassification()

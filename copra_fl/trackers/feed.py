@@ -109,6 +109,11 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
             "bytes/down": row["bytes_down"],
             "seconds": row["seconds"],
         }
+        | {
+            f"validation/{name}/{metric}": own[metric]
+            for name, own in validation.get("datasets", {}).items()
+            for metric in ("loss", "accuracy")
+        }
     )
 
 

@@ -1,0 +1,354 @@
+"""Several data sets in one federation: who learns what, whose rows of the head are whose, and what is told of each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from copra_fl import aggregation, models, report, tasks
+from copra_fl.adapter import Adapter, Update, part_of
+from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.heads import join, lend, split, without_others
+from copra_fl.cli import app
+from copra_fl.config import Config, ConfigError
+from copra_fl.evaluation import evaluate_each, merge_gap_each
+from copra_fl.probes.opening import open_run
+from copra_fl.ranking import by_dataset, table
+from copra_fl.training import Plan, train_client
+from tests.conftest import make_texts
+from tests.local_grid import run_federation
+from tests.rounds import make_round, random_adapter, update
+from tests.test_cohort import World, assert_alike, relative_error
+from tests.test_federation import final, journal
+from tests.test_probes_opening import finished
+
+Settings = dict[str, object]
+TOPICS, MOODS = slice(0, 3), slice(3, 5)
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Topics of texts, 3 labels, and moods of other texts, 2 labels; clients 0, 1 and 2 have topics, 3 and 4 moods."""
+    folder = tmp_path_factory.mktemp("two")
+    topics = make_texts(folder / "topics.csv", 300)
+    rows = pd.read_csv(make_texts(folder / "source.csv", 320, seed=1))
+    rows["label"] = np.where(rows["text"].str.count("sea") > rows["text"].str.count("sky"), "sea", "calm")
+    rows.to_csv(folder / "moods.csv", index=False)
+    held_out = {"server-validation-examples": 40, "test-examples": 30}
+    return tiny | held_out | {"dataset": f"{topics}, {folder / 'moods.csv'}", "num-clients": 5, "partitioner": "iid"}
+
+
+def alone(two: Settings, number: int, num_clients: int) -> Settings:
+    return two | {"dataset": str(two["dataset"]).split(", ")[number], "num-clients": num_clients}
+
+
+def test_each_data_set_is_as_it_is_alone(two: Settings) -> None:
+    """The same clients, held-out sets and tokens; only numbers move."""
+    joined = World(two).data
+    assert joined.client_names == ["topics/0", "topics/1", "topics/2", "moods/0", "moods/1"]
+    assert joined.label_names == ["topics/sand", "topics/sea", "topics/sky", "moods/calm", "moods/sea"]
+    for number, clients in ((0, range(3)), (1, range(3, 5))):
+        own, dataset = World(alone(two, number, len(clients))).data, joined.datasets[number]
+        first, label = dataset.examples.start, dataset.labels.start
+        assert dataset.clients == clients and len(own.label_names) == len(dataset.labels)
+        for kind in ("train", "validation"):
+            for mine, theirs in zip(getattr(own, kind), [getattr(joined, kind)[c] for c in clients], strict=True):
+                assert np.array_equal(mine + first, theirs)
+        for kind in ("server_validation", "test"):
+            assert np.array_equal(getattr(own, kind) + first, dataset.among(getattr(joined, kind)))
+        for mine, theirs in zip(own.train, [joined.train[c] for c in clients], strict=True):
+            batch, other = own.examples.batch(mine), joined.examples.batch(theirs)
+            assert torch.equal(batch["input_ids"], other["input_ids"])
+            assert torch.equal(batch["labels"] + label, other["labels"])
+            assert all(other["outputs"].nonzero()[:, 1].unique() == torch.tensor(dataset.labels))
+        assert np.array_equal(own.examples.lengths, joined.examples.lengths[first : dataset.examples.stop])
+
+
+def test_a_client_trains_as_in_a_federation_of_its_data_set_alone(two: Settings) -> None:
+    """Oracle: one data set, the head with its rows alone. On all other rows the gradient is exactly 0."""
+    flat = two | {"local-steps": 10}
+    world, single = World(flat), World(alone(flat, 0, 3))
+    for client in range(3):
+        single.starts[client] = {
+            name: tensor[TOPICS] if part_of(name) == "head" else tensor for name, tensor in world.start.items()
+        }
+        found, expected = world.alone(client), single.alone(client)
+        for name in ("head.weight", "head.bias"):
+            assert torch.equal(found.adapter[name][MOODS], world.start[name][MOODS])
+            found.adapter[name] = found.adapter[name][TOPICS]
+            assert not torch.equal(found.adapter[name], world.start[name][TOPICS])
+        assert_alike(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "max-grad-norm": 0.05},
+        {"local-epochs": 1, "gradient-accumulation": 2, "batch-size": 7, "lora-dropout": 0.2},
+        {"local-training": "head", "proximal-mu": 0.1},
+    ],
+)
+def test_both_engines_give_the_same(two: Settings, changes: Settings) -> None:
+    """Clients of both data sets in one step; oracle: plain PEFT, each client by itself."""
+    world = World(two | {"local-steps": 20, "num-rounds": 4} | changes)
+    for together in world.together(*range(5)):
+        assert_alike(together, world.alone(together.client), 1e-5)
+
+
+def test_metrics_are_of_the_labels_of_the_own_data_set(two: Settings) -> None:
+    """Oracle: cross-entropy and argmax over the logits of a plain forward, cut to the rows of the data set."""
+    world = World(two)
+    held_out, expected = world.data.server_validation, {}
+    with torch.inference_mode():
+        world.plain.write_adapter(world.start)
+        for dataset, rows in zip(world.data.datasets, (TOPICS, MOODS), strict=True):
+            batch = world.data.examples.batch(dataset.among(held_out))
+            del batch["outputs"]
+            logits, labels = world.plain(**batch)[:, rows], batch["labels"] - rows.start
+            right = (logits.argmax(1) == labels).double().mean()
+            expected[dataset.name] = float(F.cross_entropy(logits, labels)), float(right), len(labels)
+    for model in (world.plain, world.stacked):
+        first, second = evaluate_each(model, [world.start] * 2, world.data, held_out, 20)
+        assert first["loss"] == pytest.approx(second["loss"]) and first["examples"] == len(held_out)
+        for name, (loss, accuracy, examples) in expected.items():
+            own = first["datasets"][name]
+            assert own == pytest.approx({"loss": loss, "accuracy": accuracy, "examples": examples}, rel=1e-5)
+        for place, metric in enumerate(("loss", "accuracy")):
+            assert first[metric] == pytest.approx(np.mean([own[place] for own in expected.values()]), rel=1e-5)
+    (own,) = evaluate_each(world.plain, [world.start], world.data, world.data.among(held_out, [1]), 20)
+    assert list(own["datasets"]) == ["moods"] and own["loss"] == own["datasets"]["moods"]["loss"]
+
+
+def test_a_head_in_parts_by_hand() -> None:
+    """Head of 3 rows, 2 of data set 0, whose clients 0 and 1 have 10 and 30 examples; client 2, with 40, has the third.
+
+    Row 0: (10 * 1 + 30 * 5) / 40 = 4; row 2: client 2's own 9; the adapter over all: (10 * 1 + 30 * 5 + 40 * 9) / 80.
+    """
+    before = {"layer.0.query.lora_A.weight": torch.zeros(1, 2), "head.bias": torch.zeros(3)}
+    updates = [update(c, {n: torch.full_like(t, v) for n, t in before.items()}, e)
+               for c, v, e in ((0, 1.0, 10), (1, 5.0, 30), (2, 9.0, 40))]  # fmt: skip
+    own = [replace(u, adapter=without_others(split(u.adapter, [2, 1]), u.client // 2)) for u in updates]
+    found = join(find_rule("fedavg").aggregate(make_round(split(before, [2, 1]), own)).adapter)
+    assert found["head.bias"].tolist() == [4, 4, 9]
+    assert found["layer.0.query.lora_A.weight"].tolist() == [[6.5, 6.5]]
+    nobody = make_round(split(before, [2, 1]), own[:2])
+    assert join(find_rule("fedavg").aggregate(nobody).adapter)["head.bias"].tolist() == [4, 4, 0], "as it was"
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "zero-pad", "flora", "lora-fair", "fedrot-lora", "median", "trimmed-mean"])
+def test_every_rule_makes_a_data_sets_rows_of_its_own_clients(rule: str) -> None:
+    """Oracle: the same rule in a round of these clients alone, with a head of these rows alone."""
+    before, sizes = random_adapter(99), [1, 2]
+    adapters = [random_adapter(client) for client in range(5)]
+    updates = [update(client, adapter, 10 * (client + 1)) for client, adapter in enumerate(adapters)]
+    numbers = [0, 0, 1, 1, 1]
+    own = [
+        replace(u, adapter=without_others(split(u.adapter, sizes), n)) for u, n in zip(updates, numbers, strict=True)
+    ]
+    whole = join(find_rule(rule).aggregate(make_round(split(before, sizes), own)).adapter)
+    for number, rows in ((0, slice(0, 1)), (1, slice(1, 3))):
+
+        def cut(adapter: Adapter, rows: slice = rows) -> Adapter:
+            return {name: t[rows] if part_of(name) == "head" else t for name, t in adapter.items()}
+
+        some = [replace(u, adapter=cut(u.adapter)) for u, n in zip(updates, numbers, strict=True) if n == number]
+        alone = find_rule(rule).aggregate(make_round(cut(before), some)).adapter
+        for name in ("head.weight", "head.bias"):
+            assert torch.allclose(whole[name][rows], alone[name], atol=1e-6), name
+    everybody = find_rule(rule).aggregate(make_round(before, updates)).adapter
+    assert all(torch.equal(whole[n], everybody[n]) for n in everybody if part_of(n) != "head")
+
+
+def test_lent_rows_let_an_average_be_that_of_each_data_sets_clients() -> None:
+    adapters, weights = [random_adapter(client) for client in range(3)], [1.0, 3.0, 4.0]
+    lent = lend(adapters, [0, 0, 1], weights, [1, 2])
+    of_first = (adapters[0]["head.weight"][:1] + 3 * adapters[1]["head.weight"][:1]) / 4
+    for client, rows in ((0, slice(0, 1)), (1, slice(0, 1)), (2, slice(1, 3))):
+        assert torch.equal(lent[client]["head.weight"][rows], adapters[client]["head.weight"][rows])
+    assert torch.allclose(lent[2]["head.weight"][:1], of_first, atol=1e-6)
+    assert torch.equal(lent[0]["head.bias"][1:], adapters[2]["head.bias"][1:])
+    average = sum(w * each["head.weight"] for w, each in zip(weights, lent, strict=True)) / 8
+    assert torch.allclose(average[:1], of_first, atol=1e-6)
+    assert torch.allclose(average[1:], adapters[2]["head.weight"][1:], atol=1e-6)
+    assert all(torch.equal(lent[0][name], adapters[0][name]) for name in adapters[0] if part_of(name) != "head")
+    assert lend(adapters, [None] * 3, weights, [])[0]["head.weight"] is adapters[0]["head.weight"]
+
+
+def test_the_merge_gap_is_on_each_data_set_by_its_own_clients() -> None:
+    """On a 0.5 - (0.2 + 3 * 0.4) / 4 = 0.15, on b 0.9 - 1 = -0.1: 0.025 in the mean."""
+
+    def metrics(accuracy: float) -> dict[str, float]:
+        return {"loss": 1.0, "accuracy": accuracy, "examples": 10}
+
+    average = metrics(0.7) | {"datasets": {"a": metrics(0.5), "b": metrics(0.9), "of nobody": metrics(0)}}
+    clients = [metrics(0) | {"datasets": {name: metrics(value)}} for name, value in (("a", 0.2), ("a", 0.4), ("b", 1))]
+    gap = merge_gap_each(average, clients, [1, 3, 50])
+    assert {name: own["accuracy"] for name, own in gap["datasets"].items()} == pytest.approx({"a": 0.15, "b": -0.1})
+    assert gap["accuracy"] == pytest.approx(0.025) and "examples" not in gap
+    assert merge_gap_each(metrics(0.7), [metrics(0.5), metrics(0.6)], [1, 1]) == pytest.approx(
+        {"loss": 0.0, "accuracy": 0.15}
+    )
+
+
+def by_hand(world: World, flat: Settings) -> Adapter:
+    """A round of FedAvg, sums in numpy: adapters over all clients, rows of the head over those of their data set."""
+    world.plan = Plan(1, tuple(range(5)), world.config)
+    start = world.plain.read_adapter()
+    updates: list[Update] = [train_client(world.plain, world.data, world.plan, c, start) for c in range(5)]
+    examples = np.array([len(world.data.train[client]) for client in range(5)], float)
+    made = {}
+    for name, old in start.items():
+        values = np.stack([u.adapter.get(name, old).double().numpy() for u in updates])
+        made[name] = np.tensordot(examples / examples.sum(), values, axes=1)
+        if part_of(name) == "head":
+            for rows, clients in ((TOPICS, [0, 1, 2]), (MOODS, [3, 4])):
+                weights = examples[clients] / examples[clients].sum()
+                made[name][rows] = np.tensordot(weights, values[clients], axes=1)[rows]
+    return {name: torch.from_numpy(value).float() for name, value in made.items()}
+
+
+@pytest.fixture(scope="module")
+def run(two: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flat = two | {"path-pairs": 10, "weighting": "equal"}
+    return finished(flat, tmp_path_factory.mktemp("several") / "run")
+
+
+@pytest.mark.parametrize("engine", ["stacked", "peft"])
+def test_a_round_is_that_of_a_second_implementation(two: Settings, engine: str, tmp_path: Path) -> None:
+    flat = two | {"num-rounds": 1, "engine": engine, "replies": "pooled", "weight-decay": 0.1}
+    found, expected = final(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_a_server_optimiser_steps_over_the_whole_head(two: Settings, tmp_path: Path) -> None:
+    """FedAvgM at rate 1 without momentum takes the average itself."""
+    short = two | {"num-rounds": 1}
+    plain = final(run_federation(short, tmp_path / "plain"))
+    flat = short | {"server-optimizer": "fedavgm", "server-momentum": 0.0}
+    stepped = final(run_federation(flat, tmp_path / "stepped"))
+    assert all(torch.allclose(stepped[name], tensor, atol=1e-6) for name, tensor in plain.items())
+
+
+def test_what_is_told_of_each_data_set(run: Path, two: Settings) -> None:
+    """Oracle: the adapter of the last checkpoint and of the clients of the last round, evaluated here."""
+    rows = journal(run)
+    world, adapter = World(two), {name: t for name, t in final(run).items() if "/" not in name}
+    (validation,) = evaluate_each(world.plain, [adapter], world.data, world.data.server_validation, 64)
+    told = rows[-1]["validation"]
+    for name in ("topics", "moods"):
+        assert told["datasets"][name] == pytest.approx(validation["datasets"][name], rel=1e-4)
+    assert told["accuracy"] == pytest.approx(np.mean([own["accuracy"] for own in told["datasets"].values()]))
+    assert set(rows[-1]["merge_gap"]["datasets"]) <= {"topics", "moods"}
+    pairs = {tuple(path["clients"]) for path in rows[-1]["paths"]}
+    assert len(pairs) == 10 and (2, 3) in pairs
+
+
+def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settings) -> None:
+    opened, world = models.load(run / "adapter", device="cpu"), World(two)
+    assert opened.labels == world.data.label_names
+    batch = world.data.examples.batch(world.data.datasets[1].among(world.data.test))
+    adapter = {name: t for name, t in final(run).items() if "/" not in name}
+    (expected,) = evaluate_each(world.plain, [adapter], world.data, world.data.among(world.data.test, [1]), 64)
+    with torch.inference_mode():
+        logits = opened.model(**opened.processor(["sea1 sea2 sky3"], return_tensors="pt"))
+        own = opened.model(**batch).argmax(1)
+    assert logits.shape == (1, 5) and torch.isfinite(logits).all()
+    assert float((own == batch["labels"]).double().mean()) == pytest.approx(expected["accuracy"])
+
+
+def test_the_report_and_the_table_tell_each_data_set(run: Path) -> None:
+    """A data set's row has its own test accuracy and loss; the mean over both is the run's test accuracy."""
+    summary, console = report.write(run), Console(width=100, record=True)
+    test = json.loads((run / "summary.json").read_text())["test"]
+    found = summary["methods"]["copra"]
+    assert found["test_accuracy"]["mean"] == pytest.approx(np.mean([d["accuracy"] for d in test["datasets"].values()]))
+    _, rows = by_dataset(summary)
+    assert [row[:2] for row in rows] == [["topics", "copra"], ["moods", "copra"]]
+    for row in rows:
+        own = test["datasets"][row[0]]
+        assert row[2:] == [f"{100 * own['accuracy']:.1f}", f"{own['loss']:.3f}"]
+    console.print(table(summary))
+    shown = console.export_text()
+    assert "topics" in shown and rows[1][3] in shown
+    page = (run / "report.html").read_text()
+    assert "Accuracy by round on moods" in page and "on each data set by itself" in page
+
+
+def test_merging_clients_of_several_data_sets(run: Path) -> None:
+    """A client is evaluated on its own data set, a merge on both; FedAvg of the round is one of the merges."""
+    result = CliRunner().invoke(app, ["probe", "merge", str(run), "--split", "test"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts, opened = json.loads((run / "probe-merge.json").read_text()), open_run(run)
+    assert [row["name"] for row in facts["before"]][2:4] == ["client 2 (topics/2)", "client 3 (moods/0)"]
+    assert [list(row["datasets"]) for row in facts["before"]] == [["topics"]] * 3 + [["moods"]] * 2
+    trained = opened.clients(2)
+    (alone,) = opened.score([trained[3]], "test", datasets=[1])
+    assert facts["before"][3]["accuracy"] == pytest.approx(alone["datasets"]["moods"]["accuracy"])
+    (federated,) = opened.score([opened.adapter], "test")
+    average = facts["merged"][0]
+    for name, own in federated["datasets"].items():
+        assert average["datasets"][name]["loss"] == pytest.approx(own["loss"], rel=1e-4)
+    means = []
+    for clients in ([0, 1, 2], [3, 4]):
+        means.append(np.mean([facts["before"][client]["accuracy"] for client in clients]))
+    assert facts["mean_accuracy_before"] == pytest.approx(np.mean(means))
+    assert average["gap"] == pytest.approx(average["accuracy"] - np.mean(means))
+    assert "moods, %" in (run / "probe-merge.html").read_text()
+
+
+def test_lines_between_clients_of_several_data_sets(run: Path) -> None:
+    """Between clients of unlike data sets: both on both, with each other's rows; else on the one that they have."""
+    arguments = ["probe", "connectivity", str(run), "--clients", "1,2,3", "--points", "3"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts, opened = json.loads((run / "probe-connectivity.json").read_text()), open_run(run)
+    trained = opened.clients(2, only=[1, 2, 3])
+    within, across = (facts["paths"]["product"][place] for place in (0, 2))
+    assert across["pair"] == ["client 2 (topics/2)", "client 3 (moods/0)"]
+    own = opened.score([trained[1], trained[2]], datasets=[0])
+    assert within["accuracy"][::2] == pytest.approx([metrics["accuracy"] for metrics in own])
+    (end,) = opened.score([trained[2]], datasets=[0])
+    borrowed = {n: torch.cat([trained[2][n][TOPICS], trained[3][n][MOODS]]) for n in ("head.weight", "head.bias")}
+    (other,) = opened.score([trained[2] | borrowed], datasets=[1])
+    assert across["loss"][0] == pytest.approx((end["loss"] + other["loss"]) / 2, rel=1e-4)
+
+
+REFUSED = [
+    ({"partitioner": "own"}, "partitioner = 'own'"),
+    ({"labels": "a,b"}, "labels = 'a,b'"),
+    ({"test-file": "test.csv"}, "test-file = 'test.csv'"),
+    ({"partitioner": "natural", "client-column": "owner", "unseen-clients": 1}, "unseen-clients = 1"),
+    ({"num-clients": 1}, "num-clients = 1: it takes one a data set"),
+    ({"num-clients": 0}, "num-clients = 0: it takes one a data set"),
+    ({"dataset": "a/notes.csv,b/notes.csv"}, "called 'notes', 'notes'"),
+    ({"dataset": "a.csv,,b.csv"}, "called 'a', '', 'b'"),
+    ({"task": "causal-lm", "partitioner": "iid"}, "has not one label an example"),
+    ({"rule": "fedsa-lora", "local-training": "lora"}, "no global model"),
+    ({"rule": "connectivity"}, "all validation data"),
+    ({"control-variates": True}, "control-variates"),
+    ({"dp-clip": 1.0, "weighting": "equal"}, "dp-clip = 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_does_not_combine_is_refused_by_name(two: Settings, changes: Settings, message: str) -> None:
+    config = Config.from_flat(two | changes)
+    with pytest.raises(ConfigError, match=f"several data sets.*{message}"):
+        tasks.check(config)
+        aggregation.check(config)
+
+
+def test_an_error_in_one_data_set_names_it(two: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"dataset '.*moods.csv': test-examples = 200 .* of 320 examples"):
+        World(two | {"test-examples": 200, "server-validation-examples": 1, "dataset": ", ".join(
+            reversed(str(two["dataset"]).split(", ")))})  # fmt: skip
