@@ -1,0 +1,160 @@
+"""How the asset fractal-vit was made: a small vision transformer that learnt to tell fractals apart.
+
+Pre-training without natural images (Kataoka et al., ACCV 2020, arXiv:2101.08515): a class is an iterated function
+system of a few random affine maps; its images are the points that the maps lead to, with every parameter a little
+changed. No photograph, no licence, and nothing of what it is later fine-tuned on.
+
+    OMP_NUM_THREADS=1 python -m experiments.pretrain_vit FOLDER        about 8 minutes on one core
+
+It names the fractal of 96 % of held-out images, by chance it would be 0.3 %.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+SEED = 0
+SIZE = 28
+NUM_CLASSES, IMAGES_EACH = 300, 100
+NUM_CHAINS, NUM_POINTS = 60, 40
+SHORTEST_FILL, LONGEST_FILL = 0.15, 0.8
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 16, 128, 1e-3
+CONFIG = ViTConfig(
+    image_size=SIZE,
+    patch_size=7,
+    num_channels=1,
+    hidden_size=96,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=384,
+)
+
+
+def draw_system(rng: np.random.Generator) -> np.ndarray:
+    """(maps, 2, 3) affine maps x -> M x + t that contract, with singular values below 1."""
+    number = int(rng.integers(2, 6))
+    turns = rng.uniform(0, 2 * np.pi, (2, number))
+    sizes = rng.uniform(0.2, 0.9, (number, 2)) * rng.choice([-1, 1], (number, 2))
+    left, right = (_rotation(turn) for turn in turns)
+    return np.concatenate([left * sizes[:, None] @ right, rng.uniform(-1, 1, (number, 2, 1))], axis=2)
+
+
+def _rotation(turn: np.ndarray) -> np.ndarray:
+    sin, cos = np.sin(turn), np.cos(turn)
+    return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+
+
+def render(systems: np.ndarray, chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N, maps, 2, 3) systems to (N, SIZE, SIZE) uint8 images, by the chaos game: follow maps drawn by `chances`."""
+    number = len(systems)
+    points, rows = np.zeros((number, NUM_CHAINS, 2)), np.arange(number)[:, None]
+    bounds, seen = np.cumsum(chances, axis=1)[:, None], []
+    for step in range(NUM_POINTS + 10):
+        chosen = np.minimum((rng.random((number, NUM_CHAINS, 1)) > bounds).sum(2), systems.shape[1] - 1)
+        maps = systems[rows, chosen]
+        points = (maps[..., :2] @ points[..., None])[..., 0] + maps[..., 2]
+        if step >= 10:
+            seen.append(points)
+    cloud = np.concatenate(seen, axis=1)
+    low, high = np.quantile(cloud, [0.01, 0.99], axis=1)
+    places = (cloud - low[:, None]) / np.maximum(high - low, 1e-6).max(1)[:, None, None] * (SIZE - 3) + 1
+    cells = places.round().astype(int).clip(0, SIZE - 1)
+    counts = np.zeros((number, SIZE, SIZE))
+    np.add.at(counts, (rows, cells[..., 1], cells[..., 0]), 1)
+    return (255 * np.minimum(counts / 4, 1) ** 0.5).astype(np.uint8)
+
+
+def draw_classes(rng: np.random.Generator) -> list[np.ndarray]:
+    """NUM_CLASSES systems whose image is neither a few dots nor a blot."""
+    classes: list[np.ndarray] = []
+    while len(classes) < NUM_CLASSES:
+        system = draw_system(rng)
+        fill = (render(system[None], _chances(system)[None], rng) > 0).mean()
+        if SHORTEST_FILL < fill < LONGEST_FILL:
+            classes.append(system)
+    return classes
+
+
+def _chances(system: np.ndarray) -> np.ndarray:
+    """Each map's chance: the area it covers."""
+    areas = np.abs(np.linalg.det(system[..., :2])) + 0.02
+    return areas / areas.sum()
+
+
+def draw_images(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 1, SIZE, SIZE) uint8 images and their classes (N,)."""
+    images, labels = [], []
+    for label, system in enumerate(draw_classes(rng)):
+        changed = system * rng.uniform(0.92, 1.08, (IMAGES_EACH, *system.shape))
+        images.append(render(changed, _chances(system)[None].repeat(IMAGES_EACH, 0), rng))
+        labels.append(np.full(IMAGES_EACH, label))
+    return torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels))
+
+
+def pixel_values(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
+
+
+def augmented(images: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
+    """Moved by up to 2 pixels, darker or inside out; moved and inside out alike for all of a batch."""
+    right, down, inside_out = torch.randint(0, 1 << 20, (3,), generator=stream).tolist()
+    images = images.roll((right % 5 - 2, down % 5 - 2), (2, 3))
+    shade = 0.5 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=stream)
+    values = images.float() * shade
+    return (255 - values if inside_out % 4 == 0 else values) / 127.5 - 1
+
+
+def pretrain(folder: Path) -> None:
+    rng, stream = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    images, labels = draw_images(rng)
+    order = torch.randperm(len(images), generator=stream)
+    held_out, trained = order[:2000], order[2000:]
+    print(f"{len(images)} images of {NUM_CLASSES} fractals", flush=True)
+    model, head = ViTModel(CONFIG), nn.Linear(CONFIG.hidden_size, NUM_CLASSES)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    steps = EPOCHS * (len(trained) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+
+    def logits(values: torch.Tensor) -> torch.Tensor:
+        return head(model(values).last_hidden_state.mean(1))
+
+    for epoch in range(EPOCHS):
+        shuffled, total = trained[torch.randperm(len(trained), generator=stream)], 0.0
+        batches = shuffled.split(BATCH_SIZE)[: len(trained) // BATCH_SIZE]
+        for batch in batches:
+            loss = F.cross_entropy(logits(augmented(images[batch], stream)), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        with torch.inference_mode():
+            guesses = [logits(pixel_values(images[part])).argmax(1) for part in held_out.split(500)]
+        right = (torch.cat(guesses) == labels[held_out]).float().mean()
+        print(f"epoch {epoch + 1}: loss {total / len(batches):.3f}, held-out accuracy {right:.3f}", flush=True)
+    save(model, folder)
+
+
+def save(model: ViTModel, folder: Path) -> None:
+    """A folder for from_pretrained, weights in float16, and the image processor that fits it."""
+    model.half().save_pretrained(folder)
+    ViTImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+    ).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    pretrain(Path(sys.argv[1]))
