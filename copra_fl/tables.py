@@ -61,9 +61,9 @@ class Table:
 
 
 def called(dataset: str) -> str:
-    """What a data set is called beside others: a file without its folder and ending, others as they are written."""
+    """What a data set is called beside others: a file or image folder by its name, a file's without ending."""
     path = Path(dataset)
-    return path.stem if path.suffix.lower() in FORMATS else dataset
+    return path.stem if path.suffix.lower() in FORMATS or path.is_dir() else dataset
 
 
 def find_tables(data: DataConfig) -> tuple[Table, Table | None]:

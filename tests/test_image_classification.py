@@ -204,6 +204,19 @@ def test_a_federation_ends_in_an_adapter_that_sees(images: Settings, photos: Pat
     assert np.mean([a == b for a, b in zip(told, rows["label"], strict=True)]) > 0.8
 
 
+def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path, tmp_path: Path) -> None:
+    """Each is what it is alone, and both engines train its clients alike."""
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "blot").rename(other / "smudge")
+    world = World(images | {"dataset": f"{photos}, {other}", "alpha": 1.0, "num-clients": 6})
+    assert {label.split("/")[0] for label in world.data.label_names} == {photos.name, "other"}
+    alone = load(images | {"dataset": str(other), "alpha": 1.0, "num-clients": 3})
+    ours, theirs = (data.examples.batch(data.train[client]) for data, client in ((world.data, 3), (alone, 0)))
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    for update in world.together(*range(6)):
+        assert_alike(update, world.alone(update.client), 1e-5)
+
+
 def test_memory_counts_the_tokens_of_an_image(images: Settings) -> None:
     """Eager attention keeps (heads, T, T) probabilities a layer, which grows with the square of the image's tokens."""
     config = Config.from_flat(images | {"step-tokens": 100, "batch-size": 4, "attention": "eager"})
