@@ -186,7 +186,8 @@ def of_one(run: OpenRun) -> dict[str, float]:
 def of_several(runs: Sequence[OpenRun]) -> dict[str, float]:
     """Adapters merged one to one, or 1:1:1; of two also the lines between them, and their heads alone."""
     group = members(runs, silent)
-    score, (plain, score_plain) = group.scorer("test"), group.plain("test")
+    everyone, (plain, plain_scorer) = range(len(runs)), group.plain("test")
+    score, score_plain = group.scorer("test")(everyone), plain_scorer(everyone)
     ways, found = list(WAYS), dict[str, float]()
     if len(runs) == 2:
         paths = {
