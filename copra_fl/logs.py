@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 VARIABLE = "COPRA_FL_LOG"
+#: a file that the process logs to besides: a ServerApp's own output goes nowhere but to `flwr log`
+BESIDE = "COPRA_FL_LOG_BESIDE"
 #: what every record has; whatever else one has was given as ``extra``, and is a field of its own
 STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "asctime", "taskName"}
 
@@ -39,10 +41,13 @@ def as_json() -> bool:
 
 def configure() -> None:
     """Set up what this process logs. Flower must have been imported: it gives its logger a handler then."""
-    handler, ours = logging.StreamHandler(), logging.getLogger("copra_fl")
-    handler.setLevel(logging.INFO)
-    handler.setFormatter(JsonFormatter() if as_json() else logging.Formatter("copra-fl: %(message)s"))
+    ours, flowers = logging.getLogger("copra_fl"), logging.getLogger("flwr")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if BESIDE in os.environ:
+        handlers.append(logging.FileHandler(os.environ[BESIDE], encoding="utf-8"))
+    for handler in handlers:
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(JsonFormatter() if as_json() else logging.Formatter("copra-fl: %(message)s"))
     ours.setLevel(logging.INFO)
-    ours.handlers = [handler]
-    if as_json():
-        logging.getLogger("flwr").handlers = [handler]
+    ours.handlers = handlers
+    flowers.handlers = handlers if as_json() else [*flowers.handlers, *handlers[1:]]

@@ -5,12 +5,13 @@
 It is `flower-superlink` in this very process, with additions. What it serves goes through the `Gate`. Once it
 answers, the public keys in FOLDER are registered and those that are gone from it unregistered; without --nodes whoever
 connects is a node (`deploy init --insecure`). With --metrics-port Prometheus can ask there how it goes. And it logs as
-COPRA_FL_LOG says.
+COPRA_FL_LOG says; what ServerApps log is there too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 from importlib.metadata import entry_points
@@ -48,6 +49,8 @@ def main() -> None:
     sys.argv = ["flower-superlink", *flowers]
     run = superlink.load()
     logs.configure()
+    if sys.platform == "linux":
+        os.environ[logs.BESIDE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
     if ours.metrics_port:
         from copra_fl.deployment import metrics  # slow to import
 
