@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from copra_fl.assets import ASSETS, asset_path, fetch, smollm2
 from copra_fl.assets.shakespeare import speeches
+from copra_fl.tasks.images import ImageProcessor
 from tests.conftest import no_network
 
 IMAGES = ASSETS["fashion-mnist"]
@@ -191,6 +192,14 @@ def deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["apt-get", "download", f"{IMAGES.package}={IMAGES.version}"], cwd=pool, check=True)
     [file] = pool.iterdir()
     return file.rename(pool / f"{IMAGES.package}_{IMAGES.version}_all.deb")
+
+
+def test_fractal_vit_is_whole_and_comes_without_a_network(fetched: None) -> None:
+    model, loading = AutoModel.from_pretrained(asset_path("fractal-vit"), output_loading_info=True)
+    assert not any(loading.values())
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.dtype) == (6, 96, torch.float16)
+    processor = ImageProcessor.from_pretrained(str(asset_path("fractal-vit")))
+    assert (processor.mode, processor.num_tokens) == ("L", 1 + (28 // 7) ** 2)
 
 
 @pytest.mark.slow
