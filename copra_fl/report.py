@@ -141,14 +141,15 @@ def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[st
 
 
 def _results(summary: Mapping[str, Any]) -> DataTable:
+    accuracy, *others = RESULT_COLUMNS
+    also = also_measured(summary)
+    unseen = "; unseen clients took no part" if any(column.metric.startswith("unseen") for column in also) else ""
     caption = (
-        "After the last round. Test data is seen by no client; the clients' own data are their validation data; unseen "
-        "clients took no part. "
+        f"After the last round. Test data is seen by no client; the clients' own data are their validation data{unseen}. "
         "Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
         f"rounds. {note(summary)}"
     )
-    accuracy, *others = RESULT_COLUMNS
-    return DataTable(*header_and_rows(summary, (accuracy, *also_measured(summary), *others)), caption)
+    return DataTable(*header_and_rows(summary, (accuracy, *also, *others)), caption)
 
 
 def _by_dataset(summary: Mapping[str, Any]) -> list[DataTable]:
