@@ -145,8 +145,8 @@ def _results(summary: Mapping[str, Any]) -> DataTable:
     also = also_measured(summary)
     unseen = "; unseen clients took no part" if any(column.metric.startswith("unseen") for column in also) else ""
     caption = (
-        f"After the last round. Test data is seen by no client; the clients' own data are their validation data{unseen}. "
-        "Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
+        "After the last round. Test data is seen by no client; the clients' own data are their validation data"
+        f"{unseen}. Aggregation error: what the new global adapter misses of the average of the clients' products, mean over "
         f"rounds. {note(summary)}"
     )
     return DataTable(*header_and_rows(summary, (accuracy, *also, *others)), caption)
