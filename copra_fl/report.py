@@ -146,8 +146,8 @@ def _results(summary: Mapping[str, Any]) -> DataTable:
     unseen = "; unseen clients took no part" if any(column.metric.startswith("unseen") for column in also) else ""
     caption = (
         "After the last round. Test data is seen by no client; the clients' own data are their validation data"
-        f"{unseen}. Aggregation error: what the new global adapter misses of the average of the clients' products, mean "
-        f"over rounds. {note(summary)}"
+        f"{unseen}. Aggregation error: what the new global adapter misses of the average of the clients' products, "
+        f"mean over rounds. {note(summary)}"
     )
     return DataTable(*header_and_rows(summary, (accuracy, *also, *others)), caption)
 
