@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,7 +61,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             continue
 
 
-@pytest.mark.parametrize("command", commands())
+def marked(command: str) -> Any:
+    """A study takes minutes."""
+    return pytest.param(command, marks=pytest.mark.slow) if "copra-fl study" in command else command
+
+
+@pytest.mark.parametrize("command", map(marked, commands()))
 def test_command(clone: Path, command: str) -> None:
     """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
     if re.search(r"copra-fl deploy (up|run|down) ", command):
