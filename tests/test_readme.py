@@ -66,7 +66,7 @@ def marked(command: str) -> Any:
     return pytest.param(command, marks=pytest.mark.slow) if "copra-fl study" in command else command
 
 
-@pytest.mark.parametrize("command", map(marked, commands()))
+@pytest.mark.parametrize("command", [marked(command) for command in commands()])
 def test_command(clone: Path, command: str) -> None:
     """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
     if re.search(r"copra-fl deploy (up|run|down) ", command):
