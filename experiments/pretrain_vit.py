@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
@@ -25,7 +24,7 @@ SEED = 0
 SIZE = 28
 NUM_CLASSES, IMAGES_EACH = 300, 100
 NUM_CHAINS, NUM_POINTS = 60, 40
-SHORTEST_FILL, LONGEST_FILL = 0.15, 0.8
+LEAST_FILL, MOST_FILL = 0.15, 0.8
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 16, 128, 1e-3
 CONFIG = ViTConfig(
     image_size=SIZE,
@@ -78,7 +77,7 @@ def draw_classes(rng: np.random.Generator) -> list[np.ndarray]:
     while len(classes) < NUM_CLASSES:
         system = draw_system(rng)
         fill = (render(system[None], _chances(system)[None], rng) > 0).mean()
-        if SHORTEST_FILL < fill < LONGEST_FILL:
+        if LEAST_FILL < fill < MOST_FILL:
             classes.append(system)
     return classes
 
@@ -152,8 +151,6 @@ def save(model: ViTModel, folder: Path) -> None:
     ViTImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
     ).save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    save_file(load_file(weights), weights, {"format": "pt"})
 
 
 if __name__ == "__main__":
