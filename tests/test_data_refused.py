@@ -1,0 +1,96 @@
+"""Data that cannot be used are refused, and what is wrong with them is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from copra_fl.config import ConfigError
+from copra_fl.data import load
+from tests.test_data import empty_caches, make_config, rows, tokenizer
+
+__all__ = ["empty_caches", "rows", "tokenizer"]  # fixtures
+
+ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    ("missing.csv", {}, r"dataset: there is no file .*missing\.csv"),
+    ("empty.csv", {}, r"empty\.csv has no examples"),
+    ("header.csv", {}, r"header\.csv has no examples"),
+    ("rows.txt", {}, r"rows\.txt ends in '\.txt', which is none of \.csv, \.json, \.jsonl, \.parquet"),
+    ("binary.csv", {}, r"binary\.csv cannot be read as CSV in UTF-8"),
+    ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON, one object a line"),
+    ("broken.parquet", {}, r"broken\.parquet cannot be read as Parquet"),
+    ("rows.csv", {"text_column": "body"}, r"text-column = 'body' is not a column .*: text, label, owner"),
+    ("rows.csv", {"label_column": "topic"}, r"label-column = 'topic' is not a column .*: text, label, owner"),
+    ("rows.csv", {"client_column": "site", "partitioner": "natural"}, r"client-column = 'site' is not a column"),
+    ("rows.csv", {"test_file": "gone.csv"}, r"test-file: there is no file .*gone\.csv"),
+    ("rows.csv", {"test_file": "newlabel.csv"}, r"labels that .*rows\.csv has not: wind\. .*: air, fire, sea, soil"),
+    ("rows.csv", {"test_file": "copy.csv"}, r"nothing is left of the test set"),
+    ("oneclass.csv", {}, r"oneclass\.csv has one label only, 'air'"),
+    ("nolabels.csv", {}, r"no example with all of 'text', 'label'"),
+    (
+        "rows.csv",
+        {"partitioner": "natural", "client_column": "owner", "num_clients": 6, "unseen_clients": 7},
+        "num-clients = 6 and unseen-clients = 7 need more than the 12 values of the client column",
+    ),
+    ("rows.csv", {"unseen_clients": 2}, "unseen-clients = 2 needs partitioner = 'natural', not 'dirichlet'"),
+    ("rows.csv", {"test_examples": 300}, r"test-examples = 300 and .* = 40 would take 340 of 600 examples"),
+    ("rows.csv", {"num_clients": 501}, r"num-clients = 501 is more than the 500 examples"),
+    (
+        "rows.csv",
+        {"partitioner": "pathological", "classes_per_client": 5},
+        r"classes-per-client = 5 is more than the 4",
+    ),
+    ("rows.csv", {"partitioner": "pathological", "num_clients": 499}, r"'pathological' cannot split this data: Label"),
+    ("rows.csv", {"partitioner": "shards", "classes_per_client": 90}, r"is 540 shards, more than the 500 examples"),
+    (
+        "rows.csv",
+        {"partitioner": "natural", "client_column": "owner", "num_clients": 13},
+        r"num-clients = 13 is more than the 12 values of the client column",
+    ),
+    ("health-tweet", {}, r"unknown data set 'health-tweet'\. Did you mean 'health-tweets'\?"),
+    ("minilm", {}, r"unknown data set 'minilm'"),
+    (
+        "someone/nothing",
+        {},
+        r"'someone/nothing' is no asset .*20newsgroups.* and no file .*hub: Couldn't reach.*"
+        r"load_dataset\('someone/nothing', split='train'\).to_parquet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("dataset", "changes", "message"), ERRORS, ids=lambda value: str(value)[:40])
+def test_bad_input_is_named(
+    rows: pd.DataFrame,
+    dataset: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "rows.txt", "copy.csv"):
+        rows.to_csv(name, index=False)
+    rows.assign(label="air").to_csv("oneclass.csv", index=False)
+    rows.assign(label=None).to_csv("nolabels.csv", index=False)
+    rows[:1].assign(label="wind").to_csv("newlabel.csv", index=False)
+    Path("empty.csv").write_text("")
+    Path("header.csv").write_text("text,label\n")
+    Path("binary.csv").write_bytes(b"text,label\n\xff\xfe\x00,1\n")
+    Path("broken.jsonl").write_text('{"text": "air", "label": \n')
+    Path("broken.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ConfigError, match=message):
+        load(make_config(dataset, **changes), tokenizer)
+
+
+def test_a_tokenizer_without_padding_is_refused(
+    rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="some/gpt")
+    with pytest.raises(ConfigError, match="'some/gpt' must have a padding token"):
+        load(make_config(tmp_path / "rows.csv"), without)
