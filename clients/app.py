@@ -1,4 +1,4 @@
-"""The Flower ClientApp of a node; what it does is in `clients.node`.
+"""The Flower ClientApp of a node; what it does is in `clients.handlers`.
 
     query     who are you, which clients can you host
     train     train the cohort from the global adapter, hand back updates
@@ -36,10 +36,10 @@ def evaluate_clients(message: Message, context: Context) -> Message:
 
 def _answer(work: str, message: Message, context: Context) -> Message:
     if seconds := float(context.node_config.get("keep-warm", 0)):
-        from clients import resident
+        from clients import warm_process
 
-        return Message(resident.ask(work, message.content, context, seconds), reply_to=message)
+        return Message(warm_process.ask(work, message.content, context, seconds), reply_to=message)
 
-    from clients import node
+    from clients import handlers
 
-    return Message(getattr(node, work)(message.content, context), reply_to=message)
+    return Message(getattr(handlers, work)(message.content, context), reply_to=message)

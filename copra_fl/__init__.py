@@ -9,7 +9,7 @@ __version__ = version("copra-fl")
 def __getattr__(name: str) -> Any:
     """`CopraCallback`, imported with its first use: Transformers and PEFT take seconds."""
     if name == "CopraCallback":
-        from copra_fl.callback import CopraCallback
+        from copra_fl.copra.callback import CopraCallback
 
         return CopraCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from copra_fl.adapter import Adapter, Layout, Update, parts
+from copra_fl.adapters.compression import Arrays, take
+from copra_fl.adapters.state import Adapter, Layout, Update, parts
 from copra_fl.aggregation.ranks import cut
-from copra_fl.compression import Arrays, take
 from copra_fl.config import KEYS, Config
-from copra_fl.training import Plan
+from copra_fl.training.plan import Plan
 
 
 @dataclass(frozen=True)

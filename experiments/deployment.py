@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
-from copra_fl.cli.flower import copy_app, free_port
-from copra_fl.cli.recipes import Recipe
 from copra_fl.config import toml_value
+from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.superlink import copy_app, free_port
 
 SCRIPTS = Path(sys.executable).parent
 NUM_NODES = 2

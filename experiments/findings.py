@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from copra_fl.figures import study as figures
-from copra_fl.page import DataTable, Figure
-from copra_fl.ranking import POINTS
-from copra_fl.results import estimate
-from copra_fl.study import table
+from copra_fl.reporting.figures import study as figures
+from copra_fl.reporting.html import DataTable, Figure
+from copra_fl.reporting.statistics import estimate
+from copra_fl.reporting.study import table
+from copra_fl.reporting.tables import POINTS
 from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent

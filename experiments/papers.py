@@ -29,26 +29,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import copra_fl.process  # isort: skip  # noqa: F401  before torch
+import copra_fl.startup  # isort: skip  # noqa: F401  before torch
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from copra_fl import CopraCallback, data, models, provenance
-from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
+from copra_fl import CopraCallback, provenance
+from copra_fl.adapters.interpolation import combine, interpolate, interpolate_products, merge_gap, walk
+from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.config import Config, parse_override
-from copra_fl.connectivity import combine, interpolate, interpolate_products, merge_gap, walk
-from copra_fl.data import FederatedData
-from copra_fl.engine import Engine, open_engine
-from copra_fl.merging import MERGES, merge
-from copra_fl.models import AdaptedModel
-from copra_fl.probes import prune
+from copra_fl.data.federated import FederatedData, load_data
+from copra_fl.files import atomic_write
+from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.build import build_model, load_processor, resolve_compute
+from copra_fl.probes import pruned_adapters
+from copra_fl.probes.exported import Game, Whole, solve
 from copra_fl.probes.members import members
-from copra_fl.probes.opening import OpenRun, silent
-from copra_fl.probes.shapley import gini, top_third
-from copra_fl.probes.whole import Game, Whole, solve
-from copra_fl.results import write_text
+from copra_fl.probes.merging import MERGES, merge
+from copra_fl.probes.open_run import OpenRun, silent
+from copra_fl.probes.shapley_values import gini, top_third
+from copra_fl.training.engine import Engine, open_engine
 from experiments.papers_summary import Values, summarise, table
 
 METHODS = ("lora", "copra")
@@ -86,9 +87,9 @@ class Study:
     def open(cls, settings: Mapping[str, Any], output: Path, texts: int | None = None) -> Study:
         """`texts`: how many of the test set are measured on."""
         config = Config.from_flat(SETTINGS | dict(settings))
-        compute = models.resolve_compute(config.model, config.data.max_length)
+        compute = resolve_compute(config.model, config.data.max_length)
         config = config.changed(dtype=compute.dtype, attention=compute.attention)
-        pooled = data.load(config, models.load_processor(config.model))
+        pooled = load_data(config, load_processor(config.model))
         engine = open_engine("stacked", config.model, config.copra.group, len(pooled.label_names), seed=0)
         return cls(config, output, replace(pooled, test=pooled.test[:texts]), engine)
 
@@ -117,7 +118,7 @@ class ForTrainer(nn.Module):
 def train(run: OpenRun, callback: bool) -> Adapter:
     """The adapter after Trainer's training with `run`'s settings; start, order of the data and masks are its seed's."""
     config, seed = run.config, run.config.federation.seed
-    model = models.build(config.model, config.copra.group, len(run.data.label_names), seed)
+    model = build_model(config.model, config.copra.group, len(run.data.label_names), seed)
     arguments = TrainingArguments(
         str(run.directory / "trainer"),
         max_steps=config.training.local_steps,
@@ -168,12 +169,12 @@ def ensure(run: OpenRun) -> dict[str, Any]:
 
 def of_one(run: OpenRun) -> dict[str, float]:
     """An adapter alone and pruned, and the Shapley values of its layers: coalitions of layers, all of them."""
-    layers = prune.layers(run.adapter)
+    layers = pruned_adapters.layers(run.adapter)
     game = Game(Whole(run), list(layers.values()), "test", silent)
     worth = solve(game, standard_error=0.0, max_pairs=1, seed=0)
     accuracy, loss = worth["accuracy"], worth["loss"]
     found = {"alone": accuracy.everything, "alone, loss": -loss.everything, "head alone": accuracy.nothing}
-    for pruned in prune.layer_sets(run.adapter):
+    for pruned in pruned_adapters.layer_sets(run.adapter):
         inside = [bool(pruned.adapter[f"{each[0]}.lora_B.weight"].any()) for each in layers.values()]
         found[f"kept: {pruned.name}"] = float(game.value("accuracy")(np.array([inside]))[0])
     size = np.abs(accuracy.values)
@@ -199,7 +200,7 @@ def of_several(runs: Sequence[OpenRun]) -> dict[str, float]:
             found[f"{kind} path: midpoint gap"] = path.midpoint_gap
             found[f"{kind} path: barrier (Entezari)"] = path.barrier_entezari
             found[f"{kind} path: barrier (Frankle)"] = path.barrier_frankle
-        (heads,) = score([prune.keep(combine(group.adapters, group.weights), ())])
+        (heads,) = score([pruned_adapters.keep(combine(group.adapters, group.weights), ())])
         found["heads alone, averaged"] = heads["accuracy"]
         ways = ways[2:]
     merged = [merge(plain, MERGES[way], group.weights, 1.0, DENSITY, seed=0) for way in ways]
@@ -228,7 +229,7 @@ def _once(path: Path, runs: Sequence[OpenRun]) -> dict[str, float]:
     """What is measured of `runs` together, from the file if it is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(of_several(runs) if len(runs) > 1 else of_one(runs[0])))
+        atomic_write(path, json.dumps(of_several(runs) if len(runs) > 1 else of_one(runs[0])))
         print(path.stem, flush=True)
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -288,8 +289,8 @@ def main(given: Sequence[str] | None = None) -> None:
         },
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    write_text(options.results / f"papers-{options.date}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
-    write_text(options.results / f"papers-{options.date}.md", table(facts))
+    atomic_write(options.results / f"papers-{options.date}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    atomic_write(options.results / f"papers-{options.date}.md", table(facts))
     print(table(facts))
 
 

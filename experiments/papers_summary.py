@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from copra_fl.ranking import Column
-from copra_fl.results import Estimate, estimate, join
+from copra_fl.reporting.statistics import Estimate, estimate
+from copra_fl.reporting.tables import Column
+from copra_fl.wording import join_words
 
 #: measure -> seeds of the adapters -> value
 Values = dict[str, dict[tuple[int, ...], float]]
@@ -58,10 +59,10 @@ def table(facts: Mapping[str, Any]) -> str:
         "",
         f"`{facts['command']}`; facts: papers-{facts['date']}.json. {config['model']}, {config['dataset']}, rank "
         f"{config['rank']} on {config['target-modules']}, {config['local-steps']} steps of {config['batch-size']} by "
-        f"Trainer, base in {config['dtype']}; {examples['test']} test texts. Seeds {join(facts['seeds'])}, each with "
+        f"Trainer, base in {config['dtype']}; {examples['test']} test texts. Seeds {join_words(facts['seeds'])}, each with "
         "its own start of adapter and head and its own order of the data.",
         "",
-        f"Accuracy on {examples['validation']} validation texts, %, seeds {join(facts['tuning_seeds'])}:",
+        f"Accuracy on {examples['validation']} validation texts, %, seeds {join_words(facts['tuning_seeds'])}:",
         "",
         f"| rate | {' | '.join(methods)} |",
         "|---|---|---|",

@@ -20,31 +20,35 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from copra_fl import data, models, provenance, tasks, wire
-from copra_fl.adapter import Adapter, Update, complete
+from copra_fl import provenance, tasks, wire
+from copra_fl.adapters.interpolation import walk
+from copra_fl.adapters.server_state import State
+from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation import check, find_rule
 from copra_fl.aggregation.heads import lend
-from copra_fl.assets import ASSETS
 from copra_fl.config import Config, csv_line
-from copra_fl.connectivity import walk
-from copra_fl.core import core_start
-from copra_fl.engine import open_engine
-from copra_fl.evaluation import evaluate_each, merge_gap_each
+from copra_fl.data import federated
+from copra_fl.data.federated import load_data
 from copra_fl.events import emit
+from copra_fl.models.build import check_weights, load_processor, resolve_compute
+from copra_fl.models.export import save
+from copra_fl.models.fed_sb_init import core_start
 from copra_fl.seeding import generator
-from server.budget import Budget, forget_secret, open_secret
-from server.exchange import exchange
-from server.hello import CLIENTS, greet, welcome
+from copra_fl.sources.assets import ASSETS
+from copra_fl.training.engine import open_engine
+from copra_fl.training.evaluation import evaluate_each, merge_gap_each
+from server.eval_selection import evaluated, merge_gap_clients, path_pairs
+from server.handshake import CLIENTS, greet, welcome
 from server.journal import Journal, Row
-from server.probes import evaluated, merge_gap_clients, path_pairs
-from server.state import State
+from server.messaging import exchange
+from server.privacy_budget import Budget, forget_secret, open_secret
 from server.strategy import CohortStrategy
 
 
 class Evaluator:
     """The server's model and its held-out data: scores any adapter."""
 
-    def __init__(self, config: Config, federated: data.FederatedData) -> None:
+    def __init__(self, config: Config, federated: federated.FederatedData) -> None:
         self.config = config
         self.federated = federated
         kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
@@ -122,7 +126,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     nodes = greet(grid, greeting)
     config = greeting.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
-    federated = data.load(config, models.load_processor(config.model))
+    federated = load_data(config, load_processor(config.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
     if evaluator.engine.note:
@@ -180,11 +184,11 @@ def settle(config: Config) -> Config:
 
     Raises ConfigError where the base is not the one that ``model-sha256`` names.
     """
-    compute, base = models.resolve_compute(config.model, config.data.max_length), models.check_weights(config.model)
+    compute, base = resolve_compute(config.model, config.data.max_length), check_weights(config.model)
     config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
     if config.data.partitioner != "own":
         return config
-    return config.changed(labels=csv_line(data.load(config, models.load_processor(config.model)).label_names))
+    return config.changed(labels=csv_line(load_data(config, load_processor(config.model)).label_names))
 
 
 def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
@@ -278,7 +282,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             (unseen,) = evaluator.score([state.adapter], state.residual, federated.unseen)
     if not strategy.rule.personal:
         evaluator.model.write_adapter(state.adapter)
-        models.save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
+        save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
     last = rows[-1]
     errors = [row["aggregation_error"]["total"] for row in rows if row["aggregation_error"]]
     journal.write_json(

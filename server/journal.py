@@ -20,8 +20,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from copra_fl.adapter import load_checkpoint, save_checkpoint
-from server.state import State
+from copra_fl.adapters.server_state import State
+from copra_fl.adapters.state import load_checkpoint, save_checkpoint
 
 Row = dict[str, Any]
 

@@ -20,7 +20,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from copra_fl import wire
-from copra_fl.adapter import Adapter, Update, draw, parts
+from copra_fl.adapters.compression import decode
+from copra_fl.adapters.residual import add
+from copra_fl.adapters.server_state import State
+from copra_fl.adapters.state import Adapter, Update, draw, parts
 from copra_fl.aggregation import client_ranks, find_rule, heads, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
 from copra_fl.aggregation.pooling import pool_scalars
@@ -28,16 +31,13 @@ from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import as_global, client_starts
 from copra_fl.aggregation.rule import Outcome, Round
-from copra_fl.compression import decode
 from copra_fl.config import Config
-from copra_fl.residual import add
+from copra_fl.data.multi import DataSet
 from copra_fl.seeding import derive, generator
-from copra_fl.several import DataSet
-from copra_fl.training import Plan, expected_update, num_trained
-from server.delivery import Deliveries
+from copra_fl.training.plan import Plan, expected_update, num_trained
+from server.eval_selection import kept_clients
 from server.placement import place
-from server.probes import kept_clients
-from server.state import State
+from server.state_sync import Deliveries
 
 Result = TypeVar("Result")
 #: a client's scalars, or its traceback, and the headers of its tensors: far more than they take

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from copra_fl.adapter import Adapter, Update
+from copra_fl.adapters.state import Adapter, Update
 from copra_fl.aggregation.rule import Outcome, Round, Score
 from copra_fl.config import AggregationConfig
 

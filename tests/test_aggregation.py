@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from copra_fl.adapter import Update, complete, difference, load_checkpoint, norm, save_checkpoint, trained
+from copra_fl.adapters.state import Update, complete, difference, load_checkpoint, norm, save_checkpoint, trained
 from copra_fl.aggregation import RULES, check, find_rule, pools
-from copra_fl.aggregation.fedavg import fedavg, weighted_average
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.rule import Round
+from copra_fl.aggregation.rules.fedavg import fedavg, weighted_average
 from copra_fl.aggregation.weighting import tensor_weights
 from copra_fl.config import AggregationConfig, Config, ConfigError
 

@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copra_fl import data, events, models
-from copra_fl.adapter import Adapter
+from copra_fl import events
+from copra_fl.adapters.state import Adapter
 from copra_fl.config import Config
-from copra_fl.core import base_gradients
-from copra_fl.gates import Gates
-from copra_fl.models import AdaptedModel
-from copra_fl.stacked import NotStackable, StackedModel
-from copra_fl.stacked.step import Stack, Step
+from copra_fl.copra.gates import Gates
+from copra_fl.data.federated import load_data
+from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.models.fed_sb_init import base_gradients
 from copra_fl.tasks.text_classification import TextClassification
+from copra_fl.training.stacked import NotStackable, StackedModel
+from copra_fl.training.stacked.step import Stack, Step
 from tests.local_grid import run_federation
 
 Settings = dict[str, object]
@@ -296,8 +298,8 @@ def test_a_run_that_cannot_stack_says_so_and_trains_with_plain_peft(
 def test_gradients_of_gpt2s_weights_are_those_of_a_linear_layers(gpt2: Settings) -> None:
     """With B = 0 the gradient of B, which PEFT gives, is s G A^T for the gradient G (d, k) of W0."""
     config = Config.from_flat(gpt2)
-    examples = data.load(config, models.load_processor(config.model)).examples
-    model, some = models.build(config.model, "layer", 3, seed=0), np.arange(6)
+    examples = load_data(config, load_processor(config.model)).examples
+    model, some = build_model(config.model, "layer", 3, seed=0), np.arange(6)
     gradients = base_gradients(model, examples, some, 6)
     parameters = model.train_only({"A", "B"})
     model.losses(examples.batch(some)).mean().backward()

@@ -17,8 +17,8 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from copra_fl.assets import ASSETS, asset_path, fetch, smollm2
-from copra_fl.assets.shakespeare import speeches
+from copra_fl.sources.assets import ASSETS, asset_path, fetch, smollm2
+from copra_fl.sources.assets.shakespeare import speeches
 from copra_fl.tasks.images import ImageProcessor
 from tests.conftest import no_network
 

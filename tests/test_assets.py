@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from copra_fl.assets import ASSETS, AssetError, UnknownAssetError, asset_path, cache_dir, fetch
 from copra_fl.cli.assets import app
+from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, cache_dir, fetch
 from tests.conftest import no_network
 
 TWEETS = ASSETS["health-tweets"]
-FETCH_TWEETS = [sys.executable, "-c", "from copra_fl.assets import fetch; print(fetch('health-tweets'))"]
+FETCH_TWEETS = [sys.executable, "-c", "from copra_fl.sources.assets import fetch; print(fetch('health-tweets'))"]
 
 
 @pytest.fixture(scope="module")

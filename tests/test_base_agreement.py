@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from copra_fl.adapter import load_checkpoint
-from copra_fl.bases import weights_digest
+from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import ConfigError
+from copra_fl.models.base_weights import weights_digest
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
 

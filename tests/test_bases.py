@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
-from copra_fl import bases
-from copra_fl.assets import AssetError, cache_dir
-from copra_fl.bases import open_base, weights_digest
+from copra_fl.models import base_weights
+from copra_fl.models.base_weights import open_base, weights_digest
+from copra_fl.sources.assets import AssetError, cache_dir
 
 BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
 
@@ -123,7 +123,7 @@ def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     digest, read = weights_digest(str(model)), []
-    monkeypatch.setattr(bases, "_sha256", lambda path: read.append(path) or sha256sum(path))
+    monkeypatch.setattr(base_weights, "_sha256", lambda path: read.append(path) or sha256sum(path))
     assert weights_digest(str(model)) == digest and not read
     with (model / "model.safetensors").open("ab") as file:
         file.write(b" ")

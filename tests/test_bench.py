@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copra_fl import schedule
-from copra_fl.adapter import Adapter, Update
+from copra_fl.adapters.state import Adapter, Update
 from copra_fl.bench import figures, workers
 from copra_fl.bench.contest import CONTESTANTS, Contestant, Disagreement, divisions, race
 from copra_fl.bench.findings import machine, tables, targets
@@ -35,8 +34,9 @@ from copra_fl.bench.summary import left_out, summary
 from copra_fl.bench.workers import Share, Train
 from copra_fl.cli.bench import LETTERS, bench
 from copra_fl.config import Config, ConfigError, CopraConfig
-from copra_fl.data import FederatedData
-from copra_fl.training import Plan
+from copra_fl.copra import schedule
+from copra_fl.data.federated import FederatedData
+from copra_fl.training.plan import Plan
 from tests.browser import check_page, needs_chromium
 from tests.real_runs import RealRun
 

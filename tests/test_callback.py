@@ -18,8 +18,15 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
-from copra_fl import CopraCallback, data, models, schedule, training
+from copra_fl import CopraCallback
 from copra_fl.config import Config, ConfigError, CopraConfig
+from copra_fl.copra import schedule
+from copra_fl.data.federated import load_data
+from copra_fl.models import adapted
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.training import single
+from copra_fl.training.batches import plan_steps
+from copra_fl.training.plan import Plan
 from tests.conftest import NUM_LAYERS
 from tests.test_readme import blocks
 
@@ -57,7 +64,7 @@ def arguments(directory: Path, **changed: Any) -> Arguments:
 class WithLoss(nn.Module):
     """Our model as Trainer wants a model: the loss comes out of it, and there is no dropout in train mode."""
 
-    def __init__(self, model: models.AdaptedModel) -> None:
+    def __init__(self, model: adapted.AdaptedModel) -> None:
         super().__init__()
         self.model = model
         for module in self.modules():
@@ -78,14 +85,14 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     alone = {"num-clients": 1, "num-rounds": 1, "partitioner": "iid", "seed": 1}
     steps = {"local-steps": STEPS, "gradient-accumulation": 2}
     config = Config.from_flat(tiny | alone | steps).changed(**copra)
-    federated = data.load(config, models.load_processor(config.model))
-    model = models.build(config.model, config.copra.group, 3, seed=0)
-    plan = training.Plan(1, (0,), config)
-    update = training.train_client(model, federated, plan, 0, model.read_adapter())
+    federated = load_data(config, load_processor(config.model))
+    model = build_model(config.model, config.copra.group, 3, seed=0)
+    plan = Plan(1, (0,), config)
+    update = single.train_client(model, federated, plan, 0, model.read_adapter())
 
-    batches = training.plan_steps(plan, federated, 0, len(model.gates.names)).batches
+    batches = plan_steps(plan, federated, 0, len(model.gates.names)).batches
     order = np.concatenate([batch for step in batches for batch in step])
-    other = models.build(config.model, config.copra.group, 3, seed=0)
+    other = build_model(config.model, config.copra.group, 3, seed=0)
     trainer = Trainer(
         WithLoss(other),
         arguments(tmp_path),
@@ -95,7 +102,7 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     )
     trainer.train()
     trained = other.read_adapter()
-    start = models.build(config.model, config.copra.group, 3, seed=0).read_adapter()
+    start = build_model(config.model, config.copra.group, 3, seed=0).read_adapter()
     assert update.adapter.keys() >= {"head.weight", "head.bias"}
     for name, tensor in trained.items():
         assert torch.allclose(tensor, update.adapter.get(name, start[name]), atol=1e-6), name

@@ -13,12 +13,12 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from copra_fl import report
 from copra_fl.config import Config, ConfigError
-from copra_fl.evaluation import evaluate
-from copra_fl.ranking import also_measured, header_and_rows
+from copra_fl.reporting import report
+from copra_fl.reporting.tables import also_measured, header_and_rows
 from copra_fl.tasks import find_task
 from copra_fl.tasks.causal_lm import NOT_LEARNT, cut, opening, response
+from copra_fl.training.evaluation import evaluate
 from tests.local_grid import run_federation
 from tests.test_cohort import World, assert_alike
 

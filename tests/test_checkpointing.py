@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from copra_fl.stacked.step import Stack, Step
+from copra_fl.training.stacked.step import Stack, Step
 from tests.test_cohort import World, relative_error
 
 Settings = dict[str, object]

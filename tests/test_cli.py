@@ -16,9 +16,9 @@ from rich.console import Console
 from copra_fl import events
 from copra_fl.cli import main
 from copra_fl.cli.compare import with_all
-from copra_fl.cli.progress import State, watch
-from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError
+from copra_fl.simulation.progress import State, watch
+from copra_fl.simulation.recipes import Recipe
 from tests.real_runs import SCRIPT, settings
 
 Settings = dict[str, object]

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from copra_fl import data, models
-from copra_fl.adapter import Adapter, Update
-from copra_fl.cohort import slices, train_cohort
+from copra_fl.adapters.state import Adapter, Update
 from copra_fl.config import Config
-from copra_fl.evaluation import evaluate
-from copra_fl.stacked import NotStackable, StackedModel
-from copra_fl.stacked.prefix import PrefixCache
-from copra_fl.training import Plan, train_client
+from copra_fl.data.federated import load_data
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.training.cohort import slices, train_cohort
+from copra_fl.training.evaluation import evaluate
+from copra_fl.training.plan import Plan
+from copra_fl.training.single import train_client
+from copra_fl.training.stacked import NotStackable, StackedModel
+from copra_fl.training.stacked.hidden_state_cache import PrefixCache
 
 Settings = dict[str, object]
 
@@ -47,9 +49,9 @@ class World:
 
     def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
-        self.data = data.load(self.config, models.load_processor(self.config.model))
+        self.data = load_data(self.config, load_processor(self.config.model))
         num_labels = len(self.data.label_names) or 3
-        self.plain = models.build(self.config.model, self.config.copra.group, num_labels, seed=0, core=core)
+        self.plain = build_model(self.config.model, self.config.copra.group, num_labels, seed=0, core=core)
         if double:
             self.plain.double()
         self.stacked = StackedModel(self.plain)
@@ -172,7 +174,8 @@ def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
         world.stacked.present.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
     monkeypatch.setattr(
-        "copra_fl.schedule.client_masks", lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1))
+        "copra_fl.copra.schedule.client_masks",
+        lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1)),
     )
     recorder = Recorder(world.stacked)
     world.together(0, 1, 2)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from copra_fl.adapter import Adapter, Update, trained
-from copra_fl.compression import CODECS, decode, encode, encode_with_feedback
+from copra_fl.adapters.compression import CODECS, decode, encode, encode_with_feedback
+from copra_fl.adapters.state import Adapter, Update, trained
 
 GROUP_OF = {"a": 0, "b": 1}
 SHAPES = {"head": (7,), "b": (3, 2), "a": (4, 5)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from copra_fl.aggregation import RULES
-from copra_fl.cli.recipes import Recipe, method_settings, short_name
 from copra_fl.config import KEYS, Config, ConfigError, parse_override
+from copra_fl.simulation.recipes import Recipe, method_settings, short_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from copra_fl.connectivity import Path, interpolate, merge_gap, walk
+from copra_fl.adapters.interpolation import Path, interpolate, merge_gap, walk
 
 
 def double_well(adapters: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from copra_fl.adapter import Adapter, Update
-from copra_fl.aggregation.connectivity import STEPS, connectivity, on_factors, on_products
-from copra_fl.aggregation.fedavg import fedavg
-from copra_fl.aggregation.flexlora import flexlora
+from copra_fl.adapters.state import Adapter, Update
 from copra_fl.aggregation.rule import Round
+from copra_fl.aggregation.rules.connectivity import STEPS, connectivity, on_factors, on_products
+from copra_fl.aggregation.rules.fedavg import fedavg
+from copra_fl.aggregation.rules.flexlora import flexlora
 from tests.rounds import MODULES, dense, dense_ideal, make_round, random_adapter, random_round, relative, update
 
 A, B = f"{MODULES[0]}.lora_A.weight", f"{MODULES[0]}.lora_B.weight"

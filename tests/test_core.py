@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from copra_fl import models
-from copra_fl.adapter import part_of
-from copra_fl.core import base_gradients, core_start, leading_directions
-from copra_fl.evaluation import evaluate
+from copra_fl.adapters.state import part_of
+from copra_fl.models.build import build_model
+from copra_fl.models.fed_sb_init import base_gradients, core_start, leading_directions
 from copra_fl.tasks.classification import pool
+from copra_fl.training.evaluation import evaluate
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, jitter
 
@@ -20,7 +20,7 @@ from tests.test_cohort import Settings, World, jitter
 def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
     """Oracle: plain PEFT with A' = R A; gates open and closed, both engines."""
     world = World(tiny, double=True, core=True)
-    plain = models.build(world.config.model, "layer", 3, seed=0).double()
+    plain = build_model(world.config.model, "layer", 3, seed=0).double()
     adapters = [world.start, jitter(world.start, 1, 0.3)]
     folded = [
         {
@@ -42,7 +42,7 @@ def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
 def test_a_core_starts_at_zero_belongs_to_its_layers_gate_and_changes_no_other_start(tiny: Settings) -> None:
     world = World(tiny, core=True)
     start = world.plain.read_adapter()
-    without = models.build(world.config.model, "layer", 3, seed=0).read_adapter()
+    without = build_model(world.config.model, "layer", 3, seed=0).read_adapter()
     cores = {name: tensor for name, tensor in start.items() if part_of(name) == "R"}
     assert start.keys() - cores.keys() == without.keys()
     assert all(torch.equal(start[name], tensor) for name, tensor in without.items())

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from copra_fl.config import Config, ConfigError
-from copra_fl.data import FederatedData, load
+from copra_fl.data.federated import FederatedData, load_data
 
 CLASSES = ("air", "fire", "sea", "soil")
 Load = Callable[..., FederatedData]
@@ -71,7 +71,7 @@ def load_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Load:
 
     def load_rows(rows: pd.DataFrame, **changes: Any) -> FederatedData:
         rows.to_csv(tmp_path / "rows.csv", index=False)
-        return load(make_config(tmp_path / "rows.csv", **changes), tokenizer)
+        return load_data(make_config(tmp_path / "rows.csv", **changes), tokenizer)
 
     return load_rows
 
@@ -293,22 +293,22 @@ def test_the_second_load_does_not_tokenise(
     first = load_rows(rows)
     tokenizer(["air"], truncation=True, max_length=5, padding="max_length")  # leaves its settings in the tokenizer
     refusing = Refusing(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
-    again = load(make_config(tmp_path / "rows.csv"), refusing)
+    again = load_data(make_config(tmp_path / "rows.csv"), refusing)
     assert same_split(first, again) and torch.equal(first.examples.input_ids, again.examples.input_ids)
-    load(make_config(tmp_path / "rows.csv", seed=5, partitioner="iid"), refusing)
+    load_data(make_config(tmp_path / "rows.csv", seed=5, partitioner="iid"), refusing)
     for changes in ({"max_length": 5}, {"test_examples": 50}, {"server_validation_examples": 50}):
         with pytest.raises(AssertionError, match="asked to tokenise"):
-            load(make_config(tmp_path / "rows.csv", **changes), refusing)
+            load_data(make_config(tmp_path / "rows.csv", **changes), refusing)
     rows[:-1].to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(AssertionError, match="asked to tokenise"):
-        load(make_config(tmp_path / "rows.csv"), refusing)
+        load_data(make_config(tmp_path / "rows.csv"), refusing)
 
 
 WORKER = """
 import hashlib, json, sys
 from transformers import PreTrainedTokenizerFast
 from copra_fl.config import Config
-from copra_fl.data import load
+from copra_fl.data import load_data
 
 class Counting(PreTrainedTokenizerFast):
     calls = 0
@@ -318,7 +318,7 @@ class Counting(PreTrainedTokenizerFast):
 
 print("ready", flush=True)
 sys.stdin.readline()
-data = load(Config.from_flat(json.loads(sys.argv[2])), Counting.from_pretrained(sys.argv[1]))
+data = load_data(Config.from_flat(json.loads(sys.argv[2])), Counting.from_pretrained(sys.argv[1]))
 heavy = sorted({"pandas", "datasets", "flwr_datasets"} & set(sys.modules))
 split = hashlib.sha256(b"".join(indices.tobytes() for indices in data.train)).hexdigest()
 print(json.dumps({"digest": data.digest, "split": split, "calls": Counting.calls, "heavy": heavy}))
@@ -363,7 +363,7 @@ def test_formats_give_equal_results(tmp_path: Path, tokenizer: PreTrainedTokeniz
     rows.astype({"label": "float64"}).to_parquet(tmp_path / "floats.parquet")
     changes = {"partitioner": "natural", "client_column": "owner", "num_clients": 4}
     names = ("rows.csv", "rows.jsonl", "rows.parquet", "floats.parquet")
-    first, *others = [load(make_config(tmp_path / name, **changes), tokenizer) for name in names]
+    first, *others = [load_data(make_config(tmp_path / name, **changes), tokenizer) for name in names]
     assert first.label_names == [str(label) for label in range(11)]
     assert first.dropped_empty == 12
     for other in others:
@@ -416,9 +416,9 @@ def test_a_hub_data_set_brings_its_label_names_and_its_test_set(
         write(folder, "train", rows, [names.index(label) for label in rows["label"]])
         write(folder, "test", test, test_labels)
     monkeypatch.chdir(tmp_path)
-    opened = load(make_config("owner/open"), tokenizer)
+    opened = load_data(make_config("owner/open"), tokenizer)
     assert opened.label_names == list(CLASSES)
     assert texts_of(opened, opened.test, tokenizer) == test["text"].tolist()
     assert [CLASSES[k] for k in opened.examples.labels[opened.test]] == test["label"].tolist()
-    hidden = load(make_config("owner/hidden"), tokenizer)
+    hidden = load_data(make_config("owner/hidden"), tokenizer)
     assert len(hidden.test) == 60 and hidden.test.max() < 600

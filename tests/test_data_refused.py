@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from copra_fl.config import ConfigError
-from copra_fl.data import load
+from copra_fl.data.federated import load_data
 from tests.test_data import empty_caches, make_config, rows, tokenizer
 
 __all__ = ["empty_caches", "rows", "tokenizer"]  # fixtures
@@ -84,7 +84,7 @@ def test_bad_input_is_named(
     Path("broken.jsonl").write_text('{"text": "air", "label": \n')
     Path("broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(ConfigError, match=message):
-        load(make_config(dataset, **changes), tokenizer)
+        load_data(make_config(dataset, **changes), tokenizer)
 
 
 def test_a_tokenizer_without_padding_is_refused(
@@ -93,4 +93,4 @@ def test_a_tokenizer_without_padding_is_refused(
     rows.to_csv(tmp_path / "rows.csv", index=False)
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="some/gpt")
     with pytest.raises(ConfigError, match="'some/gpt' must have a padding token"):
-        load(make_config(tmp_path / "rows.csv"), without)
+        load_data(make_config(tmp_path / "rows.csv"), without)

@@ -18,7 +18,7 @@ from copra_fl.cli import app
 from copra_fl.cli.deploy_run import choose_name, read_runs
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose import GPU_NAME, NAME
-from copra_fl.deployment.folder import Folder
+from copra_fl.deployment.layout import Folder
 
 ROOT = Path(__file__).parent.parent
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here to read certificates with")

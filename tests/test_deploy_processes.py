@@ -26,10 +26,10 @@ from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModel
 
-from copra_fl.cli.flower import copy_app, free_port
 from copra_fl.config import toml_value
 from copra_fl.deployment import certificates
-from copra_fl.deployment.folder import Folder
+from copra_fl.deployment.layout import Folder
+from copra_fl.simulation.superlink import copy_app, free_port
 
 pytestmark = pytest.mark.slow
 

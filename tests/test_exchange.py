@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 from flwr.app import Message, RecordDict
 
-from server.exchange import exchange
+from server.messaging import exchange
 from tests.local_grid import LocalGrid
 
 

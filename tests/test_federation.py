@@ -17,9 +17,13 @@ from torch import nn
 from transformers import AutoModel
 
 from clients.app import app as client_app
-from copra_fl import cohort, data, engine, models, training, wire
-from copra_fl.adapter import difference, load_checkpoint, norm
+from copra_fl import wire
+from copra_fl.adapters.state import difference, load_checkpoint, norm
 from copra_fl.config import Config
+from copra_fl.data.federated import load_data
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.models.export import load
+from copra_fl.training import cohort, engine
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
 
@@ -99,7 +103,7 @@ def test_lora_is_copra_with_p_1_throughout(tiny: Settings, tmp_path: Path) -> No
 
 def test_head_training_leaves_the_adapter_alone(tiny: Settings, tmp_path: Path) -> None:
     directory = run_federation(tiny | {"local-training": "head"}, tmp_path / "run")
-    start = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0).read_adapter()
+    start = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0).read_adapter()
     trained = final(directory)
     assert all(torch.equal(trained[name], start[name]) for name in trained if not name.startswith("head."))
     assert not torch.equal(trained["head.weight"], start["head.weight"])
@@ -160,7 +164,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
     weights = load_file(directory / "adapter" / "head.safetensors")
     head = nn.Linear(32, 3)
     head.load_state_dict(weights)
-    federated = data.load(Config.from_flat(tiny), models.load_processor(Config.from_flat(tiny).model))
+    federated = load_data(Config.from_flat(tiny), load_processor(Config.from_flat(tiny).model))
     batch = federated.examples.batch(federated.test)
     with torch.no_grad():
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -170,7 +174,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
     summary = json.loads((directory / "summary.json").read_text())
     assert accuracy == pytest.approx(summary["test"]["accuracy"], abs=1e-6)
     assert accuracy > 0.5, "three classes, so the model has learned something"
-    saved = models.load(directory / "adapter", device="cpu")
+    saved = load(directory / "adapter", device="cpu")
     assert saved.labels == ["sand", "sea", "sky"]
     with torch.no_grad():
         again = saved.model(**batch).argmax(1)
@@ -193,7 +197,7 @@ def client_3_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_steps(plan, federated, client, num_groups):
         if client == 3:
             raise OSError("disk gone")
-        return training.plan_steps(plan, federated, client, num_groups)
+        return plan_steps(plan, federated, client, num_groups)
 
     monkeypatch.setattr(cohort, "plan_steps", plan_steps)
 
@@ -245,9 +249,7 @@ def test_rounded_uplinks_end_close_to_float32(
     flat |= {"optimizer": "sgd", "learning-rate": 0.3, "head-learning-rate": 0.3}
     plain = run_federation(flat, tmp_path / "plain")
     rounded = run_federation(flat | {"uplink": uplink}, tmp_path / "rounded")
-    start = models.build(
-        Config.from_flat(tiny | {"rank": 16, "target-modules": "all-linear"}).model, "layer", 3, seed=0
-    )
+    start = build_model(Config.from_flat(tiny | {"rank": 16, "target-modules": "all-linear"}).model, "layer", 3, seed=0)
     moved = norm(difference(final(plain), start.read_adapter()))
     assert 0 < norm(difference(final(rounded), final(plain))) < error * moved
     up = [sum(row["bytes_up"] for row in journal(directory)) for directory in (rounded, plain)]

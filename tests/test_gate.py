@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from copra_fl.deployment.gate import Gate
+from copra_fl.deployment.api_gate import Gate
 
 FLEET, CONTROL, RUNTIME = "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/acquire-task"
 OUTSIDE, INSIDE, INSIDE6, OUTSIDE6 = ("10.89.0.3", 5), ("127.0.0.1", 5), ("::1", 5), ("fd00::3", 5)

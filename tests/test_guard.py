@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from copra_fl.cli import guard
+from copra_fl.simulation import guard
 from tests.real_runs import RealRun
 
 #: the shell leaves behind a process that carries no mark, as Ray's agents do, and its parent is gone

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
-from copra_fl.adapter import load_checkpoint
+from copra_fl.adapters.state import load_checkpoint
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
 

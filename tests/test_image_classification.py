@@ -13,12 +13,17 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from copra_fl import data, memory_plan, models, tasks
+from copra_fl import tasks
 from copra_fl.config import Config, ConfigError
-from copra_fl.evaluation import evaluate
-from copra_fl.own_data import load_own
-from copra_fl.stacked.prefix import PrefixCache
-from copra_fl.tables import file_table
+from copra_fl.data import federated
+from copra_fl.data.federated import load_data
+from copra_fl.data.local import load_own
+from copra_fl.models import memory_plan
+from copra_fl.models.build import load_processor
+from copra_fl.models.export import load
+from copra_fl.sources.tables import file_table
+from copra_fl.training.evaluation import evaluate
+from copra_fl.training.stacked.hidden_state_cache import PrefixCache
 from tests.local_grid import run_federation
 from tests.test_cohort import CASES, World, assert_alike
 
@@ -90,9 +95,9 @@ def table(photos: Path) -> pd.DataFrame:
     return pd.DataFrame({"image": [str(f.relative_to(photos)) for f in files], "label": [f.parent.name for f in files]})
 
 
-def load(settings: Settings) -> data.FederatedData:
+def load(settings: Settings) -> federated.FederatedData:
     config = Config.from_flat(settings)
-    return data.load(config, models.load_processor(config.model))
+    return load_data(config, load_processor(config.model))
 
 
 @pytest.mark.parametrize("base", ["tiny_vit", "tiny_dino"])
@@ -134,7 +139,7 @@ def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
     assert len(federated.test) == 60 and len(federated.examples) == 240
 
     config = Config.from_flat(images | {"partitioner": "own", "labels": "bars,blot,stripes"})
-    own = load_own(config, models.load_processor(config.model), str(tmp_path / "test"), 1, 3)
+    own = load_own(config, load_processor(config.model), str(tmp_path / "test"), 1, 3)
     assert len(own.train[1]) + len(own.validation[1]) == 60
 
 
@@ -196,7 +201,7 @@ def test_metrics_are_those_of_every_image_by_itself(images: Settings) -> None:
 def test_a_federation_ends_in_an_adapter_that_sees(images: Settings, photos: Path, tmp_path: Path) -> None:
     learn = {"num-rounds": 6, "local-steps": 30, "learning-rate": 0.01, "head-learning-rate": 0.01, "alpha": 5.0}
     folder = run_federation(images | learn | {"target-modules": "all-linear"}, tmp_path / "run")
-    saved = models.load(folder / "adapter", "cpu")
+    saved = load(folder / "adapter", "cpu")
     rows = table(photos)
     with torch.inference_mode():
         logits = saved.model(**saved.processor([Image.open(photos / name) for name in rows["image"]]))
@@ -211,7 +216,7 @@ def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path
     world = World(images | {"dataset": f"{photos}, {other}", "alpha": 1.0, "num-clients": 6})
     assert {label.split("/")[0] for label in world.data.label_names} == {photos.name, "other"}
     alone = load(images | {"dataset": str(other), "alpha": 1.0, "num-clients": 3})
-    ours, theirs = (data.examples.batch(data.train[client]) for data, client in ((world.data, 3), (alone, 0)))
+    ours, theirs = (federated.examples.batch(federated.train[client]) for data, client in ((world.data, 3), (alone, 0)))
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)

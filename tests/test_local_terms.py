@@ -10,15 +10,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from copra_fl import cohort, models, training
-from copra_fl.adapter import Adapter, Update, part_of
+from copra_fl.adapters.state import Adapter, Update, part_of
 from copra_fl.aggregation import ALL, RULES
-from copra_fl.aggregation.fedavg import fedavg
 from copra_fl.aggregation.ranks import cut, pad
 from copra_fl.aggregation.rule import Rule
+from copra_fl.aggregation.rules.fedavg import fedavg
+from copra_fl.models.build import build_model
 from copra_fl.seeding import generator
-from copra_fl.stacked.linear import AdapterProduct
-from copra_fl.training import Plan, train_client
+from copra_fl.training import cohort
+from copra_fl.training.batches import LocalSteps
+from copra_fl.training.plan import Plan
+from copra_fl.training.single import train_client
+from copra_fl.training.stacked.linear import AdapterProduct
+from copra_fl.training.update import make_update
 from tests.test_cohort import Settings, World, assert_alike, jitter, relative_error
 from tests.test_residual import some_residual
 
@@ -100,12 +104,12 @@ class Spy:
         for module in (cohort, training):
             monkeypatch.setattr(module, "make_update", self._make_update)
 
-    def _make_update(self, plan: Plan, steps: training.LocalSteps, adapter: Adapter, *rest: object) -> Update:
+    def _make_update(self, plan: Plan, steps: LocalSteps, adapter: Adapter, *rest: object) -> Update:
         self.adapters.append((steps.client, adapter))
         return MAKE_UPDATE(plan, steps, adapter, *rest)  # type: ignore[arg-type]
 
 
-MAKE_UPDATE = training.make_update
+MAKE_UPDATE = make_update
 
 
 @pytest.mark.parametrize(("rule", "still"), [("ffa-lora", "A"), ("rolora", "B"), ("core-only", "AB")])
@@ -162,7 +166,7 @@ def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
     """Oracle: a loop by hand in which autograd differentiates loss + mu/2 |theta - start|^2."""
     mu = 3.0
     world = World(tiny | {"local-training": "lora", "proximal-mu": mu, "max-grad-norm": 0.5}, 1, double=True)
-    plain = models.build(world.config.model, "layer", 3, seed=0).double()
+    plain = build_model(world.config.model, "layer", 3, seed=0).double()
     plain.write_adapter(world.start)
     parameters = plain.train_only(ALL)
     optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.0)
@@ -220,7 +224,7 @@ def test_a_padded_client_is_a_client_of_its_own_rank(tiny: Settings, scaling: st
     world = World(flat, double=True)
     padded_starts(world)
     config = world.config.changed(client_ranks="", rank=1)
-    small = models.build(config.model, "layer", 3, seed=0).double()
+    small = build_model(config.model, "layer", 3, seed=0).double()
     updates = {update.client: update for update in world.together(*range(6))}
     for client in (1, 3):
         expected = train_client(small, world.data, replace(world.plan, config=config), client, cut(world.start, 1))

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from copra_fl import data, memory_plan, models
 from copra_fl.config import Config, ConfigError
-from copra_fl.engine import StackedEngine, open_engine
-from copra_fl.memory_plan import GB, plan
-from copra_fl.training import Plan
+from copra_fl.data.federated import load_data
+from copra_fl.models import memory_plan
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.models.memory_plan import GB, plan
+from copra_fl.training.engine import StackedEngine, open_engine
+from copra_fl.training.plan import Plan
 
 BATCH_SIZE = 4
 
@@ -26,7 +28,7 @@ def config(tiny: dict[str, object]) -> Config:
 
 def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
     """Bytes that autograd keeps in one real step of `clients`, adapters and base not counted."""
-    federated = data.load(config, models.load_processor(config.model))
+    federated = load_data(config, load_processor(config.model))
     engine = open_engine("stacked", config.model, "layer", len(federated.label_names), seed=0)
     assert isinstance(engine, StackedEngine)
     start = engine.model.read_adapter()
@@ -53,7 +55,7 @@ def test_a_row_s_activations_are_what_a_real_step_keeps(config: Config) -> None:
 
 def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
     needed = plan(config, num_labels=3, tokens=config.data.max_length)
-    model = models.build(config.model, "layer", 3, seed=0)
+    model = build_model(config.model, "layer", 3, seed=0)
     adapter = sum(tensor.nbytes for tensor in model.read_adapter().values())
     assert needed.client == 4 * adapter, "values, gradients, two moments"
     base = sum(parameter.nbytes for name, parameter in model.peft.named_parameters() if ".lora_" not in name)

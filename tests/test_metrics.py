@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from copra_fl.deployment.metrics import of_nodes, of_runs
 from copra_fl.deployment.nodes import Node
-from copra_fl.results import load_run
+from copra_fl.reporting.results import load_run
 from tests.run_folders import write_run
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from copra_fl import models
 from copra_fl.config import Config, ModelConfig
+from copra_fl.models.build import build_model, resolve_compute
+from copra_fl.models.export import load, save
 from tests.test_bases import BATCH
 
 CPU = ModelConfig(device="cpu")
@@ -20,13 +21,13 @@ SLOW = [{"avx2": True, "avx512_bf16": False, "amx_bf16": False}, {"neon": True, 
 def test_auto_is_bfloat16_where_the_processor_has_it(processor: dict[str, bool], monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     dtype = "bfloat16" if processor in FAST else "float32"
-    assert models.resolve_compute(CPU, 64) == ModelConfig(device="cpu", dtype=dtype, attention="eager")
+    assert resolve_compute(CPU, 64) == ModelConfig(device="cpu", dtype=dtype, attention="eager")
 
 
 def test_auto_is_float32_where_torch_has_no_fast_kernels(monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: FAST[0])
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert models.resolve_compute(CPU, 64).dtype == "float32"
+    assert resolve_compute(CPU, 64).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -34,23 +35,23 @@ def test_auto_is_float32_where_torch_has_no_fast_kernels(monkeypatch) -> None:
     [("float32", 64, "eager"), ("float32", 256, "sdpa"), ("bfloat16", 64, "eager"), ("bfloat16", 256, "eager")],
 )
 def test_auto_attention_is_what_trains_fastest_on_a_cpu(dtype: str, max_length: int, attention: str) -> None:
-    assert models.resolve_compute(ModelConfig(device="cpu", dtype=dtype), max_length).attention == attention
+    assert resolve_compute(ModelConfig(device="cpu", dtype=dtype), max_length).attention == attention
 
 
 def test_what_was_asked_for_stays() -> None:
     asked = ModelConfig(device="cpu", dtype="float16", attention="sdpa")
-    assert models.resolve_compute(asked, 16) == asked
+    assert resolve_compute(asked, 16) == asked
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("bfloat16", "eager"), ("float32", "sdpa")])
 def test_a_saved_model_computes_the_same(tiny: dict, tmp_path: Path, dtype: str, attention: str) -> None:
     config = Config.from_flat(tiny | {"dtype": dtype, "attention": attention}).model
-    model = models.build(config, "layer", 3, seed=0)
+    model = build_model(config, "layer", 3, seed=0)
     with torch.no_grad():
         for parameter in model.train_only({"A", "B"}).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    models.save(model, tmp_path, ["a", "b", "c"])
-    opened = models.load(tmp_path, device="cpu")
+    save(model, tmp_path, ["a", "b", "c"])
+    opened = load(tmp_path, device="cpu")
     with torch.inference_mode():
         assert torch.equal(opened.model(**BATCH), model(**BATCH))
     assert opened.model.peft.peft_config["default"].base_model_name_or_path == tiny["model"]

@@ -16,13 +16,15 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
-from clients import session
+from clients import warm_cache
 from clients.app import app as client_app
-from copra_fl import models, tasks, wire
+from copra_fl import tasks, wire
 from copra_fl.aggregation import check
 from copra_fl.config import Config, ConfigError, csv_line
-from copra_fl.data import FederatedData
-from copra_fl.own_data import load_own
+from copra_fl.data.federated import FederatedData
+from copra_fl.data.local import load_own
+from copra_fl.models.build import load_processor
+from copra_fl.models.export import load
 from server.strategy import FederationError
 from tests.conftest import TOPICS, WORDS
 from tests.local_grid import LocalGrid, run_federation
@@ -81,13 +83,13 @@ def test_each_node_is_one_client_with_the_examples_of_its_file(
     summary = json.loads((directory / "summary.json").read_text())
     assert [client["examples"] for client in summary["clients"]] == [4, 4, 4]
     assert (summary["test"]["examples"], summary["validation"]["examples"]) == (60, 60)
-    assert models.load(directory / "adapter", device="cpu").labels == ["sand", "sea", "sky"]
+    assert load(directory / "adapter", device="cpu").labels == ["sand", "sea", "sky"]
 
 
 @pytest.mark.parametrize("site", range(3))
 def test_a_file_of_any_format_is_read_as_it_is(own: Settings, files: list[Path], site: int) -> None:
     config = Config.from_flat(own | {"labels": "sky,sea,sand"})
-    tokenizer = models.load_processor(config.model)
+    tokenizer = load_processor(config.model)
     data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
     assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
     held = np.concatenate([data.train[1], data.validation[1]])
@@ -108,7 +110,7 @@ def test_labels_are_a_line_of_csv() -> None:
 
 def test_the_configured_labels_are_agreed_in_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:
     directory = run_federation(own | {"labels": "sky,sea,lake,sand"}, tmp_path / "run", grid=nodes(files))
-    assert models.load(directory / "adapter", device="cpu").labels == ["sky", "sea", "lake", "sand"]
+    assert load(directory / "adapter", device="cpu").labels == ["sky", "sea", "lake", "sand"]
 
 
 def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[Path], tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ class Wire(LocalGrid):
 
 def leaks(grid: Wire, config: Config, files: list[Path]) -> list[str]:
     """What of the nodes' files was seen: names, words that only one text has, runs of 6 tokens of an example."""
-    tokenizer = models.load_processor(config.model)
+    tokenizer = load_processor(config.model)
     seen, found = grid.seen, []
     numbers = [
         " ".join(map(str, map(int, values))) for values in grid.numbers if set(map(type, values)) <= {int, float}
@@ -226,7 +228,7 @@ def test_a_node_that_leaks_is_seen(
     def hello(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
-        data = load_own(config, models.load_processor(config.model), path, client=0, num_clients=3)
+        data = load_own(config, load_processor(config.model), path, client=0, num_clients=3)
         reply.content["more"] = leak(data, path)
         return reply
 
@@ -304,7 +306,7 @@ def test_what_fails_in_training_is_told_without_its_words(
     def client_steps(*arguments: object) -> None:
         raise ValueError("cannot read patient1x7 sea3")
 
-    monkeypatch.setattr("copra_fl.cohort.plan_steps", client_steps)
+    monkeypatch.setattr("copra_fl.training.cohort.plan_steps", client_steps)
     grid = Wire(files)
     with pytest.raises(
         FederationError, match=r"client 0 failed in round 1.*: ValueError at test_own_data.py:\d+ < coh"
@@ -318,7 +320,7 @@ def test_a_file_that_changes_in_a_run_is_noticed(own: Settings, files: list[Path
 
     class Growing(LocalGrid):
         def answer(self, message: Message) -> Message:
-            session.open_own.cache_clear()
+            warm_cache.open_own.cache_clear()
             reply = super().answer(message)
             if message.metadata.message_type == "query" and message.metadata.dst_node_id == 100:
                 write(rows_of(0, 60), files[0])

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from copra_fl import models
-from copra_fl.adapter import Adapter
-from copra_fl.evaluation import evaluate
-from copra_fl.probes.opening import OpenRun
+from copra_fl.adapters.state import Adapter
+from copra_fl.models.build import build_model
+from copra_fl.probes.open_run import OpenRun
+from copra_fl.training.evaluation import evaluate
 from experiments import papers
 from experiments.papers_summary import pseudo_values, summarise
 from tests.conftest import NUM_LAYERS
@@ -43,7 +43,7 @@ def runs(study: papers.Study) -> list[OpenRun]:
 
 def by_peft(study: papers.Study, adapter: Adapter) -> float:
     """Test accuracy by plain PEFT, not stacked."""
-    model = models.build(study.base.model, "layer", len(study.data.label_names), seed=7)
+    model = build_model(study.base.model, "layer", len(study.data.label_names), seed=7)
     (metrics,) = evaluate(model, [adapter], study.data.examples, study.data.test, 60)
     return metrics["accuracy"]
 
@@ -61,7 +61,7 @@ def test_with_p_1_the_callback_changes_nothing_and_with_p_0_it_does(study: paper
 def test_each_seed_has_its_own_start_of_adapter_and_head_and_training_moves_both(
     study: papers.Study, runs: list[OpenRun]
 ) -> None:
-    starts = [models.build(study.base.model, "layer", 3, seed).read_adapter() for seed in (0, 1)]
+    starts = [build_model(study.base.model, "layer", 3, seed).read_adapter() for seed in (0, 1)]
     for name in ("head.weight", next(name for name in starts[0] if "lora_A" in name)):
         assert not torch.equal(starts[0][name], starts[1][name])
     for start, run in zip(starts, runs, strict=True):
@@ -69,7 +69,7 @@ def test_each_seed_has_its_own_start_of_adapter_and_head_and_training_moves_both
 
 
 def test_the_base_is_in_eval_mode_in_training(study: papers.Study) -> None:
-    model = papers.ForTrainer(models.build(study.base.model, "layer", 3, 0)).train()
+    model = papers.ForTrainer(build_model(study.base.model, "layer", 3, 0)).train()
     assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 

@@ -13,14 +13,14 @@ from scipy.optimize import brentq
 from scipy.special import comb
 from scipy.stats import norm as normal
 
-from copra_fl.adapter import load_checkpoint, norm
+from copra_fl.adapters.state import load_checkpoint, norm
 from copra_fl.aggregation import RULES, check
-from copra_fl.aggregation.fedavg import fedavg
+from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.aggregation.private import clip, private_average
 from copra_fl.aggregation.rule import ALL
+from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.config import Config, ConfigError, PrivacyConfig
-from copra_fl.privacy import Release, epsilon
-from server.budget import Budget, open_secret
+from server.privacy_budget import Budget, open_secret
 from tests.local_grid import LocalGrid, run_federation
 from tests.rounds import make_round, random_adapter, random_round, update
 from tests.test_federation import Stop, StoppingGrid

@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.interpolation import combine, interpolate, interpolate_products, walk
+from copra_fl.adapters.state import Adapter
 from copra_fl.cli import app
-from copra_fl.connectivity import combine, interpolate, interpolate_products, walk
 from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
-from copra_fl.probes.opening import OpenRun, open_run, plain
+from copra_fl.probes.open_run import OpenRun, open_run, plain
 from tests.browser import check_page, needs_chromium
 from tests.test_probes_opening import Settings, finished
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from copra_fl import report
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.interpolation import interpolate_products
+from copra_fl.adapters.state import Adapter
 from copra_fl.cli import app
-from copra_fl.connectivity import interpolate_products
-from copra_fl.merging import MERGES, Merge, merge
-from copra_fl.probes.opening import open_run
+from copra_fl.probes.merging import MERGES, Merge, merge
+from copra_fl.probes.open_run import open_run
+from copra_fl.reporting import report
 from tests.test_probes_opening import Settings, finished
 from tests.test_report import num_figures
 

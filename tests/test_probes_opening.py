@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from copra_fl.adapter import Adapter, complete, load_checkpoint
+from copra_fl.adapters.state import Adapter, complete, load_checkpoint
 from copra_fl.config import Config
-from copra_fl.probes.opening import OpenRun, State, open_run, open_runs, plain
-from copra_fl.results import ResultsError
+from copra_fl.probes.open_run import OpenRun, State, open_run, open_runs, plain
+from copra_fl.reporting.results import ResultsError
 from server.strategy import CohortStrategy
 from tests.local_grid import run_federation
 

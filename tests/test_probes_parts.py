@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from copra_fl.cli import app
-from copra_fl.probes import prune
-from copra_fl.probes.opening import OpenRun, Progress, open_run
-from copra_fl.probes.whole import Game, Whole, solve
+from copra_fl.probes import pruned_adapters
+from copra_fl.probes.exported import Game, Whole, solve
+from copra_fl.probes.open_run import OpenRun, Progress, open_run
 from tests.browser import check_page, needs_chromium
 from tests.test_probes_opening import finished
 
@@ -100,7 +100,7 @@ def test_the_page_of_shapley_opens(valued_modules: tuple[dict[str, Any], str, Pa
 
 def test_no_coalition_is_evaluated_twice(lora: OpenRun) -> None:
     progress, seen = watched()
-    game = Game(Whole(lora), list(prune.layers(lora.adapter).values()), "test", progress)
+    game = Game(Whole(lora), list(pruned_adapters.layers(lora.adapter).values()), "test", progress)
     solved = solve(game, 0.005, 4, seed=0)
     assert sum(done for _, done, _ in seen) == 8 and seen[-1] == ("lora: coalitions of 3", 8, 8)
     np.testing.assert_allclose(solved["accuracy"].everything, lora.score([lora.adapter], "test")[0]["accuracy"])
@@ -121,7 +121,9 @@ def test_prunings(pruned: tuple[dict[str, Any], str, Path], runs: list[Path], lo
         assert points["everything"]["accuracy"] == pytest.approx(summary(run)["test"]["accuracy"])
         assert points["everything"]["kept"] == 1 and points["head alone"]["kept"] == 0
         assert points["head alone"]["loss"] != pytest.approx(points["everything"]["loss"])
-    (query,) = (each for each in prune.single_modules(lora.adapter) if each.name == "attention.self.query alone")
+    (query,) = (
+        each for each in pruned_adapters.single_modules(lora.adapter) if each.name == "attention.self.query alone"
+    )
     first = {point["name"]: point for point in facts["prunings"][0]["points"]}
     assert first[query.name]["loss"] == pytest.approx(lora.score([query.adapter], "test")[0]["loss"], rel=1e-4)
     assert "every other layer" in printed and "largest 50%" in printed
@@ -129,7 +131,7 @@ def test_prunings(pruned: tuple[dict[str, Any], str, Path], runs: list[Path], lo
 
 @needs_chromium
 def test_the_page_of_prunings_opens(pruned: tuple[dict[str, Any], str, Path]) -> None:
-    check_page(pruned[2] / "probe-prune.html", 6)
+    check_page(pruned[2] / "probe-pruned_adapters.html", 6)
 
 
 def test_what_aggregation_added_to_the_base_is_pruned_too(tiny: Settings, tmp_path: Path) -> None:

@@ -20,6 +20,6 @@ def test_the_apps_import_nothing_large() -> None:
 
 
 def test_threads_sleep_at_barriers_and_garbage_is_collected() -> None:
-    for module in ("clients.node", "server.runs"):
+    for module in ("clients.handlers", "server.runs"):
         code = f"import {module}, gc, os; print(os.environ['OMP_WAIT_POLICY'], gc.isenabled())"
         assert printed_by(code) == "PASSIVE True"

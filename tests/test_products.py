@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from copra_fl.aggregation import RULES
-from copra_fl.aggregation.fedavg import fedavg
 from copra_fl.aggregation.products import aggregation_error, as_residual, best_rank, frobenius, ideal, modules, stack
 from copra_fl.aggregation.rule import Outcome
+from copra_fl.aggregation.rules.fedavg import fedavg
 from tests.rounds import (
     MODULES,
     D,

@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from copra_fl import models
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.config import Config
-from copra_fl.probes import prune
-from copra_fl.stacked import StackedModel
+from copra_fl.models import adapted
+from copra_fl.models.build import build_model
+from copra_fl.probes import pruned_adapters
+from copra_fl.training.stacked import StackedModel
 from tests.test_cohort import jitter
 
 BLOCK = "base_model.model.encoder.layer"
@@ -34,28 +35,31 @@ def on(adapter: Adapter) -> set[int]:
 
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
-    found = prune.layers(small())
+    found = pruned_adapters.layers(small())
     assert list(found) == [f"{BLOCK}.{layer}" for layer in range(12)]
-    assert [prune.kind(module) for module in found[f"{BLOCK}.3"]] == ["attention.self.query", "attention.self.value"]
+    assert [pruned_adapters.kind(module) for module in found[f"{BLOCK}.3"]] == [
+        "attention.self.query",
+        "attention.self.value",
+    ]
 
 
 def test_a_module_outside_the_blocks_is_a_layer() -> None:
     pooler = "base_model.model.pooler.dense"
     adapter = small(2) | {f"{pooler}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
-    assert list(prune.layers(adapter)) == [f"{BLOCK}.0", f"{BLOCK}.1", pooler]
-    assert [pruned.name for pruned in prune.single_modules(adapter)][-1] == f"{pooler} alone"
+    assert list(pruned_adapters.layers(adapter)) == [f"{BLOCK}.0", f"{BLOCK}.1", pooler]
+    assert [pruned.name for pruned in pruned_adapters.single_modules(adapter)][-1] == f"{pooler} alone"
 
 
 def test_nothing_and_everything_pruned() -> None:
     adapter = small()
-    whole, none = prune.ends(adapter)
+    whole, none = pruned_adapters.ends(adapter)
     assert all(torch.equal(whole.adapter[name], adapter[name]) for name in adapter) and whole.kept == 1
     assert on(none.adapter) == set() and none.kept == 0
     assert torch.equal(none.adapter["head.weight"], adapter["head.weight"])
 
 
 def test_layer_sets() -> None:
-    found = {pruned.name: pruned for pruned in prune.layer_sets(small())}
+    found = {pruned.name: pruned for pruned in pruned_adapters.layer_sets(small())}
     assert {name: on(pruned.adapter) for name, pruned in found.items()} == {
         "every other layer": {0, 2, 4, 6, 8, 10},
         "every other layer, from the second": {1, 3, 5, 7, 9, 11},
@@ -67,21 +71,21 @@ def test_layer_sets() -> None:
 
 
 def test_one_layer_has_no_empty_sets() -> None:
-    assert [pruned.name for pruned in prune.layer_sets(small(1))] == ["every other layer", "low third"]
+    assert [pruned.name for pruned in pruned_adapters.layer_sets(small(1))] == ["every other layer", "low third"]
 
 
 def test_single_modules() -> None:
-    query, value = prune.single_modules(small())
+    query, value = pruned_adapters.single_modules(small())
     assert query.name == "attention.self.query alone" and query.kept == 0.5
     assert all(tensor.any() == ("value" not in name) for name, tensor in query.adapter.items() if "lora_B" in name)
     assert all(tensor.any() == ("query" not in name) for name, tensor in value.adapter.items() if "lora_B" in name)
     only_query = {name: tensor for name, tensor in small().items() if "value" not in name}
-    assert list(prune.single_modules(only_query)) == []
+    assert list(pruned_adapters.single_modules(only_query)) == []
 
 
 def test_in_the_order_of_values() -> None:
     values = {f"{BLOCK}.0": 0.1, f"{BLOCK}.1": -0.2, f"{BLOCK}.2": 0.3}
-    found = list(prune.in_order(small(3), values))
+    found = list(pruned_adapters.in_order(small(3), values))
     assert [on(pruned.adapter) for pruned in found] == [{0, 2}, {2}]
     assert [pruned.kept for pruned in found] == pytest.approx([2 / 3, 1 / 3])
     assert found[1].name == "1 layer of the largest value"
@@ -91,35 +95,35 @@ def test_magnitudes_counted_by_hand() -> None:
     """1 to 16 with signs: at 50 % the 8 smallest are gone, and the head is as it was."""
     adapter = small(1)
     adapter = {name: -tensor if "value" in name else tensor for name, tensor in adapter.items()}
-    half = prune.by_magnitude(adapter, 0.5)
+    half = pruned_adapters.by_magnitude(adapter, 0.5)
     left = torch.cat([tensor.flatten() for name, tensor in half.items() if "lora" in name])
     assert left.tolist() == [0.0] * 8 + [-9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -15.0, -16.0]
     assert torch.equal(half["head.weight"], adapter["head.weight"])
     assert adapter[f"{BLOCK}.0.attention.self.query.lora_A.weight"].all(), "the original is as it was"
     counts = [
         sum(int(tensor.count_nonzero()) for name, tensor in pruned.adapter.items() if "lora" in name)
-        for pruned in prune.magnitudes(small(5))  # 80 values
+        for pruned in pruned_adapters.magnitudes(small(5))  # 80 values
     ]
     assert counts == [72, 64, 56, 48, 40, 32, 24, 16, 8]
 
 
 def test_equal_values_still_give_the_wanted_share() -> None:
     adapter = {name: torch.ones_like(tensor) for name, tensor in small(1).items()}
-    left = prune.by_magnitude(adapter, 0.25)
+    left = pruned_adapters.by_magnitude(adapter, 0.25)
     assert sum(int(tensor.count_nonzero()) for name, tensor in left.items() if "lora" in name) == 12
 
 
 @pytest.fixture(scope="module")
-def model(tiny: dict[str, object]) -> models.AdaptedModel:
-    return models.build(Config.from_flat(tiny | {"target-modules": "all-linear"}).model, "layer", 3, seed=0)
+def model(tiny: dict[str, object]) -> adapted.AdaptedModel:
+    return build_model(Config.from_flat(tiny | {"target-modules": "all-linear"}).model, "layer", 3, seed=0)
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_a_dropped_layer_is_one_that_peft_disables(model: models.AdaptedModel, dropped: int) -> None:
+def test_a_dropped_layer_is_one_that_peft_disables(model: adapted.AdaptedModel, dropped: int) -> None:
     adapter = jitter(model.read_adapter(), 0, size=0.3)
-    names = list(prune.layers(adapter))
-    left = [module for layer in names if layer != names[dropped] for module in prune.layers(adapter)[layer]]
-    pruned = prune.keep(adapter, left)
+    names = list(pruned_adapters.layers(adapter))
+    left = [module for layer in names if layer != names[dropped] for module in pruned_adapters.layers(adapter)[layer]]
+    pruned = pruned_adapters.keep(adapter, left)
     tokens = torch.randint(5, 41, (7, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     lora_layers = {name: module for name, module in model.peft.named_modules() if isinstance(module, LoraLayer)}

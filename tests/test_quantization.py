@@ -10,8 +10,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
-from copra_fl import aggregation, memory_plan, models
+from copra_fl import aggregation
 from copra_fl.config import Config, ConfigError
+from copra_fl.models import adapted, memory_plan
+from copra_fl.models.build import build_model, check_model
+from copra_fl.models.export import load
 from tests.local_grid import run_federation
 from tests.test_bases import BATCH
 from tests.test_cohort import jitter
@@ -24,9 +27,9 @@ def quantised(tiny: Settings) -> Settings:
     return tiny | {"quantization": "4bit", "local-training": "lora", "attention": "eager"}
 
 
-def build(flat: Settings) -> models.AdaptedModel:
+def build(flat: Settings) -> adapted.AdaptedModel:
     config = Config.from_flat(flat)
-    return models.build(config.model, config.copra.group, 3, seed=0)
+    return build_model(config.model, config.copra.group, 3, seed=0)
 
 
 def test_the_model_is_the_one_with_the_dequantised_weights(tiny: Settings, quantised: Settings) -> None:
@@ -62,7 +65,7 @@ def test_a_federation_ends_in_an_adapter_for_the_same_base(quantised: Settings, 
     folder = run_federation(quantised, tmp_path / "run")
     note = json.loads((folder / "provenance.json").read_text())["engine"]
     assert "engine = 'stacked' cannot take this model" in note and "Linear4bit" in note
-    saved = models.load(folder / "adapter", "cpu")
+    saved = load(folder / "adapter", "cpu")
     assert any(isinstance(module, Linear4bit) for module in saved.model.base.modules())
 
 
@@ -78,7 +81,7 @@ def test_the_plan_counts_4_bits(quantised: Settings) -> None:
 def test_what_cannot_be_is_refused(quantised: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'fed-sb' does not combine with quantization = '4bit'"):
         aggregation.check(Config.from_flat(quantised | {"rule": "fed-sb"}))
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    monkeypatch.setattr(adapted, "find_spec", lambda name: None if name == "bitsandbytes" else True)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes: pip install 'copra-fl\[quantization\]'"):
-        models.check(Config.from_flat(quantised).model)
-    models.check(Config.from_flat(quantised | {"quantization": "none"}).model)
+        check_model(Config.from_flat(quantised).model)
+    check_model(Config.from_flat(quantised | {"quantization": "none"}).model)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster as LocalCluster
 
-from copra_fl.cli.cluster import Cluster, Machine, check, differences, look, reachable, share, whole_share
 from copra_fl.config import Config, ConfigError
+from copra_fl.simulation.ray_cluster import Cluster, Machine, check, differences, look, reachable, share, whole_share
 from tests.real_runs import RealRun, settings
 from tests.test_simulate import final
 

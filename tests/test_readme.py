@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from copra_fl import report
+from copra_fl.reporting import report
 from tests.browser import check_page, needs_chromium
 from tests.test_report import num_figures
 

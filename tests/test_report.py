@@ -13,11 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from copra_fl.cli.report import report
-from copra_fl.figures.canvas import styles
-from copra_fl.page import STYLES
-from copra_fl.ranking import COLUMNS, header_and_rows, ranking, rows, table, verdict
-from copra_fl.report import render, sections, write
-from copra_fl.results import ResultsError, estimate, load_comparison, load_run, method_name, metrics, summarise
+from copra_fl.reporting.figures.canvas import styles
+from copra_fl.reporting.html import STYLES
+from copra_fl.reporting.report import render, sections, write
+from copra_fl.reporting.results import ResultsError, load_comparison, load_run, method_name
+from copra_fl.reporting.statistics import estimate, metrics, summarize
+from copra_fl.reporting.tables import COLUMNS, header_and_rows, ranking, rows, table
+from copra_fl.reporting.verdict import verdict
 from tests.browser import check_page, needs_chromium
 from tests.run_folders import goals, many_methods, write_comparison, write_run
 
@@ -54,7 +56,7 @@ def test_a_diverged_seed_takes_the_mean_with_it(bad: float | None) -> None:
 
 def test_differences_are_paired_by_seed(comparison: Path) -> None:
     """Accuracies 0.43 - 0.40, 0.45 - 0.43, 0.43 - 0.39: mean 0.03, s = 0.01, half width 0.01 * 2.484138."""
-    difference = summarise(load_comparison(comparison))["differences"]["copra"]["test_accuracy"]
+    difference = summarize(load_comparison(comparison))["differences"]["copra"]["test_accuracy"]
     assert difference["values"] == pytest.approx([0.03, 0.02, 0.04])
     assert difference["mean"] == pytest.approx(0.03)
     assert difference["interval"] == pytest.approx((0.03 - 0.02484138, 0.03 + 0.02484138))
@@ -62,7 +64,7 @@ def test_differences_are_paired_by_seed(comparison: Path) -> None:
 
 def test_barriers_are_means_over_pairs(comparison: Path) -> None:
     """A parabola of height 0.15 on a straight line: every pair's barrier is 0.15; below the line it is 0."""
-    methods = summarise(load_comparison(comparison))["methods"]
+    methods = summarize(load_comparison(comparison))["methods"]
     assert methods["lora"]["barrier_entezari"]["mean"] == pytest.approx(0.15)
     assert methods["copra"]["barrier_entezari"]["mean"] == pytest.approx(0)
 
@@ -71,18 +73,18 @@ def test_barriers_are_means_over_pairs(comparison: Path) -> None:
 
 
 def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
-    three = verdict(summarise(load_comparison(comparison)))
+    three = verdict(summarize(load_comparison(comparison)))
     assert three.startswith("copra ends 3.0 points above lora in test accuracy (95 % interval +0.5 to +5.5 points")
-    two = verdict(summarise(load_comparison(write_comparison(tmp_path / "two", seeds=[0, 1]))))
+    two = verdict(summarize(load_comparison(write_comparison(tmp_path / "two", seeds=[0, 1]))))
     assert two.startswith("copra and lora cannot be told apart")
-    one = verdict(summarise(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
+    one = verdict(summarize(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
     assert "One seed tells nothing about the spread" in one
 
 
 def test_missing_and_unfinished_runs_are_listed_and_not_averaged(comparison: Path) -> None:
     shutil.rmtree(comparison / "copra-seed0")
     (comparison / "lora-seed2" / "summary.json").unlink()
-    summary = summarise(load_comparison(comparison))
+    summary = summarize(load_comparison(comparison))
     assert summary["unfinished"] == [
         {"method": "lora", "seed": 2, "rounds": 3},
         {"method": "copra", "seed": 0, "rounds": 0},
@@ -93,7 +95,7 @@ def test_missing_and_unfinished_runs_are_listed_and_not_averaged(comparison: Pat
 
 
 def test_settings_are_common_or_differ(comparison: Path) -> None:
-    settings = summarise(load_comparison(comparison))["settings"]
+    settings = summarize(load_comparison(comparison))["settings"]
     assert settings["differing"] == {
         "local-training": {"lora": "lora", "copra": "copra"},
         "learning-rate": {"lora": 2e-3, "copra": 5e-3},
@@ -103,7 +105,7 @@ def test_settings_are_common_or_differ(comparison: Path) -> None:
 
 
 def test_rows_sign_only_the_differences(comparison: Path) -> None:
-    lora, _, difference = rows(summarise(load_comparison(comparison)), COLUMNS)
+    lora, _, difference = rows(summarize(load_comparison(comparison)), COLUMNS)
     assert lora[0] == "lora" and lora[1].startswith("40.7 [")
     assert difference[:2] == ["copra − lora", "+3.0 [+0.5, +5.5]"]
 
@@ -124,7 +126,7 @@ def test_client_accuracy_is_weighted_by_examples(tmp_path: Path) -> None:
 
 def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "fedsa-lora", "copra"])
-    summary = summarise(load_comparison(folder))
+    summary = summarize(load_comparison(folder))
     assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
     header, (first, second, last) = header_and_rows(summary)
     assert header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
@@ -138,16 +140,16 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
 
 def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
     two = write_comparison(tmp_path / "two", [0], ["lora", "fedsa-lora"])
-    assert "can only be compared on the clients' own data" in verdict(summarise(load_comparison(two)))
+    assert "can only be compared on the clients' own data" in verdict(summarize(load_comparison(two)))
     one = load_comparison(two / "fedsa-lora-seed0")
-    assert verdict(summarise(one)).startswith("With fedsa-lora each client keeps its own model")
+    assert verdict(summarize(one)).startswith("With fedsa-lora each client keeps its own model")
 
 
 def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
     shutil.rmtree(many / "flora-seed1")
     shutil.rmtree(many / "hetlora-seed0")
     shutil.rmtree(many / "hetlora-seed1")
-    summary = summarise(load_comparison(many))
+    summary = summarize(load_comparison(many))
     _, cells = header_and_rows(summary)
     assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
     assert [row[:4] for row in cells[-2:]] == [
@@ -173,7 +175,7 @@ def test_up_to_45_methods_look_different() -> None:
 def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
     """On a logarithmic axis there is no 0: what is only rounding is drawn at the lowest tick, and says what it is."""
     loaded = load_comparison(many)
-    figures = {each.title: each for section in sections(loaded, summarise(loaded)) for each in section.figures}
+    figures = {each.title: each for section in sections(loaded, summarize(loaded)) for each in section.figures}
     chart = figures["Aggregation error by round"].chart
     assert chart.layout.yaxis.type == "log" and chart.layout.yaxis.ticktext[0] == "exact"
     lines = {trace.name: trace for trace in chart.data}
@@ -189,7 +191,7 @@ def test_methods_that_none_beats_in_bytes_and_accuracy_are_named(tmp_path: Path)
     """LoRA costs twice as much as FFA-LoRA; FLoRA costs more, so it is named if it is more accurate."""
     folder = write_comparison(tmp_path / "four", [0], ["lora", "ffa-lora", "flora", "fedsa-lora"])
     loaded = load_comparison(folder)
-    figures = {each.title: each for section in sections(loaded, summarise(loaded)) for each in section.figures}
+    figures = {each.title: each for section in sections(loaded, summarize(loaded)) for each in section.figures}
     figure = figures["Accuracy for bytes"]
     named = {trace.name for trace in figure.chart.data if trace.text and trace.text[0]}
     accuracies = {method: goals(method)[0] for method in ("ffa-lora", "lora", "flora")}
@@ -202,7 +204,7 @@ def test_methods_that_none_beats_in_bytes_and_accuracy_are_named(tmp_path: Path)
 
 
 def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=100).print(table(summarise(load_comparison(many))))
+    Console(width=100).print(table(summarize(load_comparison(many))))
     out = " ".join(capsys.readouterr().out.split())
     assert "fedex-lora+copra" in out and "No global model" in out and "…" not in out
 
@@ -229,12 +231,12 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
 
 def num_figures(folder: Path) -> int:
     loaded = load_comparison(folder)
-    return sum(len(section.figures) for section in sections(loaded, summarise(loaded)))
+    return sum(len(section.figures) for section in sections(loaded, summarize(loaded)))
 
 
 def test_every_figure_is_there(comparison: Path) -> None:
     loaded = load_comparison(comparison)
-    figures = [figure for section in sections(loaded, summarise(loaded)) for figure in section.figures]
+    figures = [figure for section in sections(loaded, summarize(loaded)) for figure in section.figures]
     assert [figure.title for figure in figures] == [
         "Accuracy by round",
         "Loss by round",
@@ -252,7 +254,7 @@ def test_every_figure_is_there(comparison: Path) -> None:
         "Time",
     ]
     assert all(figure.caption.endswith(".") for figure in figures)
-    page = render(loaded, summarise(loaded))
+    page = render(loaded, summarize(loaded))
     assert all(figure.json in page for figure in figures)
 
 
@@ -270,7 +272,7 @@ def test_report_command_rewrites_page_and_summary(comparison: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "report.html" in done.output
     written = json.loads((comparison / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summarise(load_comparison(comparison))))
+    assert written == json.loads(json.dumps(summarize(load_comparison(comparison))))
     refused = CliRunner().invoke(app, [str(comparison.parent)])
     assert refused.exit_code == 2
     assert "no run and no comparison" in refused.output

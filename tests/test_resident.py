@@ -15,8 +15,8 @@ import psutil
 import pytest
 from flwr.app import Context, RecordDict
 
-from clients import resident
-from clients.resident import ResidentError
+from clients import warm_process
+from clients.warm_process import ResidentError
 from copra_fl import wire
 from copra_fl.config import Config
 from tests.local_grid import LocalGrid, run_federation
@@ -27,18 +27,18 @@ WARM = {"keep-warm": 60}
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     """Of a resident of this process's parent."""
-    resident.address().unlink(missing_ok=True)
+    warm_process.address().unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(resident.address()))
+        listener.bind(str(warm_process.address()))
         listener.listen()
         yield listener
-    resident.address().unlink(missing_ok=True)
+    warm_process.address().unlink(missing_ok=True)
 
 
 @pytest.fixture
 def serving(listener: socket.socket) -> Iterator[threading.Thread]:
     """One of run 1, in this process, which has all imported already."""
-    thread = threading.Thread(target=resident.serve, args=(listener, psutil.Process(), 1, 60), daemon=True)
+    thread = threading.Thread(target=warm_process.serve, args=(listener, psutil.Process(), 1, 60), daemon=True)
     thread.start()
     yield thread
     if thread.is_alive():
@@ -48,7 +48,7 @@ def serving(listener: socket.socket) -> Iterator[threading.Thread]:
 
 def say(run: int) -> None:
     """A message of `run`, whose answer nobody waits for."""
-    with Client(str(resident.address()), "AF_UNIX") as connection:
+    with Client(str(warm_process.address()), "AF_UNIX") as connection:
         connection.send(("hello", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
 
 
@@ -71,7 +71,7 @@ def test_an_error_comes_back_in_words_that_may_leave(
     context = Context(1, 1, {"partition-id": 0, "num-partitions": 1} | own, RecordDict(), {})
     content = wire.pack_config(Config.from_flat(tiny | {"partitioner": "own" if own else "iid"}))
     with pytest.raises(ResidentError) as error:
-        resident.ask("train", content, context, 60)
+        warm_process.ask("train", content, context, 60)
     assert "'plan'" in str(error.value) if not own else "KeyError at " in str(error.value)
     assert "ward-7" not in str(error.value) and "\n" not in str(error.value)
 
@@ -86,16 +86,16 @@ def test_a_resident_makes_way_for_another_run_s(serving: threading.Thread) -> No
 
 def test_a_folder_that_others_can_open_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert resident.address().parent.stat().st_mode & 0o777 == 0o700
-    resident.address().parent.chmod(0o755)
+    assert warm_process.address().parent.stat().st_mode & 0o777 == 0o700
+    warm_process.address().parent.chmod(0o755)
     with pytest.raises(ResidentError, match="open to others"):
-        resident.address()
+        warm_process.address()
 
 
 def test_a_resident_ends_with_the_process_that_starts_its_node_s_apps(listener: socket.socket) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as executor:
         serving = threading.Thread(
-            target=resident.serve, args=(listener, psutil.Process(executor.pid), 1, 60), daemon=True
+            target=warm_process.serve, args=(listener, psutil.Process(executor.pid), 1, 60), daemon=True
         )
         serving.start()
         serving.join(timeout=0.2)
@@ -108,7 +108,7 @@ def test_a_resident_ends_with_the_process_that_starts_its_node_s_apps(listener: 
 @pytest.mark.parametrize(("seconds", "code"), [(0, 0), (60, 1)])
 def test_a_resident_ends_when_nobody_wants_it(listener: socket.socket, seconds: int, code: int) -> None:
     """Idle for `seconds`; or at work, and who asked does not wait for the answer."""
-    process = resident.start(listener, os.getpid(), 1, seconds)
+    process = warm_process.start(listener, os.getpid(), 1, seconds)
     if seconds:
         say(run=1)
     assert process.wait(timeout=60) == code

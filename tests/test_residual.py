@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
-from copra_fl import models, residual
-from copra_fl.adapter import Adapter
+from copra_fl.adapters import residual
+from copra_fl.adapters.state import Adapter
 from copra_fl.config import Config
+from copra_fl.models import adapted
+from copra_fl.models.build import build_model
+from copra_fl.models.export import load, save
 from copra_fl.tasks.classification import pool
 from tests.test_bases import BATCH
 from tests.test_cohort import Settings, World, assert_alike, jitter
@@ -21,7 +24,7 @@ from tests.test_cohort import Settings, World, assert_alike, jitter
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 
 
-def some_residual(model: models.AdaptedModel, dense: bool, size: float = 0.1) -> Adapter:
+def some_residual(model: adapted.AdaptedModel, dense: bool, size: float = 0.1) -> Adapter:
     """For all adapted modules but one; in factors of rank 3 unless `dense`."""
     stream = torch.Generator().manual_seed(7)
     drawn: Adapter = {}
@@ -66,7 +69,7 @@ def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, ta
 
 
 def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -> None:
-    model = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+    model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with torch.inference_mode():
         before = model(**BATCH)
         model.write_residual(some_residual(model, True))
@@ -86,7 +89,7 @@ def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
 
 
 def test_a_residual_for_a_module_without_an_adapter_is_refused(tiny: Settings) -> None:
-    model = models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+    model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with pytest.raises(ValueError, match=r"encoder.layer.0.output.dense.*but only.*query"):
         model.write_residual({"base_model.model.encoder.layer.0.output.dense.residual": torch.zeros(32, 64)})
 
@@ -126,11 +129,11 @@ def test_what_is_saved_computes_the_same_in_stock_peft(
 ) -> None:
     """All linear modules: d = k, d > k and d < k."""
     config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
-    model = models.build(config, "layer", 3, seed=0, core=core)
+    model = build_model(config, "layer", 3, seed=0, core=core)
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))
     change = {} if dense is None else some_residual(model, dense)
     model.write_residual(change)
-    models.save(model, tmp_path, ["a", "b", "c"], change)
+    save(model, tmp_path, ["a", "b", "c"], change)
     base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager")
     stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     head = load_file(tmp_path / "head.safetensors")
@@ -143,6 +146,6 @@ def test_what_is_saved_computes_the_same_in_stock_peft(
             hidden = encoder(**BATCH).last_hidden_state
             logits = nn.functional.linear(pool(hidden, BATCH["attention_mask"], "mean", None), **head)
             assert torch.allclose(logits, expected, atol=1e-5)
-        assert torch.allclose(models.load(tmp_path, device="cpu").model(**BATCH), expected, atol=1e-5)
+        assert torch.allclose(load(tmp_path, device="cpu").model(**BATCH), expected, atol=1e-5)
     folded = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in folded.values()} == {torch.float32}

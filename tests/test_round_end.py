@@ -13,11 +13,11 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from copra_fl.adapter import load_checkpoint
+from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config, ConfigError
 from copra_fl.provenance import library_digest
 from copra_fl.wire import Hello, pack_hello
-from server.hello import CLIENTS
+from server.handshake import CLIENTS
 from server.strategy import FederationError
 from tests.local_grid import LocalGrid, run_federation
 

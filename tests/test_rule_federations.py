@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from copra_fl import data, models
-from copra_fl.adapter import Adapter, difference, norm, part_of, parts
+from copra_fl.adapters.state import Adapter, difference, norm, part_of, parts
 from copra_fl.aggregation import RULES
 from copra_fl.config import Config
+from copra_fl.data.federated import load_data
+from copra_fl.models.build import build_model, load_processor
 from tests.local_grid import LocalGrid, run_federation
 from tests.test_federation import Stop, StoppingGrid, assert_equal, final, journal
 
@@ -41,7 +42,7 @@ def settings_of(rule: str) -> Settings:
 
 
 def start(flat: Settings) -> Adapter:
-    return models.build(Config.from_flat(flat).model, "layer", 3, seed=0).read_adapter()
+    return build_model(Config.from_flat(flat).model, "layer", 3, seed=0).read_adapter()
 
 
 def resumes_bitwise(flat: Settings, directory: Path) -> Path:
@@ -123,7 +124,7 @@ def test_stock_peft_opens_the_final_model_with_the_same_accuracy(
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(directory / "adapter"))
     encoder = encoder.merge_and_unload() if merged else encoder
     head = load_file(directory / "adapter" / "head.safetensors")
-    federated = data.load(Config.from_flat(tiny), models.load_processor(Config.from_flat(tiny).model))
+    federated = load_data(Config.from_flat(tiny), load_processor(Config.from_flat(tiny).model))
     batch = federated.examples.batch(federated.test)
     with torch.no_grad():
         mask = batch["attention_mask"]

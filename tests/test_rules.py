@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import RULES
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import pad, relative_scaling, rescale

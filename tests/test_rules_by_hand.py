@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from copra_fl.adapter import Adapter, Update, difference, norm
+from copra_fl.adapters.state import Adapter, Update, difference, norm
 from copra_fl.aggregation import RULES
-from copra_fl.aggregation.fedrot_lora import rotation
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.rules.fedrot_lora import rotation
 from tests.rounds import MODULES, make_round, random_adapter, update
 
 M = MODULES[0]

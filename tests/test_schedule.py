@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from copra_fl.config import CopraConfig
-from copra_fl.schedule import client_masks, inclusion, probability, progress, sample_mask
+from copra_fl.copra.schedule import client_masks, inclusion, probability, progress, sample_mask
 
 
 @pytest.mark.parametrize(

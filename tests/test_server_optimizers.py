@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.server_optimizers import SERVER_OPTIMIZERS, step
 from copra_fl.config import KEYS, AggregationConfig
 

@@ -14,16 +14,19 @@ from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from copra_fl import aggregation, models, report, tasks
-from copra_fl.adapter import Adapter, Update, part_of
+from copra_fl import aggregation, tasks
+from copra_fl.adapters.state import Adapter, Update, part_of
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import join, lend, split, without_others
 from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
-from copra_fl.evaluation import evaluate_each, merge_gap_each
-from copra_fl.probes.opening import open_run
-from copra_fl.ranking import by_dataset, table
-from copra_fl.training import Plan, train_client
+from copra_fl.models.export import load
+from copra_fl.probes.open_run import open_run
+from copra_fl.reporting import report
+from copra_fl.reporting.tables import by_dataset, table
+from copra_fl.training.evaluation import evaluate_each, merge_gap_each
+from copra_fl.training.plan import Plan
+from copra_fl.training.single import train_client
 from tests.conftest import make_texts
 from tests.local_grid import run_federation
 from tests.rounds import make_round, random_adapter, update
@@ -254,7 +257,7 @@ def test_what_is_told_of_each_data_set(run: Path, two: Settings) -> None:
 
 
 def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settings) -> None:
-    opened, world = models.load(run / "adapter", device="cpu"), World(two)
+    opened, world = load(run / "adapter", device="cpu"), World(two)
     assert opened.labels == world.data.label_names
     batch = world.data.examples.batch(world.data.datasets[1].among(world.data.test))
     adapter = {name: t for name, t in final(run).items() if "/" not in name}

@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from copra_fl.probes.shapley import Value, exact, from_orders, gini, sample, top_third
+from copra_fl.probes.shapley_values import Value, exact, from_orders, gini, sample, top_third
 from copra_fl.seeding import generator
 
 

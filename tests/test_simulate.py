@@ -14,10 +14,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from copra_fl.adapter import load_checkpoint
-from copra_fl.cli.flower import RunFailed, Workers, superlink
-from copra_fl.cli.progress import watch
+from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config
+from copra_fl.simulation.progress import watch
+from copra_fl.simulation.superlink import RunFailed, Workers, superlink
 from tests.real_runs import RealRun, settings
 
 Settings = dict[str, object]

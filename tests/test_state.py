@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.memory import ClientState, Memory
-from copra_fl.adapter import Adapter
+from clients.client_state import ClientState, Memory
+from copra_fl.adapters.server_state import State
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
-from copra_fl.training import leaves_state
+from copra_fl.training.plan import leaves_state
 from server.journal import Journal
-from server.state import State
 
 
 def tensors(value: float) -> Adapter:

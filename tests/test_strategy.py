@@ -13,14 +13,14 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from copra_fl import wire
-from copra_fl.adapter import Update
+from copra_fl.adapters.compression import encode
+from copra_fl.adapters.server_state import State
+from copra_fl.adapters.state import Update
 from copra_fl.aggregation.checking import BadUpdate, Expected, check_update
 from copra_fl.aggregation.pooling import pool
-from copra_fl.compression import encode
 from copra_fl.config import Config
-from copra_fl.training import Plan
-from server.probes import kept_clients, merge_gap_clients, path_pairs
-from server.state import State
+from copra_fl.training.plan import Plan
+from server.eval_selection import kept_clients, merge_gap_clients, path_pairs
 from server.strategy import CohortStrategy, FederationError
 
 GLOBAL = {"x.lora_A.weight": torch.zeros(2, 3), "y.lora_A.weight": torch.zeros(2, 3), "head.weight": torch.zeros(4)}

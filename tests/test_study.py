@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 
 from copra_fl.cli import main
-from copra_fl.cli.recipes import Recipe
 from copra_fl.cli.study import read_grids, samples
 from copra_fl.config import ConfigError
-from copra_fl.figures.study import gains_against, pearson, predictors
-from copra_fl.results import load_comparison
-from copra_fl.study import best_rate, rates_to_try, validation_accuracies, write
+from copra_fl.reporting.figures.study import gains_against, pearson, predictors
+from copra_fl.reporting.results import load_comparison
+from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
+from copra_fl.simulation.recipes import Recipe
 from tests.browser import check_page, needs_chromium
 from tests.real_runs import RealRun
 from tests.run_folders import write_run

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copra_fl import models, tasks
+from copra_fl import tasks
 from copra_fl.config import Config, ConfigError, DataConfig
-from copra_fl.evaluation import evaluate
-from copra_fl.own_data import load_own
-from copra_fl.tables import TableError
+from copra_fl.data.local import load_own
+from copra_fl.models.build import load_processor
+from copra_fl.models.export import load, save
+from copra_fl.sources.tables import TableError
 from copra_fl.tasks import Inputs, Task, find_task
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
+from copra_fl.training.evaluation import evaluate
 from tests.test_cohort import World, assert_alike
 
 Settings = dict[str, object]
@@ -135,9 +137,9 @@ def test_the_guides_own_task_trains_in_both_engines_and_is_opened_again(topics: 
     assert_alike(update, world.alone(0), 1e-5)
     indices = world.data.server_validation
     (metrics,) = evaluate(world.stacked, [world.start | update.adapter], world.data.examples, indices, 60)
-    models.save(world.plain, tmp_path / "adapter", world.data.label_names)
+    save(world.plain, tmp_path / "adapter", world.data.label_names)
     batch = world.data.examples.batch(indices)
-    opened = models.load(tmp_path / "adapter", device="cpu")
+    opened = load(tmp_path / "adapter", device="cpu")
     with torch.inference_mode():
         chances = torch.sigmoid(opened.model(**batch).double())
     right = torch.where(batch["labels"] > 0, chances, 1 - chances)
@@ -147,7 +149,7 @@ def test_the_guides_own_task_trains_in_both_engines_and_is_opened_again(topics: 
 
 def test_a_sites_labels_are_held_against_the_list(topics: Settings, tmp_path: Path) -> None:
     config = Config.from_flat(topics | {"partitioner": "own", "labels": "sand,sea,sky"})
-    processor = models.load_processor(config.model)
+    processor = load_processor(config.model)
     own = load_own(config, processor, str(topics["dataset"]), client=0, num_clients=1)
     assert set(own.examples.batch(own.train[0])["labels"].sum(1).tolist()) > {1.0}
     with pytest.raises(TableError, match="examples have a label that is none of sand, sea"):

@@ -10,36 +10,43 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
-from copra_fl import data, models, training
 from copra_fl.config import Config, TrainingConfig
+from copra_fl.data import federated
+from copra_fl.data.federated import load_data
+from copra_fl.models import adapted
+from copra_fl.models.build import build_model, load_processor
 from copra_fl.seeding import generator
 from copra_fl.tasks.text_classification import LabelledTexts
-from copra_fl.training import Plan, data_order, num_steps, train_client
+from copra_fl.training import single
+from copra_fl.training.batches import data_order
+from copra_fl.training.optimizer import make_optimizer, set_learning_rates
+from copra_fl.training.plan import Plan, num_steps, num_trained
+from copra_fl.training.single import train_client
 from tests.conftest import NUM_LAYERS
 
 Settings = dict[str, object]
 
 
 @pytest.fixture
-def model(tiny: Settings) -> models.AdaptedModel:
-    return models.build(Config.from_flat(tiny).model, "layer", 3, seed=0)
+def model(tiny: Settings) -> adapted.AdaptedModel:
+    return build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
 
 
-def load(flat: Settings) -> tuple[Config, data.FederatedData]:
+def load(flat: Settings) -> tuple[Config, federated.FederatedData]:
     config = Config.from_flat(flat)
-    return config, data.load(config, models.load_processor(config.model))
+    return config, load_data(config, load_processor(config.model))
 
 
-def batch_of(federated: data.FederatedData) -> dict[str, torch.Tensor]:
+def batch_of(federated: federated.FederatedData) -> dict[str, torch.Tensor]:
     return federated.examples.batch(federated.train[0][:8])
 
 
-def test_gates_follow_the_transformer_blocks(model: models.AdaptedModel) -> None:
+def test_gates_follow_the_transformer_blocks(model: adapted.AdaptedModel) -> None:
     assert model.gates.names == [f"encoder.layer.{i}" for i in range(NUM_LAYERS)]
     assert sorted(model.group_of.values()) == sorted(list(range(NUM_LAYERS)) * 4), "query and value, A and B"
 
 
-def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: adapted.AdaptedModel, tiny: Settings) -> None:
     """Oracle: the adapter's B set to zero by hand, which makes its product zero."""
     _, federated = load(tiny)
     batch = batch_of(federated)
@@ -56,7 +63,7 @@ def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: models.AdaptedM
 
 
 def test_a_closed_layer_gets_no_gradient_and_nothing_below_the_lowest_open_one_is_in_the_graph(
-    model: models.AdaptedModel, tiny: Settings
+    model: adapted.AdaptedModel, tiny: Settings
 ) -> None:
     _, federated = load(tiny)
     batch = batch_of(federated)
@@ -72,14 +79,14 @@ def test_a_closed_layer_gets_no_gradient_and_nothing_below_the_lowest_open_one_i
 
 
 def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(
-    model: models.AdaptedModel, tiny: Settings
+    model: adapted.AdaptedModel, tiny: Settings
 ) -> None:
     """Two AdamW steps with weight decay; layer 1 is on in the first only."""
     config, federated = load(tiny)
     batch = batch_of(federated)
     settings = TrainingConfig(weight_decay=0.1)
-    optimizer = training.make_optimizer(settings, model.train_only({"A", "B"}).values(), [])
-    training.set_learning_rates(optimizer, settings, t=0.0)
+    optimizer = make_optimizer(settings, model.train_only({"A", "B"}).values(), [])
+    set_learning_rates(optimizer, settings, t=0.0)
     dropped = [p for n, p in model.peft.named_parameters() if ".layer.1." in n and ".lora_" in n]
     kept = [p for n, p in model.peft.named_parameters() if ".layer.2." in n and ".lora_B" in n]
 
@@ -101,18 +108,18 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(
     assert all(optimizer.state[p]["step"] == 2 for p in kept)
 
 
-def train(model: models.AdaptedModel, flat: Settings, client: int = 0, server_round: int = 1) -> training.Update:
+def train(model: adapted.AdaptedModel, flat: Settings, client: int = 0, server_round: int = 1) -> single.Update:
     config, federated = load(flat)
-    start = models.build(config.model, "layer", 3, seed=0).read_adapter()
+    start = build_model(config.model, "layer", 3, seed=0).read_adapter()
     return train_client(model, federated, Plan(server_round, (client,), config), client, start)
 
 
-def test_lora_training_is_the_usual_loop(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_lora_training_is_the_usual_loop(model: adapted.AdaptedModel, tiny: Settings) -> None:
     """Oracle: a loop written out by hand on PEFT's model, with its own optimiser over all parameters."""
     flat = tiny | {"local-training": "lora", "max-grad-norm": 0.5, "weight-decay": 0.01, "head-learning-rate": 0.002}
     config, federated = load(flat)
     update = train(model, flat)
-    plain = models.build(config.model, "layer", 3, seed=0)
+    plain = build_model(config.model, "layer", 3, seed=0)
     trainable = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.002, weight_decay=0.01)
     shuffled = generator(0, "order", 1, 0).permutation(federated.train[0])
@@ -126,14 +133,14 @@ def test_lora_training_is_the_usual_loop(model: models.AdaptedModel, tiny: Setti
         assert torch.allclose(update.adapter[name], tensor, atol=1e-6), name
 
 
-def test_accumulated_micro_batches_equal_one_large_batch(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_accumulated_micro_batches_equal_one_large_batch(model: adapted.AdaptedModel, tiny: Settings) -> None:
     whole = train(model, tiny | {"batch-size": 8, "p0": 1.0})
     parts = train(model, tiny | {"batch-size": 2, "gradient-accumulation": 4, "p0": 1.0})
     for name, tensor in whole.adapter.items():
         assert torch.allclose(parts.adapter[name], tensor, atol=1e-5), name
 
 
-def test_masks_do_not_shift_the_data_order(model: models.AdaptedModel, tiny: Settings, monkeypatch) -> None:
+def test_masks_do_not_shift_the_data_order(model: adapted.AdaptedModel, tiny: Settings, monkeypatch) -> None:
     def batches_seen(flat: Settings) -> list[list[int]]:
         seen = []
         original = LabelledTexts.batch
@@ -152,7 +159,7 @@ def test_masks_do_not_shift_the_data_order(model: models.AdaptedModel, tiny: Set
     assert lora == batches_seen(tiny | {"local-training": "copra", "min-active": 1, "lora-dropout": 0.3})
 
 
-def test_training_leaves_the_global_generators_alone(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_training_leaves_the_global_generators_alone(model: adapted.AdaptedModel, tiny: Settings) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     expected = torch.rand(1), np.random.rand()
@@ -162,7 +169,7 @@ def test_training_leaves_the_global_generators_alone(model: models.AdaptedModel,
     assert (torch.rand(1), np.random.rand()) == expected
 
 
-def test_layers_never_on_are_not_sent(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_layers_never_on_are_not_sent(model: adapted.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"mask-scope": "round", "p0": 0.4}, client=1)
     assert set(update.active_steps) == {0, 3}, "a seed where some layers are on and some are off"
     sent = {model.group_of[name] for name in update.adapter if name in model.group_of}
@@ -170,7 +177,7 @@ def test_layers_never_on_are_not_sent(model: models.AdaptedModel, tiny: Settings
     assert {"head.weight", "head.bias"} <= update.adapter.keys()
 
 
-def test_rescale_divides_what_is_on_by_its_probability(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_rescale_divides_what_is_on_by_its_probability(model: adapted.AdaptedModel, tiny: Settings) -> None:
     """A scale of 1/p beside alpha / r: seen at PEFT's own scaling (16 / 2 = 8)."""
     model.gates.set([True, True, False], scale=4.0)
     scalings = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
@@ -180,13 +187,13 @@ def test_rescale_divides_what_is_on_by_its_probability(model: models.AdaptedMode
 
 
 def test_group_module_has_a_gate_per_linear_module(tiny: Settings) -> None:
-    model = models.build(Config.from_flat(tiny).model, "module", 3, seed=0)
+    model = build_model(Config.from_flat(tiny).model, "module", 3, seed=0)
     assert len(model.gates.names) == 2 * NUM_LAYERS
 
 
 def test_bf16_base_keeps_adapters_in_float32(tiny: Settings) -> None:
     flat = tiny | {"dtype": "bfloat16"}
-    model = models.build(Config.from_flat(flat).model, "layer", 3, seed=0)
+    model = build_model(Config.from_flat(flat).model, "layer", 3, seed=0)
     update = train(model, flat)
     assert {tensor.dtype for tensor in update.adapter.values()} == {torch.float32}
     assert model.peft.base_model.model.embeddings.word_embeddings.weight.dtype == torch.bfloat16
@@ -195,7 +202,7 @@ def test_bf16_base_keeps_adapters_in_float32(tiny: Settings) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 def test_poolings_and_all_linear(tiny: Settings, pooling: str) -> None:
     flat = tiny | {"pooling": pooling, "target-modules": "all-linear", "local-training": "lora"}
-    model = models.build(Config.from_flat(flat).model, "layer", 3, seed=0)
+    model = build_model(Config.from_flat(flat).model, "layer", 3, seed=0)
     assert any("pooler" in name for name in model.group_of) == (pooling == "pooler")
     assert np.isfinite(train(model, flat).metrics["loss"])
 
@@ -210,7 +217,7 @@ def order(indices: np.ndarray, settings: TrainingConfig, lengths: np.ndarray | N
 def test_expected_work_is_what_the_data_order_holds(num_examples: int, epochs: int) -> None:
     settings = TrainingConfig(local_steps=4, local_epochs=epochs, batch_size=5, gradient_accumulation=2)
     steps = order(np.arange(num_examples), settings)
-    assert training.num_trained(settings, num_examples) == sum(len(batch) for step in steps for batch in step)
+    assert num_trained(settings, num_examples) == sum(len(batch) for step in steps for batch in step)
 
 
 def test_data_order_in_steps_and_epochs() -> None:
@@ -262,12 +269,12 @@ def test_clients_take_their_buckets_in_the_same_order_of_length() -> None:
 
 def test_cosine_ends_at_zero_over_the_federation() -> None:
     cosine = TrainingConfig(lr_schedule="cosine", learning_rate=0.2, head_learning_rate=0.4)
-    optimizer = training.make_optimizer(cosine, [torch.zeros(1)], [torch.zeros(1)])
+    optimizer = make_optimizer(cosine, [torch.zeros(1)], [torch.zeros(1)])
     for t, expected in ((0.0, [0.2, 0.4]), (0.5, [0.1, 0.2]), (1.0, [0.0, 0.0])):
-        training.set_learning_rates(optimizer, cosine, t)
+        set_learning_rates(optimizer, cosine, t)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
-def test_sgd_with_momentum(model: models.AdaptedModel, tiny: Settings) -> None:
+def test_sgd_with_momentum(model: adapted.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"optimizer": "sgd", "momentum": 0.9, "local-epochs": 1, "local-training": "lora"})
     assert update.metrics["steps"] == -(-update.num_examples // 4)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from copra_fl.cli.flower import copy_app, free_port
 from copra_fl.config import Config, toml_value
+from copra_fl.simulation.superlink import copy_app, free_port
 from experiments.deployment import SCRIPTS, environment, running, wait_for
 from tests.test_own_data import Settings, leaks, own, rows_of, write
 

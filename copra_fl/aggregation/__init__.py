@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from copra_fl.aggregation.connectivity import connectivity
-from copra_fl.aggregation.fedavg import fedavg
-from copra_fl.aggregation.fedex_lora import fedex_lora
-from copra_fl.aggregation.fedrot_lora import fedrot_lora
-from copra_fl.aggregation.flexlora import flexlora
-from copra_fl.aggregation.flora import flora
-from copra_fl.aggregation.hetlora import hetlora
-from copra_fl.aggregation.lora_fair import lora_fair
-from copra_fl.aggregation.median import median
-from copra_fl.aggregation.norm_clipped import norm_clipped
 from copra_fl.aggregation.ranks import client_ranks
 from copra_fl.aggregation.rule import ALL, Rule
-from copra_fl.aggregation.trimmed_mean import trimmed_mean
-from copra_fl.aggregation.zero_pad import zero_pad
+from copra_fl.aggregation.rules.connectivity import connectivity
+from copra_fl.aggregation.rules.fedavg import fedavg
+from copra_fl.aggregation.rules.fedex_lora import fedex_lora
+from copra_fl.aggregation.rules.fedrot_lora import fedrot_lora
+from copra_fl.aggregation.rules.flexlora import flexlora
+from copra_fl.aggregation.rules.flora import flora
+from copra_fl.aggregation.rules.hetlora import hetlora
+from copra_fl.aggregation.rules.lora_fair import lora_fair
+from copra_fl.aggregation.rules.median import median
+from copra_fl.aggregation.rules.norm_clipped import norm_clipped
+from copra_fl.aggregation.rules.trimmed_mean import trimmed_mean
+from copra_fl.aggregation.rules.zero_pad import zero_pad
 from copra_fl.config import Config, ConfigError, unknown
 
 RULES: dict[str, Rule] = {

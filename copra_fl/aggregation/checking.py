@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from copra_fl.adapter import Adapter, Update, difference, norm, trained
+from copra_fl.adapters.state import Adapter, Update, difference, norm, trained
 
 #: the scalars that clients report
 METRICS = {"loss", "steps", "seconds", "distance"}

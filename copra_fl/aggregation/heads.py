@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from copra_fl.adapter import Adapter, part_of
-from copra_fl.connectivity import combine
+from copra_fl.adapters.interpolation import combine
+from copra_fl.adapters.state import Adapter, part_of
 
 
 def is_part(name: str) -> bool:

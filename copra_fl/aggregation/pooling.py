@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from copra_fl.adapter import Adapter, Update, trained
-from copra_fl.aggregation.fedavg import weighted_average
+from copra_fl.adapters.state import Adapter, Update, trained
+from copra_fl.aggregation.rules.fedavg import weighted_average
 
 
 def pool(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Update:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from copra_fl.adapter import Adapter, difference, norm, parts
+from copra_fl.adapters.state import Adapter, difference, norm, parts
 from copra_fl.aggregation.rule import Outcome, Round
 
 

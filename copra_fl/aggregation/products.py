@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.rule import Outcome, Round
 
 #: (d, n) and (n, k) in float64: the matrix is their product
@@ -104,7 +104,7 @@ def best_rank(product: Factors, rank: int) -> Factors:
 
 
 def as_residual(module: str, product: Factors) -> Adapter:
-    """A product as what is added to W0 (`copra_fl.residual`), in float32: as factors while they are smaller."""
+    """A product as what is added to W0 (`copra_fl.adapters.residual`), in float32: as factors while they are smaller."""
     left, right = product
     (d, n), k = left.shape, right.shape[1]
     if n == 0:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from copra_fl.adapter import Adapter, Update, part_of
+from copra_fl.adapters.state import Adapter, Update, part_of
 from copra_fl.config import Config, ConfigError
 from copra_fl.seeding import generator
 

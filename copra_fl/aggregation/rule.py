@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from copra_fl.adapter import Adapter, Update, complete
+from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation.weighting import tensor_weights
 from copra_fl.config import AggregationConfig
 
@@ -61,7 +61,7 @@ class Outcome:
 
     Attributes:
         adapter: the next global adapter.
-        residual: what is added to W0, see `copra_fl.residual`.
+        residual: what is added to W0, see `copra_fl.adapters.residual`.
         notes: for the journal, plain data.
     """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 
 
 def next_control(control: Adapter, changes: Sequence[Adapter], num_clients: int) -> Adapter:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.config import AggregationConfig
 
 #: (settings, g, m or 0, v or tau^2) -> step before the learning rate, m, v; float64

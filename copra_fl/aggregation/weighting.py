@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from copra_fl.adapter import Update
+from copra_fl.adapters.state import Update
 from copra_fl.aggregation.heads import is_part
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from copra_fl.adapter import Adapter, difference, norm
+from copra_fl.adapters.state import Adapter, difference, norm
 from copra_fl.bench import simulations, workers
 from copra_fl.bench.flops import phase_flops
 from copra_fl.bench.sizes import SYNTHETIC, TRAININGS, WARM_UP, Size, Workload, open_data
 from copra_fl.bench.workers import Run, Share
-from copra_fl.cli.flower import RunFailed
 from copra_fl.config import Config, ModelConfig
+from copra_fl.simulation.superlink import RunFailed
 
 #: (configuration of each phase, start, division of the cores, whether memory is watched) -> what came of it
 Runner = Callable[[dict[str, Config], Adapter, Share, bool], Run]

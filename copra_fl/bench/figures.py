@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from copra_fl.bench.findings import FLAT, RATES, RATIOS, Facts, has_targets, machine, ratio
 from copra_fl.bench.sizes import TRAININGS
 from copra_fl.bench.steps import expected_blocks
-from copra_fl.page import STYLES, Figure, Style, empty_chart
+from copra_fl.reporting.html import STYLES, Figure, Style, empty_chart
 
 #: what a training is called on the page, and its style
 LABELS = {"lora": ("LoRA", STYLES[0]), "copra": ("CopRA", STYLES[1])}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
 from typing import Any
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.bench.contest import Result
 from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, Workload
 from copra_fl.bench.steps import expected_blocks, mean_expected_blocks

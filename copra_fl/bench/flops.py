@@ -24,8 +24,9 @@ from transformers import AutoConfig
 
 from copra_fl.bench.sizes import NUM_LABELS
 from copra_fl.config import Config
-from copra_fl.data import FederatedData
-from copra_fl.training import Plan, plan_steps
+from copra_fl.data.federated import FederatedData
+from copra_fl.training.batches import plan_steps
+from copra_fl.training.plan import Plan
 
 ADAPTERS_PER_BLOCK = 2
 

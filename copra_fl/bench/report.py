@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from copra_fl import page
 from copra_fl.bench import figures, findings
 from copra_fl.bench.findings import Facts, Table
 from copra_fl.bench.summary import left_out
-from copra_fl.page import DataTable, Section
+from copra_fl.reporting import html
+from copra_fl.reporting.html import DataTable, Section
 
 CHARTS = (
     figures.speed,
@@ -28,7 +28,7 @@ def render(runs: Sequence[Facts]) -> str:
     verdicts = [findings.targets(facts) for facts in runs]
     judged = [row for table in verdicts for row in table.rows]
     met = sum(row[-1] == "met" for row in judged)
-    return page.render(
+    return html.render(
         title="Benchmark",
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",

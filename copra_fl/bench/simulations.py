@@ -21,13 +21,13 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from copra_fl.adapter import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round, Sampler, families
 from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import Run, Share
-from copra_fl.cli.flower import RunFailed, Workers, app_directory, copy_app, superlink
-from copra_fl.cli.progress import watch
 from copra_fl.config import Config, Value
+from copra_fl.simulation.progress import watch
+from copra_fl.simulation.superlink import RunFailed, Workers, app_directory, copy_app, superlink
 
 
 def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, one_client_a_node: bool) -> Run:

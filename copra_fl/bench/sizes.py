@@ -33,11 +33,11 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from copra_fl import data, models
-from copra_fl.assets import ASSETS, cache_dir
 from copra_fl.config import Config, CopraConfig, Value
-from copra_fl.data import FederatedData
+from copra_fl.data.federated import FederatedData, load_data
+from copra_fl.models.build import build_model, load_processor, model_source, resolve_compute
 from copra_fl.seeding import generator
+from copra_fl.sources.assets import ASSETS, cache_dir
 from copra_fl.tasks.text_classification import LabelledTexts
 
 STEADY_ROUNDS = 3
@@ -141,7 +141,7 @@ class Workload:
             "copra": {"local-training": "copra", "p0": p0, "ramp": CopraConfig.ramp * (1 - p0)},
         }
         configs = {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
-        compute = models.resolve_compute(configs["lora"].model, size.tokens)
+        compute = resolve_compute(configs["lora"].model, size.tokens)
         return {
             phase: config.changed(dtype=compute.dtype, attention=compute.attention) for phase, config in configs.items()
         }
@@ -158,10 +158,10 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
         model = str(_made(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
         dataset = str(_made(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
-    workload = Workload(size, models.resolve(model), dataset)
+    workload = Workload(size, model_source(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]
-        models.build(config.changed(device="cpu").model, config.copra.group, NUM_LABELS, config.federation.seed)
+        build_model(config.changed(device="cpu").model, config.copra.group, NUM_LABELS, config.federation.seed)
         open_data(config)
     return workload
 
@@ -200,7 +200,7 @@ def open_data(config: Config) -> FederatedData:
     """The clients' examples: from the token cache, or random ones."""
     if config.data.dataset == SYNTHETIC:
         return synthetic(config)
-    return data.load(config, models.load_processor(config.model))
+    return load_data(config, load_processor(config.model))
 
 
 def synthetic(config: Config) -> FederatedData:

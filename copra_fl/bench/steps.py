@@ -23,14 +23,14 @@ from fractions import Fraction
 
 import numpy as np
 
-from copra_fl import schedule
-from copra_fl.adapter import Layout
+from copra_fl.adapters.state import Layout
 from copra_fl.bench import workers
 from copra_fl.bench.contest import Result, Show
 from copra_fl.bench.flops import block_backward, encoder_of, round_masks, step_flops
 from copra_fl.bench.sizes import WARM_UP, Workload, open_data
 from copra_fl.bench.workers import Share
 from copra_fl.config import CopraConfig
+from copra_fl.copra import schedule
 from copra_fl.seeding import generator
 
 PASSES_PER_REPEAT = 3

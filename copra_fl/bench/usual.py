@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from copra_fl.config import ModelConfig, TrainingConfig
-from copra_fl.data import FederatedData
-from copra_fl.models import choose_device, resolve
-from copra_fl.training import LocalSteps
+from copra_fl.data.federated import FederatedData
+from copra_fl.models.build import choose_device, model_source
+from copra_fl.training.batches import LocalSteps
 
 
 class Classifier(nn.Module):
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ModelConfig, num_labels: int) -> None:
         super().__init__()
-        base = AutoModel.from_pretrained(resolve(config.model), dtype=torch.float32)
+        base = AutoModel.from_pretrained(model_source(config.model), dtype=torch.float32)
         lora = LoraConfig(
             task_type="FEATURE_EXTRACTION",
             r=config.rank,

@@ -19,17 +19,18 @@ import numpy as np
 import psutil
 import torch
 
-from copra_fl import models
-from copra_fl.adapter import Adapter, Layout, Update
-from copra_fl.aggregation.fedavg import weighted_average
+from copra_fl.adapters.state import Adapter, Layout, Update
+from copra_fl.aggregation.rules.fedavg import weighted_average
 from copra_fl.bench import usual
 from copra_fl.bench.sampling import Round, Sampler
 from copra_fl.bench.sizes import NUM_LABELS, TRAININGS, WARM_UP, open_data
-from copra_fl.cli.flower import RunFailed
 from copra_fl.config import Config
-from copra_fl.data import FederatedData
-from copra_fl.engine import open_engine
-from copra_fl.training import Plan, plan_steps
+from copra_fl.data.federated import FederatedData
+from copra_fl.models.build import build_model, choose_device
+from copra_fl.simulation.superlink import RunFailed
+from copra_fl.training.batches import plan_steps
+from copra_fl.training.engine import open_engine
+from copra_fl.training.plan import Plan
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -180,9 +181,9 @@ def crew(
 
 
 def start_adapter(config: Config) -> Adapter:
-    """The adapter that a federation of `config` starts from: what `copra_fl.models.build` draws."""
+    """The adapter that a federation of `config` starts from: what `copra_fl.models.adapted.build` draws."""
     model = config.changed(device="cpu").model
-    return models.build(model, config.copra.group, NUM_LABELS, config.federation.seed).read_adapter()
+    return build_model(model, config.copra.group, NUM_LABELS, config.federation.seed).read_adapter()
 
 
 def train_round(pipes: list[Connection], config: Config, server_round: int, row: np.ndarray) -> np.ndarray:
@@ -218,7 +219,7 @@ def matmul_rate(share: Share, dtype: str, device: str) -> float:
 
 def _multiply(threads: int, dtype: str, device: str) -> float:
     torch.set_num_threads(threads)
-    where = models.choose_device(device)
+    where = choose_device(device)
     side = MATMUL_SIDE[where.type]
     matrix = torch.randn(side, side, device=where).to(getattr(torch, dtype))
     rates: list[float] = []

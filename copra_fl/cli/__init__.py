@@ -8,12 +8,10 @@ from typing import NoReturn
 import click
 import typer
 
-from copra_fl.assets import AssetError
 from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.chat import chat
 from copra_fl.cli.compare import compare
-from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.probe_prune import prune
 from copra_fl.cli.probe_shapley import shapley
 from copra_fl.cli.report import report
@@ -21,7 +19,9 @@ from copra_fl.cli.simulate import simulate
 from copra_fl.cli.study import study
 from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
-from copra_fl.deployment.engine import ComposeFailed
+from copra_fl.deployment.compose_command import ComposeFailed
+from copra_fl.simulation.superlink import RunFailed
+from copra_fl.sources.assets import AssetError
 
 #: what typer makes of Ctrl-C
 INTERRUPTED = 130

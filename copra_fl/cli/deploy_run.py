@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
-from copra_fl.cli.flower import RunFailed
 from copra_fl.cli.options import JsonOption, ResumeOption, SetOption, TrackOption
-from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError, toml_value
-from copra_fl.deployment import compose, engine, nodes
-from copra_fl.deployment.engine import Engine
-from copra_fl.deployment.folder import Folder
+from copra_fl.deployment import compose, compose_command, nodes
+from copra_fl.deployment.compose_command import Engine
+from copra_fl.deployment.layout import Folder
+from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.superlink import RunFailed
 
 #: in the container: the Flower app (Dockerfile), and where runs leave their folders (docker-compose.yml)
 APP, RUNS = "/app", "/runs"
@@ -52,7 +52,7 @@ def run(
         ["copra-fl", "deploy", "run", recipe, str(directory), *sets, "--resume", "--output", run_folder.name]
     )
     console.print(f"run folder: {run_folder}", soft_wrap=True)
-    containers = engine.find(folder)
+    containers = compose_command.find(folder)
 
     from copra_fl.trackers.feed import Tracking  # slow to import
 
@@ -67,8 +67,8 @@ def run(
             f"Flower says of the run: {status}; what happened is above. To go on after its last round: {again}"
         )
 
-    from copra_fl.ranking import table
-    from copra_fl.report import write  # slow to import, and not needed before
+    from copra_fl.reporting.report import write  # slow to import, and not needed before
+    from copra_fl.reporting.tables import table
 
     console.print(table(write(run_folder)))
     console.print(f"adapter: {run_folder / 'adapter'}\nreport: {run_folder / 'report.html'}", soft_wrap=True)
@@ -126,7 +126,7 @@ def submit(containers: Engine, config: Config, name: str, resume: bool, heard: C
 def status(directory: Directory, as_json: JsonOption = False) -> None:
     """Who is connected, and how far each run is."""
     folder = Folder.open(directory)
-    found, runs = nodes.find(engine.find(folder)), list(read_runs(folder))
+    found, runs = nodes.find(compose_command.find(folder)), list(read_runs(folder))
     if as_json:
         print(json.dumps({"nodes": None if found is None else [vars(node) for node in found], "runs": runs}, indent=2))
         return

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from copra_fl import trackers
-from copra_fl.cli import cluster
 from copra_fl.config import Config, ConfigError
+from copra_fl.simulation import ray_cluster
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="Recipe TOML, or the name of one that comes along: base, smoke, demo.")
@@ -38,7 +38,7 @@ RayAddressOption = Annotated[
         "--ray-address",
         metavar="HOST:PORT",
         help="Run on this Ray cluster, of which this machine is one. Default: a Ray of its own, on this machine.",
-        callback=cluster.reachable,
+        callback=ray_cluster.reachable,
     ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run in --output left off.")]

@@ -18,8 +18,8 @@ from rich.table import Column, Table
 from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
-    from copra_fl.probes.opening import OpenRun, Progress
-    from copra_fl.probes.page import Findings
+    from copra_fl.probes.findings import Findings
+    from copra_fl.probes.open_run import OpenRun, Progress
 
 app = typer.Typer(help="Look into finished runs: what lies between adapters, and what becomes of merged ones.",
                   no_args_is_help=True)  # fmt: skip
@@ -109,11 +109,11 @@ def parse_numbers(option: str, text: str) -> list[int]:
 @contextmanager
 def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
     """The runs in `directories`; inside and while opening, what cannot be probed ends in a message for people."""
-    import copra_fl.process  # noqa: F401
+    import copra_fl.startup  # noqa: F401
 
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
-    from copra_fl.probes.opening import open_runs
-    from copra_fl.results import ResultsError
+    from copra_fl.probes.open_run import open_runs
+    from copra_fl.reporting.results import ResultsError
 
     try:
         with Console(stderr=True).status("opening"):
@@ -141,7 +141,7 @@ def progress_bar() -> Iterator[Progress]:
 
 def leave(findings: Findings, directory: Path) -> None:
     """Print the results, write page and JSON to `directory`."""
-    from copra_fl.probes.page import write
+    from copra_fl.probes.findings import write
 
     columns = [Column(name, justify="right" if i else "left") for i, name in enumerate(findings.results.header)]
     table = Table(*columns, title=findings.setting, caption=findings.results.caption)

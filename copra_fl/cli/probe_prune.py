@@ -19,7 +19,7 @@ def prune(
     Several runs, for example LoRA and CopRA of one seed, are shown side by side.
     """
     with probe.opened(runs) as open_runs, probe.progress_bar() as progress:
-        from copra_fl.probes import pruning  # slow to import
+        from copra_fl.probes import prune  # slow to import
 
-        findings = pruning.probe(open_runs, split.value, standard_error, max_pairs, seed, progress)
+        findings = prune.probe(open_runs, split.value, standard_error, max_pairs, seed, progress)
     probe.leave(findings, output or runs[0])

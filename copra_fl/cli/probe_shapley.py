@@ -31,7 +31,7 @@ def shapley(
     Several runs, for example LoRA and CopRA of one seed, are shown side by side.
     """
     with probe.opened(runs) as open_runs, probe.progress_bar() as progress:
-        from copra_fl.probes import worth  # slow to import
+        from copra_fl.probes import shapley  # slow to import
 
-        findings = worth.probe(open_runs, split.value, modules, standard_error, max_pairs, seed, progress)
+        findings = shapley.probe(open_runs, split.value, modules, standard_error, max_pairs, seed, progress)
     probe.leave(findings, output or runs[0])

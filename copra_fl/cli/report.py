@@ -15,9 +15,9 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run or of a comparison")],
 ) -> None:
     """Rebuild report.html in DIR, and summary.json where DIR is a comparison."""
-    from copra_fl.ranking import table
-    from copra_fl.report import write  # slow to import
-    from copra_fl.results import ResultsError
+    from copra_fl.reporting.report import write  # slow to import
+    from copra_fl.reporting.results import ResultsError
+    from copra_fl.reporting.tables import table
 
     try:
         summary = write(directory)

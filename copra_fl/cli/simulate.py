@@ -6,11 +6,12 @@ from contextlib import closing
 
 from rich.console import Console
 
-from copra_fl.cli import options, preflight, progress
-from copra_fl.cli.cluster import Demand
-from copra_fl.cli.flower import superlink
-from copra_fl.cli.recipes import Recipe
+from copra_fl.cli import options
 from copra_fl.config import Config
+from copra_fl.simulation import preflight, progress
+from copra_fl.simulation.ray_cluster import Demand
+from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.superlink import superlink
 
 
 def simulate(
@@ -45,8 +46,8 @@ def simulate(
         with closing(Tracking(track or [], [directory], console)) as tracking:
             progress.watch(link, link.start_run(run_config, shares), 1, console, tracking.update)
 
-    from copra_fl.ranking import table
-    from copra_fl.report import write
+    from copra_fl.reporting.report import write
+    from copra_fl.reporting.tables import table
 
     console.print(table(write(directory)))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)

@@ -25,11 +25,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from copra_fl.cli import options, preflight
-from copra_fl.cli.cluster import Demand
+from copra_fl.cli import options
 from copra_fl.cli.compare import run_comparison, run_names, write_plan
-from copra_fl.cli.recipes import Recipe, short_name
 from copra_fl.config import Config, ConfigError, unknown
+from copra_fl.simulation import preflight
+from copra_fl.simulation.ray_cluster import Demand
+from copra_fl.simulation.recipes import Recipe, short_name
 
 TUNING_KEYS = ("seeds", "learning-rates", "settings")
 ConfigOfSeed = Callable[[int], Config]
@@ -54,7 +55,7 @@ class Cell:
 
     def config(self, method: str, rate: float, seed: int) -> Config:
         """A run of `method` at a learning rate."""
-        from copra_fl.study import rate_key
+        from copra_fl.reporting.study import rate_key
 
         config = self.recipe.config(self.methods[method], seed)
         return Config.from_flat(config.to_flat() | {rate_key(config): rate})
@@ -79,9 +80,10 @@ def study(
     planned = {name: list(cells) for name, cells in read_grids(recipe, grids, output.absolute())}
     preflight.check([config for cells in planned.values() for cell in cells for config in samples(cell)], console)
 
-    from copra_fl.ranking import table  # slow to import
-    from copra_fl.results import load_comparison, summarise
-    from copra_fl.study import TEST, write
+    from copra_fl.reporting.results import load_comparison
+    from copra_fl.reporting.statistics import summarize
+    from copra_fl.reporting.study import TEST, write
+    from copra_fl.reporting.tables import table  # slow to import
 
     def run(directory: Path, seeds: list[int], methods: Mapping[str, ConfigOfSeed]) -> None:
         """Run the comparison of `methods`; one that has finished is only told apart from what else is in its folder."""
@@ -98,16 +100,16 @@ def study(
             console.print(", ".join(f"{method}: {rate:g}" for method, rate in rates.items()))
             tested = {method: functools.partial(cell.config, method, rate) for method, rate in rates.items()}
             run(cell.directory / TEST, cell.seeds, tested)
-            console.print(table(summarise(load_comparison(cell.directory / TEST))))
+            console.print(table(summarize(load_comparison(cell.directory / TEST))))
         directory = output.absolute() / name
         write(directory, [cell.directory for cell in cells], shlex.join(["copra-fl", *sys.argv[1:]]))
         console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)
 
 
 def tune(cell: Cell, run: Callable[[Path, list[int], Mapping[str, ConfigOfSeed]], None]) -> dict[str, float]:
-    """The learning rate of each method, found by running what `copra_fl.study.rates_to_try` asks for."""
-    from copra_fl.results import load_comparison
-    from copra_fl.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
+    """The learning rate of each method, found by running what `copra_fl.reporting.study.rates_to_try` asks for."""
+    from copra_fl.reporting.results import load_comparison
+    from copra_fl.reporting.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
 
     grid, tried = cell.tuning["learning-rates"], dict[str, dict[float, float]]()
     while more := [(method, rate) for method in cell.methods for rate in rates_to_try(grid, tried.get(method, {}))]:

@@ -20,7 +20,7 @@ def track(
     ],
 ) -> None:
     """Write the journal and results of DIR to a tracker, as `--track` does while a run goes on."""
-    from copra_fl.results import load_comparison  # slow to import
+    from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.trackers.feed import Tracking
 
     runs = [run.directory for _, run in load_comparison(directory.absolute()).runs]

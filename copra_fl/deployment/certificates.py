@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from copra_fl.deployment.folder import Folder, client_name, write_private
+from copra_fl.deployment.layout import Folder, client_name, write_private
 
 CA_DAYS = 3650
 #: the longest that today's TLS libraries accept; `deploy init` on the same folder makes a new certificate

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from copra_fl.deployment.folder import Folder, client_name
+from copra_fl.deployment.layout import Folder, client_name
 
 Document = dict[str, Any]
 

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from copra_fl.config import ConfigError
 from copra_fl.deployment import nodes, registration
-from copra_fl.results import ResultsError, Run, load_run
+from copra_fl.reporting.results import ResultsError, Run, load_run
 
 log = logging.getLogger(__name__)
 

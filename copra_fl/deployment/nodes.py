@@ -7,8 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from copra_fl.deployment.engine import Engine
-from copra_fl.deployment.folder import Folder
+from copra_fl.deployment.compose_command import Engine
+from copra_fl.deployment.layout import Folder
 from copra_fl.deployment.registration import read_known
 
 #: the connection in the SuperLink's FLWR_HOME

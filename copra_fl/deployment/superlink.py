@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 
 from copra_fl import logs
-from copra_fl.deployment.gate import Gate
+from copra_fl.deployment.api_gate import Gate
 from copra_fl.deployment.registration import keep_registered
 
 

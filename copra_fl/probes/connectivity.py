@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from copra_fl.adapter import Adapter
-from copra_fl.connectivity import Between, Path, combine, interpolate, interpolate_products, walk
-from copra_fl.page import DataTable, Section
-from copra_fl.probes import pictures
+from copra_fl.adapters.interpolation import Between, Path, combine, interpolate, interpolate_products, walk
+from copra_fl.adapters.state import Adapter
+from copra_fl.probes import charts
+from copra_fl.probes.findings import Findings, origin, setting
 from copra_fl.probes.members import Members, Scorer
-from copra_fl.probes.opening import Metrics, Progress, Split
-from copra_fl.probes.page import Findings, origin, setting
-from copra_fl.ranking import Column
+from copra_fl.probes.open_run import Metrics, Progress, Split
+from copra_fl.reporting.html import DataTable, Section
+from copra_fl.reporting.tables import Column
 
 Evaluate = Callable[[Sequence[Adapter]], Sequence[Metrics]]
 Pair = tuple[int, int]
@@ -179,14 +179,14 @@ def _sections(
         for kind, found in by_pair.items()
         for pair, path in found.items()
     ]
-    sections = [Section("On the lines", pictures.along_lines(by_pair, told))]
+    sections = [Section("On the lines", charts.along_lines(by_pair, told))]
     if len(names) > 2:
         barriers = {
             kind: matrix(found, len(names), lambda path: path.barrier_entezari) for kind, found in paths.items()
         }
-        sections.append(Section("Each pair", pictures.barriers(barriers, names, told)))
+        sections.append(Section("Each pair", charts.barriers(barriers, names, told)))
     if plane_found:
         values = {"loss": plane_found.loss, "accuracy": plane_found.accuracy}
-        sections.append(Section("The plane through three", pictures.planes(values, LATTICE, names[:3], told)))
+        sections.append(Section("The plane through three", charts.planes(values, LATTICE, names[:3], told)))
     table = DataTable(["pair", "path", *(column.heading for column in COLUMNS)], each, CAPTION)
     return [*sections, Section("Each line", tables=[table], collapsed=True)]

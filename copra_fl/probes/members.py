@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from copra_fl.adapter import Adapter
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.heads import lend
-from copra_fl.probes.opening import Metrics, OpenRun, Progress, Split, State, factors_differ, plain
-from copra_fl.results import ResultsError, join
+from copra_fl.probes.open_run import Metrics, OpenRun, Progress, Split, State, factors_differ, plain
+from copra_fl.reporting.results import ResultsError
+from copra_fl.wording import join_words
 
 #: members, by their places -> what scores adapters that are made of these, on their data sets
 Scorer = Callable[[Sequence[int]], Callable[[Sequence[Adapter]], list[Metrics]]]
@@ -84,12 +85,14 @@ def members(
         names = _names(runs)
         states, scalings = [run.final for run in runs], [run.scaling for run in runs]
         nothing = [None] * len(runs)
-        return Members(f"final adapters of {join(names)}", names, states, scalings, _uniform(len(runs)), runs, nothing)
+        return Members(
+            f"final adapters of {join_words(names)}", names, states, scalings, _uniform(len(runs)), runs, nothing
+        )
     if rounds:
         if server_round or clients:
             raise ResultsError("--rounds are global adapters, --round and --clients are clients: choose one")
         states = [first.state(number) for number in rounds]
-        chosen = Members(f"global adapters of rounds {join(rounds)}", [f"round {number}" for number in rounds], states,
+        chosen = Members(f"global adapters of rounds {join_words(rounds)}", [f"round {number}" for number in rounds], states,
                          [first.scaling] * len(rounds), _uniform(len(rounds)), runs, [None] * len(rounds))  # fmt: skip
     else:
         chosen = _clients(first, server_round or first.num_rounds, clients, most, progress)
@@ -107,7 +110,7 @@ def _clients(run: OpenRun, server_round: int, wanted: Sequence[int], most: int |
     counts = [1] * len(clients) if run.config.aggregation.weighting == "equal" else run.examples(clients)
     datasets = [run.data.dataset_of(client) for client in clients]
     adapters = lend(list(found.values()), datasets, counts, run.data.head_sizes)
-    named = f"clients {join(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
+    named = f"clients {join_words(clients)}" if len(clients) <= MAX_NAMED else f"{len(clients)} clients"
     left_out = f" (of {len(sampled)} in all)" if len(clients) < len(sampled) else ""
     return Members(
         f"{named} of round {server_round}{left_out}",

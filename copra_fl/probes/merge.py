@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from copra_fl.adapter import Adapter, parts
-from copra_fl.evaluation import merge_gap_each
-from copra_fl.merging import MERGES, merge
-from copra_fl.page import DataTable, Section
-from copra_fl.probes import pictures
+from copra_fl.adapters.state import Adapter, parts
+from copra_fl.probes import charts
+from copra_fl.probes.findings import Findings, origin, setting
 from copra_fl.probes.members import Members
-from copra_fl.probes.opening import Metrics, Progress, Split
-from copra_fl.probes.page import Findings, origin, setting
-from copra_fl.ranking import Column
+from copra_fl.probes.merging import MERGES, merge
+from copra_fl.probes.open_run import Metrics, Progress, Split
+from copra_fl.reporting.html import DataTable, Section
+from copra_fl.reporting.tables import Column
+from copra_fl.training.evaluation import merge_gap_each
 
 ACCURACY = Column("accuracy, %", "accuracy", scale=100)
 COLUMNS = (
@@ -84,7 +84,7 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
         | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
         | {"before": [each.facts for each in own], "mean_accuracy_before": mean}
         | {"merged": [each.facts for each in merged]},
-        sections=[Section("Before and after", pictures.merges(_accuracies(own), _accuracies(merged), mean, told))],
+        sections=[Section("Before and after", charts.merges(_accuracies(own), _accuracies(merged), mean, told))],
         warnings=warnings,
     )
 

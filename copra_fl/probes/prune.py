@@ -1,133 +1,144 @@
-"""Pruned adapters: what is left when layers, modules or small values are taken away.
-
-A module is off when its B is zero: then so is its product B A, and adapters of any pruning can be evaluated stacked.
-After CoTo (arXiv 2506.05713), which keeps every other layer, thirds of the layers, or large values only.
-"""
+"""`copra-fl probe prune`: what accuracy is left when a run's adapter is pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
-import torch
+from copra_fl.probes import pruned_adapters
+from copra_fl.probes.charts import UNITS
+from copra_fl.probes.exported import METRICS, Game, solve, wholes
+from copra_fl.probes.findings import Findings, origin, setting
+from copra_fl.probes.open_run import Metrics, OpenRun, Progress, Split
+from copra_fl.probes.pruned_adapters import Pruned
+from copra_fl.probes.shapley import folded
+from copra_fl.reporting.figures.canvas import styles
+from copra_fl.reporting.html import HEIGHT, DataTable, Figure, Section, empty_chart
+from copra_fl.wording import join_words
 
-from copra_fl.adapter import Adapter, by_number, part_of, parts
-from copra_fl.gates import group_name
+#: a run's prunings with what each scores
+Scored = list[tuple[Pruned, Metrics]]
 
-#: shares of the adapter's values that are set to zero
-SPARSITIES = tuple(tenth / 10 for tenth in range(1, 10))
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """
-    Attributes:
-        family: how it was pruned: ``ends``, ``layers``, ``module``, ``Shapley order`` or ``magnitude``.
-        name: what is kept.
-        kept: share of the values of A, B and R that are kept; the head always is and does not count.
-    """
-
-    family: str
-    name: str
-    adapter: Adapter
-    kept: float
-
-
-def modules(adapter: Adapter) -> list[str]:
-    """The adapted modules, blocks in the order of their numbers."""
-    return sorted((name.partition(".lora_B")[0] for name in parts(adapter, {"B"})), key=by_number)
+CURVES = {
+    "Shapley order": (
+        "Layers in the order of their value",
+        "Layers are kept in the order of their Shapley values (minus loss, server-validation data), largest first.",
+    ),
+    "magnitude": (
+        "Largest values",
+        "The largest values in magnitude over the whole adapter are kept, all others are zero.",
+    ),
+}
+SETS = ("ends", "layers", "module")
 
 
-def layers(adapter: Adapter) -> dict[str, list[str]]:
-    """Layer -> its modules, in order; a module outside the blocks is a layer of its own."""
-    found: dict[str, list[str]] = {}
-    for module in modules(adapter):
-        found.setdefault(group_name(module, "layer"), []).append(module)
-    return found
+def probe(
+    runs: Sequence[OpenRun], split: Split, standard_error: float, max_pairs: int, seed: int, progress: Progress
+) -> Findings:
+    """Each run's adapter, pruned in every way, on held-out data; the order of layers is from validation data always."""
+    scored: dict[str, Scored] = {}
+    for whole in wholes(runs):
+        layers = pruned_adapters.layers(whole.adapter)
+        game = Game(whole, list(layers.values()), "server-validation", progress)
+        worth = solve(game, standard_error, max_pairs, seed)["loss"]
+        prunings = [
+            *pruned_adapters.ends(whole.adapter),
+            *pruned_adapters.layer_sets(whole.adapter),
+            *pruned_adapters.single_modules(whole.adapter),
+            *pruned_adapters.in_order(whole.adapter, dict(zip(layers, worth.values.tolist(), strict=True))),
+            *pruned_adapters.magnitudes(whole.adapter),
+        ]
+        metrics = whole.score([pruned.adapter for pruned in prunings], split, "prunings", progress)
+        scored[whole.run.name] = list(zip(prunings, metrics, strict=True))
+    order = "order of layers by Shapley values of minus loss on server-validation"
+    return Findings(
+        probe="prune",
+        title=f"What is left when pruned: {join_words(scored)}",
+        setting=setting(runs, split, order, f"seed {seed}"),
+        verdict=_verdict(scored),
+        results=_table(scored, "accuracy"),
+        facts=origin(runs, split) | {"seed": seed, "prunings": [_facts(run, each) for run, each in scored.items()]},
+        sections=[
+            Section("By what is kept", [_curve(scored, family, metric) for metric in METRICS for family in CURVES]),
+            Section("Sets of layers, single modules", [_bars(scored, metric) for metric in METRICS]),
+            Section("Losses", tables=[_table(scored, "loss")], collapsed=True),
+        ],
+        warnings=[folded(run) for run in runs if run.residual],
+    )
 
 
-def kind(module: str) -> str:
-    """Which of its layer's modules it is.
+def _verdict(scored: dict[str, Scored]) -> str:
+    def left(run: str, name: str) -> str:
+        by_name = {pruned.name: 100 * metrics["accuracy"] for pruned, metrics in scored[run]}
+        return f"{run} {by_name['everything']:.1f} to {by_name[name]:.1f}"
 
-    >>> kind("base_model.model.encoder.layer.3.attention.self.query")
-    'attention.self.query'
-    """
-    return module.removeprefix(f"{group_name(module, 'layer')}.")
-
-
-def keep(adapter: Adapter, kept: Collection[str]) -> Adapter:
-    """`adapter` with only the modules `kept` on: the B of all others is zero."""
-    off = {f"{module}.lora_B.weight" for module in modules(adapter) if module not in kept}
-    return {name: torch.zeros_like(tensor) if name in off else tensor for name, tensor in adapter.items()}
+    every_other = join_words(left(run, "every other layer") for run in scored)
+    half = join_words(left(run, "largest 50%") for run in scored)
+    return f"Accuracy in %, every other layer kept: {every_other}; the larger half of the values kept: {half}."
 
 
-def by_magnitude(adapter: Adapter, sparsity: float) -> Adapter:
-    """`adapter` with this share of its values, those smallest in magnitude over all of A, B and R, set to zero.
-
-    The number is exact: of equal values the first go.
-    """
-    factors = parts(adapter, "ABR")
-    values = torch.cat([tensor.flatten() for tensor in factors.values()])
-    smallest = values.abs().argsort(stable=True)[: round(sparsity * len(values))]
-    values[smallest] = 0
-    rows = values.split([tensor.numel() for tensor in factors.values()])
-    return adapter | {name: row.view(factors[name].shape) for name, row in zip(factors, rows, strict=True)}
-
-
-def ends(adapter: Adapter) -> Iterator[Pruned]:
-    """Nothing and everything pruned."""
-    yield Pruned("ends", "everything", dict(adapter), 1.0)
-    yield Pruned("ends", "head alone", keep(adapter, ()), 0.0)
+def _table(scored: dict[str, Scored], metric: str) -> DataTable:
+    """A row a pruning, a column a run."""
+    unit, scale = UNITS[metric]
+    rows: dict[str, list[str]] = {}
+    for column, (_, each) in enumerate(scored.items()):
+        for pruned, metrics in each:
+            row = rows.setdefault(pruned.name, [f"{100 * pruned.kept:.0f}", *["–"] * len(scored)])
+            row[1 + column] = f"{scale * metrics[metric]:.{1 if metric == 'accuracy' else 3}f}"
+    caption = f"Cells: {unit}. Kept: share of the values of A and B; the head is always kept."
+    return DataTable([f"kept ({unit})", "kept, %", *scored], [[name, *cells] for name, cells in rows.items()], caption)
 
 
-def layer_sets(adapter: Adapter) -> Iterator[Pruned]:
-    """Every other layer, and each third of the layers."""
-    names = list(layers(adapter))
-    low, middle, high = (list(third) for third in np.array_split(names, 3))
-    sets = {
-        "every other layer": names[::2],
-        "every other layer, from the second": names[1::2],
-        "low third": low,
-        "middle third": middle,
-        "high third": high,
+def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
+    what, how = CURVES[family]
+    unit, scale = UNITS[metric]
+    chart = empty_chart({"title": "kept, % of values", "range": [-3, 103]}, {"title": unit})
+    looks = styles(scored)
+    for run, each in scored.items():
+        points = sorted(
+            (100 * pruned.kept, scale * metrics[metric], pruned.name)
+            for pruned, metrics in each
+            if pruned.family in (family, "ends")
+        )
+        chart.add_scatter(
+            x=[kept for kept, _, _ in points],
+            y=[value for _, value, _ in points],
+            text=[name for _, _, name in points],
+            name=run,
+            mode="lines+markers",
+            line={"color": looks[run].colour, "dash": looks[run].dash},
+            marker={"symbol": looks[run].symbol, "size": 8},
+            hovertemplate="%{text}: %{y:.3g}",
+        )
+    caption = f"{how} At 0 the head alone, at 100 the whole adapter."
+    return Figure(f"{what}, {metric}", caption, chart)
+
+
+def _bars(scored: dict[str, Scored], metric: str) -> Figure:
+    unit, scale = UNITS[metric]
+    chart = empty_chart({"title": unit}, {"type": "category", "autorange": "reversed"})
+    looks = styles(scored)
+    rows = 0
+    for run, each in scored.items():
+        shown = [(pruned, metrics) for pruned, metrics in each if pruned.family in SETS]
+        rows = max(rows, len(shown))
+        chart.add_bar(
+            orientation="h",
+            x=[scale * metrics[metric] for _, metrics in shown],
+            y=[pruned.name for pruned, _ in shown],
+            name=run,
+            marker={"color": looks[run].colour},
+            customdata=[100 * pruned.kept for pruned, _ in shown],
+            hovertemplate="%{x:.3g}, %{customdata:.0f} % of values kept",
+        )
+    chart.update_layout(height=max(HEIGHT, 100 + rows * (12 + 14 * len(scored))))
+    caption = "Only these adapters are on, as they were trained, together with the head; nothing is trained again."
+    return Figure(f"Layers and modules kept, {metric}", caption, chart)
+
+
+def _facts(run: str, scored: Scored) -> dict[str, object]:
+    return {
+        "run": run,
+        "points": [
+            {"family": pruned.family, "name": pruned.name, "kept": pruned.kept} | metrics for pruned, metrics in scored
+        ],
     }
-    for name, chosen in sets.items():
-        if chosen:
-            yield _with_layers(adapter, "layers", name, chosen)
-
-
-def single_modules(adapter: Adapter) -> Iterator[Pruned]:
-    """Only one of the target modules, in all layers; nothing where there is but one."""
-    kinds: dict[str, list[str]] = {}
-    for module in modules(adapter):
-        kinds.setdefault(kind(module), []).append(module)
-    if len(kinds) > 1:
-        for name, chosen in kinds.items():
-            yield Pruned("module", f"{name} alone", keep(adapter, chosen), _share(adapter, chosen))
-
-
-def in_order(adapter: Adapter, values: Mapping[str, float]) -> Iterator[Pruned]:
-    """The layers of the largest `values` (layer -> Shapley value), from all but one down to one."""
-    best = sorted(values, key=lambda layer: -values[layer])
-    for count in range(len(best) - 1, 0, -1):
-        name = f"{count} {'layer' if count == 1 else 'layers'} of the largest value"
-        yield _with_layers(adapter, "Shapley order", name, best[:count])
-
-
-def magnitudes(adapter: Adapter) -> Iterator[Pruned]:
-    """The largest values over the whole adapter, from 90 % of them to 10 %."""
-    for sparsity in SPARSITIES:
-        yield Pruned("magnitude", f"largest {1 - sparsity:.0%}", by_magnitude(adapter, sparsity), 1 - sparsity)
-
-
-def _with_layers(adapter: Adapter, family: str, name: str, chosen: Sequence[str]) -> Pruned:
-    by_layer = layers(adapter)
-    kept = [module for layer in chosen for module in by_layer[layer]]
-    return Pruned(family, name, keep(adapter, kept), _share(adapter, kept))
-
-
-def _share(adapter: Adapter, kept: Collection[str]) -> float:
-    """The share of the values of A, B and R that belong to the modules `kept`."""
-    sizes = {name: tensor.numel() for name, tensor in adapter.items() if part_of(name) != "head"}
-    return sum(size for name, size in sizes.items() if name.partition(".lora_")[0] in kept) / sum(sizes.values())

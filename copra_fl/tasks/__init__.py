@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig, unknown
-from copra_fl.tables import called
+from copra_fl.sources.tables import called
 from copra_fl.tasks.task import Examples, Inputs, Task
 
 __all__ = ["Examples", "Inputs", "Task", "check", "find_task"]

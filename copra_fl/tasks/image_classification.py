@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from copra_fl.config import DataConfig
-from copra_fl.tables import codes
+from copra_fl.sources.tables import codes
 from copra_fl.tasks.classification import Classification
 from copra_fl.tasks.images import ImageProcessor, Images, encode_images, read_images
 

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from copra_fl.bases import blank_images
 from copra_fl.config import ConfigError
-from copra_fl.tables import TableError, digest_of
+from copra_fl.models.base_weights import blank_images
+from copra_fl.sources.tables import TableError, digest_of
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd

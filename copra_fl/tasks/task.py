@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from copra_fl.config import DataConfig
-from copra_fl.tables import as_text
+from copra_fl.sources.tables import as_text
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd

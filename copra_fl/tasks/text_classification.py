@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from copra_fl.config import DataConfig
-from copra_fl.tables import codes
+from copra_fl.sources.tables import codes
 from copra_fl.tasks.classification import Classification
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from copra_fl.results import load_run, metrics
+from copra_fl.reporting.results import load_run
+from copra_fl.reporting.statistics import metrics
 
 
 class Tracker(Protocol):

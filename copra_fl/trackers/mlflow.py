@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from copra_fl.results import Run
+from copra_fl.reporting.results import Run
 
 EXPERIMENT = "copra-fl"
 ID_TAG, COMPARISON_TAG = "copra-fl.run", "copra-fl.comparison"

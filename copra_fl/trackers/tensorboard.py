@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from copra_fl.results import Run
+from copra_fl.reporting.results import Run
 
 FOLDER = "tensorboard"
 

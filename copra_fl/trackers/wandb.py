@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import wandb
 
-from copra_fl.results import Run
+from copra_fl.reporting.results import Run
 
 PROJECT = "copra-fl"
 

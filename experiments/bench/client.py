@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 
 from copra_fl.bench.usual import Classifier, train
 from copra_fl.config import Config, ModelConfig
-from copra_fl.data import FederatedData, load
-from copra_fl.models import load_processor
-from copra_fl.training import Plan, plan_steps
+from copra_fl.data.federated import FederatedData, load_data
+from copra_fl.models.build import load_processor
+from copra_fl.training.batches import plan_steps
+from copra_fl.training.plan import Plan
 
 app = ClientApp()
 
@@ -24,7 +25,7 @@ def open_model(config: ModelConfig, num_labels: int) -> Classifier:
 
 
 def open_data(config: Config) -> FederatedData:
-    return load(config, load_processor(config.model))
+    return load_data(config, load_processor(config.model))
 
 
 warm_model = lru_cache(maxsize=1)(open_model)

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from copra_fl.adapter import load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import Round
 from copra_fl.config import Config, read_toml
 from copra_fl.events import emit

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from copra_fl.adapter import Adapter, load_checkpoint
-from copra_fl.cli.flower import free_port
+from copra_fl.adapters.state import Adapter, load_checkpoint
+from copra_fl.simulation.superlink import free_port
 from tests.real_runs import SCRIPT
 
 ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from copra_fl.deployment import certificates
-from copra_fl.deployment.folder import Folder
+from copra_fl.deployment.layout import Folder
 from tests.containers.conftest import Containers, final
 
 

@@ -1,0 +1,1 @@
+"""Adapters as plain data: name -> tensor. What is computed on them alone, without a model."""

@@ -1,0 +1,1 @@
+"""One aggregation rule per file, named as its paper names it."""

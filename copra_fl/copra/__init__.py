@@ -1,0 +1,1 @@
+"""CopRA itself: the schedule of gates, the gates of a model, and a callback for Transformers' Trainer."""

@@ -1,0 +1,190 @@
+"""Build the model of a configuration: base, adapters and head, or say in words why it cannot be built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from copra_fl.config import ConfigError, DataConfig, ModelConfig
+from copra_fl.models import base_weights
+from copra_fl.models.adapted import AdaptedModel, lora_layers
+from copra_fl.models.base_weights import open_base, open_quantised
+from copra_fl.seeding import torch_stream
+from copra_fl.sources import assets
+from copra_fl.tasks import Task, find_task
+
+#: tokens from which on sdpa trains faster than eager on a CPU in float32; in bfloat16 it does not up to 512
+#: (experiments/LOG.md)
+SDPA_TOKENS = 128
+
+
+def model_source(model: str) -> str:
+    """What Transformers can open: an asset's folder (fetched if missing), else the name or path as it is."""
+    return str(assets.fetch(model)) if model in assets.ASSETS else model
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """What the task encodes examples with: tokenizer or image processor. Raises ConfigError where there is none."""
+    task = find_task(config.task)
+    try:
+        return task.processor_class.from_pretrained(model_source(config.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+
+
+def _not_found(model: str, error: Exception) -> str:
+    names = ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "model")
+    return (
+        f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be "
+        f"had from the Hugging Face hub: {str(error).splitlines()[0]} To use a model of the hub without a network, run "
+        f"`hf download {model} --local-dir FOLDER` where there is one, bring the folder here and set model to its path"
+    )
+
+
+def check_weights(config: ModelConfig) -> str:
+    """SHA-256 of the base's weights (`bases.weights_digest`).
+
+    Raises ConfigError where there is no such model, or ``model-sha256`` names other weights.
+    """
+    try:
+        digest = base_weights.weights_digest(model_source(config.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    if config.model_sha256 not in ("", digest):
+        raise ConfigError(
+            f"the base differs: the weights of model = {config.model!r} have SHA-256 {digest} here, not "
+            f"{config.model_sha256}"
+        )
+    return digest
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for cuda without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device here; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
+    """`config` with dtype and attention made plain for texts of up to `max_length` tokens on this machine's device.
+
+    Done once for a run, so that all its processes compute alike. Raises ConfigError as `choose_device` does.
+    """
+    device = choose_device(config.device)
+    dtype, attention = config.dtype, config.attention
+    if dtype == "auto":
+        dtype = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
+    if attention == "auto":
+        long = dtype == "float32" and max_length >= SDPA_TOKENS
+        attention = "sdpa" if device.type == "cuda" or long else "eager"
+    return replace(config, dtype=dtype, attention=attention)
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies matrices in bfloat16 itself, and torch makes use of it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    processor = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(
+        processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+
+
+def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
+    """`target_modules` as PEFT takes it. Raises ConfigError naming a target that matches no linear module."""
+    if target_modules == "all-linear":
+        return target_modules
+    kinds = nn.Linear, Conv1D  # GPT-2's Conv1D is a linear layer too
+    linear = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, kinds)})
+    targets = [target.strip() for target in target_modules.split(",")]
+    for target in targets:
+        if target not in linear:
+            raise ConfigError(f"target-modules: {target!r} matches no linear module of the model; there are {linear}")
+    return targets
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ConfigError for what `build` would raise, without reading any weights."""
+    choose_device(config.device)
+    check_quantization(config.quantization)
+    try:
+        description = AutoConfig.from_pretrained(model_source(config.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    with torch.device("meta"):
+        check_targets(find_task(config.task).model_class.from_config(description), config.target_modules)
+
+
+def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
+    return LoraConfig(
+        task_type=find_task(config.task).peft_type,
+        r=config.rank,
+        lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_dropout=config.lora_dropout,
+        target_modules=check_targets(base, config.target_modules),
+        exclude_modules=r".*pooler.*" if hasattr(base, "pooler") and config.pooling != "pooler" else None,
+    )
+
+
+def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> AdaptedModel:
+    """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
+
+    `num_labels` is how many labels the task's data has. With `core` there is a matrix R (r, r), at first 0, between the
+    factors: W0 + s B R A.
+    Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
+    """
+    task, device = find_task(config.task), choose_device(config.device)
+    config = resolve_compute(config, DataConfig.max_length)
+    try:
+        base = open_model(model_source(config.model), config.dtype, config.attention, config.quantization, task, device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_found(config.model, error)) from error
+    lora = lora_config(config, base)
+    with torch_stream(torch.device("cpu"), seed, "init"):
+        peft = get_peft_model(base, lora)
+        head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None
+        if core:
+            _insert_cores(peft, config.rank)
+    model = AdaptedModel(task, peft, head, config.pooling, group, device)
+    if config.gradient_checkpointing:
+        model.recompute_blocks()
+    return model
+
+
+def open_model(source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device) -> Any:
+    """The base in full or in 4 bits. Raises ConfigError where bitsandbytes is missing."""
+    if quantization == "none":
+        return open_base(source, dtype, attention, task.model_class)
+    check_quantization(quantization)
+    return open_quantised(source, dtype, attention, task.model_class, device)
+
+
+def check_quantization(quantization: str) -> None:
+    """Raise ConfigError where what quantises is not installed."""
+    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
+    if quantization != "none" and missing:
+        raise ConfigError(
+            f"quantization = {quantization!r} needs {' and '.join(missing)}: pip install 'copra-fl[quantization]'"
+        )
+
+
+def _insert_cores(peft: PeftModel, rank: int) -> None:
+    """Give each LoRA layer a ``lora_R`` (r, r) of zeros, through which the output of its A goes."""
+    for layer in lora_layers(peft):
+        core = nn.Linear(rank, rank, bias=False)
+        nn.init.zeros_(core.weight)
+        layer.lora_R = nn.ModuleDict({"default": core})
+        layer.lora_A["default"].register_forward_hook(partial(_apply_core, core))
+
+
+def _apply_core(core: nn.Linear, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return core(output)

@@ -1,0 +1,86 @@
+"""Save a model as an adapter folder in PEFT's own format, and open it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from copra_fl.adapters import residual as residuals
+from copra_fl.adapters.state import Adapter, part_of
+from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.build import (
+    choose_device,
+    open_model,
+)
+from copra_fl.tasks import find_task
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model opened from a folder: `model(**processor(...))` gives logits, one for each of `labels` where there are.
+
+    `processor` is the tokenizer or image processor of the base.
+    """
+
+    model: AdaptedModel
+    processor: Any
+    labels: list[str]
+
+
+def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
+    """Write adapter (PEFT's own format), what else the task needs (``task.json``) and head to `directory`.
+
+    The head, where one is trained, is in ``head.safetensors``. A core and a `residual` are folded into one plain
+    adapter of a higher rank, so that stock PEFT opens it.
+    """
+    model.gates.open()
+    adapter = model.read_adapter()
+    if residual or any(part_of(name) == "R" for name in adapter):
+        _save_folded(model, adapter, residual or {}, directory)
+    else:
+        model.peft.save_pretrained(str(directory))
+    if model.head is not None:
+        head = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
+        save_file(head, directory / "head.safetensors")
+    description = {
+        "task": model.task.name,
+        "labels": labels,
+        "pooling": model.pooling,
+        "dtype": str(model.base.dtype).removeprefix("torch."),
+        "attention": model.base.config._attn_implementation,
+        "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
+    }
+    (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_folded(model: AdaptedModel, adapter: Adapter, residual: Adapter, directory: Path) -> None:
+    lora: Any = copy.copy(model.peft.peft_config["default"])
+    folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
+    lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
+    lora.inference_mode = True
+    lora.save_pretrained(str(directory))
+    save_file(folded, directory / "adapter_model.safetensors", {"format": "pt"})
+
+
+def load(directory: str | Path, device: str = "auto") -> SavedModel:
+    """Open what `save` wrote, on the base that the adapter names. Raises ConfigError for a task that is not here."""
+    directory = Path(directory)
+    description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
+    task = find_task(description["task"])
+    base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
+    compute = description["dtype"], description["attention"], description.get("quantization", "none")
+    base = open_model(base_name, *compute, task, choose_device(device))
+    peft, head = PeftModel.from_pretrained(base, str(directory)), None
+    if task.trains_head:
+        weights = load_file(directory / "head.safetensors")
+        head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+        head.load_state_dict(weights)
+    model = AdaptedModel(task, peft, head, description["pooling"], "layer", choose_device(device))
+    return SavedModel(model, task.processor_class.from_pretrained(base_name), description["labels"])

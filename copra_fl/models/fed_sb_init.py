@@ -1,0 +1,65 @@
+"""The fixed factors of Fed-SB (arXiv 2502.15436), found as LoRA-SB does (arXiv 2411.19557).
+
+    W0 + s B R A,    G = U S V^T the gradient of the loss with respect to W0,    B = U_r,    A = V_r^T,    R = 0
+
+So W0 + s B R A can take the best approximation of rank r of a step of full fine-tuning. LoRA-SB starts from that step;
+here R starts at 0, so that the first round starts from W0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from copra_fl.adapters.state import Adapter
+from copra_fl.models.adapted import AdaptedModel
+from copra_fl.tasks import Examples
+
+
+def core_start(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> Adapter:
+    """The adapter to start from, its head `model`'s own, by the gradient on the examples `indices`."""
+    adapter = model.read_adapter()
+    for module, gradient in base_gradients(model, examples, indices, batch_size).items():
+        core = adapter[f"{module}.lora_R.weight"]
+        left, right = leading_directions(gradient, len(core))
+        adapter[f"{module}.lora_B.weight"] = left.to("cpu", core.dtype)
+        adapter[f"{module}.lora_A.weight"] = right.to("cpu", core.dtype)
+        adapter[f"{module}.lora_R.weight"] = torch.zeros_like(core)
+    return adapter
+
+
+def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> dict[str, Tensor]:
+    """Adapted module -> gradient (d, k) of the mean loss over `indices` with respect to its W0, adapters off.
+
+    Summed over batches in float32 at least. The base is frozen afterwards as before, and every gate open.
+    """
+    weights = {name: linear.weight for name, linear in model.linears.items()}
+    totals = {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+    }
+    num_targets = int(examples.num_targets[indices].sum())
+    model.gates.set([False] * len(model.gates.names))
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        for start in range(0, len(indices), batch_size):
+            batch = examples.batch(indices[start : start + batch_size], model.device)
+            loss = model.losses(batch).sum() / num_targets
+            for total, gradient in zip(totals.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+                total += gradient
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        model.gates.open()
+    return {name: total.T if isinstance(model.linears[name], Conv1D) else total for name, total in totals.items()}
+
+
+def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first `rank` left (d, r) and right (r, k) singular vectors, each left one's largest entry positive."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, right = left[:, :rank], right[:rank]
+    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    return (left * signs).contiguous(), (right * signs.T).contiguous()

@@ -1,0 +1,1 @@
+"""Run the Flower app on this machine: recipes, checks, a private SuperLink, Ray, progress."""

@@ -1,0 +1,128 @@
+"""Shows a run as it goes: round, clients done, last accuracy, time left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from copra_fl import events
+from copra_fl.simulation.superlink import RunFailed, SuperLink
+
+#: share of a round's bar that local training takes; evaluation takes the rest
+TRAINING_SHARE = 0.8
+
+
+@dataclass
+class State:
+    """What is known of the runs so far, moved by events."""
+
+    name: str = "starting Flower and Ray"
+    runs_done: int = 0
+    rounds: int = 1
+    round: int = 0
+    clients: int = 1
+    clients_done: float = 0.0
+    recorded: int = 0
+    accuracy: float | None = None
+    phase: str = ""
+    error: str | None = None
+    notes: set[str] = field(default_factory=set)
+
+    def move(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "run":
+                self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
+                self.round = self.recorded = 0
+                self.clients_done = 0.0
+                self.accuracy = None
+            case "round":
+                self.round, self.clients, self.clients_done = event["round"], event["clients"], 0
+                self.recorded, self.phase = event["round"] - 1, "training"
+            case "trained":
+                self.clients_done += event["clients"]
+            case "replied":  # all that is heard of workers on other machines
+                self.clients_done = max(self.clients_done, event["clients"])
+            case "evaluating":
+                self.phase = "evaluating"
+            case "recorded":
+                self.recorded, self.accuracy, self.phase = event["round"], event["accuracy"] or self.accuracy, "done"
+            case "testing":
+                self.phase = "testing"
+            case "finished":
+                self.runs_done, self.accuracy = self.runs_done + 1, event["accuracy"]
+            case "failed":
+                self.error = self.error or event["error"]
+
+    @property
+    def done(self) -> float:
+        """Runs done, with the share of the present one."""
+        in_round = TRAINING_SHARE * self.clients_done / self.clients if self.round > self.recorded else 0.0
+        return self.runs_done + min(1.0, (self.recorded + in_round) / self.rounds)
+
+    def __str__(self) -> str:
+        if not self.round:
+            return self.name
+        text = f"{self.name}  round {self.round}/{self.rounds}  {self.phase}"
+        if self.phase == "training":
+            text += f" {self.clients_done:.0f}/{self.clients} clients"
+        return text + (f"  accuracy {self.accuracy:.3f}" if self.accuracy is not None else "")
+
+
+class Follower:
+    """Reads the events that were appended since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._position)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def watch(
+    link: SuperLink,
+    process: subprocess.Popen[bytes],
+    num_runs: int,
+    console: Console,
+    heard: Callable[[], None] = lambda: None,
+) -> None:
+    """Show progress until the server app has finished `num_runs` runs; `heard` after each round and run.
+
+    Raises RunFailed if it says that one failed, or if `process` (the streaming ``flwr run``) ends before.
+    """
+    state, follower = State(), Follower(Path(link.environment[events.VARIABLE]))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(str(state), total=num_runs)
+        running = True
+        while running and not state.error and state.runs_done < num_runs:
+            running = process.poll() is None
+            for event in follower.new():
+                state.move(event)
+                if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison say the same
+                    state.notes.add(event["text"])
+                    console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
+                if event["event"] == "recorded" and not console.is_terminal:
+                    console.print(str(state))
+                if event["event"] in ("recorded", "finished"):
+                    heard()
+            bar.update(task, description=str(state), completed=state.done)
+            time.sleep(0.1 if running else 0)
+    if state.error:
+        raise RunFailed(f"{state.error.strip()}\nFlower's log: {link.log}")
+    if state.runs_done < num_runs:
+        raise RunFailed(f"Flower says the run is {link.status()}; what happened is in its log: {link.log}")

@@ -1,0 +1,119 @@
+"""Whether a base's blocks are a chain, and which of their inputs have a row for each example.
+
+    hidden = block(hidden, *inputs)       block after block, all with the same inputs
+
+That is what `trunk` cuts apart. Rather than know each architecture, this runs the base on one example and on two, and
+looks at what its blocks are given. One number of examples would not do: a (T, T) table looks like a mask of T examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from copra_fl.models.base_weights import blank_images
+
+#: tokens of an example that the base is run on
+NUM_TOKENS = 4
+
+
+class NotStackable(TypeError):
+    """A model whose adapters cannot be stacked, with the reason; it trains one client at a time."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """
+    Attributes:
+        with_rows: inputs of a block that have a row an example, by place or name; place 0 are the hidden states.
+        extras: what a block returns behind the hidden states, Nones; None where it returns them by themselves.
+    """
+
+    with_rows: frozenset[int | str]
+    extras: tuple[None, ...] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was given, by place or name, and what it returned."""
+
+    block: int
+    inputs: dict[Any, Any]
+    output: Any
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.output[0] if isinstance(self.output, tuple) else self.output
+
+
+def find_chain(base: Any, path: str) -> Chain:
+    """How the blocks in the list `path` of the Transformers model `base` hang together. Raises NotStackable."""
+    blocks = base.get_submodule(path)
+    if not isinstance(blocks, nn.ModuleList):
+        raise NotStackable(f"its blocks in {path} are a {type(blocks).__name__}, not a ModuleList")
+    one, two = (_calls(base, blocks, number) for number in (1, 2))
+    if [call.block for call in two] != list(range(len(blocks))):
+        raise NotStackable(f"its blocks in {path} are not run once each, in their order")
+    for before, call in pairwise(two):
+        if call.inputs.get(0) is not before.hidden:
+            raise NotStackable(f"{path}.{call.block} does not begin with what {path}.{before.block} returns")
+        for key in (before.inputs.keys() | call.inputs.keys()) - {0}:
+            if call.inputs.get(key) is not before.inputs.get(key):
+                raise NotStackable(f"{path}.{call.block} and {path}.{before.block} get different inputs ({key})")
+    extras = two[0].output[1:] if isinstance(two[0].output, tuple) else None
+    if any(extra is not None for extra in extras or ()):
+        raise NotStackable(f"its blocks in {path} return more than hidden states")
+    keys = two[0].inputs.keys()
+    return Chain(frozenset(key for key in keys if _has_rows(key, one[0].inputs[key], two[0].inputs[key])), extras)
+
+
+def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
+    """The calls of `blocks` when `base` is run on `number` examples."""
+    calls: list[Call] = []
+
+    def note(block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(block, {**dict(enumerate(args)), **kwargs}, output))
+
+    hooks = [block.register_forward_hook(partial(note, i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        with torch.no_grad():
+            base.base_model(**_examples(base, number))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _examples(base: Any, number: int) -> dict[str, Tensor]:
+    """Inputs of `number` examples: black images, or texts with padding."""
+    if base.main_input_name == "pixel_values":
+        return blank_images(base, number)
+    if base.main_input_name != "input_ids":
+        raise NotStackable(f"it takes {base.main_input_name}, which is neither text nor images")
+    tokens = torch.zeros(number, NUM_TOKENS, dtype=torch.int64, device=base.device)
+    mask = torch.ones_like(tokens)
+    mask[:, -1] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _has_rows(key: int | str, one: Any, two: Any) -> bool:
+    """Whether an input has a row an example, given what it is for one and for two."""
+    shapes = [(a.shape, b.shape) for a, b in zip(_tensors(one), _tensors(two), strict=True) if a.shape != b.shape]
+    for a, b in shapes:
+        if (len(a), a[:1], b[:1]) != (len(b), (1,), (2,)) or a[1:] != b[1:]:
+            raise NotStackable(f"an input of its blocks ({key}) is {tuple(a)} for one example and {tuple(b)} for two")
+    return bool(shapes)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,138 @@
+"""The model that many clients train at once: base, stacked adapters, heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from copra_fl.adapters.state import Adapter, Layout, part_of
+from copra_fl.copra.gates import group_name
+from copra_fl.models.adapted import AdaptedModel, own_head, own_outputs
+from copra_fl.tasks import Inputs
+from copra_fl.training.stacked.chain import NotStackable, find_chain
+from copra_fl.training.stacked.linear import StackedLinear
+from copra_fl.training.stacked.step import Present, Stack, Step, by_client, places
+from copra_fl.training.stacked.trunk import Trunk
+
+
+class StackedModel:
+    """An `AdaptedModel` for many clients at once, on the same base tensors.
+
+    Attributes:
+        layout: a client's adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
+        num_groups: how many gate groups there are.
+        blocks: the base's blocks, in order.
+        present: what its layers share.
+    """
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.device = model.device
+        self.task = model.task
+        self.group_of = model.group_of
+        self.pooling = model.pooling
+        self.present = Present()
+        adapter, group_of = model.read_adapter(), model.group_of
+        self._floats = next(iter(adapter.values())).numpy().dtype
+        self.num_groups = len(model.gates.names)
+        order = sorted(adapter, key=lambda name: (group_of.get(name, self.num_groups), part_of(name)))
+        self.layout = Layout.of({name: adapter[name] for name in order})
+        self._tree: Any
+        self._tree, self.blocks, self._block_of = self._build(model)
+
+    def spans(self, parts: Collection[str]) -> list[tuple[int, slice]]:
+        """Where the `parts` lie in the row, neighbours together, each with its gate group; the head's: num_groups."""
+        spans: list[tuple[int, slice]] = []
+        for name, span in self.layout.spans.items():
+            group = self.group_of.get(name, self.num_groups)
+            if part_of(name) not in parts:
+                continue
+            if spans and spans[-1][0] == group and spans[-1][1].stop == span.start:
+                span = slice(spans.pop()[1].start, span.stop)
+            spans.append((group, span))
+        return spans
+
+    def _build(self, model: AdaptedModel) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
+        """The base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
+        base = model.base
+        shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+        tree = copy.deepcopy(base, shared)
+        blocks: list[str] = []
+        for name, group in model.gates.group_of.items():
+            module: Any = base.get_submodule(name)
+            _check(name, module)
+            linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, model.beside)
+            tree.set_submodule(name, linear)
+            blocks.append(group_name(name, "layer"))
+        inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
+        trunks = {block.rpartition(".")[0] for block in inside}
+        if len(trunks) != 1:
+            raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
+        (trunk,) = trunks
+        modules = list(tree.get_submodule(trunk).children())
+        whole = Trunk(modules, find_chain(base, trunk), self.present, model.recomputes)
+        tree.set_submodule(trunk, nn.ModuleList([whole]))
+        first = blocks.index(inside[0])
+        block_of = np.zeros(len(model.gates.names), dtype=int)
+        for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):
+            outside = 0 if position < first else len(modules)
+            block_of[group] = int(block.split(".")[-1]) if block in inside else outside
+        return tree.eval(), modules, block_of
+
+    def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
+        """`values` on this device, in the adapters' dtype, or int64 where they are whole numbers."""
+        array = np.asarray(values)
+        array = array if array.dtype.kind == "i" else array.astype(self._floats)
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Inputs], Tensor]:
+        """What gives (adapters, targets, outputs) logits for a batch, every gate open."""
+        number = len(adapters)
+        on = np.ones((number, self.num_groups), dtype=bool)
+        rows = torch.stack([self.layout.flatten(adapter) for adapter in adapters]).to(self.device)
+        step = Step(
+            Stack(self.layout, rows), np.arange(number), on, np.zeros(number, int), self.tensor(np.ones(number))
+        )
+
+        def predict(batch: Inputs) -> Tensor:
+            repeated = {name: tensor.repeat(number, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
+            return self(step, repeated).unflatten(0, (number, -1))
+
+        return predict
+
+    def depth(self, on: np.ndarray) -> np.ndarray:
+        """(c,) blocks below the lowest active adapter of each row of `on` (c, groups); all where none is."""
+        return np.where(on, self._block_of, len(self.blocks)).min(axis=1, initial=len(self.blocks))
+
+    def __call__(self, step: Step, batch: Inputs) -> Tensor:
+        """A batch to (targets, outputs) logits, in float32 at least. Each client of the step has as many rows."""
+        self.present.step, step.live = step, len(step.clients)
+        output = self._tree.base_model(**self.task.inputs(batch))
+        del self.present.step
+        features = self.task.features(output, batch, self.pooling)
+        logits = self._heads(step, features) if self.task.trains_head else own_head(self._tree, features)
+        return own_outputs(logits, batch)
+
+    def _heads(self, step: Step, features: Tensor) -> Tensor:
+        """Each client's own head on its targets."""
+        clients = self.tensor(step.clients)
+        weight = step.stack.tensors["head.weight"].index_select(0, clients)
+        bias = step.stack.tensors["head.bias"].index_select(0, clients)
+        counts = np.full(len(clients), len(features) // len(clients)) if step.targets is None else step.targets
+        logits = torch.baddbmm(bias[:, None], by_client(features, counts), weight.mT)
+        return logits.flatten(0, 1).index_select(0, places(counts, self.device))
+
+
+def _check(name: str, module: Any) -> None:
+    """Raise NotStackable for a module of PEFT's that is more than an unquantised linear layer with plain LoRA."""
+    base = module.get_base_layer()
+    if type(module) is not lora.Linear or type(base) is not nn.Linear:
+        raise NotStackable(f"{name} is a {type(base).__name__} in PEFT's {type(module).__name__}, not a plain Linear")
+    if module.lora_variant:
+        raise NotStackable(f"{name} has {type(module.lora_variant['default']).__name__}, not plain LoRA")

@@ -1,0 +1,128 @@
+"""Truncated backward: nothing below a client's lowest active adapter is in the graph.
+
+    block 2    [ c0 c0 | c1 c1 | c2 c2 ]   all in the graph
+    block 1    [ c0 c0 | c1 c1 ]  c2 c2    c2's adapters begin in block 2: its rows pass without a graph
+    block 0    [ c0 c0 ]  c1 c1   c2 c2
+
+Rows are sorted by that depth, so those in the graph are always the first ones. Those that are not
+yet pass through the plain base, which stores nothing for a backward pass and whose results can be
+kept from step to step (`prefix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from copra_fl.training.stacked.chain import Chain
+from copra_fl.training.stacked.step import Present, Step
+
+#: what a block gets besides its hidden states, by place (from 1 on) or name
+Inputs = dict[Any, Any]
+
+
+class Trunk(nn.Module):
+    """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins.
+
+    `recomputed`: the blocks are computed again in the backward pass (`AdaptedModel.recompute_blocks`).
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, present: Present, recomputed: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.chain = chain
+        self.present = present
+        self.recomputed = recomputed
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step, num_rows = self.present.step, len(hidden)
+        inputs: Inputs = {**dict(enumerate(args, start=1)), **kwargs}
+        per_client = num_rows // len(step.clients)
+        live, frozen = hidden[:0], hidden
+        for depth, block in enumerate(self.blocks):
+            joined = int(np.searchsorted(step.depth, depth, side="right"))
+            fresh = joined * per_client - len(live)
+            live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
+            first = joined * per_client
+            if len(frozen):
+                step.live = 0
+                with torch.no_grad():
+                    frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
+            if len(live):
+                step.live = joined
+                live = self._live(block, live, self._rows(inputs, slice(0, first), num_rows))
+        step.live = len(step.clients)
+        hidden = _append(live, frozen)
+        return hidden if self.chain.extras is None else (hidden, *self.chain.extras)
+
+    def _live(self, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """`block` on the rows that are in the graph."""
+        if not self.recomputed:
+            return _run(block, hidden, inputs)
+        step = self.present.step
+        streams = [stream.get_state() for stream in step.dropout]
+        contexts = nullcontext(), self._again(step, step.live, streams)
+        return _run(partial(block, context_fn=lambda: contexts, preserve_rng_state=False), hidden, inputs)
+
+    @contextmanager
+    def _again(self, step: Step, live: int, streams: Sequence[Tensor]) -> Iterator[None]:
+        """What a block must find when it is computed again: the step as it was there, the same dropout."""
+        later = [stream.get_state() for stream in step.dropout]
+        self.present.step, step.live = step, live
+        _set_states(step.dropout, streams)
+        try:
+            yield
+        finally:
+            _set_states(step.dropout, later)
+            del self.present.step
+
+    def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """The plain base's `block` on rows that no adapter has touched: from the cache, where it is there."""
+        cache, step = self.present.prefix, self.present.step
+        if cache is None:
+            return _run(block, hidden, inputs)
+        samples = step.samples[-len(hidden) :]
+        slots = cache.find(samples, depth)
+        missing = np.flatnonzero(slots < 0)
+        output = cache.load(slots, hidden.shape[1])
+        if len(missing):
+            places = torch.from_numpy(missing).to(hidden.device, non_blocking=True)
+            computed = _run(block, hidden.index_select(0, places), self._rows(inputs, places, len(hidden)))
+            cache.store(samples[missing], depth, computed)
+            output.index_copy_(0, places, computed)
+        return output
+
+    def _rows(self, inputs: Inputs, chosen: slice | Tensor, num_rows: int) -> Inputs:
+        """`inputs` with those that have a row for each of `num_rows` cut to the `chosen` ones."""
+        with_rows = self.chain.with_rows
+        return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
+
+
+def _set_states(streams: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for stream, state in zip(streams, states, strict=True):
+        stream.set_state(state)
+
+
+def _run(block: Callable[..., Any], hidden: Tensor, inputs: Inputs) -> Tensor:
+    args = [value for key, value in inputs.items() if isinstance(key, int)]
+    output = block(hidden, *args, **{key: value for key, value in inputs.items() if isinstance(key, str)})
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _append(rows: Tensor, more: Tensor) -> Tensor:
+    if not len(rows) or not len(more):
+        return rows if len(rows) else more
+    return torch.cat([rows, more])
+
+
+def _rows(value: Any, chosen: slice | Tensor, num_rows: int) -> Any:
+    """The `chosen` rows of an input; a tensor in it that is the same for all of `num_rows` has one row, and stays."""
+    if isinstance(value, Tensor):
+        return value[chosen] if len(value) == num_rows else value
+    return type(value)(_rows(item, chosen, num_rows) for item in value) if isinstance(value, tuple | list) else value

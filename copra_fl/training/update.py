@@ -1,0 +1,29 @@
+"""The update of a client after local training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from copra_fl.adapters.state import Adapter, Update, parts, trained
+from copra_fl.training.batches import LocalSteps
+from copra_fl.training.plan import Plan
+
+
+def make_update(
+    plan: Plan,
+    steps: LocalSteps,
+    adapter: Adapter,
+    gradients: Adapter,
+    group_of: Mapping[str, int],
+    num_examples: int,
+    metrics: dict[str, float],
+) -> Update:
+    """The client's update: of its `adapter` what was trained, in gate groups that were on, and what is told of it.
+
+    `gradients` are summed over the steps; empty where there are no control variates.
+    """
+    active_steps = tuple(steps.masks.sum(0).tolist())
+    sent = trained(parts(adapter, plan.trained_parts), active_steps, group_of)
+    steps_on = {name: active_steps[group_of[name]] if name in group_of else len(steps) for name in sent}
+    mean = {name: gradients[name] / number for name, number in steps_on.items() if gradients}
+    return Update(steps.client, sent, num_examples, active_steps, metrics | {"steps": float(len(steps))}, mean)
