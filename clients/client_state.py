@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
-from copra_fl.sources.assets import cache_dir
+from copra_fl.files import cache_dir
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ checks and names whatever is wrong, so that nothing starts on a bad configuratio
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -18,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from copra_fl.wording import unknown_name
 
 Value = bool | int | float | str
 
@@ -281,7 +282,7 @@ class Config:
         problems = []
         for key, value in flat.items():
             if key not in KEYS:
-                problems.append(unknown("configuration key", key, KEYS))
+                problems.append(unknown_name("configuration key", key, KEYS))
                 continue
             section, spec = KEYS[key]
             try:
@@ -366,14 +367,6 @@ def _section_type(name: str) -> Any:
 KEYS: dict[str, tuple[str, Field[Any]]] = {
     kebab(spec.name): (section.name, spec) for section in fields(Config) for spec in fields(_section_type(section.name))
 }
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that is not in `known`: the closest one if there is one, and all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}"
 
 
 def _checked(key: str, value: Any, spec: Field[Any]) -> Value:

@@ -1,13 +1,81 @@
-"""Files and folders: atomic writes, digests, the cache folder."""
+"""Files and folders: the cache folder, digests, writes that are whole or absent."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the whole new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+class CacheError(RuntimeError):
+    """A cache folder that cannot be made or written. The message names the folder and the remedy."""
+
+
+def cache_dir() -> Path:
+    """Return the folder for everything that can be computed again: COPRA_FL_CACHE, or ~/.cache/copra-fl.
+
+    It is created if needed, readable by its owner only, because it can hold users' tokenized data.
+    Raises CacheError if it cannot be created.
+    """
+    cache = Path(os.environ.get("COPRA_FL_CACHE") or "~/.cache/copra-fl").expanduser().absolute()
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"cannot create the cache folder {cache}: {error}. Set COPRA_FL_CACHE to another folder"
+        ) from error
+    return cache
+
+
+def digest_of(*parts: Any) -> str:
+    """Return the SHA-256 of `parts` written as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of the file at `path` in hexadecimal, as sha256sum prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replace `path` by a file with `content`: readers see the old file or the whole new one.
+
+    The content is on the disk before the name changes, so that a power cut leaves one of the two as well.
+    `mode` are the permissions of a new file, before the umask.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build_once(place: Path, build: Callable[[Path], Path]) -> None:
+    """Have one process make the folder `place`; other processes that want it wait.
+
+    `build(scratch)` works in a new folder beside `place` and returns the finished folder in it, which is then renamed:
+    an interrupted build leaves nothing at `place`.
+    """
+    scratch = place.with_suffix(".part")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if place.exists():
+            return
+        shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left one
+        try:
+            scratch.mkdir()
+            build(scratch).rename(place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -59,7 +59,8 @@ def table(facts: Mapping[str, Any]) -> str:
         "",
         f"`{facts['command']}`; facts: papers-{facts['date']}.json. {config['model']}, {config['dataset']}, rank "
         f"{config['rank']} on {config['target-modules']}, {config['local-steps']} steps of {config['batch-size']} by "
-        f"Trainer, base in {config['dtype']}; {examples['test']} test texts. Seeds {join_words(facts['seeds'])}, each with "
+        f"Trainer, base in {config['dtype']}; {examples['test']} test texts. "
+        f"Seeds {join_words(facts['seeds'])}, each with "
         "its own start of adapter and head and its own order of the data.",
         "",
         f"Accuracy on {examples['validation']} validation texts, %, seeds {join_words(facts['tuning_seeds'])}:",

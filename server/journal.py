@@ -9,19 +9,21 @@
 
 The checkpoint is written first and carries its own journal line: on resume the journal is
 made to agree with the newest checkpoint. Random streams need no saving, they are derived
+from copra_fl.files import atomic_write
+from copra_fl.files import atomic_write
 from seed and round.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from copra_fl.adapters.server_state import State
 from copra_fl.adapters.state import load_checkpoint, save_checkpoint
+from copra_fl.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -62,7 +64,7 @@ class Journal:
         earlier = self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
         rows = [json.loads(line) for line in earlier if line.endswith("}")]
         self.rows = [row for row in rows if row["round"] < last["round"]] + [last]
-        write_atomically(self._journal, "".join(json.dumps(row) + "\n" for row in self.rows))
+        atomic_write(self._journal, "".join(json.dumps(row) + "\n" for row in self.rows))
         return State.from_tensors(tensors)
 
     def record(self, row: Row, state: State) -> None:
@@ -82,11 +84,4 @@ class Journal:
         self.write_json(path.name, origin)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.directory / name, json.dumps(content, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`: readers see the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        atomic_write(self.directory / name, json.dumps(content, indent=2) + "\n")

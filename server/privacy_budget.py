@@ -7,7 +7,6 @@ removed when the run is finished.
 
 from __future__ import annotations
 
-import os
 import secrets
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import ConfigError, PrivacyConfig
+from copra_fl.files import atomic_write
 from server.journal import Row
 
 SECRET = "dp-secret"
@@ -59,11 +59,7 @@ def open_secret(directory: Path) -> int:
     """The secret of the run in `directory`, readable by its owner only; drawn if there is none."""
     path = directory / SECRET
     if not path.exists():
-        partial = path.with_name(f"{SECRET}.partial")
-        partial.unlink(missing_ok=True)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
-        partial.rename(path)
+        atomic_write(path, secrets.token_hex(32), mode=0o600)
     return int(path.read_text(encoding="ascii"), 16)
 
 

@@ -20,8 +20,9 @@ from flwr.serverapp import Grid
 import copra_fl.startup  # noqa: F401
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
+from copra_fl.files import atomic_write
 from server import federation
-from server.journal import Journal, write_atomically
+from server.journal import Journal
 from server.strategy import FederationError
 
 #: seconds to wait for an earlier process of a killed run to let go of its folder
@@ -79,5 +80,5 @@ def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Pa
     path = directory / "config.toml"
     if path.exists() and (changed := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(changed)}")
-    write_atomically(path, config.to_toml())
+    atomic_write(path, config.to_toml())
     yield directory, config

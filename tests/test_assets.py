@@ -19,7 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 from copra_fl.cli.assets import app
-from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, cache_dir, fetch
+from copra_fl.files import CacheError, cache_dir
+from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
 from tests.conftest import no_network
 
 TWEETS = ASSETS["health-tweets"]
@@ -89,7 +90,7 @@ def test_the_cache_is_private(empty_cache: Path) -> None:
 
 def test_a_cache_that_cannot_be_made(empty_cache: Path) -> None:
     empty_cache.write_text("a file")
-    with pytest.raises(AssetError, match="cannot make the cache folder .*COPRA_FL_CACHE"):
+    with pytest.raises(CacheError, match="cannot create the cache folder .*COPRA_FL_CACHE"):
         fetch("health-tweets")
 
 

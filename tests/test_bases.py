@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
+from copra_fl.files import CacheError, cache_dir
 from copra_fl.models import base_weights
 from copra_fl.models.base_weights import open_base, weights_digest
-from copra_fl.sources.assets import AssetError, cache_dir
 
 BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
 
@@ -93,7 +93,7 @@ def _open(source: str, dtype: str) -> None:
 def test_a_full_disk_is_said_in_words(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bases").write_text("in the way")
     monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path))
-    with pytest.raises(AssetError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
+    with pytest.raises(CacheError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
         open_base(tiny_model, "bfloat16", "eager", AutoModel)
 
 

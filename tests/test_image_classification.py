@@ -20,7 +20,6 @@ from copra_fl.data.federated import load_data
 from copra_fl.data.local import load_own
 from copra_fl.models import memory_plan
 from copra_fl.models.build import load_processor
-from copra_fl.models.export import load
 from copra_fl.sources.tables import file_table
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked.hidden_state_cache import PrefixCache

@@ -17,7 +17,7 @@ from copra_fl.aggregation.rule import Rule
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.models.build import build_model
 from copra_fl.seeding import generator
-from copra_fl.training import cohort
+from copra_fl.training import cohort, single
 from copra_fl.training.batches import LocalSteps
 from copra_fl.training.plan import Plan
 from copra_fl.training.single import train_client
@@ -101,7 +101,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.adapters: list[tuple[int, Adapter]] = []
-        for module in (cohort, training):
+        for module in (cohort, single):
             monkeypatch.setattr(module, "make_update", self._make_update)
 
     def _make_update(self, plan: Plan, steps: LocalSteps, adapter: Adapter, *rest: object) -> Update:

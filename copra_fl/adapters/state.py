@@ -7,7 +7,6 @@ on the CPU.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from copra_fl.files import atomic_write
 
 Adapter = dict[str, Tensor]
 
@@ -129,13 +130,8 @@ def norm(adapter: Adapter) -> float:
 
 def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
     """Write `adapter` and `metadata` to a safetensors file that is either whole or not there."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        # of no tensors and no metadata safetensors would make a file that it cannot read
-        file.write(save({name: tensor.contiguous() for name, tensor in adapter.items()}, dict(metadata) or None))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
+    atomic_write(path, save(tensors, dict(metadata) or None))  # safetensors cannot read back {} without tensors
 
 
 def load_checkpoint(path: Path) -> tuple[Adapter, dict[str, str]]:

@@ -22,7 +22,8 @@ from copra_fl.aggregation.rules.median import median
 from copra_fl.aggregation.rules.norm_clipped import norm_clipped
 from copra_fl.aggregation.rules.trimmed_mean import trimmed_mean
 from copra_fl.aggregation.rules.zero_pad import zero_pad
-from copra_fl.config import Config, ConfigError, unknown
+from copra_fl.config import Config, ConfigError
+from copra_fl.wording import unknown_name
 
 RULES: dict[str, Rule] = {
     "fedavg": Rule(fedavg, linear=True),
@@ -61,7 +62,7 @@ RULES: dict[str, Rule] = {
 def find_rule(name: str) -> Rule:
     """The rule of that name. Raises ConfigError with the names there are."""
     if name not in RULES:
-        raise ConfigError(unknown("rule", name, RULES))
+        raise ConfigError(unknown_name("rule", name, RULES))
     return RULES[name]
 
 

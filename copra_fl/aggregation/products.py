@@ -104,7 +104,7 @@ def best_rank(product: Factors, rank: int) -> Factors:
 
 
 def as_residual(module: str, product: Factors) -> Adapter:
-    """A product as what is added to W0 (`copra_fl.adapters.residual`), in float32: as factors while they are smaller."""
+    """Return a product as an addition to W0 (`adapters.residual`), in float32: as factors while they are smaller."""
     left, right = product
     (d, n), k = left.shape, right.shape[1]
     if n == 0:

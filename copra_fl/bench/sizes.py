@@ -35,9 +35,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from copra_fl.config import Config, CopraConfig, Value
 from copra_fl.data.federated import FederatedData, load_data
+from copra_fl.files import cache_dir
 from copra_fl.models.build import build_model, load_processor, model_source, resolve_compute
 from copra_fl.seeding import generator
-from copra_fl.sources.assets import ASSETS, cache_dir
+from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks.text_classification import LabelledTexts
 
 STEADY_ROUNDS = 3

@@ -20,6 +20,7 @@ from copra_fl.cli.study import study
 from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose_command import ComposeFailed
+from copra_fl.files import CacheError
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import AssetError
 
@@ -55,7 +56,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except ConfigError as error:
         fail(str(error), 2)
-    except (RunFailed, AssetError, ComposeFailed) as error:
+    except (RunFailed, AssetError, CacheError, ComposeFailed) as error:
         fail(str(error), 1)
     except click.ClickException as error:
         error.show()

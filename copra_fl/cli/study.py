@@ -27,10 +27,11 @@ from rich.console import Console
 
 from copra_fl.cli import options
 from copra_fl.cli.compare import run_comparison, run_names, write_plan
-from copra_fl.config import Config, ConfigError, unknown
+from copra_fl.config import Config, ConfigError
 from copra_fl.simulation import preflight
 from copra_fl.simulation.ray_cluster import Demand
 from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.wording import unknown_name
 
 TUNING_KEYS = ("seeds", "learning-rates", "settings")
 ConfigOfSeed = Callable[[int], Config]
@@ -130,7 +131,7 @@ def read_grids(recipe: Recipe, wanted: str | None, output: Path) -> Iterator[tup
     check_keys("study.tuning", tuning, TUNING_KEYS)
     for name in [name.strip() for name in wanted.split(",")] if wanted else study["grids"]:
         if name not in study["grids"]:
-            raise ConfigError(unknown("grid", name, study["grids"]))
+            raise ConfigError(unknown_name("grid", name, study["grids"]))
         yield name, cells_of(recipe, name, tuning, output / name)
 
 
@@ -156,7 +157,7 @@ def axis(recipe: Recipe, name: str, value: str) -> dict[str, Any]:
     """The settings of one split or regime."""
     known = recipe.study[name]
     if value not in known:
-        raise ConfigError(unknown(name[:-1], value, known))
+        raise ConfigError(unknown_name(name[:-1], value, known))
     return known[value]
 
 
@@ -164,7 +165,7 @@ def check_keys(table: str, given: Mapping[str, Any], keys: tuple[str, ...]) -> N
     """Raise ConfigError unless `given` has all of `keys` and no other."""
     for key in given:
         if key not in keys:
-            raise ConfigError(f"[{table}]: {unknown('key', key, keys)}")
+            raise ConfigError(f"[{table}]: {unknown_name('key', key, keys)}")
     if missing := [key for key in keys if key not in given]:
         raise ConfigError(f"[{table}] lacks {', '.join(missing)}")
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from copra_fl.sources.assets import cache_dir
-
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
-    pass
-
+from copra_fl.files import atomic_write, cache_dir
 
 Facts = dict[str, Any]
-
-
 Stored = tuple[dict[str, Tensor], Facts]
 
 
@@ -32,19 +24,8 @@ def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
         path.parent.mkdir(exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                _write(path, *build())
+                tensors, facts = build()
+                atomic_write(path, save(tensors, {"facts": json.dumps(facts)}))
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, json.loads(file.metadata()["facts"])
-
-
-def _write(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(save(tensors, {"facts": json.dumps(facts)}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)

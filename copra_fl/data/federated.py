@@ -28,8 +28,9 @@ from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.cache import Stored, cached
 from copra_fl.data.multi import DataSet, JoinedExamples, deal, in_turn
 from copra_fl.data.partition import largest, partition, split_clients
+from copra_fl.files import digest_of
 from copra_fl.seeding import generator
-from copra_fl.sources.tables import Table, called, codes, digest_of, find_tables, read_examples
+from copra_fl.sources.tables import Table, called, codes, find_tables, read_examples
 from copra_fl.tasks import Examples, Task, find_task
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty

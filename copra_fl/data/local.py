@@ -17,7 +17,8 @@ from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
 from copra_fl.data.federated import CACHE_VERSION, FederatedData, columns_of, encoding_of
 from copra_fl.data.partition import split_client
-from copra_fl.sources.tables import Table, TableError, digest_of, file_table, read_examples
+from copra_fl.files import digest_of
+from copra_fl.sources.tables import Table, TableError, file_table, read_examples
 from copra_fl.tasks import Task, find_task
 
 

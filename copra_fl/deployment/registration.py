@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from copra_fl.files import atomic_write
+
 log = logging.getLogger(__name__)
 
 KNOWN = "nodes.json"
@@ -54,9 +56,7 @@ def read_known(home: Path) -> dict[str, dict[str, str]]:
 
 def _write_known(known: dict[str, dict[str, str]]) -> None:
     path = Path(os.environ["FLWR_HOME"]) / KNOWN
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, json.dumps(known, indent=2) + "\n")
 
 
 def _done(what: str, answer: dict[str, Any]) -> bool:

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from copra_fl.sources.assets import AssetError, cache_dir
-from copra_fl.sources.tables import digest_of
+from copra_fl.files import CacheError, atomic_write, build_once, cache_dir, digest_of, sha256
 
 transformers_logging.disable_progress_bar()
 
@@ -39,7 +34,7 @@ def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreT
 
     `model_class` is the Transformers class that opens it, `attention` eager or sdpa; a model that has no sdpa computes
     with eager.
-    Raises OSError or ValueError where there is no model, AssetError where it cannot be stored in `dtype`.
+    Raises OSError or ValueError where there is no model, CacheError where it cannot be stored in `dtype`.
     """
     converted = cache_dir() / "bases" / digest_of(_identity(source), dtype, model_class.__name__)
     if not converted.exists():
@@ -89,12 +84,10 @@ def weights_digest(source: str) -> str:
     """
     kept = cache_dir() / "bases" / f"{digest_of(_identity(source))}.sha256"
     if not kept.exists():
-        digests = [_sha256(path) for path in _weights(source)]
+        digests = [sha256(path) for path in _weights(source)]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         kept.parent.mkdir(exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(digest, encoding="ascii")
-        partial.rename(kept)
+        atomic_write(kept, digest)
     return kept.read_text(encoding="ascii")
 
 
@@ -110,32 +103,15 @@ def _weights(source: str) -> list[Path]:
     return [Path(str(cached_file(source, shard))) for shard in sorted(set(shards))]
 
 
-def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
-    """Black images, as the model `base` of images takes them."""
-    size, channels = base.config.image_size, base.config.num_channels
-    shape = (size, size) if isinstance(size, int) else tuple(size)
-    return {"pixel_values": torch.zeros(number, channels, *shape, dtype=base.dtype, device=base.device)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _convert(source: str, dtype: str, model_class: Any, place: Path) -> None:
     """Store the base in `dtype`; one process does it, and one that is killed leaves nothing at `place`."""
-    staging = place.with_suffix(".part")
+
+    def build(scratch: Path) -> Path:
+        model_class.from_pretrained(source, dtype=dtype).save_pretrained(scratch / "base")
+        return scratch / "base"
+
     try:
-        place.parent.mkdir(exist_ok=True)
-        with FileLock(place.with_suffix(".lock")):
-            if place.exists():
-                return
-            try:
-                shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left one
-                model_class.from_pretrained(source, dtype=dtype).save_pretrained(staging)
-                staging.rename(place)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        build_once(place, build)
     except (OSError, SafetensorError) as error:
         message = f"cannot store {source!r} in {dtype} in {place.parent}: {error}. COPRA_FL_CACHE names another folder"
-        raise AssetError(message) from error
+        raise CacheError(message) from error

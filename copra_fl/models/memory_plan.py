@@ -22,9 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
-from copra_fl.models.base_weights import blank_images
 from copra_fl.models.build import lora_config, model_source
 from copra_fl.tasks import find_task
+from copra_fl.tasks.images import blank_images
 
 GB = 1e9
 

@@ -42,7 +42,7 @@ class Findings:
 def write(findings: Findings, directory: Path) -> Path:
     """Write ``probe-NAME.json`` and ``probe-NAME.html`` to `directory`; returns the page.
 
-    ``probe-NAME.figures.json`` is for the report of the run (`copra_fl.reporting.report`), which shows the same figures.
+    ``probe-NAME.figures.json`` is for the report of the run (`reporting.report`), which shows the same figures.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / f"probe-{findings.probe}"

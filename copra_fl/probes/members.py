@@ -92,8 +92,10 @@ def members(
         if server_round or clients:
             raise ResultsError("--rounds are global adapters, --round and --clients are clients: choose one")
         states = [first.state(number) for number in rounds]
-        chosen = Members(f"global adapters of rounds {join_words(rounds)}", [f"round {number}" for number in rounds], states,
-                         [first.scaling] * len(rounds), _uniform(len(rounds)), runs, [None] * len(rounds))  # fmt: skip
+        names = [f"round {number}" for number in rounds]
+        scalings, nothing = [first.scaling] * len(rounds), [None] * len(rounds)
+        what = f"global adapters of rounds {join_words(rounds)}"
+        chosen = Members(what, names, states, scalings, _uniform(len(rounds)), runs, nothing)
     else:
         chosen = _clients(first, server_round or first.num_rounds, clients, most, progress)
     if len(chosen.names) < 2:

@@ -92,7 +92,10 @@ def _verdict(worths: Sequence[Worth]) -> str:
     first = worths[0].by_metric["accuracy"].values
     even = -(-len(first) // 3) / len(first)
     shares = [f"{worth.run} {top_third(worth.by_metric['accuracy'].values):.0%}" for worth in worths]
-    return f"Share of accuracy's Shapley mass in the top third of layers: {join_words(shares)}; spread evenly it is {even:.0%}."
+    return (
+        f"Share of accuracy's Shapley mass in the top third of layers: {join_words(shares)}; "
+        f"spread evenly it is {even:.0%}."
+    )
 
 
 def _results(found: dict[str, list[Worth]]) -> DataTable:

@@ -86,4 +86,5 @@ def _verdict_on_many(summary: Mapping[str, Any]) -> Iterator[str]:
     if len(sure) >= 10 and (above or below):
         yield "Of so many intervals, one in 20 misses 0 by chance."
     if summary["personal"]:
-        yield f"Without a global model, so only to be compared on the clients' own data: {join_words(summary['personal'])}."
+        personal = join_words(summary["personal"])
+        yield f"Without a global model, so only to be compared on the clients' own data: {personal}."

@@ -27,15 +27,14 @@ def look(paths: list[str], mark: str) -> dict[str, Any]:
     from pathlib import Path
 
     try:
-        from copra_fl import provenance
-        from copra_fl.sources import assets
+        from copra_fl import files, provenance
     except ImportError as error:
         return {"error": str(error)}
     return {
         "digest": provenance.source_digest(Path(provenance.__file__).parent),
         "versions": provenance.versions(),
         "missing": [path for path in paths if not Path(path).exists()],
-        "shares_cache": (assets.cache_dir() / mark).exists(),
+        "shares_cache": (files.cache_dir() / mark).exists(),
     }
 
 

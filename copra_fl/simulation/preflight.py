@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from copra_fl.cli.assets import fetch_with_progress
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
-from copra_fl.sources.assets import ASSETS
+from copra_fl.sources.assets import ASSETS, fetch, find, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
@@ -39,6 +40,26 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     for note in dict.fromkeys(note for _, notes in checked for note in notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return [config for config, _ in checked]
+
+
+def fetch_with_progress(names: Iterable[str], console: Console) -> None:
+    """Fetch what is missing of `names`, one after another, with a progress bar on `console`.
+
+    Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
+    """
+    missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
+    if not missing:
+        return
+    columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for asset in missing:
+            task = progress.add_task(asset.name, total=asset.size)
+            fetch(asset.name, partial(_show, progress, task))
+            progress.update(task, completed=asset.size)  # also where another process did the work
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:

@@ -22,9 +22,9 @@ from rich.console import Console
 import copra_fl
 from copra_fl import provenance
 from copra_fl.config import Config, ConfigError
+from copra_fl.files import cache_dir
 from copra_fl.simulation.preflight import local_paths
 from copra_fl.simulation.superlink import MAX_DEFAULT_WORKERS, Workers, worker_variables
-from copra_fl.sources.assets import cache_dir
 
 CONNECT_SECONDS = 5
 #: for a look at all machines; Ray itself goes on trying for nearly two minutes
@@ -143,7 +143,7 @@ def look(address: str, paths: Sequence[str]) -> Cluster:
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-P", str(Path(__file__).with_name("ray_look.py"))]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("inspect_ray.py"))]
     ran = subprocess.run(
         command, input=json.dumps(question), capture_output=True, text=True, timeout=LOOK_SECONDS, check=False
     )

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import Config, ConfigError, CopraConfig, Value, parse_override, read_toml, unknown
+from copra_fl.config import Config, ConfigError, CopraConfig, Value, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
+from copra_fl.wording import unknown_name
 
 
 @dataclass(frozen=True)
@@ -84,5 +85,5 @@ def method_settings(method: str) -> dict[str, Any]:
     carried = carried_methods()
     path = carried.get(method, Path(method))
     if not path.is_file():
-        raise ConfigError(unknown("method", method, carried))
+        raise ConfigError(unknown_name("method", method, carried))
     return read_toml(path)

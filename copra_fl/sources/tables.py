@@ -5,19 +5,19 @@ Each source is a `Table` that knows a digest of its content and is read only whe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from copra_fl.config import ConfigError, DataConfig, unknown
+from copra_fl.config import ConfigError, DataConfig
+from copra_fl.files import digest_of, sha256
 from copra_fl.sources.assets import ASSETS, fetch
+from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import datasets
@@ -36,11 +36,6 @@ class TableError(ConfigError):
     def __init__(self, message: str, outline: str) -> None:
         super().__init__(message)
         self.outline = outline
-
-
-def digest_of(*parts: Any) -> str:
-    """SHA-256 of `parts` written as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
         return file_table("dataset", path), test
     if "/" not in data.dataset:
         raise ConfigError(
-            f"{unknown('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
+            f"{unknown_name('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
             "A Hugging Face data set is written with its owner, as in stanfordnlp/imdb"
         )
     train, own_test = _hub_tables(data.dataset, data.label_column)
@@ -142,8 +137,7 @@ def _images(folder: Path) -> list[Path]:
 
 def _sha256(key: str, path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise TableError(
             f"{key}: cannot read {path}: {error.strerror}", f"{key}: cannot read its file: {error.strerror}"

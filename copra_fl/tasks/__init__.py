@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 
-from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig, unknown
+from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig
 from copra_fl.sources.tables import called
 from copra_fl.tasks.task import Examples, Inputs, Task
+from copra_fl.wording import unknown_name
 
 __all__ = ["Examples", "Inputs", "Task", "check", "find_task"]
 
@@ -33,7 +34,9 @@ def find_task(name: str) -> Task:
             f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task. Install it, or put "
             "the full path of its folder on PYTHONPATH"
         )
-    raise ConfigError(f"{unknown('task', name, _names())}; one of your own has a dotted name, as in hospital.tagging")
+    raise ConfigError(
+        f"{unknown_name('task', name, _names())}; one of your own has a dotted name, as in hospital.tagging"
+    )
 
 
 def _names() -> list[str]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from copra_fl.config import ConfigError, DataConfig
-from copra_fl.sources.tables import digest_of
+from copra_fl.files import digest_of
 from copra_fl.tasks.task import Inputs, Task
 from copra_fl.tasks.texts import Texts, join_tokens, tokenise, vocabulary_digest
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from copra_fl.config import ConfigError
-from copra_fl.models.base_weights import blank_images
-from copra_fl.sources.tables import TableError, digest_of
+from copra_fl.files import digest_of
+from copra_fl.sources.tables import TableError
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
@@ -168,3 +168,10 @@ def _decode(file: bytes, number: int) -> Image.Image:
         told = f"image number {number} (from 0; rows without image or label not counted) is none: {error}"
         raise TableError(told, "an image of its file cannot be decoded") from error
     return image
+
+
+def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
+    """Black images, as the model `base` of images takes them."""
+    size, channels = base.config.image_size, base.config.num_channels
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return {"pixel_values": torch.zeros(number, channels, *shape, dtype=base.dtype, device=base.device)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from copra_fl.config import ConfigError
-from copra_fl.sources.tables import digest_of
+from copra_fl.files import digest_of
 
 if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd

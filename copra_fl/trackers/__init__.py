@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from copra_fl.config import ConfigError, unknown
+from copra_fl.config import ConfigError
+from copra_fl.wording import unknown_name
 
 #: each is a file here, an extra of copra-fl, and the package that this extra installs
 NAMES = ("tensorboard", "mlflow", "wandb")
@@ -20,7 +21,7 @@ def checked(names: Iterable[str] | None) -> list[str]:
     names = list(names or [])
     for name in names:
         if name not in NAMES:
-            raise ConfigError(unknown("tracker", name, NAMES))
+            raise ConfigError(unknown_name("tracker", name, NAMES))
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install 'copra-fl[{name}]'")
     return names

@@ -1,6 +1,6 @@
 """What a study found, cell by cell: gains with intervals, the rates they were reached at, and what goes with a gain.
 
-The figures take the contents of a grid's ``results.json`` (`copra_fl.reporting.study.write`), so that they can be made again
+The figures take the contents of a grid's ``results.json`` (`reporting.study.write`), so that they can be made again
 from stored results, for a page or for a document.
 """
 

@@ -13,16 +13,12 @@ A fetched folder is complete: it is built beside its place and renamed into it. 
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
-import shutil
 from pathlib import Path
 
-from filelock import FileLock
-
-from copra_fl.config import unknown
+from copra_fl.files import build_once, cache_dir, sha256
 from copra_fl.sources.assets.asset import Asset, AssetError, Progress, UnknownAssetError
 from copra_fl.sources.assets.catalogue import ASSETS
+from copra_fl.wording import unknown_name
 
 __all__ = [
     "ASSETS",
@@ -31,31 +27,16 @@ __all__ = [
     "Progress",
     "UnknownAssetError",
     "asset_path",
-    "cache_dir",
     "fetch",
     "find",
     "is_fetched",
 ]
 
 
-def cache_dir() -> Path:
-    """The folder for all that can be made again: COPRA_FL_CACHE, or ~/.cache/copra-fl.
-
-    It is made if need be, readable by its owner only: it can hold users' tokenised data.
-    Raises AssetError if it cannot be made.
-    """
-    cache = Path(os.environ.get("COPRA_FL_CACHE") or "~/.cache/copra-fl").expanduser().absolute()
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise AssetError(f"cannot make the cache folder {cache}: {error}. Set COPRA_FL_CACHE to another one") from error
-    return cache
-
-
 def find(name: str) -> Asset:
     """The asset called `name`. Raises UnknownAssetError if there is none."""
     if name not in ASSETS:
-        raise UnknownAssetError(unknown("asset", name, ASSETS))
+        raise UnknownAssetError(unknown_name("asset", name, ASSETS))
     return ASSETS[name]
 
 
@@ -85,22 +66,17 @@ def fetch(name: str, on_progress: Progress | None = None) -> Path:
     path = _place(asset)
     if path.is_dir():
         return path
-    staging = path.with_suffix(".part")
+
+    def build(scratch: Path) -> Path:
+        archive = asset.download(asset, scratch, on_progress or (lambda done, total: None))
+        _check(asset, archive)
+        unpacked = scratch / "unpacked"
+        unpacked.mkdir()
+        asset.unpack(archive, unpacked)
+        return unpacked
+
     try:
-        path.parent.mkdir(exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if path.is_dir():
-                return path
-            try:
-                shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left one
-                archive = asset.download(asset, staging, on_progress or (lambda done, total: None))
-                _check(asset, archive)
-                unpacked = staging / "unpacked"
-                unpacked.mkdir()
-                asset.unpack(archive, unpacked)
-                unpacked.rename(path)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        build_once(path, build)
     except OSError as error:
         reason = str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -117,8 +93,7 @@ def _place(asset: Asset) -> Path:
 
 
 def _check(asset: Asset, archive: Path) -> None:
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(archive)
     if digest != asset.sha256:
         raise AssetError(
             f"asset {asset.name!r} is not used: {archive.name} has sha256 {digest}, not {asset.sha256}. "

