@@ -135,7 +135,7 @@ def _pack(
 
     `starts` hold what a client may send. With error feedback also what rounding has `lost` by now.
     """
-    config, rule, uplink = plan.config, find_rule(plan.config.aggregation.rule), plan.config.federation.uplink
+    config, rule, uplink = plan.config, find_rule(plan.config.aggregation.rule), plan.config.federation.uplink_dtype
     sent = [as_sent(config, replace(each, adapter=parts(each.adapter, rule.shares))) for each in updates]
     kept = [update for update in sent if update.client in plan.keep]
     others = [update for update in sent if update.client not in plan.keep]
@@ -180,7 +180,9 @@ def _open(site: Site, content: RecordDict, context: Context) -> tuple[Plan, Engi
     plan = replace(plan, config=site.adapt(plan.config))
     config, data, rule = plan.config, site.open_data(plan.config), find_rule(plan.config.aggregation.rule)
     num_labels = len(data.label_names)
-    engine = open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed=0, core=rule.core)
+    engine = open_engine(
+        config.training.engine, config.model, config.copra.gate_group, num_labels, seed=0, core=rule.core
+    )
     state = _receive(content, context.state, engine.model.read_adapter(), plan)
     engine.model.write_residual(state.residual)
     return plan, engine, data, state

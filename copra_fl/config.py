@@ -69,7 +69,7 @@ class DataConfig:
     num_clients: int = option(
         0, "number of clients; 0: each node is one client (natural: every value of the client column)", low=0
     )
-    unseen_clients: int = option(
+    held_out_clients: int = option(
         0,
         "natural: clients held out whole, on whose examples (test-examples at most) the final model is tested besides; "
         "all others are of the num-clients clients",
@@ -146,8 +146,8 @@ class CopraConfig:
     p1: float = option(1.0, "probability that a layer is on from the end of the ramp on", above=0, high=1)
     ramp: float = option(0.75, "share of training over which p0 rises to p1", above=0, high=1)
     min_active: int = option(0, "layers that are on at least, in every step", low=0, high=1)
-    group: str = option("layer", "what is switched as one", choices=("layer", "module"))
-    progress: str = option("federation", "what the schedule runs over", choices=("federation", "local"))
+    gate_group: str = option("layer", "what is switched as one", choices=("layer", "module"))
+    schedule_progress: str = option("federation", "what the schedule runs over", choices=("federation", "local"))
     mask_scope: str = option("step", "how long, and for whom, a mask holds", choices=("step", "shared", "round"))
     rescale: bool = option(False, "divide active adapters by their probability")
 
@@ -174,8 +174,12 @@ class TrainingConfig:
         choices=("stacked", "peft"),
     )
     step_tokens: int = option(4096, "stacked: tokens in one step of all its clients, at most (bounds memory)", low=1)
-    max_memory: float = option(0.0, "GB a worker may take in training, kept by fewer step-tokens; 0: no limit", low=0)
-    prefix_cache: int = option(0, "MB per worker for hidden states below the lowest active adapter; 0: none", low=0)
+    max_memory_gb: float = option(
+        0.0, "GB a worker may take in training, kept by fewer step-tokens; 0: no limit", low=0
+    )
+    hidden_state_cache_mb: int = option(
+        0, "MB per worker for hidden states below the lowest active adapter; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -184,13 +188,13 @@ class FederationConfig:
     num_rounds: int = option(3, "rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled each round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled each round; 0: use fraction-clients", low=0)
-    replies: str = option(
-        "clients",
-        "clients: every client's adapter comes to the server; pooled: a node sends its clients' average, where the "
+    updates: str = option(
+        "individual",
+        "individual: every client's adapter comes to the server; pooled: a node sends its clients' average, where the "
         "rule is linear (less traffic, but the aggregation error is not known)",
-        choices=("clients", "pooled"),
+        choices=("individual", "pooled"),
     )
-    uplink: str = option(
+    uplink_dtype: str = option(
         "float32",
         "how adapters travel to the server; below float32 each client's own difference travels, in int8 with what "
         "rounding lost of the one before",
@@ -204,9 +208,9 @@ class FederationConfig:
     max_update_norm: float = option(
         0.0, "longest change of a client's tensors that is accepted (the journal has each distance); 0: any", low=0
     )
-    round_timeout: float = option(3600.0, "seconds to wait for a round's replies", above=0)
+    round_timeout_s: float = option(3600.0, "seconds to wait for a round's replies", above=0)
     min_nodes: int = option(1, "nodes that must be there before a run begins", low=1)
-    node_timeout: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
+    node_timeout_s: float = option(120.0, "seconds to wait for the nodes at the start", above=0)
 
 
 @dataclass(frozen=True)
@@ -319,9 +323,9 @@ class Config:
     def _check_combinations(self) -> None:
         if self.data.partitioner == "natural" and not self.data.client_column:
             raise ConfigError("partitioner = 'natural' needs client-column: the column that says whose an example is")
-        if self.data.unseen_clients and self.data.partitioner != "natural":
+        if self.data.held_out_clients and self.data.partitioner != "natural":
             raise ConfigError(
-                f"unseen-clients = {self.data.unseen_clients} needs partitioner = 'natural', not "
+                f"held-out-clients = {self.data.held_out_clients} needs partitioner = 'natural', not "
                 f"{self.data.partitioner!r}: clients must be there before examples are dealt out"
             )
         if self.copra.p0 > self.copra.p1:

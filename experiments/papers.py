@@ -90,7 +90,7 @@ class Study:
         compute = resolve_compute(config.model, config.data.max_length)
         config = config.changed(dtype=compute.dtype, attention=compute.attention)
         pooled = load_data(config, load_processor(config.model))
-        engine = open_engine("stacked", config.model, config.copra.group, len(pooled.label_names), seed=0)
+        engine = open_engine("stacked", config.model, config.copra.gate_group, len(pooled.label_names), seed=0)
         return cls(config, output, replace(pooled, test=pooled.test[:texts]), engine)
 
     def run(self, method: str, rate: float, seed: int) -> OpenRun:
@@ -118,7 +118,7 @@ class ForTrainer(nn.Module):
 def train(run: OpenRun, callback: bool) -> Adapter:
     """The adapter after Trainer's training with `run`'s settings; start, order of the data and masks are its seed's."""
     config, seed = run.config, run.config.federation.seed
-    model = build_model(config.model, config.copra.group, len(run.data.label_names), seed)
+    model = build_model(config.model, config.copra.gate_group, len(run.data.label_names), seed)
     arguments = TrainingArguments(
         str(run.directory / "trainer"),
         max_steps=config.training.local_steps,

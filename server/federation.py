@@ -51,7 +51,7 @@ class Evaluator:
     def __init__(self, config: Config, federated: federated.FederatedData) -> None:
         self.config = config
         self.federated = federated
-        kind, group, seed = config.training.engine, config.copra.group, config.federation.seed
+        kind, group, seed = config.training.engine, config.copra.gate_group, config.federation.seed
         core = find_rule(config.aggregation.rule).core
         self.engine = open_engine(kind, config.model, group, len(federated.label_names), seed, core)
         self.model = self.engine.model
@@ -199,7 +199,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Row:
     messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(), grid))
     emit("round", round=server_round, clients=len(strategy.sample(server_round)))
     replies = exchange(
-        grid, messages, config.federation.round_timeout, strategy.is_enough,
+        grid, messages, config.federation.round_timeout_s, strategy.is_enough,
         heard=lambda replies: emit("replied", clients=strategy.num_answered(replies)),
     )  # fmt: skip
     _, metrics = strategy.aggregate_train(server_round, replies)
@@ -235,7 +235,7 @@ def evaluate_clients(grid: Grid, strategy: CohortStrategy, server_round: int) ->
     """Loss, accuracy and number of examples of each client on its own validation data, after a round."""
     arrays = ArrayRecord(torch_state_dict=strategy.state.adapter)
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    replies = exchange(grid, messages, strategy.config.federation.round_timeout)
+    replies = exchange(grid, messages, strategy.config.federation.round_timeout_s)
     metrics = strategy.aggregate_evaluate(server_round, replies)
     assert metrics is not None
     columns = {name: list(values) for name, values in metrics.items()}  # type: ignore[arg-type]
@@ -275,11 +275,11 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     """
     config, federated, rows, state = strategy.config, evaluator.federated, journal.rows, strategy.state
     emit("testing")
-    clients, test, unseen = evaluate_clients(grid, strategy, len(rows)), None, None
+    clients, test, held_out = evaluate_clients(grid, strategy, len(rows)), None, None
     if config.data.dataset and not strategy.rule.personal:
         (test,) = evaluator.score([state.adapter], state.residual, federated.test)
-        if len(federated.unseen):
-            (unseen,) = evaluator.score([state.adapter], state.residual, federated.unseen)
+        if len(federated.held_out):
+            (held_out,) = evaluator.score([state.adapter], state.residual, federated.held_out)
     if not strategy.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         save(evaluator.model, journal.directory / "adapter", federated.label_names, state.residual)
@@ -294,7 +294,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "seed": config.federation.seed,
             "rounds": len(rows),
             "test": test,
-            "unseen": unseen,
+            "held_out": held_out,
             "validation": last.get("validation"),
             "merge_gap": last.get("merge_gap"),
             "privacy": last.get("privacy"),

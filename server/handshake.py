@@ -23,12 +23,12 @@ CLIENTS = Path(__file__).parent.parent / "clients"
 def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
     """Ask every node who it is. Returns node id -> hello.
 
-    After a fault Flower takes nodes to be connected that are not; until node-timeout they may come back.
+    After a fault Flower takes nodes to be connected that are not; until node-timeout-s they may come back.
 
     Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
     partition twice; for a client that no node can host (strict); and for fewer than min-nodes after node-timeout.
     """
-    deadline = time.monotonic() + config.federation.node_timeout
+    deadline = time.monotonic() + config.federation.node_timeout_s
     while True:
         replies = ask(grid, config, nodes := connected(grid, config, deadline))
         gone = [r.metadata.src_node_id for r in replies if r.has_error() and r.error.code == ErrorCode.NODE_UNAVAILABLE]
@@ -48,7 +48,7 @@ def connected(grid: Grid, config: Config, deadline: float) -> list[int]:
     while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
         if time.monotonic() > deadline:
             raise FederationError(
-                f"{len(nodes)} nodes connected within node-timeout = {config.federation.node_timeout:g} s; "
+                f"{len(nodes)} nodes connected within node-timeout-s = {config.federation.node_timeout_s:g} s; "
                 f"min-nodes = {config.federation.min_nodes}"
             )
         time.sleep(0.5)
@@ -58,7 +58,7 @@ def connected(grid: Grid, config: Config, deadline: float) -> list[int]:
 def ask(grid: Grid, config: Config, nodes: Iterable[int]) -> list[Message]:
     """The hello query and its replies."""
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
-    return exchange(grid, messages, config.federation.round_timeout)
+    return exchange(grid, messages, config.federation.round_timeout_s)
 
 
 def read(reply: Message) -> wire.Hello:

@@ -310,7 +310,7 @@ class CohortStrategy(Strategy):
             check_scalars(update, expected_update(self.config, self.num_groups, self.num_examples[update.client]))
         kept = [update for update in updates if update.client in self._keep]
         others = [update for update in updates if update.client not in self._keep]
-        arrived = self._decode(content, "adapters", kept, self.config.federation.uplink) if kept else []
+        arrived = self._decode(content, "adapters", kept, self.config.federation.uplink_dtype) if kept else []
         pooled = self._decode(content, "pooled", [pool_scalars(others)], "float32") if others else []
         moved = self._decode(content, "controls", kept, "float32") if self.state.control else []
         arrived = [as_global(self.config, update) for update in arrived]
@@ -342,7 +342,7 @@ class CohortStrategy(Strategy):
                 errors[node] = f"its node failed: {reply.error.reason}"
             else:
                 contents[node] = reply.content
-        silent = f"no reply within round-timeout = {self.config.federation.round_timeout:g} s"
+        silent = f"no reply within round-timeout-s = {self.config.federation.round_timeout_s:g} s"
         results = []
         self.missing = {}
         for node, cohort in self._cohorts.items():

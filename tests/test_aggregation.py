@@ -131,10 +131,10 @@ def test_a_pooled_update_by_hand() -> None:
 
 
 def test_nodes_pool_for_linear_rules_at_full_precision() -> None:
-    pooled = Config().changed(replies="pooled")
+    pooled = Config().changed(updates="pooled")
     assert pools(pooled)
     assert not pools(Config())
-    assert not pools(pooled.changed(uplink="int8"))
+    assert not pools(pooled.changed(uplink_dtype="int8"))
     assert not pools(pooled.changed(rule="median"))
     assert not pools(pooled.changed(control_variates=True))
 
@@ -151,7 +151,7 @@ def test_nodes_pool_for_linear_rules_at_full_precision() -> None:
         ({"rule": "flexlora", "control_variates": True}, "keep their meaning"),
         ({"rule": "connectivity", "control_variates": True}, "keep their meaning"),
         ({"rule": "zero-pad", "client_ranks": "8,4", "control_variates": True}, "keep their meaning"),
-        ({"rule": "fedex-lora", "prefix_cache": 64}, "the cache holds what the old W0 gave"),
+        ({"rule": "fedex-lora", "hidden_state_cache_mb": 64}, "the cache holds what the old W0 gave"),
     ],
 )
 def test_what_does_not_combine_is_refused_with_the_reason(settings: dict[str, bool | int | str], reason: str) -> None:

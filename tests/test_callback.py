@@ -77,7 +77,7 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "copra", [{"p0": 0.3}, {"min_active": 1, "group": "module"}, {"rescale": True, "ramp": 0.5}], ids=str
+    "copra", [{"p0": 0.3}, {"min_active": 1, "gate_group": "module"}, {"rescale": True, "ramp": 0.5}], ids=str
 )
 def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one_round(
     tiny: Settings, tmp_path: Path, copra: dict[str, Any]
@@ -86,13 +86,13 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     steps = {"local-steps": STEPS, "gradient-accumulation": 2}
     config = Config.from_flat(tiny | alone | steps).changed(**copra)
     federated = load_data(config, load_processor(config.model))
-    model = build_model(config.model, config.copra.group, 3, seed=0)
+    model = build_model(config.model, config.copra.gate_group, 3, seed=0)
     plan = Plan(1, (0,), config)
     update = single.train_client(model, federated, plan, 0, model.read_adapter())
 
     batches = plan_steps(plan, federated, 0, len(model.gates.names)).batches
     order = np.concatenate([batch for step in batches for batch in step])
-    other = build_model(config.model, config.copra.group, 3, seed=0)
+    other = build_model(config.model, config.copra.gate_group, 3, seed=0)
     trainer = Trainer(
         WithLoss(other),
         arguments(tmp_path),
@@ -102,7 +102,7 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     )
     trainer.train()
     trained = other.read_adapter()
-    start = build_model(config.model, config.copra.group, 3, seed=0).read_adapter()
+    start = build_model(config.model, config.copra.gate_group, 3, seed=0).read_adapter()
     assert update.adapter.keys() >= {"head.weight", "head.bias"}
     for name, tensor in trained.items():
         assert torch.allclose(tensor, update.adapter.get(name, start[name]), atol=1e-6), name

@@ -76,7 +76,7 @@ def test_the_loss_is_transformers_own(settings: Settings) -> None:
             assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "prefix-cache": 3}])
+@pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}])
 def test_clients_train_together_as_alone(settings: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, plain PEFT; every step has a mask of its own."""
     world = World(settings | {"local-steps": 10, "num-rounds": 4} | changes)
@@ -125,12 +125,12 @@ def test_what_is_too_long_loses_the_start_of_the_prompt_and_the_end_of_the_respo
 
 def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tmp_path: Path) -> None:
     """Oracle: the losses of `AutoPeftModelForCausalLM`, on examples of clients that took part and of others."""
-    settings = settings | {"p0": 0.5, "num-clients": 4, "unseen-clients": 2}
+    settings = settings | {"p0": 0.5, "num-clients": 4, "held-out-clients": 2}
     run = run_federation(settings, tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     data = World(settings).data
     opened = AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
-    for name, indices in (("test", data.test), ("unseen", data.unseen)):
+    for name, indices in (("test", data.test), ("held_out", data.held_out)):
         batch = data.examples.batch(indices)
         with torch.inference_mode():
             loss = float(opened(**batch).loss)
@@ -143,8 +143,8 @@ def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tm
     found = report.write(run)
     header, (row,) = header_and_rows(found, also_measured(found))
     shown = dict(zip(header, row, strict=True))
-    assert shown["unseen ppl"] == f"{summary['unseen']['perplexity']:.2f}"
-    assert shown["unseen clients, %"] == f"{100 * summary['unseen']['accuracy']:.1f}"
+    assert shown["held-out ppl"] == f"{summary['held_out']['perplexity']:.2f}"
+    assert shown["held-out clients, %"] == f"{100 * summary['held_out']['accuracy']:.1f}"
 
 
 def test_a_diverged_model_has_a_perplexity() -> None:

@@ -32,15 +32,15 @@ CASES: dict[str, Settings] = {
     "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
     "shared masks": {"mask-scope": "shared"},
     "masks for a round": {"mask-scope": "round", "p0": 0.3},
-    "a gate a module": {"group": "module"},
+    "a gate a module": {"gate-group": "module"},
     "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
     "cls": {"pooling": "cls"},
     "micro-batches": {"gradient-accumulation": 3, "lora-dropout": 0.2},
     "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
                                                   "lr-schedule": "cosine", "lora-dropout": 0.2, "batch-size": 7},
     "bucketed": {"bucket-batches": 4},
-    "prefix cache": {"prefix-cache": 5},
-    "prefix cache with room for 50 states": {"prefix-cache": 1},
+    "prefix cache": {"hidden-state-cache-mb": 5},
+    "prefix cache with room for 50 states": {"hidden-state-cache-mb": 1},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class World:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
         self.data = load_data(self.config, load_processor(self.config.model))
         num_labels = len(self.data.label_names) or 3
-        self.plain = build_model(self.config.model, self.config.copra.group, num_labels, seed=0, core=core)
+        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, core=core)
         if double:
             self.plain.double()
         self.stacked = StackedModel(self.plain)
@@ -101,7 +101,7 @@ def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
 def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, PEFT's own modules and one torch optimiser, for each client by itself."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
-    if megabytes := world.config.training.prefix_cache:
+    if megabytes := world.config.training.hidden_state_cache_mb:
         room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
         world.stacked.present.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):

@@ -186,43 +186,43 @@ def test_natural_clients_are_the_values_of_the_column_in_order(
     assert client_sizes(largest) == [sizes[int(name)] for name in largest.client_names]
 
 
-def test_unseen_clients_are_held_out_whole(
+def test_held_out_clients_are_held_out_whole(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The 5 largest of 12 owners: 2 of them unseen, the same for every seed; nothing of the 7 others."""
+    """The 5 largest of 12 owners: 2 of them held out, the same for every seed; nothing of the 7 others."""
     owner = dict(zip(rows["text"], rows["owner"].astype(str), strict=True))
     rows.loc[0, "text"] = next(text for text in rows["text"] if owner[text] == "10")  # owner 0's, who is not chosen
-    natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "unseen_clients": 2}
+    natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "held_out_clients": 2}
     data = load_rows(rows, **natural)
 
     def owners(*parts: np.ndarray) -> set[str]:
         return {owner[text] for text in texts_of(data, np.concatenate(parts), tokenizer)}
 
     largest = [name for name, _ in Counter(owner.values()).most_common(5)]
-    assert sorted(data.client_names + data.unseen_names) == sorted(largest)
+    assert sorted(data.client_names + data.held_out_names) == sorted(largest)
     assert owners(*data.train, *data.validation) == owners(data.test, data.server_validation) == set(data.client_names)
-    assert owners(data.unseen) == set(data.unseen_names)
+    assert owners(data.held_out) == set(data.held_out_names)
     sizes = Counter(owner.values())
-    assert len(data.unseen) == min(60, sum(sizes[name] for name in data.unseen_names))
+    assert len(data.held_out) == min(60, sum(sizes[name] for name in data.held_out_names))
     assert (len(data.test), len(data.server_validation), data.unassigned) == (60, 40, 0)
     assert sum(client_sizes(data)) == sum(sizes[name] for name in data.client_names) - 100
     other = load_rows(rows, **natural, seed=3)
-    assert (other.unseen_names, list(other.test)) == (data.unseen_names, list(data.test))
+    assert (other.held_out_names, list(other.test)) == (data.held_out_names, list(data.test))
     everyone = load_rows(rows, **natural | {"num_clients": 0})
-    assert len(everyone.client_names) == 10 and len(everyone.unseen_names) == 2
+    assert len(everyone.client_names) == 10 and len(everyone.held_out_names) == 2
 
 
-def test_what_clients_hold_too_is_not_unseen(
+def test_what_clients_hold_too_is_not_held_out(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "unseen_clients": 2}
+    natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "held_out_clients": 2}
     before = load_rows(rows, **natural)
-    (copied,) = texts_of(before, before.unseen[:1], tokenizer)
+    (copied,) = texts_of(before, before.held_out[:1], tokenizer)
     (there,) = texts_of(before, before.train[0][:1], tokenizer)
     rows.loc[rows["text"] == there, "text"] = copied
     after = load_rows(rows, **natural)
-    assert len(after.unseen) == len(before.unseen) - 1 and after.dropped_duplicates == 1
-    assert copied not in texts_of(after, after.unseen, tokenizer)
+    assert len(after.held_out) == len(before.held_out) - 1 and after.dropped_duplicates == 1
+    assert copied not in texts_of(after, after.held_out, tokenizer)
 
 
 def test_held_out_sets_depend_on_the_data_alone(rows: pd.DataFrame, load_rows: Load) -> None:

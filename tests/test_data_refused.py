@@ -33,10 +33,10 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("nolabels.csv", {}, r"no example with all of 'text', 'label'"),
     (
         "rows.csv",
-        {"partitioner": "natural", "client_column": "owner", "num_clients": 6, "unseen_clients": 7},
-        "num-clients = 6 and unseen-clients = 7 need more than the 12 values of the client column",
+        {"partitioner": "natural", "client_column": "owner", "num_clients": 6, "held_out_clients": 7},
+        "num-clients = 6 and held-out-clients = 7 need more than the 12 values of the client column",
     ),
-    ("rows.csv", {"unseen_clients": 2}, "unseen-clients = 2 needs partitioner = 'natural', not 'dirichlet'"),
+    ("rows.csv", {"held_out_clients": 2}, "held-out-clients = 2 needs partitioner = 'natural', not 'dirichlet'"),
     ("rows.csv", {"test_examples": 300}, r"test-examples = 300 and .* = 40 would take 340 of 600 examples"),
     ("rows.csv", {"num_clients": 501}, r"num-clients = 501 is more than the 500 examples"),
     (

@@ -55,8 +55,8 @@ def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> 
 @pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
 def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Settings, tmp_path: Path) -> None:
     """Bitwise where clients train one by one and are averaged one by one, up to rounding where not."""
-    tiny = tiny | {"replies": "pooled"}
-    alone = tiny | changes | {"replies": "clients", "engine": "peft"}
+    tiny = tiny | {"updates": "pooled"}
+    alone = tiny | changes | {"updates": "individual", "engine": "peft"}
     one = run_federation(alone, tmp_path / "one", num_nodes=1)
     three = run_federation(alone, tmp_path / "three", num_nodes=3)
     assert_equal(final(one), final(three))
@@ -69,8 +69,8 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
 def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
     """One round, since training makes more of a last bit. On one node or three: 6 clients, 2 of them kept."""
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
-    flat |= {"engine": "peft", "replies": "pooled"}
-    clients = run_federation(flat | {"replies": "clients"}, tmp_path / "clients", num_nodes=1)
+    flat |= {"engine": "peft", "updates": "pooled"}
+    clients = run_federation(flat | {"updates": "individual"}, tmp_path / "clients", num_nodes=1)
     expected = final(clients)
     for nodes in (1, 3):
         pooled = run_federation(flat, tmp_path / f"pooled-{nodes}", num_nodes=nodes)
@@ -182,7 +182,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
 
 
 def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> None:
-    flat = tiny | {"replies": "clients"}
+    flat = tiny | {"updates": "individual"}
     step = run_federation(flat | {"local-training": "lora"}, tmp_path / "lora")
     rounds = run_federation(flat | {"mask-scope": "round"}, tmp_path / "round")
     rows = journal(rounds)
@@ -233,7 +233,7 @@ def test_a_client_that_diverges_does_not_spoil_the_pooled_update(
         return [replace(u, adapter=u.adapter | bad) if u.client == 3 else u for u in updates]
 
     monkeypatch.setattr(engine, "train_cohort", train_cohort)
-    flat = tiny | {"failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0, "replies": "pooled"}
+    flat = tiny | {"failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0, "updates": "pooled"}
     row = journal(run_federation(flat, tmp_path / "run", num_nodes=1))[0]
     assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
     (missing,) = row["missing"]
@@ -245,10 +245,10 @@ def test_rounded_uplinks_end_close_to_float32(
     tiny: Settings, uplink: str, share: float, error: float, tmp_path: Path
 ) -> None:
     """4 rounds; sgd, which does not turn a difference in rounding into one of sign as adam's first step does."""
-    flat = tiny | {"num-rounds": 4, "rank": 16, "target-modules": "all-linear", "replies": "clients"}
+    flat = tiny | {"num-rounds": 4, "rank": 16, "target-modules": "all-linear", "updates": "individual"}
     flat |= {"optimizer": "sgd", "learning-rate": 0.3, "head-learning-rate": 0.3}
     plain = run_federation(flat, tmp_path / "plain")
-    rounded = run_federation(flat | {"uplink": uplink}, tmp_path / "rounded")
+    rounded = run_federation(flat | {"uplink-dtype": uplink}, tmp_path / "rounded")
     start = build_model(Config.from_flat(tiny | {"rank": 16, "target-modules": "all-linear"}).model, "layer", 3, seed=0)
     moved = norm(difference(final(plain), start.read_adapter()))
     assert 0 < norm(difference(final(rounded), final(plain))) < error * moved
@@ -258,7 +258,7 @@ def test_rounded_uplinks_end_close_to_float32(
 
 def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_path: Path) -> None:
     """One grid, so nodes with one state and one disk for both runs; the second is as if it were alone."""
-    flat = tiny | {"uplink": "int8"}
+    flat = tiny | {"uplink-dtype": "int8"}
     grid = LocalGrid(2)
     run_federation(flat, tmp_path / "first", grid=grid)
     second = run_federation(flat | {"seed": 1}, tmp_path / "second", grid=grid)
@@ -268,7 +268,7 @@ def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_pa
 
 def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tmp_path: Path) -> None:
     """3 partitions, of which the last has not come."""
-    for changes in ({"num-clients": 0}, {"uplink": "int8"}):
+    for changes in ({"num-clients": 0}, {"uplink-dtype": "int8"}):
         grid = LocalGrid(3)
         del grid.contexts[102]
         homeless = [2] if "num-clients" in changes else [2, 5]

@@ -159,7 +159,7 @@ def test_equal_images_are_not_both_learnt_and_tested(images: Settings, photos: P
 def test_both_engines_train_the_same_adapters(images: Settings, case: str) -> None:
     """Oracle: `train_client`, each client by itself in plain PEFT."""
     world = World(images | {"local-steps": 8, "num-rounds": 4, "alpha": 1.0} | CASES[case])
-    if world.config.training.prefix_cache:
+    if world.config.training.hidden_state_cache_mb:
         world.stacked.present.prefix = PrefixCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)

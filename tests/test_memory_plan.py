@@ -76,11 +76,11 @@ def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) ->
     one = (needed.total - needed.base) / 3
 
     def fitted(clients: float) -> Config:
-        limited = config.changed(max_memory=(needed.base + clients * one) / GB)
+        limited = config.changed(max_memory_gb=(needed.base + clients * one) / GB)
         return memory_plan.fitted(limited, needed)
 
     assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
-    assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory * GB
+    assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory_gb * GB
     assert fitted(3.01).training.step_tokens == config.training.step_tokens
     with pytest.raises(ConfigError, match="too little for a single client: .* a smaller batch-size"):
         fitted(0.9)

@@ -29,7 +29,7 @@ def quantised(tiny: Settings) -> Settings:
 
 def build(flat: Settings) -> adapted.AdaptedModel:
     config = Config.from_flat(flat)
-    return build_model(config.model, config.copra.group, 3, seed=0)
+    return build_model(config.model, config.copra.gate_group, 3, seed=0)
 
 
 def test_the_model_is_the_one_with_the_dequantised_weights(tiny: Settings, quantised: Settings) -> None:

@@ -117,7 +117,7 @@ def test_each_machine_is_looked_at(seen: Cluster) -> None:
         ({"missing": ["/nowhere/it.csv"]}, {}, "machine .* has no /nowhere/it.csv; what dataset, test-file and model"),
         ({"digest": "0123456789abcdef"}, {}, r"has other sources of copra_fl \(digest 0123456789ab\)"),
         ({"error": "No module named 'copra_fl'"}, {}, "has no copra-fl that its Python finds .*; install it there"),
-        ({"shares_cache": False}, {"uplink": "int8"}, "uplink = 'int8' clients leave something"),
+        ({"shares_cache": False}, {"uplink-dtype": "int8"}, "uplink-dtype = 'int8' clients leave something"),
     ],
 )
 def test_a_machine_that_cannot_train_is_named(seen: Cluster, changes: dict, flat: Settings, message: str) -> None:

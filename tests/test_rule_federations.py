@@ -31,8 +31,8 @@ LOCAL_TERMS = [
     {"proximal-mu": 0.1},
     {"control-variates": True},
     {"control-variates": True, "rule": "rolora", "fraction-clients": 0.5},
-    {"uplink": "int8"},
-    {"uplink": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
+    {"uplink-dtype": "int8"},
+    {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
 ]
 
 

@@ -36,7 +36,7 @@ def test_mean_probability_is_its_closed_form() -> None:
 
 
 def test_progress_runs_over_the_federation_or_restarts_each_round() -> None:
-    federation, local = CopraConfig(), CopraConfig(progress="local")
+    federation, local = CopraConfig(), CopraConfig(schedule_progress="local")
     assert progress(federation, step=0, num_steps=10, server_round=1, num_rounds=4) == 0.0
     assert progress(federation, step=5, num_steps=10, server_round=3, num_rounds=4) == pytest.approx(2.5 / 4)
     assert progress(local, step=5, num_steps=10, server_round=3, num_rounds=4) == 0.5

@@ -116,7 +116,7 @@ def strategy(**flat: object) -> CohortStrategy:
         counts = {client: 0 if client == 3 else 12 for client in range(node, 20, 2)}
         hellos[100 + node] = wire.Hello(node, "", 20, counts, dict.fromkeys(counts, 1), [])
     changes = {key.replace("_", "-"): value for key, value in flat.items()}
-    config = Config.from_flat({"num-clients": 20, "replies": "pooled", "rank": 2, **changes})
+    config = Config.from_flat({"num-clients": 20, "updates": "pooled", "rank": 2, **changes})
     return CohortStrategy(config, GROUP_OF, 2, hellos, State(GLOBAL), "run", lambda adapters, residual: [])
 
 
@@ -165,7 +165,7 @@ def test_one_message_a_node_carries_its_cohort() -> None:
 
 def test_who_is_kept_is_drawn_before_the_round_and_only_where_someone_looks() -> None:
     config = Config.from_flat(
-        {"num-rounds": 6, "eval-every": 2, "merge-gap-clients": 3, "path-pairs": 2, "replies": "pooled"}
+        {"num-rounds": 6, "eval-every": 2, "merge-gap-clients": 3, "path-pairs": 2, "updates": "pooled"}
     )
     clients = list(range(5, 25))
     rounds = {server_round: kept_clients(config, server_round, clients) for server_round in range(1, 7)}
@@ -174,8 +174,8 @@ def test_who_is_kept_is_drawn_before_the_round_and_only_where_someone_looks() ->
     pairs = path_pairs(config, 6, clients)
     assert len(pairs) == 2 and all(a < b for a, b in pairs) and path_pairs(config, 5, clients) == []
     assert rounds[6] == {c for pair in pairs for c in pair} | set(merge_gap_clients(config, 6, clients))
-    assert kept_clients(config.changed(replies="clients"), 1, clients) == set(clients)
-    assert kept_clients(config.changed(uplink="float16"), 1, clients) == set(clients)
+    assert kept_clients(config.changed(updates="individual"), 1, clients) == set(clients)
+    assert kept_clients(config.changed(uplink_dtype="float16"), 1, clients) == set(clients)
 
 
 def test_a_pooled_update_stands_for_all_clients_that_are_not_kept() -> None:
@@ -187,14 +187,14 @@ def test_a_pooled_update_stands_for_all_clients_that_are_not_kept() -> None:
 
 
 def test_missing_and_failed_nodes_are_named() -> None:
-    some = strategy(failures="tolerant", round_timeout=5.0)
+    some = strategy(failures="tolerant", round_timeout_s=5.0)
     good, lost = replies_to(some, [0, 2, 1])
     good.content["failures"]["2"] = "Traceback"
     one = encode([GOOD], {GOOD.client: GLOBAL}, GROUP_OF, "float32")
     good.content["adapters"] = wire.pack_updates([], {"adapters": one}, {})["adapters"]
     some.aggregate_train(1, [good])
     assert [update.client for update in some.updates] == [0]
-    assert some.missing == {1: "no reply within round-timeout = 5 s", 2: "Traceback"}
+    assert some.missing == {1: "no reply within round-timeout-s = 5 s", 2: "Traceback"}
     failed = Message(Error(code=0, reason="actor died"), reply_to=lost)
     failed.metadata.__dict__["_src_node_id"] = lost.metadata.src_node_id
     some.aggregate_train(1, [good, failed])

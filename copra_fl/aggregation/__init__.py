@@ -70,9 +70,9 @@ def pools(config: Config) -> bool:
     """Whether nodes may send a pooled update in place of their clients' own."""
     federation, aggregation = config.federation, config.aggregation
     return (
-        federation.replies == "pooled"
+        federation.updates == "pooled"
         and find_rule(aggregation.rule).linear
-        and federation.uplink == "float32"
+        and federation.uplink_dtype == "float32"
         and aggregation.weighting != "equal"
         and not aggregation.control_variates
         and not aggregation.client_ranks
@@ -117,8 +117,9 @@ def _conflicts(config: Config, rule: Rule) -> Iterator[str]:
         yield "control-variates: they need factors that all clients share and that keep their meaning over rounds"
     if len(config.data.datasets) > 1:
         yield from (f"dataset = {config.data.dataset!r} (several data sets): {why}" for why in _one_task_only(config))
-    if config.training.prefix_cache and rule.changes_base:
-        yield f"prefix-cache = {config.training.prefix_cache}: it changes W0, and the cache holds what the old W0 gave"
+    if config.training.hidden_state_cache_mb and rule.changes_base:
+        cache = config.training.hidden_state_cache_mb
+        yield f"hidden-state-cache-mb = {cache}: it changes W0, and the cache holds what the old W0 gave"
 
 
 def _one_task_only(config: Config) -> Iterator[str]:

@@ -132,7 +132,7 @@ class Workload:
             "local-steps": size.local_steps,
             "num-rounds": STEADY_ROUNDS,
             "eval-every": STEADY_ROUNDS,
-            "replies": "pooled",
+            "updates": "pooled",
             "merge-gap-clients": 0,
             "path-pairs": 0,
         }
@@ -162,7 +162,7 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     workload = Workload(size, model_source(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]
-        build_model(config.changed(device="cpu").model, config.copra.group, NUM_LABELS, config.federation.seed)
+        build_model(config.changed(device="cpu").model, config.copra.gate_group, NUM_LABELS, config.federation.seed)
         open_data(config)
     return workload
 

@@ -106,7 +106,7 @@ Opener = Callable[[Config, FederatedData], Train]
 
 def open_ours(config: Config, data: FederatedData) -> Train:
     """The engine that `config` names, used as clients/node.py uses it."""
-    engine = open_engine(config.training.engine, config.model, config.copra.group, NUM_LABELS, seed=0)
+    engine = open_engine(config.training.engine, config.model, config.copra.gate_group, NUM_LABELS, seed=0)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
         parts = engine.slices(data, plan)
@@ -183,7 +183,7 @@ def crew(
 def start_adapter(config: Config) -> Adapter:
     """The adapter that a federation of `config` starts from: what `copra_fl.models.adapted.build` draws."""
     model = config.changed(device="cpu").model
-    return build_model(model, config.copra.group, NUM_LABELS, config.federation.seed).read_adapter()
+    return build_model(model, config.copra.gate_group, NUM_LABELS, config.federation.seed).read_adapter()
 
 
 def train_round(pipes: list[Connection], config: Config, server_round: int, row: np.ndarray) -> np.ndarray:

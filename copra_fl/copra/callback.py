@@ -38,7 +38,7 @@ class CopraCallback(TrainerCallback):
         p0: probability that a group is on at the start.
         ramp: share of the training after which every group is on.
         min_active: groups that are on at least, 0 or 1. A model that trains nothing but adapters needs 1.
-        group: what is switched as one: the adapters of a ``"layer"``, or of a ``"module"``.
+        gate_group: what is switched as one: the adapters of a ``"layer"``, or of a ``"module"``.
         seed: of the masks.
         rescale: divide what is on by its probability.
 
@@ -51,14 +51,21 @@ class CopraCallback(TrainerCallback):
         p0: float = 0.0,
         ramp: float = 0.75,
         min_active: int = 0,
-        group: str = "layer",
+        gate_group: str = "layer",
         seed: int = 0,
         rescale: bool = False,
     ) -> None:
-        settings = {"p0": p0, "ramp": ramp, "min-active": min_active, "group": group, "seed": seed, "rescale": rescale}
+        settings = {
+            "p0": p0,
+            "ramp": ramp,
+            "min-active": min_active,
+            "gate-group": gate_group,
+            "seed": seed,
+            "rescale": rescale,
+        }
         config = Config.from_flat(settings)
         self._copra, self._seed = config.copra, config.federation.seed
-        self._gates = Gates(nn.Module(), group)  # none, until there is a model
+        self._gates = Gates(nn.Module(), gate_group)  # none, until there is a model
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,7 +99,7 @@ class CopraCallback(TrainerCallback):
 
 def _find_gates(model: nn.Module, copra: CopraConfig) -> Gates:
     """The gates of `model`, open. Raises ConfigError where CopRA cannot train it."""
-    gates = Gates(model, copra.group)
+    gates = Gates(model, copra.gate_group)
     if not gates.names:
         raise ConfigError("CopraCallback: the model has no LoRA layers; give Trainer peft.get_peft_model(model, ...)")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

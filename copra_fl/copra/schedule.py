@@ -26,7 +26,7 @@ def progress(copra: CopraConfig, step: int, num_steps: int, server_round: int, n
     With ``mask-scope = "round"`` a mask holds for the whole round: t is the middle of the round.
     """
     within = 0.5 if copra.mask_scope == "round" else step / num_steps
-    return within if copra.progress == "local" else (server_round - 1 + within) / num_rounds
+    return within if copra.schedule_progress == "local" else (server_round - 1 + within) / num_rounds
 
 
 def inclusion(p: float, num_groups: int, min_active: int) -> float:

@@ -1,7 +1,7 @@
 """From a table of examples to tensors: what each client holds, what the server holds out.
 
     table  ->  test | server validation | pool        fixed by the data alone, never by the seed
-               unseen: clients that are held out whole, where they are wanted; then all is cut to chosen clients
+               held_out: clients that are held out whole, where they are wanted; then all is cut to chosen clients
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
     client ->  train | validation                     shuffled, seeded
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
     import pandas as pd
 
 #: Changes whenever the same inputs would give other held-out sets or partitions.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 HELD_OUT_ROOT = 0
 #: what the cache keeps beside what a task has made of the examples
-SUBSETS = {"test", "unseen", "server_validation", "pool", "clients"}
+SUBSETS = {"test", "held_out", "server_validation", "pool", "clients"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class FederatedData:
         train: what each client trains on.
         validation: what each client keeps for validation; none for a client with too few examples for its share.
         server_validation, test: what no client sees, nor any example equal to one that a client holds.
-        unseen: the same of the `unseen_names`, whose examples no client holds.
-        unseen_names: values of the client column that are held out whole.
+        held_out: the same of the `held_out_names`, whose examples no client holds.
+        held_out_names: values of the client column that are held out whole.
         skipped: clients without training examples. They keep their numbers.
         unassigned: examples that the partitioner gave to no client.
-        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test, unseen: or in
+        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test, held_out: or in
             validation).
         dropped_empty: rows dropped since content, label or client is missing.
         digest: names content, encoding, held-out sets and partition; equal on every machine that has the same.
@@ -78,8 +78,8 @@ class FederatedData:
     dropped_empty: int
     digest: str
     tokens_digest: str
-    unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
-    unseen_names: list[str] = field(default_factory=list)
+    held_out: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    held_out_names: list[str] = field(default_factory=list)
     datasets: list[DataSet] = field(default_factory=list)
 
     @property
@@ -171,7 +171,7 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     train, test = find_tables(data)
     content = (train.digest, test.digest if test else None)
     sizes = (data.server_validation_examples, data.test_examples)
-    whole = (data.num_clients, data.unseen_clients) if data.unseen_clients else ()
+    whole = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
     own = data.partitioner == "own"
     tokens_digest = digest_of(CACHE_VERSION, content, encoding, data.client_column, sizes, whole, own)
     tokens, facts = cached("tokens", tokens_digest, lambda: _encode(task, data, processor, train, test))
@@ -189,8 +189,8 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         dropped_empty=facts["dropped_empty"],
         digest=tokens_digest,
         tokens_digest=tokens_digest,
-        unseen=tokens["unseen"].numpy(),
-        unseen_names=facts["unseen_names"],
+        held_out=tokens["held_out"].numpy(),
+        held_out_names=facts["held_out_names"],
     )
     encoded = {name: tensor for name, tensor in tokens.items() if name not in SUBSETS}
     if own:
@@ -258,9 +258,9 @@ def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Ta
         raise ConfigError(
             f"{train.where} has labels that are not in labels = {data.labels!r}: {', '.join(_in_order(new))}"
         )
-    unseen_names: list[str] = []
-    if data.unseen_clients:
-        rows, unseen_names = _choose_clients(data, rows)
+    held_out_names: list[str] = []
+    if data.held_out_clients:
+        rows, held_out_names = _choose_clients(data, rows)
     num_train = len(rows)
     if test is not None:
         test_rows, dropped = read_examples(test, columns, {content: task.content})
@@ -271,19 +271,19 @@ def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Ta
                 f"Labels there: {', '.join(label_names)}"
             )
         rows = pd.concat([rows, test_rows], ignore_index=True)
-    of_unseen = rows["client-column"].isin(unseen_names).to_numpy() if own else np.zeros(len(rows), bool)
-    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train, np.flatnonzero(of_unseen))
+    of_held_out = rows["client-column"].isin(held_out_names).to_numpy() if own else np.zeros(len(rows), bool)
+    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train, np.flatnonzero(of_held_out))
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
     client_names: list[str] = []
     if own:
-        client_names = _in_order(set(rows["client-column"].dropna()) - set(unseen_names))
+        client_names = _in_order(set(rows["client-column"].dropna()) - set(held_out_names))
         tensors["clients"] = codes(rows["client-column"], client_names)
     tensors |= task.encode(rows, label_names, processor, data)
     facts = {
         "label_names": label_names,
         "client_names": client_names,
-        "unseen_names": unseen_names,
+        "held_out_names": held_out_names,
         "dropped_duplicates": dropped_duplicates,
         "dropped_empty": dropped_empty,
     }
@@ -304,36 +304,36 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _choose_clients(data: DataConfig, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of the ``num-clients + unseen-clients`` clients with the most, and which of these are the unseen.
+    """The rows of the ``num-clients + held-out-clients`` clients with the most, and which of these are the unseen.
 
-    With ``num-clients = 0`` of all clients. Who is unseen is drawn, by the data alone.
+    With ``num-clients = 0`` of all clients. Which are held out is drawn, by the data alone.
     """
     names = _in_order(rows["client-column"].unique())
-    if max(1, data.num_clients) + data.unseen_clients > len(names):
+    if max(1, data.num_clients) + data.held_out_clients > len(names):
         raise ConfigError(
-            f"num-clients = {data.num_clients} and unseen-clients = {data.unseen_clients} need more than the "
+            f"num-clients = {data.num_clients} and held-out-clients = {data.held_out_clients} need more than the "
             f"{len(names)} values of the client column"
         )
-    wanted = data.num_clients and data.num_clients + data.unseen_clients
+    wanted = data.num_clients and data.num_clients + data.held_out_clients
     chosen = [names[client] for client in largest(codes(rows["client-column"], names).numpy(), names, wanted)]
-    drawn = generator(HELD_OUT_ROOT, "unseen-clients").permutation(len(chosen))[: data.unseen_clients]
+    drawn = generator(HELD_OUT_ROOT, "unseen-clients").permutation(len(chosen))[: data.held_out_clients]
     kept = rows[rows["client-column"].isin(chosen)].reset_index(drop=True)
     return kept, [chosen[client] for client in np.sort(drawn)]
 
 
 def _hold_out(
-    data: DataConfig, contents: pd.Series, num_train: int, of_unseen: np.ndarray
+    data: DataConfig, contents: pd.Series, num_train: int, of_held_out: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Indices of ``test``, ``server_validation``, ``unseen`` and ``pool``, and how many duplicates were dropped.
+    """Indices of ``test``, ``server_validation``, ``held_out`` and ``pool``, and how many duplicates were dropped.
 
     `contents` are those of `num_train` training examples and then of the test set, if the data has its own.
-    `of_unseen` are the examples of clients that are held out whole.
+    `of_held_out` are the examples of clients that are held out whole.
     """
     test = np.arange(num_train, len(contents))
     carve_test = 0 if len(test) else data.test_examples
     carved = carve_test + data.server_validation_examples
     own = data.partitioner == "own"
-    seen = np.setdiff1d(np.arange(num_train), of_unseen)
+    seen = np.setdiff1d(np.arange(num_train), of_held_out)
     if carved > len(seen) or (2 * carved > len(seen) and not own):
         wanted = [f"test-examples = {carve_test}"] if carve_test else []
         wanted.append(f"server-validation-examples = {data.server_validation_examples}")
@@ -345,14 +345,18 @@ def _hold_out(
     if carve_test:
         test = order[:carve_test]
     validation, pool = order[carve_test:carved], order[carved:carved] if own else order[carved:]
-    unseen = generator(HELD_OUT_ROOT, "unseen").permutation(of_unseen)[: data.test_examples]
-    held_out = {"test": test, "unseen": unseen, "server_validation": validation}
+    held_out_test = generator(HELD_OUT_ROOT, "unseen").permutation(of_held_out)[: data.test_examples]
+    held_out = {"test": test, "held_out": held_out_test, "server_validation": validation}
     subsets, dropped = {"pool": pool}, 0
     for name, indices in held_out.items():
         others = pool if name == "server_validation" else np.concatenate([validation, pool])
         subsets[name] = indices[~contents.iloc[indices].isin(contents.iloc[others]).to_numpy()]
         dropped += len(indices) - len(subsets[name])
         if len(indices) and not len(subsets[name]):
-            called = {"test": "test set", "unseen": "unseen clients", "server_validation": "server's validation set"}
+            called = {
+                "test": "test set",
+                "held_out": "held-out clients",
+                "server_validation": "server's validation set",
+            }
             raise ConfigError(f"nothing is left of the {called[name]}: all of it is also among the other examples")
     return {name: np.sort(indices) for name, indices in subsets.items()}, dropped

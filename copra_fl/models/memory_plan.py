@@ -100,7 +100,7 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
         base=encoder.base,
         client=(encoder.adapter + head) * torch.float32.itemsize * _copies(training),
         row=encoder.row,
-        prefix=int(training.prefix_cache * 1e6),
+        prefix=int(training.hidden_state_cache_mb * 1e6),
         clients=min(together, config.data.num_clients),
         batch_size=training.batch_size,
         tokens=tokens,
@@ -136,14 +136,14 @@ def _quantised(base: nn.Module) -> Iterator[Tensor]:
 
 def fitted(config: Config, needed: MemoryPlan) -> Config:
     """`config` with no more step-tokens than fit into max-memory. Raises ConfigError where one client does not fit."""
-    limit = config.training.max_memory * GB
+    limit = config.training.max_memory_gb * GB
     if not limit or needed.total <= limit:
         return config
     clients = needed.clients_within(limit)
     if not clients:
         raise ConfigError(
-            f"max-memory = {config.training.max_memory:g} (GB) is too little for a single client: "
-            f"{replace(needed, clients=1)}; a smaller batch-size, max-length or prefix-cache needs less"
+            f"max-memory-gb = {config.training.max_memory_gb:g} (GB) is too little for a single client: "
+            f"{replace(needed, clients=1)}; a smaller batch-size, max-length or hidden-state-cache-mb needs less"
         )
     return config.changed(step_tokens=clients * needed.batch_size * needed.tokens)
 

@@ -160,7 +160,7 @@ class OpenRun:
         rank = max(ranks)
         if rank not in self._engines:
             model = replace(self.config.model, rank=rank, lora_alpha=float(rank), lora_scaling="standard")
-            labels, kind, group = len(self.data.label_names), self.config.training.engine, self.config.copra.group
+            labels, kind, group = len(self.data.label_names), self.config.training.engine, self.config.copra.gate_group
             self._engines[rank] = open_engine(kind, model, group, labels, seed=0)
         padded = [_padded(adapter, rank) for adapter in adapters]
         return self._score(self._engines[rank], padded, self.indices(split, datasets), residual or {})
@@ -301,7 +301,7 @@ def _padded(adapter: Adapter, rank: int) -> Adapter:
 
 def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
     core = find_rule(config.aggregation.rule).core
-    return open_engine(config.training.engine, config.model, config.copra.group, num_labels, seed, core)
+    return open_engine(config.training.engine, config.model, config.copra.gate_group, num_labels, seed, core)
 
 
 def _not_repeatable(config: Config) -> list[str]:

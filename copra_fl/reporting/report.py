@@ -146,10 +146,10 @@ def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[st
 def _results(summary: Mapping[str, Any]) -> DataTable:
     accuracy, *others = RESULT_COLUMNS
     also = also_measured(summary)
-    unseen = "; unseen clients took no part" if any(column.metric.startswith("unseen") for column in also) else ""
+    held_out = "; held-out clients took no part" if any(column.metric.startswith("held_out") for column in also) else ""
     caption = (
         "After the last round. Test data is seen by no client; the clients' own data are their validation data"
-        f"{unseen}. Aggregation error: what the new global adapter misses of the average of the clients' products, "
+        f"{held_out}. Aggregation error: what the new global adapter misses of the average of the clients' products, "
         f"mean over rounds. {note(summary)}"
     )
     return DataTable(*header_and_rows(summary, (accuracy, *also, *others)), caption)

@@ -51,7 +51,9 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
     that the run does not have, or was not asked for, is None. With several data sets test numbers are means over them;
     each one's own are there too, under ``test_accuracy/NAME`` and ``test_loss/NAME``.
     """
-    test, validation, gap, unseen = (summary.get(part) or {} for part in ("test", "validation", "merge_gap", "unseen"))
+    test, validation, gap, held_out = (
+        summary.get(part) or {} for part in ("test", "validation", "merge_gap", "held_out")
+    )
     paths, clients = summary["paths"], summary["clients"]
     examples = sum(client["examples"] for client in clients)
     right = sum(client["examples"] * client["accuracy"] for client in clients)
@@ -60,9 +62,9 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float | None]:
             "test_accuracy": test.get("accuracy"),
             "test_loss": test.get("loss"),
             "test_perplexity": test.get("perplexity"),
-            "unseen_accuracy": unseen.get("accuracy"),
-            "unseen_loss": unseen.get("loss"),
-            "unseen_perplexity": unseen.get("perplexity"),
+            "held_out_accuracy": held_out.get("accuracy"),
+            "held_out_loss": held_out.get("loss"),
+            "held_out_perplexity": held_out.get("perplexity"),
             "validation_accuracy": validation.get("accuracy"),
             "validation_loss": validation.get("loss"),
             "client_accuracy": right / examples if examples else None,

@@ -54,9 +54,9 @@ COST = (
 )
 #: what only some tasks and splits have; ppl: perplexity
 OF_SOME = (
-    Column("unseen clients, %", "unseen_accuracy", scale=100),
+    Column("held-out clients, %", "held_out_accuracy", scale=100),
     Column("test ppl", "test_perplexity", spec=".2f"),
-    Column("unseen ppl", "unseen_perplexity", spec=".2f"),
+    Column("held-out ppl", "held_out_perplexity", spec=".2f"),
 )
 #: what fits a terminal
 COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_ERROR, *COST)

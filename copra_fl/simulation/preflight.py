@@ -111,8 +111,8 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
         notes.append(f"{federated.dropped_empty} rows without content, label or client were left out")
     if federated.dropped_duplicates:
         notes.append(f"{federated.dropped_duplicates} held-out examples were left out: clients hold the same ones")
-    if federated.unseen_names:
-        notes.append(f"held out whole, as unseen clients: {', '.join(federated.unseen_names)}")
+    if federated.held_out_names:
+        notes.append(f"held out whole, as held-out clients: {', '.join(federated.held_out_names)}")
     if federated.unassigned:
         notes.append(f"seed {seed}: the partitioner gave {federated.unassigned} examples to no client")
     if federated.skipped:

@@ -78,5 +78,5 @@ def _conflicts_of_several(data: DataConfig, task: Task) -> Iterator[str]:
         yield f"labels = {data.labels!r}: each has a list of its own"
     if data.test_file:
         yield f"test-file = {data.test_file!r}: each has a test set of its own"
-    if data.unseen_clients:
-        yield f"unseen-clients = {data.unseen_clients}: whose they would be is not settled"
+    if data.held_out_clients:
+        yield f"held-out-clients = {data.held_out_clients}: whose they would be is not settled"

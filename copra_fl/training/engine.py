@@ -114,7 +114,7 @@ class StackedEngine:
 
     def _keep_prefixes(self, data: FederatedData, config: Config) -> None:
         """A cache of the wanted size for these tokens, if it is not there already."""
-        megabytes, tokens = config.training.prefix_cache, data.examples.max_length
+        megabytes, tokens = config.training.hidden_state_cache_mb, data.examples.max_length
         wanted = f"{data.tokens_digest} {megabytes}" if megabytes else ""
         if wanted != self._prefix_of:
             width, dtype = self.model.base.config.hidden_size, self.model.base.dtype

@@ -35,7 +35,11 @@ class Plan:
 def leaves_state(config: Config) -> bool:
     """Whether clients leave anything behind for their next round; they must then be trained where it lies."""
     aggregation = config.aggregation
-    return find_rule(aggregation.rule).personal or aggregation.control_variates or config.federation.uplink in FEEDBACK
+    return (
+        find_rule(aggregation.rule).personal
+        or aggregation.control_variates
+        or config.federation.uplink_dtype in FEEDBACK
+    )
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:

@@ -20,7 +20,7 @@ SERVICES = ["superlink", *(f"client-{number}" for number in range(NUM_CLIENTS))]
 @pytest.fixture
 def patient(settings: Settings) -> Settings:
     """A run of five rounds that goes on without a third of its clients."""
-    return settings | {"failures": "tolerant", "min-replies": 2, "round-timeout": 90, "num-rounds": 5}
+    return settings | {"failures": "tolerant", "min-replies": 2, "round-timeout-s": 90, "num-rounds": 5}
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:

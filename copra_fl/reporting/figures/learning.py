@@ -146,6 +146,6 @@ def _corners(config: Config) -> tuple[list[float], list[float]]:
     if copra.local_training != "copra":
         p = {"lora": 1, "head": 0}[copra.local_training]
         return [0, num_rounds], [p, p]
-    periods = [(0, num_rounds)] if copra.progress == "federation" else [(n, n + 1) for n in range(num_rounds)]
+    periods = [(0, num_rounds)] if copra.schedule_progress == "federation" else [(n, n + 1) for n in range(num_rounds)]
     x = [x for start, end in periods for x in (start, start + copra.ramp * (end - start), end)]
     return x, [copra.p0, copra.p1, copra.p1] * len(periods)

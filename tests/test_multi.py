@@ -228,7 +228,7 @@ def run(two: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("engine", ["stacked", "peft"])
 def test_a_round_is_that_of_a_second_implementation(two: Settings, engine: str, tmp_path: Path) -> None:
-    flat = two | {"num-rounds": 1, "engine": engine, "replies": "pooled", "weight-decay": 0.1}
+    flat = two | {"num-rounds": 1, "engine": engine, "updates": "pooled", "weight-decay": 0.1}
     found, expected = final(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
     assert relative_error(found, expected) < 1e-5
 
@@ -330,7 +330,7 @@ REFUSED = [
     ({"partitioner": "own"}, "partitioner = 'own'"),
     ({"labels": "a,b"}, "labels = 'a,b'"),
     ({"test-file": "test.csv"}, "test-file = 'test.csv'"),
-    ({"partitioner": "natural", "client-column": "owner", "unseen-clients": 1}, "unseen-clients = 1"),
+    ({"partitioner": "natural", "client-column": "owner", "held-out-clients": 1}, "held-out-clients = 1"),
     ({"num-clients": 1}, "num-clients = 1: it takes one a data set"),
     ({"num-clients": 0}, "num-clients = 0: it takes one a data set"),
     ({"dataset": "a/notes.csv,b/notes.csv"}, "called 'notes', 'notes'"),

@@ -56,8 +56,8 @@ def test_a_client_remembers_its_last_round_before_the_one_that_runs() -> None:
         ({"rule": "flora"}, False),
         ({"rule": "fedsa-lora"}, True),
         ({"control-variates": True}, True),
-        ({"uplink": "int8"}, True),
-        ({"uplink": "float16"}, False),
+        ({"uplink-dtype": "int8"}, True),
+        ({"uplink-dtype": "float16"}, False),
     ],
 )
 def test_who_leaves_something_with_its_clients(flat: dict, wanted: bool) -> None:
@@ -70,11 +70,11 @@ def test_who_leaves_something_with_its_clients(flat: dict, wanted: bool) -> None
         ({}, True),
         ({"rule": "ffa-lora"}, True),
         ({"rule": "median"}, False),
-        ({"replies": "clients"}, False),
-        ({"uplink": "float16"}, False),
+        ({"updates": "individual"}, False),
+        ({"uplink-dtype": "float16"}, False),
         ({"control-variates": True}, False),
         ({"client-ranks": "1,2", "rank-assignment": "drawn", "rule": "zero-pad"}, False),
     ],
 )
 def test_where_nodes_may_pool(flat: dict, expected: bool) -> None:
-    assert pools(Config.from_flat({"replies": "pooled", **flat})) == expected
+    assert pools(Config.from_flat({"updates": "pooled", **flat})) == expected

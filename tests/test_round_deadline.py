@@ -43,7 +43,7 @@ class SilentGrid(LocalGrid):
 @pytest.fixture
 def settings(tiny: Settings) -> Settings:
     flat = {"num-clients": 3, "num-rounds": 3, "failures": "tolerant", "merge-gap-clients": 0, "path-pairs": 0}
-    return tiny | flat | {"round-timeout": 5.0}
+    return tiny | flat | {"round-timeout-s": 5.0}
 
 
 def journal(directory: Path) -> list[dict]:
@@ -65,7 +65,7 @@ def test_a_lost_client_is_named_and_not_waited_for_beyond_the_deadline(settings:
     assert clients(directory) == [[0, 1, 2], [0, 2], [0, 1, 2]]
     assert [row["missing"] for row in journal(directory)] == [
         [],
-        [{"client": 1, "reason": "no reply within round-timeout = 5 s"}],
+        [{"client": 1, "reason": "no reply within round-timeout-s = 5 s"}],
         [],
     ]
     assert journal(directory)[1]["seconds"] >= 5 and time.monotonic() - started < 60
@@ -73,7 +73,7 @@ def test_a_lost_client_is_named_and_not_waited_for_beyond_the_deadline(settings:
 
 def test_a_round_that_cannot_reach_k_stops_and_can_be_resumed(settings: Settings, tmp_path: Path) -> None:
     """Bitwise as if nothing had been."""
-    flat = settings | {"min-replies": 2, "round-timeout": 2.0}
+    flat = settings | {"min-replies": 2, "round-timeout-s": 2.0}
     with pytest.raises(FederationError, match="^round 2: 1 good replies, min-replies = 2; missing clients: 0: no"):
         run_federation(flat, tmp_path / "run", grid=SilentGrid({100: {2}, 101: {2}}))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-00001.safetensors"]
@@ -85,7 +85,7 @@ def test_a_round_that_cannot_reach_k_stops_and_can_be_resumed(settings: Settings
 
 def test_over_sampling_takes_the_first_and_waits_for_no_more(settings: Settings, tmp_path: Path) -> None:
     """2 of 3 clients are wanted and 3 are asked. In round 1 client 0 never answers, in round 2 client 2."""
-    flat = settings | {"clients-per-round": 2, "over-sample": 0.5, "round-timeout": 600.0, "num-rounds": 2}
+    flat = settings | {"clients-per-round": 2, "over-sample": 0.5, "round-timeout-s": 600.0, "num-rounds": 2}
     directory = run_federation(flat, tmp_path / "run", grid=SilentGrid({100: {1}, 102: {2}}))
     assert clients(directory) == [[1, 2], [0, 1]]
     reason = "not among the first 2 clients"
@@ -108,8 +108,8 @@ class LateGrid(LocalGrid):
 def test_a_run_waits_for_its_nodes(settings: Settings, tmp_path: Path) -> None:
     flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
     assert clients(run_federation(flat | {"min-nodes": 3}, tmp_path / "run", grid=LateGrid(3))) == [[0, 1, 2]]
-    with pytest.raises(FederationError, match="3 nodes connected within node-timeout = 2 s; min-nodes = 4"):
-        run_federation(flat | {"min-nodes": 4, "node-timeout": 2.0}, tmp_path / "few", grid=LateGrid(3))
+    with pytest.raises(FederationError, match="3 nodes connected within node-timeout-s = 2 s; min-nodes = 4"):
+        run_federation(flat | {"min-nodes": 4, "node-timeout-s": 2.0}, tmp_path / "few", grid=LateGrid(3))
 
 
 class JoiningGrid(LocalGrid):
@@ -164,7 +164,7 @@ def test_a_node_that_is_not_back_yet_is_asked_again(settings: Settings, tmp_path
     flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
     assert clients(run_federation(flat, tmp_path / "run", grid=RestartedGrid(3))) == [[0, 1, 2]]
     with pytest.raises(FederationError, match="node 102 failed at hello: no heartbeat"):
-        run_federation(flat | {"node-timeout": 1e-3}, tmp_path / "gone", grid=RestartedGrid(3))
+        run_federation(flat | {"node-timeout-s": 1e-3}, tmp_path / "gone", grid=RestartedGrid(3))
 
 
 def test_over_sampling_needs_tolerance() -> None:
