@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import datasets
+import pandas as pd
+
+from tests.support.tables import make_rows, make_tokenizer
+from tests.support.tiny import Settings
+
 # Read once, when torch and transformers are imported.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/process.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+from tests.support.tiny import NUM_LAYERS, WORDS, make_texts
 
-WORDS = [f"{topic}{i}" for topic in ("sea", "sky", "sand") for i in range(12)]
-TOPICS = ("sea", "sky", "sand")
-NUM_LAYERS = 3
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +70,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def make_texts(path: Path, num_examples: int = 600, seed: int = 0) -> Path:
-    """A CSV whose label is the topic of most of a text's words; `owner` is one of 6 people."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(num_examples):
-        topic = TOPICS[i % 3]
-        words = [f"{topic if rng.random() < 0.6 else rng.choice(TOPICS)}{rng.integers(12)}" for _ in range(8)]
-        rows.append({"text": " ".join(words), "label": topic, "owner": f"owner-{i % 6}"})
-    pd.DataFrame(rows).to_csv(path, index=False)
-    return path
-
-
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_texts(tmp_path_factory.mktemp("texts") / "texts.csv"))
@@ -96,12 +86,6 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache without any asset."""
     monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give pip a package index that does not answer."""
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("PIP_RETRIES", "0")
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +108,29 @@ def tiny(tiny_model: str, texts: str) -> dict[str, object]:
         "device": "cpu",
         "dtype": "float32",
     }
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    return make_rows()
+
+
+@pytest.fixture
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def own(tiny: Settings, tmp_path: Path) -> Settings:
+    """The run's settings; the server's own file has other texts, and all three labels."""
+    texts = pd.read_csv(str(tiny["dataset"])).rename(columns={"text": "note", "label": "topic"})
+    texts.to_csv(tmp_path / "server.csv", index=False)
+    columns = {"text-column": "note", "label-column": "topic"}
+    return tiny | columns | {"dataset": str(tmp_path / "server.csv"), "partitioner": "own", "num-clients": 0}

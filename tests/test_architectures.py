@@ -29,9 +29,8 @@ from copra_fl.models.fed_sb_init import base_gradients
 from copra_fl.tasks.text_classification import TextClassification
 from copra_fl.training.stacked import NotStackable, StackedModel
 from copra_fl.training.stacked.step import Stack, Step
-from tests.local_grid import run_federation
-
-Settings = dict[str, object]
+from tests.support.local_grid import run_federation
+from tests.support.tiny import Settings
 
 NUM_BLOCKS, NUM_LABELS = 3, 3
 #: a batch of 8 rows: as many as tokens, and as DeBERTa has relative positions

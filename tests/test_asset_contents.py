@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from copra_fl.sources.assets import ASSETS, asset_path, fetch, smollm2
 from copra_fl.sources.assets.shakespeare import speeches
 from copra_fl.tasks.images import ImageProcessor
-from tests.conftest import no_network
+from tests.support.tiny import no_network
 
 IMAGES = ASSETS["fashion-mnist"]
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from copra_fl.cli.assets import app
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
-from tests.conftest import no_network
+from tests.support.tiny import no_network
 
 TWEETS = ASSETS["health-tweets"]
 FETCH_TWEETS = [sys.executable, "-c", "from copra_fl.sources.assets import fetch; print(fetch('health-tweets'))"]

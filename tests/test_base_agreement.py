@@ -13,9 +13,8 @@ from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import ConfigError
 from copra_fl.models.base_weights import weights_digest
 from server.strategy import FederationError
-from tests.local_grid import LocalGrid, run_federation
-
-Settings = dict[str, object]
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
 
 
 def test_a_node_may_have_the_base_elsewhere(tiny: Settings, tmp_path: Path) -> None:

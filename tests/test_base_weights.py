@@ -15,8 +15,7 @@ from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.models import base_weights
 from copra_fl.models.base_weights import open_base, weights_digest
-
-BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
+from tests.support.worlds import BATCH
 
 
 def mapped_files(base: torch.nn.Module) -> set[str]:
@@ -123,7 +122,7 @@ def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     digest, read = weights_digest(str(model)), []
-    monkeypatch.setattr(base_weights, "_sha256", lambda path: read.append(path) or sha256sum(path))
+    monkeypatch.setattr(base_weights, "sha256", lambda path: read.append(path) or sha256sum(path))
     assert weights_digest(str(model)) == digest and not read
     with (model / "model.safetensors").open("ab") as file:
         file.write(b" ")

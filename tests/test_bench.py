@@ -37,8 +37,8 @@ from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.copra import schedule
 from copra_fl.data.federated import FederatedData
 from copra_fl.training.plan import Plan
-from tests.browser import check_page, needs_chromium
-from tests.real_runs import RealRun
+from tests.support.browser import check_page, needs_chromium
+from tests.support.real_runs import RealRun
 
 #: names of packages that a GPU machine need not have
 ABSENT = ("flwr", "flwr_datasets", "ray", "datasets", "plotly")

@@ -27,10 +27,9 @@ from copra_fl.models.build import build_model, load_processor
 from copra_fl.training import single
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.plan import Plan
-from tests.conftest import NUM_LAYERS
-from tests.test_readme import blocks
+from tests.support.documents import blocks
+from tests.support.tiny import NUM_LAYERS, Settings
 
-Settings = dict[str, object]
 STEPS = 6
 MASKS = schedule.client_masks(CopraConfig(p0=0.3), 3, 0, STEPS, NUM_LAYERS, 1, 1)[0]
 

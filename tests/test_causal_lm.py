@@ -19,10 +19,9 @@ from copra_fl.reporting.tables import also_measured, header_and_rows
 from copra_fl.tasks import find_task
 from copra_fl.tasks.causal_lm import NOT_LEARNT, cut, opening, response
 from copra_fl.training.evaluation import evaluate
-from tests.local_grid import run_federation
-from tests.test_cohort import World, assert_alike
-
-Settings = dict[str, object]
+from tests.support.local_grid import run_federation
+from tests.support.tiny import Settings
+from tests.support.worlds import World, assert_alike
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from copra_fl.cli import main
 from copra_fl.config import Config
-from tests.local_grid import run_federation
+from tests.support.local_grid import run_federation
+from tests.support.tiny import Settings
 
-Settings = dict[str, object]
 Chat = Callable[..., str]
 
 PROMPTS = ("sea1 sky2 sand3", "sky4")

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from copra_fl.training.stacked.step import Stack, Step
-from tests.test_cohort import World, relative_error
-
-Settings = dict[str, object]
+from tests.support.tiny import Settings
+from tests.support.worlds import World, relative_error
 
 CASES: dict[str, Settings] = {
     "masks": {"num-rounds": 4},

@@ -19,9 +19,9 @@ from copra_fl.cli.compare import with_all
 from copra_fl.config import Config, ConfigError
 from copra_fl.simulation.progress import State, watch
 from copra_fl.simulation.recipes import Recipe
-from tests.real_runs import SCRIPT, settings
+from tests.support.real_runs import SCRIPT, settings
+from tests.support.tiny import Settings
 
-Settings = dict[str, object]
 Refused = Callable[..., str]
 
 

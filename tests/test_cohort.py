@@ -7,94 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from copra_fl.adapters.state import Adapter, Update
-from copra_fl.config import Config
-from copra_fl.data.federated import load_data
-from copra_fl.models.build import build_model, load_processor
-from copra_fl.training.cohort import slices, train_cohort
+from copra_fl.training.cohort import slices
 from copra_fl.training.evaluation import evaluate
-from copra_fl.training.plan import Plan
-from copra_fl.training.single import train_client
 from copra_fl.training.stacked import NotStackable, StackedModel
 from copra_fl.training.stacked.hidden_state_cache import PrefixCache
-
-Settings = dict[str, object]
-
-#: local training for 20 steps with every option that changes what a client computes
-CASES: dict[str, Settings] = {
-    "lora": {"local-training": "lora"},
-    "copra": {},
-    "head": {"local-training": "head"},
-    "sgd with momentum": {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "head-learning-rate": 0.1},
-    "dropout": {"lora-dropout": 0.3},
-    "clipped hard, decayed, cosine": {"max-grad-norm": 0.05, "weight-decay": 0.1, "lr-schedule": "cosine"},
-    "not clipped": {"max-grad-norm": 0.0},
-    "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
-    "shared masks": {"mask-scope": "shared"},
-    "masks for a round": {"mask-scope": "round", "p0": 0.3},
-    "a gate a module": {"gate-group": "module"},
-    "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
-    "cls": {"pooling": "cls"},
-    "micro-batches": {"gradient-accumulation": 3, "lora-dropout": 0.2},
-    "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
-                                                  "lr-schedule": "cosine", "lora-dropout": 0.2, "batch-size": 7},
-    "bucketed": {"bucket-batches": 4},
-    "prefix cache": {"hidden-state-cache-mb": 5},
-    "prefix cache with room for 50 states": {"hidden-state-cache-mb": 1},
-}  # fmt: skip
-
-
-class World:
-    """What it takes to train: data, model both ways, plan, where each client starts and what SCAFFOLD tells it."""
-
-    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
-        self.config = Config.from_flat({"dtype": "float32"} | flat)
-        self.data = load_data(self.config, load_processor(self.config.model))
-        num_labels = len(self.data.label_names) or 3
-        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, core=core)
-        if double:
-            self.plain.double()
-        self.stacked = StackedModel(self.plain)
-        self.start = jitter(self.plain.read_adapter(), 3)
-        self.starts = dict.fromkeys(range(6), self.start)
-        self.corrections: dict[int, Adapter] = {}
-        self.plan = Plan(server_round, tuple(range(6)), self.config)
-
-    def alone(self, client: int) -> Update:
-        return train_client(self.plain, self.data, self.plan, client, self.starts[client], self.corrections.get(client))
-
-    def together(self, *clients: int) -> list[Update]:
-        return train_cohort(self.stacked, self.data, self.plan, clients, self.starts, self.corrections)
-
-
-def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
-    """`adapter` with normal noise of this size on every value."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        for name, tensor in adapter.items()
-    }
-
-
-def relative_error(got: Adapter, expected: Adapter) -> float:
-    """||got - expected|| / ||expected|| over the whole adapter."""
-    error, norm = (
-        torch.stack([(t.double() ** 2).sum() for t in tensors]).sum().sqrt()
-        for tensors in ([got[name] - expected[name] for name in expected], expected.values())
-    )
-    return float(error / norm)
-
-
-def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
-    assert (got.client, got.num_examples, got.active_steps) == (
-        expected.client,
-        expected.num_examples,
-        expected.active_steps,
-    )
-    assert got.adapter.keys() == expected.adapter.keys()
-    assert relative_error(got.adapter, expected.adapter) < tolerance
-    assert got.metrics["steps"] == expected.metrics["steps"]
-    assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
+from tests.support.tiny import Settings
+from tests.support.worlds import CASES, World, assert_alike
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)

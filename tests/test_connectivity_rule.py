@@ -17,7 +17,7 @@ from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.rules.connectivity import STEPS, connectivity, on_factors, on_products
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.aggregation.rules.flexlora import flexlora
-from tests.rounds import MODULES, dense, dense_ideal, make_round, random_adapter, random_round, relative, update
+from tests.support.rounds import MODULES, dense, dense_ideal, make_round, random_adapter, random_round, relative, update
 
 A, B = f"{MODULES[0]}.lora_A.weight", f"{MODULES[0]}.lora_B.weight"
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from copra_fl.config import ConfigError
 from copra_fl.data.federated import load_data
-from tests.test_data import empty_caches, make_config, rows, tokenizer
+from tests.support.tables import make_config
 
-__all__ = ["empty_caches", "rows", "tokenizer"]  # fixtures
+pytestmark = pytest.mark.usefixtures("empty_caches")
 
 ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("missing.csv", {}, r"dataset: there is no file .*missing\.csv"),

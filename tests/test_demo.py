@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import check_page, needs_chromium
-from tests.real_runs import RealRun
-from tests.test_report import num_figures
+from tests.support.browser import check_page, needs_chromium
+from tests.support.real_runs import RealRun
+from tests.support.run_folders import num_figures
 
 ROOT = Path(__file__).parent.parent
 

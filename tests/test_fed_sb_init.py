@@ -13,8 +13,8 @@ from copra_fl.models.build import build_model
 from copra_fl.models.fed_sb_init import base_gradients, core_start, leading_directions
 from copra_fl.tasks.classification import pool
 from copra_fl.training.evaluation import evaluate
-from tests.test_bases import BATCH
-from tests.test_cohort import Settings, World, jitter
+from tests.support.tiny import Settings
+from tests.support.worlds import BATCH, World, jitter
 
 
 def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:

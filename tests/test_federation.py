@@ -18,38 +18,24 @@ from transformers import AutoModel
 
 from clients.app import app as client_app
 from copra_fl import wire
-from copra_fl.adapters.state import difference, load_checkpoint, norm
+from copra_fl.adapters.state import difference, norm
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.export import load
-from copra_fl.training import cohort, engine
+from copra_fl.training import batches, cohort, engine
 from server.strategy import FederationError
-from tests.local_grid import LocalGrid, run_federation
-
-Settings = dict[str, object]
-
-
-def final(directory: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def journal(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
 
 
 def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
     first = run_federation(tiny, tmp_path / "first")
     second = run_federation(tiny, tmp_path / "second")
-    assert_equal(final(first), final(second))
+    assert_equal(final_adapter(first), final_adapter(second))
     other = run_federation(tiny | {"seed": 1}, tmp_path / "other")
-    assert not torch.equal(final(first)["head.weight"], final(other)["head.weight"])
+    assert not torch.equal(final_adapter(first)["head.weight"], final_adapter(other)["head.weight"])
 
 
 @pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
@@ -59,10 +45,10 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
     alone = tiny | changes | {"updates": "individual", "engine": "peft"}
     one = run_federation(alone, tmp_path / "one", num_nodes=1)
     three = run_federation(alone, tmp_path / "three", num_nodes=3)
-    assert_equal(final(one), final(three))
+    assert_equal(final_adapter(one), final_adapter(three))
     for nodes in (1, 3):
-        together = final(run_federation(tiny | changes, tmp_path / f"together-{nodes}", num_nodes=nodes))
-        assert norm(difference(together, final(one))) < 1e-5 * norm(final(one))
+        together = final_adapter(run_federation(tiny | changes, tmp_path / f"together-{nodes}", num_nodes=nodes))
+        assert norm(difference(together, final_adapter(one))) < 1e-5 * norm(final_adapter(one))
 
 
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
@@ -71,10 +57,10 @@ def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: 
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
     flat |= {"engine": "peft", "updates": "pooled"}
     clients = run_federation(flat | {"updates": "individual"}, tmp_path / "clients", num_nodes=1)
-    expected = final(clients)
+    expected = final_adapter(clients)
     for nodes in (1, 3):
         pooled = run_federation(flat, tmp_path / f"pooled-{nodes}", num_nodes=nodes)
-        for name, tensor in final(pooled).items():
+        for name, tensor in final_adapter(pooled).items():
             assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
         rows = [journal(directory)[0] for directory in (clients, pooled)]
         same = [[{k: v for k, v in c.items() if k != "seconds"} for c in row["clients"]] for row in rows]
@@ -98,32 +84,15 @@ def test_natural_clients_are_the_values_of_a_column(tiny: Settings, tmp_path: Pa
 def test_lora_is_copra_with_p_1_throughout(tiny: Settings, tmp_path: Path) -> None:
     lora = run_federation(tiny | {"local-training": "lora"}, tmp_path / "lora")
     copra = run_federation(tiny | {"local-training": "copra", "p0": 1.0}, tmp_path / "copra")
-    assert_equal(final(lora), final(copra))
+    assert_equal(final_adapter(lora), final_adapter(copra))
 
 
 def test_head_training_leaves_the_adapter_alone(tiny: Settings, tmp_path: Path) -> None:
     directory = run_federation(tiny | {"local-training": "head"}, tmp_path / "run")
     start = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0).read_adapter()
-    trained = final(directory)
+    trained = final_adapter(directory)
     assert all(torch.equal(trained[name], start[name]) for name in trained if not name.startswith("head."))
     assert not torch.equal(trained["head.weight"], start["head.weight"])
-
-
-class Stop(Exception):
-    """Stands for a kill: raised out of the federation after a given number of training messages."""
-
-
-class StoppingGrid(LocalGrid):
-    def __init__(self, num_nodes: int, messages: int) -> None:
-        super().__init__(num_nodes)
-        self.left = messages
-
-    def answer(self, message: Message) -> Message:
-        if message.metadata.message_type == "train":
-            self.left -= 1
-            if self.left < 0:
-                raise Stop
-        return super().answer(message)
 
 
 @pytest.mark.parametrize("messages", [0, 2, 3, 5])
@@ -134,7 +103,7 @@ def test_a_stopped_run_resumes_bitwise_equal(tiny: Settings, messages: int, tmp_
     with pytest.raises(Stop):
         run_federation(flat, tmp_path / "stopped", grid=StoppingGrid(2, messages))
     resumed = run_federation(flat, tmp_path / "stopped")
-    assert_equal(final(whole), final(resumed))
+    assert_equal(final_adapter(whole), final_adapter(resumed))
     timeless = [
         [{k: v for k, v in row.items() if k not in ("seconds", "clients")} for row in journal(directory)]
         for directory in (whole, resumed)
@@ -197,7 +166,7 @@ def client_3_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_steps(plan, federated, client, num_groups):
         if client == 3:
             raise OSError("disk gone")
-        return plan_steps(plan, federated, client, num_groups)
+        return batches.plan_steps(plan, federated, client, num_groups)
 
     monkeypatch.setattr(cohort, "plan_steps", plan_steps)
 
@@ -250,8 +219,8 @@ def test_rounded_uplinks_end_close_to_float32(
     plain = run_federation(flat, tmp_path / "plain")
     rounded = run_federation(flat | {"uplink-dtype": uplink}, tmp_path / "rounded")
     start = build_model(Config.from_flat(tiny | {"rank": 16, "target-modules": "all-linear"}).model, "layer", 3, seed=0)
-    moved = norm(difference(final(plain), start.read_adapter()))
-    assert 0 < norm(difference(final(rounded), final(plain))) < error * moved
+    moved = norm(difference(final_adapter(plain), start.read_adapter()))
+    assert 0 < norm(difference(final_adapter(rounded), final_adapter(plain))) < error * moved
     up = [sum(row["bytes_up"] for row in journal(directory)) for directory in (rounded, plain)]
     assert up[0] / up[1] == pytest.approx(share, rel=0.1)
 
@@ -263,7 +232,7 @@ def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_pa
     run_federation(flat, tmp_path / "first", grid=grid)
     second = run_federation(flat | {"seed": 1}, tmp_path / "second", grid=grid)
     alone = run_federation(flat | {"seed": 1}, tmp_path / "alone")
-    assert_equal(final(second), final(alone))
+    assert_equal(final_adapter(second), final_adapter(alone))
 
 
 def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tmp_path: Path) -> None:

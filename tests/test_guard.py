@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from copra_fl.simulation import guard
-from tests.real_runs import RealRun
+from tests.support.real_runs import RealRun
 
 #: the shell leaves behind a process that carries no mark, as Ray's agents do, and its parent is gone
 ORPHAN = "(env -i sleep 1000 & echo $! > pid); exec sleep 1000"

@@ -17,11 +17,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
-from copra_fl.adapters.state import load_checkpoint
 from server.strategy import FederationError
-from tests.local_grid import LocalGrid, run_federation
+from tests.support.federations import final_adapter
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
 
-Settings = dict[str, object]
 Meddle = Callable[[RecordDict, RecordDict | None], object]
 BAD_NODE, BAD_ROUND = 101, 2
 
@@ -53,14 +53,10 @@ def settings(tiny: Settings) -> Settings:
     return tiny | flat
 
 
-def final(directory: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
-
-
 @pytest.fixture(scope="module")
 def without(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, torch.Tensor]]:
     """The adapter where the client fails in round 2."""
-    yield final(run_federation(settings, tmp_path_factory.mktemp("without"), grid=HostileGrid(None)))
+    yield final_adapter(run_federation(settings, tmp_path_factory.mktemp("without"), grid=HostileGrid(None)))
 
 
 def change(by: Callable[[torch.Tensor], torch.Tensor]) -> Meddle:
@@ -142,7 +138,7 @@ def test_what_is_no_honest_update_is_refused_and_not_averaged(
     assert missing["client"] == 1
     assert missing["reason"].startswith("its node's reply was refused: ")
     assert re.search(reason, missing["reason"])
-    got = final(directory)
+    got = final_adapter(directory)
     assert all(torch.equal(got[name], without[name]) for name in without)
 
 
@@ -153,7 +149,7 @@ def test_an_honest_run_is_not_refused_and_is_another(
     directory = run_federation(settings, tmp_path / "run", grid=HostileGrid(lambda content, earlier: None))
     rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
     assert [row["missing"] for row in rows] == [[], []]
-    assert not torch.equal(final(directory)["head.weight"], without["head.weight"])
+    assert not torch.equal(final_adapter(directory)["head.weight"], without["head.weight"])
 
 
 @pytest.mark.parametrize(

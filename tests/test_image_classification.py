@@ -20,13 +20,13 @@ from copra_fl.data.federated import load_data
 from copra_fl.data.local import load_own
 from copra_fl.models import memory_plan
 from copra_fl.models.build import load_processor
+from copra_fl.models.export import load
 from copra_fl.sources.tables import file_table
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked.hidden_state_cache import PrefixCache
-from tests.local_grid import run_federation
-from tests.test_cohort import CASES, World, assert_alike
-
-Settings = dict[str, object]
+from tests.support.local_grid import run_federation
+from tests.support.tiny import Settings
+from tests.support.worlds import CASES, World, assert_alike
 
 LABELS = ("bars", "blot", "stripes")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -94,7 +94,7 @@ def table(photos: Path) -> pd.DataFrame:
     return pd.DataFrame({"image": [str(f.relative_to(photos)) for f in files], "label": [f.parent.name for f in files]})
 
 
-def load(settings: Settings) -> federated.FederatedData:
+def load_images(settings: Settings) -> federated.FederatedData:
     config = Config.from_flat(settings)
     return load_data(config, load_processor(config.model))
 
@@ -118,7 +118,7 @@ def test_every_form_gives_the_pixels_that_transformers_makes_of_the_files(
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "hugging-face.parquet")
     rows.assign(image=[content["bytes"] for content in contents]).to_parquet(tmp_path / "bytes.parquet")
     for form in (photos, beside / "paths.csv", tmp_path / "hugging-face.parquet", tmp_path / "bytes.parquet"):
-        federated = load(images | {"model": model, "dataset": str(form)})
+        federated = load_images(images | {"model": model, "dataset": str(form)})
         batch = federated.examples.batch(np.arange(len(rows)))
         assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
         torch.testing.assert_close(batch["pixel_values"], expected)
@@ -134,7 +134,7 @@ def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
         part.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / name, part)
     (tmp_path / "train" / "bars" / "notes.txt").write_text("not an image")
-    federated = load(images | {"dataset": str(tmp_path)})
+    federated = load_images(images | {"dataset": str(tmp_path)})
     assert len(federated.test) == 60 and len(federated.examples) == 240
 
     config = Config.from_flat(images | {"partitioner": "own", "labels": "bars,blot,stripes"})
@@ -146,7 +146,7 @@ def test_equal_images_are_not_both_learnt_and_tested(images: Settings, photos: P
     doubled = pd.concat([table(photos)] * 2, ignore_index=True)
     folder = shutil.copytree(photos, tmp_path / "twice")
     doubled.to_csv(folder / "twice.csv", index=False)
-    federated = load(images | {"dataset": str(folder / "twice.csv")})
+    federated = load_images(images | {"dataset": str(folder / "twice.csv")})
     assert federated.dropped_duplicates > 40
     pixels = federated.examples.batch(np.arange(480))["pixel_values"]
     learnt = {pixels[i].numpy().tobytes() for part in federated.train + federated.validation for i in part}
@@ -214,8 +214,8 @@ def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path
     (other / "blot").rename(other / "smudge")
     world = World(images | {"dataset": f"{photos}, {other}", "alpha": 1.0, "num-clients": 6})
     assert {label.split("/")[0] for label in world.data.label_names} == {photos.name, "other"}
-    alone = load(images | {"dataset": str(other), "alpha": 1.0, "num-clients": 3})
-    ours, theirs = (federated.examples.batch(federated.train[client]) for data, client in ((world.data, 3), (alone, 0)))
+    alone = load_images(images | {"dataset": str(other), "alpha": 1.0, "num-clients": 3})
+    ours, theirs = (data.examples.batch(data.train[client]) for data, client in ((world.data, 3), (alone, 0)))
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
@@ -233,14 +233,14 @@ def test_what_is_wrong_is_named(images: Settings, photos: Path, tiny_model: str,
     folder = shutil.copytree(photos, tmp_path / "broken")
     (folder / "blot" / "001.png").write_bytes(b"no image at all")
     with pytest.raises(ConfigError, match=r"image number 80 .* is none: cannot identify image"):
-        load(images | {"dataset": str(folder)})
+        load_images(images | {"dataset": str(folder)})
     table(photos).replace("bars/000.png", "bars/gone.png").to_csv(folder / "paths.csv", index=False)
     with pytest.raises(ConfigError, match=r"cannot read the image .*broken/bars/gone.png: No such file"):
-        load(images | {"dataset": str(folder / "paths.csv")})
+        load_images(images | {"dataset": str(folder / "paths.csv")})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"the folder .*empty has no images. It must have a subfolder for each label"):
         file_table("data-path", tmp_path / "empty")
     with pytest.raises(ConfigError, match="model = .* takes input_ids, no images"):
-        load(images | {"model": tiny_model})
+        load_images(images | {"model": tiny_model})
     with pytest.raises(ConfigError, match=r"unknown task 'images-classification'. Did you mean 'image-classification'"):
         tasks.find_task("images-classification")

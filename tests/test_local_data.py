@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
 from clients import warm_cache
@@ -26,31 +25,9 @@ from copra_fl.data.local import load_own
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from server.strategy import FederationError
-from tests.conftest import TOPICS, WORDS
-from tests.local_grid import LocalGrid, run_federation
-
-Settings = dict[str, object]
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-NAMES = [f"ward-{number}-admissions{suffix}" for number, suffix in enumerate(SUFFIXES)]
-
-
-def rows_of(site: int, number: int = 40) -> pd.DataFrame:
-    """Texts of known words, each with a word of its own that no other text in the world has."""
-    rng = np.random.default_rng(1000 + site)
-    labels = [TOPICS[(site + i) % 2] for i in range(number)]
-    texts = [f"patient{site}x{i} {' '.join(rng.choice(WORDS, 7))}" for i in range(number)]
-    return pd.DataFrame({"note": texts, "topic": labels, "hidden": range(number)})
-
-
-def write(rows: pd.DataFrame, path: Path) -> Path:
-    match path.suffix:
-        case ".csv":
-            rows.to_csv(path, index=False)
-        case ".jsonl":
-            rows.to_json(path, orient="records", lines=True)
-        case _:
-            rows.to_parquet(path)
-    return path
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.node_files import NAMES, Wire, leaks, rows_of, write
+from tests.support.tiny import Settings
 
 
 @pytest.fixture
@@ -58,15 +35,6 @@ def files(tmp_path: Path) -> list[Path]:
     folder = tmp_path / "own"
     folder.mkdir()
     return [write(rows_of(site), folder / name) for site, name in enumerate(NAMES)]
-
-
-@pytest.fixture
-def own(tiny: Settings, tmp_path: Path) -> Settings:
-    """The run's settings; the server's own file has other texts, and all three labels."""
-    texts = pd.read_csv(str(tiny["dataset"])).rename(columns={"text": "note", "label": "topic"})
-    texts.to_csv(tmp_path / "server.csv", index=False)
-    columns = {"text-column": "note", "label-column": "topic"}
-    return tiny | columns | {"dataset": str(tmp_path / "server.csv"), "partitioner": "own", "num-clients": 0}
 
 
 def nodes(files: list[Path], app: ClientApp = client_app) -> LocalGrid:
@@ -145,49 +113,6 @@ def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
         config = Config.from_flat(own | {"dataset": "", "labels": "a,b", "rule": rule, "local-training": "lora"})
         with pytest.raises(ConfigError, match=f"rule = '{rule}' does not combine with dataset = ''"):
             check(config)
-
-
-class Wire(LocalGrid):
-    """Keeps every message as the bytes that go over the wire, and its numbers."""
-
-    def __init__(self, files: list[Path], app: ClientApp = client_app) -> None:
-        super().__init__(len(files), app, [{"data-path": str(path)} for path in files])
-        self.messages: list[Message] = []
-
-    def answer(self, message: Message) -> Message:
-        reply = super().answer(message)
-        self.messages += [message, reply]
-        return reply
-
-    @property
-    def seen(self) -> bytes:
-        return b"".join(message_to_proto(message).SerializeToString() for message in self.messages)
-
-    @property
-    def numbers(self) -> Iterator[list[int | float]]:
-        """The lists of numbers in records: protobuf packs them, so that they are no plain bytes."""
-        for message in self.messages:
-            if message.has_content():
-                for record in [*message.content.metric_records.values(), *message.content.config_records.values()]:
-                    yield from (value for value in record.values() if isinstance(value, list))
-
-
-def leaks(grid: Wire, config: Config, files: list[Path]) -> list[str]:
-    """What of the nodes' files was seen: names, words that only one text has, runs of 6 tokens of an example."""
-    tokenizer = load_processor(config.model)
-    seen, found = grid.seen, []
-    numbers = [
-        " ".join(map(str, map(int, values))) for values in grid.numbers if set(map(type, values)) <= {int, float}
-    ]
-    for site, path in enumerate(files):
-        found += [path.name] if path.stem.encode() in seen else []
-        for text in rows_of(site)["note"]:
-            word, tokens = text.split()[0], tokenizer(text)["input_ids"][2:8]
-            found += [word] if word.encode() in seen else []
-            forms = [np.array(tokens, kind).tobytes() for kind in (np.int32, np.int64, np.float32, np.int16, np.uint8)]
-            if any(form in seen for form in forms) or any(" ".join(map(str, tokens)) in line for line in numbers):
-                found.append(f"tokens of {word}")
-    return found
 
 
 def test_nothing_of_the_files_is_in_any_message_or_in_the_run_folder(
@@ -309,7 +234,7 @@ def test_what_fails_in_training_is_told_without_its_words(
     monkeypatch.setattr("copra_fl.training.cohort.plan_steps", client_steps)
     grid = Wire(files)
     with pytest.raises(
-        FederationError, match=r"client 0 failed in round 1.*: ValueError at test_own_data.py:\d+ < coh"
+        FederationError, match=r"client 0 failed in round 1.*: ValueError at test_local_data.py:\d+ < coh"
     ):
         run_federation(own, tmp_path / "run", grid=grid)
     assert b"patient" not in grid.seen

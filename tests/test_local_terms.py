@@ -23,8 +23,8 @@ from copra_fl.training.plan import Plan
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked.linear import AdapterProduct
 from copra_fl.training.update import make_update
-from tests.test_cohort import Settings, World, assert_alike, jitter, relative_error
-from tests.test_residual import some_residual
+from tests.support.tiny import Settings
+from tests.support.worlds import World, assert_alike, jitter, random_residual, relative_error
 
 RANKS = {"client-ranks": "2,1,2,1,1,2"}
 HARSH = {"weight-decay": 0.1, "lora-dropout": 0.2}
@@ -52,7 +52,7 @@ def padded_starts(world: World) -> None:
 
 
 def residual(dense: bool) -> Callable[[World], None]:
-    return lambda world: world.plain.write_residual(some_residual(world.plain, dense))
+    return lambda world: world.plain.write_residual(random_residual(world.plain, dense))
 
 
 #: settings, round, and what is done to the world

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from server.messaging import exchange
-from tests.local_grid import LocalGrid
+from tests.support.local_grid import LocalGrid
 
 
 class SlowGrid(LocalGrid):

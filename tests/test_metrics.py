@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from copra_fl.deployment.metrics import of_nodes, of_runs
 from copra_fl.deployment.nodes import Node
 from copra_fl.reporting.results import load_run
-from tests.run_folders import write_run
+from tests.support.run_folders import write_run
 
 
 def told(*metrics: object) -> dict[tuple[str, str], float]:

@@ -10,7 +10,7 @@ import torch
 from copra_fl.config import Config, ModelConfig
 from copra_fl.models.build import build_model, resolve_compute
 from copra_fl.models.export import load, save
-from tests.test_bases import BATCH
+from tests.support.worlds import BATCH
 
 CPU = ModelConfig(device="cpu")
 FAST = [{"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False}, {"bf16": True}]

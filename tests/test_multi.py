@@ -27,14 +27,12 @@ from copra_fl.reporting.tables import by_dataset, table
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 from copra_fl.training.plan import Plan
 from copra_fl.training.single import train_client
-from tests.conftest import make_texts
-from tests.local_grid import run_federation
-from tests.rounds import make_round, random_adapter, update
-from tests.test_cohort import World, assert_alike, relative_error
-from tests.test_federation import final, journal
-from tests.test_probes_opening import finished
+from tests.support.federations import final_adapter, finished_run, journal
+from tests.support.local_grid import run_federation
+from tests.support.rounds import make_round, random_adapter, update
+from tests.support.tiny import Settings, make_texts
+from tests.support.worlds import World, assert_alike, relative_error
 
-Settings = dict[str, object]
 TOPICS, MOODS = slice(0, 3), slice(3, 5)
 
 
@@ -223,29 +221,29 @@ def by_hand(world: World, flat: Settings) -> Adapter:
 @pytest.fixture(scope="module")
 def run(two: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flat = two | {"path-pairs": 10, "weighting": "equal"}
-    return finished(flat, tmp_path_factory.mktemp("several") / "run")
+    return finished_run(flat, tmp_path_factory.mktemp("several") / "run")
 
 
 @pytest.mark.parametrize("engine", ["stacked", "peft"])
 def test_a_round_is_that_of_a_second_implementation(two: Settings, engine: str, tmp_path: Path) -> None:
     flat = two | {"num-rounds": 1, "engine": engine, "updates": "pooled", "weight-decay": 0.1}
-    found, expected = final(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
+    found, expected = final_adapter(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
     assert relative_error(found, expected) < 1e-5
 
 
 def test_a_server_optimiser_steps_over_the_whole_head(two: Settings, tmp_path: Path) -> None:
     """FedAvgM at rate 1 without momentum takes the average itself."""
     short = two | {"num-rounds": 1}
-    plain = final(run_federation(short, tmp_path / "plain"))
+    plain = final_adapter(run_federation(short, tmp_path / "plain"))
     flat = short | {"server-optimizer": "fedavgm", "server-momentum": 0.0}
-    stepped = final(run_federation(flat, tmp_path / "stepped"))
+    stepped = final_adapter(run_federation(flat, tmp_path / "stepped"))
     assert all(torch.allclose(stepped[name], tensor, atol=1e-6) for name, tensor in plain.items())
 
 
 def test_what_is_told_of_each_data_set(run: Path, two: Settings) -> None:
     """Oracle: the adapter of the last checkpoint and of the clients of the last round, evaluated here."""
     rows = journal(run)
-    world, adapter = World(two), {name: t for name, t in final(run).items() if "/" not in name}
+    world, adapter = World(two), {name: t for name, t in final_adapter(run).items() if "/" not in name}
     (validation,) = evaluate_each(world.plain, [adapter], world.data, world.data.server_validation, 64)
     told = rows[-1]["validation"]
     for name in ("topics", "moods"):
@@ -260,7 +258,7 @@ def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settin
     opened, world = load(run / "adapter", device="cpu"), World(two)
     assert opened.labels == world.data.label_names
     batch = world.data.examples.batch(world.data.datasets[1].among(world.data.test))
-    adapter = {name: t for name, t in final(run).items() if "/" not in name}
+    adapter = {name: t for name, t in final_adapter(run).items() if "/" not in name}
     (expected,) = evaluate_each(world.plain, [adapter], world.data, world.data.among(world.data.test, [1]), 64)
     with torch.inference_mode():
         logits = opened.model(**opened.processor(["sea1 sea2 sky3"], return_tensors="pt"))

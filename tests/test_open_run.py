@@ -13,16 +13,8 @@ from copra_fl.config import Config
 from copra_fl.probes.open_run import OpenRun, State, open_run, open_runs, plain
 from copra_fl.reporting.results import ResultsError
 from server.strategy import CohortStrategy
-from tests.local_grid import run_federation
-
-Settings = dict[str, object]
-
-
-def finished(flat: Settings, directory: Path) -> Path:
-    """The folder of a finished run, as `copra-fl simulate` leaves it."""
-    run_federation(flat, directory)
-    (directory / "config.toml").write_text(Config.from_flat(flat).to_toml())
-    return directory
+from tests.support.federations import finished_run
+from tests.support.tiny import Settings
 
 
 @pytest.fixture
@@ -53,7 +45,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, Adapter]]:
 def test_clients_trained_again_are_those_of_the_federation(
     tiny: Settings, changes: Settings, updates: dict[int, dict[int, Adapter]], tmp_path: Path
 ) -> None:
-    run = open_run(finished(tiny | changes, tmp_path / "run"))
+    run = open_run(finished_run(tiny | changes, tmp_path / "run"))
     for server_round in (1, 2):
         again = run.clients(server_round)
         assert list(again) == sorted(updates[server_round])
@@ -68,7 +60,7 @@ def test_clients_trained_again_are_those_of_the_federation(
 
 def test_the_final_model_scores_as_in_the_summary(tiny: Settings, tmp_path: Path) -> None:
     """With a residual, so that it must be there; as plain adapters too, whatever becomes of the residual."""
-    directory = finished(tiny | {"rule": "fedex-lora"}, tmp_path / "run")
+    directory = finished_run(tiny | {"rule": "fedex-lora"}, tmp_path / "run")
     run, summary = open_run(directory), json.loads((directory / "summary.json").read_text())
     assert run.score([run.adapter], "test") == [pytest.approx(summary["test"], rel=1e-6)]
     assert run.score([run.adapter]) == [pytest.approx(summary["validation"], rel=1e-6)]
@@ -86,7 +78,7 @@ def test_the_final_model_scores_as_in_the_summary(tiny: Settings, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
-    return open_run(finished(tiny, tmp_path_factory.mktemp("runs") / "run"))
+    return open_run(finished_run(tiny, tmp_path_factory.mktemp("runs") / "run"))
 
 
 def test_rounds_that_are_not_there(run: OpenRun) -> None:

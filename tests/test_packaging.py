@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real_runs import RealRun, settings
+from tests.support.real_runs import RealRun, settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,9 +15,8 @@ from copra_fl.probes.open_run import OpenRun
 from copra_fl.training.evaluation import evaluate
 from experiments import papers
 from experiments.papers_summary import pseudo_values, summarise
-from tests.conftest import NUM_LAYERS
+from tests.support.tiny import NUM_LAYERS, Settings
 
-Settings = dict[str, object]
 RATE = 0.02
 KEPT = ("model", "dataset", "rank", "max-length", "server-validation-examples", "test-examples", "device", "dtype")
 

@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import comb
 from scipy.stats import norm as normal
 
-from copra_fl.adapters.state import load_checkpoint, norm
+from copra_fl.adapters.state import norm
 from copra_fl.aggregation import RULES, check
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.aggregation.private import clip, private_average
@@ -21,11 +21,10 @@ from copra_fl.aggregation.rule import ALL
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.config import Config, ConfigError, PrivacyConfig
 from server.privacy_budget import Budget, open_secret
-from tests.local_grid import LocalGrid, run_federation
-from tests.rounds import make_round, random_adapter, random_round, update
-from tests.test_federation import Stop, StoppingGrid
-
-Settings = dict[str, object]
+from tests.support.federations import Stop, StoppingGrid, final_adapter
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.rounds import make_round, random_adapter, random_round, update
+from tests.support.tiny import Settings
 
 
 def gaussian_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
@@ -164,10 +163,6 @@ def journal(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
 
 
-def final(directory: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
-
-
 def test_every_journal_line_says_what_has_been_spent(private: Settings, tmp_path: Path) -> None:
     directory = run_federation(private, tmp_path / "run")
     rows = journal(directory)
@@ -181,7 +176,7 @@ def test_every_journal_line_says_what_has_been_spent(private: Settings, tmp_path
 
 def test_noise_cannot_be_drawn_again_from_the_seed(private: Settings, tmp_path: Path) -> None:
     """Two runs of one configuration differ, by about as much as their noise: sqrt(2 P) z C / 6 in a round."""
-    a, b = (final(run_federation(private | {"num-rounds": 1}, tmp_path / name)) for name in "ab")
+    a, b = (final_adapter(run_federation(private | {"num-rounds": 1}, tmp_path / name)) for name in "ab")
     apart = norm({name: a[name].double() - b[name].double() for name in a})
     size = sum(tensor.numel() for tensor in a.values())
     assert apart == pytest.approx(math.sqrt(2 * size) * 0.8 * 0.02 / 6, rel=0.1)
@@ -198,7 +193,7 @@ def test_a_private_run_resumes_with_the_same_noise_sample_and_epsilon(private: S
         run_federation(flat, tmp_path / "stopped", grid=StoppingGrid(2, 3))
     assert (tmp_path / "stopped" / "dp-secret").exists() and len(journal(tmp_path / "stopped")) in (1, 2)
     resumed = run_federation(flat, tmp_path / "stopped")
-    got, wanted = final(resumed), final(whole)
+    got, wanted = final_adapter(resumed), final_adapter(whole)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert [row["privacy"] for row in journal(resumed)] == [row["privacy"] for row in journal(whole)]
     assert {row["privacy"]["sampling_rate"] for row in journal(whole)} == {0.5}

@@ -16,8 +16,9 @@ from copra_fl.adapters.state import Adapter
 from copra_fl.cli import app
 from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
 from copra_fl.probes.open_run import OpenRun, open_run, plain
-from tests.browser import check_page, needs_chromium
-from tests.test_probes_opening import Settings, finished
+from tests.support.browser import check_page, needs_chromium
+from tests.support.federations import finished_run
+from tests.support.tiny import Settings
 
 
 def bowl(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
@@ -75,7 +76,7 @@ def test_the_matrix_is_symmetric_with_a_diagonal_of_zeros() -> None:
 @pytest.fixture(scope="module")
 def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return open_run(finished(tiny | {"num-clients": 3, "learning-rate": 0.05, "local-training": "lora"}, directory))
+    return open_run(finished_run(tiny | {"num-clients": 3, "learning-rate": 0.05, "local-training": "lora"}, directory))
 
 
 def test_the_product_path_of_a_real_model_begins_and_ends_with_its_adapters(run: OpenRun) -> None:
@@ -110,7 +111,7 @@ def test_the_command_on_clients_of_a_round(run: OpenRun, tmp_path: Path) -> None
 
 
 def test_the_command_on_rounds_and_on_runs(run: OpenRun, tiny: Settings, tmp_path: Path) -> None:
-    other = finished(tiny | {"seed": 1, "rank": 3, "num-rounds": 1, "num-clients": 3}, tmp_path / "other")
+    other = finished_run(tiny | {"seed": 1, "rank": 3, "num-rounds": 1, "num-clients": 3}, tmp_path / "other")
     short = ["--points", "3", "--output", str(tmp_path / "page")]
     for places, names in (
         ([str(run.directory), "--rounds", "0,2"], ["round 0", "round 2"]),
@@ -129,7 +130,7 @@ def test_product_paths_where_rules_change_w0_or_have_a_core(
 ) -> None:
     """FLoRA changes W0 in each round, so its factors do not go together; Fed-SB's B and A never change."""
     flat = tiny | {"rule": rule, "local-training": "lora", "learning-rate": 0.05}
-    directory = finished(flat, tmp_path / "run")
+    directory = finished_run(flat, tmp_path / "run")
     arguments = ["probe", "connectivity", str(directory), "--rounds", "1,2", "--points", "3"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -15,8 +15,9 @@ from copra_fl.cli import app
 from copra_fl.probes.merging import MERGES, Merge, merge
 from copra_fl.probes.open_run import open_run
 from copra_fl.reporting import report
-from tests.test_probes_opening import Settings, finished
-from tests.test_report import num_figures
+from tests.support.federations import finished_run
+from tests.support.run_folders import num_figures
+from tests.support.tiny import Settings
 
 A, B = "base_model.model.layer.0.query.lora_A.weight", "base_model.model.layer.0.query.lora_B.weight"
 
@@ -72,7 +73,7 @@ def test_ties_keeps_what_agrees_and_dare_depends_on_its_seed() -> None:
 
 def test_the_command_on_clients_and_on_runs(tiny: Settings, tmp_path: Path) -> None:
     flat = tiny | {"num-clients": 3, "local-training": "lora", "rule": "fedavg"}
-    run = finished(flat, tmp_path / "run")
+    run = finished_run(flat, tmp_path / "run")
     result = CliRunner().invoke(app, ["probe", "merge", str(run), "--split", "test"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     facts = json.loads((run / "probe-merge.json").read_text())
@@ -87,7 +88,7 @@ def test_the_command_on_clients_and_on_runs(tiny: Settings, tmp_path: Path) -> N
     (run / "probe-merge.figures.json").unlink()
     assert shown == num_figures(run) + 1
     assert "DARE: seed 0" in (run / "probe-merge.html").read_text()
-    other = finished(flat | {"seed": 1, "rank": 3}, tmp_path / "other")
+    other = finished_run(flat | {"seed": 1, "rank": 3}, tmp_path / "other")
     result = CliRunner().invoke(app, ["probe", "merge", str(run), str(other)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     facts = json.loads((run / "probe-merge.json").read_text())

@@ -1,4 +1,4 @@
-"""`copra-fl probe shapley` and `copra-fl probe prune` on real finished runs of the tiny world."""
+"""`copra-fl probe shapley` and `copra-fl probe prune` on real finished_run runs of the tiny world."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from copra_fl.cli import app
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import Game, Whole, solve
 from copra_fl.probes.open_run import OpenRun, Progress, open_run
-from tests.browser import check_page, needs_chromium
-from tests.test_probes_opening import finished
+from tests.support.browser import check_page, needs_chromium
+from tests.support.federations import finished_run
+from tests.support.tiny import Settings
 
-Settings = dict[str, object]
 TRAINED: Settings = {"learning-rate": 0.02, "local-steps": 12, "target-modules": "all-linear"}
 
 
@@ -25,7 +25,7 @@ TRAINED: Settings = {"learning-rate": 0.02, "local-steps": 12, "target-modules":
 def runs(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """LoRA and CopRA of one seed."""
     folder = tmp_path_factory.mktemp("runs")
-    return [finished(tiny | TRAINED | {"local-training": name}, folder / name) for name in ("lora", "copra")]
+    return [finished_run(tiny | TRAINED | {"local-training": name}, folder / name) for name in ("lora", "copra")]
 
 
 def probe(name: str, runs: list[Path], output: Path, *options: str) -> tuple[dict[str, Any], str]:
@@ -136,7 +136,7 @@ def test_the_page_of_prunings_opens(pruned: tuple[dict[str, Any], str, Path]) ->
 
 def test_what_aggregation_added_to_the_base_is_pruned_too(tiny: Settings, tmp_path: Path) -> None:
     """FLoRA's own adapter is zero after each round: all it has learnt is in the residual."""
-    run = finished(tiny | TRAINED | {"rule": "flora", "target-modules": "query,value"}, tmp_path / "flora")
+    run = finished_run(tiny | TRAINED | {"rule": "flora", "target-modules": "query,value"}, tmp_path / "flora")
     facts, printed = probe("prune", [run], tmp_path)
     points = {point["name"]: point for point in facts["prunings"][0]["points"]}
     validation = summary(run)["validation"]

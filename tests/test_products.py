@@ -12,7 +12,7 @@ from copra_fl.aggregation import RULES
 from copra_fl.aggregation.products import aggregation_error, as_residual, best_rank, frobenius, ideal, modules, stack
 from copra_fl.aggregation.rule import Outcome
 from copra_fl.aggregation.rules.fedavg import fedavg
-from tests.rounds import (
+from tests.support.rounds import (
     MODULES,
     D,
     K,

@@ -12,7 +12,7 @@ from copra_fl.models import adapted
 from copra_fl.models.build import build_model
 from copra_fl.probes import pruned_adapters
 from copra_fl.training.stacked import StackedModel
-from tests.test_cohort import jitter
+from tests.support.worlds import jitter
 
 BLOCK = "base_model.model.encoder.layer"
 

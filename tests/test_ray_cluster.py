@@ -18,10 +18,9 @@ from ray.cluster_utils import Cluster as LocalCluster
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.simulation.ray_cluster import Cluster, Machine, check, differences, look, reachable, share, whole_share
-from tests.real_runs import RealRun, settings
-from tests.test_simulate import final
-
-Settings = dict[str, object]
+from tests.support.federations import final_adapter
+from tests.support.real_runs import RealRun, settings
+from tests.support.tiny import Settings
 
 
 def machines(*sizes: tuple[float, float]) -> Cluster:
@@ -160,6 +159,6 @@ def test_two_nodes_train_and_give_what_one_machine_gives(
     assert seen == raylets and len(raylets) == 2
     assert "2 workers on a Ray cluster of 2 machines, 1 cores and 0 GPUs each" in err
     RealRun(["simulate", *mine, "--workers", "2", "--output", "here"], tmp_path).finish()
-    expected, reached = final(tmp_path / "here"), final(tmp_path / "cluster")
+    expected, reached = final_adapter(tmp_path / "here"), final_adapter(tmp_path / "cluster")
     assert all(torch.equal(reached[name], expected[name]) for name in expected)
     assert json.loads(out)["rounds"] == 3

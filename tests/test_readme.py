@@ -15,15 +15,9 @@ import psutil
 import pytest
 
 from copra_fl.reporting import report
-from tests.browser import check_page, needs_chromium
-from tests.test_report import num_figures
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+from tests.support.browser import check_page, needs_chromium
+from tests.support.documents import README, ROOT, blocks
+from tests.support.run_folders import num_figures
 
 
 def commands() -> list[str]:

@@ -20,8 +20,8 @@ from copra_fl.reporting.results import ResultsError, load_comparison, load_run, 
 from copra_fl.reporting.statistics import estimate, metrics, summarize
 from copra_fl.reporting.tables import COLUMNS, header_and_rows, ranking, rows, table
 from copra_fl.reporting.verdict import verdict
-from tests.browser import check_page, needs_chromium
-from tests.run_folders import goals, many_methods, write_comparison, write_run
+from tests.support.browser import check_page, needs_chromium
+from tests.support.run_folders import goals, many_methods, num_figures, write_comparison, write_run
 
 
 @pytest.fixture
@@ -227,11 +227,6 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
 
 
 # --- the page -----------------------------------------------------------------------------
-
-
-def num_figures(folder: Path) -> int:
-    loaded = load_comparison(folder)
-    return sum(len(section.figures) for section in sections(loaded, summarize(loaded)))
 
 
 def test_every_figure_is_there(comparison: Path) -> None:

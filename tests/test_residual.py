@@ -14,28 +14,11 @@ from transformers import AutoModel
 from copra_fl.adapters import residual
 from copra_fl.adapters.state import Adapter
 from copra_fl.config import Config
-from copra_fl.models import adapted
 from copra_fl.models.build import build_model
 from copra_fl.models.export import load, save
 from copra_fl.tasks.classification import pool
-from tests.test_bases import BATCH
-from tests.test_cohort import Settings, World, assert_alike, jitter
-
-QUERY = "base_model.model.encoder.layer.0.attention.self.query"
-
-
-def some_residual(model: adapted.AdaptedModel, dense: bool, size: float = 0.1) -> Adapter:
-    """For all adapted modules but one; in factors of rank 3 unless `dense`."""
-    stream = torch.Generator().manual_seed(7)
-    drawn: Adapter = {}
-    for name in sorted(model.linears)[1:]:
-        d, k = model.linears[name].weight.shape
-        if dense:
-            drawn[f"{name}.residual"] = size * torch.randn(d, k, generator=stream)
-        else:
-            drawn[f"{name}.residual_B"] = size * torch.randn(d, 3, generator=stream)
-            drawn[f"{name}.residual_A"] = size * torch.randn(3, k, generator=stream)
-    return drawn
+from tests.support.tiny import Settings
+from tests.support.worlds import BATCH, World, assert_alike, jitter, random_residual
 
 
 def changed_for_real(world: World, change: Adapter) -> None:
@@ -51,7 +34,7 @@ def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, ta
     """Oracle: the same model with a base whose weights are other ones. Predictions, gates open and closed; training."""
     flat = tiny | {"local-steps": 10, "num-rounds": 4, "target-modules": target}
     beside, inside = World(flat, double=True), World(flat, double=True)
-    change = some_residual(beside.plain, dense)
+    change = random_residual(beside.plain, dense)
     beside.plain.write_residual(change)
     changed_for_real(inside, change)
     with torch.inference_mode():
@@ -72,8 +55,8 @@ def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -
     model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with torch.inference_mode():
         before = model(**BATCH)
-        model.write_residual(some_residual(model, True))
-        model.write_residual(some_residual(model, False))
+        model.write_residual(random_residual(model, True))
+        model.write_residual(random_residual(model, False))
         assert not torch.allclose(model(**BATCH), before)
         model.write_residual({})
         assert torch.equal(model(**BATCH), before)
@@ -82,7 +65,7 @@ def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -
 
 def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
     world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
-    world.plain.write_residual(some_residual(world.plain, True))
+    world.plain.write_residual(random_residual(world.plain, True))
     assert {matrix.dtype for matrices in world.plain.beside.values() for matrix in matrices} == {torch.bfloat16}
     for update in world.together(0, 1):
         assert_alike(update, world.alone(update.client), 0.02)
@@ -131,7 +114,7 @@ def test_what_is_saved_computes_the_same_in_stock_peft(
     config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
     model = build_model(config, "layer", 3, seed=0, core=core)
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))
-    change = {} if dense is None else some_residual(model, dense)
+    change = {} if dense is None else random_residual(model, dense)
     model.write_residual(change)
     save(model, tmp_path, ["a", "b", "c"], change)
     base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager")

@@ -13,15 +13,14 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config, ConfigError
 from copra_fl.provenance import library_digest
 from copra_fl.wire import Hello, pack_hello
 from server.handshake import CLIENTS
 from server.strategy import FederationError
-from tests.local_grid import LocalGrid, run_federation
-
-Settings = dict[str, object]
+from tests.support.federations import final_adapter
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
 
 
 class SilentGrid(LocalGrid):
@@ -54,10 +53,6 @@ def clients(directory: Path) -> list[list[int]]:
     return [[client["client"] for client in row["clients"]] for row in journal(directory)]
 
 
-def final(directory: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
-
-
 def test_a_lost_client_is_named_and_not_waited_for_beyond_the_deadline(settings: Settings, tmp_path: Path) -> None:
     """Client 1 is away in round 2, and back in round 3."""
     started = time.monotonic()
@@ -79,7 +74,7 @@ def test_a_round_that_cannot_reach_k_stops_and_can_be_resumed(settings: Settings
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-00001.safetensors"]
     resumed = run_federation(flat, tmp_path / "run", grid=LocalGrid(3))
     whole = run_federation(flat, tmp_path / "whole", grid=LocalGrid(3))
-    got, wanted = final(resumed), final(whole)
+    got, wanted = final_adapter(resumed), final_adapter(whole)
     assert clients(resumed) == [[0, 1, 2]] * 3 and all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 

@@ -18,10 +18,9 @@ from copra_fl.aggregation import RULES
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
-from tests.local_grid import LocalGrid, run_federation
-from tests.test_federation import Stop, StoppingGrid, assert_equal, final, journal
-
-Settings = dict[str, object]
+from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
 
 LOCAL_TERMS = [
     {"server-optimizer": "fedavgm"},
@@ -50,7 +49,7 @@ def resumes_bitwise(flat: Settings, directory: Path) -> Path:
     whole = run_federation(flat, directory / "whole")
     with pytest.raises(Stop):
         run_federation(flat, directory / "stopped", grid=StoppingGrid(2, 3))
-    assert_equal(final(whole), final(run_federation(flat, directory / "stopped")))
+    assert_equal(final_adapter(whole), final_adapter(run_federation(flat, directory / "stopped")))
     return whole
 
 
@@ -60,7 +59,7 @@ def test_every_rule_runs_twice_and_resumes_bitwise_equal(
     tiny: Settings, rule: str, engine: str, tmp_path: Path
 ) -> None:
     flat = tiny | settings_of(rule) | {"engine": engine}
-    moved = parts(final(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "head"})
+    moved = parts(final_adapter(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "head"})
     assert all(torch.isfinite(tensor).all() for tensor in moved.values())
 
 
@@ -70,7 +69,7 @@ def test_local_terms_and_server_optimisers_resume_bitwise_equal(
 ) -> None:
     whole = resumes_bitwise(tiny | {"local-training": "copra", "p0": 0.3} | changes, tmp_path)
     plain = run_federation(tiny | {"local-training": "copra", "p0": 0.3}, tmp_path / "plain")
-    assert norm(difference(final(plain), final(whole))) > 1e-4, "it makes a difference"
+    assert norm(difference(final_adapter(plain), final_adapter(whole))) > 1e-4, "it makes a difference"
 
 
 @pytest.mark.slow
@@ -78,7 +77,9 @@ def test_local_terms_and_server_optimisers_resume_bitwise_equal(
 def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_path: Path) -> None:
     """One round of sgd, since adam's first step makes a sign of a rounding error."""
     flat = tiny | settings_of(rule) | {"num-rounds": 1, "optimizer": "sgd", "learning-rate": 0.1}
-    ours, peft = (final(run_federation(flat | {"engine": engine}, tmp_path / engine)) for engine in ("stacked", "peft"))
+    ours, peft = (
+        final_adapter(run_federation(flat | {"engine": engine}, tmp_path / engine)) for engine in ("stacked", "peft")
+    )
     for name, tensor in ours.items():
         assert torch.allclose(tensor, peft[name], atol=1e-4, rtol=1e-3), name
 
@@ -143,7 +144,7 @@ def test_fedsa_keeps_b_and_head_with_each_client_and_has_no_global_model(tiny: S
     assert summary["personal"] and summary["test"] is None and summary["validation"] is None
     assert not (directory / "adapter").exists()
     assert [client["client"] for client in summary["clients"]] == list(range(6))
-    before, after = start(tiny), final(directory)
+    before, after = start(tiny), final_adapter(directory)
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) == (part_of(name) != "A"), name
     alone = run_federation(tiny | {"local-training": "lora", "local-steps": 20}, tmp_path / "alone")

@@ -17,7 +17,7 @@ from copra_fl.aggregation.ranks import pad, relative_scaling, rescale
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.server_optimizers import SERVER_OPTIMIZERS
 from copra_fl.config import Config
-from tests.rounds import (
+from tests.support.rounds import (
     MODULES,
     D,
     K,

@@ -19,7 +19,7 @@ from copra_fl.aggregation import RULES
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.rules.fedrot_lora import rotation
-from tests.rounds import MODULES, make_round, random_adapter, update
+from tests.support.rounds import MODULES, make_round, random_adapter, update
 
 M = MODULES[0]
 A, B, CORE, RESIDUAL = f"{M}.lora_A.weight", f"{M}.lora_B.weight", f"{M}.lora_R.weight", f"{M}.residual"

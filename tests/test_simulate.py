@@ -14,17 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config
 from copra_fl.simulation.progress import watch
 from copra_fl.simulation.superlink import RunFailed, Workers, superlink
-from tests.real_runs import RealRun, settings
-
-Settings = dict[str, object]
-
-
-def final(directory: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
+from tests.support.federations import final_adapter
+from tests.support.real_runs import RealRun, settings
+from tests.support.tiny import Settings
 
 
 def num_rounds(directory: Path) -> int:
@@ -57,7 +52,7 @@ def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, st
     summary = json.loads(out)
     assert summary["test"]["accuracy"] > 0.5
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(long["model"])), str(directory / "adapter"))
-    last = final(directory)
+    last = final_adapter(directory)
     for name, parameter in encoder.named_parameters():
         if ".lora_" in name:
             assert torch.equal(parameter, last[name.replace(".default.", ".")])
@@ -79,7 +74,7 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
     assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
     RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
-    expected, resumed = final(undisturbed[0]), final(directory)
+    expected, resumed = final_adapter(undisturbed[0]), final_adapter(directory)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     again = json.loads((directory / "summary.json").read_text())
     assert again["test"] == json.loads(undisturbed[1])["test"]

@@ -22,9 +22,7 @@ from copra_fl.training.batches import data_order
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
 from copra_fl.training.plan import Plan, num_steps, num_trained
 from copra_fl.training.single import train_client
-from tests.conftest import NUM_LAYERS
-
-Settings = dict[str, object]
+from tests.support.tiny import NUM_LAYERS, Settings
 
 
 @pytest.fixture

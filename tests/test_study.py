@@ -17,9 +17,9 @@ from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
 from copra_fl.simulation.recipes import Recipe
-from tests.browser import check_page, needs_chromium
-from tests.real_runs import RealRun
-from tests.run_folders import write_run
+from tests.support.browser import check_page, needs_chromium
+from tests.support.real_runs import RealRun
+from tests.support.run_folders import write_run
 
 RATES = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
 

@@ -24,9 +24,9 @@ from copra_fl.sources.tables import TableError
 from copra_fl.tasks import Inputs, Task, find_task
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 from copra_fl.training.evaluation import evaluate
-from tests.test_cohort import World, assert_alike
+from tests.support.tiny import Settings
+from tests.support.worlds import World, assert_alike
 
-Settings = dict[str, object]
 GUIDE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
 from copra_fl.trackers import checked
 from copra_fl.trackers.feed import Tracking
-from tests.local_grid import run_federation
+from tests.support.local_grid import run_federation
 
 Rows = list[dict[str, Any]]
 

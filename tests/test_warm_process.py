@@ -19,7 +19,7 @@ from clients import warm_process
 from clients.warm_process import ResidentError
 from copra_fl import wire
 from copra_fl.config import Config
-from tests.local_grid import LocalGrid, run_federation
+from tests.support.local_grid import LocalGrid, run_federation
 
 WARM = {"keep-warm": 60}
 

@@ -1,6 +1,6 @@
 """A deployment without TLS, every byte between nodes and SuperLink recorded: nothing of the nodes' data is in it.
 
-What messages hold is looked at in test_own_data.py; here it is what Flower makes of them, on a real connection.
+What messages hold is looked at in test_local_data.py; here it is what Flower makes of them, on a real connection.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import pytest
 from copra_fl.config import Config, toml_value
 from copra_fl.simulation.superlink import copy_app, free_port
 from experiments.deployment import SCRIPTS, environment, running, wait_for
-from tests.test_own_data import Settings, leaks, own, rows_of, write
-
-__all__ = ["own"]  # a fixture
+from tests.support.node_files import leaks, rows_of, write
+from tests.support.tiny import Settings
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What a self-contained page is made of: figures in one style, tables, sections; and the page itself.
 
-`render` puts them into ``page.html.j2`` with plotly.js inline. The page needs no network, and its content security
+`render` puts them into ``html.html.j2`` with plotly.js inline. The page needs no network, and its content security
 policy makes the browser refuse to use one.
 """
 
@@ -112,7 +112,7 @@ def render(
     sections: Sequence[Section],
 ) -> str:
     """The page, as HTML: `results` are at its top, `sections` below."""
-    template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("html.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

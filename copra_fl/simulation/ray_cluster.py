@@ -179,8 +179,8 @@ def check(cluster: Cluster, configs: Sequence[Config]) -> None:
             raise ConfigError(
                 f"{who} has a cache of its own, but with rule = {stateful[0].aggregation.rule!r}, control-variates = "
                 f"{stateful[0].aggregation.control_variates} and uplink-dtype = "
-                f"{stateful[0].federation.uplink_dtype!r} clients leave something there for their next round, which any machine may train: set COPRA_FL_CACHE to a "
-                "folder that all machines share"
+                f"{stateful[0].federation.uplink_dtype!r} clients leave state there for their next round, "
+                "which any machine may train: set COPRA_FL_CACHE to a folder that all machines share"
             )
     if cluster.free_cpus < cluster.cpus or cluster.free_gpus < cluster.gpus:
         raise ConfigError(

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from copra_fl.adapters.state import Adapter, load_checkpoint
 from copra_fl.simulation.superlink import free_port
-from tests.real_runs import SCRIPT
+from tests.support.real_runs import SCRIPT
+from tests.support.tiny import Settings
 
 ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 NUM_CLIENTS = 3
 PATIENCE = 1500
-
-Settings = dict[str, object]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,8 +124,3 @@ def undisturbed(deployment: Containers, settings: Settings) -> Path:
     """A run of three rounds that nothing happens to: its folder."""
     deployment.finish(deployment.start_run("undisturbed", settings))
     return deployment.root / "runs" / "undisturbed"
-
-
-def final(directory: Path) -> Adapter:
-    """The global adapter of a run's newest checkpoint."""
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]

@@ -14,14 +14,15 @@ from transformers import AutoModel
 
 from copra_fl.deployment import certificates
 from copra_fl.deployment.layout import Folder
-from tests.containers.conftest import Containers, final
+from tests.containers.conftest import Containers
+from tests.support.federations import final_adapter
 
 
 def test_a_run_over_three_clients_ends_in_an_adapter_that_peft_opens(undisturbed: Path, tiny_model: str) -> None:
     rows = [json.loads(line) for line in (undisturbed / "journal.jsonl").read_text().splitlines()]
     assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1, 2]] * 3
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), str(undisturbed / "adapter"))
-    last = final(undisturbed)
+    last = final_adapter(undisturbed)
     parameters = {name: each for name, each in encoder.named_parameters() if ".lora_" in name}
     assert parameters
     for name, parameter in parameters.items():

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers, Settings, final
+from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers
+from tests.support.federations import final_adapter
+from tests.support.tiny import Settings
 
 SERVICES = ["superlink", *(f"client-{number}" for number in range(NUM_CLIENTS))]
 
@@ -24,7 +26,7 @@ def patient(settings: Settings) -> Settings:
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:
-    found, expected = final(run), final(undisturbed)
+    found, expected = final_adapter(run), final_adapter(undisturbed)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

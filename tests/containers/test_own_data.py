@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.conftest import make_texts
-from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers, Settings
+from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers
+from tests.support.tiny import Settings, make_texts
 
 
 @pytest.fixture(scope="module")

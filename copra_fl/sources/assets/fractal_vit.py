@@ -10,7 +10,6 @@ from copra_fl.sources.assets.asset import Asset, Progress
 
 def find_fractal_vit(asset: Asset, staging: Path, on_progress: Progress) -> Path:
     """Its weights, which lie beside this file: nothing is downloaded."""
-    staging.mkdir()
     return Path(__file__).parent / asset.name / "model.safetensors"
 
 

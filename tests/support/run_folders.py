@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from copra_fl.config import Config
+from copra_fl.reporting.report import sections
+from copra_fl.reporting.results import load_comparison
+from copra_fl.reporting.statistics import summarize
 
 LAYERS = [f"encoder.layer.{index}" for index in range(6)]
 MODULES = [f"{layer}.attention.self.{name}" for layer in LAYERS for name in ("query", "value")]
@@ -161,3 +164,8 @@ def many_methods() -> list[str]:
     ]
     rules += ["fedrot-lora", "fed-sb", "median", "trimmed-mean", "norm-clipped"]
     return ["lora", "copra", *(f"{rule}{copra}" for rule in rules for copra in ("", "+copra")), "fedsa-lora"]
+
+
+def num_figures(folder: Path) -> int:
+    loaded = load_comparison(folder)
+    return sum(len(section.figures) for section in sections(loaded, summarize(loaded)))
