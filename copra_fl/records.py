@@ -1,0 +1,246 @@
+"""Records of a run: the schema of ``journal.jsonl``, ``summary.json`` and ``provenance.json``.
+
+The server writes them (`server.journal`), `reporting.results` reads them, and nothing else parses these files.
+A field that the run did not measure is None or empty, never absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class RecordError(ValueError):
+    """A record that does not follow the schema. The message names the fields and what is wrong with them."""
+
+
+class Record(BaseModel):
+    """A record: immutable, without unknown fields, as one JSON object."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return the record as JSON; a number that is not finite is NaN or Infinity, as Python writes it."""
+        return self.model_dump_json(indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Parse `to_json`'s output. Raises RecordError for another schema: runs of other versions are not readable."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'the record'}: {problem['msg']}" for problem in error.errors()
+            )
+            raise RecordError(f"not a {cls.__name__} of this version of copra-fl: {problems}") from None
+
+
+class Evaluation(Record):
+    """Metrics of a model on `examples` examples.
+
+    Attributes:
+        loss: mean over targets, in nats.
+        accuracy: share of targets predicted correctly, in [0, 1].
+        metrics: the task's own, such as ``perplexity``.
+        datasets: the same for each data set, where there are several; then the other fields are means over data sets.
+    """
+
+    loss: float
+    accuracy: float
+    examples: int
+    metrics: dict[str, float] = {}
+    datasets: dict[str, Evaluation] = {}
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> Evaluation:
+        """Return the record of what `training.evaluation.evaluate_each` measured of one adapter."""
+        known = {name: measured[name] for name in ("loss", "accuracy", "examples")}
+        datasets = {name: cls.of(metrics) for name, metrics in measured.get("datasets", {}).items()}
+        metrics = {name: value for name, value in measured.items() if name not in known and name != "datasets"}
+        return cls(**known, metrics=metrics, datasets=datasets)
+
+
+class MergeGap(Record):
+    """Metrics of the average minus the mean of the clients' own adapters: accuracy above 0 is better than its parts.
+
+    Attributes:
+        datasets: the same for each data set, where there are several.
+    """
+
+    loss: float
+    accuracy: float
+    datasets: dict[str, MergeGap] = {}
+
+
+class ClientRecord(Record):
+    """Training of one client in one round.
+
+    Attributes:
+        examples: training examples the client holds.
+        active_steps: per gate group, the optimizer steps in which its adapters were on.
+        loss: mean over the steps.
+        steps: optimizer steps.
+        seconds: of its training; clients that trained together have equal shares.
+        distance: Euclidean norm of the change of its adapter.
+    """
+
+    client: int
+    examples: int
+    active_steps: tuple[float, ...]
+    loss: float
+    steps: float
+    seconds: float
+    distance: float
+
+
+class MissingClient(Record):
+    """A sampled client without a valid update, and the reason."""
+
+    client: int
+    reason: str
+
+
+class AggregationError(Record):
+    """Relative Frobenius error of the new global adapter against the average of products (`products`).
+
+    Attributes:
+        layers: the same by adapted module.
+    """
+
+    total: float
+    layers: dict[str, float]
+
+
+class LinePath(Record):
+    """Loss and accuracy on the line between two clients' adapters (`adapters.interpolation.Path`), at points `u`."""
+
+    clients: tuple[int, int]
+    u: tuple[float, ...]
+    loss: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    barrier_entezari: float
+    barrier_frankle: float
+    midpoint_gap: float
+
+
+class PrivacySpent(Record):
+    """Differential privacy spent up to and including a round (`aggregation.accounting`)."""
+
+    epsilon: float
+    delta: float
+    sampling_rate: float
+    noise_multiplier: float
+    clip: float
+
+
+class RoundRecord(Record):
+    """One line of ``journal.jsonl``.
+
+    Attributes:
+        round: from 1.
+        seconds: from sending the first message to the new global adapter.
+        bytes_down, bytes_up: contents of all messages to and from the nodes.
+        train_loss: mean over clients, weighted by examples; None if no client replied.
+        layers: names of the gate groups, in the order of `ClientRecord.active_steps`.
+        notes: of the rule, plain data.
+        validation: of the new global adapter; None in rounds without evaluation.
+        merge_gap, paths, privacy: None or empty where not measured.
+    """
+
+    round: int
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    train_loss: float | None
+    layers: tuple[str, ...]
+    clients: tuple[ClientRecord, ...]
+    missing: tuple[MissingClient, ...]
+    aggregation_error: AggregationError | None = None
+    notes: dict[str, Any] = {}
+    validation: Evaluation | None = None
+    merge_gap: MergeGap | None = None
+    paths: tuple[LinePath, ...] = ()
+    privacy: PrivacySpent | None = None
+
+
+class ClientEvaluation(Record):
+    """The final model on one client's own validation examples."""
+
+    client: int
+    loss: float
+    accuracy: float
+    examples: int
+
+
+class RunSummary(Record):
+    """``summary.json``: the results of a finished run.
+
+    Attributes:
+        method: local training.
+        personal: whether each client keeps a part of the model, so that there is no global model to test.
+        test: on test data; None for a personal rule or a server without data.
+        held_out: on the clients that are held out whole; None where there are none.
+        aggregation_error: mean over the rounds in which it is known.
+        clients: the final model on each client's own validation data.
+        skipped_clients: clients without training examples.
+        unassigned_examples: examples that the partitioner gave to no client.
+        dropped_duplicates: held-out examples dropped because a client holds an equal one.
+        dropped_empty: rows dropped because content, label or client is missing.
+    """
+
+    method: str
+    rule: str
+    personal: bool
+    seed: int
+    rounds: int
+    test: Evaluation | None
+    held_out: Evaluation | None
+    validation: Evaluation | None
+    merge_gap: MergeGap | None
+    privacy: PrivacySpent | None
+    aggregation_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    clients: tuple[ClientEvaluation, ...]
+    paths: tuple[LinePath, ...]
+    skipped_clients: tuple[int, ...]
+    unassigned_examples: int
+    dropped_duplicates: int
+    dropped_empty: int
+
+
+class Origin(Record):
+    """The software, data and machine of one start of a run.
+
+    Attributes:
+        after_round: rounds that were finished before; above 0 for a resume.
+        source_digest: of the library and of ``clients/`` (`provenance.library_digest`).
+        engine: the engine that trains, or why it is not the configured one.
+        assets: name -> SHA-256.
+    """
+
+    after_round: int
+    versions: dict[str, str]
+    source_digest: str
+    machine: dict[str, str | int]
+    engine: str
+    data_digest: str
+    assets: dict[str, str]
+
+
+class Provenance(Record):
+    """``provenance.json``.
+
+    Attributes:
+        run: id of the run, the same after a resume: nodes store what they keep of their clients under it.
+        start: the first start.
+        resumes: each later one.
+    """
+
+    run: str
+    seed: int
+    start: Origin
+    resumes: tuple[Origin, ...] = ()
