@@ -203,7 +203,7 @@ def _receive(content: RecordDict, node: RecordDict, like: Adapter, plan: Plan) -
                 "since is no use; the next message brings all of it"
             )
         adapter, residual = held.adapter | adapter, add(held.residual, residual)
-    if find_rule(plan.config.aggregation.rule).is_held:
+    if find_rule(plan.config.aggregation.rule).nodes_cache_state:
         wire.write_held(node, delivery.run, wire.Held(delivery.number, adapter, residual))
     return wire.Content(adapter, residual, came.control)
 

@@ -23,7 +23,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from copra_fl.adapters.compression import Arrays, take
 from copra_fl.adapters.state import Adapter, Layout, Update, parts
 from copra_fl.aggregation.ranks import cut
-from copra_fl.config import KEYS, Config
+from copra_fl.config import Config
 from copra_fl.training.plan import Plan
 
 
@@ -157,8 +157,8 @@ def pack_plan(plan: Plan, delivery: Delivery, carried: Content) -> RecordDict:
 
 def unpack_plan(content: RecordDict) -> Plan:
     record: dict[str, Any] = dict(content.config_records["plan"])
-    config = Config.from_flat({key: record[key] for key in KEYS})
-    return Plan(record["server-round"], tuple(record["clients"]), config, tuple(record["keep"]))
+    server_round, clients, keep = (record.pop(name) for name in ("server-round", "clients", "keep"))
+    return Plan(server_round, tuple(clients), Config.from_flat(record), tuple(keep))
 
 
 def unpack_delivery(content: RecordDict) -> Delivery:

@@ -20,21 +20,22 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from copra_fl import provenance, tasks, wire
+from copra_fl import provenance, wire
 from copra_fl.adapters.interpolation import walk
 from copra_fl.adapters.server_state import State
 from copra_fl.adapters.state import Adapter, Update, complete
-from copra_fl.aggregation import check, find_rule
+from copra_fl.aggregation import compatibility, find_rule
 from copra_fl.aggregation.heads import lend
 from copra_fl.config import Config, csv_line
 from copra_fl.data import federated
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
-from copra_fl.models.build import check_weights, load_processor, resolve_compute
+from copra_fl.models.build import check_weights, load_processor, resolve
 from copra_fl.models.export import save
 from copra_fl.models.fed_sb_init import core_start
 from copra_fl.seeding import generator
 from copra_fl.sources.assets import ASSETS
+from copra_fl.tasks import find_task
 from copra_fl.training.engine import open_engine
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 from server.eval_selection import evaluated, merge_gap_clients, path_pairs
@@ -121,11 +122,10 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
-    tasks.check(config)
+    compatibility.check(config, find_task(config.model.task))
     greeting = settle(config)
     nodes = greet(grid, greeting)
     config = greeting.changed(num_clients=next(iter(nodes.values())).num_clients)
-    check(config)
     federated = load_data(config, load_processor(config.model))
     evaluator = Evaluator(config, federated)
     model = evaluator.model
@@ -184,8 +184,7 @@ def settle(config: Config) -> Config:
 
     Raises ConfigError where the base is not the one that ``model-sha256`` names.
     """
-    compute, base = resolve_compute(config.model, config.data.max_length), check_weights(config.model)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
+    config = resolve(config).changed(model_sha256=check_weights(config.model))
     if config.data.partitioner != "own":
         return config
     return config.changed(labels=csv_line(load_data(config, load_processor(config.model)).label_names))

@@ -18,6 +18,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 import copra_fl.startup  # noqa: F401
+from copra_fl.aggregation.compatibility import with_explicit_parameters
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from copra_fl.files import atomic_write
@@ -76,7 +77,7 @@ def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Pa
         return
     if Journal(directory).begun and not resume:
         raise ConfigError(f"{directory} holds a run already; resume=true continues it, another output starts anew")
-    config = Config.from_flat(flat)
+    config = with_explicit_parameters(Config.from_flat(flat))
     path = directory / "config.toml"
     if path.exists() and (changed := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(changed)}")

@@ -1,8 +1,8 @@
 """What of the server's state goes to a node: all of it, or what has changed since the node heard last.
 
 With most rules all of the adapter changes in every round. Where a part of it stays as it is, or W0 changes, nodes hold
-on to what they got (`Rule.is_held`), and a node that answered gets only the changes of the one round since. One that
-failed, or came late, or any node after a resume, gets everything.
+on to what they got (`nodes_cache_state`), and a node that answered gets only the changes of the one round since. One
+that failed, or came late, or any node after a resume, gets everything.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Deliveries:
 
     def arrived(self, node: int) -> None:
         """`node` has answered, so it has what was sent to it."""
-        if self._rule.is_held:
+        if self._rule.nodes_cache_state:
             self._holds[node] = self._sent[node]
 
     def lost(self, node: int) -> None:

@@ -26,6 +26,7 @@ from copra_fl.adapters.server_state import State
 from copra_fl.adapters.state import Adapter, Update, draw, parts
 from copra_fl.aggregation import client_ranks, find_rule, heads, pools, scaffold, server_optimizers
 from copra_fl.aggregation.checking import check_scalars, check_tensors
+from copra_fl.aggregation.compatibility import parameters_of
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error
@@ -220,6 +221,7 @@ class CohortStrategy(Strategy):
             ranks={update.client: ranks[update.client] for update in averaged},
             fresh=lambda: draw(before, stream),
             score=lambda adapters: self._score([heads.join(adapter) for adapter in adapters], self.state.residual),
+            parameters=parameters_of(config),
         )
 
     def _own_part(self, update: Update) -> Update:

@@ -13,7 +13,7 @@ from copra_fl.cli import options
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import Demand
-from copra_fl.simulation.recipes import Recipe, carried_methods, method_settings, short_name
+from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings, short_name
 from copra_fl.simulation.superlink import superlink
 
 
@@ -121,17 +121,16 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
     What does not combine is left out with a note. Raises ConfigError where nothing is left.
     """
     import copra_fl.startup  # noqa: F401
-    from copra_fl import tasks
-    from copra_fl.aggregation import check
+    from copra_fl.aggregation import compatibility
+    from copra_fl.tasks import find_task
 
     methods: dict[Config, str] = {}
     left_out = {}
-    for name in sorted(carried_methods(), key=lambda name: (name != "fedavg", name)):
+    for name in sorted(built_in_methods(), key=lambda name: (name != "fedavg", name)):
         for method in (name, f"{name}+copra") if "rule" in method_settings(name) else (name,):
             config = recipe.config(method)
             try:
-                check(config)
-                tasks.check(config)
+                compatibility.check(config, find_task(config.model.task))
             except ConfigError as error:
                 left_out[method] = str(error)
             else:

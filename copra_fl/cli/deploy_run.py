@@ -99,7 +99,7 @@ def submit(containers: Engine, config: Config, name: str, resume: bool, heard: C
     `heard` is called after each line that it says.
     """
     defaults = Config().to_flat()
-    wanted = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
+    wanted = {key: value for key, value in config.to_flat().items() if defaults.get(key) != value}
     wanted |= {"output": f"{RUNS}/{name}", "resume": resume}
     overrides = " ".join(f"{key}={toml_value(value)}" for key, value in wanted.items())
     process = containers.follow_in_superlink(

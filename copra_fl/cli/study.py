@@ -27,7 +27,7 @@ from rich.console import Console
 
 from copra_fl.cli import options
 from copra_fl.cli.compare import run_comparison, run_names, write_plan
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import Config, ConfigError, flatten
 from copra_fl.simulation import preflight
 from copra_fl.simulation.ray_cluster import Demand
 from copra_fl.simulation.recipes import Recipe, short_name
@@ -158,7 +158,7 @@ def axis(recipe: Recipe, name: str, value: str) -> dict[str, Any]:
     known = recipe.study[name]
     if value not in known:
         raise ConfigError(unknown_name(name[:-1], value, known))
-    return known[value]
+    return flatten(known[value])
 
 
 def check_keys(table: str, given: Mapping[str, Any], keys: tuple[str, ...]) -> None:
@@ -175,11 +175,10 @@ def samples(cell: Cell) -> Iterator[Config]:
 
     Raises ConfigError for a rule without a global model, which has no validation to choose a rate by.
     """
-    from copra_fl.aggregation import find_rule
+    from copra_fl.aggregation.compatibility import require_global_model
 
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
-        if find_rule(cell.config(method, rate, cell.seeds[0]).aggregation.rule).personal:
-            raise ConfigError(f"{method!r} has no global model, and so no validation accuracy to choose a rate by")
+        require_global_model(cell.config(method, rate, cell.seeds[0]), f"by which {method!r} could choose its rate")
         yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
         yield cell.config(method, rate, cell.seeds[0])

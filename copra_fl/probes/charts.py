@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from copra_fl.adapters.interpolation import Path
+from copra_fl.adapters.interpolation import LossPath as Path
 from copra_fl.reporting.html import STYLES, Figure, empty_chart
 
 #: white is nothing

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from copra_fl.adapters.interpolation import Between, Path, combine, interpolate, interpolate_products, walk
+from copra_fl.adapters.interpolation import Between, combine, interpolate, interpolate_products, walk
+from copra_fl.adapters.interpolation import LossPath as Path
 from copra_fl.adapters.state import Adapter
 from copra_fl.probes import charts
 from copra_fl.probes.findings import Findings, origin, setting
