@@ -504,7 +504,7 @@ class Config:
                 f"a column, not {data.partitioner!r}"
             )
         if not data.dataset and data.partitioner != "own":
-            raise ConfigError("dataset = '' (a server without data) requires partitioner = 'own'; else set dataset")
+            raise ConfigError("dataset = '' (a server without data) needs partitioner = 'own'; else set dataset")
         if data.dataset and not all(data.datasets):
             raise ConfigError(f"dataset = {data.dataset!r} has an empty name; remove the extra comma")
         if len(set(labels := data.label_list)) < len(labels) or len(labels) == 1:
@@ -513,7 +513,7 @@ class Config:
             raise ConfigError(f"p0 = {copra.p0} must not exceed p1 = {copra.p1}")
         if federation.over_sample and federation.failures == "strict":
             raise ConfigError(
-                f"over-sample = {federation.over_sample:g} leaves out the slowest clients, which failures = 'strict' "
+                f"over-sample = {federation.over_sample:g} leaves the slowest clients out, which failures = 'strict' "
                 "does not allow; set failures = 'tolerant'"
             )
         if data.num_clients and federation.clients_per_round > data.num_clients:

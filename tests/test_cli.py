@@ -88,7 +88,7 @@ def test_unknown_method_recipe_and_option(refused: Refused, tmp_path: Path) -> N
     assert "--seeds '0,x' is not a list of whole numbers" in refused(["compare", "--seeds", "0,x"], tmp_path)
     assert "names a seed twice" in refused(["compare", "--seeds", "1,1"], tmp_path)
     assert "names a method twice" in refused(["compare", "--methods", "lora, lora"], tmp_path)
-    assert "not of the form KEY=VALUE" in refused(["simulate", "--set", "rank"], tmp_path)
+    assert "must have the form KEY=VALUE" in refused(["simulate", "--set", "rank"], tmp_path)
     assert "No such option" in refused(["simulate", "--nonsense"], tmp_path)
     (tmp_path / "bad.toml").write_text("rank = = 3")
     assert "is not valid TOML" in refused(["simulate", "--recipe", "bad.toml"], tmp_path)
@@ -100,7 +100,7 @@ def test_a_combination_that_cannot_be_is_refused_with_the_reason(
 ) -> None:
     methods = ["--methods", "fedavg,fedsa-lora+copra"]
     err = refused(["compare", *settings(tiny), *methods, "--output", "both"], tmp_path)
-    assert "rule = 'fedsa-lora' does not combine with local-training = 'copra': a client keeps its own B" in err
+    assert "rule = 'fedsa-lora' does not combine with local-training = 'copra': each client keeps its own B" in err
     assert "unknown method 'copar'" in refused(["compare", "--methods", "fedavg+copar"], tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -163,12 +163,12 @@ def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
     return [
         (
             data.partitioner in BY_LABEL and task.labels != "one",
-            f"{it} does not combine with partitioner = {data.partitioner!r}, which splits examples by their label: the "
-            "task does not have exactly one label per example; use natural, iid or own",
+            f"partitioner = {data.partitioner!r} splits examples by label, but {it} does not have exactly one label "
+            "per example; use natural, iid or own",
         ),
         (
             not (data.dataset or data.labels) and task.labels != "none",
-            f"{it} and dataset = '' (a server without data) need the list of labels; set labels",
+            f"dataset = '' (a server without data) and {it} need the list of labels; set labels",
         ),
         (
             config.copra.local_training == "head" and not task.trains_head,
