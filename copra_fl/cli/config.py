@@ -70,7 +70,10 @@ def print_tables(keys: dict[str, Key]) -> None:
     """Print one table per section and rule."""
     console = Console()
     for owner in dict.fromkeys(map(belongs_to, keys.values())):
-        default, meaning = Column("key = default", ratio=2, overflow="fold"), Column("meaning, and allowed values", ratio=3)
+        default, meaning = (
+            Column("key = default", ratio=2, overflow="fold"),
+            Column("meaning, and allowed values", ratio=3),
+        )
         table = Table(default, meaning, title=owner, title_justify="left", show_lines=True, expand=True)
         for key in keys.values():
             if belongs_to(key) == owner:
