@@ -500,7 +500,7 @@ class Config:
             )
         if data.held_out_clients and data.partitioner != "natural":
             raise ConfigError(
-                f"held-out-clients = {data.held_out_clients} requires partitioner = 'natural', where clients come from "
+                f"held-out-clients = {data.held_out_clients} needs partitioner = 'natural', where clients come from "
                 f"a column, not {data.partitioner!r}"
             )
         if not data.dataset and data.partitioner != "own":

@@ -68,7 +68,7 @@ def test_a_rule_parameter_is_kept_replaced_and_compared() -> None:
         ({"methodss.copra.rank": 4}, "unknown configuration key 'methodss.copra.rank'"),
         ({"median.weights": [1, 2]}, r"median.weights = \[1, 2\] must be true, false, a number or a string"),
         ({"partitioner": "natural"}, "partitioner = 'natural' needs client-column"),
-        ({"held-out-clients": 2}, "held-out-clients = 2 requires partitioner = 'natural'"),
+        ({"held-out-clients": 2}, "held-out-clients = 2 needs partitioner = 'natural'"),
         ({"dataset": ""}, "dataset = '' .* needs partitioner = 'own'"),
         ({"dataset": "a.csv,,b.csv"}, "has an empty name"),
         ({"labels": "a,b,a"}, "labels = 'a,b,a' must be at least two different labels"),

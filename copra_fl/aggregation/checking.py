@@ -59,9 +59,7 @@ def check_scalars(update: Update, expected: Expected) -> None:
     if not math.isfinite(update.metrics.get("loss", math.nan)):
         raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}, which is not finite")
     if unknown := sorted(update.metrics.keys() - METRICS):
-        raise BadUpdate(
-            f"{who} reports unknown metrics {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}"
-        )
+        raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")
     if bad := sorted(name for name, value in update.metrics.items() if not math.isfinite(value)):
         raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}, which is not finite")
 
@@ -72,12 +70,12 @@ def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], m
     expected = trained(start, update.active_steps, group_of)
     if update.adapter.keys() != expected.keys():
         unknown, missing = sorted(update.adapter.keys() - expected), sorted(expected.keys() - update.adapter)
-        raise BadUpdate(f"{who}: tensors {missing[:3]} are missing; {unknown[:3]} are unknown or were not trained")
+        raise BadUpdate(f"{who}: tensors {missing[:3]} are missing and {unknown[:3]} are not known or not trained")
     for name, tensor in expected.items():
         sent = update.adapter[name]
         if sent.shape != tensor.shape or sent.dtype != tensor.dtype:
             raise BadUpdate(
-                f"{who}: {name} is {sent.dtype} of shape {tuple(sent.shape)}, not {tensor.dtype} of shape "
+                f"{who}: {name} is {sent.dtype} of shape {tuple(sent.shape)}, not {tensor.dtype} of "
                 f"{tuple(tensor.shape)}"
             )
         if not torch.isfinite(sent).all():
