@@ -500,8 +500,8 @@ class Config:
             )
         if data.held_out_clients and data.partitioner != "natural":
             raise ConfigError(
-                f"held-out-clients = {data.held_out_clients} needs partitioner = 'natural', where clients come from "
-                f"a column, not {data.partitioner!r}"
+                f"held-out-clients = {data.held_out_clients} needs partitioner = 'natural', not {data.partitioner!r}: "
+                "held-out clients are values of client-column"
             )
         if not data.dataset and data.partitioner != "own":
             raise ConfigError("dataset = '' (a server without data) needs partitioner = 'own'; else set dataset")
