@@ -1,4 +1,4 @@
-"""FedAvg against numbers worked by hand, and the invariants of any average."""
+"""FedAvg against numbers worked out by hand, invariants of averages, and pooled updates."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_weighted_by_activity_by_hand() -> None:
 
 
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
-def test_a_layer_that_nobody_trained_keeps_its_value(weighting: str) -> None:
+def test_a_layer_that_no_client_trained_keeps_its_value(weighting: str) -> None:
     updates = [update(client, 10, (1, 0), a=[2.0, 2.0], head=[1.0, 1.0]) for client in (0, 1)]
     assert weighted_average(OLD, updates, weighting, GROUP_OF)["b"].tolist() == [5.0, 5.0]
     weights = tensor_weights("b", updates, weighting, GROUP_OF)
@@ -80,7 +80,7 @@ def test_client_order_is_irrelevant_bitwise(weighting: str) -> None:
         assert all(torch.equal(averaged[name], expected[name]) for name in old)
 
 
-def test_the_rule_averages_a_round_as_its_settings_say() -> None:
+def test_fedavg_uses_the_weighting_of_the_settings() -> None:
     old, updates = random_updates(3)
     settings = AggregationConfig(weighting="activity")
     round_ = Round(old, updates, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])
@@ -92,8 +92,8 @@ def test_the_rule_averages_a_round_as_its_settings_say() -> None:
 @pytest.mark.parametrize("rule", LINEAR)
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
 @pytest.mark.parametrize("seed", range(5))
-def test_pooled_updates_do_as_much_as_all_of_theirs(rule: str, weighting: str, seed: int) -> None:
-    """9 clients dealt out to 3 nodes at random; layer b is off for good at some nodes, and everywhere for seed 0."""
+def test_pooled_updates_have_the_effect_of_individual_updates(rule: str, weighting: str, seed: int) -> None:
+    """9 clients on 3 nodes at random; layer b is always off at some clients, and at all of them for seed 0."""
     rng = torch.Generator().manual_seed(seed)
     old, updates = random_updates(9)
     nodes = torch.randint(3, (9,), generator=rng).tolist()
@@ -110,8 +110,8 @@ def test_pooled_updates_do_as_much_as_all_of_theirs(rule: str, weighting: str, s
     assert all(("b" in update.adapter) == (update.active_steps[1] > 0) for update in pooled)
     settings = AggregationConfig(rule=rule, weighting=weighting)
     averaged, expected = (
-        find_rule(rule).aggregate(Round(old, some, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])).adapter
-        for some in (pooled, updates)
+        find_rule(rule).aggregate(Round(old, sent, GROUP_OF, 1.0, settings, {}, dict, lambda adapters: [])).adapter
+        for sent in (pooled, updates)
     )
     for name in old:
         assert torch.allclose(averaged[name], expected[name], rtol=1e-6, atol=1e-6), name

@@ -1,4 +1,4 @@
-"""Adapters in one flat buffer: what arrives, how far off it is, and that losses do not add up."""
+"""Updates in one flat buffer: contents, quantization errors, and error feedback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GLOBAL = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) f
 
 
 def random_adapter(seed: int, size: float = 0.01) -> Adapter:
-    """Differences of another size in each tensor, so that one scale for all would be too coarse."""
+    """Return `GLOBAL` plus differences, of another size in each tensor: one scale for all would be too coarse."""
     rng = torch.Generator().manual_seed(seed)
     return {
         name: tensor + size * 10**-i * torch.randn(tensor.shape, generator=rng)
@@ -34,15 +34,15 @@ STARTS = dict.fromkeys((4, 0, 2), GLOBAL)
 
 
 @pytest.mark.parametrize("uplink", CODECS)
-def test_a_buffer_holds_what_was_trained_and_nothing_else(uplink: str) -> None:
+def test_a_buffer_has_the_trained_tensors_and_nothing_else(uplink: str) -> None:
     arrays = encode(UPDATES, STARTS, GROUP_OF, uplink)
     assert len(arrays["values"]) == (20 + 6 + 7) + (6 + 7) + 7
     assert arrays["values"].dtype == getattr(torch, uplink)
     arrived = decode(arrays, BARE, STARTS, GROUP_OF, uplink)
     assert [update.client for update in arrived] == [4, 0, 2]
-    for sent, got in zip(UPDATES, arrived, strict=True):
-        assert got.adapter.keys() == sent.adapter.keys()
-        assert all(got.adapter[name].shape == GLOBAL[name].shape for name in got.adapter)
+    for sent, decoded in zip(UPDATES, arrived, strict=True):
+        assert decoded.adapter.keys() == sent.adapter.keys()
+        assert all(decoded.adapter[name].shape == GLOBAL[name].shape for name in decoded.adapter)
 
 
 @pytest.mark.parametrize("uplink", CODECS)
@@ -52,38 +52,38 @@ def test_a_client_without_a_head_whose_layers_were_all_off_sends_nothing(uplink:
     for sent in ([idle], [idle, busy]):
         arrays = encode(sent, {0: factors, 4: factors}, GROUP_OF, uplink)
         arrived = decode(arrays, sent, {0: factors, 4: factors}, GROUP_OF, uplink)
-        assert [got.adapter.keys() for got in arrived] == [own.adapter.keys() for own in sent]
+        assert [decoded.adapter.keys() for decoded in arrived] == [original.adapter.keys() for original in sent]
     assert arrived[0].adapter == {} and torch.equal(arrived[1].adapter["a"], GLOBAL["a"])
 
 
-def test_float32_is_exact_and_does_not_care_for_the_order_of_names() -> None:
-    """A checkpoint has its tensors in another order than a model."""
+def test_float32_is_exact_whatever_the_order_of_names() -> None:
+    """A checkpoint may have its tensors in a different order than the model."""
     arrays = encode(UPDATES, STARTS, GROUP_OF, "float32")
     arrived = decode(arrays, BARE, dict.fromkeys(STARTS, dict(sorted(GLOBAL.items()))), GROUP_OF, "float32")
-    for sent, got in zip(UPDATES, arrived, strict=True):
-        assert all(torch.equal(got.adapter[name], tensor) for name, tensor in sent.adapter.items())
+    for sent, decoded in zip(UPDATES, arrived, strict=True):
+        assert all(torch.equal(decoded.adapter[name], tensor) for name, tensor in sent.adapter.items())
 
 
-def test_int8_is_off_by_half_a_scale_at_most_and_keeps_the_largest() -> None:
+def test_the_error_of_int8_is_at_most_half_a_scale() -> None:
     arrays = encode(UPDATES, STARTS, GROUP_OF, "int8")
     assert len(arrays["scales"]) == 3 + 2 + 1
-    for sent, got in zip(UPDATES, decode(arrays, BARE, STARTS, GROUP_OF, "int8"), strict=True):
+    for sent, decoded in zip(UPDATES, decode(arrays, BARE, STARTS, GROUP_OF, "int8"), strict=True):
         for name, tensor in sent.adapter.items():
             scale = (tensor - GLOBAL[name]).abs().max() / 127
-            assert (got.adapter[name] - tensor).abs().max() <= scale / 2 + 1e-6
+            assert (decoded.adapter[name] - tensor).abs().max() <= scale / 2 + 1e-6
     assert arrays["values"].abs().max() == 127
-    assert not arrays["values"][-7:].any(), "what has not moved has scale 0 and arrives as it was"
+    assert not arrays["values"][-7:].any(), "a tensor that has not moved has scale 0 and is decoded exactly"
 
 
-def test_float16_clips_what_is_outside_its_range() -> None:
+def test_float16_clips_values_outside_its_range() -> None:
     zeros = {0: {"head": torch.zeros(3)}}
     far = Update(0, {"head": torch.tensor([1e6, -1e6, 0.5])}, 1, (), {})
     (arrived,) = decode(encode([far], zeros, {}, "float16"), [far], zeros, {}, "float16")
     assert arrived.adapter["head"].tolist() == [65504.0, -65504.0, 0.5]
 
 
-def test_what_int8_loses_is_made_up_for_in_later_rounds() -> None:
-    """200 rounds of the same difference: with feedback the sums differ by half a scale, without by 200 times that.
+def test_error_feedback_of_int8_keeps_errors_from_accumulating() -> None:
+    """200 rounds of the same difference: with feedback the sum is off by half a scale, without by up to 200 times that.
 
     Tensor b is sent in every second round only.
     """

@@ -1,7 +1,7 @@
-"""The connectivity-guided average on landscapes whose hills are known.
+"""The connectivity-guided average on loss landscapes with known hills.
 
 Most adapters here are one number x, the head's bias, so that the line from a client to the average is a line of
-numbers; the product path is told apart by adapters of rank 1.
+numbers. Tests of the product path use adapters with factors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ A, B = f"{MODULES[0]}.lora_A.weight", f"{MODULES[0]}.lora_B.weight"
 
 
 class Landscape:
-    """A score from a function of the head's bias, which counts what it was asked."""
+    """A score that is a function of the head's bias; `calls` has the number of adapters of each call."""
 
     def __init__(self, loss: Callable[[float], float]) -> None:
         self.loss, self.calls = loss, []
 
     def __call__(self, adapters: Sequence[Adapter]) -> list[dict[str, float]]:
         self.calls.append(len(adapters))
-        return [{"loss": self.loss(float(each["head.bias"])), "accuracy": 0.5} for each in adapters]
+        return [{"loss": self.loss(float(adapter["head.bias"])), "accuracy": 0.5} for adapter in adapters]
 
 
 def numbers(before: float, clients: list[float], examples: list[int], landscape: Landscape, bound: float) -> Round:
@@ -42,7 +42,7 @@ def numbers(before: float, clients: list[float], examples: list[int], landscape:
 
 
 @pytest.mark.parametrize(("minimum", "u"), [(2.0, 1.0), (1.0, 0.5), (1.6, 0.75), (2.4, 1.25), (9.0, 1.5)])
-def test_it_walks_the_valley_to_the_best_point(minimum: float, u: float) -> None:
+def test_the_search_takes_the_best_point(minimum: float, u: float) -> None:
     """Old 0, clients 1 and 3, average 2; a convex loss has no barrier. 1 + 2 * 4 points of lines, 2 * 5 steps."""
     landscape = Landscape(lambda x: (x - minimum) ** 2)
     outcome = connectivity(numbers(0.0, [1.0, 3.0], [10, 10], landscape, 0.05))
@@ -56,7 +56,7 @@ def test_it_walks_the_valley_to_the_best_point(minimum: float, u: float) -> None
     assert outcome.notes["merge_gap"] == {"loss": pytest.approx((2 - minimum) ** 2 - ends), "accuracy": 0.0}
 
 
-def test_of_equally_good_points_it_takes_the_average() -> None:
+def test_the_average_is_taken_if_all_points_are_equally_good() -> None:
     outcome = connectivity(numbers(0.0, [1.0, 3.0], [10, 30], Landscape(lambda x: 1.0), 0.05))
     assert (outcome.notes["path"], outcome.notes["u"]) == ("factors", 1.0)
     assert outcome.adapter["head.bias"].item() == 2.5
@@ -67,7 +67,7 @@ def bump(x: float) -> float:
     return max(0.0, 1 - abs(x - 6))
 
 
-def test_who_is_behind_a_hill_counts_for_less_and_is_named() -> None:
+def test_a_client_behind_a_hill_has_less_weight_and_is_reported() -> None:
     """Clients at 0, 0, 0, 8 of 30, 20, 10, 20 examples: average 2. Line 8 -> 2: x = 8, 6.5, 5, 3.5, 2, loss 0.5 at
     6.5, so barrier 0.5; bound 0.05: weight a tenth. New average 8 * 2 / (60 + 2); mean barrier 0.5 * 2 / 62.
     """
@@ -79,7 +79,7 @@ def test_who_is_behind_a_hill_counts_for_less_and_is_named() -> None:
     assert outcome.adapter["head.bias"].item() == pytest.approx(8 * 2 / 62)
 
 
-def test_the_step_is_counted_from_the_new_average() -> None:
+def test_the_search_uses_the_new_average() -> None:
     """As above with a loss that falls along the way: u = 1.5 of 16 / 62."""
     round_ = numbers(0.0, [0.0, 0.0, 0.0, 8.0], [30, 20, 10, 20], Landscape(lambda x: bump(x) - 0.001 * x), 0.05)
     outcome = connectivity(round_)
@@ -92,7 +92,7 @@ def test_a_round_that_is_not_connected_falls_back_to_the_product_average(bound: 
     """Heads 0 and 1, average 1/2, and a hill of height 1 on the middle of either way."""
 
     def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-        heads = [float(each["head.bias"][0]) for each in adapters]
+        heads = [float(adapter["head.bias"][0]) for adapter in adapters]
         return [{"loss": abs(math.sin(2 * math.pi * head)), "accuracy": 0.5} for head in heads]
 
     updates = [update(i, random_adapter(i) | {"head.bias": torch.full((3,), float(i))}, 10) for i in range(2)]
@@ -103,7 +103,7 @@ def test_a_round_that_is_not_connected_falls_back_to_the_product_average(bound: 
     assert all(torch.equal(outcome.adapter[name], products[name]) for name in products)
 
 
-def test_a_loss_that_is_no_number_is_no_valley() -> None:
+def test_a_nan_loss_is_never_chosen() -> None:
     """Nan on the lines: fallback. Nan beyond the average: not taken."""
     nowhere = numbers(0.0, [1.0, 3.0], [10, 10], Landscape(lambda x: math.nan), 0.05)
     assert connectivity(nowhere).notes["path"] == "fallback"
@@ -111,15 +111,15 @@ def test_a_loss_that_is_no_number_is_no_valley() -> None:
     assert connectivity(beyond).notes["u"] == 1.25
 
 
-def test_it_takes_the_path_of_products_where_that_is_better() -> None:
+def test_the_path_of_products_is_taken_if_it_is_better() -> None:
     """The loss is the distance of s B A from the ideal product, which FedAvg's factors miss."""
     round_ = random_round(3)
     goals = {module: dense_ideal(round_, module) for module in MODULES}
 
     def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
         return [
-            {"loss": sum(relative(dense(each, module), goals[module]) for module in MODULES), "accuracy": 0.5}
-            for each in adapters
+            {"loss": sum(relative(dense(adapter, module), goals[module]) for module in MODULES), "accuracy": 0.5}
+            for adapter in adapters
         ]
 
     outcome = connectivity(make_round(round_.before, round_.updates, score=score, parameters=Parameters(bound=100.0)))
@@ -129,7 +129,7 @@ def test_it_takes_the_path_of_products_where_that_is_better() -> None:
 
 
 @pytest.mark.parametrize("u", STEPS)
-def test_both_paths_by_dense_formulas(u: float) -> None:
+def test_both_paths_against_dense_formulas(u: float) -> None:
     """Factors: (1 - u) old + u average. Products: best rank of (1 - u) s B A + u ideal, with the same head."""
     round_ = random_round(3)
     on, average = on_factors(round_, round_.weights, u), fedavg(round_).adapter
@@ -138,13 +138,13 @@ def test_both_paths_by_dense_formulas(u: float) -> None:
     products = on_products(round_, round_.weights, u)
     assert torch.equal(products["head.bias"], on["head.bias"])
     for module in MODULES:
-        wanted = torch.from_numpy((1 - u) * dense(round_.before, module) + u * dense_ideal(round_, module))
-        left, s, right = torch.linalg.svd(wanted, full_matrices=False)
+        product = torch.from_numpy((1 - u) * dense(round_.before, module) + u * dense_ideal(round_, module))
+        left, s, right = torch.linalg.svd(product, full_matrices=False)
         assert relative(dense(products, module), ((left[:, :2] * s[:2]) @ right[:2]).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("u", STEPS)
-def test_a_layer_that_is_off_stays_bitwise_on_both_paths(u: float) -> None:
+def test_a_layer_that_is_off_is_bitwise_unchanged_on_both_paths(u: float) -> None:
     updates = [update(i, random_adapter(i), 10 + i, active=(1, 0)) for i in range(3)]
     round_ = make_round(random_adapter(9), updates, weighting="activity")
     for path in (on_factors, on_products):

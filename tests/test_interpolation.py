@@ -1,4 +1,4 @@
-"""Barriers on curves whose barriers are known by hand."""
+"""Barriers of curves with barriers known by hand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def double_well(adapters: list[dict[str, torch.Tensor]]) -> list[dict[str, float
     return [{"loss": (x * x - 1) ** 2, "accuracy": abs(x)} for x in xs]
 
 
+def parabola(adapters: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """loss(x) = x^2."""
+    return [{"loss": float(adapter["x"]) ** 2, "accuracy": 0.0} for adapter in adapters]
+
+
 def at(x: float) -> dict[str, torch.Tensor]:
     return {"x": torch.tensor(x, dtype=torch.float64)}
 
@@ -26,7 +31,7 @@ def test_a_hill_between_two_minima() -> None:
     assert path.midpoint_gap == pytest.approx(-1.0)
 
 
-def test_the_two_barriers_differ_where_the_ends_do() -> None:
+def test_the_two_barriers_differ_if_the_ends_differ() -> None:
     """A straight line from loss 0 to 4: no barrier over the line, 2 above the mean of the ends."""
     path = LossPath(u=(0.0, 0.5, 1.0), loss=(0.0, 2.0, 4.0), accuracy=(1.0, 0.9, 0.6))
     assert path.barrier_entezari == 0.0
@@ -35,7 +40,7 @@ def test_the_two_barriers_differ_where_the_ends_do() -> None:
 
 
 def test_a_valley_has_no_barrier() -> None:
-    path = walk(lambda some: [{"loss": float(a["x"]) ** 2, "accuracy": 0.0} for a in some], at(-2.0), at(1.0), 11)
+    path = walk(parabola, at(-2.0), at(1.0), 11)
     assert path.barrier_entezari == 0.0
     assert path.barrier_frankle == pytest.approx(4.0 - 2.5)
 

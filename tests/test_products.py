@@ -1,4 +1,4 @@
-"""The maths of products against dense matrices, and the aggregation error against what it is by definition."""
+"""Products against dense matrices, and the aggregation error against its definition."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def test_modules_are_named_before_lora() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 3, 12])  # fewer and more than d = 7 and k = 5
-def test_the_norm_of_a_product_is_that_of_its_matrix(columns: int) -> None:
+def test_the_norm_of_a_product_is_the_norm_of_its_matrix(columns: int) -> None:
     b, a = factors(0, D, columns, K)
     assert frobenius((b, a)) == pytest.approx(float(torch.linalg.matrix_norm(b @ a)), rel=1e-12)
 
 
-def test_the_norm_of_nothing_is_zero() -> None:
+def test_the_norm_of_a_zero_product_is_zero() -> None:
     assert frobenius(stack([(torch.zeros(D, 2).double(), torch.randn(2, K).double())])) == 0.0
 
 
-def test_equal_products_of_unequal_factors_differ_by_rounding_of_float64_alone() -> None:
-    """B A = (B Q)(Q^T A): a squared norm less twice an inner product would say 1e-8."""
+def test_equal_products_of_different_factors_differ_by_float64_rounding_only() -> None:
+    """B A = (B Q)(Q^T A): a squared norm less twice an inner product would give 1e-8."""
     b, a = factors(0, 300, 8, 200)
     q = torch.linalg.qr(factors(1, 8, 8, 8)[0]).Q
     assert frobenius(stack([(b, a), (-b @ q, q.T @ a)])) / frobenius((b, a)) < 3e-15
@@ -57,8 +57,9 @@ def test_equal_products_of_unequal_factors_differ_by_rounding_of_float64_alone()
 def test_a_tiny_difference_is_measured_and_not_rounded_away() -> None:
     b, a = factors(0, 300, 8, 200)
     off_b, off_a = factors(1, 300, 1, 200)
-    found = frobenius(stack([(b, a), (1e-10 * off_b, off_a), (-b, a)]))
-    assert found == pytest.approx(1e-10 * frobenius((off_b, off_a)), rel=1e-4)
+    assert frobenius(stack([(b, a), (1e-10 * off_b, off_a), (-b, a)])) == pytest.approx(
+        1e-10 * frobenius((off_b, off_a)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -78,10 +79,10 @@ def test_best_rank_past_the_rank_of_the_product_is_zero() -> None:
     best_b, best_a = best_rank(twice, 4)
     assert torch.allclose(best_b @ best_a, 2 * b @ a)
     assert not best_b[:, 2:].any() and not best_a[2:].any()
-    assert all(not each.any() for each in best_rank(stack([(0 * b, a)]), 2))
+    assert not any(factor.any() for factor in best_rank(stack([(0 * b, a)]), 2))
 
 
-def test_columns_that_add_nothing_are_left_out() -> None:
+def test_columns_that_contribute_nothing_are_dropped() -> None:
     """A client of rank 1 padded to 2, and one whose B is still 0."""
     b, a = factors(4, D, 2, K)
     padded = (b * torch.tensor([1.0, 0.0]), a * torch.tensor([[1.0], [0.0]]))
@@ -90,7 +91,7 @@ def test_columns_that_add_nothing_are_left_out() -> None:
     assert torch.equal(left, torch.cat([b[:, :1], b], dim=1))
 
 
-def test_a_residual_is_factors_while_they_are_smaller() -> None:
+def test_a_residual_is_in_factors_if_they_are_smaller() -> None:
     """d = 7, k = 5: 2 (7 + 5) < 35 < 3 (7 + 5)."""
     assert set(as_residual("m", factors(5, D, 2, K))) == {"m.residual_B", "m.residual_A"}
     product = factors(5, D, 3, K)
@@ -112,13 +113,15 @@ def test_the_aggregation_error_is_the_dense_one(rule: str) -> None:
     round_ = random_round(core=find_rule(rule).core)
     outcome = aggregate(rule, round_)
     error = aggregation_error(round_, outcome)
-    wanted = {module: dense_ideal(round_, module) for module in MODULES}
-    missed = {module: dense_made(round_, outcome, module) - wanted[module] for module in MODULES}
+    products = {module: dense_ideal(round_, module) for module in MODULES}
+    errors = {module: dense_made(round_, outcome, module) - products[module] for module in MODULES}
     assert error["layers"] == pytest.approx(
-        {module: np.linalg.norm(missed[module]) / np.linalg.norm(wanted[module]) for module in MODULES}, abs=1e-14
+        {module: np.linalg.norm(errors[module]) / np.linalg.norm(products[module]) for module in MODULES}, abs=1e-14
     )
-    everything = [np.concatenate([each[module].ravel() for module in MODULES]) for each in (missed, wanted)]
-    assert error["total"] == pytest.approx(np.linalg.norm(everything[0]) / np.linalg.norm(everything[1]), abs=1e-14)
+    all_errors, all_products = (
+        np.concatenate([by_module[module].ravel() for module in MODULES]) for by_module in (errors, products)
+    )
+    assert error["total"] == pytest.approx(np.linalg.norm(all_errors) / np.linalg.norm(all_products), abs=1e-14)
 
 
 def test_the_error_of_one_client_is_zero_to_the_last_bit_of_float64() -> None:
@@ -126,8 +129,8 @@ def test_the_error_of_one_client_is_zero_to_the_last_bit_of_float64() -> None:
     assert aggregation_error(round_, fedavg(round_))["total"] < 1e-15
 
 
-def test_no_error_where_there_is_nothing_to_miss() -> None:
-    """Nobody moved B from 0; and a layer that nobody trained keeps its product."""
+def test_the_error_is_zero_if_the_ideal_product_is_zero_or_unchanged() -> None:
+    """No client moved B from 0; and a layer that no client trained keeps its product."""
     round_ = make_round(start(), [update(i, start(), 10) for i in range(2)])
     assert aggregation_error(round_, fedavg(round_)) == {"total": 0.0, "layers": dict.fromkeys(MODULES, 0.0)}
     updates = [update(i, random_adapter(i), 10, active=(1, 0)) for i in range(2)]
@@ -138,7 +141,7 @@ def test_no_error_where_there_is_nothing_to_miss() -> None:
     assert aggregation_error(round_, moved)["layers"][MODULES[1]] == pytest.approx(3)  # (2 B)(2 A) - B A
 
 
-def test_the_error_knows_nothing_of_the_order_of_clients() -> None:
+def test_the_error_does_not_depend_on_the_order_of_clients() -> None:
     round_ = random_round()
-    turned = replace(round_, updates=round_.updates[::-1])
-    assert aggregation_error(turned, fedavg(turned)) == aggregation_error(round_, fedavg(round_))
+    reversed_round = replace(round_, updates=round_.updates[::-1])
+    assert aggregation_error(reversed_round, fedavg(reversed_round)) == aggregation_error(round_, fedavg(round_))

@@ -1,4 +1,4 @@
-"""What aggregation adds to W0 acts as if it were in W0, and leaves with the adapter for stock PEFT."""
+"""A residual has the effect of changed base weights, and is exported with the adapter for stock PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.worlds import BATCH, World, assert_alike, jitter, random_resi
 
 
 def changed_for_real(world: World, change: Adapter) -> None:
-    """Put `change` into the base's own weights."""
+    """Add `change` to the base weights themselves."""
     for name in residual.modules(change):
         linear = world.plain.linears[name]
         linear.weight = nn.Parameter(linear.weight + residual.of(change, name).to(linear.weight), requires_grad=False)
@@ -30,8 +30,8 @@ def changed_for_real(world: World, change: Adapter) -> None:
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "factors"])
 @pytest.mark.parametrize("target", ["query,value", "all-linear"])
-def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, target: str) -> None:
-    """Oracle: the same model with a base whose weights are other ones. Predictions, gates open and closed; training."""
+def test_a_residual_is_equivalent_to_changed_base_weights(tiny: Settings, dense: bool, target: str) -> None:
+    """Oracle: the same model with changed base weights. Predictions with gates open and closed, and training."""
     flat = tiny | {"local-steps": 10, "num-rounds": 4, "target-modules": target}
     beside, inside = World(flat, double=True), World(flat, double=True)
     change = random_residual(beside.plain, dense)
@@ -51,7 +51,7 @@ def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, ta
         assert_alike(update, inside.alone(update.client), 1e-10)
 
 
-def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -> None:
+def test_removing_a_residual_restores_the_output_bitwise(tiny: Settings) -> None:
     model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with torch.inference_mode():
         before = model(**BATCH)
@@ -63,7 +63,7 @@ def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -
     assert not any(linear._forward_hooks for linear in model.linears.values())
 
 
-def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
+def test_a_residual_is_computed_in_the_dtype_of_the_base(tiny: Settings) -> None:
     world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
     world.plain.write_residual(random_residual(world.plain, True))
     assert {matrix.dtype for matrices in world.plain.beside.values() for matrix in matrices} == {torch.bfloat16}
@@ -85,7 +85,7 @@ def factors(d: int, k: int, rank: int, seed: int) -> Adapter:
     }
 
 
-def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> None:
+def test_adding_keeps_the_sum_and_turns_dense_if_factors_are_not_smaller() -> None:
     """d = 12, k = 20: factors of rank n have 32 n values, the matrix 240."""
     total, expected = factors(12, 20, 3, 0), residual.of(factors(12, 20, 3, 0), "m")
     for seed, names in enumerate([["m.residual_A", "m.residual_B"], ["m.residual"], ["m.residual"]], start=1):
@@ -95,9 +95,9 @@ def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> 
         assert torch.allclose(residual.of(total, "m"), expected, atol=1e-5)
     assert residual.add({}, total) == total == residual.add(total, {})
     x = torch.randn(5, 20)
-    for each in (total, factors(12, 20, 3, 9)):
+    for change in (total, factors(12, 20, 3, 9)):
         assert torch.allclose(
-            residual.product(x, residual.matrices(each, "m")), x @ residual.of(each, "m").float().T, atol=1e-4
+            residual.product(x, residual.matrices(change, "m")), x @ residual.of(change, "m").float().T, atol=1e-4
         )
 
 
@@ -107,7 +107,7 @@ CHANGES = {"dense": True, "factors": False, "none": None}
 @pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
 @pytest.mark.parametrize("dense", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_what_is_saved_computes_the_same_in_stock_peft(
+def test_a_saved_model_computes_the_same_in_stock_peft(
     tiny: Settings, tmp_path: Path, core: bool, dense: bool | None, scaling: str
 ) -> None:
     """All linear modules: d = k, d > k and d < k."""

@@ -1,4 +1,4 @@
-"""What every aggregation rule keeps to: invariants over all of `RULES`, and PEFT as an oracle."""
+"""Invariants of all aggregation rules, with PEFT as an oracle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from copra_fl.adapters.state import Adapter
-from copra_fl.aggregation import RULES, find_rule
+from copra_fl.aggregation import RULES, find_rule, rules
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import pad, relative_scaling, rescale
 from copra_fl.aggregation.server_optimizers import SERVER_OPTIMIZERS
@@ -59,7 +59,7 @@ def test_client_order_is_irrelevant_bitwise(rule: str, weighting: str) -> None:
 
 @EVERY
 @WEIGHTING
-def test_one_client_is_the_identity_by_products(rule: str, weighting: str) -> None:
+def test_with_one_client_the_product_is_that_of_the_client(rule: str, weighting: str) -> None:
     only = random_adapter(1, core=find_rule(rule).core)
     round_ = make_round(random_adapter(9, core=find_rule(rule).core), [update(4, only, 7)], weighting=weighting)
     outcome = aggregate(rule, round_)
@@ -70,7 +70,7 @@ def test_one_client_is_the_identity_by_products(rule: str, weighting: str) -> No
 
 @EVERY
 @WEIGHTING
-def test_a_layer_that_nobody_trained_stays_bitwise(rule: str, weighting: str) -> None:
+def test_a_layer_that_no_client_trained_is_bitwise_unchanged(rule: str, weighting: str) -> None:
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
     updates = [update(i, random_adapter(i, core=core), 10 + i, active=(2, 0)) for i in range(3)]
     outcome = aggregate(rule, make_round(before, updates, weighting=weighting))
@@ -81,8 +81,8 @@ def test_a_layer_that_nobody_trained_stays_bitwise(rule: str, weighting: str) ->
 
 @EVERY
 @WEIGHTING
-def test_a_layer_that_one_of_many_trained(rule: str, weighting: str) -> None:
-    """By activity its product is that client's own; the median of unchanged ones is the old one."""
+def test_a_layer_that_one_of_five_clients_trained(rule: str, weighting: str) -> None:
+    """By activity the product is that client's; by examples a median or trimmed mean is the old value."""
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
     updates = [update(i, random_adapter(i, core=core), 10, active=(1, int(i == 2))) for i in range(5)]
     round_ = make_round(before, updates, weighting=weighting)
@@ -90,18 +90,20 @@ def test_a_layer_that_one_of_many_trained(rule: str, weighting: str) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in outcome.adapter.values())
     if weighting == "activity":
         assert relative(dense_made(round_, outcome, MODULES[1]), dense(updates[2].adapter, MODULES[1])) < 1e-6
+    elif rule in ("median", "trimmed-mean"):
+        assert all(torch.equal(outcome.adapter[name], old) for name, old in before.items() if MODULES[1] in name)
 
 
 @EVERY
 @pytest.mark.parametrize("moved", [True, False])
-def test_nothing_breaks_in_the_first_round_where_b_is_zero(rule: str, moved: bool) -> None:
+def test_the_first_round_where_b_is_zero_stays_finite(rule: str, moved: bool) -> None:
     core = find_rule(rule).core
     before = random_adapter(9, core=True) if core else start()
     updates = [update(i, random_adapter(i, core=core) if moved else before, 10 + i) for i in range(3)]
     outcome = aggregate(rule, make_round(before, updates))
     for tensor in (outcome.adapter | outcome.residual).values():
         assert tensor.dtype == torch.float32 and torch.isfinite(tensor).all()
-    if not moved and rule != "flora":  # flora draws A anew
+    if not moved and rule != "flora":  # flora draws a new A
         assert same(outcome.adapter, before) and not outcome.residual
 
 
@@ -109,10 +111,10 @@ def test_nothing_breaks_in_the_first_round_where_b_is_zero(rule: str, moved: boo
 def test_a_rule_is_pure_and_keeps_names_and_shapes(rule: str) -> None:
     round_ = random_round(core=find_rule(rule).core)
     before = {name: tensor.clone() for name, tensor in round_.before.items()}
-    sent = [{name: tensor.clone() for name, tensor in each.adapter.items()} for each in round_.updates]
+    sent = [{name: tensor.clone() for name, tensor in update.adapter.items()} for update in round_.updates]
     outcome, again = aggregate(rule, round_), aggregate(rule, round_)
     assert same(round_.before, before)
-    assert all(same(each.adapter, kept) for each, kept in zip(round_.updates, sent, strict=True))
+    assert all(same(update.adapter, copy) for update, copy in zip(round_.updates, sent, strict=True))
     assert same(outcome.adapter, again.adapter) and same(outcome.residual, again.residual)
     assert list(outcome.adapter) == list(before)
     assert all(outcome.adapter[name].shape == tensor.shape for name, tensor in before.items())
@@ -121,7 +123,7 @@ def test_a_rule_is_pure_and_keeps_names_and_shapes(rule: str) -> None:
 
 @EVERY
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_parts_that_clients_do_not_train_stay_bitwise(rule: str, server_round: int) -> None:
+def test_parts_that_clients_do_not_train_are_bitwise_unchanged(rule: str, server_round: int) -> None:
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
     trains = find_rule(rule).trains(server_round)
     frozen = {name: old for name, old in before.items() if (name.partition(".lora_")[2][:1] or "head") not in trains}
@@ -148,13 +150,13 @@ def test_exact_rules_give_the_ideal_product(rule: str, server_round: int) -> Non
 
 
 @pytest.mark.parametrize("rule", ["flexlora", "lora-fair", "fedrot-lora"])
-def test_rules_that_reduce_the_error_of_fedavg_do(rule: str) -> None:
+def test_error_correcting_rules_have_a_smaller_error_than_fedavg(rule: str) -> None:
     round_ = random_round(5)
     error = aggregation_error(round_, aggregate(rule, round_))["total"]
     assert error < aggregation_error(round_, aggregate("fedavg", round_))["total"]
 
 
-def test_flexlora_is_the_best_of_its_rank() -> None:
+def test_flexlora_has_the_smallest_error_of_its_rank() -> None:
     round_ = random_round(4)
     best = aggregation_error(round_, aggregate("flexlora", round_))["total"]
     others = {rule.name for rule in RULES if not rule.changes_base and not rule.core} - {"flexlora"}
@@ -163,27 +165,29 @@ def test_flexlora_is_the_best_of_its_rank() -> None:
 
 @pytest.mark.parametrize("rule", UNEQUAL)
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "constant"])
-def test_unequal_ranks_meet_at_one_scaling(rule: str, scaling: str) -> None:
-    """Clients of rank 1 and 2 train W0 + s_i B_i A_i; alike in the server's factors they are for s = s_2."""
+def test_unequal_ranks_are_averaged_at_the_scaling_of_the_server(rule: str, scaling: str) -> None:
+    """Clients of rank 1 and 2 train W0 + s_i B_i A_i; the server's factors are for s = s_2."""
     config = Config().changed(rank=2, lora_alpha=3.0, lora_scaling=scaling)
-    own = {i: random_adapter(i, rank=rank) for i, rank in enumerate((1, 2))}
-    up = {i: pad(rescale(own[i], relative_scaling(config, i + 1)), 2) for i in own}
+    adapters = {i: random_adapter(i, rank=rank) for i, rank in enumerate((1, 2))}
+    up = {i: pad(rescale(adapter, relative_scaling(config, i + 1)), 2) for i, adapter in adapters.items()}
     s = config.model.scaling(2)
-    updates = [update(i, up[i], 10 + 20 * i) for i in own]
+    updates = [update(i, adapter, 10 + 20 * i) for i, adapter in up.items()]
     round_ = make_round(start(), updates, ranks={0: 1, 1: 2}, scaling=s)
     for module in MODULES:
-        wanted = sum((10 + 20 * i) / 40 * dense(own[i], module, config.model.scaling(i + 1)) for i in own)
-        assert relative(dense_ideal(round_, module), wanted) < 1e-6
-        naive = replace(round_, updates=[update(i, pad(own[i], 2), 10 + 20 * i) for i in own])
-        assert (relative(dense_ideal(naive, module), wanted) < 1e-6) == (scaling == "constant")
+        expected = sum(
+            (10 + 20 * i) / 40 * dense(adapter, module, config.model.scaling(i + 1)) for i, adapter in adapters.items()
+        )
+        assert relative(dense_ideal(round_, module), expected) < 1e-6
+        naive = replace(round_, updates=[update(i, pad(a, 2), 10 + 20 * i) for i, a in adapters.items()])
+        assert (relative(dense_ideal(naive, module), expected) < 1e-6) == (scaling == "constant")
     outcome = aggregate(rule, round_)
     error = aggregation_error(round_, outcome)["total"]
     assert error < 2e-7 if rule == "flora" else error < 1
 
 
 @pytest.mark.parametrize("rule", UNEQUAL)
-def test_ranks_that_no_client_of_the_round_has_can_still_be_trained(rule: str) -> None:
-    """Two clients of rank 1 under a global rank of 3 (their sum has rank 2): no row is left with A = B = 0."""
+def test_rows_past_all_ranks_of_the_round_stay_trainable(rule: str) -> None:
+    """Two clients of rank 1 and a global rank of 3 (their sum has rank 2): no row ends with A = B = 0."""
     updates = [update(i, pad(random_adapter(i, rank=1), 3), 10 + i) for i in range(2)]
     before = start(rank=3)
     round_ = make_round(before, updates, ranks={0: 1, 1: 1}, fresh=lambda: start(5, rank=3))
@@ -224,7 +228,16 @@ def test_peft_agrees(rule: str, combination: str, weights: tuple[float, float]) 
     assert relative(dense_made(round_, aggregate(rule, round_), MODULES[0]), merged) < 1e-6
 
 
-def test_the_docs_have_a_row_for_every_rule_and_server_optimiser() -> None:
+def test_every_rule_has_its_own_file_with_source_and_traffic() -> None:
+    files = {path.stem.replace("_", "-"): path.read_text() for path in Path(rules.__file__).parent.glob("[!_]*.py")}
+    assert sorted(files) == sorted(NAMES)
+    for name, text in files.items():
+        docstring = text.split('"""')[1]
+        assert "arXiv" in docstring or "(ours)" in docstring, name
+        assert "Traffic" in docstring, name
+
+
+def test_the_docs_have_a_row_for_every_rule_and_server_optimizer() -> None:
     text = (Path(__file__).parent.parent / "docs" / "aggregation.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     assert rows.keys() == {*NAMES, *SERVER_OPTIMIZERS}

@@ -1,4 +1,4 @@
-"""Each rule on two clients of rank 1 whose answer is worked out by hand, and hostile clients.
+"""Each rule on two clients of rank 1 against results worked out by hand, and rules against hostile clients.
 
 n = 10, 30, so p = 1/4, 3/4;  d = 2, k = 3, s = 2
 B_0 = [1, 0]^T, A_0 = [1, 2, 0];    B_1 = [0, 2]^T, A_1 = [0, 2, 4]
@@ -26,7 +26,7 @@ A, B, CORE, RESIDUAL = f"{M}.lora_A.weight", f"{M}.lora_B.weight", f"{M}.lora_R.
 
 
 def lora(b: list[float], a: list[float], head: float = 0.0) -> Adapter:
-    """Rank 1: B (2, 1) and A (1, 3)."""
+    """Return an adapter of rank 1 with B (2, 1) and A (1, 3)."""
     return {A: torch.tensor([a]).float(), B: torch.tensor([b]).float().T, "head.bias": torch.tensor([head]).float()}
 
 
@@ -35,7 +35,7 @@ CLIENTS = [lora([1, 0], [1, 2, 0], head=4), lora([0, 2], [0, 2, 4], head=8)]
 
 
 def two_clients(before: Adapter = BEFORE, clients: list[Adapter] = CLIENTS, **settings: float) -> Round:
-    """n = 10, 30; a fresh adapter has A = [7, 7, 7]."""
+    """Return a round with n = 10, 30, in which a fresh adapter has A = [7, 7, 7]."""
     updates = [update(i, adapter, 10 + 20 * i) for i, adapter in enumerate(clients)]
     drawn = {name: tensor for name, tensor in lora([0, 0], [7, 7, 7]).items() if name != "head.bias"}
     return make_round(before, updates, scaling=2.0, fresh=lambda: drawn, **settings)
@@ -46,7 +46,7 @@ def values(tensor: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "ffa-lora", "rolora", "fedsa-lora", "zero-pad"])
-def test_factors_averaged_apart(rule: str) -> None:
+def test_averages_of_a_and_b(rule: str) -> None:
     adapter = aggregate(rule, two_clients()).adapter
     assert values(adapter[B]) == [0.25, 1.5] and values(adapter[A]) == [0.25, 2, 3]
     assert values(adapter["head.bias"]) == [7.0]
@@ -60,7 +60,7 @@ def test_the_error_of_fedavg() -> None:
 
 
 def test_zero_pad_of_unequal_ranks() -> None:
-    """Rank 3; clients of rank 1 and 2 with p = 1/4, 3/4. Row 1 is client 1's alone and shrinks; row 2 is the old."""
+    """Rank 3; clients of rank 1 and 2 with p = 1/4, 3/4. Row 1 is client 1's and shrinks; row 2 is unchanged."""
     before = {A: torch.full((3, 1), 5.0), B: torch.zeros(2, 3)}
     first = {A: torch.tensor([[4.0], [0], [0]]), B: torch.tensor([[4.0, 0, 0], [8, 0, 0]])}
     second = {A: torch.tensor([[8.0], [4], [0]]), B: torch.tensor([[0.0, 4, 0], [0, 8, 0]])}
@@ -115,7 +115,7 @@ def test_flexlora_is_the_truncated_svd() -> None:
     assert values(adapter["head.bias"]) == [7.0]
 
 
-def test_fedex_puts_the_rest_into_w0() -> None:
+def test_fedex_adds_its_error_to_w0() -> None:
     outcome = aggregate("fedex-lora", two_clients())
     assert values(outcome.adapter[B]) == [0.25, 1.5] and values(outcome.adapter[A]) == [0.25, 2, 3]
     left, right = outcome.residual[f"{RESIDUAL}_B"], outcome.residual[f"{RESIDUAL}_A"]
@@ -123,7 +123,7 @@ def test_fedex_puts_the_rest_into_w0() -> None:
     assert values(left @ right) == [0.375, 0, -1.5, -0.75, 0, 3]
 
 
-def test_fedex_needs_one_client_less_than_there_are() -> None:
+def test_fedex_residual_has_rank_of_all_clients_but_one() -> None:
     """K = 4 of rank 2: 6 columns in 40 x 30."""
     updates = [update(i, random_adapter(i, d=40, k=30), 10 + i) for i in range(4)]
     residual = aggregate("fedex-lora", make_round(random_adapter(9, d=40, k=30), updates)).residual
@@ -138,12 +138,12 @@ def test_lora_fair_corrects_b() -> None:
     assert values(adapter[A]) == [0.25, 2, 3]
 
 
-def test_lora_fair_without_lambda_is_least_squares() -> None:
-    """Of all B beside the average A, none comes closer: numpy's lstsq of A^T B^T = (dW* / s)^T, at rank 2."""
+def test_lora_fair_without_regularization_is_least_squares() -> None:
+    """With the average A, no B is closer to the ideal: numpy's lstsq of A^T B^T = (dW* / s)^T, at rank 2."""
     updates = [update(i, random_adapter(i), 10) for i in range(3)]
     adapter = aggregate("lora-fair", make_round(random_adapter(9), updates), regularization=1e-12).adapter
-    clients = [{name: tensor.double().numpy() for name, tensor in each.adapter.items()} for each in updates]
-    ideal, average = sum(each[B] @ each[A] for each in clients) / 3, sum(each[A] for each in clients) / 3
+    clients = [{name: tensor.double().numpy() for name, tensor in update.adapter.items()} for update in updates]
+    ideal, average = sum(client[B] @ client[A] for client in clients) / 3, sum(client[A] for client in clients) / 3
     best = np.linalg.lstsq(average.T, ideal.T, rcond=None)[0].T
     assert np.allclose(adapter[B].numpy(), best, rtol=1e-5, atol=1e-6)
 
@@ -157,8 +157,8 @@ def test_fedrot_turns_signs_back() -> None:
     assert values(cancelled[B]) == [0.25, -1.5]
 
 
-def test_fedrot_looks_at_both_factors() -> None:
-    """Rank 1: A says +, B says - and is larger: 4 * -2 + 1 * 3 < 0."""
+def test_fedrot_aligns_by_both_factors() -> None:
+    """Rank 1: A alone would give Q = 1, B alone Q = -1; B is larger: 4 * -2 + 1 * 3 < 0, so Q = -1."""
     b, a, b_ref, a_ref = (torch.tensor(x).double() for x in ([[-2.0]], [[1.0, 1, 1]], [[4.0]], [[1.0, 1, 1]]))
     assert rotation(b, a, b_ref, a_ref).item() == pytest.approx(-1)
     assert rotation(b / 4, a, b_ref, a_ref).item() == pytest.approx(1)
@@ -166,7 +166,7 @@ def test_fedrot_looks_at_both_factors() -> None:
 
 @pytest.mark.parametrize("first_round", [True, False])
 def test_fedrot_undoes_rotations(first_round: bool) -> None:
-    """Five clients with one product, each in factors turned at random: fedavg loses most of it, fedrot nothing."""
+    """Five clients with the same product in randomly rotated factors: fedavg loses most of it, fedrot nothing."""
     truth = random_adapter(1, rank=4, d=30, k=20)
     before = {name: torch.zeros_like(t) if first_round and "_B." in name else t for name, t in truth.items()}
     updates = []
@@ -179,7 +179,7 @@ def test_fedrot_undoes_rotations(first_round: bool) -> None:
     assert error["fedavg"] > 0.7 and error["fedrot-lora"] < 1e-6
 
 
-def test_fed_sb_averages_the_core() -> None:
+def test_fed_sb_averages_r() -> None:
     """R = 1/4 * 1 + 3/4 * 5 = 4; the product 2 * 4 B A is the average of 2 B A and 10 B A."""
     fixed = lora([1, 2], [1, 0, 1])
     clients = [fixed | {CORE: torch.tensor([[r]])} for r in (1.0, 5.0)]
@@ -191,7 +191,7 @@ def test_fed_sb_averages_the_core() -> None:
 
 
 def scalars(before: float, changed: list[float], examples: int = 10, **settings: float) -> Round:
-    """Clients whose adapter is one number, the head's bias."""
+    """Return a round of clients with a single number as adapter, the head's bias."""
     updates = [
         Update(i, {"head.bias": torch.tensor([x])}, examples + i, (1,), {"loss": 1.0}) for i, x in enumerate(changed)
     ]
@@ -211,8 +211,8 @@ def test_median_of_odd_and_even() -> None:
     assert aggregate("median", scalars(0.0, [3.0, -100.0, 7.0, 1000.0])).adapter["head.bias"].item() == 5.0
 
 
-def test_median_and_trimmed_mean_leave_out_who_weighs_nothing() -> None:
-    """By activity the three clients that never trained the layer have no say; by examples they are for the old."""
+def test_median_and_trimmed_mean_ignore_clients_of_weight_zero() -> None:
+    """By activity the three clients that never trained the layer do not count; by examples they have the old value."""
     before = lora([1, 1], [1, 1, 1])
     updates = [update(i, lora([2, 2 + i], [3, 3, 3 + i]), 10, active=(int(i < 2), 1)) for i in range(5)]
     for rule, parameters in (("median", {}), ("trimmed-mean", {"trim_fraction": 0.0})):
@@ -237,7 +237,7 @@ def test_norm_clipped_by_hand() -> None:
 @pytest.mark.parametrize("rule", ["trimmed-mean", "median", "norm-clipped", "fedavg"])
 @pytest.mark.parametrize("factor", [100.0, -100.0])
 def test_one_hostile_client_in_five(rule: str, factor: float) -> None:
-    """Four clients take nearly the same step; the fifth sends 100 times as much, or as much the other way."""
+    """Four clients take nearly the same step; the fifth sends 100 times that step, or -100 times."""
     before, goal = random_adapter(1), random_adapter(2)
     step = difference(goal, before)
     updates = []
@@ -245,5 +245,5 @@ def test_one_hostile_client_in_five(rule: str, factor: float) -> None:
         noise, share = random_adapter(10 + i), factor if i == 4 else 1.0
         sent = {name: old + share * step[name] + 0.05 * noise[name] for name, old in before.items()}
         updates.append(update(i, sent, 10))
-    left = norm(difference(goal, aggregate(rule, make_round(before, updates)).adapter)) / norm(step)
-    assert left > 10 if rule == "fedavg" else left < 0.5
+    remaining = norm(difference(goal, aggregate(rule, make_round(before, updates)).adapter)) / norm(step)
+    assert remaining > 10 if rule == "fedavg" else remaining < 0.5

@@ -1,4 +1,4 @@
-"""Server optimisers against torch.optim and the formulas of Reddi et al. (arXiv 2003.00295), in float64."""
+"""Server optimizers against torch.optim and the formulas of Reddi et al. (arXiv 2003.00295), in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.server_optimizers import SERVER_OPTIMIZERS, step
 from copra_fl.config import KEYS, AggregationConfig
 
-AVERAGES = [1.0, -0.5, 2.0, 2.5]  # of the rounds, each a number
+AVERAGES = [1.0, -0.5, 2.0, 2.5]  # the average of each round, a number
 
 
 def settings(name: str, **others: float) -> AggregationConfig:
@@ -30,7 +30,7 @@ def run(settings: AggregationConfig, averages: list[float]) -> list[float]:
     return path
 
 
-def test_every_name_of_the_configuration_is_there() -> None:
+def test_every_value_of_the_configuration_key_is_implemented() -> None:
     assert {"none", *SERVER_OPTIMIZERS} == set(KEYS["server-optimizer"].choices)
 
 
@@ -50,7 +50,7 @@ def test_fedavgm_without_momentum_at_rate_one_is_the_average() -> None:
     assert run(plain, AVERAGES) == pytest.approx(AVERAGES)
 
 
-def test_fedadagrad_is_torchs() -> None:
+def test_fedadagrad_is_adagrad_of_torch() -> None:
     """With beta = 0; torch starts its sum at tau^2 and calls tau eps."""
     w = torch.nn.Parameter(torch.tensor([0.25], dtype=torch.float64))
     adagrad = torch.optim.Adagrad([w], lr=0.3, initial_accumulator_value=0.01**2, eps=0.01)
@@ -59,12 +59,12 @@ def test_fedadagrad_is_torchs() -> None:
         w.grad = w.detach() - average
         adagrad.step()
         expected.append(w.item())
-    found = run(settings("fedadagrad", server_momentum=0.0, server_tau=0.01), AVERAGES)
-    assert found == pytest.approx(expected, rel=1e-12)
+    path = run(settings("fedadagrad", server_momentum=0.0, server_tau=0.01), AVERAGES)
+    assert path == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedadagrad"])
-def test_adaptive_ones_by_their_formulas(name: str) -> None:
+def test_adaptive_optimizers_against_their_formulas(name: str) -> None:
     """m = 0, v = tau^2 at the start, no correction for either."""
     x, m, v, beta, beta2, tau = 0.25, 0.0, 0.01**2, 0.8, 0.9, 0.01
     expected = []
@@ -78,8 +78,8 @@ def test_adaptive_ones_by_their_formulas(name: str) -> None:
         }[name]
         x += 0.3 * m / (math.sqrt(v) + tau)
         expected.append(x)
-    found = run(settings(name, server_momentum=beta, server_beta2=beta2, server_tau=tau), AVERAGES)
-    assert found == pytest.approx(expected, rel=1e-12)
+    path = run(settings(name, server_momentum=beta, server_beta2=beta2, server_tau=tau), AVERAGES)
+    assert path == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_first_step_of_fedadam_by_hand() -> None:
@@ -89,7 +89,7 @@ def test_the_first_step_of_fedadam_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_what_nobody_trained_stays_bitwise_and_keeps_its_moments(name: str) -> None:
+def test_untrained_tensors_are_bitwise_unchanged_and_keep_their_moments(name: str) -> None:
     before = {"on": torch.tensor([1.0, 2.0]), "off": torch.tensor([0.1, 0.2])}
     moved = {"on": torch.tensor([1.5, 2.0]), "off": torch.tensor([0.3, 0.1])}
     x, first, second = step(settings(name), before, moved, {}, {})
@@ -109,6 +109,6 @@ def test_a_step_is_pure_and_float32(name: str) -> None:
     first, second = {"w": torch.tensor([0.5])}, {"w": torch.tensor([0.25])}
     x, m, v = step(settings(name), before, average, first, second)
     again = step(settings(name), before, average, first, second)
-    assert all(each["w"].dtype == torch.float32 for each in (x, m, v))
-    assert all(torch.equal(one["w"], other["w"]) for one, other in zip((x, m, v), again, strict=True))
+    assert all(state["w"].dtype == torch.float32 for state in (x, m, v))
+    assert all(torch.equal(state["w"], repeated["w"]) for state, repeated in zip((x, m, v), again, strict=True))
     assert (before["w"].item(), first["w"].item(), second["w"].item()) == (1.0, 0.5, 0.25)

@@ -1,4 +1,4 @@
-"""Rounds for tests of aggregation rules: a module with d != k, a head, clients of unequal weight; dense oracles."""
+"""Rounds for tests of aggregation rules: two modules with d != k, a head, clients of unequal weight; dense oracles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_adapter(seed: int, rank: int = R, d: int = D, k: int = K, core: bool 
 
 
 def start(seed: int = 100, rank: int = R, **shape: int) -> Adapter:
-    """A new adapter: B = 0."""
+    """Return a new adapter: B = 0."""
     adapter = random_adapter(seed, rank, **shape)
     return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in adapter.items()}
 
@@ -40,7 +40,7 @@ def fresh() -> Adapter:
 
 
 def no_score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-    """A landscape without any hill: every adapter is as good as every other."""
+    """Score all adapters alike: a flat loss landscape."""
     return [{"loss": 1.0, "accuracy": 0.5} for _ in adapters]
 
 
@@ -72,26 +72,26 @@ def aggregate(name: str, round_: Round, **parameters: float) -> Outcome:
 
 
 def random_round(clients: int = 3, core: bool = False, **settings: float | str) -> Round:
-    """All clients train all of it, with 10, 20, 30 ... examples."""
+    """Return a round in which all clients train everything, with 10, 20, 30 ... examples."""
     updates = [update(i, random_adapter(i, core=core), 10 * (i + 1)) for i in range(clients)]
     return make_round(random_adapter(99, core=core), updates, **settings)
 
 
 def dense(adapter: Adapter, module: str, scaling: float = S) -> np.ndarray:
-    """s B A, or s B R A, as numpy (d, k) in float64."""
+    """Return s B A, or s B R A, as numpy (d, k) in float64."""
     part = {p: adapter[n].double().numpy() for p in "ABR" if (n := f"{module}.lora_{p}.weight") in adapter}
     return scaling * part["B"] @ (part["R"] @ part["A"] if "R" in part else part["A"])
 
 
 def dense_ideal(round_: Round, module: str) -> np.ndarray:
-    """sum_i n_i s B_i A_i / sum_i n_i."""
+    """Return sum_i n_i s B_i A_i / sum_i n_i."""
     examples = np.array([update.num_examples for update in round_.updates], dtype=float)
     products = [dense(round_.before | update.adapter, module, round_.scaling) for update in round_.updates]
     return np.tensordot(examples / examples.sum(), products, axes=1)
 
 
 def dense_made(round_: Round, outcome: Outcome, module: str) -> np.ndarray:
-    """What the model now has beside the old W0, as numpy (d, k)."""
+    """Return the difference of the model's effective weights from the old W0, as numpy (d, k)."""
     made, residual = dense(outcome.adapter, module, round_.scaling), outcome.residual
     if f"{module}.residual" in residual:
         made = made + residual[f"{module}.residual"].double().numpy()
@@ -100,5 +100,6 @@ def dense_made(round_: Round, outcome: Outcome, module: str) -> np.ndarray:
     return made
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return ||actual - expected|| / ||expected||."""
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
