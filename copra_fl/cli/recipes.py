@@ -37,9 +37,7 @@ class Recipe:
         carried = carried_recipes()
         if not path.exists():
             if name not in carried:
-                raise ConfigError(
-                    f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(carried)}"
-                )
+                raise ConfigError(f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(carried)}")
             path = carried[name]
         settings = read_toml(path)
         methods = settings.pop("methods", {})
