@@ -76,7 +76,7 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
-    run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
+    run.wait_until(lambda: not run.processes(), "the whole family gone")
     assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
     RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
     expected, resumed = final(undisturbed[0]), final(directory)

@@ -32,7 +32,7 @@ from copra_fl import events
 from copra_fl.cli import guard
 from copra_fl.config import Value, toml_value
 
-START_SECONDS = 60
+START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
 #: where the app lies below a SuperLink's home
 APP = "app"
