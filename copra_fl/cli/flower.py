@@ -34,6 +34,8 @@ from copra_fl.config import Value, toml_value
 
 START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
+#: Ray's variable for the niceness of workers
+NICENESS = "RAY_worker_niceness"
 #: where the app lies below a SuperLink's home
 APP = "app"
 #: variables that all workers of a run have alike
@@ -160,8 +162,7 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     On another machine there are no `clients`, which lie in `home`: Ray brings them, as its job submission would.
     """
     if address is None:
-        niceness = os.environ.get("RAY_worker_niceness", "0")
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), "RAY_worker_niceness": niceness}
+        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
     brought = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
     return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": brought})}
 
