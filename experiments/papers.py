@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from copra_fl.files import write_json
+
 import copra_fl.startup  # isort: skip  # noqa: F401  before torch
 import numpy as np
 from torch import Tensor, nn
@@ -289,7 +291,7 @@ def main(given: Sequence[str] | None = None) -> None:
         },
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.results / f"papers-{options.date}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_json(options.results / f"papers-{options.date}.json", facts)
     atomic_write(options.results / f"papers-{options.date}.md", table(facts))
     print(table(facts))
 

@@ -17,6 +17,7 @@ import pytest
 from copra_fl.reporting import report
 from tests.support.browser import check_page, needs_chromium
 from tests.support.documents import README, ROOT, blocks
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.run_folders import num_figures
 
 
@@ -67,7 +68,7 @@ def test_command(clone: Path, command: str) -> None:
         pytest.skip("needs containers; tests/containers runs it")
     command = re.sub(r"^make ", "make --dry-run ", command)
     command = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), command)
-    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     if "flwr run" in command:  # exits 0 also when the run failed
         (directory,) = (path.parent for path in clone.glob("runs/*/summary.json") if path.parent.name.isdigit())
