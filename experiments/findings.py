@@ -1,4 +1,4 @@
-"""The tables and figures of docs/findings.md, made of the committed results: `python -m experiments.findings`.
+"""The tables and figures of docs/explanations/findings.md, made of the committed results: `python -m experiments.findings`.
 
 Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
@@ -21,7 +21,7 @@ from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "explanations" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAPERS_MEASURES = (

@@ -25,7 +25,7 @@ from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 from tests.test_cohort import World, assert_alike
 
 Settings = dict[str, object]
-GUIDE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parent.parent / "docs" / "how-to" / "write-a-task.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def test_metrics_are_means_over_targets(uneven: Settings) -> None:
 
 @pytest.fixture
 def topics(tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The task of docs/tasks.md, and texts whose topics are all that they have three words or more of."""
+    """The task of docs/how-to/write-a-task.md, and texts whose topics are all that they have three words or more of."""
     (tmp_path / "hospital").mkdir()
     (source,) = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert source.count("\n") < 60
