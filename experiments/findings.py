@@ -1,4 +1,4 @@
-"""The tables and figures of docs/explanations/findings.md, made of the committed results: `python -m experiments.findings`.
+"""Tables and figures of docs/explanations/findings.md, from committed results: `python -m experiments.findings`.
 
 Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
@@ -78,9 +78,8 @@ def predictors(results: Mapping[str, Any]) -> DataTable:
     for metric, name in METRICS.items():
         found = figures.gains_against(results, metric)
         correlation = figures.pearson(found) if found else None
-        rows.append(
-            [name, "no spread" if correlation is None else f"{correlation:+.2f}", str(sum(map(len, found.values())))]
-        )
+        shown = "no spread" if correlation is None else f"{correlation:+.2f}".replace("-", "−")
+        rows.append([name, shown, str(sum(map(len, found.values())))])
     return DataTable(
         ["minus the baseline's", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
     )
