@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-containers check lint types imports clean
+.PHONY: help demo test test-slow test-containers check lint types imports docs clean
 
-help:  ## what there is to make
+help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
@@ -31,8 +31,11 @@ types: .venv/developed  ## mypy
 imports: .venv/developed  ## who may import whom
 	$(BIN)/lint-imports
 
+docs: .venv/developed  ## build the documentation site into site/ (needs no network)
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove the virtual environment and caches; results in runs/ stay
-	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf .venv dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
