@@ -179,6 +179,22 @@ def test_the_files_that_the_pages_name_exist() -> None:
     assert missing == []
 
 
+def test_the_tree_in_architecture_names_every_folder_and_no_other() -> None:
+    tree = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and is_tracked(path)}
+    assert set(re.findall(r"^(\w+)/ ", tree, re.MULTILINE)) == folders
+    inside = {path.name for path in (ROOT / "copra_fl").iterdir() if path.is_dir() and is_tracked(path)}
+    assert set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)) == inside
+    modules = {path.name for path in (ROOT / "copra_fl").glob("*.py") if path.name != "__init__.py"}
+    (line,) = re.findall(r"^  (\w+\.py.*):", tree, re.MULTILINE)
+    assert set(line.split(", ")) == modules
+
+
+def is_tracked(folder: Path) -> bool:
+    listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return bool(listed) and not folder.name.startswith(".")
+
+
 def test_the_pages_that_the_sources_name_exist() -> None:
     """Pages as docs/KIND/NAME.md in code, recipes and compose files."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
