@@ -24,6 +24,7 @@ from scipy.special import stdtrit
 from copra_fl.config import Config, read_toml
 
 CONFIDENCE = 0.95
+JSON_WIDTH = 120
 
 
 class ResultsError(ValueError):
@@ -289,6 +290,25 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON with `write_text`. Raises ValueError for NaN and infinities."""
+    write_text(path, _json_text(value) + "\n")
+
+
+def _json_text(value: object, indent: str = "") -> str:
+    """JSON in which an object or array stands on one line where it fits: a file of results reads as a table."""
+    line = json.dumps(value, allow_nan=False)
+    if len(indent) + len(line) <= JSON_WIDTH or not isinstance(value, Mapping | list | tuple):
+        return line
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(str(key))}: {_json_text(item, inner)}" for key, item in value.items()]
+    else:
+        items = [_json_text(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{closing}"
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ the rate chosen, on other seeds. `write` gathers them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from copra_fl.ranking import (
     note,
     verdict,
 )
-from copra_fl.results import Comparison, estimate, load_comparison, metrics, summarise, write_text
+from copra_fl.results import Comparison, estimate, load_comparison, metrics, summarise, write_json, write_text
 
 RATES, TEST = "rates", "test"
 COLUMNS = (
@@ -113,7 +112,7 @@ def write(directory: Path, cells: Sequence[Path], command: str) -> dict[str, Any
         "machine": provenance.machine(),
         "cells": [cell_results(cell) for cell in cells],
     }
-    write_text(directory / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(directory / "results.json", results)
     write_text(directory / "report.html", render(directory.name, results))
     return results
 

@@ -48,7 +48,7 @@ from copra_fl.probes.members import members
 from copra_fl.probes.opening import OpenRun, silent
 from copra_fl.probes.shapley import gini, top_third
 from copra_fl.probes.whole import Game, Whole, solve
-from copra_fl.results import write_text
+from copra_fl.results import write_json, write_text
 from experiments.papers_summary import Values, summarise, table
 
 METHODS = ("lora", "copra")
@@ -288,7 +288,7 @@ def main(given: Sequence[str] | None = None) -> None:
         },
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    write_text(options.results / f"papers-{options.date}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_json(options.results / f"papers-{options.date}.json", facts)
     write_text(options.results / f"papers-{options.date}.md", table(facts))
     print(table(facts))
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.data import FederatedData, load
+from tests.real_runs import HANG_SECONDS
 
 CLASSES = ("air", "fire", "sea", "soil")
 Load = Callable[..., FederatedData]
@@ -342,7 +343,7 @@ def test_two_processes_share_the_work(rows: pd.DataFrame, tmp_path: Path, tokeni
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    results = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    results = [json.loads(worker.communicate(timeout=HANG_SECONDS)[0]) for worker in workers]
     third = subprocess.run(command, env=environment, input="go\n", stdout=subprocess.PIPE, text=True, check=True)
     results.append(json.loads(third.stdout.splitlines()[-1]))
     assert sorted(result["calls"] for result in results[:2]) == [0, 2]  # 600 texts, 512 in a call

@@ -155,7 +155,7 @@ def test_two_nodes_train_and_give_what_one_machine_gives(
         seen.update(filter(training, raylets))
         return seen == raylets or run.process.poll() is not None
 
-    run.wait_until(both_have_trained, "workers on both nodes", 300)
+    run.wait_until(both_have_trained, "workers on both nodes")
     out, err = run.finish()
     assert seen == raylets and len(raylets) == 2
     assert "2 workers on a Ray cluster of 2 machines, 1 cores and 0 GPUs each" in err

@@ -20,6 +20,7 @@ import pytest
 
 from copra_fl import report
 from tests.browser import check_page, needs_chromium
+from tests.real_runs import HANG_SECONDS
 from tests.test_report import num_figures
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def test_command(clone: Path, command: str) -> None:
     """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
     command = re.sub(r"^make ", "make --dry-run ", command)
     command = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), command)
-    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     if "flwr run" in command:  # exits 0 also when the run failed
         (directory,) = (path.parent for path in clone.glob("runs/*/summary.json") if path.parent.name.isdigit())

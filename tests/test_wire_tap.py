@@ -18,6 +18,7 @@ import pytest
 from copra_fl.cli.flower import copy_app, free_port
 from copra_fl.config import Config, toml_value
 from experiments.deployment import SCRIPTS, environment, running, wait_for
+from tests.real_runs import HANG_SECONDS
 from tests.test_own_data import Settings, leaks, own, rows_of, write
 
 __all__ = ["own"]  # a fixture
@@ -89,7 +90,7 @@ def test_nothing_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> N
             )  # fmt: skip
         command = [SCRIPTS / "flwr", "run", str(app), "deployment", "--stream", "--run-config", overrides]
         subprocess.run(
-            command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=500
+            command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=HANG_SECONDS
         )
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     # The tap works: labels that the server tells, and scalars that clients tell, are readable in it.

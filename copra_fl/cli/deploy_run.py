@@ -18,7 +18,7 @@ from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.flower import RunFailed
-from copra_fl.cli.options import JsonOption, ResumeOption, SetOption, TrackOption
+from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.cli.recipes import Recipe
 from copra_fl.config import Config, ConfigError, toml_value
 from copra_fl.deployment import compose, engine, nodes
@@ -30,7 +30,7 @@ APP, RUNS = "/app", "/runs"
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe TOML, or a name: base, smoke, demo.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP)],
     directory: Directory,
     set_: SetOption = None,
     output: Annotated[str | None, typer.Option("--output", help="Name of the run's folder in DIR/runs.")] = None,

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tests.conftest import make_texts
-from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers, Settings
+from tests.containers.conftest import NUM_CLIENTS, Containers, Settings
+from tests.real_runs import HANG_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def own(deployment: Containers, settings: Settings) -> Settings:
             data = deployment.root / "clients" / f"client-{number}" / "data"
             make_texts(data / "ward.csv", 100 + number, seed=number + 1).chmod(0o644)
             file.write(f'COPRA_FL_CLIENT_{number}=data-path="/data/ward.csv"\n')
-    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(HANG_SECONDS))
     return settings | {"partitioner": "own", "num-rounds": 1}
 
 
