@@ -34,7 +34,7 @@ imports: .venv/developed  ## who may import whom
 	$(BIN)/lint-imports
 
 docs: .venv/developed  ## build the documentation site into site/ (needs no network)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 constraints:  ## renew constraints.txt: newest releases that pyproject.toml allows, in a new .venv that passes `check`
 	rm -rf .venv
