@@ -21,8 +21,8 @@ import typer.main
 
 from copra_fl.cli import app
 from copra_fl.config import KEYS
+from tests.support.documents import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 ROOT_PAGES = [
@@ -40,6 +40,11 @@ BANNED = re.compile(
 )
 #: programs in command lines that are not ours to check
 OTHER_PROGRAMS = {"cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray"}
+
+
+def named(path: Path) -> str:
+    """Return a file's path from the root of the repository."""
+    return path.relative_to(ROOT).as_posix()
 
 
 class Page(HTMLParser):
@@ -129,7 +134,7 @@ def test_the_reference_has_every_key_and_command(site: dict[Path, Page]) -> None
 def test_llms_txt_lists_every_page() -> None:
     listed = re.findall(r"^- \[[^]]+\]\(([^)]+)\): ", (ROOT / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert [path for path in listed if not (ROOT / path).is_file()] == []
-    expected = {path.relative_to(ROOT).as_posix() for path in WRITTEN} - {"llms.txt"}
+    expected = set(map(named, WRITTEN)) - {"llms.txt"}
     assert expected == set(listed) and len(listed) == len(set(listed))
 
 
@@ -140,13 +145,13 @@ def test_the_pages_at_the_root_stay_short(path: Path) -> None:
     assert [line for line in lines if len(line) > MAX_COLUMNS] == []
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", WRITTEN, ids=named)
 def test_no_line_is_long_except_in_tables(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > MAX_COLUMNS and not line.startswith("|")] == []
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", WRITTEN, ids=named)
 def test_no_page_uses_a_banned_phrase(path: Path) -> None:
     assert [match[0] for match in BANNED.finditer(path.read_text(encoding="utf-8"))] == []
 
@@ -168,10 +173,12 @@ def slugs(path: Path) -> set[str]:
 
 
 def test_the_files_that_the_pages_name_exist() -> None:
-    """Paths in backticks: below the root, or below copra_fl as ARCHITECTURE and the decisions write them."""
+    """Paths in backticks, below the root or as ARCHITECTURE and the decisions write them; and all below tests/."""
     missing = []
     for page in WRITTEN:
-        for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|toml|md|json))`", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        paths = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|toml|md|json))`", text)
+        for name in [*paths, *re.findall(r"\btests/[\w./]*\w", text)]:
             bases = (ROOT, ROOT / "copra_fl", ROOT / "copra_fl" / "training")
             is_there = any((base / name).exists() for base in bases) or "NAME" in name
             if not is_there and not name.startswith(("runs/", "deployment/", "adapter/", "hospital/")):
@@ -196,11 +203,11 @@ def is_tracked(folder: Path) -> bool:
 
 
 def test_the_pages_that_the_sources_name_exist() -> None:
-    """Pages as docs/KIND/NAME.md in code, recipes and compose files."""
+    """Paths below docs/ in code, recipes and compose files."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sources = [ROOT / name for name in listed.splitlines() if name.endswith((".py", ".toml", ".yml", ".md"))]
     dead = [
-        f"{source.relative_to(ROOT)}: {name}"
+        f"{named(source)}: {name}"
         for source in sources
         if source.exists()
         for name in re.findall(r"\bdocs/[\w/-]+\.md\b", source.read_text(encoding="utf-8"))
@@ -237,19 +244,15 @@ def test_environment_variables_exist() -> None:
 # Commands in fenced blocks.
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def lines(path: Path) -> Iterator[str]:
+def lines(page: str) -> Iterator[str]:
     """Yield the command lines of a page, without comments."""
-    for block in blocks(path, "bash"):
+    for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if command := re.split(r"\s+#", line)[0].strip():
                 yield command
 
 
-COMMANDS = sorted({(path.relative_to(ROOT).as_posix(), line) for path in [*PAGES, *ROOT_PAGES] for line in lines(path)})
+COMMANDS = sorted({(page, line) for page in map(named, [*PAGES, *ROOT_PAGES]) for line in lines(page)})
 
 
 def root_command() -> click.Group:
@@ -287,6 +290,14 @@ def test_commands_can_be_parsed(page: str, line: str) -> None:
         assert set(extra[1].split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
 
 
+def test_commands_in_sentences_exist() -> None:
+    known = {words[1] for words, _ in commands(root_command(), ["copra-fl"])}
+    for page in WRITTEN:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        named_in_page = set(re.findall(r"`copra-fl ([a-z]+)", text))
+        assert named_in_page <= known, f"{named(page)}: {named_in_page - known}"
+
+
 def check_options(arguments: list[str]) -> None:
     """Fail unless click can parse the arguments, and their recipes, methods and keys exist."""
     command: click.Command = root_command()
@@ -307,9 +318,9 @@ def check_options(arguments: list[str]) -> None:
         assert method == "all" or method.endswith(".toml") or (experiments / "methods" / f"{method}.toml").exists()
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "toml")], ids=lambda path: path.stem)
-def test_settings_in_toml_blocks_exist(path: Path) -> None:
-    for block in blocks(path, "toml"):
+@pytest.mark.parametrize("page", [page for page in map(named, PAGES) if blocks(page, "toml")])
+def test_settings_in_toml_blocks_exist(page: str) -> None:
+    for block in blocks(page, "toml"):
         unknown = flatten(tomllib.loads(block)).keys() - KEYS.keys()
         assert unknown == set()
 

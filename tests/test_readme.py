@@ -21,16 +21,11 @@ import pytest
 from copra_fl import report
 from tests.browser import check_page, needs_chromium
 from tests.real_runs import HANG_SECONDS
+from tests.support.documents import ROOT, blocks
 from tests.test_report import num_figures
 
-ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("tutorials/simulate-and-compare", "tutorials/your-own-data",
          "how-to/track", "how-to/study", "how-to/deploy")))  # fmt: skip
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
