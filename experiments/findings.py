@@ -50,14 +50,17 @@ def studies() -> dict[str, tuple[Path, dict[str, Any]]]:
 def blocks() -> Iterator[tuple[str, str]]:
     """Name and content of every block that the page may hold."""
     for name, (path, results) in studies().items():
-        source = f"From `experiments/results/{path.name}`, which `{results['command']}` wrote."
-        yield f"{name} results", f"{markdown(table(results))}\n{source}\n"
+        yield f"{name} results", f"{markdown(table(results))}\n{source(path, results)}\n"
         yield f"{name} copra", markdown(copra_against(results))
         yield f"{name} predictors", markdown(predictors(results))
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
-    source = f"From `experiments/results/{path.name}`, which `{facts['command']}` wrote; all measures: the same, `.md`."
-    yield "papers", f"{markdown(papers(facts))}\n{source}\n"
+    yield "papers", f"{markdown(papers(facts))}\n{source(path, facts)} `{path.stem}.md` has all measures.\n"
+
+
+def source(path: Path, results: Mapping[str, Any]) -> str:
+    """Return the sentence below a table: its file, and the command that wrote the file."""
+    return f"From `experiments/results/{path.name}`.\nCommand: `{results['command']}`."
 
 
 def copra_against(results: Mapping[str, Any]) -> DataTable:
