@@ -73,7 +73,7 @@ HOME, WORK, TMP = (f"/{folder}" for folder in ("home/someone", "work/scratch", "
     [
         ("LICENSE", b"", "is empty"),
         ("LICENSE", b"MIT License\n", "does not begin with the title of the license"),
-        ("docs/nodes.md", b"", "is empty"),
+        ("notes.md", b"", "is empty"),
         ("data.csv", b"1,2\n" * 300_000, "has 1200000 bytes"),
         (f"assets/other/{WEIGHTS}", b"\1" * 1_100_000, "has 1100000 bytes"),
         ("a.whl", b"PK\3\4\0\0", "is binary"),
@@ -96,7 +96,7 @@ def test_a_bad_file_is_found(name: str, content: bytes, reason: str) -> None:
         ("docs/images/report.png", b"\x89PNG\r\n\x1a\n\0"),
         (f"copra_fl/assets/fractal-vit/{WEIGHTS}", b"\0" * 1_500_000),
         ("docker-compose.yml", b"  tmpfs: [/tmp]\n  volumes: [./state:/state]\n"),
-        ("docs/a.md", b"below `/tmp`; https://example.org/home/page and $HOME/work/data"),
+        ("a.md", b"below `/tmp`; https://example.org/home/page and $HOME/work/data"),
     ],
 )
 def test_a_good_file_is_not(name: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What a deployment survives, in real containers: docs/reliability.md says what is lost."""
+"""What a deployment survives, in real containers: docs/explanations/reliability.md says what is lost."""
 
 from __future__ import annotations
 

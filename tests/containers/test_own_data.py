@@ -1,4 +1,4 @@
-"""Nodes with data files of their own, in real containers, told in the deployment's .env as docs/deployment.md says."""
+"""Nodes with data files of their own, in real containers, configured in .env as docs/how-to/deploy.md says."""
 
 from __future__ import annotations
 
