@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from copra_fl.reporting.statistics import Estimate, estimate
+from copra_fl.records import Estimate
+from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.tables import Column
 from copra_fl.wording import join_words
 
@@ -41,13 +42,14 @@ def pseudo_values(values: Mapping[tuple[int, ...], float], seeds: Sequence[int])
     return [number * mean - (number - 1) * fmean(rest) for rest in without] if all(without) else [mean]
 
 
-def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str, dict[str, Estimate]]:
+def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure -> ``lora``, ``copra``, and their ``difference`` paired by seed."""
     summary = {}
     for name in measured["lora"]:
         lora, copra = (pseudo_values(measured[method][name], seeds) for method in ("lora", "copra"))
-        difference = estimate([ours - theirs for ours, theirs in zip(copra, lora, strict=True)])
-        summary[name] = {"lora": estimate(lora), "copra": estimate(copra), "difference": difference}
+        difference = [ours - theirs for ours, theirs in zip(copra, lora, strict=True)]
+        by = {"lora": lora, "copra": copra, "difference": difference}
+        summary[name] = {what: estimate(values).model_dump(mode="json") for what, values in by.items()}
     return summary
 
 
@@ -82,7 +84,9 @@ def table(facts: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, by in facts["measures"].items():
-        cells = [column(name, "+" if what == "difference" else "").show(found) for what, found in by.items()]
+        cells = [
+            column(name, "+" if what == "difference" else "").show(Estimate(**found)) for what, found in by.items()
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {PUBLISHED.get(name, '')} |")
     return "\n".join(lines) + "\n"
 

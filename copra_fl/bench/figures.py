@@ -131,7 +131,7 @@ def schedule(facts: Facts, name: str) -> list[Figure]:
     chart = empty_chart({"title": "progress t of the training"}, {"title": "% of a LoRA step saved"})
     t = [ramp * step / 50 for step in range(51)]
     curve = [100 * found["block_share"] * expected_blocks(time / ramp, found["layers"]) for time in t]
-    chart.add_scatter(x=[*t, 1], y=[*curve, 0], name="closed form", mode="lines", line={"color": STYLES[0].colour})
+    chart.add_scatter(x=[*t, 1], y=[*curve, 0], name="closed form", mode="lines", line={"color": STYLES[0].color})
     counted = [[100 * share for share in point["counted"]] for point in points]
     measured = [[100 * share for share in point["measured"]] for point in points]
     times = [point["t"] for point in points]
@@ -140,7 +140,7 @@ def schedule(facts: Facts, name: str) -> list[Figure]:
         y=[sum(shares) / len(shares) for shares in counted],
         name="counted, of the masks drawn",
         mode="markers",
-        marker={"symbol": "diamond-open", "size": 11, "color": STYLES[2].colour},
+        marker={"symbol": "diamond-open", "size": 11, "color": STYLES[2].color},
         hovertemplate="%{y:.1f} % counted",
     )
     chart.add_scatter(
@@ -149,7 +149,7 @@ def schedule(facts: Facts, name: str) -> list[Figure]:
         error_y=_whiskers(measured),
         name="measured",
         mode="markers",
-        marker={"symbol": STYLES[1].symbol, "size": 9, "color": STYLES[1].colour},
+        marker={"symbol": STYLES[1].symbol, "size": 9, "color": STYLES[1].color},
         hovertemplate="%{y:.1f} % measured",
     )
     caption = (
@@ -196,7 +196,7 @@ def _add_bar(
         x=lengths,
         name=label,
         offsetgroup=label,
-        marker={"color": style.colour},
+        marker={"color": style.color},
         text=list(texts),
         textangle=0,
         insidetextanchor="start",
@@ -228,7 +228,7 @@ def _add_line(chart: go.Figure, name: str, style: Style, x: Sequence[int], value
         error_y=_whiskers(values),
         name=name,
         mode="lines+markers",
-        line={"color": style.colour},
+        line={"color": style.color},
         marker={"symbol": style.symbol, "size": 9},
         hovertemplate="%{x} clients: %{y:.3g}",
     )

@@ -55,7 +55,7 @@ def compare(
     console.print(table(summary))
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(summary.to_json(indent=2))
 
 
 def run_comparison(

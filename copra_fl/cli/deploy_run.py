@@ -140,21 +140,28 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
 
 
 def read_runs(folder: Folder) -> Iterator[dict[str, Any]]:
-    """How far each run is, from its journal; the oldest first."""
+    """Yield the progress of each run from its journal, the oldest first; of an unreadable run only its name."""
+    from copra_fl.reporting.results import ResultsError, load_run
+
     for path in sorted(folder.runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime):
-        directory = path.parent
-        journal = directory / "journal.jsonl"
-        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        last: dict[str, Any] = json.loads(lines[-1]) if lines else {"round": 0, "clients": [], "missing": []}
-        accuracy = last.get("validation", {}).get("accuracy")
-        yield {
-            "run": directory.name,
-            "round": f"{last['round']}/{Config.from_toml(path).federation.num_rounds}",
-            "clients": len(last["clients"]),
-            "missing": ", ".join(str(each["client"]) for each in last["missing"]),
-            "accuracy": "" if accuracy is None else round(accuracy, 4),
-            "finished": (directory / "summary.json").exists(),
+        row = {"run": path.parent.name, "round": "", "clients": 0, "missing": "", "accuracy": "", "finished": False}
+        try:
+            run = load_run(path.parent)
+        except ResultsError:  # damaged, or of another version of copra-fl
+            yield row | {"round": "unreadable"}
+            continue
+        row |= {
+            "round": f"{len(run.journal)}/{run.config.federation.num_rounds}",
+            "finished": run.summary is not None,
         }
+        if run.journal:
+            last = run.journal[-1]
+            row |= {
+                "clients": len(last.clients),
+                "missing": ", ".join(str(client.client) for client in last.missing),
+                "accuracy": round(last.validation.accuracy, 4) if last.validation else "",
+            }
+        yield row
 
 
 def as_table(columns: list[str], rows: list[list[str]]) -> Table:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from copra_fl.adapters.interpolation import Path
+from copra_fl.reporting.figures.lines import add_lines
 from copra_fl.reporting.html import STYLES, Figure, empty_chart
 
 #: white is nothing
@@ -27,18 +27,9 @@ def along_lines(paths: Mapping[str, Mapping[str, Path]], told: str) -> list[Figu
 def _along_lines(paths: Mapping[str, Mapping[str, Path]], metric: str, caption: str) -> Figure:
     unit, scale = UNITS[metric]
     chart = empty_chart({"title": "u"}, {"title": unit})
-    for (kind, found), style in zip(paths.items(), STYLES, strict=False):
-        values = {pair: scale * np.array(getattr(path, metric)) for pair, path in found.items()}
-        grid = next(iter(found.values())).u
-        common: dict[str, Any] = {"x": grid, "name": f"{kind} path", "legendgroup": kind, "mode": "lines"}
-        for pair, each in values.items() if len(values) > 1 else []:
-            line = {"color": style.colour, "width": 1}
-            chart.add_scatter(
-                **common, y=each, line=line, opacity=0.5, showlegend=False, hovertemplate=f"{pair}: %{{y:.4g}}"
-            )
-        line = {"color": style.colour, "width": 4, "dash": style.dash}
-        mean = np.mean(list(values.values()), axis=0)
-        chart.add_scatter(**common, y=mean, line=line, hovertemplate="u = %{x:.2f}: %{y:.4g}")
+    for (kind, of_pairs), style in zip(paths.items(), STYLES, strict=False):
+        curves = {pair: [scale * value for value in getattr(path, metric)] for pair, path in of_pairs.items()}
+        add_lines(chart, f"{kind} path", style, next(iter(of_pairs.values())).u, curves)
     return Figure(f"{metric.capitalize()} on the line", caption, chart)
 
 
@@ -111,7 +102,7 @@ def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float,
             x=[100 * value for value in values.values()],
             y=list(values),
             name=name,
-            marker={"color": style.colour},
+            marker={"color": style.color},
             hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
         )
     chart.add_vline(x=100 * mean, line={"dash": "dash", "width": 1})

@@ -23,6 +23,7 @@ from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.models.build import load_processor, resolve_compute
 from copra_fl.models.fed_sb_init import core_start
+from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
 from copra_fl.training.evaluation import evaluate_each
@@ -59,14 +60,14 @@ class OpenRun:
         config: its configuration, with nothing left open.
         data: what its clients trained on, and what the server holds out.
         engine: its model.
-        journal: a dict a round.
+        journal: its rounds.
     """
 
     directory: Path
     config: Config
     data: FederatedData
     engine: Engine
-    journal: Sequence[dict[str, Any]]
+    journal: Sequence[RoundRecord]
     _engines: dict[int, Engine] = field(default_factory=dict)
 
     @property
@@ -175,7 +176,7 @@ class OpenRun:
         """The clients whose training went into a round. Raises ResultsError for a round that there is not."""
         if not 1 <= server_round <= self.num_rounds:
             raise ResultsError(f"{self.directory} has no round {server_round}; its rounds are 1 to {self.num_rounds}")
-        return [client["client"] for client in self.journal[server_round - 1]["clients"]]
+        return [client.client for client in self.journal[server_round - 1].clients]
 
     def clients(self, server_round: int, progress: Progress = silent, only: Collection[int] = ()) -> dict[int, Adapter]:
         """Each client's own adapter after its training in a round, beside the residual of the round before.
@@ -230,7 +231,7 @@ def open_run(directory: Path) -> OpenRun:
     compute = resolve_compute(config.model, config.data.max_length)
     config = config.changed(dtype=compute.dtype, attention=compute.attention)
     federated = load_data(config, load_processor(config.model))
-    if federated.digest != run.provenance.get("data_digest", federated.digest):
+    if run.provenance and federated.digest != run.provenance.start.data_digest:
         raise ResultsError(f"{directory}: its data, {config.data.dataset}, is no longer what the run was trained on")
     config = config.changed(num_clients=len(federated.train))
     engine = _open_engine(config, len(federated.label_names), config.federation.seed)

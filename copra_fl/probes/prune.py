@@ -105,7 +105,7 @@ def _curve(scored: dict[str, Scored], family: str, metric: str) -> Figure:
             text=[name for _, _, name in points],
             name=run,
             mode="lines+markers",
-            line={"color": looks[run].colour, "dash": looks[run].dash},
+            line={"color": looks[run].color, "dash": looks[run].dash},
             marker={"symbol": looks[run].symbol, "size": 8},
             hovertemplate="%{text}: %{y:.3g}",
         )
@@ -126,7 +126,7 @@ def _bars(scored: dict[str, Scored], metric: str) -> Figure:
             x=[scale * metrics[metric] for _, metrics in shown],
             y=[pruned.name for pruned, _ in shown],
             name=run,
-            marker={"color": looks[run].colour},
+            marker={"color": looks[run].color},
             customdata=[100 * pruned.kept for pruned, _ in shown],
             hovertemplate="%{x:.3g}, %{customdata:.0f} % of values kept",
         )

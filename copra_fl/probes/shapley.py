@@ -144,7 +144,7 @@ def _bars(kind: str, worths: Sequence[Worth], metric: str, how: str) -> Figure:
             x=scale * solved.values,
             y=worth.players,
             name=worth.run,
-            marker={"color": looks[worth.run].colour},
+            marker={"color": looks[worth.run].color},
             error_x={"type": "data", "array": scale * solved.errors, "visible": bool(solved.errors.any())},
             hovertemplate=f"%{{y}}: %{{x:.3g}} {unit}",
         )
