@@ -288,10 +288,15 @@ class MetricEstimates(Record, extra="allow"):
 
 
 class ComparedSettings(Record):
-    """Configurations of several methods: `common` keys with their values; `differing`: key -> method -> value."""
+    """Configurations of several methods.
+
+    Attributes:
+        common: key -> value, where all methods agree.
+        differing: key -> method -> value; None for a method without that key.
+    """
 
     common: dict[str, ConfigValue]
-    differing: dict[str, dict[str, ConfigValue]]
+    differing: dict[str, dict[str, ConfigValue | None]]
 
 
 class UnfinishedRun(Record):

@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_a_grid_with_a_hyphen_keeps_its_whole_name(tmp_path: Path) -> None:
-    """Of two files of a grid the newer one counts."""
+    """The newer one of two files of a grid counts."""
     (results,) = (path for path, _ in findings.studies().values() if "headline" in path.name)
     for name in ("many-clients-20261126", "many-clients-20261201", "headline-20261125"):
         (tmp_path / f"study-{name}.json").write_bytes(results.read_bytes())

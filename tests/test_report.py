@@ -55,7 +55,7 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_a_diverged_seed_takes_the_mean_with_it(bad: float | None) -> None:
+def test_a_diverged_seed_leaves_no_mean(bad: float | None) -> None:
     """The mean of the other seeds would make a method that diverges look good."""
     assert estimate([1.0, bad, 3.0]) == Estimate(mean=None, interval=None, values=(1.0, None, 3.0))
 
@@ -125,7 +125,7 @@ def test_settings_are_common_or_differ(comparison: Path) -> None:
     assert "seed" not in settings.common
 
 
-def test_rows_sign_only_the_differences(comparison: Path) -> None:
+def test_only_differences_have_a_plus_sign(comparison: Path) -> None:
     lora, _, difference = rows(summarize(load_comparison(comparison)), COLUMNS)
     assert lora[0] == "lora" and lora[1].startswith("40.7 [")
     assert difference[:2] == ["copra − lora", "+3.0 [+0.5, +5.5]"]
@@ -168,7 +168,7 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[5] == "–"
     sentences = verdict(summary)
     assert sentences.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Significantly above lora")
-    assert sentences.endswith("comparable only on the clients' own data: fedsa-lora.")
+    assert sentences.endswith("Not ranked, because there is no global model to test: fedsa-lora.")
 
 
 def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
     assert verdict(summarize(one)).startswith("With fedsa-lora each client keeps its own model")
 
 
-def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
+def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:
     shutil.rmtree(many / "flora-seed1")
     shutil.rmtree(many / "hetlora-seed0")
     shutil.rmtree(many / "hetlora-seed1")
@@ -191,7 +191,7 @@ def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
     ]
 
 
-def test_a_single_run_is_called_as_compare_would(tmp_path: Path) -> None:
+def test_a_single_run_has_the_method_name_of_compare(tmp_path: Path) -> None:
     for method in ("lora", "copra", "flora", "flora+copra"):
         write_run(tmp_path / method, method, 0, num_rounds=1)
         assert method_name(load_run(tmp_path / method).config) == method
@@ -206,7 +206,7 @@ def test_up_to_45_methods_look_different() -> None:
     assert plain.color == with_copra.color and plain.dash != with_copra.dash
 
 
-def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
+def test_exact_rules_are_drawn_at_the_lowest_tick(many: Path) -> None:
     """A logarithmic axis has no 0: errors that are mere rounding are drawn at the lowest tick, called "exact"."""
     figures = figures_by_title(load_comparison(many))
     chart = figures["Aggregation error by round"].chart
@@ -266,7 +266,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         load_run(tmp_path / "run")
 
 
-def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="is not the folder of a run or comparison"):
         load_comparison(tmp_path)
     write_run(tmp_path / "run", "copra", 0, num_rounds=1, finished=False)
@@ -341,16 +341,16 @@ def test_publish_prints_table_path_and_summary(
 
 @needs_chromium
 @pytest.mark.parametrize(
-    ("body", "complaint"),
+    ("body", "problem"),
     [
         ("<script>fetch('http://example.org/data')</script>", "example.org"),
         ("<script>undefined_name()</script>", "undefined_name"),
         ("<p>nothing drawn</p>", "0 of 1 figures"),
     ],
 )
-def test_the_browser_check_complains(tmp_path: Path, body: str, complaint: str) -> None:
+def test_the_browser_check_finds_problems(tmp_path: Path, body: str, problem: str) -> None:
     (tmp_path / "page.html").write_text(f"<!DOCTYPE html><title>bad</title>{body}")
-    with pytest.raises(AssertionError, match=complaint):
+    with pytest.raises(AssertionError, match=problem):
         check_page(tmp_path / "page.html", 1)
 
 

@@ -1,4 +1,4 @@
-"""A study: how rates are chosen, what is refused before anything starts, and a real one that is killed and goes on."""
+"""Studies: the search for rates, refused settings, results, and a real study that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from copra_fl.cli import main
-from copra_fl.cli.study import read_grids, samples
+from copra_fl.cli.study import Cell, read_grids, samples
 from copra_fl.config import ConfigError
 from copra_fl.records import StudyResults
 from copra_fl.reporting.figures.study import gains_against, pearson, predictors
@@ -42,7 +42,7 @@ def test_of_equal_rates_the_lowest_is_chosen() -> None:
 
 
 def study_of(tiny: dict[str, object], **changes: dict[str, object]) -> Recipe:
-    """A study of two methods in one cell."""
+    """Return a study of two methods in one cell, with `changes` in its tables."""
     study = {
         "tuning": {"seeds": [10], "learning-rates": [0.002, 0.01]},
         "splits": {"iid": {"partitioner": "iid"}},
@@ -52,11 +52,11 @@ def study_of(tiny: dict[str, object], **changes: dict[str, object]) -> Recipe:
     return Recipe(tiny, study=study | changes)
 
 
-def cells(recipe: Recipe, wanted: str | None = None) -> list:
-    return [cell for _, found in read_grids(recipe, wanted, Path("out")) for cell in found]
+def cells(recipe: Recipe, grids: str | None = None) -> list[Cell]:
+    return [cell for _, of_grid in read_grids(recipe, grids, Path("out")) for cell in of_grid]
 
 
-def test_a_cell_is_tuned_and_tested_alike_but_for_rate_seed_and_what_tuning_leaves_out(tiny: dict[str, object]) -> None:
+def test_tuning_and_test_runs_differ_only_in_rate_seed_and_tuning_settings(tiny: dict[str, object]) -> None:
     (cell,) = cells(study_of(tiny, tuning={"seeds": [10], "learning-rates": [0.01], "settings": {"path-pairs": 0}}))
     tuning, test = cell.tuning_config("lora", 0.01, 10), cell.config("lora", 0.005, 0)
     changed = {difference.partition(":")[0] for difference in tuning.differences(test)}
@@ -79,7 +79,7 @@ def test_a_cell_is_tuned_and_tested_alike_but_for_rate_seed_and_what_tuning_leav
         ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
     ],
 )
-def test_what_is_wrong_in_a_study_is_named(tiny: dict[str, object], changes: dict, message: str) -> None:
+def test_an_error_in_a_study_is_named(tiny: dict[str, object], changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cells(study_of(tiny, **changes))
 
@@ -113,7 +113,7 @@ def test_a_bad_setting_in_the_last_cell_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_can_make_a_method() -> None:
+def test_a_recipe_can_define_a_method() -> None:
     recipe = Recipe({"rank": 3}, {"slow": {"local-training": "copra", "p0": 0.2}, "lora": {"rank": 5}})
     assert (recipe.config("slow").copra.p0, recipe.config("slow").model.rank) == (0.2, 3)
     assert recipe.config("flora+slow").aggregation.rule == "flora" and recipe.config("lora").model.rank == 5
@@ -122,7 +122,7 @@ def test_a_recipe_can_make_a_method() -> None:
 
 
 def cell_folder(directory: Path) -> Path:
-    """A cell as a study leaves it: two methods, two rates, tuning seeds 0 and 1, seeds 0, 1 and 2."""
+    """Write a cell as a study does: two methods, two rates, tuning seeds 0 and 1, test seeds 0, 1 and 2."""
     validation = {
         "lora@0.002": [0.3, 0.5],
         "lora@0.01": [0.35, 0.35],

@@ -69,7 +69,7 @@ class Section:
     collapsed: bool = False
 
 
-def pack(sections: Sequence[Section]) -> list[dict[str, Any]]:
+def pack(sections: Sequence[Section]) -> list[dict[str, object]]:
     """Return the figures of `sections` as plain data for `unpack`, so that another page can show them."""
     figures = [figure for section in sections for figure in section.figures]
     return [vars(figure) | {"chart": json.loads(figure.chart.to_json())} for figure in figures]
@@ -80,7 +80,7 @@ def unpack(packed: Sequence[Mapping[str, Any]]) -> list[Figure]:
     return [Figure(**{**figure, "chart": go.Figure(figure["chart"])}) for figure in packed]
 
 
-def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
+def empty_chart(x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> go.Figure:
     """Return a chart without data in the page's style; the axes are arguments of plotly's layout."""
     chart = go.Figure()
     chart.update_layout(
@@ -92,11 +92,16 @@ def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
         showlegend=True,
         hoverlabel={"namelength": -1},
     )
-    chart.update_xaxes(automargin=True, **x_axis)
-    chart.update_yaxes(automargin=True, **y_axis)
+    chart.update_xaxes(automargin=True, ticklabelstandoff=4, **x_axis)
+    chart.update_yaxes(automargin=True, ticklabelstandoff=4, **y_axis)
     for axis in (chart.layout.xaxis, chart.layout.yaxis):
         axis.title.update(font={"size": 14}, standoff=8)
     return chart
+
+
+def colorbar(title: str) -> dict[str, object]:
+    """Return the color bar of a heat map in the page's style."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 14}}, "thickness": 12}
 
 
 def render(

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
-from copra_fl.records import ComparisonSummary, ConfigValue, LinePath
+from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenance
 from copra_fl.reporting import html
 from copra_fl.reporting.figures import averaging, clients, cost, learning
 from copra_fl.reporting.html import Section
 from copra_fl.reporting.results import Comparison, load_comparison
-from copra_fl.reporting.statistics import metrics, partition_settings, summarize
+from copra_fl.reporting.statistics import Value, metrics, partition_settings, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
     CLIENT_ACCURACY,
     COST,
     MERGE_GAP,
+    NO_VALUE,
     TEST_ACCURACY,
     TEST_LOSS,
     Column,
@@ -127,7 +128,7 @@ def _title(summary: ComparisonSummary) -> str:
     baseline, others = summary.baseline, list(summary.differences)
     if not others:
         return baseline
-    return f"{baseline} against {join_words(others) if len(others) < MAX_IN_TITLE else f'{len(others)} other methods'}"
+    return f"{join_words(others) if len(others) < MAX_IN_TITLE else f'{len(others)} methods'} against {baseline}"
 
 
 def _setting(comparison: Comparison, summary: ComparisonSummary) -> str:
@@ -164,7 +165,7 @@ def _results(summary: ComparisonSummary) -> DataTable:
     optional = optional_columns(summary)
     has_held_out = any(column.metric.startswith("held_out") for column in optional)
     caption = (
-        "After the last round. No client has seen the test data. Clients' data: each client's validation data. "
+        "After the last round. No client has seen the test data. Client accuracy: on the clients' validation data. "
         f"{'Held-out clients took no part in training. ' if has_held_out else ''}Aggregation error: relative error of "
         "the new global adapter against the average of the clients' products, mean over rounds."
     )
@@ -219,43 +220,55 @@ def _path_cells(path: LinePath) -> list[str]:
 
 
 def _settings(summary: ComparisonSummary) -> list[DataTable]:
-    return [*_differing(summary.settings.differing, toml_value), _common(summary.settings.common, toml_value)]
+    return _partitioned("setting", "method", summary.settings.common, summary.settings.differing, toml_value)
 
 
 def _provenance(comparison: Comparison) -> list[DataTable]:
     common, differing = partition_settings(
         {
-            f"{method}, seed {run.seed}": dict(_flat(run.provenance.model_dump()))
+            f"{method}, seed {run.seed}": dict(_provenance_fields(run.provenance))
             for method, run in comparison.runs
             if run.provenance
         }
     )
-    return [_common(common, str), *_differing(differing, str)]
+    return _partitioned("field", "run", common, differing, str)
 
 
-def _common(common: Mapping[str, Any], text: Callable[[Any], str]) -> DataTable:
-    return DataTable(["equal in all", "value"], [[key, text(value)] for key, value in common.items()])
+def _partitioned(
+    kind: str,
+    owner_kind: str,
+    common: Mapping[str, Value],
+    differing: Mapping[str, Mapping[str, Value | None]],
+    to_text: Callable[[Value], str],
+) -> list[DataTable]:
+    """Return a table of the differing values by owner, if there are any, and one of the common values."""
 
+    def text(value: Value | None) -> str:
+        return NO_VALUE if value is None else to_text(value)
 
-def _differing(differing: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str]) -> list[DataTable]:
-    """Return a table of keys by owners, transposed if there are more owners than keys; an empty list without keys."""
+    equal = DataTable([kind, "value"], [[key, text(value)] for key, value in common.items()])
     if not differing:
-        return []
+        return [equal]
     owners = list(next(iter(differing.values())))
-    cells = {(key, owner): text(values[owner]) for key, values in differing.items() for owner in owners}
-    if len(owners) > len(differing):
-        by_owner = [[owner, *(cells[key, owner] for key in differing)] for owner in owners]
-        return [DataTable(["different", *differing], by_owner)]
-    by_key = [[key, *(cells[key, owner] for owner in owners)] for key in differing]
-    return [DataTable(["different", *owners], by_key)]
+    if len(owners) <= len(differing):
+        header, cells = [kind, *owners], [[key, *map(text, values.values())] for key, values in differing.items()]
+    else:
+        header = [owner_kind, *differing]
+        cells = [[owner, *(text(values[owner]) for values in differing.values())] for owner in owners]
+    different = DataTable(header, cells, title=f"Different between {owner_kind}s")
+    return [different, replace(equal, title=f"Equal in all {owner_kind}s")]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _provenance_fields(provenance: Provenance) -> Iterator[tuple[str, object]]:
+    yield "run id", provenance.run
+    yield "seed", provenance.seed
+    starts = {"start": provenance.start} | {f"resume {n}": o for n, o in enumerate(provenance.resumes, start=1)}
+    for name, origin in starts.items():
+        for field, value in origin.model_dump().items():
+            if isinstance(value, dict):
+                yield from ((f"{name}, {field}: {key}", detail) for key, detail in value.items())
+            else:
+                yield f"{name}, {field.replace('_', ' ')}", value
 
 
 def _notes(comparison: Comparison) -> list[DataTable]:

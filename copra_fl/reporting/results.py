@@ -74,6 +74,11 @@ class Comparison:
         """``seed 0``, or ``seeds 0, 1 and 2``."""
         return f"seed{'s' if len(self.seeds) > 1 else ''} {join_words(self.seeds)}"
 
+    @property
+    def mean_over_seeds(self) -> str:
+        """``mean over seeds 0 and 1``, or ``seed 0``."""
+        return f"mean over {self.named_seeds}" if len(self.seeds) > 1 else self.named_seeds
+
     def finished(self, method: str) -> list[tuple[int, RunSummary]]:
         """Return (seed, summary) of each run of `method` that has finished."""
         return [(run.seed, run.summary) for run in self.methods[method] if run.summary is not None]

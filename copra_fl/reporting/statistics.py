@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from copra_fl.reporting.results import Comparison, Run
 
 CONFIDENCE = 0.95
 
+Value = TypeVar("Value")
 #: metric -> value of a finished run; None where it was not measured
 Metrics = dict[str, float | None]
 
@@ -143,14 +144,19 @@ def _estimates(by_seed: Mapping[int, Metrics]) -> MetricEstimates:
 
 
 def partition_settings(
-    settings: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return key -> value where all `settings` agree, and key -> owner -> value where they differ."""
+    settings: Mapping[str, Mapping[str, Value]],
+) -> tuple[dict[str, Value], dict[str, dict[str, Value | None]]]:
+    """Return key -> value where all `settings` agree, and key -> owner -> value (None if absent) where they differ."""
     keys = dict.fromkeys(key for flat in settings.values() for key in flat)
-    values = {key: {owner: flat.get(key) for owner, flat in settings.items()} for key in keys}
-    first = {key: next(iter(by_owner.values())) for key, by_owner in values.items()}
-    common = {key: first[key] for key in keys if all(value == first[key] for value in values[key].values())}
-    return common, {key: values[key] for key in keys if key not in common}
+    first = next(iter(settings.values()), {})
+    common = {
+        key: first[key]
+        for key in keys
+        if all(key in flat and key in first and flat[key] == first[key] for flat in settings.values())
+    }
+    return common, {
+        key: {owner: flat.get(key) for owner, flat in settings.items()} for key in keys if key not in common
+    }
 
 
 def activity(runs: Sequence[Run]) -> dict[int, npt.NDArray[np.float64]]:

@@ -148,7 +148,7 @@ def table(results: StudyResults) -> DataTable:
             rows.append([figures.label(cell), method, rate, gain, *shown])
     first = results.cells[0]
     header = ["cell", "method", "rate", f"minus {first.baseline}, points", *(column.heading for column in COLUMNS)]
-    return DataTable(header, rows, f"After the last round. {note(first)}")
+    return DataTable(header, rows, f"After the last round. {note(first, rows)}")
 
 
 def _rates_at_edges(results: StudyResults) -> Iterator[str]:

@@ -124,7 +124,7 @@ class Column:
 TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
 TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
-CLIENT_ACCURACY = Column("accuracy on clients' data, %", "client_accuracy", scale=100)
+CLIENT_ACCURACY = Column("client accuracy, %", "client_accuracy", scale=100)
 AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
 MERGE_GAP = Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f")
 COST = (
@@ -156,10 +156,10 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
     `columns` begins with the test accuracy, which the ranking follows.
     """
     headings = [column.heading for column in columns]
-    caption = f"{caption} {note(summary)}".lstrip()
     if not is_ranked(summary):
         dividers = [len(summary.methods)] if summary.differences else []
-        return DataTable(["method", *headings], rows(summary, columns), caption, dividers=dividers)
+        cells = rows(summary, columns)
+        return DataTable(["method", *headings], cells, f"{caption} {note(summary, cells)}".lstrip(), dividers=dividers)
     header = ["", "method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
     narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
     points = replace(POINTS, interval=columns[0].interval)
@@ -168,7 +168,7 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
         name, accuracy, *others = _cells(summary, method, narrow)
         difference = "" if method == summary.baseline else points.show(summary.differences[method].get(POINTS.metric))
         ranked.append([NO_VALUE if place is None else str(place), name, accuracy, difference, *others])
-    return DataTable(header, ranked, caption)
+    return DataTable(header, ranked, f"{caption} {note(summary, ranked)}".lstrip())
 
 
 def dataset_tables(summary: ComparisonSummary) -> list[DataTable]:
@@ -245,11 +245,14 @@ def _cells(summary: ComparisonSummary, method: str, columns: Sequence[Column]) -
     return [method if finished == planned else f"{method} ({finished} of {planned} seeds)", *cells.values()]
 
 
-def note(summary: ComparisonSummary) -> str:
-    """Return what the numbers are means over, what the brackets are, and why a personal method has no test accuracy."""
+def note(summary: ComparisonSummary, cells: Sequence[Sequence[str]]) -> str:
+    """Return the seeds, the meaning of the brackets in `cells`, and the reason of a missing test accuracy."""
     seeds = summary.seeds
-    spread = "; in brackets: 95 % t-interval; differences are paired by seed" if len(seeds) > 1 else ""
-    text = f"Means over seed{'s' if len(seeds) > 1 else ''} {join_words(seeds)}{spread}."
+    text = f"Means over seeds {join_words(seeds)}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    if any(" [" in cell for row in cells for cell in row):
+        text += "; in brackets: 95 % t-interval"
+    if len(seeds) > 1:
+        text += "; differences are paired by seed"
     if summary.personal:
-        text += " Test accuracy none: there is no global model, each client keeps and evaluates its own."
-    return text
+        text += ". Test accuracy none: there is no global model, each client keeps its own"
+    return f"{text}."

@@ -87,4 +87,4 @@ def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
         yield "Among so many intervals, one in 20 is expected to exclude 0 by chance."
     if summary.personal:
         personal = join_words(summary.personal)
-        yield f"Without a global model, so comparable only on the clients' own data: {personal}."
+        yield f"Not ranked, because there is no global model to test: {personal}."

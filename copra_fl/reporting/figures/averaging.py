@@ -12,7 +12,7 @@ from copra_fl.adapters.state import by_number
 from copra_fl.records import LinePath
 from copra_fl.reporting.figures.canvas import are_many, by_method, by_round, legended, started
 from copra_fl.reporting.figures.lines import add_lines
-from copra_fl.reporting.html import Figure
+from copra_fl.reporting.html import Figure, colorbar
 from copra_fl.reporting.results import Comparison
 from copra_fl.wording import join_words
 
@@ -85,7 +85,7 @@ def error_by_layer(comparison: Comparison) -> list[Figure]:
         zmin=0,
         zmax=max(1.0, *(error for row in cells for error in row if error is not None)),
         colorscale=[[0, "#ffffff"], [1, "#0072B2"]],
-        colorbar={"title": {"text": "error, %", "side": "right"}, "thickness": 12},
+        colorbar=colorbar("error, %"),
         texttemplate="%{z:.0f}" if len(modules) <= 24 else None,
         textfont={"size": 11},
         hovertemplate="%{y}, %{customdata}: %{z:.3g} %<extra></extra>",
@@ -94,8 +94,8 @@ def error_by_layer(comparison: Comparison) -> list[Figure]:
     chart.update_yaxes(showgrid=False)
     chart.update_layout(height=chart.layout.height + 100, margin={"t": 10})
     caption = (
-        "Relative error of averaging in each adapted module; white: no error. After the last round, mean of "
-        f"{comparison.named_seeds}."
+        "Relative error of averaging in each adapted module; white: no error. After the last round, "
+        f"{comparison.mean_over_seeds}."
     )
     return [Figure("Aggregation error by layer", caption, chart, wide=are_many(comparison))]
 

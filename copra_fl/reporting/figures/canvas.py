@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -45,7 +44,7 @@ def started(comparison: Comparison) -> Iterator[tuple[str, list[Run], Style]]:
     return ((method, runs, by_method[method]) for method, runs in comparison.methods.items() if runs)
 
 
-def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
+def legended(comparison: Comparison, x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> go.Figure:
     """Return an empty chart with room for a legend of all methods."""
     chart = empty_chart(x_axis, y_axis)
     if are_many(comparison):
@@ -56,7 +55,7 @@ def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, A
     return chart
 
 
-def by_method(comparison: Comparison, x_axis: dict[str, Any]) -> go.Figure:
+def by_method(comparison: Comparison, x_axis: Mapping[str, object]) -> go.Figure:
     """Return an empty chart with one row per method, the first on top."""
     chart = empty_chart(x_axis, {"autorange": "reversed", "type": "category"})
     chart.update_layout(showlegend=False, height=120 + (24 if are_many(comparison) else 60) * len(comparison.methods))
@@ -73,7 +72,7 @@ def by_round(
     value: Callable[[RoundRecord], float | None],
     title: str,
     caption: str,
-    y_axis: dict[str, Any],
+    y_axis: Mapping[str, object],
 ) -> list[Figure]:
     """Return a chart of `value` by round, where it is not None: one line per method, with a band over seeds."""
     chart = legended(comparison, {"title": "round", "dtick": round_ticks(comparison)}, y_axis)
@@ -107,6 +106,7 @@ def by_round(
                 marker={"symbol": style.symbol, "size": 9},
                 hovertemplate="round %{x}: %{y:.4g}",
             )
-    band = "" if many else "; band: lowest to highest"
-    spread = f"Line: mean{band} of " if len(comparison.seeds) > 1 else ""
-    return [Figure(title, f"{caption} {spread}{comparison.named_seeds}.", chart, wide=many)] if chart.data else []
+    seeds = comparison.mean_over_seeds.capitalize()
+    if len(comparison.seeds) > 1 and not many:
+        seeds += "; band: lowest to highest seed"
+    return [Figure(title, f"{caption} {seeds}.", chart, wide=many)] if chart.data else []

@@ -57,8 +57,8 @@ def accuracy_for_bytes(comparison: Comparison) -> list[Figure]:
     else:
         chart.update_xaxes(rangemode="tozero")
     caption = (
-        "Up and to the left is better. Each mark is a method after the last round, mean of "
-        f"{comparison.named_seeds}. The labeled methods are those for which no other is both cheaper and more accurate."
+        f"Up and to the left is better. Each mark is a method after the last round, {comparison.mean_over_seeds}. "
+        "The labeled methods are those for which no other is both cheaper and more accurate."
     )
     if personal:
         caption += f" Left out, because they have no global model to test: {', '.join(personal)}."
@@ -101,7 +101,7 @@ def traffic_and_time(comparison: Comparison) -> list[Figure]:
     seconds_chart.update_xaxes(rangemode="tozero")
     sent = (
         "Bytes of the messages to the nodes (down: one copy for all clients of a node) and back (up: one update per "
-        f"client) in a whole run; mean of {comparison.named_seeds}."
+        f"client) in a whole run; {comparison.mean_over_seeds}."
     )
     took = (
         "Wall-clock time of all rounds of a run: local training, messages, aggregation; without the server's "

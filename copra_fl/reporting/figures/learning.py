@@ -10,7 +10,7 @@ import numpy as np
 from copra_fl.config import Config, CopraConfig
 from copra_fl.records import Evaluation, RoundRecord
 from copra_fl.reporting.figures.canvas import by_round, legended, round_ticks, started
-from copra_fl.reporting.html import HEIGHT, Figure, Style, empty_chart
+from copra_fl.reporting.html import HEIGHT, Figure, Style, colorbar, empty_chart
 from copra_fl.reporting.results import Comparison, Run
 from copra_fl.reporting.statistics import activity
 
@@ -108,7 +108,7 @@ def activity_maps(comparison: Comparison) -> list[Figure]:
             zmin=0,
             zmax=100,
             colorscale=[[0, "#ffffff"], [1, style.color]],
-            colorbar={"title": {"text": "% of steps", "side": "right"}, "thickness": 12},
+            colorbar=colorbar("% of steps"),
             texttemplate="%{z:.0f}" if len(shares) <= 8 else None,
             hovertemplate="layer %{y}, round %{x}: on in %{z:.1f} % of steps<extra></extra>",
         )

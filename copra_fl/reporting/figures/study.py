@@ -23,6 +23,8 @@ PREDICTORS = (
     ("barrier_entezari", "barrier (Entezari), loss", 1.0),
     ("aggregation_error", "aggregation error, points", 100.0),
 )
+#: differences below this are the rounding of the metrics
+ROUNDING = 1e-9
 
 
 def label(cell: StudyCell) -> str:
@@ -80,9 +82,7 @@ def predictors(results: StudyResults) -> list[Figure]:
         points = gains_against(results, metric)
         if not points or (correlation := pearson(points)) is None:
             continue
-        chart = empty_chart(
-            {"title": f"{name}: minus the baseline's"}, {"title": "test accuracy: points above the baseline"}
-        )
+        chart = empty_chart({"title": f"difference in {name}"}, {"title": "gain in test accuracy, points"})
         for method, style in styles(points).items():
             x, y = np.array(points[method]).T
             chart.add_scatter(
@@ -93,8 +93,9 @@ def predictors(results: StudyResults) -> list[Figure]:
                 marker={"color": style.color, "symbol": style.symbol, "size": 8, "opacity": 0.7},
             )
         number = sum(map(len, points.values()))
+        number, shown = sum(map(len, points.values())), with_minus(correlation, "+.2f")
         caption = (
-            f"Each mark is a seed in a cell. {number} marks; Pearson correlation {with_minus(correlation, '+.2f')}. "
+            f"Each mark is a seed in a cell, minus the baseline. {number} marks; Pearson correlation {shown}. "
             f"{_data(results)}"
         )
         figures.append(Figure(f"Gain against {name.partition(',')[0]}", caption, chart))
@@ -118,9 +119,9 @@ def gains_against(results: StudyResults, metric: str) -> dict[str, list[tuple[fl
 
 
 def pearson(points: Mapping[str, Sequence[tuple[float, float]]]) -> float | None:
-    """Return the correlation over all points together; None if one of the coordinates does not vary."""
+    """Return the correlation over all points together; None if one of the coordinates varies by mere rounding."""
     x, y = np.array([point for of_method in points.values() for point in of_method]).T
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else None
+    return float(np.corrcoef(x, y)[0, 1]) if min(np.ptp(x), np.ptp(y)) > ROUNDING else None
 
 
 def _by_cell(
