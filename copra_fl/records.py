@@ -335,7 +335,7 @@ class ChosenRate(Record):
     validation_accuracy: dict[str, float]
 
 
-class StudyCell(ComparisonSummary):
+class CellResults(ComparisonSummary):
     """One split in one regime of a study: the comparison on test seeds, and the choice of each method's rate."""
 
     split: str
@@ -350,4 +350,4 @@ class StudyResults(Record):
     command: str
     versions: dict[str, str]
     machine: dict[str, str | int]
-    cells: tuple[StudyCell, ...]
+    cells: tuple[CellResults, ...]

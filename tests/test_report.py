@@ -15,7 +15,7 @@ from copra_fl.cli.report import report
 from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, UnfinishedRun
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES, Figure
-from copra_fl.reporting.report import publish, render, sections, write
+from copra_fl.reporting.report import render, sections, write
 from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, summarize
 from copra_fl.reporting.tables import COLUMNS, DataTable, ranking, results_table, rows, table
@@ -327,16 +327,6 @@ def test_a_run_keeps_its_own_summary(tmp_path: Path) -> None:
     before = (tmp_path / "run" / "summary.json").read_text()
     write(tmp_path / "run")
     assert (tmp_path / "run" / "summary.json").read_text() == before
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-def test_publish_prints_table_path_and_summary(
-    comparison: Path, capsys: pytest.CaptureFixture[str], as_json: bool
-) -> None:
-    publish(comparison, Console(stderr=True, width=100), as_json)
-    out, err = capsys.readouterr()
-    assert "copra − lora" in err and f"report: {comparison / 'report.html'}" in err
-    assert out.strip() == ((comparison / "summary.json").read_text().strip() if as_json else "")
 
 
 @needs_chromium

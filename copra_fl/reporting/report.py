@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
 from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenance
@@ -34,7 +32,6 @@ from copra_fl.reporting.tables import (
     optional_columns,
     results_table,
     rows,
-    table,
 )
 from copra_fl.reporting.verdict import verdict
 from copra_fl.wording import join_words
@@ -58,17 +55,6 @@ RUN_COLUMNS = (
 )
 #: with more methods than this the title does not name them
 MAX_IN_TITLE = 3
-
-
-def publish(directory: Path, console: Console, as_json: bool = False) -> None:
-    """Write the report of `directory`, print its table and path on `console`; with `as_json` summary.json on stdout.
-
-    Raises ResultsError and ConfigError as `write` does.
-    """
-    console.print(table(write(directory)))
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
-    if as_json:
-        print((directory / "summary.json").read_text(encoding="utf-8"))
 
 
 def write(directory: Path) -> ComparisonSummary:

@@ -14,7 +14,7 @@ from pathlib import Path
 from copra_fl import provenance
 from copra_fl.config import Config
 from copra_fl.files import atomic_write
-from copra_fl.records import ChosenRate, StudyCell, StudyResults
+from copra_fl.records import CellResults, ChosenRate, StudyResults
 from copra_fl.reporting import html
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.html import Section
@@ -86,10 +86,10 @@ def validation_accuracies(tuning: Comparison) -> dict[str, dict[float, float]]:
     return accuracies
 
 
-def cell_results(cell: Path) -> StudyCell:
+def cell_results(cell: Path) -> CellResults:
     """Return the results of the two comparisons in the folder `cell`."""
     tuning = load_comparison(cell / RATES)
-    return StudyCell(
+    return CellResults(
         split=cell.parent.name,
         regime=cell.name,
         tuning_seeds=tuple(tuning.seeds),

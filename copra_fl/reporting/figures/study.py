@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from copra_fl.records import MetricEstimates, StudyCell, StudyResults
+from copra_fl.records import CellResults, MetricEstimates, StudyResults
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import Figure, empty_chart
 from copra_fl.reporting.tables import with_minus
@@ -27,7 +27,7 @@ PREDICTORS = (
 ROUNDING = 1e-9
 
 
-def label(cell: StudyCell) -> str:
+def label(cell: CellResults) -> str:
     """Return the name of `cell` in charts and tables."""
     return f"{cell.regime}, {cell.split}"
 
@@ -125,7 +125,7 @@ def pearson(points: Mapping[str, Sequence[tuple[float, float]]]) -> float | None
 
 
 def _by_cell(
-    results: StudyResults, title: str, estimates: Callable[[StudyCell], Mapping[str, MetricEstimates]]
+    results: StudyResults, title: str, estimates: Callable[[CellResults], Mapping[str, MetricEstimates]]
 ) -> go.Figure:
     """Return a chart with the cells side by side, each with a point and interval of test accuracy per method."""
     cells = results.cells
