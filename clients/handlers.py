@@ -13,7 +13,10 @@ from typing import TypeVar
 
 from flwr.app import Context, RecordDict
 
-import copra_fl.startup  # noqa: F401
+from copra_fl import startup
+
+startup.prepare()
+
 from clients.client_state import ClientState, Memory
 from clients.node_config import Refused, Site
 from clients.warm_cache import open_engine
