@@ -13,6 +13,10 @@ from typing import TypeVar
 
 from flwr.app import Context, RecordDict
 
+from copra_fl import startup
+
+startup.prepare()
+
 from clients.client_state import ClientState, ClientStateStore
 from clients.node_config import NodeConfig, Rejected
 from clients.warm_cache import open_engine

@@ -17,7 +17,10 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-import copra_fl.startup  # noqa: F401
+from copra_fl import startup
+
+startup.prepare()
+
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from copra_fl.files import atomic_write
