@@ -14,7 +14,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from copra_fl import logs, startup
+from copra_fl import logs
 
 logs.configure()
 app = ClientApp()
@@ -41,7 +41,6 @@ def _answer(handler: str, message: Message, context: Context) -> Message:
 
         return Message(warm_process.request(handler, message.content, context, idle_seconds), reply_to=message)
 
-    startup.prepare()
     from clients.handlers import HANDLERS
 
     return Message(HANDLERS[handler](message.content, context), reply_to=message)

@@ -56,8 +56,9 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
 def _describe(node: NodeConfig, digest: str, config: Config) -> wire.Handshake:
     one_client_per_node = config.data.num_clients == 0 and config.data.partitioner != "natural"
     data = node.open_data(config.changed(num_clients=node.num_partitions) if one_client_per_node else config)
-    is_bound_to_node = one_client_per_node or config.data.partitioner == "own" or leaves_state(config)
-    clients = range(node.partition, len(data.train), node.num_partitions) if is_bound_to_node else range(len(data.train))
+    clients = range(len(data.train))
+    if one_client_per_node or config.data.partitioner == "own" or leaves_state(config):  # clients bound to their node
+        clients = clients[node.partition :: node.num_partitions]
     return wire.Handshake(
         partition=node.partition,
         digest=digest,
@@ -93,9 +94,10 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
     errors = {client: state.quantization_error for client, state in previous.items()}
     buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
-    if server_state.control:
-        changes = [replace(update, adapter=_minus(update.gradient, previous[update.client].control)) for update in updates]
-        buffers["controls"] = encode(changes, sent_starts, group_of, "float32")
+    if server_state.control and updates:
+        changes = {update.client: _minus(update.gradient, previous[update.client].control) for update in updates}
+        changed = [replace(update, adapter=changes[update.client]) for update in updates]
+        buffers["controls"] = encode(changed, sent_starts, group_of, "float32")
     if leaves_state(config):
         for update in updates:
             before = previous[update.client]
@@ -213,8 +215,8 @@ def _open(node: NodeConfig, content: RecordDict, context: Context) -> tuple[Plan
 def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapter, plan: Plan) -> wire.Payload:
     """Return the server's state: the payload of a message, added to what the node has cached in `node_state`.
 
-    `template` has the names and shapes of a whole adapter. Raises RuntimeError if the payload adds to another state than
-    the cached one.
+    `template` has the names and shapes of a whole adapter. Raises RuntimeError if the payload adds to another state
+    than the cached one.
     """
     delta = wire.unpack_delta(content)
     payload, cached = wire.unpack_payload(content, delta, template), wire.read_cached_state(node_state, delta.run)

@@ -37,8 +37,6 @@ import psutil
 from flwr.app import Context, RecordDict
 from flwr.common.logger import log
 
-from copra_fl import startup
-
 #: seconds between two checks whether the process is still needed
 CHECK_SECONDS = 1.0
 
@@ -144,7 +142,6 @@ def _answer(
     log(INFO, "warm process %s: %s", os.getpid(), handler)
     try:
         with _exit_with_caller(channel):
-            startup.prepare()
             from clients.handlers import HANDLERS
 
             return HANDLERS[handler](content, context), context.state

@@ -6,9 +6,9 @@
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
 
-Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`): both
-sides derive the layout from what they know. Parts of the state that a node has cached are not sent again. Nothing is
-pickled.
+Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):
+both sides derive the layout from what they know. Parts of the state that a node has cached are not sent again. Nothing
+is pickled.
 """
 
 from __future__ import annotations
