@@ -12,7 +12,7 @@ from transformers import AutoModel
 from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import ConfigError
 from copra_fl.models.base_weights import weights_digest
-from server.strategy import FederationError
+from server.errors import FederationError
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
@@ -38,13 +38,13 @@ def test_a_node_with_another_base_is_named_with_both_digests(tiny: Settings, tmp
     grid = LocalGrid(2, own=[{}, {"model-path": str(other)}])
     with pytest.raises(FederationError) as error:
         run_federation(tiny, tmp_path / "run", grid=grid)
-    assert str(error.value).startswith("node 101 (partition-id 1) takes no part: the base differs")
+    assert str(error.value).startswith("node 101 (partition-id 1) rejected the run: the base differs")
     assert here in str(error.value) and there in str(error.value) and here != there
 
 
 def test_a_node_without_the_base_says_so(tiny: Settings, tmp_path: Path) -> None:
     grid = LocalGrid(2, own=[{"model-path": str(tmp_path / "nothing")}, {}])
-    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) takes no part: model = .*nothing"):
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) rejected the run: model = .*nothing"):
         run_federation(tiny, tmp_path / "run", grid=grid)
 
 

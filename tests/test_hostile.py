@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
-from server.strategy import FederationError
+from server.errors import FederationError
 from tests.support.federations import final_adapter
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Meddle, str]] = {
     "metric": (scalars(examples=1.0), "reports examples; known are"),
     "replay": (replay, "it answers round 1 of run .*, not round 2"),
     "other-run": (of_another_run, "it answers round 2 of run 0123, not round 2"),
-    "stuffed": (stuffed, "bytes, where such a reply has"),
+    "stuffed": (stuffed, "bytes; a reply to this message has at most"),
     "no-record": (lambda content, earlier: content.pop("metrics-1"), "the metrics of client 1 are missing"),
 }
 
@@ -136,7 +136,7 @@ def test_what_is_no_honest_update_is_refused_and_not_averaged(
     assert [client["client"] for client in second["clients"]] == [0, 2]
     (missing,) = second["missing"]
     assert missing["client"] == 1
-    assert missing["reason"].startswith("its node's reply was refused: ")
+    assert missing["reason"].startswith("its node's reply was rejected: ")
     assert re.search(reason, missing["reason"])
     got = final_adapter(directory)
     assert all(torch.equal(got[name], without[name]) for name in without)
@@ -177,7 +177,7 @@ def test_an_evaluation_that_cannot_be_is_left_out(
         ({"num-examples": [10, 10, 10]}, r"node 101 \(partition-id 1\) has \(10, .*other nodes \("),
         ({"clients": [0, 1, 7]}, "examples of a client 7"),
         ({"num-examples": [-1, -1, -1]}, "has -1 and .* examples of a client 0"),
-        ({"clients": []}, "node 101 sent no hello that can be read"),
+        ({"clients": []}, "node 101 sent an unreadable handshake"),
     ],
 )
 def test_a_hello_that_cannot_be_stops_the_run_and_names_its_node(
@@ -187,7 +187,7 @@ def test_a_hello_that_cannot_be_stops_the_run_and_names_its_node(
         def answer(self, message: Message) -> Message:
             reply = super().answer(message)
             if message.metadata.dst_node_id == BAD_NODE:
-                reply.content["hello"] = ConfigRecord({**reply.content["hello"], **changes})
+                reply.content["handshake"] = ConfigRecord({**reply.content["handshake"], **changes})
             return reply
 
     with pytest.raises(FederationError, match=reason):

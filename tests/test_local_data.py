@@ -24,7 +24,7 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.data.local import load_own
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
-from server.strategy import FederationError
+from server.errors import FederationError
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.node_files import NAMES, Wire, leaks, rows_of, write
 from tests.support.tiny import Settings
@@ -150,7 +150,7 @@ def test_a_node_that_leaks_is_seen(
     leaky = ClientApp()
 
     @leaky.query()
-    def hello(message: Message, context: Context) -> Message:
+    def handshake(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
         data = load_own(config, load_processor(config.model), path, client=0, num_clients=3)
@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_used_is_refused_at_hello_and_not_quoted(
     files[1] = write(rows_of(1), files[1].with_suffix(".csv"))
     spoil(files[1])
     grid = Wire(files)
-    with pytest.raises(FederationError, match=rf"^node 101 \(partition-id 1\) takes no part: .*{reason}$"):
+    with pytest.raises(FederationError, match=rf"^node 101 \(partition-id 1\) rejected the run: .*{reason}$"):
         run_federation(own, tmp_path / "run", grid=grid)
     assert {message.metadata.message_type for message in grid.messages} == {"query"}
     assert b"patient" not in grid.seen and b"ward" not in grid.seen
@@ -205,9 +205,9 @@ def test_a_file_of_another_kind_is_refused_without_its_name(own: Settings, files
 
 
 def test_own_data_and_the_run_must_agree(own: Settings, files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) takes no part: .*names no data-path"):
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) rejected the run: .*has no data-path"):
         run_federation(own, tmp_path / "none", num_nodes=2)
-    with pytest.raises(FederationError, match=r"takes no part: it has data of its own .*partitioner = 'iid'"):
+    with pytest.raises(FederationError, match=r"rejected the run: it has its own data .*partitioner = 'iid'"):
         run_federation(own | {"partitioner": "iid"}, tmp_path / "other", grid=nodes(files))
     with pytest.raises(FederationError, match=r"counts 3 clients, but num-clients = 4"):
         run_federation(own | {"num-clients": 4}, tmp_path / "four", grid=nodes(files))
@@ -219,7 +219,7 @@ def test_a_node_without_its_place_says_what_is_missing(
 ) -> None:
     grid = nodes(files)
     grid.contexts[102].node_config.update(changes)
-    with pytest.raises(FederationError, match="node 102 failed at hello: its node config has .*partition-id=0"):
+    with pytest.raises(FederationError, match="node 102 failed at the handshake: its node config has .*partition-id=0"):
         run_federation(own, tmp_path / "run", grid=grid)
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_changes_in_a_run_is_noticed(own: Settings, files: list[Path
 
     class Growing(LocalGrid):
         def answer(self, message: Message) -> Message:
-            warm_cache.open_own.cache_clear()
+            warm_cache.open_own_data.cache_clear()
             reply = super().answer(message)
             if message.metadata.message_type == "query" and message.metadata.dst_node_id == 100:
                 write(rows_of(0, 60), files[0])

@@ -20,7 +20,8 @@ from copra_fl.aggregation.private import clip, private_average
 from copra_fl.aggregation.rule import ALL
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.config import Config, ConfigError, PrivacyConfig
-from server.privacy_budget import Budget, open_secret
+from copra_fl.records import PrivacySpent
+from server.privacy_budget import PrivacyBudget, open_secret
 from tests.support.federations import Stop, StoppingGrid, final_adapter
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.rounds import make_round, random_adapter, random_round, update
@@ -218,12 +219,12 @@ def test_a_run_that_would_pass_its_budget_does_not_start(private: Settings, tmp_
 
 
 def test_what_was_spent_before_a_resume_counts() -> None:
-    rows = [{"privacy": {"sampling_rate": 1.0, "noise_multiplier": 0.8}}] * 2
+    spent = [PrivacySpent(epsilon=1.0, delta=1e-5, sampling_rate=1.0, noise_multiplier=0.8, clip=0.1)] * 2
     settings = PrivacyConfig(0.1, 0.8, 1e-5, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
-    Budget(settings, []).check(1.0, 2)
-    Budget(settings, rows).check(1.0, 0)
+    PrivacyBudget(settings, []).check(1.0, 2)
+    PrivacyBudget(settings, spent).check(1.0, 0)
     with pytest.raises(ConfigError, match="1 more rounds would bring epsilon .* 0 more rounds fit"):
-        Budget(settings, rows).check(1.0, 1)
+        PrivacyBudget(settings, spent).check(1.0, 1)
 
 
 def test_a_round_without_any_client_is_noise_alone(private: Settings, tmp_path: Path) -> None:

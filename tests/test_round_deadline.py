@@ -15,9 +15,9 @@ from flwr.common.constant import ErrorCode
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.provenance import library_digest
-from copra_fl.wire import Hello, pack_hello
+from copra_fl.wire import Handshake, pack_handshake
+from server.errors import FederationError
 from server.handshake import CLIENTS
-from server.strategy import FederationError
 from tests.support.federations import final_adapter
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
@@ -69,7 +69,7 @@ def test_a_lost_client_is_named_and_not_waited_for_beyond_the_deadline(settings:
 def test_a_round_that_cannot_reach_k_stops_and_can_be_resumed(settings: Settings, tmp_path: Path) -> None:
     """Bitwise as if nothing had been."""
     flat = settings | {"min-replies": 2, "round-timeout-s": 2.0}
-    with pytest.raises(FederationError, match="^round 2: 1 good replies, min-replies = 2; missing clients: 0: no"):
+    with pytest.raises(FederationError, match="^round 2: 1 valid replies, min-replies = 2; missing clients: 0: no"):
         run_federation(flat, tmp_path / "run", grid=SilentGrid({100: {2}, 101: {2}}))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-00001.safetensors"]
     resumed = run_federation(flat, tmp_path / "run", grid=LocalGrid(3))
@@ -133,16 +133,16 @@ def test_a_late_node_that_does_not_fit_is_left_out(settings: Settings, tmp_path:
     app = ClientApp()
 
     @app.query()
-    def hello(message: Message, context: Context) -> Message:
-        refusing = Hello(partition=2, digest=library_digest(CLIENTS), refusal="it has no data")
-        return Message(pack_hello(refusing), reply_to=message)
+    def handshake(message: Message, context: Context) -> Message:
+        rejection = Handshake(partition=2, digest=library_digest(CLIENTS), rejection_reason="it has no data")
+        return Message(pack_handshake(rejection), reply_to=message)
 
     directory = run_federation(settings | {"num-clients": 0}, tmp_path / "run", grid=JoiningGrid(app))
     assert clients(directory) == [[0, 1]] * 3
 
 
 class RestartedGrid(LocalGrid):
-    """Flower still takes the last node to be connected, and answers its first hello in its place, as itself."""
+    """Flower still takes the last node to be connected, and answers its first handshake in its place, as itself."""
 
     asked = 0
 
@@ -158,7 +158,7 @@ class RestartedGrid(LocalGrid):
 def test_a_node_that_is_not_back_yet_is_asked_again(settings: Settings, tmp_path: Path) -> None:
     flat = settings | {"num-clients": 0, "num-rounds": 1, "failures": "strict"}
     assert clients(run_federation(flat, tmp_path / "run", grid=RestartedGrid(3))) == [[0, 1, 2]]
-    with pytest.raises(FederationError, match="node 102 failed at hello: no heartbeat"):
+    with pytest.raises(FederationError, match="node 102 failed at the handshake: no heartbeat"):
         run_federation(flat | {"node-timeout-s": 1e-3}, tmp_path / "gone", grid=RestartedGrid(3))
 
 

@@ -16,12 +16,12 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from clients import warm_process
-from clients.warm_process import ResidentError
+from clients.warm_process import WarmProcessError
 from copra_fl import wire
 from copra_fl.config import Config
 from tests.support.local_grid import LocalGrid, run_federation
 
-WARM = {"keep-warm": 60}
+WARM = {"warm-process": 60}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def serving(listener: socket.socket) -> Iterator[threading.Thread]:
 def say(run: int) -> None:
     """A message of `run`, whose answer nobody waits for."""
     with Client(str(warm_process.address()), "AF_UNIX") as connection:
-        connection.send(("hello", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
+        connection.send(("handshake", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
 
 
 def test_a_resident_s_adapter_is_the_process_s_own(
@@ -70,8 +70,8 @@ def test_an_error_comes_back_in_words_that_may_leave(
     """As it is, or, of a node with data of its own, only kind and place."""
     context = Context(1, 1, {"partition-id": 0, "num-partitions": 1} | own, RecordDict(), {})
     content = wire.pack_config(Config.from_flat(tiny | {"partitioner": "own" if own else "iid"}))
-    with pytest.raises(ResidentError) as error:
-        warm_process.ask("train", content, context, 60)
+    with pytest.raises(WarmProcessError) as error:
+        warm_process.request("train", content, context, 60)
     assert "'plan'" in str(error.value) if not own else "KeyError at " in str(error.value)
     assert "ward-7" not in str(error.value) and "\n" not in str(error.value)
 
@@ -88,7 +88,7 @@ def test_a_folder_that_others_can_open_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert warm_process.address().parent.stat().st_mode & 0o777 == 0o700
     warm_process.address().parent.chmod(0o755)
-    with pytest.raises(ResidentError, match="open to others"):
+    with pytest.raises(WarmProcessError, match="open to others"):
         warm_process.address()
 
 
