@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import ConfigError
 from copra_fl.models.base_weights import weights_digest
 from server.errors import FederationError
+from tests.support.federations import assert_equal, final_adapter
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
@@ -20,11 +20,8 @@ from tests.support.tiny import Settings
 def test_a_node_may_store_the_base_elsewhere(tiny: Settings, tmp_path: Path) -> None:
     copy = str(shutil.copytree(str(tiny["model"]), tmp_path / "mounted"))
     grid = LocalGrid(2, node_configs=[{}, {"model-path": copy}])
-    final = [
-        load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
-        for directory in (run_federation(tiny, tmp_path / "same"), run_federation(tiny, tmp_path / "copy", grid=grid))
-    ]
-    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+    same_path, other_path = run_federation(tiny, tmp_path / "same"), run_federation(tiny, tmp_path / "copy", grid=grid)
+    assert_equal(final_adapter(same_path), final_adapter(other_path))
 
 
 def test_a_node_with_another_base_is_rejected_with_both_digests(tiny: Settings, tmp_path: Path) -> None:

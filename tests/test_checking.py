@@ -38,7 +38,10 @@ def test_a_valid_update_passes() -> None:
         (replace(VALID, active_steps=(0, 0)), r"\['x.lora_A.weight'\] are not known or not trained"),
         (replace(VALID, adapter=tensors(head=None)), r"tensors \['head.weight'\] are missing"),
         (replace(VALID, adapter=tensors(evil=torch.ones(1))), r"\['evil'\] are not known"),
-        (replace(VALID, adapter=tensors(x=torch.ones(3, 2))), r"float32 of shape \(3, 2\), not torch.float32 of \(2, 3"),
+        (
+            replace(VALID, adapter=tensors(x=torch.ones(3, 2))),
+            r"float32 of shape \(3, 2\), not torch.float32 of \(2, 3",
+        ),
         (replace(VALID, adapter=tensors(x=torch.ones(2, 3).double())), "float64"),
         (replace(VALID, adapter=tensors(x=torch.full((2, 3), math.nan))), "not finite"),
         (replace(VALID, adapter=tensors(head=torch.tensor([0, 1, math.inf, 0]))), "not finite"),

@@ -55,7 +55,7 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
 
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
 def test_pooled_updates_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
-    """One round, because training amplifies differences in the last bit. 1 of 6 clients is inspected, on 1 or 3 nodes."""
+    """One round, because training amplifies differences in the last bit. 1 of the 6 clients is inspected."""
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
     flat |= {"engine": "peft", "updates": "pooled"}
     clients = run_federation(flat | {"updates": "individual"}, tmp_path / "clients", num_nodes=1)
@@ -174,7 +174,9 @@ def test_a_run_of_another_version_is_not_resumed(tiny: Settings, tmp_path: Path)
     state.save(checkpoint, {"row": json.dumps({"round": 1})})
     before = (directory / "journal.jsonl").read_bytes()
     (directory / "summary.json").unlink()
-    with pytest.raises(RecordError, match="run was written by another version of copra-fl and cannot be resumed; start"):
+    with pytest.raises(
+        RecordError, match="run was written by another version of copra-fl and cannot be resumed; start"
+    ):
         run_federation(tiny | {"num-rounds": 2}, directory)
     assert (directory / "journal.jsonl").read_bytes() == before
 
@@ -199,7 +201,9 @@ def test_a_strict_run_stops_with_the_clients_traceback(tiny: Settings, client_3_
         run_federation(tiny, tmp_path / "run", num_nodes=1)
 
 
-def test_a_tolerant_run_continues_and_names_the_missing_client(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
+def test_a_tolerant_run_continues_and_names_the_missing_client(
+    tiny: Settings, client_3_fails: None, tmp_path: Path
+) -> None:
     flat = tiny | {"failures": "tolerant", "min-replies": 5}
     directory = run_federation(flat, tmp_path / "run", num_nodes=1)
     row = journal(directory)[0]

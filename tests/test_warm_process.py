@@ -53,9 +53,7 @@ def send(run: int) -> None:
         connection.send(("handshake", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
 
 
-def test_a_warm_process_trains_bitwise_as_a_cold_one(
-    tiny: Settings, tmp_path: Path, serving: threading.Thread
-) -> None:
+def test_a_warm_process_trains_bitwise_as_a_cold_one(tiny: Settings, tmp_path: Path, serving: threading.Thread) -> None:
     """With flora nodes cache state between rounds, which goes to the warm process and back."""
     settings = tiny | {"rule": "flora"}
     cold = run_federation(settings, tmp_path / "cold")

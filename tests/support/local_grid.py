@@ -20,7 +20,7 @@ from server import federation
 
 
 class LocalGrid(Grid):
-    """`num_nodes` nodes that run `app`. Node i has the id 100 + i, partition-id i, and `node_configs[i]` in addition."""
+    """`num_nodes` nodes that run `app`. Node 100 + i has partition-id i, and `node_configs[i]` in addition."""
 
     def __init__(
         self,
