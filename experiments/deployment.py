@@ -3,7 +3,7 @@
     python -m experiments.deployment
 
 A SuperLink and two SuperNodes as processes on this machine, without TLS; the recipe `smoke` over and over, on nodes
-without `keep-warm` and with it in turn, each time started anew. A round's overhead is its seconds in the journal, from
+without `warm-process` and with it in turn, each time started anew. A round's overhead is its seconds in the journal, from
 the sending of train messages to the last reply, less those that its slowest client trained. A run's first round,
 in which base and data are opened in either case, is told apart; the query before it is not measured.
 """
@@ -29,7 +29,7 @@ from copra_fl.simulation.superlink import copy_app, free_port
 
 SCRIPTS = Path(sys.executable).parent
 NUM_NODES = 2
-#: seconds of keep-warm
+#: seconds of warm-process
 KINDS = {"cold": 0, "warm": 600}
 
 
@@ -79,7 +79,7 @@ def run(folder: Path, app: Path, port: int, kind: str, name: str, rounds: int) -
         running(
             folder, f"node-{number}", "flower-supernode", "--insecure", f"--superlink=127.0.0.1:{port}",
             f"--port={free_port()}", "--node-config",
-            f"partition-id={number} num-partitions={NUM_NODES} keep-warm={KINDS[kind]}",
+            f"partition-id={number} num-partitions={NUM_NODES} warm-process={KINDS[kind]}",
         )
         for number in range(NUM_NODES)
     ]  # fmt: skip

@@ -29,7 +29,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import copra_fl.startup  # isort: skip  # noqa: F401  before torch
+from copra_fl import startup
+
+startup.prepare()
+
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F

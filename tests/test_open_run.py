@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 
 from copra_fl.adapters.state import Adapter, complete, load_checkpoint
 from copra_fl.config import Config
 from copra_fl.probes.open_run import OpenRun, State, open_run, open_runs, plain
 from copra_fl.reporting.results import ResultsError
-from server.strategy import CohortStrategy
+from server.round_request import RoundRequest
+from server.strategy import CohortStrategy, TrainResult
 from tests.support.federations import finished_run
 from tests.support.tiny import Settings
 
@@ -23,10 +25,10 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, Adapter]]:
     seen: dict[int, dict[int, Adapter]] = {}
     aggregate = CohortStrategy.aggregate_train
 
-    def spy(self: CohortStrategy, server_round: int, replies: object) -> object:
+    def spy(self: CohortStrategy, request: RoundRequest, replies: list[Message]) -> TrainResult:
         before = self.state.adapter
-        result = aggregate(self, server_round, replies)
-        seen[server_round] = {update.client: complete(update, before) for update in self.updates}
+        result = aggregate(self, request, replies)
+        seen[request.server_round] = {update.client: complete(update, before) for update in result.updates}
         return result
 
     monkeypatch.setattr(CohortStrategy, "aggregate_train", spy)

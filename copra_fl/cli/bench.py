@@ -18,7 +18,7 @@ from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from copra_fl import provenance
+from copra_fl import provenance, startup
 from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
@@ -111,7 +111,7 @@ def bench(
         raise ConfigError("--quick chooses sizes, contestants and repeats; leave it out to choose them yourself")
     if strangers := set(contestants or "") - set(LETTERS):
         raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see copra_fl/process.py
+    startup.prepare()  # for all contestants alike: their processes inherit this environment
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.bench import findings, sizes, summary
 

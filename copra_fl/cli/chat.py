@@ -29,7 +29,9 @@ def chat(
     config = Config.from_toml(run / "config.toml")
     check(run, config)
 
-    import copra_fl.startup  # noqa: F401
+    from copra_fl import startup
+
+    startup.prepare()
     from copra_fl.models.export import load
     from copra_fl.seeding import torch_stream
     from copra_fl.tasks.causal_lm import beginning, opening

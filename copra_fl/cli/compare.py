@@ -120,7 +120,9 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
 
     What does not combine is left out with a note. Raises ConfigError where nothing is left.
     """
-    import copra_fl.startup  # noqa: F401
+    from copra_fl import startup
+
+    startup.prepare()
     from copra_fl import tasks
     from copra_fl.aggregation import check
 

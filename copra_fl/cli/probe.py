@@ -109,7 +109,9 @@ def parse_numbers(option: str, text: str) -> list[int]:
 @contextmanager
 def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
     """The runs in `directories`; inside and while opening, what cannot be probed ends in a message for people."""
-    import copra_fl.startup  # noqa: F401
+    from copra_fl import startup
+
+    startup.prepare()
 
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.probes.open_run import open_runs

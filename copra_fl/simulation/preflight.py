@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
     """The configurations, with number of clients, dtype and attention made plain. Raises ConfigError, AssetError."""
-    import copra_fl.startup  # noqa: F401
+    from copra_fl import startup
+
+    startup.prepare()
     from copra_fl import tasks
     from copra_fl.aggregation import check as check_rule
 
