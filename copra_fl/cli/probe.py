@@ -68,8 +68,8 @@ def connectivity(
 ) -> None:
     """Evaluate loss and accuracy on the line between each pair of adapters.
 
-    With one RUN, the adapters of its clients in the last round or --round, or its global adapters of --rounds. With
-    several, their final adapters.
+    One RUN: the adapters of its clients in the last round or --round, or its global adapters of --rounds.
+    Several RUNs: their final adapters.
     """
     numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
     with opened(runs) as opened_runs, progress_bar() as progress:
@@ -98,7 +98,8 @@ def merge(
 ) -> None:
     """Merge adapters with PEFT (average, task arithmetic, TIES, DARE, SVD); evaluate before and after.
 
-    With one RUN, the adapters of its clients in the last round or --round. With several, their final adapters.
+    One RUN: the adapters of its clients in the last round or --round.
+    Several RUNs: their final adapters.
     """
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import merge as probe
