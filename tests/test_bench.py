@@ -314,7 +314,7 @@ def test_page_of_stored_results_opens_in_a_browser(tmp_path: Path) -> None:
 
 def test_a_page_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="summary.json is not the NAME.json of a benchmark"):
+    with pytest.raises(ConfigError, match="summary.json is not a result file of copra-fl bench"):
         bench(page=[tmp_path / "summary.json"])
 
 

@@ -17,6 +17,7 @@ from copra_fl.cli import app
 from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
 from copra_fl.probes.open_run import OpenRun, open_run, plain
 from tests.support.browser import check_page, needs_chromium
+from tests.support.command_line import run_command
 from tests.support.federations import finished_run
 from tests.support.tiny import Settings
 
@@ -160,5 +161,5 @@ def test_what_the_command_refuses(run: OpenRun) -> None:
         (["--rounds", "1,7"], "has no round 7"),
         (["--round", "7"], "has no round 7"),
     ):
-        result = CliRunner().invoke(app, ["probe", "connectivity", str(run.directory), *arguments])
-        assert result.exit_code == 2 and message in result.output
+        output = run_command("probe", "connectivity", run.directory, *arguments, code=2)
+        assert message in output.message

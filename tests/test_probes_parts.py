@@ -15,6 +15,7 @@ from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import Game, Whole, solve
 from copra_fl.probes.open_run import OpenRun, Progress, open_run
 from tests.support.browser import check_page, needs_chromium
+from tests.support.command_line import run_command
 from tests.support.federations import finished_run
 from tests.support.tiny import Settings
 
@@ -146,10 +147,9 @@ def test_what_aggregation_added_to_the_base_is_pruned_too(tiny: Settings, tmp_pa
 
 
 def test_what_cannot_be_probed_is_said(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["probe", "shapley", str(tmp_path)])
-    assert result.exit_code == 2 and "no folder of a run" in result.output
+    assert "no folder of a run" in run_command("probe", "shapley", tmp_path, code=2).message
 
 
 def test_runs_of_one_name_are_refused(runs: list[Path], tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["probe", "prune", str(runs[0]), str(runs[0]), "--output", str(tmp_path)])
-    assert result.exit_code == 2 and "several runs are called lora" in result.output
+    output = run_command("probe", "prune", runs[0], runs[0], "--output", tmp_path, code=2)
+    assert "several runs are called lora" in output.message

@@ -7,11 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
-from copra_fl.cli.report import report
 from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, UnfinishedRun
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES, Figure
@@ -21,6 +18,7 @@ from copra_fl.reporting.statistics import estimate, metrics, summarize
 from copra_fl.reporting.tables import COLUMNS, DataTable, ranking, results_table, rows, table
 from copra_fl.reporting.verdict import verdict
 from tests.support.browser import check_page, needs_chromium
+from tests.support.command_line import run_command
 from tests.support.run_folders import final_accuracies, many_methods, num_figures, write_comparison, write_run
 
 
@@ -310,16 +308,10 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
 
 
 def test_report_command_rewrites_page_and_summary(comparison: Path) -> None:
-    app = typer.Typer()
-    app.command()(report)
-    done = CliRunner().invoke(app, [str(comparison)])
-    assert done.exit_code == 0, done.output
-    assert "report.html" in done.output
+    assert "report.html" in run_command("report", comparison).out
     written = ComparisonSummary.from_json((comparison / "summary.json").read_text())
     assert written == summarize(load_comparison(comparison))
-    refused = CliRunner().invoke(app, [str(comparison.parent)])
-    assert refused.exit_code == 2
-    assert "is not the folder of a run or comparison" in refused.output.replace("\n", " ")
+    assert "is not the folder of a run or comparison" in run_command("report", comparison.parent, code=2).message
 
 
 def test_a_run_keeps_its_own_summary(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _simulate(
     workers = replace(Workers.share(share.workers, num_clients=share.workers), cpus=share.threads, nodes=nodes)
     with superlink(folder / "flower.log") as link:
         command = link.start_run(run_config, workers, copy)
-        roots = [psutil.Process(link.keeper.pid), psutil.Process(command.pid)]
+        roots = [psutil.Process(link.guard.pid), psutil.Process(command.pid)]
         with Sampler(partial(families, roots), memory) as sampler:
             watch(link, command, num_runs, Console(quiet=True))
     return started, sampler

@@ -1,4 +1,4 @@
-"""`copra-fl bench`: how fast our engine is, measured against Flower's and PEFT's own ways in one run."""
+"""`copra-fl bench`: time the stacked engine against plain Flower and PEFT on equal work."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ DEFAULT_REPEATS = 5
 QUICK_LETTERS = "cg"
 
 SizeOption = Annotated[
-    list[SizeName] | None, typer.Option("--size", help="May be given several times. Default: all but smoke.")
+    list[SizeName] | None, typer.Option("--size", help="Size of the work. May be repeated. Default: all but smoke.")
 ]
 RepeatsOption = Annotated[
     int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each contestant. Default: {DEFAULT_REPEATS}.")
 ]
 EngineOnlyOption = Annotated[
-    bool, typer.Option("--engine-only", help="Without Flower and Ray, which need not be installed.")
+    bool, typer.Option("--engine-only", help="Leave out Flower and Ray, which need not be installed then.")
 ]
 RandomBaseOption = Annotated[
-    bool, typer.Option("--random-base", help="Random weights of MiniLM's shape, where MiniLM cannot be had.")
+    bool, typer.Option("--random-base", help="Use random weights with the shapes of MiniLM instead of MiniLM.")
 ]
 ContestantsOption = Annotated[
     str | None,
@@ -60,8 +60,8 @@ QuickOption = Annotated[
     bool,
     typer.Option(
         "--quick",
-        help="At most 3 minutes on 2 idle cores: our engine against the PEFT loop, no Flower, few clients, one repeat. "
-        "The output says what that leaves out.",
+        help="At most 3 minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
+        "clients and one repeat. The output lists what is left out.",
     ),
 ]
 JsonOption = Annotated[
@@ -78,12 +78,15 @@ PageOption = Annotated[
     typer.Option(
         "--page",
         metavar="NAME.json",
-        help="Measure nothing: read stored results, and write their page. Several times for several on one page.",
+        help="Measure nothing; write the page of stored results. May be repeated to show several results on one page.",
     ),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", help="NAME of NAME.json, NAME.md and NAME.html. Default: dated, experiments/results/."),
+    typer.Option(
+        "--output",
+        help="Path without suffix for the .json, .md and .html files. Default: a dated name in experiments/results/.",
+    ),
 ]
 
 
@@ -98,13 +101,13 @@ def bench(
     page: PageOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Time our engine and its rivals on equal work; ends in tables, a page and a verdict on each target.
+    """Time the stacked engine and its competitors on equal work; write tables, a page and a verdict on each target.
 
     No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
         if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
-            raise ConfigError("--page measures nothing: of the other options only --output goes with it")
+            raise ConfigError("--page measures nothing and can be combined with --output only")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
     if quick and (size or repeats or contestants):
@@ -112,7 +115,9 @@ def bench(
     if strangers := set(contestants or "") - set(LETTERS):
         raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
     startup.prepare()  # for all contestants alike: their processes inherit this environment
-    warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.bench import findings, sizes, summary
 
     console = Console(stderr=True)
@@ -131,7 +136,7 @@ def bench(
     }
     for each in chosen:
         facts["sizes"][each.name] = _measure(each, repeats, letters, engine_only or quick, random_base, console)
-        tables = findings.tables(facts)  # written after each size: the next one can take an hour
+        tables = findings.tables(facts)  # written after each size, because the next one can take an hour
         left_out = list(summary.left_out(facts))
         stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
@@ -139,8 +144,10 @@ def bench(
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
-    except ImportError as error:  # a GPU machine need not have plotly
-        console.print(f"no page: {error}. Elsewhere, copra-fl bench --page {stem.name}.json writes it", soft_wrap=True)
+    except ImportError as error:  # a GPU machine may lack plotly
+        console.print(
+            f"no page: {error}. Write it on another machine: copra-fl bench --page {stem.name}.json", soft_wrap=True
+        )
     if as_json:
         print(json.dumps(summary.summary(facts), indent=2))
 
@@ -162,7 +169,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--page {path}: {error}") from error
     if not isinstance(facts, dict) or "sizes" not in facts:
-        raise ConfigError(f"--page {path} is not the NAME.json of a benchmark")
+        raise ConfigError(f"--page {path} is not a result file of copra-fl bench")
     return facts
 
 
@@ -184,7 +191,7 @@ def _machine() -> dict[str, Any]:
 def _measure(
     size: Size, repeats: int, letters: str, engine_only: bool, random_base: bool, console: Console
 ) -> dict[str, Any]:
-    """All facts of one size."""
+    """Measure one size; return its results."""
     import torch
 
     from copra_fl.bench import contest, findings, simulations, sizes, steps, workers
@@ -226,7 +233,7 @@ def _measure(
 
 
 def _default_output() -> Path:
-    """Below experiments/results in a checkout, else here."""
+    """Return a dated name in experiments/results in a checkout, else in the current folder."""
     folder = Path("experiments/results") if Path("experiments").is_dir() else Path()
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 

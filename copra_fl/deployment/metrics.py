@@ -81,7 +81,7 @@ class Deployment:
     def collect(self) -> Iterator[Metric]:
         yield from of_runs(list(self._readable_runs()))
         known = registration.read_known(Path(os.environ["FLWR_HOME"]))
-        yield from of_nodes(nodes.named(registration.flwr("list"), known))
+        yield from of_nodes(nodes.parse_nodes(registration.flwr("list"), known))
 
     def _readable_runs(self) -> Iterator[Run]:
         for path in sorted(self._runs.glob("*/config.toml")):

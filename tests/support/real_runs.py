@@ -1,4 +1,4 @@
-"""Start the real `copra-fl` in a process of its own, with every process of it findable."""
+"""The real `copra-fl` in a process of its own, with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPT = str(Path(sys.executable).parent / "copra-fl")
 
 @dataclass
 class RealRun:
-    """`copra-fl ARGUMENTS` started in `cwd`; `processes()` are all it has left on the machine."""
+    """`copra-fl ARGUMENTS`, started in `cwd`."""
 
     arguments: list[str]
     cwd: Path
@@ -34,21 +34,25 @@ class RealRun:
         )  # fmt: skip
 
     def finish(self, code: int = 0, timeout: float = 300) -> tuple[str, str]:
-        """Wait for the end; standard output and error. Fails unless the exit code is `code` and nothing is left."""
+        """Wait for the end; return standard output and error.
+
+        Fails unless the exit code is `code` and all processes have ended.
+        """
         out, err = self.process.communicate(timeout=timeout)
         assert self.process.returncode == code, f"exit code {self.process.returncode}\n{out}\n{err}"
         self.wait_until(lambda: not self.processes(), "no process left", 30)
         return out, err
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        found = []
+        """Return the running processes of this command with `name` in their command lines."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("COPRA_FL_TEST") == self.mark and name in " ".join(process.cmdline()):
-                    found.append(process)
+                    processes.append(process)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
@@ -59,5 +63,5 @@ class RealRun:
 
 
 def settings(flat: dict[str, object]) -> list[str]:
-    """``--set KEY=VALUE`` for each."""
+    """Return ``--set KEY=VALUE`` for each setting."""
     return [word for key, value in flat.items() for word in ("--set", f"{key}={value}")]
