@@ -65,10 +65,10 @@ def connectivity(
     numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import connectivity as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, *numbers, most)
-        findings = probe.probe(chosen, split.value, points, triangle, progress)
+        members = select_members(opened_runs, progress, round_, *numbers, most)
+        findings = probe.probe(members, split.value, points, triangle, progress)
     leave(findings, output or runs[0])
 
 
@@ -91,10 +91,10 @@ def merge(
     """
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import merge as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, parse_numbers("--clients", clients))
-        findings = probe.probe(chosen, split.value, scale, density, seed, progress)
+        members = select_members(opened_runs, progress, round_, parse_numbers("--clients", clients))
+        findings = probe.probe(members, split.value, scale, density, seed, progress)
     leave(findings, output or runs[0])
 
 
@@ -126,7 +126,7 @@ def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar for each thing that a probe says it does (`opening.Progress`)."""
+    """A bar for each thing that a probe says it does (`open_run.Progress`)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, rich_progress.TaskID] = {}
@@ -141,7 +141,7 @@ def progress_bar() -> Iterator[Progress]:
 
 def leave(findings: Findings, directory: Path) -> None:
     """Print the results, write page and JSON to `directory`."""
-    from copra_fl.probes.findings import write
+    from copra_fl.probes.findings import write_findings
 
     columns = [Column(name, justify="right" if i else "left") for i, name in enumerate(findings.results.header)]
     table = Table(*columns, title=findings.setting, caption=findings.results.caption)
@@ -152,4 +152,4 @@ def leave(findings: Findings, directory: Path) -> None:
     for warning in findings.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     console.print(findings.verdict, highlight=False, soft_wrap=True)
-    console.print(f"page: {write(findings, directory.absolute())}", soft_wrap=True)
+    console.print(f"page: {write_findings(findings, directory.absolute())}", soft_wrap=True)
