@@ -33,7 +33,7 @@ class SizeName(StrEnum):
     SMOKE = "smoke"
 
 
-#: of `bench.contest.CONTESTANTS`, which is slow to import
+#: of `bench.runner.COMPETITORS`, which is slow to import
 LETTERS = "abcdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
@@ -44,7 +44,7 @@ SizeOption = Annotated[
     list[SizeName] | None, typer.Option("--size", help="May be given several times. Default: all but smoke.")
 ]
 RepeatsOption = Annotated[
-    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each contestant. Default: {DEFAULT_REPEATS}.")
+    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each competitor. Default: {DEFAULT_REPEATS}.")
 ]
 EngineOnlyOption = Annotated[
     bool, typer.Option("--engine-only", help="Without Flower and Ray, which need not be installed.")
@@ -52,9 +52,9 @@ EngineOnlyOption = Annotated[
 RandomBaseOption = Annotated[
     bool, typer.Option("--random-base", help="Random weights of MiniLM's shape, where MiniLM cannot be had.")
 ]
-ContestantsOption = Annotated[
+CompetitorsOption = Annotated[
     str | None,
-    typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are. Default: all."),
+    typer.Option("--competitors", help="Their letters, for example bce; the tables say who they are. Default: all."),
 ]
 QuickOption = Annotated[
     bool,
@@ -68,7 +68,7 @@ JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print medians as JSON on standard output, tables on standard error. Contestants are naive, tuned, loop, "
+        help="Print medians as JSON on standard output, tables on standard error. Competitors are naive, tuned, loop, "
         "node, cohort, engine_float32, engine: (a) to (g). overhead and small are clients per second of LoRA, compute "
         "of lora and copra; null is what did not run.",
     ),
@@ -90,7 +90,7 @@ OutputOption = Annotated[
 def bench(
     size: SizeOption = None,
     repeats: RepeatsOption = None,
-    contestants: ContestantsOption = None,
+    competitors: CompetitorsOption = None,
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
     quick: QuickOption = False,
@@ -100,18 +100,18 @@ def bench(
 ) -> None:
     """Time our engine and its rivals on equal work; ends in tables, a page and a verdict on each target.
 
-    No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
+    No time counts unless all competitors end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
-        if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
+        if any((size, repeats, competitors, engine_only, random_base, quick, as_json)):
             raise ConfigError("--page measures nothing: of the other options only --output goes with it")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
-    if quick and (size or repeats or contestants):
-        raise ConfigError("--quick chooses sizes, contestants and repeats; leave it out to choose them yourself")
-    if strangers := set(contestants or "") - set(LETTERS):
-        raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see copra_fl/process.py
+    if quick and (size or repeats or competitors):
+        raise ConfigError("--quick chooses sizes, competitors and repeats; leave it out to choose them yourself")
+    if strangers := set(competitors or "") - set(LETTERS):
+        raise ConfigError(f"--competitors {competitors!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all competitors alike, see copra_fl/startup.py
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.bench import findings, sizes, summary
 
@@ -119,9 +119,9 @@ def bench(
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
     chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in size or DEFAULT_SIZES]
-    letters = QUICK_LETTERS if quick else contestants or LETTERS
+    letters = QUICK_LETTERS if quick else competitors or LETTERS
     repeats = 1 if quick else repeats or DEFAULT_REPEATS
-    facts: findings.Facts = {
+    facts: findings.BenchFacts = {
         "command": shlex.join(["copra-fl", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": _machine(),
@@ -147,8 +147,8 @@ def bench(
 
 def _print_tables(tables: list[Table], left_out: list[str], console: Console) -> None:
     for table in tables:
-        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
-        shown = rich_table.Table(*columns, title=table.title, caption=table.note)
+        columns = [rich_table.Column(column, overflow="fold") for column in table.header]
+        shown = rich_table.Table(*columns, title=table.title, caption=table.caption)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
@@ -187,18 +187,20 @@ def _measure(
     """All facts of one size."""
     import torch
 
-    from copra_fl.bench import contest, findings, simulations, sizes, steps, workers
+    from copra_fl.bench import findings, runner, simulations, sizes, steps, workers
 
     name, gpu = size.name, torch.cuda.is_available()
-    contestants = [
-        each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
+    competitors = [
+        competitor
+        for competitor in runner.COMPETITORS
+        if competitor.letter in letters and not (engine_only and competitor.on_flower)
     ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
     cores = os.cpu_count() or 1
-    shares = contest.divisions(cores, size.clients, gpu)[: None if size.divided else 1]
+    splits = runner.core_splits(cores, size.clients, gpu)[: None if size.all_core_splits else 1]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        total = contest.num_runs(contestants, shares, repeats, size) + size.schedule * steps.num_runs(repeats)
+        total = runner.num_runs(competitors, splits, repeats, size) + size.schedule * steps.num_runs(repeats)
         task = progress.add_task(name, total=total)
 
         def show(what: str) -> None:
@@ -206,21 +208,21 @@ def _measure(
             if not console.is_terminal:
                 console.print(f"{name}: {what}", highlight=False, soft_wrap=True)
 
-        results = contest.race(workload, contestants, shares, repeats, show)
+        results = runner.run_all(workload, competitors, splits, repeats, show)
         facts = findings.size_facts(workload, results)
-        by_letter = {result.contestant.letter: result for result in results}
+        by_letter = {result.competitor.letter: result for result in results}
         if size.scaling and "g" in by_letter:
-            runs = contest.scale(workload, by_letter["g"], repeats, show)
+            runs = runner.scale(workload, by_letter["g"], repeats, show)
             adapter = workers.start_adapter(by_letter["g"].config)
             facts["scaling"] = findings.scaling_facts(runs, adapter)
             if "e" in by_letter:
                 show("copra-fl simulate, first round")
                 result = by_letter["e"]
                 facts["simulate_first_round"] = [
-                    simulations.first_round_of_simulate(result.config, result.share) for _ in range(repeats)
+                    simulations.first_round_of_simulate(result.config, result.core_split) for _ in range(repeats)
                 ]
         if size.schedule and "g" in by_letter:
-            whole = workers.Share(1, cores)
+            whole = workers.CoreSplit(1, cores)
             facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], whole, repeats, show))
     return facts
 
