@@ -23,7 +23,7 @@ from copra_fl.reporting.tables import Column
 #: evaluates adapters together
 Evaluate = Callable[[Sequence[Adapter]], Sequence[Metrics]]
 #: evaluates combinations of members (indices) together, on the data sets of these members
-Score = Callable[[Sequence[int], Sequence[Adapter]], Sequence[Metrics]]
+ScoreMembers = Callable[[Sequence[int], Sequence[Adapter]], Sequence[Metrics]]
 #: indices of two members
 Pair = tuple[int, int]
 
@@ -55,7 +55,7 @@ class Plane:
 
 
 def lines(
-    score: Score, adapters: Sequence[Adapter], num_points: int, between: Between, done: Callable[[], None]
+    score: ScoreMembers, adapters: Sequence[Adapter], num_points: int, between: Between, done: Callable[[], None]
 ) -> dict[Pair, Path]:
     """Return the path between each pair of adapters; `done` is called after each."""
     paths = {}
