@@ -1,6 +1,6 @@
-"""The tables and figures of docs/findings.md, made of the committed results: `python -m experiments.findings`.
+"""Write the tables and figures of docs/findings.md from the committed results: `python -m experiments.findings`.
 
-Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
+The page has them between `<!-- NAME -->` and `<!-- end -->`, so each number equals that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
 """
 
@@ -16,7 +16,7 @@ from copra_fl.records import Estimate, StudyResults
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.study import table
+from copra_fl.reporting.study import table as study_table
 from copra_fl.reporting.tables import POINTS, DataTable, with_minus
 from experiments.papers_summary import PUBLISHED, column
 
@@ -49,65 +49,70 @@ def studies(folder: Path = RESULTS) -> dict[str, tuple[Path, StudyResults]]:
 
 
 def blocks() -> Iterator[tuple[str, str]]:
-    """Name and content of every block that the page may hold."""
+    """Yield name and content of every block that the page may have."""
     for name, (path, results) in studies().items():
-        source = f"From `experiments/results/{path.name}`, which `{results.command}` wrote."
-        yield f"{name} results", f"{table(results).markdown()}\n{source}\n"
+        yield f"{name} results", f"{study_table(results).markdown()}\n{source(path, results.command)}\n"
         yield f"{name} copra", copra_against(results).markdown()
         yield f"{name} predictors", predictors(results).markdown()
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
-    source = f"From `experiments/results/{path.name}`, which `{facts['command']}` wrote; all measures: the same, `.md`."
-    yield "papers", f"{papers(facts).markdown()}\n{source}\n"
+    yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
+
+
+def source(path: Path, command: str) -> str:
+    """Return the sentence below a table: its file, and the command that wrote the file."""
+    return f"From `experiments/results/{path.name}`.\nCommand: `{command}`."
 
 
 def copra_against(results: StudyResults) -> DataTable:
-    """Return CopRA minus each other method, paired by seed: one row per cell."""
-    others = [method for method in results.cells[0].methods if method != "copra"]
+    """Return CopRA minus each other method, paired by seed, with one row per cell of the grid."""
+    rivals = [method for method in results.cells[0].methods if method != "copra"]
     rows = []
     for cell in results.cells:
         accuracies = {method: estimates.get("test_accuracy").values for method, estimates in cell.methods.items()}
         gains = [
             estimate([None if a is None or b is None else a - b for a, b in pairs])
-            for pairs in (zip(accuracies["copra"], accuracies[other], strict=True) for other in others)
+            for pairs in (zip(accuracies["copra"], accuracies[rival], strict=True) for rival in rivals)
         ]
         rows.append([figures.label(cell), *map(POINTS.show, gains)])
-    return DataTable(["copra minus, points", *others], rows)
+    return DataTable(["copra minus, points", *rivals], rows)
 
 
 def predictors(results: StudyResults) -> DataTable:
-    """Return the correlation of each metric of averaging with the gain over the baseline, of methods with adapters."""
+    """Return correlations of measures of averaging with the gain over the baseline, over all methods with adapters."""
     rows = []
     for metric, name in METRICS.items():
-        points = figures.gains_against(results, metric)
-        correlation = figures.pearson(points) if points else None
+        gains = figures.gains_against(results, metric)
+        correlation = figures.pearson(gains) if gains else None
         shown = "no spread" if correlation is None else with_minus(correlation, "+.2f")
-        rows.append([name, shown, str(sum(map(len, points.values())))])
+        rows.append([name, shown, str(sum(map(len, gains.values())))])
     return DataTable(
-        ["minus the baseline's", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
+        ["difference from the baseline", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
     )
 
 
 def papers(facts: Mapping[str, Any]) -> DataTable:
-    """What the papers claim, LoRA against CopRA outside a federation."""
+    """Return the measures of the papers' claims, LoRA and CopRA outside a federation."""
     rows = []
     for measure in PAPERS_MEASURES:
         lora, copra, difference = (Estimate(**estimated) for estimated in facts["measures"][measure].values())
-        shown = column(measure)
-        cells = [shown.show(lora), shown.show(copra), column(measure, "+").show(difference)]
+        plain = column(measure)
+        cells = [plain.show(lora), plain.show(copra), column(measure, "+").show(difference)]
         rows.append([measure, *cells, PUBLISHED.get(measure, "")])
-    return DataTable(["%, points; barriers in nats", "lora", "copra", "copra − lora", "published elsewhere"], rows)
+    return DataTable(
+        ["measure (%, points; barriers in nats)", "lora", "copra", "copra − lora", "published elsewhere"], rows
+    )
 
 
 def images() -> Iterator[tuple[str, Figure]]:
-    """File name and figure of every picture."""
+    """Yield file name and figure of every image."""
     for name, (_, results) in studies().items():
-        for what, found in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
-            yield f"findings-{name}-{what}.svg", found[0]
+        for kind, charts in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
+            yield f"findings-{name}-{kind}.svg", charts[0]
 
 
 def filled(page: str) -> str:
-    """`page` with the present content of its blocks. Raises KeyError for a block whose results are not there."""
+    """Return `page` with the current content of its blocks. Raises KeyError for a block without results."""
     content = dict(blocks())
     return BLOCK.sub(lambda block: f"{block[1]}{content[block['name']]}{block[3]}", page)
 

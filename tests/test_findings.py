@@ -1,4 +1,4 @@
-"""docs/findings.md agrees with the committed results."""
+"""The tables of docs/findings.md equal those of the committed results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from pathlib import Path
 
 from experiments import findings
 
-ROOT = Path(__file__).parent.parent
 
-
-def test_tables_are_those_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+def test_tables_equal_those_of_the_committed_results() -> None:
+    page = findings.PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- end -->") >= 4
     assert findings.filled(page) == page, "run `python -m experiments.findings`"
-    assert [file for file, _ in findings.images() if not (ROOT / "docs" / "images" / file).exists()] == []
+    assert [file for file, _ in findings.images() if not (findings.IMAGES / file).exists()] == []
 
 
 def test_a_grid_with_a_hyphen_keeps_its_whole_name(tmp_path: Path) -> None:

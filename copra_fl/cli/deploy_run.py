@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
@@ -76,14 +75,16 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
             json.dumps({"nodes": None if listed is None else [vars(node) for node in listed], "runs": runs}, indent=2)
         )
         return
+    from copra_fl.reporting.tables import DataTable  # slow to import
+
     console = Console()
     if listed is None:
         console.print(f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}", soft_wrap=True)
     else:
         rows = [[node.name, node.status, node.since] for node in listed]
-        console.print(as_table(["node", "status", "since (UTC)"], rows))
+        console.print(DataTable(["node", "status", "since (UTC)"], rows).rich())
     columns = ["run", "round", "clients", "missing", "accuracy", "finished"]
-    console.print(as_table(columns, [[str(run[column]) for column in columns] for run in runs]))
+    console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]).rich())
 
 
 def read_runs(layout: DeploymentLayout) -> Iterator[dict[str, Any]]:
@@ -109,10 +110,3 @@ def read_runs(layout: DeploymentLayout) -> Iterator[dict[str, Any]]:
                 "accuracy": round(last.validation.accuracy, 4) if last.validation else "",
             }
         yield row
-
-
-def as_table(columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
