@@ -49,7 +49,7 @@ def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str,
         lora, copra = (pseudo_values(measured[method][name], seeds) for method in ("lora", "copra"))
         difference = [ours - theirs for ours, theirs in zip(copra, lora, strict=True)]
         by = {"lora": lora, "copra": copra, "difference": difference}
-        summary[name] = {what: estimate(values).model_dump(mode="json") for what, values in by.items()}
+        summary[name] = {what: estimate(values).model_dump() for what, values in by.items()}
     return summary
 
 
