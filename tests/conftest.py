@@ -12,7 +12,7 @@ from tests.support.tables import make_rows, make_tokenizer
 from tests.support.tiny import Settings
 
 # Read once, when torch and transformers are imported.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/process.py
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see copra_fl/startup.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

@@ -15,11 +15,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
-from copra_fl.cli.assets import app
+from copra_fl.cli import app
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
+from tests.support.command_line import run_command
 from tests.support.real_runs import HANG_SECONDS, RealRun
 from tests.support.tiny import no_network
 
@@ -232,20 +234,23 @@ def test_a_missing_asset_says_how_to_fetch_it(empty_cache: Path) -> None:
 
 def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) -> None:
     index.go_on.set()
-    run = CliRunner(env={"COLUMNS": "200"}).invoke
-    assert run(app, ["path", "health-tweets"]).exit_code == 1
 
-    fetched = run(app, ["fetch", "health-tweets", "health-tweets"])
+    def run(command: str, *names: str) -> Result:
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["assets", command, *names])
+
+    run_command("assets", "path", "health-tweets", code=1)
+
+    fetched = run("fetch", "health-tweets", "health-tweets")
     assert fetched.exit_code == 0
     assert "fetching health-tweets" in fetched.stderr and "10.5/10.5 MB" in fetched.stderr
-    again = run(app, ["fetch", "health-tweets"])
+    again = run("fetch", "health-tweets")
     assert (again.exit_code, again.stderr) == (0, "")
     assert again.stdout == f"health-tweets: {asset_path('health-tweets')}\n"
 
-    path = run(app, ["path", "health-tweets"])
+    path = run("path", "health-tweets")
     assert (path.exit_code, path.stdout) == (0, f"{asset_path('health-tweets')}\n")
 
-    rows = [line.strip("│ ").split() for line in run(app, ["list"]).stdout.splitlines() if line.startswith("│")]
+    rows = [line.strip("│ ").split() for line in run("list").stdout.splitlines() if line.startswith("│")]
     fetched_ones = [row[0] for row in rows if row[-1] == "yes"]
     assert (len(rows), fetched_ones) == (len(ASSETS), ["health-tweets"])
 
@@ -263,7 +268,5 @@ def test_cli_errors_are_one_line(
     arguments: list[str], exit_code: int, message: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_network(monkeypatch)
-    result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.stdout) == (exit_code, "")
-    assert result.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in result.stderr
+    output = run_command("assets", *arguments, code=exit_code)
+    assert output.out == "" and output.err.splitlines()[-1].startswith(message)

@@ -1,4 +1,4 @@
-"""The wheel: one import name, the Flower app carried inside, and it runs from anywhere."""
+"""The wheel: one import name, the Flower app inside, and an installed copy that runs from any folder."""
 
 from __future__ import annotations
 

@@ -116,6 +116,6 @@ class Rule:
         return self.shares < ALL
 
     @property
-    def is_held(self) -> bool:
-        """Whether a part of the model stays as it is over a round, so that nodes had better hold on to it."""
+    def nodes_cache_state(self) -> bool:
+        """Whether nodes should cache the server's state between rounds: a part of it does not change in each round."""
         return self.personal or self.changes_base or any(self.trains(server_round) < ALL for server_round in (1, 2))

@@ -30,12 +30,12 @@ IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 class TableError(ConfigError):
     """A file of examples that cannot be used.
 
-    `outline` is the message without what only who has the file may know: its name, its columns, its values.
+    `public_message` is the message without what only who has the file may know: its name, its columns, its values.
     """
 
-    def __init__(self, message: str, outline: str) -> None:
+    def __init__(self, message: str, public_message: str) -> None:
         super().__init__(message)
-        self.outline = outline
+        self.public_message = public_message
 
 
 @dataclass(frozen=True)

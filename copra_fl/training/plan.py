@@ -18,13 +18,13 @@ class Plan:
         server_round: the round, from 1.
         clients: the cohort.
         config: the run's configuration.
-        keep: those of `clients` whose own adapters the server wants; the others' may come as one pooled update.
+        inspected: those of `clients` whose own adapters the server needs; the others may send one pooled update.
     """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
-    keep: tuple[int, ...] = ()
+    inspected: tuple[int, ...] = ()
 
     @property
     def trained_parts(self) -> frozenset[str]:

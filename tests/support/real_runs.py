@@ -1,4 +1,4 @@
-"""Start the real `copra-fl` in a process of its own, with every process of it findable."""
+"""The real `copra-fl` in a process of its own, with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HANG_SECONDS = 1800
 
 @dataclass
 class RealRun:
-    """`copra-fl ARGUMENTS` started in `cwd`; `processes()` are all it has left on the machine."""
+    """`copra-fl ARGUMENTS`, started in `cwd`."""
 
     arguments: list[str]
     cwd: Path
@@ -43,14 +43,15 @@ class RealRun:
         return out, err
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        found = []
+        """Return the running processes of this command with `name` in their command lines."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("COPRA_FL_TEST") == self.mark and name in " ".join(process.cmdline()):
-                    found.append(process)
+                    processes.append(process)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -61,5 +62,5 @@ class RealRun:
 
 
 def settings(flat: dict[str, object]) -> list[str]:
-    """``--set KEY=VALUE`` for each."""
+    """Return ``--set KEY=VALUE`` for each setting."""
     return [word for key, value in flat.items() for word in ("--set", f"{key}={value}")]
