@@ -81,16 +81,14 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
     store = ClientStateStore(wire.unpack_delta(content).run)
     previous = {client: store.read(client, plan.server_round) for client in plan.clients}
-    global_starts = client_starts(config, server_state.adapter, plan.clients)
-    starts = global_starts
-    if config.aggregation.client_ranks:
-        starts = {client: pad(start, config.model.rank) for client, start in starts.items()}
-    if rule.personal:
-        starts = {client: start | previous[client].personal for client, start in starts.items()}
     corrections: dict[int, Adapter] = {}
     if server_state.control:
         corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
+
+    global_starts = client_starts(config, server_state.adapter, plan.clients)
+    starts = _local_starts(config, global_starts, previous)
     updates, failures = _train_clients(node, plan, engine, data, starts, corrections)
+
     sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
     errors = {client: state.quantization_error for client, state in previous.items()}
     buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
@@ -108,6 +106,18 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
             )
             store.write(update.client, plan.server_round, after)
     return wire.echo(content, wire.pack_updates(updates, buffers, failures))
+
+
+def _local_starts(
+    config: Config, global_starts: Mapping[int, Adapter], previous: Mapping[int, ClientState]
+) -> dict[int, Adapter]:
+    """Return the adapter that each client trains from: padded to the full rank, with the client's personal tensors."""
+    starts = dict(global_starts)
+    if config.aggregation.client_ranks:
+        starts = {client: pad(start, config.model.rank) for client, start in starts.items()}
+    if find_rule(config.aggregation.rule).personal:
+        starts = {client: start | previous[client].personal for client, start in starts.items()}
+    return starts
 
 
 def _train_clients(

@@ -45,7 +45,7 @@ from copra_fl.adapters.interpolation import combine, interpolate, interpolate_pr
 from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.files import atomic_write
+from copra_fl.files import atomic_write, write_json
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.build import build_model, load_processor, resolve_compute
 from copra_fl.probes import pruned_adapters

@@ -39,28 +39,39 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     tasks.check(config)
-    offer = settle(config)
-    nodes = register_nodes(grid, offer)
-    config = offer.changed(num_clients=next(iter(nodes.values())).num_clients)
+
+    settled = settle(config)
+    nodes = register_nodes(grid, settled)
+    config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
     check(config)
+
     evaluator = open_evaluator(config)
     state = journal.resume() or evaluator.start_state()
     write_provenance(journal, evaluator)
     strategy = CohortStrategy(run_context(journal, evaluator), nodes, state)
     log(INFO, "%s over %s clients on %s nodes", config.aggregation.rule, len(strategy.num_examples), len(nodes))
     budget = open_budget(journal, strategy)
+
     for server_round in range(len(journal.records) + 1, config.federation.num_rounds + 1):
         if config.federation.failures == "tolerant":
-            nodes = admit_late_nodes(grid, offer, nodes)
+            nodes = admit_late_nodes(grid, settled, nodes)
             strategy.set_nodes(nodes)
-        before = strategy.state
-        training = train_round(grid, strategy, server_round)
-        privacy = budget.spend(strategy.sampling_rate) if budget else None
-        evaluation = evaluate_round(grid, strategy, evaluator, before, training)
-        record = round_record(training, evaluator.model.gates.names, evaluation, privacy)
+        record = run_round(grid, strategy, evaluator, budget, server_round)
         journal.record(record, strategy.state)
         announce(record)
+
     finish(grid, strategy, evaluator, journal)
+
+
+def run_round(
+    grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, budget: PrivacyBudget | None, server_round: int
+) -> RoundRecord:
+    """Train, aggregate and evaluate one round; the strategy has the next state afterwards."""
+    before = strategy.state
+    training = train_round(grid, strategy, server_round)
+    privacy = budget.spend(strategy.sampling_rate) if budget else None
+    evaluation = evaluate_round(grid, strategy, evaluator, before, training)
+    return round_record(training, evaluator.model.gates.names, evaluation, privacy)
 
 
 def settle(config: Config) -> Config:

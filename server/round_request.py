@@ -1,4 +1,4 @@
-"""What the server asks of the nodes in one round."""
+"""The request of one round: cohorts, inspected clients, and the values that training starts from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from copra_fl.adapters.state import Adapter
 
 @dataclass(frozen=True)
 class RoundRequest:
-    """What the server asks of the nodes in one round, to train or to evaluate; their replies are read with it.
+    """A request to the nodes to train or to evaluate in one round. Their replies are read with its help.
 
     Attributes:
         server_round: the round, from 1.

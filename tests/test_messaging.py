@@ -37,10 +37,6 @@ class SlowGrid(LocalGrid):
         super().__init__(num_nodes)
         self.clock = clock
 
-    def __init__(self, num_nodes: int, clock: Clock) -> None:
-        super().__init__(num_nodes)
-        self.clock = clock
-
     def answer(self, message: Message) -> Message:
         return Message(RecordDict(), reply_to=message)
 

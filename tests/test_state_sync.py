@@ -74,7 +74,7 @@ def test_a_client_continues_from_its_last_round_before_the_current_one() -> None
 
 
 def delta_to_node(sync: StateSync, server_round: int, number: int) -> wire.StateDelta:
-    """What node 100 gets before (number = round - 1) or after (number = round) the training of a round."""
+    """Pack a message for node 100, before (number = round - 1) or after (number = round) a round; return its delta."""
     config, state = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1}), ServerState(make_adapter(1))
     return wire.unpack_delta(sync.pack(Plan(server_round, (0,), config), state, number, node=100))
 

@@ -1,4 +1,4 @@
-"""Faults of a deployment in real containers: killed processes, a cut network, a full disk (docs/explanations/reliability.md)."""
+"""Faults of a deployment in real containers: killed processes, a cut network, a full disk (docs, reliability)."""
 
 from __future__ import annotations
 
