@@ -112,7 +112,7 @@ def scaling(facts: BenchFacts, name: str) -> list[Figure]:
     for chart in (cost, peaks):
         chart.update_layout(showlegend=False)
     cost_caption = (
-        "copra-fl engine in process: time of a round by its number of clients; medians with minimum and maximum. "
+        "copra-fl engine in process: time of a round per client; medians with minimum and maximum. "
         f"Target: within the band of {FLAT:.0%} above the lowest median."
     )
     extra_kb, adapter_kb = (measured[key] / 1e3 for key in ("memory_per_extra_client", "adapter_bytes"))

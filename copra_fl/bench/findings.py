@@ -98,7 +98,7 @@ def size_facts(workload: Workload, results: Iterable[CompetitorResult]) -> Bench
 
 
 def machine(facts: BenchFacts) -> str:
-    """Return processor and cores of the machine, which every number is shown with."""
+    """Return processor and number of cores of the machine; every caption ends with it."""
     hardware = facts["machine"]
     processors = [hardware[key] for key in ("gpu", "processor") if key in hardware]
     return f"{', '.join(processors)}, {hardware['cores']} cores"

@@ -36,7 +36,7 @@ class Pruned:
     kept: float
 
 
-def modules(adapter: Adapter) -> list[str]:
+def adapted_modules(adapter: Adapter) -> list[str]:
     """Return the adapted modules, blocks in the order of their numbers."""
     return sorted((name.partition(".lora_B")[0] for name in parts(adapter, {"B"})), key=by_number)
 
@@ -44,7 +44,7 @@ def modules(adapter: Adapter) -> list[str]:
 def layers(adapter: Adapter) -> dict[str, list[str]]:
     """Return the modules of each layer, in order; a module outside the blocks is a layer by itself."""
     modules_by_layer: dict[str, list[str]] = {}
-    for module in modules(adapter):
+    for module in adapted_modules(adapter):
         modules_by_layer.setdefault(group_name(module, "layer"), []).append(module)
     return modules_by_layer
 
@@ -60,7 +60,7 @@ def kind(module: str) -> str:
 
 def keep(adapter: Adapter, kept: Collection[str]) -> Adapter:
     """Return `adapter` with only the modules `kept` active: B of all others is zero."""
-    off = {f"{module}.lora_B.weight" for module in modules(adapter) if module not in kept}
+    off = {f"{module}.lora_B.weight" for module in adapted_modules(adapter) if module not in kept}
     return {name: torch.zeros_like(tensor) if name in off else tensor for name, tensor in adapter.items()}
 
 
@@ -102,7 +102,7 @@ def layer_sets(adapter: Adapter) -> Iterator[Pruned]:
 def single_modules(adapter: Adapter) -> Iterator[Pruned]:
     """Yield the adapter with one of its target modules, in all layers; nothing if it has only one."""
     kinds: dict[str, list[str]] = {}
-    for module in modules(adapter):
+    for module in adapted_modules(adapter):
         kinds.setdefault(kind(module), []).append(module)
     if len(kinds) > 1:
         for name, chosen in kinds.items():

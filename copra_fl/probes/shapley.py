@@ -79,7 +79,7 @@ def short_name(module: str) -> str:
 
 
 def _single_modules(adapter: Adapter) -> dict[str, list[str]]:
-    return {module: [module] for module in pruned_adapters.modules(adapter)}
+    return {module: [module] for module in pruned_adapters.adapted_modules(adapter)}
 
 
 def _evaluated(values: Sequence[RunValues], seed: int) -> str:
