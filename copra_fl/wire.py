@@ -23,7 +23,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from copra_fl.adapters.compression import Arrays, take
 from copra_fl.adapters.state import Adapter, Layout, Update, parts
 from copra_fl.aggregation.ranks import cut
-from copra_fl.config import KEYS, Config
+from copra_fl.config import Config
 from copra_fl.training.plan import Plan
 
 
@@ -159,8 +159,8 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
 
 def unpack_plan(content: RecordDict) -> Plan:
     record: dict[str, Any] = dict(content.config_records["plan"])
-    config = Config.from_flat({key: record[key] for key in KEYS})
-    return Plan(record["server-round"], tuple(record["clients"]), config, tuple(record["inspected"]))
+    server_round, clients, inspected = (record.pop(name) for name in ("server-round", "clients", "inspected"))
+    return Plan(server_round, tuple(clients), Config.from_flat(record), tuple(inspected))
 
 
 def unpack_delta(content: RecordDict) -> StateDelta:

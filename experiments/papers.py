@@ -47,7 +47,7 @@ from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import atomic_write, write_json
 from copra_fl.models.adapted import AdaptedModel
-from copra_fl.models.build import build_model, load_processor, resolve_compute
+from copra_fl.models.build import build_model, load_processor, resolve_config
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import ExportedAdapter, Game, solve
 from copra_fl.probes.members import select_members
@@ -93,9 +93,7 @@ class Study:
     @classmethod
     def open(cls, settings: Mapping[str, Any], output: Path, texts: int | None = None) -> Study:
         """Load data and model; only the first `texts` examples of the test set are measured on."""
-        config = Config.from_flat(SETTINGS | dict(settings))
-        compute = resolve_compute(config.model, config.data.max_length)
-        config = config.changed(dtype=compute.dtype, attention=compute.attention)
+        config = resolve_config(Config.from_flat(SETTINGS | dict(settings)))
         pooled = load_data(config, load_processor(config.model))
         num_labels = len(pooled.label_names)
         engine = open_engine("stacked", config.model, config.copra.gate_group, num_labels, seed=0)

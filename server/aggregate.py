@@ -12,6 +12,7 @@ from copra_fl.adapters.residual import add
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, draw
 from copra_fl.aggregation import client_ranks, heads, pools, scaffold, server_optimizers
+from copra_fl.aggregation.compatibility import parameters_of
 from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Outcome, Round
@@ -78,6 +79,7 @@ def rule_round(run: RunContext, server_round: int, state: ServerState, updates: 
         ranks={update.client: ranks[update.client] for update in updates},
         fresh=lambda: draw(before, stream),
         score=lambda adapters: run.score([heads.join(adapter) for adapter in adapters], state.residual),
+        parameters=parameters_of(config),
     )
 
 

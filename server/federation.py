@@ -12,15 +12,16 @@ from pathlib import Path
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from copra_fl import provenance, tasks
-from copra_fl.aggregation import check
+from copra_fl import provenance
+from copra_fl.aggregation import compatibility
 from copra_fl.config import Config, csv_line
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
-from copra_fl.models.build import check_weights, load_processor, resolve_compute
+from copra_fl.models.build import check_weights, load_processor, resolve_config
 from copra_fl.models.export import save
 from copra_fl.records import Origin, RoundRecord
 from copra_fl.sources.assets import ASSETS
+from copra_fl.tasks import find_task
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
 from server.journal import Journal
@@ -38,12 +39,11 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("finished", accuracy=None)
         return
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
-    tasks.check(config)
+    compatibility.check(config, find_task(config.model.task))
 
     settled = settle(config)
     nodes = register_nodes(grid, settled)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
-    check(config)
 
     evaluator = open_evaluator(config)
     state = journal.resume() or evaluator.start_state()
@@ -79,8 +79,7 @@ def settle(config: Config) -> Config:
 
     Raises ConfigError if the base model is not the one that ``model-sha256`` names.
     """
-    compute, base = resolve_compute(config.model, config.data.max_length), check_weights(config.model)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
+    config = resolve_config(config).changed(model_sha256=check_weights(config.model))
     if config.data.partitioner != "own":
         return config
     return config.changed(labels=csv_line(load_data(config, load_processor(config.model)).label_names))

@@ -19,6 +19,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import startup
+from copra_fl.aggregation.compatibility import with_explicit_parameters
 
 startup.prepare()
 
@@ -82,7 +83,7 @@ def planned_runs(directory: Path, flat: dict[str, Any], resume: bool) -> Iterato
         return
     if Journal(directory).begun and not resume:
         raise ConfigError(f"{directory} already has a run; set resume=true to continue it, or another output")
-    config = Config.from_flat(flat)
+    config = with_explicit_parameters(Config.from_flat(flat))
     path = directory / "config.toml"
     if path.exists() and (differences := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(differences)}")

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from clients import warm_cache
 from clients.app import app as client_app
-from copra_fl import tasks, wire
-from copra_fl.aggregation import check
+from copra_fl import wire
 from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data.federated import FederatedData
 from copra_fl.data.local import load_own
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from server.errors import FederationError
+from tests.support.compatibility import check
 from tests.support.federations import assert_equal, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.node_files import NAMES, RecordingGrid, find_leaks, rows_of, write
@@ -103,7 +103,7 @@ def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[
 
 def test_what_needs_server_data_is_rejected_without_it(own: Settings) -> None:
     with pytest.raises(ConfigError, match="dataset = '' .*task = 'text-classification' need the list of labels"):
-        tasks.check(Config.from_flat(own | {"dataset": ""}))
+        check(Config.from_flat(own | {"dataset": ""}))
     with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own'"):
         Config.from_flat({"dataset": "", "labels": "a,b"})
     for rule in ("connectivity", "fed-sb"):

@@ -34,7 +34,8 @@ SGD: Settings = {"optimizer": "sgd", "learning-rate": 0.1, "head-learning-rate":
 @pytest.fixture(autouse=True)
 def core_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule like Fed-SB."""
-    monkeypatch.setitem(RULES, "core-only", Rule(fedavg, trains=lambda number: frozenset({"R", "head"}), core=True))
+    rule = Rule("core-only", fedavg, trains=lambda number: frozenset({"R", "head"}), core=True)
+    monkeypatch.setattr("copra_fl.aggregation.rules.RULES", (*RULES, rule))
 
 
 def own_starts(world: World) -> None:

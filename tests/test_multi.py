@@ -14,9 +14,7 @@ from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from copra_fl import aggregation, tasks
 from copra_fl.adapters.state import Adapter, Update, part_of
-from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import join, lend, split, without_others
 from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
@@ -27,9 +25,10 @@ from copra_fl.reporting.tables import dataset_tables, table
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 from copra_fl.training.plan import Plan
 from copra_fl.training.single import train_client
+from tests.support.compatibility import check
 from tests.support.federations import final_adapter, finished_run, journal
 from tests.support.local_grid import run_federation
-from tests.support.rounds import make_round, random_adapter, update
+from tests.support.rounds import aggregate, make_round, random_adapter, update
 from tests.support.tiny import Settings, make_texts
 from tests.support.worlds import World, assert_alike, relative_error
 
@@ -139,11 +138,11 @@ def test_a_head_in_parts_by_hand() -> None:
     updates = [update(c, {n: torch.full_like(t, v) for n, t in before.items()}, e)
                for c, v, e in ((0, 1.0, 10), (1, 5.0, 30), (2, 9.0, 40))]  # fmt: skip
     own = [replace(u, adapter=without_others(split(u.adapter, [2, 1]), u.client // 2)) for u in updates]
-    found = join(find_rule("fedavg").aggregate(make_round(split(before, [2, 1]), own)).adapter)
+    found = join(aggregate("fedavg", make_round(split(before, [2, 1]), own)).adapter)
     assert found["head.bias"].tolist() == [4, 4, 9]
     assert found["layer.0.query.lora_A.weight"].tolist() == [[6.5, 6.5]]
     nobody = make_round(split(before, [2, 1]), own[:2])
-    assert join(find_rule("fedavg").aggregate(nobody).adapter)["head.bias"].tolist() == [4, 4, 0], "as it was"
+    assert join(aggregate("fedavg", nobody).adapter)["head.bias"].tolist() == [4, 4, 0], "as it was"
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "zero-pad", "flora", "lora-fair", "fedrot-lora", "median", "trimmed-mean"])
@@ -156,17 +155,17 @@ def test_every_rule_makes_a_data_sets_rows_of_its_own_clients(rule: str) -> None
     own = [
         replace(u, adapter=without_others(split(u.adapter, sizes), n)) for u, n in zip(updates, numbers, strict=True)
     ]
-    whole = join(find_rule(rule).aggregate(make_round(split(before, sizes), own)).adapter)
+    whole = join(aggregate(rule, make_round(split(before, sizes), own)).adapter)
     for number, rows in ((0, slice(0, 1)), (1, slice(1, 3))):
 
         def cut(adapter: Adapter, rows: slice = rows) -> Adapter:
             return {name: t[rows] if part_of(name) == "head" else t for name, t in adapter.items()}
 
         some = [replace(u, adapter=cut(u.adapter)) for u, n in zip(updates, numbers, strict=True) if n == number]
-        alone = find_rule(rule).aggregate(make_round(cut(before), some)).adapter
+        alone = aggregate(rule, make_round(cut(before), some)).adapter
         for name in ("head.weight", "head.bias"):
             assert torch.allclose(whole[name][rows], alone[name], atol=1e-6), name
-    everybody = find_rule(rule).aggregate(make_round(before, updates)).adapter
+    everybody = aggregate(rule, make_round(before, updates)).adapter
     assert all(torch.equal(whole[n], everybody[n]) for n in everybody if part_of(n) != "head")
 
 
@@ -331,11 +330,9 @@ REFUSED = [
     ({"labels": "a,b"}, "labels = 'a,b'"),
     ({"test-file": "test.csv"}, "test-file = 'test.csv'"),
     ({"partitioner": "natural", "client-column": "owner", "held-out-clients": 1}, "held-out-clients = 1"),
-    ({"num-clients": 1}, "num-clients = 1: it takes one a data set"),
-    ({"num-clients": 0}, "num-clients = 0: it takes one a data set"),
-    ({"dataset": "a/notes.csv,b/notes.csv"}, "called 'notes', 'notes'"),
-    ({"dataset": "a.csv,,b.csv"}, "called 'a', '', 'b'"),
-    ({"task": "causal-lm", "partitioner": "iid"}, "has not one label an example"),
+    ({"num-clients": 1}, "num-clients = 1: each data set needs at least one client"),
+    ({"num-clients": 0}, "num-clients = 0: each data set needs at least one client"),
+    ({"task": "causal-lm", "partitioner": "iid"}, "does not have exactly one label per example"),
     ({"rule": "fedsa-lora", "local-training": "lora"}, "no global model"),
     ({"rule": "connectivity"}, "all validation data"),
     ({"control-variates": True}, "control-variates"),
@@ -347,8 +344,14 @@ REFUSED = [
 def test_what_does_not_combine_is_refused_by_name(two: Settings, changes: Settings, message: str) -> None:
     config = Config.from_flat(two | changes)
     with pytest.raises(ConfigError, match=f"several data sets.*{message}"):
-        tasks.check(config)
-        aggregation.check(config)
+        check(config)
+
+
+def test_data_sets_must_have_different_names(two: Settings) -> None:
+    with pytest.raises(ConfigError, match="must have different names, not notes, notes"):
+        World(two | {"dataset": "a/notes.csv,b/notes.csv"})
+    with pytest.raises(ConfigError, match="has an empty name"):
+        Config.from_flat(two | {"dataset": "a.csv,,b.csv"})
 
 
 def test_an_error_in_one_data_set_names_it(two: Settings) -> None:

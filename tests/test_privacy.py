@@ -15,7 +15,7 @@ from scipy.special import comb
 from scipy.stats import norm as normal
 
 from copra_fl.adapters.state import norm
-from copra_fl.aggregation import RULES, check
+from copra_fl.aggregation import RULES, Rule
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.aggregation.private import clip, private_average
 from copra_fl.aggregation.rule import ALL
@@ -23,6 +23,7 @@ from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.config import Config, ConfigError, PrivacyConfig
 from copra_fl.records import PrivacySpent
 from server.privacy_budget import PrivacyBudget, open_secret
+from tests.support.compatibility import check
 from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.rounds import make_round, random_adapter, random_round, update
@@ -142,16 +143,16 @@ def test_parts_that_do_not_travel_get_no_noise() -> None:
 )
 def test_settings_that_break_the_sensitivity_are_rejected(changes: Settings, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        Config.from_flat({"dp-clip": 1.0, **changes})
+        check(Config.from_flat({"dp-clip": 1.0, **changes}))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_only_linear_rules_are_private(rule: str) -> None:
-    config = Config.from_flat({"dp-clip": 1.0, "weighting": "equal", "rule": rule, "local-training": "lora"})
-    if RULES[rule].linear:
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_only_linear_rules_are_private(rule: Rule) -> None:
+    config = Config.from_flat({"dp-clip": 1.0, "weighting": "equal", "rule": rule.name, "local-training": "lora"})
+    if rule.linear:
         check(config)
     else:
-        with pytest.raises(ConfigError, match=f"rule = '{rule}' does not combine with dp-clip"):
+        with pytest.raises(ConfigError, match=f"rule = '{rule.name}' does not combine with dp-clip"):
             check(config)
 
 

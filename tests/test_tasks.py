@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copra_fl import tasks
 from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.local import load_own
 from copra_fl.models.build import load_processor
@@ -24,6 +23,7 @@ from copra_fl.sources.tables import TableError
 from copra_fl.tasks import Inputs, Task, find_task
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 from copra_fl.training.evaluation import evaluate
+from tests.support.compatibility import check
 from tests.support.tiny import Settings
 from tests.support.worlds import World, assert_alike
 
@@ -170,15 +170,15 @@ def test_tasks_are_found_by_name() -> None:
         ({"task": "tests.rounds"}, "no module tests.rounds that can be imported and has TASK"),
         (
             {"task": "tests.test_tasks"},
-            "partitioner = 'dirichlet' .*'tests.test_tasks' has not one label .*natural, iid",
+            "partitioner = 'dirichlet' .*'tests.test_tasks' does not have exactly one label .*natural, iid",
         ),
         ({"dataset": "", "partitioner": "own"}, "dataset = '' .*need the list of labels"),
     ],
 )
 def test_what_a_task_cannot_do_is_refused(changes: Settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tasks.check(Config.from_flat(changes))
+        check(Config.from_flat(changes))
 
 
 def test_a_task_without_labels_needs_no_list_of_them() -> None:
-    tasks.check(Config.from_flat({"task": "tests.test_tasks", "dataset": "", "partitioner": "own"}))
+    check(Config.from_flat({"task": "tests.test_tasks", "dataset": "", "partitioner": "own"}))

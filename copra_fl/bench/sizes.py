@@ -36,7 +36,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from copra_fl.config import Config, CopraConfig, Value
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import cache_dir
-from copra_fl.models.build import build_model, load_processor, model_source, resolve_compute
+from copra_fl.models.build import build_model, load_processor, model_source, resolve_config
 from copra_fl.seeding import generator
 from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks.text_classification import LabelledTexts
@@ -144,11 +144,7 @@ class Workload:
             "lora": {"local-training": "lora"},
             "copra": {"local-training": "copra", "p0": p0, "ramp": CopraConfig.ramp * (1 - p0)},
         }
-        configs = {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
-        compute = resolve_compute(configs["lora"].model, size.tokens)
-        return {
-            phase: config.changed(dtype=compute.dtype, attention=compute.attention) for phase, config in configs.items()
-        }
+        return {phase: resolve_config(Config.from_flat(flat | settings)) for phase, settings in phases.items()}
 
 
 def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:

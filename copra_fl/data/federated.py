@@ -109,6 +109,9 @@ def load_data(config: Config, processor: Any) -> FederatedData:
     data, task = config.data, find_task(config.model.task)
     is_known = data.num_clients or data.partitioner in ("natural", "own")
     assert is_known, "num-clients = 0 is for the caller to resolve"
+    names = [called(dataset) for dataset in data.datasets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"dataset = {data.dataset!r}: data sets must have different names, not {', '.join(names)}")
     if not data.dataset:
         task.processor_digest(processor)
         return _nothing(task, data, processor)

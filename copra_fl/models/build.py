@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from copra_fl.config import ConfigError, DataConfig, ModelConfig
+from copra_fl.aggregation.compatibility import with_explicit_parameters
+from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
 from copra_fl.models.adapted import AdaptedModel, lora_layers
 from copra_fl.models.base_weights import open_base, open_quantised
@@ -71,6 +72,16 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device here; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_config(config: Config) -> Config:
+    """Return `config` with dtype, attention and the rule's parameters explicit.
+
+    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device` and
+    `aggregation.compatibility.parameters_of` do.
+    """
+    model = resolve_compute(config.model, config.data.max_length)
+    return with_explicit_parameters(replace(config, model=model))
 
 
 def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:

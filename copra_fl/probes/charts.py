@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from copra_fl.adapters.interpolation import Path
+from copra_fl.adapters.interpolation import LossPath
 from copra_fl.reporting.figures.lines import add_lines
 from copra_fl.reporting.html import STYLES, Figure, empty_chart
 
@@ -16,7 +16,7 @@ BLUES = [[0, "#ffffff"], [1, "#0072B2"]]
 UNITS = {"loss": ("loss", 1), "accuracy": ("accuracy, %", 100)}
 
 
-def along_lines(paths: Mapping[str, Mapping[str, Path]], setting: str) -> list[Figure]:
+def along_lines(paths: Mapping[str, Mapping[str, LossPath]], setting: str) -> list[Figure]:
     """Return charts of loss and accuracy along the lines of each kind of path: pairs thin, their mean thick."""
     return [
         _along_lines(paths, "loss", f"A rise between the ends is a barrier. Thin: pairs; thick: mean. {setting}"),
@@ -24,7 +24,7 @@ def along_lines(paths: Mapping[str, Mapping[str, Path]], setting: str) -> list[F
     ]
 
 
-def _along_lines(paths: Mapping[str, Mapping[str, Path]], metric: str, caption: str) -> Figure:
+def _along_lines(paths: Mapping[str, Mapping[str, LossPath]], metric: str, caption: str) -> Figure:
     unit, scale = UNITS[metric]
     chart = empty_chart({"title": "u"}, {"title": unit})
     for (kind, path_by_pair), style in zip(paths.items(), STYLES, strict=False):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from copra_fl.adapters.interpolation import Between, Path, combine, interpolate, interpolate_products, walk
+from copra_fl.adapters.interpolation import Between, LossPath, combine, interpolate, interpolate_products, walk
 from copra_fl.adapters.state import Adapter
 from copra_fl.probes import charts
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
@@ -56,7 +56,7 @@ class Plane:
 
 def lines(
     score: ScoreMembers, adapters: Sequence[Adapter], num_points: int, between: Between, done: Callable[[], None]
-) -> dict[Pair, Path]:
+) -> dict[Pair, LossPath]:
     """Return the path between each pair of adapters; `done` is called after each."""
     paths = {}
     for i, j in combinations(range(len(adapters)), 2):
@@ -65,7 +65,7 @@ def lines(
     return paths
 
 
-def matrix(paths: dict[Pair, Path], number: int, value: Callable[[Path], float]) -> np.ndarray:
+def matrix(paths: dict[Pair, LossPath], number: int, value: Callable[[LossPath], float]) -> np.ndarray:
     """Return the symmetric (number, number) matrix of `value` of each pair, with zeros on the diagonal."""
     cells = np.zeros((number, number))
     for (i, j), path in paths.items():
@@ -119,7 +119,7 @@ def probe(members: Members, split: Split, num_points: int, triangle: bool, progr
     )
 
 
-def _numbers(path: Path) -> dict[str, float]:
+def _numbers(path: LossPath) -> dict[str, float]:
     middle = float(np.interp(0.5, path.u, path.loss))
     return {
         "loss_ends": (path.loss[0] + path.loss[-1]) / 2,
@@ -131,12 +131,12 @@ def _numbers(path: Path) -> dict[str, float]:
     }
 
 
-def _means(paths: dict[Pair, Path]) -> dict[str, float]:
+def _means(paths: dict[Pair, LossPath]) -> dict[str, float]:
     numbers = [_numbers(path) for path in paths.values()]
     return {name: fmean(pair[name] for pair in numbers) for name in numbers[0]}
 
 
-def _results(paths: dict[str, dict[Pair, Path]]) -> DataTable:
+def _results(paths: dict[str, dict[Pair, LossPath]]) -> DataTable:
     rows = []
     for kind, by_pair in paths.items():
         means = _means(by_pair)
@@ -144,7 +144,7 @@ def _results(paths: dict[str, dict[Pair, Path]]) -> DataTable:
     return DataTable(["path", "pairs", *(column.heading for column in COLUMNS)], rows, f"Means over pairs. {CAPTION}")
 
 
-def _verdict(members: Members, paths: dict[str, dict[Pair, Path]]) -> str:
+def _verdict(members: Members, paths: dict[str, dict[Pair, LossPath]]) -> str:
     sentences = []
     for kind, by_pair in paths.items():
         worst = max(by_pair, key=lambda pair: by_pair[pair].barrier_entezari)
@@ -164,12 +164,12 @@ def _verdict(members: Members, paths: dict[str, dict[Pair, Path]]) -> str:
     return " ".join(sentences)
 
 
-def _barriers(paths: dict[str, dict[Pair, Path]], number: int) -> dict[str, np.ndarray]:
+def _barriers(paths: dict[str, dict[Pair, LossPath]], number: int) -> dict[str, np.ndarray]:
     return {kind: matrix(by_pair, number, lambda path: path.barrier_entezari) for kind, by_pair in paths.items()}
 
 
 def _facts(
-    members: Members, split: Split, paths: dict[str, dict[Pair, Path]], measured_plane: Plane | None
+    members: Members, split: Split, paths: dict[str, dict[Pair, LossPath]], measured_plane: Plane | None
 ) -> dict[str, Any]:
     names = list(members.names)
     return setting_facts(members.runs, split) | {
@@ -185,7 +185,7 @@ def _facts(
 
 
 def _sections(
-    members: Members, paths: dict[str, dict[Pair, Path]], measured_plane: Plane | None, setting: str
+    members: Members, paths: dict[str, dict[Pair, LossPath]], measured_plane: Plane | None, setting: str
 ) -> list[Section]:
     names = members.names
     by_kind = {

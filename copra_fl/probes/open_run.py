@@ -22,7 +22,7 @@ from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.ranks import pad
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.models.build import load_processor, resolve_compute
+from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.fed_sb_init import initial_adapter
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
@@ -278,8 +278,7 @@ def open_run(directory: Path) -> OpenRun:
         raise ResultsError(f"{directory} is not finished ({progress}): continue it with --resume")
     config = run.config
     _check_supported(config, directory, "opening")
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention)
+    config = resolve_config(config)
     federated = load_data(config, load_processor(config.model))
     if run.provenance and federated.digest != run.provenance.start.data_digest:
         raise ResultsError(

@@ -30,13 +30,12 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     from copra_fl import startup
 
     startup.prepare()
-    from copra_fl import tasks
-    from copra_fl.aggregation import check as check_rule
+    from copra_fl.aggregation import compatibility
+    from copra_fl.tasks import find_task
 
     configs = list(configs)
     for config in configs:
-        check_rule(config)
-        tasks.check(config)
+        compatibility.check(config, find_task(config.model.task))
     names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
@@ -69,9 +68,8 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """Return the resolved configuration, and notes about its data for the user."""
-    from copra_fl.aggregation import check as check_rule
     from copra_fl.models import memory_plan
-    from copra_fl.models.build import resolve_compute
+    from copra_fl.models.build import resolve_config
 
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
@@ -85,9 +83,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
-    check_rule(config)  # again: client-ranks must match the number of clients, which is known only now
+    config = resolve_config(config.changed(num_clients=num_clients))
     size = len(federated.label_names), federated.examples.max_length
     config = memory_plan.fitted(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
