@@ -32,7 +32,7 @@ from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate
-from copra_fl.training.plan import Plan, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -81,7 +81,8 @@ def _train(site: Site, content: RecordDict, context: Context) -> RecordDict:
     if rule.personal:
         starts = {client: start | left[client].personal for client, start in starts.items()}
     corrections = {client: _minus(state.control, each.control) for client, each in left.items() if state.control}
-    updates, failures = _train_all(site, plan, engine, data, starts, corrections)
+    full_starts = {client: Start(start, corrections.get(client, {})) for client, start in starts.items()}
+    updates, failures = _train_all(site, plan, engine, data, full_starts)
     sendable = {client: parts(start, rule.sends(plan.server_round)) for client, start in own.items()}
     buffers, lost = _pack(plan, updates, sendable, {c: each.lost for c, each in left.items()}, group_of)
     if state.control:
@@ -96,24 +97,17 @@ def _train(site: Site, content: RecordDict, context: Context) -> RecordDict:
 
 
 def _train_all(
-    site: Site,
-    plan: Plan,
-    engine: Engine,
-    data: FederatedData,
-    starts: Mapping[int, Adapter],
-    corrections: Mapping[int, Adapter],
+    site: Site, plan: Plan, engine: Engine, data: FederatedData, starts: Mapping[int, Start]
 ) -> tuple[list[Update], dict[int, str]]:
     """The good updates of the plan's clients, and why the others have none."""
     trainable = plan.trained_parts
     updates: list[Update] = []
     failures: dict[int, str] = {}
     for clients in engine.slices(data, plan):
-        trained, failed = _each(
-            site, clients, lambda some: engine.train(data, plan, some, starts, _report, corrections)
-        )
+        trained, failed = _each(site, clients, lambda some: engine.train(data, plan, some, starts, _report))
         failures |= failed
         for update in trained:
-            start = parts(starts[update.client], trainable)
+            start = parts(starts[update.client].adapter, trainable)
             expected = expected_update(plan.config, len(engine.model.gates.names), len(data.train[update.client]))
             try:
                 check_update(update, start, engine.model.group_of, expected)

@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "DeBERTa with a convolution": (
         lambda: tf.DebertaV2Model(tf.DebertaV2Config(**DEBERTA, conv_kernel_size=3)),
         "query_proj",
-        r"layer\.1 does not begin with what encoder\.layer\.0 returns",
+        r"the input of encoder\.layer\.1 is not the output of encoder\.layer\.0",
     ),
     "Bloom": (
         lambda: tf.BloomModel(tf.BloomConfig(vocab_size=30, hidden_size=16, n_layer=3, n_head=2)),

@@ -24,9 +24,9 @@ from copra_fl.copra import schedule
 from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
-from copra_fl.training import single
 from copra_fl.training.batches import plan_steps
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
+from copra_fl.training.single import train_client
 from tests.support.documents import blocks
 from tests.support.tiny import NUM_LAYERS, Settings
 
@@ -87,7 +87,7 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
     federated = load_data(config, load_processor(config.model))
     model = build_model(config.model, config.copra.gate_group, 3, seed=0)
     plan = Plan(1, (0,), config)
-    update = single.train_client(model, federated, plan, 0, model.read_adapter())
+    update = train_client(model, federated, plan, 0, Start(model.read_adapter()))
 
     batches = plan_steps(plan, federated, 0, len(model.gates.names)).batches
     order = np.concatenate([batch for step in batches for batch in step])

@@ -10,7 +10,7 @@ from torch import nn
 from copra_fl.training.cohort import slices
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
 
@@ -21,7 +21,7 @@ def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes:
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
     if megabytes := world.config.training.hidden_state_cache_mb:
         room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
-        world.stacked.present.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 
@@ -89,7 +89,7 @@ def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
     every state that is not in the graph."""
     world = World(tiny | {"local-steps": 1})
     if cached:
-        world.stacked.present.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
     monkeypatch.setattr(
         "copra_fl.copra.schedule.client_masks",

@@ -23,7 +23,7 @@ from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from copra_fl.sources.tables import file_table
 from copra_fl.training.evaluation import evaluate
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
@@ -160,7 +160,7 @@ def test_both_engines_train_the_same_adapters(images: Settings, case: str) -> No
     """Oracle: `train_client`, each client by itself in plain PEFT."""
     world = World(images | {"local-steps": 8, "num-rounds": 4, "alpha": 1.0} | CASES[case])
     if world.config.training.hidden_state_cache_mb:
-        world.stacked.present.prefix = PrefixCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 

@@ -19,7 +19,7 @@ from copra_fl.models.build import build_model
 from copra_fl.seeding import generator
 from copra_fl.training import cohort, single
 from copra_fl.training.batches import LocalSteps
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked.linear import AdapterProduct
 from copra_fl.training.update import make_update
@@ -227,7 +227,8 @@ def test_a_padded_client_is_a_client_of_its_own_rank(tiny: Settings, scaling: st
     small = build_model(config.model, "layer", 3, seed=0).double()
     updates = {update.client: update for update in world.together(*range(6))}
     for client in (1, 3):
-        expected = train_client(small, world.data, replace(world.plan, config=config), client, cut(world.start, 1))
+        start = Start(cut(world.start, 1))
+        expected = train_client(small, world.data, replace(world.plan, config=config), client, start)
         for update in (updates[client], world.alone(client)):
             assert relative_error(cut(update.adapter, 1), expected.adapter) < 1e-10
 

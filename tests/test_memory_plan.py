@@ -14,7 +14,7 @@ from copra_fl.models import memory_plan
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.memory_plan import GB, plan
 from copra_fl.training.engine import StackedEngine, open_engine
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 
 BATCH_SIZE = 4
 
@@ -41,7 +41,7 @@ def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         training = Plan(config=config, server_round=1, clients=clients)
-        engine.train(federated, training, clients, dict.fromkeys(clients, start), lambda done: None, {})
+        engine.train(federated, training, clients, dict.fromkeys(clients, Start(start)), lambda done: None)
     frozen = {each.untyped_storage()._cdata for each in engine.model.parameters()}
     return sum(storage.nbytes() for number, storage in kept.items() if number not in frozen)
 

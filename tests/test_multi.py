@@ -25,7 +25,7 @@ from copra_fl.probes.open_run import open_run
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import by_dataset, table
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from tests.support.federations import final_adapter, finished_run, journal
 from tests.support.local_grid import run_federation
@@ -205,7 +205,7 @@ def by_hand(world: World, flat: Settings) -> Adapter:
     """A round of FedAvg, sums in numpy: adapters over all clients, rows of the head over those of their data set."""
     world.plan = Plan(1, tuple(range(5)), world.config)
     start = world.plain.read_adapter()
-    updates: list[Update] = [train_client(world.plain, world.data, world.plan, c, start) for c in range(5)]
+    updates: list[Update] = [train_client(world.plain, world.data, world.plan, c, Start(start)) for c in range(5)]
     examples = np.array([len(world.data.train[client]) for client in range(5)], float)
     made = {}
     for name, old in start.items():

@@ -20,7 +20,7 @@ from copra_fl.tasks.text_classification import LabelledTexts
 from copra_fl.training import single
 from copra_fl.training.batches import data_order
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
-from copra_fl.training.plan import Plan, num_steps, num_trained
+from copra_fl.training.plan import Plan, Start, num_steps, num_trained
 from copra_fl.training.single import train_client
 from tests.support.tiny import NUM_LAYERS, Settings
 
@@ -108,7 +108,7 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(
 
 def train(model: adapted.AdaptedModel, flat: Settings, client: int = 0, server_round: int = 1) -> single.Update:
     config, federated = load(flat)
-    start = build_model(config.model, "layer", 3, seed=0).read_adapter()
+    start = Start(build_model(config.model, "layer", 3, seed=0).read_adapter())
     return train_client(model, federated, Plan(server_round, (client,), config), client, start)
 
 

@@ -30,7 +30,7 @@ from copra_fl.models.build import build_model, choose_device
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.engine import open_engine
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -110,8 +110,8 @@ def open_ours(config: Config, data: FederatedData) -> Train:
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
         parts = engine.slices(data, plan)
-        starts = dict.fromkeys(plan.clients, adapter)
-        return [u for part in parts for u in engine.train(data, plan, part, starts, lambda number: None, {})]
+        starts = dict.fromkeys(plan.clients, Start(adapter))
+        return [u for part in parts for u in engine.train(data, plan, part, starts, lambda number: None)]
 
     return train
 

@@ -47,7 +47,7 @@ def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreT
     return base
 
 
-def open_quantised(source: str, dtype: str, attention: str, model_class: Any, device: torch.device) -> PreTrainedModel:
+def open_quantized(source: str, dtype: str, attention: str, model_class: Any, device: torch.device) -> PreTrainedModel:
     """The same with its linear layers in 4 bits on `device`, computing in `dtype`, each process with its own copy.
 
     Quantised while it loads, as in QLoRA (Dettmers et al., arXiv:2305.14314): NF4, its constants quantised again.

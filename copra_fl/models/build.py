@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
 from copra_fl.models.adapted import AdaptedModel, lora_layers
-from copra_fl.models.base_weights import open_base, open_quantised
+from copra_fl.models.base_weights import open_base, open_quantized
 from copra_fl.seeding import torch_stream
 from copra_fl.sources import assets
 from copra_fl.tasks import Task, find_task
@@ -165,7 +165,7 @@ def open_model(source: str, dtype: str, attention: str, quantization: str, task:
     if quantization == "none":
         return open_base(source, dtype, attention, task.model_class)
     check_quantization(quantization)
-    return open_quantised(source, dtype, attention, task.model_class, device)
+    return open_quantized(source, dtype, attention, task.model_class, device)
 
 
 def check_quantization(quantization: str) -> None:

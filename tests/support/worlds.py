@@ -11,7 +11,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.training.cohort import train_cohort
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked import StackedModel
 from tests.support.tiny import Settings
@@ -57,10 +57,14 @@ class World:
         self.plan = Plan(server_round, tuple(range(6)), self.config)
 
     def alone(self, client: int) -> Update:
-        return train_client(self.plain, self.data, self.plan, client, self.starts[client], self.corrections.get(client))
+        return train_client(self.plain, self.data, self.plan, client, self._start(client))
 
     def together(self, *clients: int) -> list[Update]:
-        return train_cohort(self.stacked, self.data, self.plan, clients, self.starts, self.corrections)
+        starts = {client: self._start(client) for client in clients}
+        return train_cohort(self.stacked, self.data, self.plan, clients, starts)
+
+    def _start(self, client: int) -> Start:
+        return Start(self.starts[client], self.corrections.get(client, {}))
 
 
 def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
