@@ -99,7 +99,7 @@ class Site:
             return str(error)
         log(ERROR, "%s", whole)
         if isinstance(error, TableError):
-            return error.outline
+            return error.public_message
         frames = reversed(traceback.extract_tb(error.__traceback__)[-PLACES:])
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
         return f"{type(error).__name__} at {places}; the node's own log has the message"

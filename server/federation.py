@@ -305,9 +305,9 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
             "clients": clients,
             "paths": last["paths"],
             "skipped_clients": federated.skipped,
-            "unassigned_examples": federated.unassigned,
-            "dropped_duplicates": federated.dropped_duplicates,
-            "dropped_empty": federated.dropped_empty,
+            "unassigned_examples": federated.dropped.unassigned,
+            "dropped_duplicates": federated.dropped.duplicates,
+            "dropped_empty": federated.dropped.empty,
         },
     )
     forget_secret(journal.directory)

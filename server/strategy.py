@@ -32,7 +32,7 @@ from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.ranks import as_global, client_starts
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.config import Config
-from copra_fl.data.multi import DataSet
+from copra_fl.data.multi import DatasetRanges
 from copra_fl.seeding import derive, generator
 from copra_fl.training.plan import Plan, expected_update, num_trained
 from server.eval_selection import kept_clients
@@ -88,7 +88,7 @@ class CohortStrategy(Strategy):
         run: str,
         score: Score,
         secret: int = 0,
-        datasets: Sequence[DataSet] = (),
+        datasets: Sequence[DatasetRanges] = (),
     ) -> None:
         self.config = config
         self.group_of = group_of

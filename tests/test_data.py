@@ -88,8 +88,8 @@ def test_partitions_are_disjoint_complete_and_seeded(
     states = global_generators()
     data = load_rows(rows, **split)
     used = np.concatenate([*data.train, *data.validation, data.server_validation, data.test])
-    assert len(used) == len(set(used)) == 600 - data.unassigned
-    assert data.unassigned == (8 if split["partitioner"] == "shards" else 0)  # 500 in 12 shards of 41
+    assert len(used) == len(set(used)) == 600 - data.dropped.unassigned
+    assert data.dropped.unassigned == (8 if split["partitioner"] == "shards" else 0)  # 500 in 12 shards of 41
     held = [len(validation) for validation in data.validation]
     assert held == [(len(t) + v) // 10 for t, v in zip(data.train, held, strict=True)]
 
@@ -105,10 +105,10 @@ def test_partitions_are_disjoint_complete_and_seeded(
 def test_examples_that_the_partitioner_gives_to_nobody_are_counted(rows: pd.DataFrame, load_rows: Load) -> None:
     """Shards: 500 examples in 6 x 7 = 42 shards of 11 leave 38. Pathological: 2 clients with 1 of 4 classes each."""
     shards = load_rows(rows, partitioner="shards", classes_per_client=7)
-    assert client_sizes(shards) == [77] * 6 and shards.unassigned == 38
+    assert client_sizes(shards) == [77] * 6 and shards.dropped.unassigned == 38
     two = load_rows(rows, partitioner="pathological", classes_per_client=1, num_clients=2)
     air, fire, sea, soil = np.bincount(two.examples.labels[pool_of(two)])
-    assert label_counts(two).tolist() == [[air, 0, 0, 0], [0, fire, 0, 0]] and two.unassigned == sea + soil
+    assert label_counts(two).tolist() == [[air, 0, 0, 0], [0, fire, 0, 0]] and two.dropped.unassigned == sea + soil
 
 
 def test_iid_clients_are_alike(load_rows: Load) -> None:
@@ -145,7 +145,7 @@ def test_natural_clients_are_the_values_of_the_column_in_order(
     sizes = Counter(owner[text] for text in texts_of(data, pool_of(data), tokenizer))
     largest = load_rows(rows, partitioner="natural", client_column="owner", num_clients=3)
     assert largest.client_names == [str(value) for value in sorted(dict(sizes.most_common(3)))]
-    assert largest.unassigned == 500 - sum(dict(sizes.most_common(3)).values())
+    assert largest.dropped.unassigned == 500 - sum(dict(sizes.most_common(3)).values())
     assert client_sizes(largest) == [sizes[int(name)] for name in largest.client_names]
 
 
@@ -167,7 +167,7 @@ def test_held_out_clients_are_held_out_whole(
     assert owners(data.held_out) == set(data.held_out_names)
     sizes = Counter(owner.values())
     assert len(data.held_out) == min(60, sum(sizes[name] for name in data.held_out_names))
-    assert (len(data.test), len(data.server_validation), data.unassigned) == (60, 40, 0)
+    assert (len(data.test), len(data.server_validation), data.dropped.unassigned) == (60, 40, 0)
     assert sum(client_sizes(data)) == sum(sizes[name] for name in data.client_names) - 100
     other = load_rows(rows, **natural, seed=3)
     assert (other.held_out_names, list(other.test)) == (data.held_out_names, list(data.test))
@@ -184,7 +184,7 @@ def test_what_clients_hold_too_is_not_held_out(
     (there,) = texts_of(before, before.train[0][:1], tokenizer)
     rows.loc[rows["text"] == there, "text"] = copied
     after = load_rows(rows, **natural)
-    assert len(after.held_out) == len(before.held_out) - 1 and after.dropped_duplicates == 1
+    assert len(after.held_out) == len(before.held_out) - 1 and after.dropped.duplicates == 1
     assert copied not in texts_of(after, after.held_out, tokenizer)
 
 
@@ -208,7 +208,7 @@ def test_duplicates_are_dropped_where_they_are_held_out(
 
     planted = load_rows(rows)
     assert sum(client_sizes(planted)) == 500
-    assert planted.dropped_duplicates == expected > 50
+    assert planted.dropped.duplicates == expected > 50
     assert len(planted.test) + len(planted.server_validation) == 100 - expected
     held = [set(texts_of(planted, indices, tokenizer)) for indices in (planted.test, planted.server_validation)]
     pool = set(texts_of(planted, np.concatenate(planted.train + planted.validation), tokenizer))
@@ -222,9 +222,9 @@ def test_a_test_file_is_the_test_set_and_loses_what_is_in_the_data(
     test.drop(columns="owner").to_json(tmp_path / "test.jsonl", orient="records", lines=True)
     data = load_rows(rows, test_file=str(tmp_path / "test.jsonl"), partitioner="natural", client_column="owner")
     assert sorted(texts_of(data, data.test, tokenizer)) == sorted(test["text"][:40])
-    assert data.dropped_duplicates == 7
+    assert data.dropped.duplicates == 7
     assert len(data.server_validation) == 40
-    assert sum(client_sizes(data)) + data.unassigned == 600 - 40
+    assert sum(client_sizes(data)) + data.dropped.unassigned == 600 - 40
 
 
 def test_batches_are_what_the_tokenizer_gives(
@@ -328,13 +328,13 @@ def test_formats_give_equal_results(tmp_path: Path, tokenizer: PreTrainedTokeniz
     names = ("rows.csv", "rows.jsonl", "rows.parquet", "floats.parquet")
     first, *others = [load_data(make_config(tmp_path / name, **changes), tokenizer) for name in names]
     assert first.label_names == [str(label) for label in range(11)]
-    assert first.dropped_empty == 12
+    assert first.dropped.empty == 12
     for other in others:
         assert same_split(first, other)
         assert torch.equal(first.examples.input_ids, other.examples.input_ids)
         assert torch.equal(first.examples.labels, other.examples.labels)
         assert (first.label_names, first.client_names) == (other.label_names, other.client_names)
-        assert first.dropped_empty == other.dropped_empty
+        assert first.dropped.empty == other.dropped.empty
     assert not (tmp_path / "hf-cache").exists()
 
 
@@ -343,9 +343,9 @@ def test_rows_without_text_label_or_client_are_dropped_and_counted(rows: pd.Data
     rows.loc[[0, 1], "text"] = [None, "  "]
     rows.loc[[1, 2], "label"] = None
     rows.loc[3, "owner"] = None
-    assert load_rows(rows).dropped_empty == 3
+    assert load_rows(rows).dropped.empty == 3
     data = load_rows(rows, client_column="owner")
-    assert data.dropped_empty == 4 and len(data.examples) == 596
+    assert data.dropped.empty == 4 and len(data.examples) == 596
 
 
 def test_clients_without_examples_are_skipped_or_refused(rows: pd.DataFrame, load_rows: Load) -> None:

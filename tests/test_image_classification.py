@@ -17,7 +17,7 @@ from copra_fl import tasks
 from copra_fl.config import Config, ConfigError
 from copra_fl.data import federated
 from copra_fl.data.federated import load_data
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models import memory_plan
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
@@ -138,7 +138,7 @@ def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
     assert len(federated.test) == 60 and len(federated.examples) == 240
 
     config = Config.from_flat(images | {"partitioner": "own", "labels": "bars,blot,stripes"})
-    own = load_own(config, load_processor(config.model), str(tmp_path / "test"), 1, 3)
+    own = load_local_data(config, load_processor(config.model), str(tmp_path / "test"), 1, 3)
     assert len(own.train[1]) + len(own.validation[1]) == 60
 
 
@@ -147,7 +147,7 @@ def test_equal_images_are_not_both_learnt_and_tested(images: Settings, photos: P
     folder = shutil.copytree(photos, tmp_path / "twice")
     doubled.to_csv(folder / "twice.csv", index=False)
     federated = load_images(images | {"dataset": str(folder / "twice.csv")})
-    assert federated.dropped_duplicates > 40
+    assert federated.dropped.duplicates > 40
     pixels = federated.examples.batch(np.arange(480))["pixel_values"]
     learnt = {pixels[i].numpy().tobytes() for part in federated.train + federated.validation for i in part}
     assert not learnt & {pixels[i].numpy().tobytes() for i in federated.test}

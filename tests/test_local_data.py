@@ -21,7 +21,7 @@ from copra_fl import tasks, wire
 from copra_fl.aggregation import check
 from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data.federated import FederatedData
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from server.strategy import FederationError
@@ -58,7 +58,7 @@ def test_each_node_is_one_client_with_the_examples_of_its_file(
 def test_a_file_of_any_format_is_read_as_it_is(own: Settings, files: list[Path], site: int) -> None:
     config = Config.from_flat(own | {"labels": "sky,sea,sand"})
     tokenizer = load_processor(config.model)
-    data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
+    data = load_local_data(config, tokenizer, str(files[site]), client=1, num_clients=3)
     assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
     held = np.concatenate([data.train[1], data.validation[1]])
     batch = data.examples.batch(held)
@@ -153,7 +153,7 @@ def test_a_node_that_leaks_is_seen(
     def hello(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
-        data = load_own(config, load_processor(config.model), path, client=0, num_clients=3)
+        data = load_local_data(config, load_processor(config.model), path, client=0, num_clients=3)
         reply.content["more"] = leak(data, path)
         return reply
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from copra_fl import tasks
 from copra_fl.config import Config, ConfigError, DataConfig
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load, save
 from copra_fl.sources.tables import TableError
@@ -150,10 +150,10 @@ def test_the_guides_own_task_trains_in_both_engines_and_is_opened_again(topics: 
 def test_a_sites_labels_are_held_against_the_list(topics: Settings, tmp_path: Path) -> None:
     config = Config.from_flat(topics | {"partitioner": "own", "labels": "sand,sea,sky"})
     processor = load_processor(config.model)
-    own = load_own(config, processor, str(topics["dataset"]), client=0, num_clients=1)
+    own = load_local_data(config, processor, str(topics["dataset"]), client=0, num_clients=1)
     assert set(own.examples.batch(own.train[0])["labels"].sum(1).tolist()) > {1.0}
     with pytest.raises(TableError, match="examples have a label that is none of sand, sea"):
-        load_own(config.changed(labels="sand,sea"), processor, str(topics["dataset"]), client=0, num_clients=1)
+        load_local_data(config.changed(labels="sand,sea"), processor, str(topics["dataset"]), client=0, num_clients=1)
 
 
 def test_tasks_are_found_by_name() -> None:

@@ -216,19 +216,12 @@ def synthetic(config: Config) -> FederatedData:
         pad_id=0,
         max_length=tokens,
     )
-    nothing = np.zeros(0, int)
     return FederatedData(
         examples=examples,
         label_names=[str(label) for label in range(NUM_LABELS)],
         client_names=[str(client) for client in range(clients)],
         train=np.split(np.arange(number), clients),
-        validation=[nothing] * clients,
-        server_validation=nothing,
-        test=nothing,
-        skipped=[],
-        unassigned=0,
-        dropped_duplicates=0,
-        dropped_empty=0,
+        validation=[np.zeros(0, int)] * clients,
         digest=SYNTHETIC,
         tokens_digest=SYNTHETIC,
     )

@@ -29,11 +29,11 @@ def _errors_for_people() -> Iterator[None]:
 @app.command("list")
 def list_assets() -> None:
     """What there is, and what of it is in the cache."""
-    table = Table("name", "kind", Column("what", overflow="fold"), "licence", Column("MB", justify="right"), "fetched")
+    table = Table("name", "kind", Column("what", overflow="fold"), "license", Column("MB", justify="right"), "fetched")
     with _errors_for_people():
         for asset in ASSETS.values():
             fetched = "yes" if is_fetched(asset.name) else "no"
-            table.add_row(asset.name, asset.kind, asset.what, asset.licence, f"{asset.size / 1e6:.1f}", fetched)
+            table.add_row(asset.name, asset.kind, asset.what, asset.license, f"{asset.size / 1e6:.1f}", fetched)
     Console().print(table)
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from copra_fl.config import BY_LABEL, Config, ConfigError, DataConfig
-from copra_fl.sources.tables import called
+from copra_fl.sources.tables import dataset_name
 from copra_fl.tasks.task import Examples, Inputs, Task
 from copra_fl.wording import unknown_name
 
@@ -65,7 +65,7 @@ def check(config: Config) -> None:
 
 
 def _conflicts_of_several(data: DataConfig, task: Task) -> Iterator[str]:
-    names = [called(dataset) for dataset in data.datasets]
+    names = [dataset_name(dataset) for dataset in data.datasets]
     if not all(names) or len(set(names)) < len(names):
         yield f"data sets that are called {', '.join(map(repr, names))}: each needs a name of its own"
     if task.labels != "one":
