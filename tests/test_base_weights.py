@@ -92,7 +92,7 @@ def _open(source: str, dtype: str) -> None:
 def test_a_full_disk_is_said_in_words(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bases").write_text("in the way")
     monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path))
-    with pytest.raises(CacheError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
+    with pytest.raises(CacheError, match="cannot store .* in bfloat16 .* Set COPRA_FL_CACHE to another folder"):
         open_base(tiny_model, "bfloat16", "eager", AutoModel)
 
 
@@ -133,5 +133,5 @@ def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
 def test_a_folder_without_weights_is_an_error(tiny_model: str, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"has none of model.safetensors, model.safetensors.index.json"):
+    with pytest.raises(OSError, match=r"has no weights: none of model.safetensors, model.safetensors.index.json"):
         weights_digest(str(model))

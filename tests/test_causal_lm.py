@@ -17,7 +17,7 @@ from copra_fl.config import Config, ConfigError
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import also_measured, header_and_rows
 from copra_fl.tasks import find_task
-from copra_fl.tasks.causal_lm import NOT_LEARNT, cut, opening, response
+from copra_fl.tasks.causal_lm import NO_TARGET, opening, response, truncate
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -61,7 +61,7 @@ def test_the_loss_is_transformers_own(settings: Settings) -> None:
     with torch.inference_mode():
         world.plain.write_adapter(world.start)
         output = world.plain.peft(**batch)
-    learnt = batch["labels"][:, 1:] != NOT_LEARNT
+    learnt = batch["labels"][:, 1:] != NO_TARGET
     right = (output.logits[:, :-1].argmax(2) == batch["input_ids"][:, 1:])[learnt]
     expected = {
         "loss": float(output.loss),
@@ -92,7 +92,7 @@ def test_what_is_learnt(settings: Settings, spoken: str, tiny_llama: str) -> Non
     batch = examples.batch(np.arange(len(rows)))
     for row, ids, labels in zip(rows.itertuples(), batch["input_ids"], batch["labels"], strict=True):
         asked = f"<s> user {row.prompt} </s> assistant" if "prompt-column" in settings else "<s>"
-        assert tokenizer.decode(labels[labels != NOT_LEARNT]) == f"{row.text} </s>"
+        assert tokenizer.decode(labels[labels != NO_TARGET]) == f"{row.text} </s>"
         assert tokenizer.decode(ids[: len(f"{asked} {row.text} </s>".split())]) == f"{asked} {row.text} </s>"
 
 
@@ -106,7 +106,7 @@ def test_without_a_template_a_prompt_is_a_line(tiny_llama: str) -> None:
 def test_a_template_that_opens_otherwise_than_it_goes_on_is_refused(tiny_llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = tokenizer.chat_template.replace("'assistant '", "'think '")
-    with pytest.raises(ConfigError, match="which part is the response cannot be told"):
+    with pytest.raises(ConfigError, match="cannot locate the response"):
         response(tokenizer, "who is there", "it is I")
 
 
@@ -117,7 +117,7 @@ def test_a_template_that_opens_otherwise_than_it_goes_on_is_refused(tiny_llama: 
 def test_what_is_too_long_loses_the_start_of_the_prompt_and_the_end_of_the_response(
     before: int, learnt: int, kept: tuple[int, int]
 ) -> None:
-    first, last = cut(list(range(before)), list(range(learnt)), max_length=8)
+    first, last = truncate(list(range(before)), list(range(learnt)), max_length=8)
     assert (len(first), len(last)) == kept
     assert first == list(range(before))[before - len(first) :] and last == list(range(len(last)))
 

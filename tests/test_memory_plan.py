@@ -77,10 +77,10 @@ def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) ->
 
     def fitted(clients: float) -> Config:
         limited = config.changed(max_memory_gb=(needed.base + clients * one) / GB)
-        return memory_plan.fitted(limited, needed)
+        return memory_plan.limit_step_tokens(limited, needed)
 
     assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
     assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory_gb * GB
     assert fitted(3.01).training.step_tokens == config.training.step_tokens
-    with pytest.raises(ConfigError, match="too little for a single client: .* a smaller batch-size"):
+    with pytest.raises(ConfigError, match="too little for a single client: .* reduce batch-size"):
         fitted(0.9)

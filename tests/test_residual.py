@@ -66,7 +66,8 @@ def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -
 def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
     world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
     world.plain.write_residual(random_residual(world.plain, True))
-    assert {matrix.dtype for matrices in world.plain.residual_factors.values() for matrix in matrices} == {torch.bfloat16}
+    factors_by_module = world.plain.residual_factors.values()
+    assert {matrix.dtype for matrices in factors_by_module for matrix in matrices} == {torch.bfloat16}
     for update in world.together(0, 1):
         assert_alike(update, world.alone(update.client), 0.02)
 

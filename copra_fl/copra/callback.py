@@ -24,11 +24,11 @@ class CopraCallback(TrainerCallback):
 
     In each optimizer step every group of adapters is on with a probability that rises from `p0` to 1 over the fraction
     `ramp` of the training. All micro-batches of a step share its mask. After each step all adapters are on again, so
-    evaluation, other callbacks and everything after the training use the whole model. Other trainable parts of the model,
-    such as a task head, are trained in every step.
+    evaluation, other callbacks and everything after the training use the whole model. Other trainable parts of the
+    model, such as a task head, are trained in every step.
 
-    Masks depend only on seed, step and number of steps: a resumed training continues with the same masks, and neither the
-    order of the data nor dropout changes. With ``p0=1`` the training is bitwise the same as without the callback.
+    Masks depend only on seed, step and number of steps: a resumed training continues with the same masks, and neither
+    the order of the data nor dropout changes. With ``p0=1`` the training is bitwise the same as without the callback.
 
     Two limits. If an exception ends the training in the middle of a step, some adapters stay off until the next
     ``train()``; call ``model.base_model.enable_adapter_layers()`` before you evaluate. A loss that itself switches
@@ -107,8 +107,8 @@ def _find_gates(model: nn.Module, copra: CopraConfig) -> Gates:
     disabled = [name for name, module in layers.items() if module.disable_adapters]
     if disabled:
         raise ConfigError(
-            f"CopraCallback: {len(disabled)} adapters are off when the training begins (the first is {disabled[0]}), so "
-            "the optimizer does not train them; call model.base_model.enable_adapter_layers() before you make the Trainer"
+            f"CopraCallback: {len(disabled)} adapters are off when the training begins (first: {disabled[0]}), so the "
+            "optimizer does not train them; call model.base_model.enable_adapter_layers() before you make the Trainer"
         )
     parameters = dict(model.named_parameters())
     trains_head = any(p.requires_grad for name, p in parameters.items() if part_of(name) == "head")

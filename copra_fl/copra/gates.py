@@ -1,7 +1,7 @@
 """Switch a model's LoRA adapters on and off, one gate per layer or module.
 
-An adapter that is off is not computed: no forward pass, no gradient, no optimizer step. Multiplying its output by 0 would
-be a different algorithm, because Adam would still move it by its momentum.
+An adapter that is off is not computed: no forward pass, no gradient, no optimizer step. Multiplying its output by 0
+would be a different algorithm, because Adam would still move it by its momentum.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     p(t) = min(1, p0 + (1 - p0) t / ramp),    delta_l ~ Bernoulli(p(t)), independent per layer
 
-(CopRA, arXiv 2410.22911.) delta_l = 1 means that the adapter of layer l is on. p can rise to p1 instead of 1; p0 = p1 is
-stochastic depth at a fixed rate. Progress t in [0, 1) runs over the whole federation, so the schedule continues from round
-to round instead of restarting.
+(CopRA, arXiv 2410.22911.) delta_l = 1 means that the adapter of layer l is on. p can rise to p1 instead of 1; p0 = p1
+is stochastic depth at a fixed rate. Progress t in [0, 1) runs over the whole federation, so the schedule continues from
+round to round instead of restarting.
 """
 
 from __future__ import annotations

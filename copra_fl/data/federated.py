@@ -53,9 +53,7 @@ class Dropped:
     empty: int = 0
 
     def __add__(self, other: Dropped) -> Dropped:
-        return Dropped(
-            self.unassigned + other.unassigned, self.duplicates + other.duplicates, self.empty + other.empty
-        )
+        return Dropped(self.unassigned + other.unassigned, self.duplicates + other.duplicates, self.empty + other.empty)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +110,8 @@ def load_data(config: Config, processor: Any) -> FederatedData:
     """Load the data of `config`, encoded by its task with `processor` and partitioned by the run's seed.
 
     The first call computes and fills the cache; calls in other processes wait for it and then only read.
-    ``num-clients`` must be resolved, except for ``partitioner = natural``, where 0 means all values of the client column,
-    and for ``own``, where clients load their own data.
+    ``num-clients`` must be resolved, except for ``partitioner = natural``, where 0 means all values of the client
+    column, and for ``own``, where clients load their own data.
 
     Raises ConfigError for data, columns or a split that are missing or impossible, AssetError for an asset that cannot
     be fetched.

@@ -27,8 +27,8 @@ _TITLES = {"test": "test set", "held_out": "held-out clients", "server_validatio
 def choose_clients(data: DataConfig, rows: pd.DataFrame, names: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """Return the rows of the largest ``num-clients + held-out-clients`` clients, and the names of those held out.
 
-    With ``num-clients = 0`` these are all clients. `names` are the names of all clients, in order. Raises ConfigError if
-    there are too few.
+    With ``num-clients = 0`` these are all clients. `names` are the names of all clients, in order. Raises ConfigError
+    if there are too few.
     """
     needed = max(1, data.num_clients) + data.held_out_clients
     if needed > len(names):
@@ -48,8 +48,8 @@ def hold_out(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Return the indices of ``test``, ``server_validation``, ``held_out`` and ``pool``, and the number of duplicates.
 
-    A held-out example is dropped as a duplicate if an equal one is in the pool; of ``test`` and ``held_out`` also if one
-    is in ``server_validation``.
+    A held-out example is dropped as a duplicate if an equal one is in the pool; of ``test`` and ``held_out`` also if
+    one is in ``server_validation``.
 
     Args:
         contents: contents of `num_train` training examples, then of the test set if the data set has one.

@@ -2,8 +2,8 @@
 
     file  ->  client's train | validation        encoded in the node's cache, readable by its owner only
 
-Only the number of examples leaves the node. A file that cannot be used raises a `TableError`, whose public message names
-settings of the run and counts, never a column, a label or a text of the file.
+Only the number of examples leaves the node. A file that cannot be used raises a `TableError`, whose public message
+names settings of the run and counts, never a column, a label or a text of the file.
 """
 
 from __future__ import annotations

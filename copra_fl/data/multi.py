@@ -3,8 +3,8 @@
     examples    of data set 0 | of data set 1 | ...      clients and labels likewise
     logits      (targets, all labels), -inf for labels of other data sets (`models.adapted.mask_other_datasets`)
 
-Loss, accuracy and prediction therefore use the labels of one data set, and the gradient of all other rows of the head is
-exactly 0. `aggregation.heads` aggregates these rows.
+Loss, accuracy and prediction therefore use the labels of one data set, and the gradient of all other rows of the head
+is exactly 0. `aggregation.heads` aggregates these rows.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def partition(
     partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
     owner = np.full(len(pool), -1, np.int32)
     try:
-        # Partitioners print progress bars and warnings of unused classes to stderr; we count unassigned examples instead.
+        # Partitioners print progress bars and warnings of unused classes to stderr; we count unassigned examples
+        # instead.
         with redirect_stderr(io.StringIO()):
             for number in range(partitioner.num_partitions):
                 part = partitioner.load_partition(number)[:]
@@ -69,7 +70,7 @@ def largest(clients: np.ndarray, names: list[str], number: int) -> np.ndarray:
 
 
 def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray]) -> Any:
-    """Return the partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than there are."""
+    """Return the partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than exist."""
     from flwr_datasets import partitioner
 
     clients, per_client, number = data.num_clients, data.classes_per_client, len(columns["position"])

@@ -101,8 +101,8 @@ class AdaptedModel(nn.Module):
     def recompute_blocks(self) -> None:
         """Store only the inputs of each block for the backward pass, which computes the block again (checkpointing).
 
-        Transformers' own checkpointing works in training mode only, and the base is in eval mode. A block that no adapter
-        needs a gradient of stores nothing, as without checkpointing.
+        Transformers' own checkpointing works in training mode only, and the base is in eval mode. A block that no
+        adapter needs a gradient of stores nothing, as without checkpointing.
         """
         self.recomputes_blocks = True
         for name in dict.fromkeys(group_name(module, "layer") for module in self.gates.group_of):
@@ -132,7 +132,8 @@ class AdaptedModel(nn.Module):
         torch._foreach_copy_(list(self._trainable.values()), [adapter[name] for name in self._trainable])
 
     def write_residual(self, residual: Adapter) -> None:
-        """Add `residual` (`copra_fl.adapters.residual`) to W0 in every forward pass, in W0's dtype, replacing any other.
+        """Add `residual` (`copra_fl.adapters.residual`) to W0 in every forward pass, in W0's dtype, replacing any
+        other.
 
         Raises ValueError for a module without an adapter.
         """

@@ -84,7 +84,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
     check_rule(config)  # again, as the ranks of the clients must be as many as there are clients
     size = len(federated.label_names), federated.examples.max_length
-    config = memory_plan.fitted(config, memory_plan.plan(config, *size))
+    config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory of a worker in training: {needed}"]
 

@@ -119,8 +119,8 @@ def image_folder(key: str, path: Path) -> Table:
     files = _images(path)
     if not files:
         raise TableError(
-            f"{key}: the folder {path} has no images. It must have one subfolder per label with the label's images in it "
-            f"({', '.join(IMAGES)})",
+            f"{key}: the folder {path} has no images. It must have one subfolder per label, with the label's images "
+            f"({', '.join(IMAGES)}) in it",
             f"{key}: the folder has no images",
         )
     names = [str(file.relative_to(path)) for file in files]
@@ -220,8 +220,8 @@ def read_examples(
 ) -> tuple[pd.DataFrame, int]:
     """Return `columns` of `table` under their configuration keys, and the number of dropped incomplete rows.
 
-    Values are texts, unless `readers` has a function for the key: from the column and the table's folder to values, with
-    NA for missing ones. Raises TableError for a table without examples or without one of the columns.
+    Values are texts, unless `readers` has a function for the key: from the column and the table's folder to values,
+    with NA for missing ones. Raises TableError for a table without examples or without one of the columns.
     """
     import pandas as pd
 

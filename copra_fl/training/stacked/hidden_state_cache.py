@@ -1,8 +1,8 @@
 """Cache of the plain base's hidden states below each sample's lowest active adapter.
 
 The base is frozen and in eval mode, so the output of its block l for a sample whose adapters up to l are all off is the
-same in every step, round and run. CopRA switches on lower adapters as training goes on, so when the cache is full, states
-of the highest blocks are evicted first.
+same in every step, round and run. CopRA switches on lower adapters as training goes on, so when the cache is full,
+states of the highest blocks are evicted first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class HiddenStateCache:
         return np.array([slots.get(sample, -1) for sample in samples.tolist()])
 
     def load(self, slots: np.ndarray, num_tokens: int) -> Tensor:
-        """Return the states (len(slots), num_tokens, width) in `slots`; a row of slot -1 has arbitrary finite values."""
+        """Return the states (len(slots), num_tokens, width) in `slots`; for slot -1 arbitrary finite values."""
         places = torch.from_numpy(slots.clip(0)).to(self._states.device)
         return self._states[:, :num_tokens].index_select(0, places)
 
