@@ -1,4 +1,4 @@
-"""Data that cannot be used are refused, and what is wrong with them is named."""
+"""Data that cannot be used are refused, with an error that names the problem."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("dataset", "changes", "message"), ERRORS, ids=lambda value: str(value)[:40])
-def test_bad_input_is_named(
+def test_errors_name_the_file_setting_or_value(
     rows: pd.DataFrame,
     dataset: str,
     changes: dict[str, Any],

@@ -2,8 +2,7 @@
 
 Processes that map one file share its pages, so that another worker costs only its adapter and its activations.
 Converting while loading would give every process its own copy. A base stored in another dtype is therefore converted
-once and
-kept:
+once and kept:
 
     CACHE/bases/DIGEST/           a folder that Transformers' from_pretrained opens
     CACHE/bases/DIGEST.sha256     `weights_digest`; a model's own folder need not be writable

@@ -1,4 +1,4 @@
-"""The inputs of one forward pass of the stacked model besides the batch: adapters, clients, and where they are on."""
+"""Inputs of the stacked model's forward pass in addition to the batch: adapters, clients, active gates, rows."""
 
 from __future__ import annotations
 

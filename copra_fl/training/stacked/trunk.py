@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from copra_fl.training.stacked.chain import Chain
 from copra_fl.training.stacked.step import ClientRows, ForwardContext, Step
 
-#: inputs of a block besides the hidden states, by position (from 1 on) or name
+#: inputs of a block after the hidden states, by position (from 1 on) or name
 Inputs = dict[Any, Any]
 
 
