@@ -134,7 +134,8 @@ def test_metrics_use_the_labels_of_the_examples_data_set_only(two: Settings) -> 
 def test_aggregation_of_a_split_head_by_hand() -> None:
     """Head rows 0 and 1 belong to clients 0 and 1 with 10 and 30 examples, row 2 to client 2 with 40 examples.
 
-    Row 0: (10 * 1 + 30 * 5) / 40 = 4; row 2: client 2 alone, 9; the adapter over all clients: (10 * 1 + 30 * 5 + 40 * 9) / 80.
+    Row 0: (10 * 1 + 30 * 5) / 40 = 4. Row 2: client 2 alone, 9. Adapter, over all clients: (10 * 1 + 30 * 5 + 40 * 9)
+    / 80.
     """
     before = {"layer.0.query.lora_A.weight": torch.zeros(1, 2), "head.bias": torch.zeros(3)}
     updates = [update(c, {n: torch.full_like(t, v) for n, t in before.items()}, e)

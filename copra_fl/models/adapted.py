@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of
@@ -57,8 +58,9 @@ class AdaptedModel(nn.Module):
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
             for name in self._trainable
         }
+        modules: dict[str, Any] = dict(self.base.named_modules())
         self.linears: dict[str, Any] = {
-            f"base_model.model.{name}": self.base.get_submodule(name).get_base_layer() for name in self.gates.group_of
+            f"base_model.model.{name}": modules[name].get_base_layer() for name in self.gates.group_of
         }
         self.recomputes_blocks = False
         self.residual_factors: dict[str, tuple[Tensor, ...]] = {}
@@ -69,9 +71,9 @@ class AdaptedModel(nn.Module):
         self.to(device).eval()
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PreTrainedModel:
         """The Transformers model, with PEFT's layers in it."""
-        return self.peft.get_base_model()
+        return self.peft.get_base_model()  # type: ignore[return-value]
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Return the (targets, outputs) logits of a batch of the task's examples, in float32 or wider."""
@@ -156,7 +158,7 @@ def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[
     return output + residuals.product(inputs[0], matrices)
 
 
-def frozen_head_logits(base: Any, features: Tensor) -> Tensor:
+def frozen_head_logits(base: PreTrainedModel, features: Tensor) -> Tensor:
     """Return the logits of the base's own output layer, in float32 or wider."""
     logits = base.get_output_embeddings()(features)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

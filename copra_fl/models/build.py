@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
@@ -170,7 +170,9 @@ def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, cor
     return model
 
 
-def open_model(source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device) -> Any:
+def open_model(
+    source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device
+) -> PreTrainedModel:
     """Open the base unquantized or in 4 bits. Raises ConfigError if bitsandbytes is needed and missing."""
     if quantization == "none":
         return open_base(source, dtype, attention, task.model_class)

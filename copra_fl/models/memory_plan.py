@@ -20,7 +20,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
 from copra_fl.models.build import lora_config, model_source
@@ -117,7 +117,7 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
 def measure(config: ModelConfig, num_tokens: int) -> ModelMemory:
     """Build the model of `config` on the meta device, run it on rows of `num_tokens` tokens, and return its memory."""
     with torch.device("meta"):
-        base: Any = find_task(config.task).model_class.from_config(
+        base: PreTrainedModel = find_task(config.task).model_class.from_config(
             AutoConfig.from_pretrained(model_source(config.model)),
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -132,9 +132,9 @@ def measure(config: ModelConfig, num_tokens: int) -> ModelMemory:
     return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one)
 
 
-def _quantized_weights(base: nn.Module) -> Iterator[Tensor]:
+def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:
     """Yield the weights that bitsandbytes quantizes: those of all linear layers except the output layer."""
-    output = base.get_output_embeddings()  # type: ignore[operator]
+    output = base.get_output_embeddings()
     for name, module in base.named_modules():
         if type(module) is nn.Linear and ".lora_" not in name and module is not output:
             yield module.weight
@@ -154,7 +154,7 @@ def limit_step_tokens(config: Config, needed: MemoryPlan) -> Config:
     return config.changed(step_tokens=clients * needed.batch_size * needed.tokens)
 
 
-def _blank(base: Any, number: int, num_tokens: int) -> dict[str, Tensor]:
+def _blank(base: PreTrainedModel, number: int, num_tokens: int) -> dict[str, Tensor]:
     """Return inputs of `number` examples on the meta device: black images, or texts of `num_tokens` tokens."""
     if base.main_input_name == "pixel_values":
         return blank_images(base, number)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from copra_fl.tasks.images import blank_images
 
@@ -56,7 +57,7 @@ class Call:
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
 
-def find_chain(base: Any, path: str) -> Chain:
+def find_chain(base: PreTrainedModel, path: str) -> Chain:
     """Return the chain of the blocks in the list `path` of the Transformers model `base`.
 
     Raises NotStackable if they do not form one.
@@ -80,7 +81,7 @@ def find_chain(base: Any, path: str) -> Chain:
     return Chain(frozenset(key for key in keys if _has_rows(key, one[0].inputs[key], two[0].inputs[key])), extras)
 
 
-def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
+def _calls(base: PreTrainedModel, blocks: nn.ModuleList, number: int) -> list[Call]:
     """Run `base` on `number` examples and return the calls of `blocks`."""
     calls: list[Call] = []
 
@@ -97,7 +98,7 @@ def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
     return calls
 
 
-def _examples(base: Any, number: int) -> dict[str, Tensor]:
+def _examples(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
     """Return inputs of `number` examples: black images, or texts with padding."""
     if base.main_input_name == "pixel_values":
         return blank_images(base, number)
