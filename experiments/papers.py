@@ -42,7 +42,7 @@ from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import atomic_write
 from copra_fl.models.adapted import AdaptedModel
-from copra_fl.models.build import build_model, load_processor, resolve_compute
+from copra_fl.models.build import build_model, load_processor, resolve_config
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import Game, Whole, solve
 from copra_fl.probes.members import members
@@ -87,8 +87,7 @@ class Study:
     def open(cls, settings: Mapping[str, Any], output: Path, texts: int | None = None) -> Study:
         """`texts`: how many of the test set are measured on."""
         config = Config.from_flat(SETTINGS | dict(settings))
-        compute = resolve_compute(config.model, config.data.max_length)
-        config = config.changed(dtype=compute.dtype, attention=compute.attention)
+        config = resolve_config(config)
         pooled = load_data(config, load_processor(config.model))
         engine = open_engine("stacked", config.model, config.copra.gate_group, len(pooled.label_names), seed=0)
         return cls(config, output, replace(pooled, test=pooled.test[:texts]), engine)

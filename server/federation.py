@@ -30,7 +30,7 @@ from copra_fl.config import Config, csv_line
 from copra_fl.data import federated
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
-from copra_fl.models.build import check_weights, load_processor, resolve_compute
+from copra_fl.models.build import check_weights, load_processor, resolve_config
 from copra_fl.models.export import save
 from copra_fl.models.fed_sb_init import core_start
 from copra_fl.seeding import generator
@@ -184,8 +184,7 @@ def settle(config: Config) -> Config:
 
     Raises ConfigError where the base is not the one that ``model-sha256`` names.
     """
-    compute, base = resolve_compute(config.model, config.data.max_length), check_weights(config.model)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention, model_sha256=base)
+    config = resolve_config(config).changed(model_sha256=check_weights(config.model))
     if config.data.partitioner != "own":
         return config
     return config.changed(labels=csv_line(load_data(config, load_processor(config.model)).label_names))

@@ -16,7 +16,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.seeding import generator
-from copra_fl.tasks.text_classification import LabelledTexts
+from copra_fl.tasks.text_classification import LabeledTexts
 from copra_fl.training import single
 from copra_fl.training.batches import data_order
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
@@ -141,14 +141,14 @@ def test_accumulated_micro_batches_equal_one_large_batch(model: adapted.AdaptedM
 def test_masks_do_not_shift_the_data_order(model: adapted.AdaptedModel, tiny: Settings, monkeypatch) -> None:
     def batches_seen(flat: Settings) -> list[list[int]]:
         seen = []
-        original = LabelledTexts.batch
+        original = LabeledTexts.batch
 
         def spy(self, indices, device="cpu"):
             seen.append(list(map(int, indices)))
             return original(self, indices, device)
 
         with monkeypatch.context() as patch:
-            patch.setattr(LabelledTexts, "batch", spy)
+            patch.setattr(LabeledTexts, "batch", spy)
             train(model, flat)
         return seen
 

@@ -39,7 +39,7 @@ from copra_fl.files import cache_dir
 from copra_fl.models.build import build_model, load_processor, model_source, resolve_compute
 from copra_fl.seeding import generator
 from copra_fl.sources.assets import ASSETS
-from copra_fl.tasks.text_classification import LabelledTexts
+from copra_fl.tasks.text_classification import LabeledTexts
 
 STEADY_ROUNDS = 3
 WARM_UP = "warm-up"
@@ -209,7 +209,7 @@ def synthetic(config: Config) -> FederatedData:
     clients, tokens = config.data.num_clients, config.data.max_length
     each = config.training.batch_size * config.training.local_steps
     number, rng = clients * each, generator(0, "bench", "tokens")
-    examples = LabelledTexts(
+    examples = LabeledTexts(
         input_ids=torch.from_numpy(rng.integers(len(SPECIAL), len(VOCABULARY), number * tokens, np.int32)),
         offsets=torch.arange(number + 1) * tokens,
         labels=torch.from_numpy(rng.integers(0, NUM_LABELS, number)),

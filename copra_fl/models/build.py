@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from copra_fl.config import ConfigError, DataConfig, ModelConfig
+from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
 from copra_fl.models.adapted import AdaptedModel, lora_layers
 from copra_fl.models.base_weights import open_base, open_quantized
@@ -88,6 +88,12 @@ def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
         long = dtype == "float32" and max_length >= SDPA_TOKENS
         attention = "sdpa" if device.type == "cuda" or long else "eager"
     return replace(config, dtype=dtype, attention=attention)
+
+
+def resolve_config(config: Config) -> Config:
+    """Return `config` with ``auto`` replaced in dtype and attention (`resolve_compute`)."""
+    compute = resolve_compute(config.model, config.data.max_length)
+    return config.changed(dtype=compute.dtype, attention=compute.attention)
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.ranks import pad
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.models.build import load_processor, resolve_compute
+from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.fed_sb_init import core_start
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
@@ -227,8 +227,7 @@ def open_run(directory: Path) -> OpenRun:
         raise ResultsError(f"{directory}: its clients' data is on their own nodes, and only there")
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ResultsError(f"{directory}: num-clients = 0, so its clients depended on the nodes that were connected")
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention)
+    config = resolve_config(config)
     federated = load_data(config, load_processor(config.model))
     if federated.digest != run.provenance.get("data_digest", federated.digest):
         raise ResultsError(f"{directory}: its data, {config.data.dataset}, is no longer what the run was trained on")

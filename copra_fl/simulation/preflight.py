@@ -66,7 +66,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     """The configuration with what was left open in it, and what its user should know of the data."""
     from copra_fl.aggregation import check as check_rule
     from copra_fl.models import memory_plan
-    from copra_fl.models.build import resolve_compute
+    from copra_fl.models.build import resolve_config
 
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
@@ -80,8 +80,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
+    config = resolve_config(config).changed(num_clients=num_clients)
     check_rule(config)  # again, as the ranks of the clients must be as many as there are clients
     size = len(federated.label_names), federated.examples.max_length
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))

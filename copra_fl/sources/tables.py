@@ -265,4 +265,4 @@ def codes(column: pd.Series, names: list[str]) -> Tensor:
     """Return (N,) int64: the index of each text in `names`; -1 for a missing one."""
     import pandas as pd
 
-    return torch.from_numpy(pd.Categorical(column, categories=names).codes.astype(np.int64))
+    return torch.from_numpy(pd.Index(names, dtype="string").get_indexer(pd.Index(column)).astype(np.int64))

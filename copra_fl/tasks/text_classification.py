@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 
 
 @dataclass(frozen=True)
-class LabelledTexts(Texts):
+class LabeledTexts(Texts):
     """Texts with labels.
 
     Attributes:
@@ -53,9 +53,9 @@ class TextClassification(Classification):
         tokens = encode_texts(processor, rows["text-column"], data.max_length)
         return {"labels": codes(rows["label-column"], labels), **tokens}
 
-    def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabelledTexts:
+    def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabeledTexts:
         tokens = tensors["input_ids"], tensors["offsets"]
-        return LabelledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
+        return LabeledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
 
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         lengths = torch.cat([part["offsets"].diff() for part in parts])
