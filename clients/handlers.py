@@ -35,7 +35,7 @@ from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -86,8 +86,9 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
         corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
 
     global_starts = client_starts(config, server_state.adapter, plan.clients)
-    starts = _local_starts(config, global_starts, previous)
-    updates, failures = _train_clients(node, plan, engine, data, starts, corrections)
+    adapters = _local_starts(config, global_starts, previous)
+    starts = {client: Start(adapter, corrections.get(client, {})) for client, adapter in adapters.items()}
+    updates, failures = _train_clients(node, plan, engine, data, starts)
 
     sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
     errors = {client: state.quantization_error for client, state in previous.items()}
@@ -125,21 +126,20 @@ def _train_clients(
     plan: Plan,
     engine: Engine,
     data: FederatedData,
-    starts: Mapping[int, Adapter],
-    corrections: Mapping[int, Adapter],
+    starts: Mapping[int, Start],
 ) -> tuple[list[Update], dict[int, str]]:
     """Return the valid updates of the plan's clients, and the error messages of the other clients."""
     updates: list[Update] = []
     failures: dict[int, str] = {}
 
     def train_slice(clients: Sequence[int]) -> list[Update]:
-        return engine.train(data, plan, clients, starts, _report_progress, corrections)
+        return engine.train(data, plan, clients, starts, _report_progress)
 
     for clients in engine.slices(data, plan):
         trained, failed = _isolate_failures(node, clients, train_slice)
         failures |= failed
         for update in trained:
-            start = parts(starts[update.client], plan.trained_parts)
+            start = parts(starts[update.client].adapter, plan.trained_parts)
             expected = expected_update(plan.config, len(engine.model.gates.names), len(data.train[update.client]))
             try:
                 check_update(update, start, engine.model.group_of, expected)

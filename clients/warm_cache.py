@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.training import engine
 
@@ -27,4 +27,4 @@ def open_data(config: Config) -> FederatedData:
 @lru_cache(maxsize=4)
 def open_own_data(config: Config, path: str, client: int, num_clients: int) -> FederatedData:
     """Load the examples in the node's own file `path`, as those of `client`, from the token cache."""
-    return load_own(config, load_processor(config.model), path, client, num_clients)
+    return load_local_data(config, load_processor(config.model), path, client, num_clients)

@@ -9,7 +9,7 @@ from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.rule import Rule
 from copra_fl.config import Config
-from copra_fl.data.multi import DataSet
+from copra_fl.data.multi import DatasetRanges
 
 #: (adapters, residual) -> metrics of each adapter on W0 + residual, on the server's validation data
 Score = Callable[[Sequence[Adapter], Adapter], Sequence[Mapping[str, float]]]
@@ -35,7 +35,7 @@ class RunContext:
     num_groups: int
     score: Score
     secret: int = 0
-    datasets: Sequence[DataSet] = ()
+    datasets: Sequence[DatasetRanges] = ()
 
     @property
     def rule(self) -> Rule:

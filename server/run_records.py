@@ -80,7 +80,7 @@ def summarize(
         clients=tuple(clients),
         paths=last.paths,
         skipped_clients=tuple(data.skipped),
-        unassigned_examples=data.unassigned,
-        dropped_duplicates=data.dropped_duplicates,
-        dropped_empty=data.dropped_empty,
+        unassigned_examples=data.dropped.unassigned,
+        dropped_duplicates=data.dropped.duplicates,
+        dropped_empty=data.dropped.empty,
     )

@@ -19,7 +19,7 @@ from clients.app import app as client_app
 from copra_fl import wire
 from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data.federated import FederatedData
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from server.errors import FederationError
@@ -59,7 +59,7 @@ def test_each_node_is_one_client_with_the_examples_of_its_file(
 def test_a_file_of_any_format_is_read_completely(own: Settings, files: list[Path], site: int) -> None:
     config = Config.from_flat(own | {"labels": "sky,sea,sand"})
     tokenizer = load_processor(config.model)
-    data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
+    data = load_local_data(config, tokenizer, str(files[site]), client=1, num_clients=3)
     assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
     batch = data.examples.batch(np.concatenate([data.train[1], data.validation[1]]))
     read = sorted(zip(tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
@@ -150,7 +150,7 @@ def test_a_leak_is_found(
     def handshake(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
-        data = load_own(config, load_processor(config.model), path, client=0, num_clients=3)
+        data = load_local_data(config, load_processor(config.model), path, client=0, num_clients=3)
         reply.content["more"] = leak(data, path)
         return reply
 

@@ -39,7 +39,7 @@ from copra_fl.files import cache_dir
 from copra_fl.models.build import build_model, load_processor, model_source, resolve_config
 from copra_fl.seeding import generator
 from copra_fl.sources.assets import ASSETS
-from copra_fl.tasks.text_classification import LabelledTexts
+from copra_fl.tasks.text_classification import LabeledTexts
 
 STEADY_ROUNDS = 3
 WARM_UP = "warm-up"
@@ -208,26 +208,19 @@ def synthetic(config: Config) -> FederatedData:
     clients, tokens = config.data.num_clients, config.data.max_length
     examples_per_client = config.training.batch_size * config.training.local_steps
     number, rng = clients * examples_per_client, generator(0, "bench", "tokens")
-    examples = LabelledTexts(
+    examples = LabeledTexts(
         input_ids=torch.from_numpy(rng.integers(len(SPECIAL), len(VOCABULARY), number * tokens, np.int32)),
         offsets=torch.arange(number + 1) * tokens,
         labels=torch.from_numpy(rng.integers(0, NUM_LABELS, number)),
         pad_id=0,
         max_length=tokens,
     )
-    nothing = np.zeros(0, int)
     return FederatedData(
         examples=examples,
         label_names=[str(label) for label in range(NUM_LABELS)],
         client_names=[str(client) for client in range(clients)],
         train=np.split(np.arange(number), clients),
-        validation=[nothing] * clients,
-        server_validation=nothing,
-        test=nothing,
-        skipped=[],
-        unassigned=0,
-        dropped_duplicates=0,
-        dropped_empty=0,
+        validation=[np.zeros(0, int)] * clients,
         digest=SYNTHETIC,
         tokens_digest=SYNTHETIC,
     )

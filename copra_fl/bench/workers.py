@@ -30,7 +30,7 @@ from copra_fl.models.build import build_model, choose_device
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.engine import open_engine
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -109,10 +109,10 @@ def open_copra_fl(config: Config, data: FederatedData) -> Train:
     engine = open_engine(config.training.engine, config.model, config.copra.gate_group, NUM_LABELS, seed=0)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
-        starts = dict.fromkeys(plan.clients, adapter)
+        starts = dict.fromkeys(plan.clients, Start(adapter))
         updates: list[Update] = []
         for part in engine.slices(data, plan):
-            updates += engine.train(data, plan, part, starts, lambda number: None, {})
+            updates += engine.train(data, plan, part, starts, lambda number: None)
         return updates
 
     return train

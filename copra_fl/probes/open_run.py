@@ -28,7 +28,7 @@ from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
 from copra_fl.training.evaluation import evaluate_each
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.wording import join_words
 
 Split = Literal["server-validation", "test"]
@@ -252,14 +252,14 @@ class OpenRun:
             )
         chosen = [client for client in sampled if client in (only or sampled)]
         before = self.state(server_round - 1)
-        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, before.adapter)
+        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, Start(before.adapter))
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:
             progress("training clients again", done, len(chosen))
 
         slices = self.engine.slices(self.data, plan)
-        updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report, {}) for part in slices)
+        updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report) for part in slices)
         adapters = {update.client: complete(update, before.adapter) for update in updates}
         return {client: adapters[client] for client in chosen}
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
-from copra_fl.sources.assets import ASSETS, fetch, find, is_fetched
+from copra_fl.sources.assets import ASSETS, fetch, find_asset, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
@@ -51,7 +51,7 @@ def fetch_with_progress(names: Iterable[str], console: Console) -> None:
 
     Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
     """
-    missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
+    missing = [find_asset(name) for name in dict.fromkeys(names) if not is_fetched(name)]
     if not missing:
         return
     columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -85,7 +85,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         )
     config = resolve_config(config.changed(num_clients=num_clients))
     size = len(federated.label_names), federated.examples.max_length
-    config = memory_plan.fitted(config, memory_plan.plan(config, *size))
+    config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
 
@@ -108,14 +108,14 @@ def _prepare(config: Config) -> FederatedData:
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:
     notes = []
-    if federated.dropped_empty:
-        notes.append(f"{federated.dropped_empty} rows without content, label or client are left out")
-    if federated.dropped_duplicates:
-        notes.append(f"{federated.dropped_duplicates} held-out examples are left out: clients have the same examples")
+    if federated.dropped.empty:
+        notes.append(f"{federated.dropped.empty} rows without content, label or client are left out")
+    if federated.dropped.duplicates:
+        notes.append(f"{federated.dropped.duplicates} held-out examples are left out: clients have the same examples")
     if federated.held_out_names:
         notes.append(f"held-out clients: {', '.join(federated.held_out_names)}")
-    if federated.unassigned:
-        notes.append(f"seed {seed}: the partitioner assigned {federated.unassigned} examples to no client")
+    if federated.dropped.unassigned:
+        notes.append(f"seed {seed}: the partitioner assigned {federated.dropped.unassigned} examples to no client")
     if federated.skipped:
         names = ", ".join(federated.client_names[client] for client in federated.skipped)
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")
