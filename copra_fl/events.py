@@ -1,7 +1,7 @@
-"""What happens in a run, as it happens: lines that the command line draws its progress from.
+"""Events of a run while it goes on, from which the command line draws its progress.
 
-The processes of a run (server app, workers) append JSON lines to the file that the
-environment variable COPRA_FL_EVENTS names; without it nothing is written.
+The processes of a run (server app, workers) append one JSON object per line to the file that the environment variable
+COPRA_FL_EVENTS names. Without the variable nothing is written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ VARIABLE = "COPRA_FL_EVENTS"
 
 
 def emit(event: str, **fields: str | int | float | None) -> None:
-    """Append one event. A line is one small write, so that processes do not mix theirs."""
+    """Append one event in a single small write, so that lines of several processes do not mix."""
     path = os.environ.get(VARIABLE)
     if path:
         line = json.dumps({"event": event, **fields}) + "\n"

@@ -1,4 +1,4 @@
-"""Files and folders: the cache folder, digests, writes that are whole or absent."""
+"""Files and folders: the cache folder, digests, atomic writes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+#: columns of a line of `write_json`
+JSON_WIDTH = 120
+
 
 class CacheError(RuntimeError):
-    """A cache folder that cannot be made or written. The message names the folder and the remedy."""
+    """A cache folder that cannot be created or written. The message names the folder and what to do."""
 
 
 def cache_dir() -> Path:
@@ -47,8 +50,8 @@ def sha256(path: Path) -> str:
 def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file with `content`: readers see the old file or the whole new one.
 
-    The content is on the disk before the name changes, so that a power cut leaves one of the two as well.
-    `mode` are the permissions of a new file, before the umask.
+    The content is flushed to the disk before the file is renamed, so that this also holds after a power failure.
+    `mode` is the permissions of a new file, before the umask.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -62,8 +65,27 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON with `atomic_write`. Raises ValueError for NaN and infinities."""
+    atomic_write(path, _json_text(value) + "\n")
+
+
+def _json_text(value: object, indent: str = "") -> str:
+    """Return JSON in which an object or array stands on one line where it fits: a file of results reads as a table."""
+    line = json.dumps(value, allow_nan=False)
+    if len(indent) + len(line) <= JSON_WIDTH or not isinstance(value, Mapping | list | tuple):
+        return line
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(str(key))}: {_json_text(item, inner)}" for key, item in value.items()]
+    else:
+        items = [_json_text(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{closing}"
+
+
 def build_once(place: Path, build: Callable[[Path], Path]) -> None:
-    """Have one process make the folder `place`; other processes that want it wait.
+    """Make the folder `place` in one process, while other processes that need it wait.
 
     `build(scratch)` works in a new folder beside `place` and returns the finished folder in it, which is then renamed:
     an interrupted build leaves nothing at `place`.

@@ -1,6 +1,6 @@
-"""Logs for machines: with COPRA_FL_LOG=json a process writes one JSON object a line, Flower's own messages too.
+"""Log configuration: with COPRA_FL_LOG=json a process writes one JSON object per line, Flower's messages included.
 
-Without it Flower logs as it always does, and `copra_fl` beside it in plain words.
+Without it, Flower's text logs, plus copra_fl's with the prefix "copra-fl:".
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 VARIABLE = "COPRA_FL_LOG"
-#: a file that the process logs to besides: a ServerApp's own output goes nowhere but to `flwr log`
-BESIDE = "COPRA_FL_LOG_BESIDE"
-#: what every record has; whatever else one has was given as ``extra``, and is a field of its own
+#: names a file that the process logs to as well: the output of a ServerApp reaches `flwr log` only, not its container
+COPY_VARIABLE = "COPRA_FL_LOG_COPY"
+#: attributes of every record; all others were given as ``extra`` and become fields of the JSON object
 STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line: time (UTC), level, logger, process, message, the fields in ``extra``, and the exception."""
+    """Format a record as one line: time (UTC), level, logger, process, message, ``extra`` fields, and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -36,18 +36,19 @@ class JsonFormatter(logging.Formatter):
 
 
 def as_json() -> bool:
+    """Return True if the user asks for JSON logs."""
     return os.environ.get(VARIABLE) == "json"
 
 
 def configure() -> None:
-    """Set up what this process logs. Flower must have been imported: it gives its logger a handler then."""
-    ours, flowers = logging.getLogger("copra_fl"), logging.getLogger("flwr")
+    """Set up the loggers of this process. Call it after Flower is imported, which gives its logger a handler."""
+    library_log, flower_log = logging.getLogger("copra_fl"), logging.getLogger("flwr")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if BESIDE in os.environ:
-        handlers.append(logging.FileHandler(os.environ[BESIDE], encoding="utf-8"))
+    if COPY_VARIABLE in os.environ:
+        handlers.append(logging.FileHandler(os.environ[COPY_VARIABLE], encoding="utf-8"))
     for handler in handlers:
         handler.setLevel(logging.INFO)
         handler.setFormatter(JsonFormatter() if as_json() else logging.Formatter("copra-fl: %(message)s"))
-    ours.setLevel(logging.INFO)
-    ours.handlers = handlers
-    flowers.handlers = handlers if as_json() else [*flowers.handlers, *handlers[1:]]
+    library_log.setLevel(logging.INFO)
+    library_log.handlers = handlers
+    flower_log.handlers = handlers if as_json() else [*flower_log.handlers, *handlers[1:]]

@@ -1,11 +1,10 @@
-"""Where a result comes from: the versions, the sources and the machine that made it."""
+"""Provenance of results: versions of packages, digests of sources, and the machine."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,9 +12,9 @@ PACKAGES = ("copra-fl", "flwr", "ray", "torch", "transformers", "peft", "numpy",
 
 
 def source_digest(*folders: Path) -> str:
-    """SHA-256 over the names and contents of the Python files in `folders`, in the order of their names.
+    """Return the SHA-256 over names and contents of the Python files in `folders`, sorted by name.
 
-    Server and nodes compare it, so that a node cannot silently run other code.
+    Server and nodes compare it, so that no node runs other code unnoticed.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -26,12 +25,12 @@ def source_digest(*folders: Path) -> str:
 
 
 def library_digest(clients: Path) -> str:
-    """`source_digest` of this library and of the ``clients`` folder given."""
+    """Return the `source_digest` of this library and of the folder ``clients``."""
     return source_digest(Path(__file__).parent, clients)
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of `PACKAGES`."""
+    """Return the versions of Python and of `PACKAGES`."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -43,12 +42,11 @@ def _version(package: str) -> str:
 
 
 def machine() -> dict[str, str | int]:
-    """The machine, in words: enough to say where a time was measured."""
+    """Return a description of this machine, for results that contain times."""
     return {
         "system": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
-        "python": sys.executable,
     }
 
 

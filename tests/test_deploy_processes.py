@@ -1,6 +1,6 @@
 """A deployment without containers: SuperLink and SuperNodes as processes on this machine, with TLS and keys.
 
-The same apps, unchanged, and the commands of docker-compose.yml with other paths and ports.
+They run the unchanged apps with the commands of docker-compose.yml, but with other paths and ports.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from transformers import AutoModel
 
 from copra_fl.config import toml_value
 from copra_fl.deployment import certificates
-from copra_fl.deployment.layout import Folder
+from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.simulation.superlink import copy_app, free_port
+from tests.support.real_runs import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 300
 
 
 @dataclass
 class Processes:
     """A deployment's folder, and the processes started for it."""
 
-    folder: Folder
+    layout: DeploymentLayout
     port: int
     metrics_port: int = field(default_factory=free_port)
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        home = self.folder.flower_home if name == "superlink" else self.folder.root / name
+        home = self.layout.flower_home if name == "superlink" else self.layout.root / name
         environment = os.environ | {
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home),
@@ -57,15 +57,15 @@ class Processes:
         }
         with open(self.log(name), "ab") as log:
             self.started[name] = subprocess.Popen(
-                command, env=environment, cwd=self.folder.runs, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command, env=environment, cwd=self.layout.runs, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         return self.started[name]
 
     def start_superlink(self) -> None:
-        tls, state = self.folder.tls, self.folder.state
+        tls, state = self.layout.tls, self.layout.state
         self.start(
-            "superlink", sys.executable, "-m", "copra_fl.deployment.superlink", f"--nodes={self.folder.nodes}",
-            f"--metrics-port={self.metrics_port}", f"--runs={self.folder.runs}",
+            "superlink", sys.executable, "-m", "copra_fl.deployment.superlink", f"--nodes={self.layout.nodes}",
+            f"--metrics-port={self.metrics_port}", f"--runs={self.layout.runs}",
             "--host=0.0.0.0", f"--port={self.port}", f"--database={state / 'superlink.db'}",
             f"--ssl-ca-certfile={tls / 'ca.crt'}", f"--ssl-certfile={tls / 'server.crt'}",
             f"--ssl-keyfile={tls / 'server.key'}", "--enable-supernode-auth",
@@ -75,7 +75,7 @@ class Processes:
         self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0
     ) -> subprocess.Popen[bytes]:
         keys = [f"--auth-supernode-private-key={key}"] if key else []
-        config = f"partition-id={partition} num-partitions=2 keep-warm={keep_warm}"
+        config = f"partition-id={partition} num-partitions=2 warm-process={keep_warm}"
         return self.start(
             name, sys.executable, "-m", "copra_fl.deployment.supernode",
             f"--superlink=localhost:{self.port}", f"--port={free_port()}",
@@ -83,68 +83,68 @@ class Processes:
         )  # fmt: skip
 
     def log(self, name: str) -> Path:
-        return self.folder.root / f"{name}.log"
+        return self.layout.root / f"{name}.log"
 
     def start_nodes(self, keep_warm: int) -> None:
-        """Both, in place of those that run, and wait until they are connected."""
+        """Start both nodes in place of those that run, and wait until they are connected."""
         for number in range(2):
-            name, client = f"node-{number}", self.folder.client(number)
+            name, client = f"node-{number}", self.layout.client(number)
             if name in self.started:
                 self.started[name].terminate()
                 self.started[name].wait()
                 self.log(name).unlink()
             self.start_node(name, client.tls / "ca.crt", client.key, number, keep_warm)
         self.wait(
-            lambda: all(self.said(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
+            lambda: all(self.logged(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
         )
 
     def start_run(self, app: Path, settings: dict[str, object]) -> subprocess.Popen[str]:
-        """Submit a run; the process returned ends with it."""
+        """Submit a run; the returned process ends with it."""
         if not (app / "pyproject.toml").exists():
             copy_app(app)
         overrides = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())  # type: ignore[arg-type]
         command = [SCRIPTS / "flwr", "run", str(app), "deployment", "--stream", "--run-config", overrides]
-        environment = os.environ | {"FLWR_HOME": str(self.folder.flower_home)}
+        environment = os.environ | {"FLWR_HOME": str(self.layout.flower_home)}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def residents(self, name: str) -> list[int]:
         """The process ids of the residents that have answered on a node, in their order."""
-        found = re.findall(r"resident \(process (\d+)\): \w+", self.log(name).read_text(errors="replace"))
+        found = re.findall(r"warm process (\d+): \w+", self.log(name).read_text(errors="replace"))
         return list(dict.fromkeys(map(int, found)))
 
-    def said(self, name: str, words: str) -> bool:
-        return words in self.log(name).read_text(errors="replace")
+    def logged(self, name: str, text: str) -> bool:
+        return text in self.log(name).read_text(errors="replace")
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             logs = "".join(f"\n--- {name}\n{self.log(name).read_text(errors='replace')}" for name in self.started)
-            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}{logs}"
+            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}{logs}"
             time.sleep(0.2)
 
     def stop(self) -> None:
-        family = [psutil.Process(each.pid) for each in self.started.values() if each.poll() is None]
-        for process in [child for each in family for child in each.children(recursive=True)] + family:
+        running = [psutil.Process(process.pid) for process in self.started.values() if process.poll() is None]
+        for process in [child for parent in running for child in parent.children(recursive=True)] + running:
             if process.is_running():
                 process.kill()
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A SuperLink that knows two nodes, and both connected."""
-    folder, port = Folder(tmp_path_factory.mktemp("deployment")), free_port()
-    folder.make(2)
-    certificates.make_ca(folder)
-    certificates.make_server_certificate(folder, [])
-    certificates.make_node_keys(folder, 2)
-    (folder.flower_home / "config.toml").write_text(
+    """A SuperLink and two registered nodes, all connected."""
+    layout, port = DeploymentLayout(tmp_path_factory.mktemp("deployment")), free_port()
+    layout.make_folders(2)
+    certificates.make_ca(layout)
+    certificates.make_server_certificate(layout, [])
+    certificates.make_node_keys(layout, 2)
+    (layout.flower_home / "config.toml").write_text(
         f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "localhost:{port}"\n'
-        f'root-certificates = "{folder.tls / "ca.crt"}"\n'
+        f'root-certificates = "{layout.tls / "ca.crt"}"\n'
     )
-    processes = Processes(folder, port)
+    processes = Processes(layout, port)
     try:
         processes.start_superlink()
-        processes.wait(lambda: processes.said("superlink", "registering client-1: done"), "both keys registered")
+        processes.wait(lambda: processes.logged("superlink", "registering client-1: done"), "both keys registered")
         processes.start_nodes(keep_warm=0)
         yield processes
     finally:
@@ -152,46 +152,46 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.mark.parametrize("kind", ["no key", "unknown key", "wrong CA"])
-def test_a_stranger_is_turned_away(deployment: Processes, tmp_path: Path, kind: str) -> None:
-    """It ends by itself, and no more nodes than the two are active."""
-    other = Folder(tmp_path / "other")
-    other.make(1)
+def test_an_unregistered_node_is_rejected(deployment: Processes, tmp_path: Path, kind: str) -> None:
+    """It exits by itself and never gets a node id."""
+    other = DeploymentLayout(tmp_path / "other")
+    other.make_folders(1)
     certificates.make_ca(other)
     certificates.make_node_keys(other, 1)
-    ours, theirs = deployment.folder.client(1), other.client(0)
-    ca = theirs.tls / "ca.crt" if kind == "wrong CA" else ours.tls / "ca.crt"
-    key = {"no key": None, "unknown key": theirs.key, "wrong CA": ours.key}[kind]
-    name = f"stranger-{kind.replace(' ', '-')}"
+    registered, unknown = deployment.layout.client(1), other.client(0)
+    ca = unknown.tls / "ca.crt" if kind == "wrong CA" else registered.tls / "ca.crt"
+    key = {"no key": None, "unknown key": unknown.key, "wrong CA": registered.key}[kind]
+    name = f"unregistered-{kind.replace(' ', '-')}"
     process = deployment.start_node(name, ca, key)
-    deployment.wait(lambda: process.poll() is not None, "the stranger gives up")
+    deployment.wait(lambda: process.poll() is not None, "the unregistered node exits")
     assert process.returncode != 0
     reason = {
         "no key": "All SuperNodes must be registered",
         "unknown key": "Failed to activate SuperNode",
         "wrong CA": "certificate verify failed",
     }[kind]
-    assert deployment.said(name, reason), deployment.log(name).read_text()
-    assert not deployment.said(name, "SuperNode ID")
+    assert deployment.logged(name, reason), deployment.log(name).read_text()
+    assert not deployment.logged(name, "SuperNode ID")
 
 
-def test_the_network_reaches_the_fleet_api_alone(deployment: Processes) -> None:
-    """From the machine's own address, which is not loopback: as another machine would come."""
+def test_the_network_reaches_only_the_fleet_api(deployment: Processes) -> None:
+    """Call from this machine's network address, which is not loopback, as another machine would."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing; says which address packets would leave from
+        probe.connect(("192.0.2.1", 9))  # sends nothing; chooses the address that packets would leave from
         address = probe.getsockname()[0]
     if address.startswith("127."):
-        pytest.skip("this machine has no address but loopback")
+        pytest.skip("this machine has only a loopback address")
 
     def answer(host: str, path: str) -> int:
         url = f"https://{host}:{deployment.port}{path}"
-        context = ssl.create_default_context(cafile=deployment.folder.tls / "ca.crt")
-        context.check_hostname = False  # the certificate is not for this machine's own address
+        context = ssl.create_default_context(cafile=deployment.layout.tls / "ca.crt")
+        context.check_hostname = False  # the certificate is for localhost, not for this address
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
         request = urllib.request.Request(url, data=b"", headers={"X-Forwarded-For": "127.0.0.1"})
         try:
-            with opener.open(request, timeout=30) as response:
+            with opener.open(request, timeout=HANG_SECONDS) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -203,36 +203,36 @@ def test_the_network_reaches_the_fleet_api_alone(deployment: Processes) -> None:
 
 @pytest.fixture(scope="module")
 def settings(deployment: Processes, tiny: dict[str, object]) -> dict[str, object]:
-    return tiny | {"num-clients": 0, "num-rounds": 3, "rule": "flora", "output": str(deployment.folder.runs / "cold")}
+    return tiny | {"num-clients": 0, "num-rounds": 3, "rule": "flora", "output": str(deployment.layout.runs / "cold")}
 
 
 @pytest.fixture(scope="module")
 def cold(deployment: Processes, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on nodes that keep nothing warm: its folder."""
+    """Folder of a run on nodes without warm processes."""
     run = deployment.start_run(tmp_path_factory.mktemp("app"), settings)
-    said, _ = run.communicate(timeout=PATIENCE)
+    printed, _ = run.communicate(timeout=HANG_SECONDS)
     output = Path(str(settings["output"]))
-    assert (output / "summary.json").exists(), said
+    assert (output / "summary.json").exists(), printed
     return output
 
 
 def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(cold: Path, tiny: dict[str, object]) -> None:
     rows = [json.loads(line) for line in (cold / "journal.jsonl").read_text().splitlines()]
-    assert [[each["client"] for each in row["clients"]] for row in rows] == [[0, 1]] * 3
+    assert [[client["client"] for client in row["clients"]] for row in rows] == [[0, 1]] * 3
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(tiny["model"])), str(cold / "adapter"))
     assert any(".lora_" in name for name, _ in encoder.named_parameters())
 
 
-def test_an_operator_sees_the_nodes_and_the_run(deployment: Processes, cold: Path) -> None:
-    """Metrics over HTTP, and the round in the log: both as the journal has them."""
+def test_metrics_and_log_agree_with_the_journal(deployment: Processes, cold: Path) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=60) as response:
         families = text_string_to_metric_families(response.read().decode())
-    told = {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
-    assert [told["copra_fl_node_online", f"client-{number}"] for number in range(2)] == [1, 1]
+    samples = [sample for family in families for sample in family.samples]
+    metrics = {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+    assert [metrics["copra_fl_node_online", f"client-{number}"] for number in range(2)] == [1, 1]
     journal = (cold / "journal.jsonl").read_text().splitlines()
     last = json.loads(journal[-1])
-    assert (told["copra_fl_round", "cold"], told["copra_fl_finished", "cold"]) == (3, 1)
-    assert told["copra_fl_validation_accuracy", "cold"] == last["validation"]["accuracy"]
+    assert (metrics["copra_fl_round", "cold"], metrics["copra_fl_finished", "cold"]) == (3, 1)
+    assert metrics["copra_fl_validation_accuracy", "cold"] == last["validation"]["accuracy"]
 
     lines = deployment.log("superlink").read_text().splitlines()
     logged = [json.loads(line) for line in lines if line.startswith("{")]
@@ -248,23 +248,23 @@ def test_a_resident_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
 ) -> None:
     """Node 0's dies after the first round; the adapter is the cold run's all the same, and residents end with nodes."""
     deployment.start_nodes(keep_warm=600)
-    output = deployment.folder.runs / "warm"
+    output = deployment.layout.runs / "warm"
     run = deployment.start_run(tmp_path, settings | {"output": str(output)})
     deployment.wait(lambda: (output / "journal.jsonl").exists(), "the first round")
     os.kill(deployment.residents("node-0")[0], signal.SIGKILL)
-    said, _ = run.communicate(timeout=PATIENCE)
-    assert (output / "summary.json").exists(), said
+    printed, _ = run.communicate(timeout=HANG_SECONDS)
+    assert (output / "summary.json").exists(), printed
     residents = [deployment.residents(f"node-{number}") for number in range(2)]
-    assert [len(those) for those in residents] == [2, 1], said
+    assert [len(those) for those in residents] == [2, 1], printed
     adapters = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (cold, output)]
     assert adapters[0] == adapters[1]
     deployment.start_nodes(keep_warm=0)
     deployment.wait(lambda: not any(map(psutil.pid_exists, (residents[0][1], residents[1][0]))), "residents end")
 
 
-def test_a_key_that_is_taken_away_ends_its_node(deployment: Processes) -> None:
-    """And only its own: last in this file, since it takes the deployment apart."""
-    (deployment.folder.nodes / "client-1.pub").unlink()
+def test_removing_a_key_ends_its_node_only(deployment: Processes) -> None:
+    """The last test of this file, because it removes a node of the deployment."""
+    (deployment.layout.nodes / "client-1.pub").unlink()
     node = deployment.started["node-1"]
-    deployment.wait(lambda: node.poll() is not None, "node 1 is turned out")
+    deployment.wait(lambda: node.poll() is not None, "node 1 is rejected")
     assert deployment.started["node-0"].poll() is None

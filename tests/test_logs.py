@@ -1,4 +1,4 @@
-"""Logs as JSON, from a process of its own: what it prints is read line by line."""
+"""Logs of a process, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ logging.getLogger("copra_fl.deployment.registration").info("registering client-0
 
 def printed(**environment: str) -> list[str]:
     command = [sys.executable, "-c", PROGRAM]
-    ran = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    assert not ran.stdout
-    return ran.stderr.splitlines()
+    process = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert not process.stdout
+    return process.stderr.splitlines()
 
 
-def test_json_is_an_object_a_line() -> None:
-    first, broken, ours = (json.loads(line) for line in printed(COPRA_FL_LOG="json"))
+def test_json_logs_have_one_object_per_line() -> None:
+    first, broken, library = (json.loads(line) for line in printed(COPRA_FL_LOG="json"))
     assert first["message"] == 'round 3: it\'s "done"\nand more'
     assert (first["level"], first["logger"], first["round"], first["missing"]) == ("INFO", "flwr", 3, [{"client": 1}])
     assert abs((datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
     assert broken["level"] == "ERROR" and "ZeroDivisionError" in broken["exception"]
-    assert ours["logger"] == "copra_fl.deployment.registration"
+    assert library["logger"] == "copra_fl.deployment.registration"
 
 
-def test_words_are_flower_s_own_without_it() -> None:
+def test_text_logs_are_flower_s_and_copra_fl_s() -> None:
     lines = printed()
     assert lines[-1] == "copra-fl: registering client-0: done"
     assert "INFO" in lines[0] and not lines[0].startswith("{")

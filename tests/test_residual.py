@@ -1,4 +1,4 @@
-"""A residual has the effect of changed base weights, and is exported with the adapter for stock PEFT."""
+"""A residual acts as if it were added to W0, and is exported with the adapter for PEFT alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.tiny import Settings
 from tests.support.worlds import BATCH, World, assert_alike, jitter, random_residual
 
 
-def changed_for_real(world: World, change: Adapter) -> None:
-    """Add `change` to the base weights themselves."""
+def add_to_weights(world: World, change: Adapter) -> None:
+    """Add `change` to the base's weights."""
     for name in residual.modules(change):
         linear = world.plain.linears[name]
         linear.weight = nn.Parameter(linear.weight + residual.of(change, name).to(linear.weight), requires_grad=False)
@@ -30,13 +30,13 @@ def changed_for_real(world: World, change: Adapter) -> None:
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "factors"])
 @pytest.mark.parametrize("target", ["query,value", "all-linear"])
-def test_a_residual_is_equivalent_to_changed_base_weights(tiny: Settings, dense: bool, target: str) -> None:
-    """Oracle: the same model with changed base weights. Predictions with gates open and closed, and training."""
+def test_a_residual_acts_as_if_added_to_the_base(tiny: Settings, dense: bool, target: str) -> None:
+    """Oracle: the same model with changed base weights, in predictions with gates open and closed, and in training."""
     flat = tiny | {"local-steps": 10, "num-rounds": 4, "target-modules": target}
     beside, inside = World(flat, double=True), World(flat, double=True)
     change = random_residual(beside.plain, dense)
     beside.plain.write_residual(change)
-    changed_for_real(inside, change)
+    add_to_weights(inside, change)
     with torch.inference_mode():
         for mask in ([True] * 3, [False, True, False], [False] * 3):
             for world in (beside, inside):
@@ -51,7 +51,7 @@ def test_a_residual_is_equivalent_to_changed_base_weights(tiny: Settings, dense:
         assert_alike(update, inside.alone(update.client), 1e-10)
 
 
-def test_removing_a_residual_restores_the_output_bitwise(tiny: Settings) -> None:
+def test_removing_a_residual_restores_the_logits_bitwise(tiny: Settings) -> None:
     model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with torch.inference_mode():
         before = model(**BATCH)
@@ -63,10 +63,11 @@ def test_removing_a_residual_restores_the_output_bitwise(tiny: Settings) -> None
     assert not any(linear._forward_hooks for linear in model.linears.values())
 
 
-def test_a_residual_is_computed_in_the_dtype_of_the_base(tiny: Settings) -> None:
+def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
     world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
     world.plain.write_residual(random_residual(world.plain, True))
-    assert {matrix.dtype for matrices in world.plain.beside.values() for matrix in matrices} == {torch.bfloat16}
+    factors_by_module = world.plain.residual_factors.values()
+    assert {matrix.dtype for matrices in factors_by_module for matrix in matrices} == {torch.bfloat16}
     for update in world.together(0, 1):
         assert_alike(update, world.alone(update.client), 0.02)
 
@@ -85,7 +86,7 @@ def factors(d: int, k: int, rank: int, seed: int) -> Adapter:
     }
 
 
-def test_adding_keeps_the_sum_and_turns_dense_if_factors_are_not_smaller() -> None:
+def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> None:
     """d = 12, k = 20: factors of rank n have 32 n values, the matrix 240."""
     total, expected = factors(12, 20, 3, 0), residual.of(factors(12, 20, 3, 0), "m")
     for seed, names in enumerate([["m.residual_A", "m.residual_B"], ["m.residual"], ["m.residual"]], start=1):
@@ -96,9 +97,8 @@ def test_adding_keeps_the_sum_and_turns_dense_if_factors_are_not_smaller() -> No
     assert residual.add({}, total) == total == residual.add(total, {})
     x = torch.randn(5, 20)
     for change in (total, factors(12, 20, 3, 9)):
-        assert torch.allclose(
-            residual.product(x, residual.matrices(change, "m")), x @ residual.of(change, "m").float().T, atol=1e-4
-        )
+        expected_product = x @ residual.of(change, "m").float().T
+        assert torch.allclose(residual.product(x, residual.matrices(change, "m")), expected_product, atol=1e-4)
 
 
 CHANGES = {"dense": True, "factors": False, "none": None}
@@ -107,10 +107,10 @@ CHANGES = {"dense": True, "factors": False, "none": None}
 @pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
 @pytest.mark.parametrize("dense", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_a_saved_model_computes_the_same_in_stock_peft(
+def test_a_saved_model_gives_the_same_logits_in_peft_alone(
     tiny: Settings, tmp_path: Path, core: bool, dense: bool | None, scaling: str
 ) -> None:
-    """All linear modules: d = k, d > k and d < k."""
+    """The linear modules have d = k, d > k and d < k."""
     config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
     model = build_model(config, "layer", 3, seed=0, core=core)
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))

@@ -176,7 +176,7 @@ def test_a_node_that_has_forgotten_says_so_and_gets_everything_next_time(tiny: S
     flat = tiny | settings_of("fedex-lora") | {"num-rounds": 3, "failures": "tolerant"}
     rows = journal(run_federation(flat, tmp_path / "run", grid=ForgetfulGrid(2)))
     assert [len(row["clients"]) for row in rows] == [6, 3, 6]
-    assert "does not hold the global adapter of round 0 any more" in rows[1]["missing"][0]["reason"]
+    assert "no longer has the global adapter of round 0 in its cache" in rows[1]["missing"][0]["reason"]
 
 
 @pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.unequal_ranks])

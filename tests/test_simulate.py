@@ -1,4 +1,4 @@
-"""The real command on real Flower and Ray: to its end, killed, resumed, sabotaged."""
+"""`copra-fl simulate` and `compare` on real Flower and Ray: finished, killed, resumed, with a decoy package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from transformers import AutoModel
 
 from copra_fl.config import Config
 from copra_fl.simulation.progress import watch
-from copra_fl.simulation.superlink import RunFailed, Workers, superlink
+from copra_fl.simulation.superlink import RunFailed, Workers, ray_variables, superlink
 from tests.support.federations import final_adapter
 from tests.support.real_runs import RealRun, settings
 from tests.support.tiny import Settings
@@ -29,20 +30,19 @@ def num_rounds(directory: Path) -> int:
 
 @pytest.fixture(scope="module")
 def long(tiny: Settings) -> Settings:
-    """Rounds that take a second or two, to be caught in the middle."""
+    """Settings with rounds of a second or two, which a test can interrupt."""
     return tiny | {"num-rounds": 4, "local-steps": 150, "batch-size": 8}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(long: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One real run left alone: its folder and what it printed for machines.
+    """Folder and JSON output of one real run without any fault.
 
-    Its data file is named as the shell sees it, though Flower runs elsewhere.
+    Its data file is a path relative to the user's folder, though Flower runs in another one.
     """
     directory = tmp_path_factory.mktemp("undisturbed")
     os.link(str(long["dataset"]), directory / "mine.csv")
-    mine = settings(long | {"dataset": "mine.csv"})
-    arguments = ["simulate", *mine, "--output", "run", "--workers", "2", "--json"]
+    arguments = ["simulate", *settings(long | {"dataset": "mine.csv"}), "--output", "run", "--workers", "2", "--json"]
     out, _ = RealRun(arguments, directory).finish()
     return directory / "run", out
 
@@ -65,13 +65,13 @@ def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, st
 def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
 ) -> None:
-    """SIGKILL of the command: its SuperLink, server app and workers end too; --resume alone finishes the run."""
+    """SIGKILL of the command ends its SuperLink, server app and workers too; --resume alone finishes the run."""
     directory = tmp_path / "run"
     run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "2"], tmp_path)
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
-    run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
+    run.wait_until(lambda: not run.processes(), "the whole family gone")
     assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
     RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
     expected, resumed = final_adapter(undisturbed[0]), final_adapter(directory)
@@ -80,27 +80,35 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     assert again["test"] == json.loads(undisturbed[1])["test"]
 
 
-def test_a_killed_worker_is_an_error_that_loses_nothing(long: Settings, tmp_path: Path) -> None:
-    """One clear message; the rounds before it are in checkpoints, and the folder can be resumed (as above)."""
+def test_a_killed_worker_ends_the_run_with_one_message_and_all_checkpoints(long: Settings, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "1"], tmp_path)
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
-    run.processes("ray::ClientAppActor")[0].kill()
+    worker = run.processes("ray::ClientAppActor")[0]
+    assert worker.nice() == psutil.Process().nice(), "it has the priority of the command"
+    worker.kill()
     _, err = run.finish(code=1)
     assert "failed in round" in err and "Traceback" not in err
     assert len(list((directory / "checkpoints").glob("*.safetensors"))) == num_rounds(directory) >= 1
 
 
-def test_a_decoy_clients_folder_is_refused(long: Settings, tmp_path: Path) -> None:
-    """Ray's workers import from the SuperLink's working directory first: a clients/ folder there is run, and hello
-    finds out that it is not what the server has."""
+def test_the_niceness_of_workers_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the command's environment; a cluster has its own."""
+    monkeypatch.setenv("RAY_worker_niceness", "15")
+    assert ray_variables(tmp_path, None)["RAY_worker_niceness"] == "15"
+    assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379")
+
+
+def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> None:
+    """Ray's workers import from the SuperLink's working directory first, so they run a clients/ folder there; the
+    handshake compares its digest with the server's."""
     original = Path(__file__).parent.parent / "clients"
     config = Config.from_flat(long)
     with superlink(tmp_path / "flower.log") as link:
         decoy = link.home / "empty" / "clients"
         decoy.mkdir()
         for path in original.glob("*.py"):
-            (decoy / path.name).write_text(path.read_text() + "\n# not what the server has\n")
+            (decoy / path.name).write_text(path.read_text() + "\n# differs from the server's file\n")
         run_config = config.to_flat() | {"output": str(tmp_path / "run"), "resume": False}
         process = link.start_run(run_config, Workers.share(1, num_clients=6))
         with pytest.raises(RunFailed, match="runs other sources of copra_fl and clients"):
@@ -117,8 +125,8 @@ def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     assert json.loads(out)["rounds"] == 1
 
 
-def test_ctrl_c_leaves_no_process_and_the_comparison_goes_on(long: Settings, tmp_path: Path) -> None:
-    """2 methods x 2 seeds, stopped after the first run's end; the summary counts all four, paired by seed."""
+def test_ctrl_c_leaves_no_process_and_the_comparison_can_be_resumed(long: Settings, tmp_path: Path) -> None:
+    """2 methods x 2 seeds, stopped after the first run; resumed, the summary has all four runs."""
     short = {"num-rounds": 2, "local-steps": 40}
     arguments = ["compare", *settings(long | short), "--methods", "head,copra", "--seeds", "0,1", "--output", "both"]
     run = RealRun([*arguments, "--workers", "1"], tmp_path)
@@ -130,7 +138,7 @@ def test_ctrl_c_leaves_no_process_and_the_comparison_goes_on(long: Settings, tmp
     before = (first / "summary.json").stat().st_mtime
     out, _ = RealRun(["compare", "--output", "both", "--resume", "--json", "--workers", "1"], tmp_path).finish()
     summary = json.loads(out)
-    assert (first / "summary.json").stat().st_mtime == before, "what was finished is not run again"
+    assert (first / "summary.json").stat().st_mtime == before, "the finished run is not repeated"
     values = {name: len(method["test_accuracy"]["values"]) for name, method in summary["methods"].items()}
     assert values == {"head": 2, "copra": 2}
     assert (tmp_path / "both" / "report.html").exists()

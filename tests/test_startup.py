@@ -1,4 +1,4 @@
-"""How the processes of a run begin: the apps import nothing large, and threads sleep where torch is imported."""
+"""Start of the processes of a run: the apps import nothing large, and torch's threads sleep while they wait."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def printed_by(code: str) -> str:
+    """Return the standard output of a new Python process in which nobody has set OMP_WAIT_POLICY."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     root = Path(__file__).parent.parent
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -19,7 +22,20 @@ def test_the_apps_import_nothing_large() -> None:
     assert printed_by("import sys, clients.app, server.app; print({'torch', 'peft'} & sys.modules.keys())") == "set()"
 
 
-def test_threads_sleep_at_barriers_and_garbage_is_collected() -> None:
-    for module in ("clients.handlers", "server.runs"):
-        code = f"import {module}, gc, os; print(os.environ['OMP_WAIT_POLICY'], gc.isenabled())"
-        assert printed_by(code) == "PASSIVE True"
+@pytest.mark.parametrize("module", ["clients.handlers", "server.runs"])
+def test_threads_sleep_at_barriers_and_garbage_collection_is_on(module: str) -> None:
+    code = f"import {module}, gc, os; print(os.environ['OMP_WAIT_POLICY'], gc.isenabled(), gc.get_freeze_count() > 1e5)"
+    assert printed_by(code) == "PASSIVE True True"
+
+
+@pytest.mark.parametrize("command", ["--help", "simulate --help", "deploy run --help", "probe shapley --help"])
+def test_help_imports_nothing_large(command: str) -> None:
+    """`--help` answers in a third of a second; each of these modules would add seconds."""
+    code = (
+        f"import sys; sys.argv = ['copra-fl', *{command.split()}]\n"
+        "from copra_fl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('code', end.code)\n"
+        "print({'torch', 'pandas', 'numpy', 'scipy', 'flwr', 'ray', 'plotly', 'cryptography'} & sys.modules.keys())"
+    )
+    assert printed_by(code).splitlines()[-2:] == ["code 0", "set()"]

@@ -1,4 +1,4 @@
-"""A study: how rates are chosen, what is refused before anything starts, and a real one that is killed and goes on."""
+"""A study: choice of learning rates, rejected settings, reports, and a real study that is killed and continued."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from copra_fl.cli import main
-from copra_fl.cli.study import read_grids, samples
 from copra_fl.config import ConfigError
+from copra_fl.records import StudyResults
 from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
 from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.study import StudyCell, read_grids, sample_configs
 from tests.support.browser import check_page, needs_chromium
+from tests.support.command_line import run_command
 from tests.support.real_runs import RealRun
 from tests.support.run_folders import write_run
+from tests.support.tiny import Settings
 
 RATES = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
 
@@ -36,12 +38,12 @@ def test_the_search_finds_the_best_of_the_whole_grid_where_accuracy_has_one_peak
     assert len(tried) < len(RATES)
 
 
-def test_of_equal_rates_the_lowest_is_chosen() -> None:
+def test_the_lowest_of_equally_good_rates_is_chosen() -> None:
     assert best_rate({0.02: 0.4, 0.005: 0.4, 0.01: 0.3}) == 0.005
 
 
-def study_of(tiny: dict[str, object], **changes: dict[str, object]) -> Recipe:
-    """A study of two methods in one cell."""
+def make_study(tiny: Settings, **changes: Settings) -> Recipe:
+    """Return a study of two methods in one cell."""
     study = {
         "tuning": {"seeds": [10], "learning-rates": [0.002, 0.01]},
         "splits": {"iid": {"partitioner": "iid"}},
@@ -51,12 +53,12 @@ def study_of(tiny: dict[str, object], **changes: dict[str, object]) -> Recipe:
     return Recipe(tiny, study=study | changes)
 
 
-def cells(recipe: Recipe, wanted: str | None = None) -> list:
-    return [cell for _, found in read_grids(recipe, wanted, Path("out")) for cell in found]
+def cells(recipe: Recipe, grids: str | None = None) -> list[StudyCell]:
+    return [cell for _, grid_cells in read_grids(recipe, grids, Path("out")) for cell in grid_cells]
 
 
-def test_a_cell_is_tuned_and_tested_alike_but_for_rate_seed_and_what_tuning_leaves_out(tiny: dict[str, object]) -> None:
-    (cell,) = cells(study_of(tiny, tuning={"seeds": [10], "learning-rates": [0.01], "settings": {"path-pairs": 0}}))
+def test_tuning_and_test_runs_differ_in_rate_seed_and_tuning_settings_only(tiny: Settings) -> None:
+    (cell,) = cells(make_study(tiny, tuning={"seeds": [10], "learning-rates": [0.01], "settings": {"path-pairs": 0}}))
     tuning, test = cell.tuning_config("lora", 0.01, 10), cell.config("lora", 0.005, 0)
     changed = {difference.partition(":")[0] for difference in tuning.differences(test)}
     assert changed == {"learning-rate", "seed", "path-pairs"}
@@ -78,41 +80,36 @@ def test_a_cell_is_tuned_and_tested_alike_but_for_rate_seed_and_what_tuning_leav
         ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
     ],
 )
-def test_what_is_wrong_in_a_study_is_named(tiny: dict[str, object], changes: dict, message: str) -> None:
+def test_a_wrong_key_of_a_study_is_named(tiny: Settings, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        cells(study_of(tiny, **changes))
+        cells(make_study(tiny, **changes))
 
 
-def test_an_unknown_grid_is_named(tiny: dict[str, object]) -> None:
+def test_an_unknown_grid_is_named(tiny: Settings) -> None:
     with pytest.raises(ConfigError, match="unknown grid 'frist'. Did you mean 'first'"):
-        cells(study_of(tiny), "frist")
+        cells(make_study(tiny), "frist")
 
 
-def test_a_rule_without_a_global_model_is_refused(tiny: dict[str, object]) -> None:
+def test_a_rule_without_a_global_model_is_rejected(tiny: Settings) -> None:
     grid = {"methods": ["fedsa-lora"], "seeds": [0], "splits": ["iid"], "regimes": ["2x3"]}
-    (cell,) = cells(study_of(tiny, grids={"first": grid}))
-    with pytest.raises(ConfigError, match="rule = 'fedsa-lora' .* no global model"):
-        list(samples(cell))
+    (cell,) = cells(make_study(tiny, grids={"first": grid}))
+    with pytest.raises(ConfigError, match="'fedsa-lora' has no global model"):
+        list(sample_configs(cell))
 
 
-def test_a_bad_setting_in_the_last_cell_starts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_setting_in_the_last_cell_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parent.parent / "experiments/smoke.toml").read_text()
     text = text.replace("[study.regimes]", "[study.regimes]\nbad = { local-stepps = 2 }").replace(
         '["1x2"]', '["1x2", "bad"]'
     )
     (tmp_path / "mine.toml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["copra-fl", "study", "mine.toml"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert "unknown configuration key 'local-stepps'. Did you mean 'local-steps'" in capsys.readouterr().err
+    output = run_command("study", "mine.toml", code=2)
+    assert "unknown configuration key 'local-stepps'. Did you mean 'local-steps'" in output.message
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_can_make_a_method() -> None:
+def test_a_recipe_can_define_a_method() -> None:
     recipe = Recipe({"rank": 3}, {"slow": {"local-training": "copra", "p0": 0.2}, "lora": {"rank": 5}})
     assert (recipe.config("slow").copra.p0, recipe.config("slow").model.rank) == (0.2, 3)
     assert recipe.config("flora+slow").aggregation.rule == "flora" and recipe.config("lora").model.rank == 5
@@ -121,7 +118,7 @@ def test_a_recipe_can_make_a_method() -> None:
 
 
 def cell_folder(directory: Path) -> Path:
-    """A cell as a study leaves it: two methods, two rates, tuning seeds 0 and 1, seeds 0, 1 and 2."""
+    """Write a finished cell: two methods, two rates, tuning seeds 0 and 1, test seeds 0, 1 and 2."""
     validation = {
         "lora@0.002": [0.3, 0.5],
         "lora@0.01": [0.35, 0.35],
@@ -146,16 +143,17 @@ def cell_folder(directory: Path) -> Path:
 
 def test_rates_are_means_over_tuning_seeds_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
-    found = validation_accuracies(load_comparison(cell / "rates"))
-    assert found == {"lora": {0.002: 0.4, 0.01: 0.35}, "copra": {0.002: 0.25, 0.01: 0.25}}
+    accuracies = validation_accuracies(load_comparison(cell / "rates"))
+    assert accuracies == {"lora": {0.002: 0.4, 0.01: 0.35}, "copra": {0.002: 0.25, 0.01: 0.25}}
     (cell / "rates/copra@0.002-seed1/summary.json").unlink()
     assert validation_accuracies(load_comparison(cell / "rates"))["copra"] == {0.01: 0.25}
 
 
 def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
-    found = write(tmp_path, [cell], "copra-fl study mine")["cells"][0]
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["rates"]["lora"]["chosen"] == 0.002
+    results = write(tmp_path, [cell], "copra-fl study mine")
+    assert StudyResults.from_json((tmp_path / "results.json").read_text()) == results
+    assert results.cells[0].rates["lora"].chosen == 0.002
     accuracies = {
         method: [
             json.loads((cell / f"test/{method}-seed{seed}/summary.json").read_text())["test"]["accuracy"]
@@ -163,13 +161,13 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
         ]
         for method in ("lora", "copra")
     }
-    pairs = np.subtract(accuracies["copra"], accuracies["lora"])
-    interval = stats.ttest_1samp(pairs, 0).confidence_interval()
-    gain = found["differences"]["copra"]["test_accuracy"]
-    assert gain["mean"] == pytest.approx(pairs.mean()) and gain["interval"] == pytest.approx(tuple(interval))
-    points = gains_against({"cells": [found]}, "merge_gap_accuracy")
-    gaps = found["differences"]["copra"]["merge_gap_accuracy"]["values"]
-    assert pearson(points) == pytest.approx(stats.pearsonr(gaps, pairs).statistic)
+    differences = np.subtract(accuracies["copra"], accuracies["lora"])
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    gain = results.cells[0].differences["copra"].get("test_accuracy")
+    assert gain.mean == pytest.approx(differences.mean()) and gain.interval == pytest.approx(tuple(interval))
+    gaps = results.cells[0].differences["copra"].get("merge_gap_accuracy").values
+    points = gains_against(results, "merge_gap_accuracy")
+    assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
 
 
 @needs_chromium
@@ -177,13 +175,13 @@ def test_the_report_opens_in_a_browser(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
     results = write(tmp_path, [cell], "copra-fl study mine")
     html = (tmp_path / "report.html").read_text()
-    assert "iid" in html and "the best rate of lora is the last of the grid, 0.002" in html
+    assert "iid" in html and "the best rate of lora, 0.002, is at the edge of the rates tried" in html
     check_page(tmp_path / "report.html", 3 + len(predictors(results)))
 
 
 @pytest.fixture
-def study_file(tmp_path: Path, tiny: dict[str, object]) -> Path:
-    """The study of `study_of`, as a file."""
+def study_file(tmp_path: Path, tiny: Settings) -> Path:
+    """The study of `make_study`, as a file."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in tiny.items()]
     path = tmp_path / "mine.toml"
     path.write_text(
@@ -207,29 +205,29 @@ regimes = ["2x3"]
 
 
 @pytest.mark.slow
-def test_a_study_survives_a_kill_and_skips_what_is_finished(study_file: Path, tmp_path: Path) -> None:
+def test_a_study_is_continued_after_a_kill_without_repeating_finished_runs(study_file: Path, tmp_path: Path) -> None:
     arguments = ["study", str(study_file), "--output", "runs"]
     rates, test = (tmp_path / "runs/first/iid/2x3" / stage for stage in ("rates", "test"))
     killed = RealRun(arguments, tmp_path)
     killed.wait_until(lambda: (rates / "lora@0.01-seed10/summary.json").exists(), "the second run")
     killed.process.send_signal(signal.SIGKILL)
-    killed.wait_until(lambda: not killed.processes(), "no process left", 60)
+    killed.wait_until(lambda: not killed.processes(), "no process left")
     done = {path: path.stat().st_mtime_ns for path in rates.glob("*/summary.json")}
     assert 2 <= len(done) < 6
     RealRun(arguments, tmp_path).finish()
     assert {path: path.stat().st_mtime_ns for path in done} == done, "finished runs were not run again"
     results = json.loads((tmp_path / "runs/first/results.json").read_text())["cells"][0]
     for method, key in (("lora", "learning-rate"), ("head", "head-learning-rate")):
-        ends = {
+        accuracies = {
             rate: json.loads((rates / f"{method}@{rate}-seed10/summary.json").read_text())["validation"]["accuracy"]
             for rate in ("0.002", "0.01", "0.05")
         }
-        best = max(ends, key=ends.__getitem__)
+        best = max(accuracies, key=accuracies.__getitem__)
         assert results["rates"][method]["chosen"] == float(best)
         assert f"\n{key} = {best}\n" in (test / f"{method}-seed1/config.toml").read_text()
     study_file.write_text(study_file.read_text().replace("seeds = [0, 1]", "seeds = [1]"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")}
-    RealRun(arguments, tmp_path).finish(timeout=60)
+    RealRun(arguments, tmp_path).finish()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")} == before
     results = json.loads((tmp_path / "runs/first/results.json").read_text())["cells"][0]
     assert results["seeds"] == [1] and results["unfinished"] == []

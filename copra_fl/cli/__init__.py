@@ -1,8 +1,10 @@
-"""The command line, `copra-fl`: one file a command. Exit codes: 0; 1 the run failed; 2 bad usage or configuration."""
+"""The command line, `copra-fl`: one file per command. Its exit codes are in `ExitCode`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import NoReturn
 
 import click
@@ -23,15 +25,27 @@ from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose_command import ComposeFailed
 from copra_fl.files import CacheError
+from copra_fl.reporting.results import ResultsError
 from copra_fl.simulation.superlink import RunFailed
-from copra_fl.sources.assets import AssetError
+from copra_fl.sources.assets import AssetError, UnknownAssetError
 
-#: what typer makes of Ctrl-C
-INTERRUPTED = 130
+
+class ExitCode(IntEnum):
+    """Exit codes of all commands. Every error is one message on standard error, "copra-fl: ..."."""
+
+    #: the command did its work
+    DONE = 0
+    #: the work failed: a run or node stopped, a download failed, Docker reported an error, a folder is not writable
+    FAILED = 1
+    #: the command line, the configuration or the given folder is wrong; nothing was started
+    USAGE = 2
+    #: stopped with Ctrl-C (typer's code for it); finished rounds are kept
+    INTERRUPTED = 130
+
 
 app = typer.Typer(
     name="copra-fl",
-    help="Federated LoRA with CopRA: simulate clients, compare methods, see whether adapters average well.",
+    help="Federated LoRA with CopRA: simulate clients, compare methods, measure how well adapters average.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,22 +68,27 @@ app.add_typer(probe.app, name="probe")
 app.add_typer(assets.app, name="assets")
 
 
-def main() -> None:
-    """The console script."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command in `arguments` (default: those of the process) and exit with an `ExitCode`."""
     try:
-        code = app(standalone_mode=False)
-    except ConfigError as error:
-        fail(str(error), 2)
+        code = app(arguments, prog_name="copra-fl", standalone_mode=False)
+    except (ConfigError, ResultsError, UnknownAssetError) as error:
+        fail(str(error), ExitCode.USAGE)
     except (RunFailed, AssetError, CacheError, ComposeFailed) as error:
-        fail(str(error), 1)
-    except click.ClickException as error:
+        fail(str(error), ExitCode.FAILED)
+    except click.ClickException as error:  # exit_code is USAGE for click's own errors
         error.show()
         sys.exit(error.exit_code)
-    if code == INTERRUPTED:
-        fail("stopped; the same command goes on after the last finished round (all but study: with --resume)", code)
-    sys.exit(code)
+    if code == ExitCode.INTERRUPTED:
+        fail(
+            "stopped. To continue after the last finished round, repeat the command with --resume "
+            "(`copra-fl study`: without it)",
+            ExitCode.INTERRUPTED,
+        )
+    sys.exit(code or ExitCode.DONE)
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: ExitCode) -> NoReturn:
+    """Print `message` on standard error and exit with `code`."""
     print(f"copra-fl: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`copra-fl bench`: how fast our engine is, measured against Flower's and PEFT's own ways in one run."""
+"""`copra-fl bench`: time the stacked engine against plain Flower and PEFT on equal work."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from copra_fl import provenance
+from copra_fl import provenance, startup
 from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
-    from copra_fl.bench.findings import Table
     from copra_fl.bench.sizes import Size
+    from copra_fl.reporting.tables import DataTable
 
 
 class SizeName(StrEnum):
@@ -33,7 +32,7 @@ class SizeName(StrEnum):
     SMOKE = "smoke"
 
 
-#: of `bench.contest.CONTESTANTS`, which is slow to import
+#: of `bench.runner.COMPETITORS`, which is slow to import
 LETTERS = "abcdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
@@ -41,34 +40,34 @@ DEFAULT_REPEATS = 5
 QUICK_LETTERS = "cg"
 
 SizeOption = Annotated[
-    list[SizeName] | None, typer.Option("--size", help="May be given several times. Default: all but smoke.")
+    list[SizeName] | None, typer.Option("--size", help="Size of the work. May be repeated. Default: all but smoke.")
 ]
 RepeatsOption = Annotated[
-    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each contestant. Default: {DEFAULT_REPEATS}.")
+    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each competitor. Default: {DEFAULT_REPEATS}.")
 ]
 EngineOnlyOption = Annotated[
-    bool, typer.Option("--engine-only", help="Without Flower and Ray, which need not be installed.")
+    bool, typer.Option("--engine-only", help="Leave out Flower and Ray, which need not be installed then.")
 ]
 RandomBaseOption = Annotated[
-    bool, typer.Option("--random-base", help="Random weights of MiniLM's shape, where MiniLM cannot be had.")
+    bool, typer.Option("--random-base", help="Use random weights with the shapes of MiniLM instead of MiniLM.")
 ]
-ContestantsOption = Annotated[
+CompetitorsOption = Annotated[
     str | None,
-    typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are. Default: all."),
+    typer.Option("--competitors", help="Their letters, for example bce; the tables say who they are. Default: all."),
 ]
 QuickOption = Annotated[
     bool,
     typer.Option(
         "--quick",
-        help="At most 3 minutes on 2 idle cores: our engine against the PEFT loop, no Flower, few clients, one repeat. "
-        "The output says what that leaves out.",
+        help="At most 3 minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
+        "clients and one repeat. The output lists what is left out.",
     ),
 ]
 JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print medians as JSON on standard output, tables on standard error. Contestants are naive, tuned, loop, "
+        help="Print medians as JSON on standard output, tables on standard error. Competitors are naive, tuned, loop, "
         "node, cohort, engine_float32, engine: (a) to (g). overhead and small are clients per second of LoRA, compute "
         "of lora and copra; null is what did not run.",
     ),
@@ -78,19 +77,22 @@ PageOption = Annotated[
     typer.Option(
         "--page",
         metavar="NAME.json",
-        help="Measure nothing: read stored results, and write their page. Several times for several on one page.",
+        help="Measure nothing; write the page of stored results. May be repeated to show several results on one page.",
     ),
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", help="NAME of NAME.json, NAME.md and NAME.html. Default: dated, experiments/results/."),
+    typer.Option(
+        "--output",
+        help="Path without suffix for the .json, .md and .html files. Default: a dated name in experiments/results/.",
+    ),
 ]
 
 
 def bench(
     size: SizeOption = None,
     repeats: RepeatsOption = None,
-    contestants: ContestantsOption = None,
+    competitors: CompetitorsOption = None,
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
     quick: QuickOption = False,
@@ -98,30 +100,33 @@ def bench(
     page: PageOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Time our engine and its rivals on equal work; ends in tables, a page and a verdict on each target.
+    """Time the stacked engine and its competitors on equal work; write tables, a page and a verdict on each target.
 
-    No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
+    No time counts unless all competitors end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
-        if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
-            raise ConfigError("--page measures nothing: of the other options only --output goes with it")
+        if any((size, repeats, competitors, engine_only, random_base, quick, as_json)):
+            raise ConfigError("--page measures nothing and can be combined with --output only")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
-    if quick and (size or repeats or contestants):
-        raise ConfigError("--quick chooses sizes, contestants and repeats; leave it out to choose them yourself")
-    if strangers := set(contestants or "") - set(LETTERS):
-        raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contestants alike, see copra_fl/process.py
-    warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
+    if quick and (size or repeats or competitors):
+        raise ConfigError("--quick chooses sizes, competitors and repeats; leave it out to choose them yourself")
+    if strangers := set(competitors or "") - set(LETTERS):
+        raise ConfigError(f"--competitors {competitors!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
+    startup.prepare()  # for all competitors alike: their processes inherit this environment
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.bench import findings, sizes, summary
+    from copra_fl.files import write_json
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
     chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in size or DEFAULT_SIZES]
-    letters = QUICK_LETTERS if quick else contestants or LETTERS
+    letters = QUICK_LETTERS if quick else competitors or LETTERS
     repeats = 1 if quick else repeats or DEFAULT_REPEATS
-    facts: findings.Facts = {
+    facts: findings.BenchFacts = {
         "command": shlex.join(["copra-fl", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": _machine(),
@@ -131,27 +136,25 @@ def bench(
     }
     for each in chosen:
         facts["sizes"][each.name] = _measure(each, repeats, letters, engine_only or quick, random_base, console)
-        tables = findings.tables(facts)  # written after each size: the next one can take an hour
+        tables = findings.tables(facts)  # written after each size, because the next one can take an hour
         left_out = list(summary.left_out(facts))
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(stem.with_suffix(".json"), facts)
         stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
     _print_tables(tables, left_out, console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
-    except ImportError as error:  # a GPU machine need not have plotly
-        console.print(f"no page: {error}. Elsewhere, copra-fl bench --page {stem.name}.json writes it", soft_wrap=True)
+    except ImportError as error:  # a GPU machine may lack plotly
+        console.print(
+            f"no page: {error}. Write it on another machine: copra-fl bench --page {stem.name}.json", soft_wrap=True
+        )
     if as_json:
         print(json.dumps(summary.summary(facts), indent=2))
 
 
-def _print_tables(tables: list[Table], left_out: list[str], console: Console) -> None:
+def _print_tables(tables: list[DataTable], left_out: list[str], console: Console) -> None:
     for table in tables:
-        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
-        shown = rich_table.Table(*columns, title=table.title, caption=table.note)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(table.rich())
     for sentence in left_out:
         console.print(sentence, highlight=False)
 
@@ -162,7 +165,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--page {path}: {error}") from error
     if not isinstance(facts, dict) or "sizes" not in facts:
-        raise ConfigError(f"--page {path} is not the NAME.json of a benchmark")
+        raise ConfigError(f"--page {path} is not a result file of copra-fl bench")
     return facts
 
 
@@ -184,21 +187,23 @@ def _machine() -> dict[str, Any]:
 def _measure(
     size: Size, repeats: int, letters: str, engine_only: bool, random_base: bool, console: Console
 ) -> dict[str, Any]:
-    """All facts of one size."""
+    """Measure one size; return its results."""
     import torch
 
-    from copra_fl.bench import contest, findings, simulations, sizes, steps, workers
+    from copra_fl.bench import findings, runner, simulations, sizes, steps, workers
 
     name, gpu = size.name, torch.cuda.is_available()
-    contestants = [
-        each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
+    competitors = [
+        competitor
+        for competitor in runner.COMPETITORS
+        if competitor.letter in letters and not (engine_only and competitor.on_flower)
     ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
     cores = os.cpu_count() or 1
-    shares = contest.divisions(cores, size.clients, gpu)[: None if size.divided else 1]
+    splits = runner.core_splits(cores, size.clients, gpu)[: None if size.all_core_splits else 1]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        total = contest.num_runs(contestants, shares, repeats, size) + size.schedule * steps.num_runs(repeats)
+        total = runner.num_runs(competitors, splits, repeats, size) + size.schedule * steps.num_runs(repeats)
         task = progress.add_task(name, total=total)
 
         def show(what: str) -> None:
@@ -206,32 +211,32 @@ def _measure(
             if not console.is_terminal:
                 console.print(f"{name}: {what}", highlight=False, soft_wrap=True)
 
-        results = contest.race(workload, contestants, shares, repeats, show)
+        results = runner.run_all(workload, competitors, splits, repeats, show)
         facts = findings.size_facts(workload, results)
-        by_letter = {result.contestant.letter: result for result in results}
+        by_letter = {result.competitor.letter: result for result in results}
         if size.scaling and "g" in by_letter:
-            runs = contest.scale(workload, by_letter["g"], repeats, show)
+            runs = runner.scale(workload, by_letter["g"], repeats, show)
             adapter = workers.start_adapter(by_letter["g"].config)
             facts["scaling"] = findings.scaling_facts(runs, adapter)
             if "e" in by_letter:
                 show("copra-fl simulate, first round")
                 result = by_letter["e"]
                 facts["simulate_first_round"] = [
-                    simulations.first_round_of_simulate(result.config, result.share) for _ in range(repeats)
+                    simulations.first_round_of_simulate(result.config, result.core_split) for _ in range(repeats)
                 ]
         if size.schedule and "g" in by_letter:
-            whole = workers.Share(1, cores)
+            whole = workers.CoreSplit(1, cores)
             facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], whole, repeats, show))
     return facts
 
 
 def _default_output() -> Path:
-    """Below experiments/results in a checkout, else here."""
+    """Return a dated name in experiments/results in a checkout, else in the current folder."""
     folder = Path("experiments/results") if Path("experiments").is_dir() else Path()
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[Table], left_out: list[str]) -> str:
+def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str]) -> str:
     from copra_fl.bench import findings
 
     origin = [

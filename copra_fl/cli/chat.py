@@ -1,4 +1,4 @@
-"""`copra-fl chat`: try what a run has taught its language model."""
+"""`copra-fl chat`: talk to the language model of a run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,29 @@ TASK = "causal-lm"
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run of a language model.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished run of a language model.", show_default=False)
+    ],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this and end. Default: each line typed.")
+        str | None,
+        typer.Option("--prompt", help="Answer this prompt and exit. Default: read prompts from standard input."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token; else drawn.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 128,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
 ) -> None:
-    """Answer lines with a run's adapter, each by itself as in training; a run of plain texts goes on from the line."""
+    """Answer prompts with the adapter of a run; a model trained on plain texts continues each line.
+
+    Each prompt is answered by itself, as in training: the model does not see earlier prompts.
+    """
     config = Config.from_toml(run / "config.toml")
     check(run, config)
 
-    import copra_fl.startup  # noqa: F401
+    from copra_fl import startup
+
+    startup.prepare()
     from copra_fl.models.export import load
     from copra_fl.seeding import torch_stream
     from copra_fl.tasks.causal_lm import beginning, opening
@@ -42,23 +52,23 @@ def chat(
 
 
 def check(run: Path, config: Config) -> None:
-    """Raise ConfigError for a run that has nothing to chat with."""
+    """Raise ConfigError for a run without a language model or without an adapter."""
     if config.model.task != TASK:
-        raise ConfigError(f"{run} is a run of task = {config.model.task!r}; only one of {TASK!r} can be chatted with")
+        raise ConfigError(f"{run} has task = {config.model.task!r}, but chat needs a run with task = {TASK!r}")
     if not (run / "adapter" / "task.json").exists():
-        raise ConfigError(f"{run} has no adapter: it has not finished, or its rule leaves each client its own")
+        raise ConfigError(f"{run} has no adapter: the run has not finished, or its rule trains one model per client")
 
 
 def stream(saved: SavedModel, text: str, temperature: float, max_tokens: int) -> None:
-    """Print what the model goes on with after `text`, token by token."""
+    """Print the model's continuation of `text`, token by token."""
     from transformers import TextStreamer
 
     tokenizer = saved.processor
     inputs = tokenizer(text, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     saved.model.peft.generate(
         **inputs.to(saved.model.device),
-        **drawn,
+        **sampling,
         max_new_tokens=max_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -67,7 +77,7 @@ def stream(saved: SavedModel, text: str, temperature: float, max_tokens: int) ->
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, until there is no more."""
+    """Yield the lines of standard input that are not empty."""
     while True:
         try:
             line = input("> ")

@@ -1,11 +1,10 @@
 """`copra-fl deploy init | up | logs | down`: a deployment's folder and its containers (`run` and `status`: deploy_run).
 
-Everything is in one folder (copra_fl/deployment/folder.py), and plain compose commands work in it too.
+Everything lies in one folder (copra_fl/deployment/layout.py); plain compose commands work in it too.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +12,14 @@ import typer
 from rich.console import Console
 
 from copra_fl.config import ConfigError
-from copra_fl.deployment import compose, compose_command, nodes
-from copra_fl.deployment.layout import Folder, client_name
-from copra_fl.simulation.superlink import RunFailed, app_directory
+from copra_fl.deployment import compose, nodes
+from copra_fl.deployment.compose_command import find_compose
+from copra_fl.deployment.layout import DeploymentLayout, client_name
+from copra_fl.simulation.superlink import app_directory
 
-app = typer.Typer(help="Run a federation on real nodes: containers, TLS, keys.", no_args_is_help=True)
+app = typer.Typer(help="Run a federation on real nodes: containers, TLS, node keys.", no_args_is_help=True)
 console = Console(stderr=True)
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
 
 
 @app.command()
@@ -27,88 +27,91 @@ def init(
     directory: Directory,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Number of clients.")] = 2,
     host: Annotated[
-        list[str] | None, typer.Option("--host", help="Name or address of the server for clients on other machines.")
+        list[str] | None,
+        typer.Option(
+            "--host",
+            help="Name or address of the server, for clients on other machines; opens the port to the network. "
+            "May be repeated.",
+        ),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the server.")] = 8000,
     metrics_port: Annotated[
         int | None,
-        typer.Option("--metrics-port", min=1, max=65535, help="Port of this machine's loopback for Prometheus."),
+        typer.Option("--metrics-port", min=1, max=65535, help="Port for Prometheus metrics on localhost."),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys: whoever connects is a node.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS and no keys: anyone can connect as a node.")
+    ] = False,
 ) -> None:
-    """Make keys, certificates and compose files in DIR. Repeated, it keeps the CA, the keys and the data."""
+    """Create keys, certificates and compose files in DIR. Repeating it keeps the CA, the keys and the data."""
     from copra_fl.deployment import certificates
 
-    folder, hosts = Folder(directory.absolute()), host or []
-    if folder.root.exists() and any(folder.root.iterdir()) and not folder.exists:
+    layout, hosts = DeploymentLayout(directory.absolute()), host or []
+    if layout.root.exists() and any(layout.root.iterdir()) and not layout.exists:
         raise ConfigError(f"{directory} is not empty and holds no deployment; name a new folder")
-    folder.make(clients)
+    layout.make_folders(clients)
     if not insecure:
-        certificates.make_ca(folder)
-        certificates.make_server_certificate(folder, hosts)
-        certificates.make_node_keys(folder, clients)
-    nodes.write_connection(folder, insecure)
+        certificates.make_ca(layout)
+        certificates.make_server_certificate(layout, hosts)
+        certificates.make_node_keys(layout, clients)
+    nodes.write_connection(layout, insecure)
     settings = {
         "COPRA_FL_SOURCE": str(app_directory()),
-        "COPRA_FL_DEPLOYMENT": str(folder.root),
+        "COPRA_FL_DEPLOYMENT": str(layout.root),
         "COPRA_FL_CLIENTS": str(clients),
-        "COPRA_FL_USER": folder.user,
+        "COPRA_FL_USER": layout.container_user,
         "COPRA_FL_LISTEN": f"{'0.0.0.0' if hosts else '127.0.0.1'}:{port}",
     }
     server = f"{hosts[0]}:{port}" if hosts else None
-    compose.write(folder, app_directory(), clients, server, insecure, metrics_port, settings)
-    folder.hand_over()
+    compose.write(layout, app_directory(), clients, server, insecure, metrics_port, settings)
+    layout.give_to_image_user()
     if insecure:
-        console.print("[bold red]insecure[/]: nothing is encrypted, and whoever reaches the port is a client")
-    console.print(f"{folder.root}: {clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
+        console.print("[bold red]insecure[/]: nothing is encrypted, and anyone who reaches the port can be a client")
+    console.print(f"{layout.root}: {clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
 
 
 @app.command()
 def up(
     directory: Directory,
-    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each client (docker-compose.gpu.yml).")] = False,
-    build: Annotated[
-        bool, typer.Option("--build/--no-build", help="Build the image, or take the one there is.")
-    ] = True,
-    wait: Annotated[int, typer.Option("--wait", min=1, help="Seconds for the clients to connect.")] = 180,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Give each client a GPU (docker-compose.gpu.yml).")] = False,
+    build: Annotated[bool, typer.Option("--build/--no-build", help="Build the image, or use the existing one.")] = True,
+    wait: Annotated[
+        int, typer.Option("--wait", min=1, help="Maximum number of seconds to wait for the clients to connect.")
+    ] = 180,
     server_only: Annotated[
-        bool, typer.Option("--server-only", help="The SuperLink alone: the clients are on machines of their own.")
+        bool, typer.Option("--server-only", help="Start only the SuperLink; the clients run on other machines.")
     ] = False,
 ) -> None:
-    """Build the image, start the SuperLink and the clients, and wait until all are connected."""
-    folder = Folder.open(directory)
-    containers = compose_command.find(folder)
+    """Build the image, start the SuperLink and the clients, and wait until all clients are connected."""
+    layout = DeploymentLayout.open(directory)
+    compose_command = find_compose(layout)
     if build and not (app_directory() / "Dockerfile").exists():
         raise ConfigError(
-            "there is no Dockerfile beside an installed copra-fl: build the image from a checkout, then up --no-build"
+            "an installed copra-fl has no Dockerfile: build the image in a checkout, then use `up --no-build`"
         )
     if build:
         for service in ["superlink", *([client_name(0)] if gpu else [])]:
-            containers.run("build", service, gpu=gpu)
-    containers.run("up", "-d", *(["superlink"] if server_only else []), gpu=gpu)
-    wanted = 0 if server_only else compose.num_clients(folder)
-    deadline = time.monotonic() + wait
-    while (found := nodes.find(containers)) is None or sum(node.status == "online" for node in found) < wanted:
-        if time.monotonic() > deadline:
-            what = (
-                "the SuperLink does not answer" if found is None else f"connected is too little: {nodes.words(found)}"
-            )
-            raise RunFailed(f"after {wait} s {what}; why: copra-fl deploy logs {directory}")
-        time.sleep(1)
-    console.print(f"{nodes.words(found)}; next: copra-fl deploy run smoke {directory}", soft_wrap=True)
+            compose_command.run("build", service, gpu=gpu)
+    compose_command.run("up", "-d", *(["superlink"] if server_only else []), gpu=gpu)
+    num_clients = 0 if server_only else compose.num_clients(layout)
+    online = nodes.wait_until_online(compose_command, num_clients, wait)
+    console.print(f"{nodes.describe(online)}; next: copra-fl deploy run smoke {directory}", soft_wrap=True)
 
 
 @app.command()
 def logs(
     directory: Directory,
-    service: Annotated[str | None, typer.Argument(metavar="[SERVICE]", help="superlink, client-0, ...")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until Ctrl-C.")] = False,
+    service: Annotated[
+        str | None, typer.Argument(metavar="[SERVICE]", help="superlink, client-0, ... Default: all services.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print new output until Ctrl-C.")] = False,
 ) -> None:
-    """What the containers have printed."""
-    compose_command.find(Folder.open(directory)).run("logs", *(["-f"] if follow else []), *filter(None, [service]))
+    """Print the logs of the containers."""
+    compose_command = find_compose(DeploymentLayout.open(directory))
+    compose_command.run("logs", *(["-f"] if follow else []), *filter(None, [service]))
 
 
 @app.command()
 def down(directory: Directory) -> None:
-    """Stop the containers. Keys, state and runs stay in DIR; `up` goes on with them."""
-    compose_command.find(Folder.open(directory)).run("down")
+    """Stop the containers. Keys, state and runs stay in DIR; `up` starts them again."""
+    find_compose(DeploymentLayout.open(directory)).run("down")

@@ -1,10 +1,11 @@
-"""`copra-fl probe`: look into finished runs. Each command opens runs, measures, and leaves a page and a JSON file."""
+"""`copra-fl probe`: measurements on finished runs. Each command writes a page and a JSON file."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,6 @@ import typer
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
 from copra_fl.config import ConfigError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # slow to import
     from copra_fl.probes.findings import Findings
     from copra_fl.probes.open_run import OpenRun, Progress
 
-app = typer.Typer(help="Look into finished runs: what lies between adapters, and what becomes of merged ones.",
+app = typer.Typer(help="Measure the adapters of finished runs: lines between them, merging, layers, pruning.",
                   no_args_is_help=True)  # fmt: skip
 
 
@@ -34,14 +34,18 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fi
 RunsArgument = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)
 ]
-SplitOption = Annotated[SplitName, typer.Option("--split", help="Held-out examples to score on.")]
+SplitOption = Annotated[
+    SplitName, typer.Option("--split", help="Examples to evaluate on; neither is used in training.")
+]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", help="Folder for page and JSON. Default: the first run's folder.")
+    Path | None, typer.Option("--output", help="Folder for page and JSON file. Default: the folder of the first run.")
 ]
 RoundOption = Annotated[
-    int | None, typer.Option("--round", min=1, help="Whose clients to look at. Default: the last round.")
+    int | None, typer.Option("--round", min=1, help="Compare the clients of this round. Default: the last round.")
 ]
-ClientsOption = Annotated[str, typer.Option("--clients", metavar="N,N,...", help="Which clients of the round.")]
+ClientsOption = Annotated[
+    str, typer.Option("--clients", metavar="N,N,...", help="Compare only these clients of the round.")
+]
 
 
 @app.command()
@@ -50,25 +54,30 @@ def connectivity(
     round_: RoundOption = None,
     clients: ClientsOption = "",
     rounds: Annotated[
-        str, typer.Option("--rounds", metavar="N,N,...", help="Global adapters of these rounds, 0 the start.")
+        str, typer.Option("--rounds", metavar="N,N,...", help="Compare global adapters of these rounds (0 = initial).")
     ] = "",
-    points: Annotated[int, typer.Option("--points", min=3, help="Points on a line.")] = 21,
-    most: Annotated[int, typer.Option("--most", min=2, help="Without --clients, the first so many.")] = 6,
-    triangle: Annotated[bool, typer.Option("--triangle/--no-triangle", help="The plane through the first 3.")] = True,
+    points: Annotated[int, typer.Option("--points", min=3, help="Number of points on each line, ends included.")] = 21,
+    most: Annotated[
+        int, typer.Option("--most", min=2, help="Maximum number of clients, if --clients is not given.")
+    ] = 6,
+    triangle: Annotated[
+        bool, typer.Option("--triangle/--no-triangle", help="Also evaluate the plane through the first 3 adapters.")
+    ] = True,
     split: SplitOption = SplitName.SERVER_VALIDATION,
     output: OutputOption = None,
 ) -> None:
-    """Loss and accuracy on the line between each pair: clients of a round, rounds of a run, or several runs.
+    """Evaluate loss and accuracy on the line between each pair of adapters.
 
-    One RUN: its clients of the last or of --round, or its global adapters of --rounds. Several: their final adapters.
+    One RUN: the adapters of its clients in the last round or --round, or its global adapters of --rounds.
+    Several RUNs: their final adapters.
     """
     numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import connectivity as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, *numbers, most)
-        findings = probe.probe(chosen, split.value, points, triangle, progress)
+        members = select_members(opened_runs, progress, round_, *numbers, most)
+        findings = probe.probe(members, split.value, points, triangle, progress)
     leave(findings, output or runs[0])
 
 
@@ -77,29 +86,32 @@ def merge(
     runs: RunsArgument,
     round_: RoundOption = None,
     clients: ClientsOption = "",
-    scale: Annotated[float, typer.Option("--scale", help="Task arithmetic: what each product is multiplied by.")] = 0.4,
+    scale: Annotated[
+        float, typer.Option("--scale", help="Task arithmetic: factor of each client's weight change.")
+    ] = 0.4,
     density: Annotated[
-        float, typer.Option("--density", min=0.01, max=1, help="TIES and DARE: what is kept of each adapter.")
+        float, typer.Option("--density", min=0.01, max=1, help="TIES and DARE: fraction of each adapter that is kept.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="What DARE draws from.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="DARE: random seed for sampling.")] = 0,
     split: SplitOption = SplitName.SERVER_VALIDATION,
     output: OutputOption = None,
 ) -> None:
-    """Merge adapters with PEFT: average, task arithmetic, TIES, DARE, SVD; accuracy before and after.
+    """Merge adapters with PEFT (average, task arithmetic, TIES, DARE, SVD); evaluate before and after.
 
-    One RUN: its clients of the last or of --round. Several: their final adapters.
+    One RUN: the adapters of its clients in the last round or --round.
+    Several RUNs: their final adapters.
     """
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import merge as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, parse_numbers("--clients", clients))
-        findings = probe.probe(chosen, split.value, scale, density, seed, progress)
+        members = select_members(opened_runs, progress, round_, parse_numbers("--clients", clients))
+        findings = probe.probe(members, split.value, scale, density, seed, progress)
     leave(findings, output or runs[0])
 
 
 def parse_numbers(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them. Raises ConfigError for anything else."""
+    """Return the whole numbers in `text`, separated by commas. Raises ConfigError for other text."""
     try:
         return [int(number) for number in text.split(",")] if text else []
     except ValueError:
@@ -108,48 +120,43 @@ def parse_numbers(option: str, text: str) -> list[int]:
 
 @contextmanager
 def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
-    """The runs in `directories`; inside and while opening, what cannot be probed ends in a message for people."""
-    import copra_fl.startup  # noqa: F401
+    """Open the finished runs in `directories`. Raises ResultsError for a folder that cannot be probed."""
+    from copra_fl import startup
 
-    warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
+    startup.prepare()
+
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.probes.open_run import open_runs
-    from copra_fl.reporting.results import ResultsError
 
-    try:
-        with Console(stderr=True).status("opening"):
-            runs = open_runs([directory.absolute() for directory in directories])
-        yield runs
-    except ResultsError as error:
-        typer.echo(f"copra-fl: {error}", err=True)
-        raise typer.Exit(2) from None
+    with Console(stderr=True).status("opening the runs"):
+        runs = open_runs([directory.absolute() for directory in directories])
+    yield runs
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar for each thing that a probe says it does (`opening.Progress`)."""
+    """Show one progress bar for each step that a probe reports (`open_run.Progress`)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, rich_progress.TaskID] = {}
 
-        def progress(what: str, done: float, of: float) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], advance=done, total=of)
+        def progress(step: str, done: float, total: float) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=total)
+            bar.update(tasks[step], advance=done, total=total)
 
         yield progress
 
 
 def leave(findings: Findings, directory: Path) -> None:
-    """Print the results, write page and JSON to `directory`."""
-    from copra_fl.probes.findings import write
+    """Print the results; write page and JSON file to `directory`."""
+    from copra_fl.probes.findings import write_findings
 
-    columns = [Column(name, justify="right" if i else "left") for i, name in enumerate(findings.results.header)]
-    table = Table(*columns, title=findings.setting, caption=findings.results.caption)
-    for row in findings.results.rows:
-        table.add_row(*row)
     console = Console()
-    console.print(table)
+    console.print(replace(findings.results, title=findings.setting).rich())
     for warning in findings.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     console.print(findings.verdict, highlight=False, soft_wrap=True)
-    console.print(f"page: {write(findings, directory.absolute())}", soft_wrap=True)
+    console.print(f"page: {write_findings(findings, directory.absolute())}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`copra-fl probe prune`: what is left of finished runs when their adapters are pruned."""
+"""`copra-fl probe prune`: accuracy of finished runs with pruned adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def prune(
     seed: SeedOption = 0,
     output: probe.OutputOption = None,
 ) -> None:
-    """Accuracy with only some layers, one target module, or the largest values of the adapter kept.
+    """Evaluate adapters of which only some layers, one target module, or the largest values are kept.
 
-    Several runs, for example LoRA and CopRA of one seed, are shown side by side.
+    Several runs, for example LoRA and CopRA with the same seed, are shown side by side.
     """
     with probe.opened(runs) as open_runs, probe.progress_bar() as progress:
         from copra_fl.probes import prune  # slow to import

@@ -1,4 +1,4 @@
-"""`copra-fl probe shapley`: what each layer of finished runs' adapters is worth."""
+"""`copra-fl probe shapley`: Shapley values of the layers of finished runs' adapters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from copra_fl.cli import probe
 
 StandardErrorOption = Annotated[
     float,
-    typer.Option("--standard-error", min=0, help="In accuracy, 0.005 is half a point: orders are drawn until then."),
+    typer.Option(
+        "--standard-error",
+        min=0,
+        help="Stop sampling at this standard error, in accuracy (0.005 = half a percentage point).",
+    ),
 ]
-MaxPairsOption = Annotated[int, typer.Option("--max-pairs", min=2, help="Pairs of orders drawn at most.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the orders; the same for all runs.")]
-ModulesOption = Annotated[bool, typer.Option("--modules", help="Each module's value too, as a map; takes longer.")]
+MaxPairsOption = Annotated[int, typer.Option("--max-pairs", min=2, help="Maximum number of pairs of sampled orders.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Random seed for sampling orders; the same for all runs.")
+]
+ModulesOption = Annotated[
+    bool, typer.Option("--modules", help="Also compute the value of each module, shown as a map; takes longer.")
+]
 
 
 def shapley(
@@ -26,9 +34,9 @@ def shapley(
     seed: SeedOption = 0,
     output: probe.OutputOption = None,
 ) -> None:
-    """Shapley values of layers: exact up to 10 layers, else from sampled orders with standard errors.
+    """Compute Shapley values of layers: exactly up to 10 layers, else from sampled orders with standard errors.
 
-    Several runs, for example LoRA and CopRA of one seed, are shown side by side.
+    Several runs, for example LoRA and CopRA with the same seed, are shown side by side.
     """
     with probe.opened(runs) as open_runs, probe.progress_bar() as progress:
         from copra_fl.probes import shapley  # slow to import

@@ -7,10 +7,12 @@ from contextlib import closing
 from rich.console import Console
 
 from copra_fl.cli import options
+from copra_fl.cli.report import show_results
 from copra_fl.config import Config
 from copra_fl.simulation import preflight, progress
-from copra_fl.simulation.ray_cluster import Demand
+from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.run_folder import choose_output, create_output, write_config
 from copra_fl.simulation.superlink import superlink
 
 
@@ -26,9 +28,9 @@ def simulate(
     track: options.TrackOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Simulate one federation: its clients train, Flower's server averages, on Ray workers, here or on a cluster."""
+    """Simulate one federation with Flower on Ray, on this machine or a Ray cluster; write adapter and report."""
     console = Console(stderr=True)
-    directory = options.choose_output(output, "simulate", resume, overwrite)
+    directory = choose_output(output, "simulate", resume, overwrite)
     stored = directory / "config.toml"
     if resume and stored.exists() and recipe is None and not set_:
         config = Config.from_toml(stored)
@@ -36,20 +38,13 @@ def simulate(
         config = Recipe.read(recipe or "base", set_ or []).config()
     with superlink(directory / "flower.log", ray_address) as link:
         (config,) = preflight.check([config], console)
-        shares = Demand(workers, gpus_per_worker, ray_address).meet([config], console)
-        options.make_output(directory, overwrite)
-        options.write_config(directory, config)
+        allocated = WorkerRequest(workers, gpus_per_worker, ray_address).allocate([config], console)
+        create_output(directory, overwrite)
+        write_config(directory, config)
         run_config = config.to_flat() | {"output": str(directory), "resume": resume}
 
-        from copra_fl.trackers.feed import Tracking  # slow to import, as are those below
+        from copra_fl.trackers.feed import Tracking  # slow to import
 
         with closing(Tracking(track or [], [directory], console)) as tracking:
-            progress.watch(link, link.start_run(run_config, shares), 1, console, tracking.update)
-
-    from copra_fl.reporting.report import write
-    from copra_fl.reporting.tables import table
-
-    console.print(table(write(directory)))
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
-    if as_json:
-        print((directory / "summary.json").read_text(encoding="utf-8"))
+            progress.watch(link, link.start_run(run_config, allocated), 1, console, tracking.update)
+    show_results(directory, console, as_json)

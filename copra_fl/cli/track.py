@@ -1,4 +1,4 @@
-"""``copra-fl track DIR``: put a run or a comparison into a tracker after the fact."""
+"""`copra-fl track DIR`: send a finished run or comparison to a tracker."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from copra_fl import trackers
 
 
 def track(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run or of a comparison.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a run or comparison.", show_default=False)
+    ],
     to: Annotated[
         list[str],
-        typer.Option("--to", metavar="TRACKER", help="As --track.", callback=trackers.checked),
+        typer.Option(
+            "--to",
+            metavar="TRACKER",
+            help="tensorboard, mlflow or wandb. May be repeated.",
+            callback=trackers.checked,
+            show_default=False,
+        ),
     ],
 ) -> None:
-    """Write the journal and results of DIR to a tracker, as `--track` does while a run goes on."""
+    """Send the journal and results of DIR to a tracker, as `--track` does during a run."""
     from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.trackers.feed import Tracking
 

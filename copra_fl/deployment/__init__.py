@@ -1,12 +1,15 @@
 """A federation on real machines: one folder holds its keys, its compose files, its state and its runs.
 
-folder.py         what lies where in it, and who may read it
-certificates.py   the CA, the server's certificate, a key pair a node
-compose.py        the compose files, for any number of clients
-engine.py         docker compose or podman-compose
-superlink.py      what the server's container runs: Flower's SuperLink behind a gate
-gate.py           closes the operator's side of the SuperLink's port to the network
-supernode.py      what a client's container runs: Flower's SuperNode
-metrics.py        what the operator watches, for Prometheus
-registration.py   the nodes whose keys the SuperLink knows
+layout.py            where each file of that folder lies, and who may read it
+certificates.py      the CA, the server's certificate, a key pair for each node
+compose.py           the compose files, for any number of clients
+compose_command.py   `docker compose` or `podman-compose`, run in that folder
+nodes.py             the nodes of a running deployment, listed by Flower's command line
+runs.py              submit a run and follow it
+superlink.py         the command of the server's container: Flower's SuperLink behind the API gate
+api_gate.py          rejects calls from the network to the operator's APIs of the SuperLink
+registration.py      registers the nodes' public keys with the SuperLink
+supernode.py         the command of a client's container: Flower's SuperNode
+health.py            the health check of both containers
+metrics.py           metrics of the deployment for Prometheus
 """

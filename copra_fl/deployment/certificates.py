@@ -1,8 +1,8 @@
-"""TLS and node keys of a deployment, with the `cryptography` library that Flower brings.
+"""TLS certificates and node keys of a deployment, made with the `cryptography` library that Flower depends on.
 
-A CA of the deployment's own signs the server's certificate; clients trust that CA and no other. Each node has a key
-pair: with the private key it signs its requests, and the SuperLink knows the public one (Flower reads both in
-OpenSSH's format and wants a NIST curve).
+A CA of the deployment signs the server's certificate; clients trust that CA and no other. Each node has a key pair: it
+signs its requests with the private key, and the SuperLink knows the public one. Flower reads both in OpenSSH's format
+and requires a NIST curve.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from copra_fl.deployment.layout import Folder, client_name, write_private
+from copra_fl.deployment.layout import DeploymentLayout, client_name, write_private
 
 CA_DAYS = 3650
-#: the longest that today's TLS libraries accept; `deploy init` on the same folder makes a new certificate
+#: the longest validity that today's TLS libraries accept; `deploy init` on the same folder makes a new certificate
 SERVER_DAYS = 825
-#: what every server certificate is good for: the compose service, and health checks and the operator inside it
-ALWAYS = ("superlink", "localhost", "127.0.0.1", "::1")
+#: hosts in every server certificate: the compose service, and localhost for health checks and operators inside it
+STANDARD_HOSTS = ("superlink", "localhost", "127.0.0.1", "::1")
 
 
-def make_ca(folder: Folder) -> None:
-    """The deployment's CA, unless it has one."""
-    certificate = folder.tls / "ca.crt"
-    if certificate.exists() and folder.ca_key.exists():
+def make_ca(layout: DeploymentLayout) -> None:
+    """Make the deployment's CA, unless it exists."""
+    certificate = layout.tls / "ca.crt"
+    if certificate.exists() and layout.ca_key.exists():
         return
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"copra-fl CA of {folder.root.name}"[:64])])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"copra-fl CA of {layout.root.name}"[:64])])
     builder = _certificate(name, name, key.public_key(), key.public_key(), CA_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    write_private(folder.ca_key, _pem(key))
+    write_private(layout.ca_key, _pem(key))
     certificate.write_bytes(builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
 
 
-def make_server_certificate(folder: Folder, hosts: Iterable[str]) -> None:
-    """A new key and certificate of the server, for `ALWAYS` and `hosts`: names or IP addresses."""
-    ca = x509.load_pem_x509_certificate((folder.tls / "ca.crt").read_bytes())
-    ca_key = serialization.load_pem_private_key(folder.ca_key.read_bytes(), password=None)
+def make_server_certificate(layout: DeploymentLayout, hosts: Iterable[str]) -> None:
+    """Make a new key and certificate of the server, for `STANDARD_HOSTS` and `hosts` (names or IP addresses)."""
+    ca = x509.load_pem_x509_certificate((layout.tls / "ca.crt").read_bytes())
+    ca_key = serialization.load_pem_private_key(layout.ca_key.read_bytes(), password=None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "copra-fl SuperLink")])
@@ -51,41 +51,41 @@ def make_server_certificate(folder: Folder, hosts: Iterable[str]) -> None:
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    names = [_general_name(host) for host in dict.fromkeys((*ALWAYS, *hosts))]
+    names = [_general_name(host) for host in dict.fromkeys((*STANDARD_HOSTS, *hosts))]
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    write_private(folder.tls / "server.key", _pem(key))
+    write_private(layout.tls / "server.key", _pem(key))
     certificate = builder.sign(ca_key, hashes.SHA384())
-    (folder.tls / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (layout.tls / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def make_node_keys(folder: Folder, num_clients: int) -> None:
-    """A key pair for each client's node that has none: the private key to the client, the public one to the server.
+def make_node_keys(layout: DeploymentLayout, num_clients: int) -> None:
+    """Make the missing key pairs of nodes: private keys in the clients' folders, public keys in the server's.
 
-    A client that has moved to its own machine is known here by its public key alone. Those of clients from
-    `num_clients` on are removed, so that they are turned away.
+    A client that has moved to its own machine may have only its public key here; it keeps it. Public keys of clients
+    from `num_clients` on are removed, so that the SuperLink rejects their nodes.
     """
     names = [client_name(number) for number in range(num_clients)]
     for number, name in enumerate(names):
-        client, public = folder.client(number), folder.nodes / f"{name}.pub"
-        (client.tls / "ca.crt").write_bytes((folder.tls / "ca.crt").read_bytes())
+        client, public = layout.client(number), layout.nodes / f"{name}.pub"
+        (client.tls / "ca.crt").write_bytes((layout.tls / "ca.crt").read_bytes())
         if not client.key.exists() and not public.exists():
             make_node_key(client.key)
         if client.key.exists():
             public.write_bytes(public_key(client.key))
-    for public in folder.nodes.glob("*.pub"):
+    for public in layout.nodes.glob("*.pub"):
         if public.stem not in names:
             public.unlink()
 
 
 def make_node_key(path: Path) -> None:
-    """A new private key, as `ssh-keygen -t ecdsa -b 384` makes it."""
+    """Make a private key, as `ssh-keygen -t ecdsa -b 384` does."""
     key = ec.generate_private_key(ec.SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
     write_private(path, key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption()))
 
 
 def public_key(path: Path) -> bytes:
-    """The public key of the private key in the file `path`, as OpenSSH writes it."""
+    """Return the public key of the private key in the file `path`, in OpenSSH's format."""
     public = serialization.load_ssh_private_key(path.read_bytes(), password=None).public_key()
     return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
 
@@ -100,7 +100,7 @@ def _certificate(
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
     builder = builder.serial_number(x509.random_serial_number())
-    # An hour back: clocks of other machines may be behind.
+    # Valid from an hour ago, because the clocks of other machines may be behind.
     builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=days))
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     return builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)

@@ -1,31 +1,35 @@
-"""The compose files of a deployment, made of those that come with copra-fl: docker-compose.yml, and .gpu.yml over it.
+"""The compose files of a deployment, made from copra-fl's own: docker-compose.yml, and docker-compose.gpu.yml over it.
 
-They have two clients; here a client is repeated as often as wanted, set alone for a machine of its own, or stripped
-of TLS and keys where that was asked for.
+copra-fl's files have two clients. Here client-0 is copied for any number of clients, written alone for a machine of
+its own, or stripped of TLS and keys for an insecure deployment.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from copra_fl.deployment.layout import Folder, client_name
+from copra_fl.deployment.layout import DeploymentLayout, client_name
 
 Document = dict[str, Any]
 
 NAME, GPU_NAME = "docker-compose.yml", "docker-compose.gpu.yml"
-#: where in its container the SuperLink serves metrics
+#: port of the metrics in the SuperLink's container
 METRICS_PORT = 9464
-#: what `--insecure` leaves out of the commands
-SECURE = ("--ssl-", "--enable-supernode-auth", "--nodes=", "--root-certificates=", "--auth-supernode-private-key=")
+#: options that `--insecure` removes from the commands
+SECURITY_OPTIONS = (
+    "--ssl-", "--enable-supernode-auth", "--nodes=", "--root-certificates=", "--auth-supernode-private-key=",
+)  # fmt: skip
+#: prefix of the paths that containers mount
+DEPLOYMENT_FOLDER = "${COPRA_FL_DEPLOYMENT:-./deployment}"
 
 
 def write(
-    folder: Folder,
+    layout: DeploymentLayout,
     originals: Path,
     num_clients: int,
     server: str | None,
@@ -33,85 +37,96 @@ def write(
     metrics_port: int | None,
     settings: dict[str, str],
 ) -> None:
-    """All compose files of a deployment and the settings (.env) that they are filled in with.
+    """Write all compose files of a deployment, and the values of their variables (.env).
 
-    `originals` is the folder with copra-fl's own. `server` is the HOST:PORT that clients on other machines connect to;
-    None: all are on this one. `metrics_port`: where on this machine's loopback Prometheus finds metrics; None: nowhere.
+    Args:
+        originals: the folder with copra-fl's own compose files.
+        server: HOST:PORT of the server for clients on other machines; None if all clients are on this machine.
+        metrics_port: port of Prometheus metrics on this machine's loopback; None for no metrics.
+        settings: the variables in .env.
     """
     base, gpu = (yaml.safe_load((originals / name).read_text(encoding="utf-8")) for name in (NAME, GPU_NAME))
     if insecure:
         base = without_security(base)
     if metrics_port:
         base = with_metrics(base, metrics_port)
-    _write(folder.root, with_clients(base, range(num_clients)), with_clients(gpu, range(num_clients)), settings)
+    _write(layout.root, with_clients(base, range(num_clients)), with_clients(gpu, range(num_clients)), settings)
     if server is None:
         return
     for number in range(num_clients):
         # A machine of its own numbers its GPUs from 0.
         gpu_alone = {"services": {client_name(number): without_build(gpu["services"][client_name(0)])}}
         alone = client_alone(base, number, server)
-        _write(folder.client(number).root, alone, gpu_alone, {"COPRA_FL_CLIENTS": str(num_clients)})
+        _write(layout.client(number).root, alone, gpu_alone, {"COPRA_FL_CLIENTS": str(num_clients)})
 
 
-def num_clients(folder: Folder) -> int:
-    """How many clients the deployment's compose file has."""
-    services = yaml.safe_load((folder.root / NAME).read_text(encoding="utf-8"))["services"]
+def num_clients(layout: DeploymentLayout) -> int:
+    """Return the number of clients in the deployment's compose file."""
+    services = yaml.safe_load((layout.root / NAME).read_text(encoding="utf-8"))["services"]
     return sum(name.startswith("client-") for name in services)
 
 
 def with_clients(document: Document, numbers: Iterable[int]) -> Document:
-    """`document` with the clients `numbers`, each a copy of client-0."""
+    """Return `document` with the clients `numbers`, all copies of client-0, in place of its own clients."""
     others = {name: service for name, service in document["services"].items() if not name.startswith("client-")}
-    first = json.dumps(document["services"][client_name(0)])
-    clients = {client_name(number): json.loads(_renumbered(first, number)) for number in numbers}
-    return {"services": others | clients}
+    template = document["services"][client_name(0)]
+    return {"services": others | {client_name(number): _client(template, number) for number in numbers}}
 
 
 def client_alone(document: Document, number: int, server: str) -> Document:
-    """Client `number` alone, which connects to `server` (HOST:PORT); what it mounts lies beside the file."""
-    name = client_name(number)
-    service = json.dumps(with_clients(document, [number])["services"][name])
-    service = service.replace("--superlink=superlink:8000", f"--superlink={server}")
-    service = service.replace(f"${{COPRA_FL_DEPLOYMENT:-./deployment}}/clients/{name}", ".")
-    return {"services": {name: without_build(json.loads(service))}}
+    """Return client `number` alone: it connects to `server` (HOST:PORT), and its folders lie beside the file."""
+    service = without_build(_client(document["services"][client_name(0)], number))
+    _replace(service["command"], "--superlink=superlink:8000", f"--superlink={server}")
+    _replace(service["volumes"], f"{DEPLOYMENT_FOLDER}/clients/{client_name(number)}/", "./")
+    return {"services": {client_name(number): service}}
 
 
 def without_build(service: Document) -> Document:
-    """A service whose image is there already: no sources are taken for granted beside the file."""
+    """Return `service` without its build section: the machine has the image already, and may lack the sources."""
     return {key: value for key, value in service.items() if key != "build"}
 
 
 def without_security(document: Document) -> Document:
-    """`document` with neither TLS nor keys."""
-    document = json.loads(json.dumps(document).replace("https://", "http://"))
+    """Return `document` without TLS and keys."""
+    document = copy.deepcopy(document)
     for service in document["services"].values():
-        service["command"] = [word for word in service["command"] if not word.startswith(SECURE)] + ["--insecure"]
+        command = [option for option in service["command"] if not option.startswith(SECURITY_OPTIONS)]
+        service["command"] = [*command, "--insecure"]
+        _replace(service["healthcheck"]["test"], "https://", "http://")
     return document
 
 
 def with_metrics(document: Document, port: int) -> Document:
-    """`document` with the SuperLink's metrics on `port` of the machine's loopback."""
+    """Return `document` with the SuperLink's metrics on `port` of the machine's loopback."""
+    document = copy.deepcopy(document)
     superlink = document["services"]["superlink"]
-    command = [*superlink["command"], f"--metrics-port={METRICS_PORT}"]
-    ports = [*superlink["ports"], f"127.0.0.1:{port}:{METRICS_PORT}"]
-    return {"services": document["services"] | {"superlink": superlink | {"command": command, "ports": ports}}}
+    superlink["command"].append(f"--metrics-port={METRICS_PORT}")
+    superlink["ports"].append(f"127.0.0.1:{port}:{METRICS_PORT}")
+    return document
 
 
-def _renumbered(service: str, number: int) -> str:
-    for old, new in (
-        (client_name(0), client_name(number)),
-        ("partition-id=0", f"partition-id={number}"),
-        ("COPRA_FL_CLIENT_0", f"COPRA_FL_CLIENT_{number}"),
-        ('"device_ids": ["0"]', f'"device_ids": ["{number}"]'),
-    ):
-        service = service.replace(old, new)
+def _client(template: Document, number: int) -> Document:
+    """Return the service of client `number`: a copy of client-0's with its node config, folders and GPU."""
+    service = copy.deepcopy(template)
+    command, volumes = service.get("command", []), service.get("volumes", [])
+    _replace(command, "partition-id=0", f"partition-id={number}")
+    _replace(command, "COPRA_FL_CLIENT_0", f"COPRA_FL_CLIENT_{number}")
+    _replace(volumes, f"/clients/{client_name(0)}/", f"/clients/{client_name(number)}/")
+    if "deploy" in service:
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        device["device_ids"] = [str(number)]
     return service
 
 
+def _replace(texts: list[str], old: str, new: str) -> None:
+    """Replace `old` by `new` in all `texts`, in place."""
+    texts[:] = [text.replace(old, new) for text in texts]
+
+
 def _write(directory: Path, base: Document, gpu: Document, settings: dict[str, str]) -> None:
-    """The compose files and .env of one folder; lines that people have added to .env stay."""
+    """Write the compose files and .env of one folder; lines that users have added to .env stay."""
     for name, document in ((NAME, base), (GPU_NAME, gpu)):
-        text = "# Written by `copra-fl deploy init`, which writes it again when it is repeated.\n"
+        text = "# Written by `copra-fl deploy init`; the next `copra-fl deploy init` overwrites it.\n"
         text += yaml.safe_dump(document, sort_keys=False, width=1000)
         (directory / name).write_text(text, encoding="utf-8")
     path = directory / ".env"

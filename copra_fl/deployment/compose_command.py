@@ -1,4 +1,4 @@
-"""Whichever of `docker compose` and `podman-compose` there is, driven for one deployment."""
+"""`docker compose` or `podman-compose`, whichever is installed, run in the folder of one deployment."""
 
 from __future__ import annotations
 
@@ -7,46 +7,49 @@ import subprocess
 from dataclasses import dataclass
 
 from copra_fl.deployment.compose import GPU_NAME, NAME
-from copra_fl.deployment.layout import Folder
+from copra_fl.deployment.layout import DeploymentLayout
 
 
 class ComposeFailed(RuntimeError):
-    """The compose program is not there, or it failed."""
+    """No compose program is installed, or it ended with an error."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """`program` runs compose files; here those of one deployment."""
+class ComposeCommand:
+    """The compose program and the deployment that it works on."""
 
     program: tuple[str, ...]
-    folder: Folder
+    layout: DeploymentLayout
 
-    def words(self, *arguments: str, gpu: bool = False) -> list[str]:
-        """The command line, to be run in the deployment's folder."""
+    def command_line(self, *arguments: str, gpu: bool = False) -> list[str]:
+        """Return the command line, which must be run in the deployment's folder."""
         return [*self.program, "-f", NAME, *(["-f", GPU_NAME] if gpu else []), *arguments]
 
     def run(self, *arguments: str, gpu: bool = False) -> None:
-        """Run to the end, its output on the terminal. Raises ComposeFailed."""
-        if code := subprocess.run(self.words(*arguments, gpu=gpu), cwd=self.folder.root).returncode:
-            raise ComposeFailed(f"{' '.join(self.program)} {arguments[0]} ended with exit code {code}; why is above")
+        """Run to the end, with the output on the terminal. Raises ComposeFailed."""
+        if code := subprocess.run(self.command_line(*arguments, gpu=gpu), cwd=self.layout.root).returncode:
+            raise ComposeFailed(
+                f"`{' '.join(self.program)} {arguments[0]}` failed with exit code {code}; its output is above"
+            )
 
-    def in_superlink(self, *command: str) -> str:
-        """What `command` prints in the SuperLink's container. Raises CalledProcessError."""
-        words = self.words("exec", "-T", "superlink", *command)
-        return subprocess.run(words, cwd=self.folder.root, capture_output=True, text=True, check=True).stdout
+    def run_in_superlink(self, *command: str) -> str:
+        """Run `command` in the SuperLink's container and return its output. Raises CalledProcessError."""
+        command_line = self.command_line("exec", "-T", "superlink", *command)
+        return subprocess.run(command_line, cwd=self.layout.root, capture_output=True, text=True, check=True).stdout
 
-    def follow_in_superlink(self, *command: str) -> subprocess.Popen[str]:
-        """`command` in the SuperLink's container, while it runs: what it prints comes out of the process's stdout."""
-        words = self.words("exec", "-T", "superlink", *command)
+    def start_in_superlink(self, *command: str) -> subprocess.Popen[str]:
+        """Start `command` in the SuperLink's container; its output and errors are the process's stdout."""
+        command_line = self.command_line("exec", "-T", "superlink", *command)
         return subprocess.Popen(
-            words, cwd=self.folder.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+            command_line, cwd=self.layout.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace",
+        )  # fmt: skip
 
 
-def find(folder: Folder) -> Engine:
-    """Docker's compose plugin if there is one, else podman-compose. Raises ComposeFailed."""
+def find_compose(layout: DeploymentLayout) -> ComposeCommand:
+    """Return Docker's compose plugin if it is installed, else podman-compose. Raises ComposeFailed."""
     if shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
-        return Engine(("docker", "compose"), folder)
+        return ComposeCommand(("docker", "compose"), layout)
     if shutil.which("podman-compose"):
-        return Engine(("podman-compose",), folder)
-    raise ComposeFailed("neither `docker compose` nor `podman-compose` was found; install one of them")
+        return ComposeCommand(("podman-compose",), layout)
+    raise ComposeFailed("neither `docker compose` nor `podman-compose` is installed; install one of them")

@@ -1,22 +1,22 @@
-"""The folder of a deployment: what lies where, and who may read it.
+"""The folder of a deployment: where each file lies, and who may read it.
 
-    .env                        what the compose files are filled in with
+    .env                        values of the variables in the compose files
     docker-compose.yml          the SuperLink and all clients, for one machine
-    docker-compose.gpu.yml      laid over it: a GPU a client
-    ca.key                      signs server certificates; no container sees it
+    docker-compose.gpu.yml      overlay of it: one GPU per client
+    ca.key                      signs server certificates; mounted into no container
     server/tls/                 ca.crt, server.crt, server.key
-    server/nodes/client-0.pub   the nodes that may connect: one public key each
+    server/nodes/client-0.pub   public keys of the nodes that may connect
     server/data/                the server's data files, mounted read-only
-    server/state/               Flower's database, how `flwr` reaches the SuperLink, the cache
-    runs/                       a folder a run
-    clients/client-0/           all that this client's machine needs:
-        docker-compose.yml .env   the client alone, on a machine of its own
+    server/state/               Flower's database, the `flwr` connection to the SuperLink, the cache
+    runs/                       one folder per run
+    clients/client-0/           everything that this client's machine needs:
+        docker-compose.yml .env   this client alone, for a machine of its own
         tls/                      ca.crt, node.key
         data/                     its data files, mounted read-only
-        state/                    its cache, and what stays with it from round to round
+        state/                    its cache, and the state that it keeps from round to round
 
-Private keys have mode 0600, folders 0700. Whoever makes the folder owns it, and containers run as that user; what
-root makes belongs to the image's own user instead, so that no container runs as root.
+Private keys have mode 0600, folders 0700. The user who makes the folder owns it, and the containers run as that user.
+If root makes it, the files belong to the image's own user instead, so that no container runs as root.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ IMAGE_USER = 10001
 
 
 @dataclass(frozen=True)
-class ClientFolder:
-    """What one client's machine needs."""
+class ClientLayout:
+    """The folder of one client's machine."""
 
     root: Path
 
@@ -55,22 +55,22 @@ class ClientFolder:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A deployment's folder; `root` is absolute."""
+class DeploymentLayout:
+    """The folder of a deployment; `root` is absolute."""
 
     root: Path
 
     @classmethod
-    def open(cls, directory: Path) -> Folder:
-        """The deployment in `directory`. Raises ConfigError where there is none."""
-        folder = cls(directory.absolute())
-        if not folder.exists:
-            raise ConfigError(f"{directory} holds no deployment; copra-fl deploy init {directory} makes one")
-        return folder
+    def open(cls, directory: Path) -> DeploymentLayout:
+        """Return the layout of the deployment in `directory`. Raises ConfigError if it holds no deployment."""
+        layout = cls(directory.absolute())
+        if not layout.exists:
+            raise ConfigError(f"{directory} holds no deployment; create one with: copra-fl deploy init {directory}")
+        return layout
 
     @property
     def exists(self) -> bool:
-        """Whether a deployment has been made here."""
+        """True if a deployment has been made here."""
         return (self.root / "docker-compose.yml").exists() and self.flower_home.is_dir()
 
     @property
@@ -95,39 +95,46 @@ class Folder:
 
     @property
     def flower_home(self) -> Path:
-        """FLWR_HOME of the SuperLink: how `flwr` reaches it, and the nodes that are registered."""
+        """FLWR_HOME of the SuperLink: the `flwr` connection to it, and the registered nodes."""
         return self.state / "flower"
 
     @property
     def runs(self) -> Path:
         return self.root / "runs"
 
-    def client(self, number: int) -> ClientFolder:
-        return ClientFolder(self.root / "clients" / client_name(number))
+    def client(self, number: int) -> ClientLayout:
+        return ClientLayout(self.root / "clients" / client_name(number))
 
-    def make(self, num_clients: int) -> None:
-        """The folders, where they are missing; for their owner alone."""
-        clients = [self.client(number) for number in range(num_clients)]
+    def make_folders(self, num_clients: int) -> None:
+        """Create the folders that are missing, accessible to their owner only."""
         server = (self.tls.parent, self.tls, self.nodes, self.data, self.state, self.flower_home)
-        inner = [each for client in clients for each in (client.root, client.tls, client.data, client.state)]
-        for path in (self.root, self.runs, *server, self.root / "clients", *inner):
+        clients = [
+            path
+            for client in map(self.client, range(num_clients))
+            for path in (client.root, client.tls, client.data, client.state)
+        ]
+        for path in (self.root, self.runs, *server, self.root / "clients", *clients):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
 
-    def hand_over(self) -> None:
-        """Give to the image's user what root has made and containers need; what people put into data stays theirs."""
+    def give_to_image_user(self) -> None:
+        """If root made the folder, give to the image's user the files that containers need.
+
+        Files in the data folders keep their owner: users put them there.
+        """
         if os.getuid() != 0:
             return
         for top in (self.root / "server", self.runs, self.root / "clients"):
-            for path, inside, names in os.walk(top):
-                if Path(path).name == "data":
-                    inside.clear()
-                    names = []
-                for each in (path, *(os.path.join(path, name) for name in names)):
-                    os.chown(each, IMAGE_USER, IMAGE_USER)
+            for folder, subfolders, files in os.walk(top):
+                os.chown(folder, IMAGE_USER, IMAGE_USER)
+                if Path(folder).name == "data":
+                    subfolders.clear()
+                    continue
+                for file in files:
+                    os.chown(os.path.join(folder, file), IMAGE_USER, IMAGE_USER)
 
     @property
-    def user(self) -> str:
+    def container_user(self) -> str:
         """UID:GID that the containers run as."""
         return f"{os.getuid()}:{os.getgid()}" if os.getuid() != 0 else f"{IMAGE_USER}:{IMAGE_USER}"
 
@@ -137,7 +144,7 @@ def client_name(number: int) -> str:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """A file that only its owner can read, never readable by others in between."""
+    """Write a file with mode 0600; others cannot read it at any time, not even before its mode is set."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
         os.fchmod(descriptor, 0o600)

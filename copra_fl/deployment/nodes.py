@@ -1,27 +1,31 @@
-"""The nodes of a running deployment, as Flower's own command line in the SuperLink's container tells of them."""
+"""The nodes of a running deployment, listed by Flower's own command line in the SuperLink's container."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from copra_fl.deployment.compose_command import Engine
-from copra_fl.deployment.layout import Folder
+from copra_fl.deployment.compose_command import ComposeCommand
+from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import read_known
+from copra_fl.simulation.superlink import RunFailed
 
-#: the connection in the SuperLink's FLWR_HOME
+#: name of the `flwr` connection in the SuperLink's FLWR_HOME
 CONNECTION = "deployment"
 
 
 @dataclass(frozen=True)
 class Node:
-    """
+    """A node that the SuperLink knows.
+
     Attributes:
-        name: of its key's file; of a node without a registered key its id.
-        status: Flower's word: registered, online or offline.
-        since: when it came to be so, in UTC; empty for a node that has never connected.
+        name: name of its key file, without suffix; for a node without a registered key, its id.
+        status: registered, online or offline, as Flower reports it.
+        since: UTC time of the last change of `status`; empty for a node that has never connected.
     """
 
     name: str
@@ -30,37 +34,59 @@ class Node:
     since: str
 
 
-def write_connection(folder: Folder, insecure: bool) -> None:
-    """How `flwr` reaches the SuperLink, from inside its container."""
+def write_connection(layout: DeploymentLayout, insecure: bool) -> None:
+    """Write the `flwr` connection to the SuperLink, as seen from inside its container."""
     trust = "insecure = true" if insecure else 'root-certificates = "/tls/ca.crt"'
-    (folder.flower_home / "config.toml").write_text(
+    (layout.flower_home / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "localhost:8000"\n{trust}\n',
         encoding="utf-8",
     )
 
 
-def find(containers: Engine) -> list[Node] | None:
-    """The deployment's nodes; None while the SuperLink does not answer."""
+def list_nodes(compose: ComposeCommand) -> list[Node] | None:
+    """Return the deployment's nodes; None while the SuperLink does not answer."""
     try:
-        answer = json.loads(containers.in_superlink("flwr", "supernode", "list", CONNECTION, "--format", "json"))
+        answer = json.loads(compose.run_in_superlink("flwr", "supernode", "list", CONNECTION, "--format", "json"))
     except (subprocess.CalledProcessError, ValueError):
         return None
-    return named(answer, read_known(containers.folder.flower_home))
+    return parse_nodes(answer, read_known(compose.layout.flower_home))
 
 
-def named(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> list[Node] | None:
-    """The nodes in what ``flwr supernode list`` answers, named after their keys in `known`; None for no success."""
+def wait_until_online(compose: ComposeCommand, num_clients: int, timeout_s: float) -> list[Node]:
+    """Wait until the SuperLink answers and `num_clients` nodes are online; return the nodes.
+
+    Raises RunFailed after `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        nodes = list_nodes(compose)
+        if nodes is not None and sum(node.status == "online" for node in nodes) >= num_clients:
+            return nodes
+        if time.monotonic() > deadline:
+            if nodes is None:
+                problem = "the SuperLink does not answer"
+            else:
+                problem = f"fewer than {num_clients} nodes are online: {describe(nodes)}"
+            raise RunFailed(f"after {timeout_s:g} s {problem}; see: copra-fl deploy logs {compose.layout.root}")
+        time.sleep(1)
+
+
+def parse_nodes(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> list[Node] | None:
+    """Return the nodes in the answer of ``flwr supernode list``, sorted by name; None if it reports no success.
+
+    `known` (see `read_known`) gives nodes the names of their key files.
+    """
     if not answer["success"]:
         return None
     names = {node["id"]: name for name, node in known.items()}
-    found = []
+    nodes = []
     for node in answer["nodes"]:
         if node["status"] != "unregistered":
             since = {"online": node["online-at"], "offline": node["offline-at"]}.get(node["status"], "")
-            found.append(Node(names.get(node["node-id"], node["node-id"]), node["node-id"], node["status"], since))
-    return sorted(found, key=lambda node: node.name)
+            nodes.append(Node(names.get(node["node-id"], node["node-id"]), node["node-id"], node["status"], since))
+    return sorted(nodes, key=lambda node: node.name)
 
 
-def words(found: list[Node]) -> str:
-    """Like ``client-0 online, client-1 registered``."""
-    return ", ".join(f"{node.name} {node.status}" for node in found) or "no node"
+def describe(nodes: Iterable[Node]) -> str:
+    """Return a list like ``client-0 online, client-1 registered``."""
+    return ", ".join(f"{node.name} {node.status}" for node in nodes) or "no node"

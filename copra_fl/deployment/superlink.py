@@ -1,11 +1,15 @@
-"""What the server's container runs: Flower's SuperLink behind the gate, knowing the nodes whose keys lie in a folder.
+"""The command of the server's container: Flower's SuperLink behind the API gate, with registered nodes.
 
-    python -m copra_fl.deployment.superlink --nodes=FOLDER --metrics-port=PORT WHAT flower-superlink IS TOLD...
+    python -m copra_fl.deployment.superlink [--nodes=FOLDER] [--metrics-port=PORT] [--runs=FOLDER]
+        [FLOWER-SUPERLINK-ARGS...]
 
-It is `flower-superlink` in this very process, with additions. What it serves goes through the `Gate`. Once it
-answers, the public keys in FOLDER are registered and those that are gone from it unregistered; without --nodes whoever
-connects is a node (`deploy init --insecure`). With --metrics-port Prometheus can ask there how it goes. And it logs as
-COPRA_FL_LOG says; what ServerApps log is there too.
+It runs `flower-superlink` in this process, with these additions:
+
+- All its APIs are served through `ApiGate`.
+- --nodes: once the SuperLink answers, the public keys in FOLDER are registered, and keys that disappear from FOLDER
+  are unregistered. Without it, anyone may connect as a node (`deploy init --insecure`).
+- --metrics-port: metrics for Prometheus are served on PORT; those of runs come from the folder --runs.
+- Logs have the format of COPRA_FL_LOG, and include the logs of ServerApps.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import uvicorn
 
 from copra_fl import logs
-from copra_fl.deployment.api_gate import Gate
+from copra_fl.deployment.api_gate import ApiGate
 from copra_fl.deployment.registration import keep_registered
 
 
@@ -30,31 +34,31 @@ def main() -> None:
     parser.add_argument("--nodes", type=Path)
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--runs", type=Path, default=Path("/runs"))
-    ours, flowers = parser.parse_known_args()
+    options, flower_arguments = parser.parse_known_args()
     serve = uvicorn.run
 
-    def serve_gated(app: Any, **settings: Any) -> None:
+    def serve_behind_gate(app: Any, **settings: Any) -> None:
         ready = threading.Event()
-        if ours.nodes:
-            threading.Thread(target=keep_registered, args=(ours.nodes, ready), daemon=True).start()
+        if options.nodes:
+            threading.Thread(target=keep_registered, args=(options.nodes, ready), daemon=True).start()
         else:
             ready.set()
         if logs.as_json():
             settings["log_config"]["formatters"] |= {"http": {"()": logs.JsonFormatter}}
-        # Without proxy headers a caller's address is that of its connection, whatever it claims.
-        serve(Gate(app, ready), proxy_headers=False, **settings)
+        # Proxy headers would let a caller claim any address; without them its address is that of its connection.
+        serve(ApiGate(app, ready), proxy_headers=False, **settings)
 
-    uvicorn.run = serve_gated
-    (superlink,) = entry_points(group="console_scripts", name="flower-superlink")
-    sys.argv = ["flower-superlink", *flowers]
-    run = superlink.load()
+    uvicorn.run = serve_behind_gate
+    (entry_point,) = entry_points(group="console_scripts", name="flower-superlink")
+    sys.argv = ["flower-superlink", *flower_arguments]
+    run = entry_point.load()
     logs.configure()
     if sys.platform == "linux":
-        os.environ[logs.BESIDE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
-    if ours.metrics_port:
+        os.environ[logs.COPY_VARIABLE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
+    if options.metrics_port:
         from copra_fl.deployment import metrics  # slow to import
 
-        metrics.serve(ours.metrics_port, ours.runs)
+        metrics.serve(options.metrics_port, options.runs)
     run()
 
 

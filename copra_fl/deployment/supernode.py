@@ -1,6 +1,6 @@
-"""What a client's container runs: `flower-supernode` in this very process, which logs as COPRA_FL_LOG says.
+"""The command of a client's container: `flower-supernode` in this process, with logs in the format of COPRA_FL_LOG.
 
-python -m copra_fl.deployment.supernode WHAT flower-supernode IS TOLD...
+python -m copra_fl.deployment.supernode [FLOWER-SUPERNODE-ARGS...]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from copra_fl import logs
 
 
 def main() -> None:
-    (supernode,) = entry_points(group="console_scripts", name="flower-supernode")
-    run = supernode.load()
+    (entry_point,) = entry_points(group="console_scripts", name="flower-supernode")
+    run = entry_point.load()
     logs.configure()
     if logs.as_json():
         uvicorn.config.LOGGING_CONFIG["formatters"] |= dict.fromkeys(("default", "access"), {"()": logs.JsonFormatter})

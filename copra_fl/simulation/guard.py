@@ -1,12 +1,12 @@
-"""Runs a command and its whole offspring no longer than its owner lives.
+"""Run a command, and kill it with all its descendants when the process that started the guard ends.
 
     python guard.py MARK COMMAND...
 
-The owner holds our standard input open. When it closes (the owner is done, was stopped
-with Ctrl-C, or killed), or the command ends, everything is killed that descends from us or
-whose environment carries COPRA_FL_MARK=MARK: SuperLink, server app, Ray and its workers.
-None is asked first: what a run keeps is written atomically, all else lies in a folder that
-is removed. Ray's agents write over their environment; on Linux we adopt the orphans.
+The owner holds the guard's standard input open. When it closes (the owner is done, was stopped with Ctrl-C, or was
+killed), or when the command ends, the guard kills every process that descends from it or has COPRA_FL_MARK=MARK in
+its environment: SuperLink, server app, Ray and its workers. They get SIGKILL at once: a run's results are written
+atomically, and everything else lies in a folder that is removed. Ray's agents overwrite their environment, so on
+Linux the guard adopts orphans, which makes them its descendants.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ VARIABLE = "COPRA_FL_MARK"
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def family(mark: str) -> set[psutil.Process]:
-    """Every process that descends from this one or carries the mark."""
-    found = set(psutil.Process().children(recursive=True))
+def marked_processes(mark: str) -> set[psutil.Process]:
+    """Return every process that descends from this one or carries the mark."""
+    processes = set(psutil.Process().children(recursive=True))
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(VARIABLE) == mark:
-                found.add(process)
-    return found
+                processes.add(process)
+    return processes
 
 
 def main(mark: str, command: list[str]) -> None:
@@ -40,7 +40,7 @@ def main(mark: str, command: list[str]) -> None:
     while owner_lives and child.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], 0.5)
         owner_lives = not readable
-    while alive := family(mark):
+    while alive := marked_processes(mark):
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

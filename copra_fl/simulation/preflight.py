@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a configuration, found before anything starts.
+"""Checks of configurations before anything starts, so that no run fails later because of its configuration.
 
-Fetches the assets, encodes the data once into the cache, deals it out to the clients and
-looks for task, rule and target modules. What passes here does not fail for its configuration later.
+They fetch the assets, encode the data into the cache, partition it, and check task, aggregation rule and target
+modules.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
-from copra_fl.sources.assets import ASSETS, fetch, find, is_fetched
+from copra_fl.sources.assets import ASSETS, fetch, find_asset, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
 
 
 def check(configs: Iterable[Config], console: Console) -> list[Config]:
-    """The configurations, with number of clients, dtype and attention made plain. Raises ConfigError, AssetError."""
-    import copra_fl.startup  # noqa: F401
+    """Check configurations and return them with number of clients, dtype and attention resolved.
+
+    Raises ConfigError for a configuration that cannot run, AssetError for an asset that cannot be fetched.
+    """
+    from copra_fl import startup
+
+    startup.prepare()
     from copra_fl.aggregation import compatibility
     from copra_fl.tasks import find_task
 
@@ -33,7 +38,7 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
         compatibility.check(config, find_task(config.model.task))
     names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
-    prepared = functools.cache(_prepare)  # methods that are compared have model, data and seed in common
+    prepared = functools.cache(_prepare)  # compared methods share model, data and seed
     with console.status("preparing the data"):
         checked = [_check_one(config, prepared) for config in configs]
     for note in dict.fromkeys(note for _, notes in checked for note in notes):
@@ -42,11 +47,11 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
 
 
 def fetch_with_progress(names: Iterable[str], console: Console) -> None:
-    """Fetch what is missing of `names`, one after another, with a progress bar on `console`.
+    """Fetch the assets in `names` that the cache lacks, one after another, with a progress bar on `console`.
 
     Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
     """
-    missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
+    missing = [find_asset(name) for name in dict.fromkeys(names) if not is_fetched(name)]
     if not missing:
         return
     columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -54,7 +59,7 @@ def fetch_with_progress(names: Iterable[str], console: Console) -> None:
         for asset in missing:
             task = progress.add_task(asset.name, total=asset.size)
             fetch(asset.name, partial(_show, progress, task))
-            progress.update(task, completed=asset.size)  # also where another process did the work
+            progress.update(task, completed=asset.size)  # another process may have fetched it
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
@@ -62,9 +67,9 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
-    """The configuration with what was left open in it, and what its user should know of the data."""
+    """Return the resolved configuration, and notes about its data for the user."""
     from copra_fl.models import memory_plan
-    from copra_fl.models.build import resolve
+    from copra_fl.models.build import resolve_config
 
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
@@ -78,39 +83,39 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    config = resolve(config.changed(num_clients=num_clients))
+    config = resolve_config(config.changed(num_clients=num_clients))
     size = len(federated.label_names), federated.examples.max_length
-    config = memory_plan.fitted(config, memory_plan.plan(config, *size))
+    config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
-    return config, [*_notes(federated, config.federation.seed), f"memory of a worker in training: {needed}"]
+    return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
 
 
 def _prepare(config: Config) -> FederatedData:
-    """The data of `config`, after a look at its model."""
+    """Check the model of `config` and return its data."""
     from copra_fl.data.federated import load_data
     from copra_fl.models.build import check_model, load_processor
 
     check_model(config.model)
     if config.data.partitioner == "own":
         raise ConfigError(
-            "partitioner = 'own': each node has a data file of its own, and simulated nodes have none; "
-            "copra-fl deploy run sends it to nodes that have (docs/nodes.md)"
+            "partitioner = 'own' needs nodes with data files of their own, which simulated nodes do not have; "
+            "use `copra-fl deploy run` (docs/nodes.md)"
         )
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
-        raise ConfigError("num-clients = 0: say how many clients to simulate, for example --set num-clients=8")
+        raise ConfigError("num-clients = 0: set the number of clients to simulate, for example --set num-clients=8")
     return load_data(config, load_processor(config.model))
 
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:
     notes = []
-    if federated.dropped_empty:
-        notes.append(f"{federated.dropped_empty} rows without content, label or client were left out")
-    if federated.dropped_duplicates:
-        notes.append(f"{federated.dropped_duplicates} held-out examples were left out: clients hold the same ones")
+    if federated.dropped.empty:
+        notes.append(f"{federated.dropped.empty} rows without content, label or client are left out")
+    if federated.dropped.duplicates:
+        notes.append(f"{federated.dropped.duplicates} held-out examples are left out: clients have the same examples")
     if federated.held_out_names:
-        notes.append(f"held out whole, as held-out clients: {', '.join(federated.held_out_names)}")
-    if federated.unassigned:
-        notes.append(f"seed {seed}: the partitioner gave {federated.unassigned} examples to no client")
+        notes.append(f"held-out clients: {', '.join(federated.held_out_names)}")
+    if federated.dropped.unassigned:
+        notes.append(f"seed {seed}: the partitioner assigned {federated.dropped.unassigned} examples to no client")
     if federated.skipped:
         names = ", ".join(federated.client_names[client] for client in federated.skipped)
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")
@@ -118,12 +123,12 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
 
 
 def local_paths(config: Config) -> list[str]:
-    """Files and folders that a configuration names, once it is checked: there they are absolute."""
-    places = [*config.data.datasets, config.data.test_file, config.model.model]
-    return [place for place in places if Path(place).is_absolute()]
+    """Return the files and folders that a checked configuration names; `check` has made them absolute."""
+    names = [*config.data.datasets, config.data.test_file, config.model.model]
+    return [name for name in names if Path(name).is_absolute()]
 
 
 def _absolute(name: str) -> str:
-    """A path as it is seen from anywhere, since Flower runs in another folder; other names as they are."""
+    """Return `name` as an absolute path if it exists, because Flower runs in another folder; else unchanged."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name and path.exists() else name

@@ -1,4 +1,4 @@
-"""Shows a run as it goes: round, clients done, last accuracy, time left."""
+"""Progress of a running simulation: round, clients done, last accuracy, time left."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from copra_fl import events
 from copra_fl.simulation.superlink import RunFailed, SuperLink
 
-#: share of a round's bar that local training takes; evaluation takes the rest
+#: share of local training in a round's part of the bar; the rest is evaluation
 TRAINING_SHARE = 0.8
 
 
 @dataclass
-class State:
-    """What is known of the runs so far, moved by events."""
+class ProgressState:
+    """Progress of all runs, updated by the events of their processes (`copra_fl.events`)."""
 
     name: str = "starting Flower and Ray"
     runs_done: int = 0
@@ -36,7 +36,8 @@ class State:
     error: str | None = None
     notes: set[str] = field(default_factory=set)
 
-    def move(self, event: dict[str, Any]) -> None:
+    def apply(self, event: dict[str, Any]) -> None:
+        """Update the state with one event."""
         match event["event"]:
             case "run":
                 self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
@@ -48,7 +49,7 @@ class State:
                 self.recorded, self.phase = event["round"] - 1, "training"
             case "trained":
                 self.clients_done += event["clients"]
-            case "replied":  # all that is heard of workers on other machines
+            case "replied":  # the only event about workers on other machines
                 self.clients_done = max(self.clients_done, event["clients"])
             case "evaluating":
                 self.phase = "evaluating"
@@ -63,7 +64,7 @@ class State:
 
     @property
     def done(self) -> float:
-        """Runs done, with the share of the present one."""
+        """Number of finished runs, plus the finished share of the current one."""
         in_round = TRAINING_SHARE * self.clients_done / self.clients if self.round > self.recorded else 0.0
         return self.runs_done + min(1.0, (self.recorded + in_round) / self.rounds)
 
@@ -76,21 +77,22 @@ class State:
         return text + (f"  accuracy {self.accuracy:.3f}" if self.accuracy is not None else "")
 
 
-class Follower:
-    """Reads the events that were appended since the last call."""
+class EventReader:
+    """Reads the event file `path` piece by piece."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = 0
 
-    def new(self) -> list[dict[str, Any]]:
+    def read_new(self) -> list[dict[str, Any]]:
+        """Return the complete events that were appended since the last call."""
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
             file.seek(self._position)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._position += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.splitlines()]
 
 
 def watch(
@@ -98,31 +100,35 @@ def watch(
     process: subprocess.Popen[bytes],
     num_runs: int,
     console: Console,
-    heard: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Show progress until the server app has finished `num_runs` runs; `heard` after each round and run.
+    """Show progress until the server app has finished `num_runs` runs.
 
-    Raises RunFailed if it says that one failed, or if `process` (the streaming ``flwr run``) ends before.
+    `on_progress` is called after each round and each run. Raises RunFailed if a run fails, or if `process` (the
+    streaming ``flwr run``) ends before the runs are finished.
     """
-    state, follower = State(), Follower(Path(link.environment[events.VARIABLE]))
+    state, reader = ProgressState(), EventReader(Path(link.environment[events.VARIABLE]))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(str(state), total=num_runs)
         running = True
         while running and not state.error and state.runs_done < num_runs:
             running = process.poll() is None
-            for event in follower.new():
-                state.move(event)
-                if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison say the same
+            for event in reader.read_new():
+                state.apply(event)
+                if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison repeat notes
                     state.notes.add(event["text"])
                     console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
                 if event["event"] == "recorded" and not console.is_terminal:
                     console.print(str(state))
                 if event["event"] in ("recorded", "finished"):
-                    heard()
+                    on_progress()
             bar.update(task, description=str(state), completed=state.done)
             time.sleep(0.1 if running else 0)
     if state.error:
         raise RunFailed(f"{state.error.strip()}\nFlower's log: {link.log}")
     if state.runs_done < num_runs:
-        raise RunFailed(f"Flower says the run is {link.status()}; what happened is in its log: {link.log}")
+        raise RunFailed(
+            f"Flower ended with {state.runs_done} of {num_runs} runs finished (status: {link.status()}); "
+            f"see its log: {link.log}"
+        )

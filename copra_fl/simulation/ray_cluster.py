@@ -1,7 +1,7 @@
-"""Where a simulation runs: on this machine, or on those of a Ray cluster that is there already (`--ray-address`).
+"""Workers of a simulation: on this machine, or on an existing Ray cluster (`--ray-address`).
 
-Flower fills a whole cluster with workers of equal shares, and looks for no reason why one of them could not work. So
-each machine is looked at (`ray_look.py`) before a run is submitted: sources and versions, paths, cache, what is free.
+Flower fills a whole cluster with workers of equal size and does not check that a machine can train. So every machine is
+inspected before a run is submitted (`inspect_ray.py`): sources and versions, paths, cache, free cores and GPUs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from copra_fl.simulation.preflight import local_paths
 from copra_fl.simulation.superlink import MAX_DEFAULT_WORKERS, Workers, worker_variables
 
 CONNECT_SECONDS = 5
-#: for a look at all machines; Ray itself goes on trying for nearly two minutes
-LOOK_SECONDS = 90
-#: Ray counts shares of a GPU in this
-SMALLEST_SHARE = 1e-4
+#: limit for the inspection of all machines; Ray itself tries for nearly two minutes
+INSPECT_SECONDS = 90
+#: unit in which Ray counts fractions of a GPU
+GPU_UNIT = 1e-4
 
 
-def reachable(address: str | None) -> str | None:
-    """`address` as it is. Raises ConfigError unless it is HOST:PORT and something listens there."""
+def check_address(address: str | None) -> str | None:
+    """Return `address`. Raises ConfigError unless it is None, or HOST:PORT of a port that accepts connections."""
     if address is None:
         return None
     host, colon, port = address.rpartition(":")
@@ -44,40 +44,42 @@ def reachable(address: str | None) -> str | None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"--ray-address {address}: no Ray cluster answers there ({error}); `ray start --head` starts one and says "
-            "where it is"
+            f"--ray-address {address}: no Ray cluster answers there ({error}); `ray start --head` starts one and "
+            "prints its address"
         ) from None
     return address
 
 
 @dataclass(frozen=True)
-class Demand:
-    """How a simulation is to be spread, as its user says; what is None is chosen.
+class WorkerRequest:
+    """Workers that the user asks for; `allocate` chooses what is None.
 
     Attributes:
-        workers: how many.
-        gpus_per_worker: the share of a GPU for each.
-        ray_address: of a cluster; without it Ray starts on this machine.
+        workers: number of workers.
+        gpus_per_worker: GPUs per worker; may be a fraction.
+        ray_address: address of a Ray cluster; None to start Ray on this machine.
     """
 
     workers: int | None
     gpus_per_worker: float | None
     ray_address: str | None
 
-    def meet(self, configs: Sequence[Config], console: Console) -> Workers:
-        """The workers for runs of `configs`. Raises ConfigError where the cluster cannot train them."""
+    def allocate(self, configs: Sequence[Config], console: Console) -> Workers:
+        """Return the workers for runs of `configs`. Raises ConfigError if the cluster cannot train them."""
         num_clients = max(config.data.num_clients for config in configs)
         if self.ray_address is None:
             return Workers.share(self.workers, num_clients, self.gpus_per_worker)
-        with console.status("looking at the Ray cluster"):
-            cluster = look(self.ray_address, sorted({path for config in configs for path in local_paths(config)}))
+        with console.status("inspecting the Ray cluster"):
+            cluster = inspect_cluster(
+                self.ray_address, sorted({path for config in configs for path in local_paths(config)})
+            )
         check(cluster, configs)
-        for note in differences(cluster):
+        for note in version_notes(cluster):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
-        workers = share(cluster, self.workers, num_clients, self.gpus_per_worker)
+        workers = divide(cluster, self.workers, num_clients, self.gpus_per_worker)
         console.print(
             f"{workers.number} workers on a Ray cluster of {len(cluster.machines)} machines, {workers.cpus} cores and "
-            f"{workers.gpus:g} GPUs each",
+            f"{workers.gpus:g} GPUs per worker",
             highlight=False,
         )
         return workers
@@ -85,14 +87,14 @@ class Demand:
 
 @dataclass(frozen=True)
 class Machine:
-    """One that can train, as `ray_look.py` sees it from there.
+    """A machine with cores, as `inspect_ray.py` reports it.
 
     Attributes:
         digest: `provenance.source_digest` of its copra_fl.
-        versions: `provenance.versions`.
-        missing: paths that are wanted and not there.
-        shares_cache: whether its cache is the asker's.
-        error: why it has no copra_fl.
+        versions: its `provenance.versions`.
+        missing: required paths that it does not have.
+        shares_cache: True if its cache folder is the one of this machine.
+        error: error of importing copra_fl there; empty if it can be imported.
     """
 
     address: str
@@ -104,13 +106,15 @@ class Machine:
     shares_cache: bool = False
     error: str = ""
 
-    def room(self, cpus: int, gpus: float) -> int:
-        """How many workers with these shares Flower starts here."""
+    def capacity(self, cpus: int, gpus: float) -> int:
+        """Return the number of workers of this size that Flower starts here."""
         return int(min(self.cpus / cpus, self.gpus / gpus if gpus else inf))
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """A Ray cluster and its free cores and GPUs."""
+
     address: str
     machines: tuple[Machine, ...]
     free_cpus: float
@@ -124,33 +128,37 @@ class Cluster:
     def gpus(self) -> float:
         return sum(machine.gpus for machine in self.machines)
 
-    def room(self, cpus: int, gpus: float) -> int:
-        return sum(machine.room(cpus, gpus) for machine in self.machines)
+    def capacity(self, cpus: int, gpus: float) -> int:
+        """Return the number of workers of this size that Flower starts in the cluster."""
+        return sum(machine.capacity(cpus, gpus) for machine in self.machines)
 
 
-def look(address: str, paths: Sequence[str]) -> Cluster:
-    """The cluster at `address`, each machine asked for `paths`. Raises ConfigError where it cannot be joined."""
+def inspect_cluster(address: str, paths: Sequence[str]) -> Cluster:
+    """Inspect the cluster at `address` and the existence of `paths` on each machine.
+
+    Raises ConfigError if this machine cannot join the cluster.
+    """
     with tempfile.NamedTemporaryFile(dir=cache_dir(), prefix=".cluster-") as mark:
         question = {"address": address, "variables": worker_variables(), "paths": paths, "mark": Path(mark.name).name}
         try:
-            found = _ask(question)
+            answer = _run_inspection(question)
         except subprocess.TimeoutExpired:
-            found = {"error": f"no answer within {LOOK_SECONDS} s"}
-    if "error" in found:
-        raise ConfigError(f"--ray-address {address}: this machine cannot join a Ray cluster there: {found['error']}")
-    machines = tuple(Machine(**seen) for seen in found["machines"])
-    return Cluster(address, machines, found["free_cpus"], found["free_gpus"])
+            answer = {"error": f"no answer within {INSPECT_SECONDS} s"}
+    if "error" in answer:
+        raise ConfigError(f"--ray-address {address}: this machine cannot join a Ray cluster there: {answer['error']}")
+    machines = tuple(Machine(**machine) for machine in answer["machines"])
+    return Cluster(address, machines, answer["free_cpus"], answer["free_gpus"])
 
 
-def _ask(question: dict[str, Any]) -> dict[str, Any]:
+def _run_inspection(question: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-P", str(Path(__file__).with_name("inspect_ray.py"))]
-    ran = subprocess.run(
-        command, input=json.dumps(question), capture_output=True, text=True, timeout=LOOK_SECONDS, check=False
+    process = subprocess.run(
+        command, input=json.dumps(question), capture_output=True, text=True, timeout=INSPECT_SECONDS, check=False
     )
     try:
-        return json.loads(ran.stdout.splitlines()[-1])
+        return json.loads(process.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        return {"error": ran.stderr.strip() or f"exit code {ran.returncode}"}
+        return {"error": process.stderr.strip() or f"exit code {process.returncode}"}
 
 
 def check(cluster: Cluster, configs: Sequence[Config]) -> None:
@@ -159,76 +167,86 @@ def check(cluster: Cluster, configs: Sequence[Config]) -> None:
 
     digest, version = provenance.source_digest(Path(copra_fl.__file__).parent), provenance.versions()["flwr"]
     for machine in cluster.machines:
-        who = f"machine {machine.address} of the Ray cluster"
+        name = f"machine {machine.address} of the Ray cluster"
         if machine.error:
-            raise ConfigError(f"{who} has no copra-fl that its Python finds ({machine.error}); install it there")
+            raise ConfigError(f"{name} cannot import copra_fl ({machine.error}); install copra-fl there")
         if machine.digest != digest:
             raise ConfigError(
-                f"{who} has other sources of copra_fl (digest {machine.digest[:12]}) than this one ({digest[:12]}); "
-                "install the same version on all"
+                f"{name} has other sources of copra_fl (digest {machine.digest[:12]}) than this machine "
+                f"({digest[:12]}); install the same version on all machines"
             )
         if machine.versions["flwr"] != version:
-            raise ConfigError(f"{who} has flwr {machine.versions['flwr']}, this one {version}; install the same on all")
+            raise ConfigError(
+                f"{name} has flwr {machine.versions['flwr']}, this machine has {version}; install the same version on "
+                "all machines"
+            )
         if machine.missing:
             raise ConfigError(
-                f"{who} has no {', '.join(machine.missing)}; what dataset, test-file and model name by path must lie "
-                "at the same place on all machines"
+                f"{name} does not have {', '.join(machine.missing)}; paths in dataset, test-file and model must exist "
+                "on all machines"
             )
         stateful = [config for config in configs if leaves_state(config)]
         if stateful and not machine.shares_cache:
             raise ConfigError(
-                f"{who} has a cache of its own, but with rule = {stateful[0].aggregation.rule!r}, control-variates = "
-                f"{stateful[0].aggregation.control_variates} and uplink-dtype = "
-                f"{stateful[0].federation.uplink_dtype!r} clients leave state there for their next round, "
-                "which any machine may train: set COPRA_FL_CACHE to a folder that all machines share"
+                f"{name} does not share the cache folder of this machine, but with "
+                f"rule = {stateful[0].aggregation.rule!r}, "
+                f"control-variates = {stateful[0].aggregation.control_variates} and "
+                f"uplink-dtype = {stateful[0].federation.uplink_dtype!r} clients keep state there that their next "
+                "round needs on any machine: set COPRA_FL_CACHE to a folder that all machines share"
             )
     if cluster.free_cpus < cluster.cpus or cluster.free_gpus < cluster.gpus:
         raise ConfigError(
             f"the Ray cluster at {cluster.address} is in use: {cluster.free_cpus:g} of {cluster.cpus:g} cores and "
-            f"{cluster.free_gpus:g} of {cluster.gpus:g} GPUs are free; a simulation takes all of a cluster"
+            f"{cluster.free_gpus:g} of {cluster.gpus:g} GPUs are free; a simulation needs the whole cluster"
         )
 
 
-def differences(cluster: Cluster) -> list[str]:
-    """In words, which machines have packages in other versions than this one."""
-    here = provenance.versions()
+def version_notes(cluster: Cluster) -> list[str]:
+    """Return a note for each machine that has packages in other versions than this machine."""
+    versions = provenance.versions()
     notes = []
     for machine in cluster.machines:
-        other = [f"{name} {version}" for name, version in machine.versions.items() if version != here[name]]
-        if other:
-            notes.append(f"machine {machine.address} has {', '.join(other)}: results depend on who trains which client")
+        different = [f"{name} {version}" for name, version in machine.versions.items() if version != versions[name]]
+        if different:
+            notes.append(
+                f"machine {machine.address} has {', '.join(different)}, unlike this machine: results depend on which "
+                "machine trains which client"
+            )
     return notes
 
 
-def share(cluster: Cluster, number: int | None, num_clients: int, gpus: float | None) -> Workers:
-    """The largest equal shares with which as many workers as are wanted have room.
+def divide(cluster: Cluster, number: int | None, num_clients: int, gpus: float | None) -> Workers:
+    """Return workers of the largest equal size with which `number` of them fit into the cluster.
 
-    Without a `number` there are up to 4 on each machine, on those with a GPU where there is one; never more than
-    clients. Raises ConfigError where there is no room.
+    `gpus` is the size in GPUs; None for the largest. Without a `number` there are up to 4 workers per machine, only on
+    machines with a GPU if there are any. There are never more workers than clients. Raises ConfigError if they do not
+    fit.
     """
-    asked = None if gpus is None else whole_share(gpus)
-    hosts = cluster.machines if asked == 0 else [m for m in cluster.machines if m.gpus] or cluster.machines
-    wanted = number or sum(min(MAX_DEFAULT_WORKERS, machine.room(1, asked or 0.0)) for machine in hosts)
-    wanted = max(1, min(wanted, num_clients))
+    given = None if gpus is None else round_gpu_share(gpus)
+    hosts = cluster.machines if given == 0 else [m for m in cluster.machines if m.gpus] or cluster.machines
+    number = number or sum(min(MAX_DEFAULT_WORKERS, machine.capacity(1, given or 0.0)) for machine in hosts)
+    number = max(1, min(number, num_clients))
     most_gpus = int(max(machine.gpus for machine in cluster.machines))
-    if asked is not None or not most_gpus:
-        gpu_shares = [asked or 0.0]
+    if given is not None or not most_gpus:
+        gpu_shares = [given or 0.0]
     else:
-        gpu_shares = [float(n) for n in range(most_gpus, 0, -1)] + [whole_share(1 / n) for n in range(2, wanted + 1)]
+        whole_gpus = [float(n) for n in range(most_gpus, 0, -1)]
+        gpu_shares = whole_gpus + [round_gpu_share(1 / n) for n in range(2, number + 1)]
     most_cpus = int(max(machine.cpus for machine in cluster.machines))
     for gpu_share in gpu_shares:
         for cpus in range(most_cpus, 0, -1):
-            if cluster.room(cpus, gpu_share) >= wanted:
-                return Workers(wanted, cpus, gpu_share, nodes=wanted, starts_ray=False)
+            if cluster.capacity(cpus, gpu_share) >= number:
+                return Workers(number, cpus, gpu_share, nodes=number, starts_ray=False)
     raise ConfigError(
-        f"the Ray cluster at {cluster.address} has room for {cluster.room(1, gpu_shares[-1])} workers, not {wanted}: "
-        f"each takes a core and {gpu_shares[-1]:g} GPUs, and there are {cluster.cpus:g} cores and {cluster.gpus:g} GPUs"
+        f"the Ray cluster at {cluster.address} has room for {cluster.capacity(1, gpu_shares[-1])} workers, not "
+        f"{number}: each needs a core and {gpu_shares[-1]:g} GPUs, and the cluster has {cluster.cpus:g} cores and "
+        f"{cluster.gpus:g} GPUs; lower --workers or --gpus-per-worker"
     )
 
 
-def whole_share(gpus: float) -> float:
-    """The largest share of which as many fit on one GPU as of `gpus`: a worker cannot have parts of two.
+def round_gpu_share(gpus: float) -> float:
+    """Round `gpus` up to the largest share of which equally many fit on one GPU: a worker cannot use parts of two GPUs.
 
-    Flower does not know that, and would wait for ever for the third of three workers with 0.6 each on two GPUs.
+    Flower adds up all GPUs, and would wait for ever for the third of three workers with 0.6 GPUs on two GPUs.
     """
-    return floor(1 / int(1 / gpus) / SMALLEST_SHARE) * SMALLEST_SHARE if 0 < gpus < 1 else float(ceil(gpus))
+    return floor(1 / int(1 / gpus) / GPU_UNIT) * GPU_UNIT if 0 < gpus < 1 else float(ceil(gpus))

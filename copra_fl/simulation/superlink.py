@@ -1,11 +1,12 @@
-"""Run the Flower app on this machine: a private SuperLink in simulation mode, Ray underneath.
+"""Run the Flower app in a private SuperLink in simulation mode, with Ray underneath.
 
-Flower's own path, with its traps closed (each found by running it): an own FLWR_HOME and a
-free port, so that no other run is touched; an empty working directory, since Ray's workers
-import from the directory where the SuperLink starts; no dependency installation, telemetry
-or update check; the outcome is the server app's own last word (an event), since `flwr run
---stream` exits 0 when a run has failed. A guard process ends everything when we end, however
-we end.
+It uses Flower's own commands and avoids their pitfalls:
+
+- A FLWR_HOME and a free port of its own, so that it touches no other run.
+- An empty working directory, because Ray's workers import from the directory where the SuperLink starts.
+- No dependency installation, telemetry or update check.
+- The server app reports the outcome in its last event, because `flwr run --stream` exits with 0 after a failed run.
+- A guard process kills all processes of the run when this process ends in any way.
 """
 
 from __future__ import annotations
@@ -32,27 +33,29 @@ from copra_fl import events
 from copra_fl.config import Value, toml_value
 from copra_fl.simulation import guard
 
-START_SECONDS = 60
+START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
-#: where the app lies below a SuperLink's home
+#: Ray's variable for the niceness of workers
+NICENESS = "RAY_worker_niceness"
+#: folder of the app in a SuperLink's home
 APP = "app"
-#: variables that all workers of a run have alike
-SHARED = ("COPRA_FL_CACHE", "COPRA_FL_LOG")
+#: environment variables that are passed to workers on all machines
+FORWARDED = ("COPRA_FL_CACHE", "COPRA_FL_LOG")
 
 
 class RunFailed(RuntimeError):
-    """A run that did not complete, in words for people."""
+    """A run that did not complete. The message is for the user."""
 
 
 def app_directory() -> Path:
-    """The Flower app: carried inside an installed copy, else the checkout."""
+    """Return the folder with the Flower app: inside the package if it is installed, else the checkout."""
     package = Path(copra_fl.__file__).parent
-    carried = package / "_app"
-    return carried if carried.exists() else package.parent
+    installed = package / "_app"
+    return installed if installed.exists() else package.parent
 
 
 def copy_app(directory: Path) -> None:
-    """The app alone: `flwr run` looks at every file below the folder it is given, a checkout's .venv and runs too."""
+    """Copy only the app to `directory`: `flwr run` reads every file in the app's folder, even .venv in a checkout."""
     for name in ("clients", "server"):
         shutil.copytree(app_directory() / name, directory / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -61,11 +64,13 @@ def copy_app(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """How a simulation is spread: Ray actors, each with a share of a machine's cores and GPUs.
+    """Number and size of a simulation's workers, which are Ray actors.
 
     Attributes:
-        nodes: Flower's nodes, which host the clients; the actors serve them.
-        starts_ray: on this machine for this run alone; else Ray runs already.
+        cpus: cores per worker.
+        gpus: GPUs per worker; may be a fraction.
+        nodes: number of Flower's nodes, which host the clients and are served by the workers.
+        starts_ray: True if Ray is started on this machine for this run; False if a Ray cluster runs already.
     """
 
     number: int
@@ -76,9 +81,9 @@ class Workers:
 
     @classmethod
     def share(cls, number: int | None, num_clients: int, gpus_per_worker: float | None = None) -> Workers:
-        """This machine's cores dealt out evenly, and GPUs too unless their share is given; one node a worker.
+        """Divide this machine's cores evenly among workers, and its GPUs unless `gpus_per_worker` is given.
 
-        Without a `number` there is one per core and at most 4; never more than clients.
+        Without a `number` there is one worker per core, at most 4. There are never more workers than clients.
         """
         number = min(number or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
         if gpus_per_worker is None:
@@ -86,7 +91,7 @@ class Workers:
         return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker, nodes=number)
 
     def federation_config(self) -> str:
-        """Flower's federation config."""
+        """Return the argument of ``flwr run --federation-config``."""
         config = (
             f"num-supernodes={self.nodes} client-resources-num-cpus={self.cpus} client-resources-num-gpus={self.gpus}"
         )
@@ -95,12 +100,19 @@ class Workers:
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A private local SuperLink: where it lives, its process, and the environment to talk to it."""
+    """A private local SuperLink.
+
+    Attributes:
+        home: its folder, FLWR_HOME.
+        environment: environment of the commands that talk to it.
+        guard: the process that runs it, see `copra_fl.simulation.guard`.
+        log: log file of server app and workers.
+    """
 
     home: Path
     environment: dict[str, str]
     port: int
-    keeper: subprocess.Popen[bytes]
+    guard: subprocess.Popen[bytes]
     log: Path
 
     def flwr(self, *arguments: str) -> list[str]:
@@ -109,9 +121,9 @@ class SuperLink:
     def start_run(
         self, run_config: Mapping[str, Value], workers: Workers, copy: Callable[[Path], object] = copy_app
     ) -> subprocess.Popen[bytes]:
-        """Submit the app that `copy` puts into a new folder; the process returned ends with the run.
+        """Submit the app that `copy` copies into a new folder; the returned process ends with the run.
 
-        It writes its log to `log`. Raises RunFailed if the SuperLink does not start.
+        Server app and workers write to `log`. Raises RunFailed if the SuperLink does not start.
         """
         app, config = self.home / APP, self.home / "run-config.toml"
         copy(app)
@@ -126,7 +138,7 @@ class SuperLink:
             )  # fmt: skip
 
     def status(self) -> str:
-        """Flower's word on the last run, like ``finished:failed``."""
+        """Return Flower's status of the last run, like ``finished:failed``."""
         command = self.flwr("list", "local", "--format", "json")
         output = subprocess.run(command, env=self.environment, cwd=self.home, capture_output=True, text=True).stdout
         try:
@@ -137,40 +149,43 @@ class SuperLink:
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.keeper.poll() is None:
+        while time.monotonic() < deadline and self.guard.poll() is None:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
-        raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; its log is {self.log}")
+        raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; see its log: {self.log}")
 
 
 def worker_variables() -> dict[str, str]:
-    """What workers on other machines are to have of our environment."""
-    return {"TOKENIZERS_PARALLELISM": "false"} | {name: os.environ[name] for name in SHARED if name in os.environ}
+    """Return the environment variables that workers on all machines get."""
+    return {"TOKENIZERS_PARALLELISM": "false"} | {name: os.environ[name] for name in FORWARDED if name in os.environ}
 
 
 def ray_variables(home: Path, address: str | None) -> dict[str, str]:
-    """The environment in which Flower starts a Ray of its own, whatever else runs here, or joins that at `address`.
+    """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
-    On another machine there are no `clients`, which lie in `home`: Ray brings them, as its job submission would.
+    Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default of 15
+    any other process on the machine would starve them, and the user asked for the simulation. Workers of a cluster
+    have the priority that the cluster was started with.
+    Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a submitted job.
     """
     if address is None:
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home)}
-    brought = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
-    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": brought})}
+        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
+    runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
+    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
 
 
 @contextmanager
 def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
-    """A SuperLink for the duration of the block; afterwards no process and no file of it is left.
+    """Run a SuperLink for the duration of the block; afterwards none of its processes and files are left.
 
-    Simulations run on the Ray cluster at `ray_address`, else on a Ray of their own.
-    It starts in the background: `start_run` waits for it. `log`, if a run was started, takes what server app and
-    workers print, and at the end what the SuperLink printed.
+    Simulations run on the Ray cluster at `ray_address`, else on a Ray started for them. The SuperLink starts in the
+    background: `start_run` waits for it. If a run is started, `log` gets the output of server app and workers, and at
+    the end that of the SuperLink.
     """
-    # Ray's sockets lie below it, and a socket's path must be short, which TMPDIR may not be.
+    # Ray's sockets lie in it, and the path of a socket must be short; TMPDIR may be long.
     home = Path(tempfile.mkdtemp(prefix="copra-fl-", dir="/tmp" if os.path.isdir("/tmp") else None))
     mark = uuid.uuid4().hex
     port = free_port()
@@ -189,27 +204,27 @@ def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_prestart_worker_first_driver": "0",  # workers that no actor would ever use
+        "RAY_prestart_worker_first_driver": "0",  # they would start workers that no actor uses
         **worker_variables(),
         **ray_variables(home, ray_address),
     }
     command = [sys.executable, guard.__file__, mark, f"{scripts}/flower-superlink", "--insecure", "--simulation"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-    own_log = home / "superlink.log"
-    with open(own_log, "wb") as output:
-        keeper = subprocess.Popen(
+    superlink_log = home / "superlink.log"
+    with open(superlink_log, "wb") as output:
+        guard_process = subprocess.Popen(
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
     try:
-        yield SuperLink(home, environment, port, keeper, log)
+        yield SuperLink(home, environment, port, guard_process, log)
     finally:
-        assert keeper.stdin is not None
-        keeper.stdin.close()
-        keeper.wait()
+        assert guard_process.stdin is not None
+        guard_process.stdin.close()
+        guard_process.wait()
         if log.exists():
             with open(log, "ab") as output:
-                output.write(own_log.read_bytes())
+                output.write(superlink_log.read_bytes())
         shutil.rmtree(home, ignore_errors=True)
 
 

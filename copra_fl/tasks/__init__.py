@@ -1,7 +1,7 @@
-"""What models learn: one file a task.
+"""Tasks that models learn, one file each.
 
-``task`` in a configuration is the name of a module here (with - for _), or the dotted name of a module of a user's own;
-either has ``TASK``, a `Task`. docs/tasks.md shows one that is complete.
+``task`` in a configuration is the name of a module in this folder (with - for _) or the dotted name of a user's module;
+both have ``TASK``, a `Task`. docs/tasks.md shows a complete one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Examples", "Inputs", "Task", "find_task"]
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`. Raises ConfigError where there is none."""
+    """Return the task called `name`. Raises ConfigError if there is none."""
     module = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
     try:
         task = getattr(import_module(module), "TASK", None)
@@ -29,15 +29,15 @@ def find_task(name: str) -> Task:
         return task
     if "." in name:
         raise ConfigError(
-            f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task. Install it, or put "
-            "the full path of its folder on PYTHONPATH"
+            f"task = {name!r}: there is no module {name} that can be imported and has TASK, a Task. Install it, or add "
+            "the absolute path of its folder to PYTHONPATH"
         )
     raise ConfigError(
-        f"{unknown_name('task', name, _names())}; one of your own has a dotted name, as in hospital.tagging"
+        f"{unknown_name('task', name, _names())}. A task of your own has a dotted name, as in hospital.tagging"
     )
 
 
 def _names() -> list[str]:
-    """The tasks that are here."""
+    """Return the names of the tasks in this folder."""
     modules = [name for _, name, _ in iter_modules(__path__)]
     return [name.replace("_", "-") for name in modules if hasattr(import_module(f"{__name__}.{name}"), "TASK")]

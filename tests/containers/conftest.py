@@ -1,6 +1,6 @@
-"""A real deployment in containers: `copra-fl deploy init`, `up`, and what tests do to it.
+"""A real deployment in containers, made by `copra-fl deploy init` and `up`, and operations of tests on it.
 
-COPRA_FL_IMAGE names an image that is there already, which is then tested as it is.
+COPRA_FL_IMAGE names an existing image to test; without it the image is built.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 from copra_fl.simulation.superlink import free_port
-from tests.support.real_runs import SCRIPT
+from tests.support.real_runs import HANG_SECONDS, SCRIPT
 from tests.support.tiny import Settings
 
 ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 NUM_CLIENTS = 3
-PATIENCE = 1500
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,18 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "containers" in item.path.parts:
             item.add_marker(pytest.mark.containers)
             if ENGINE is None:
-                item.add_marker(pytest.mark.skip(reason="neither docker nor podman is here to run containers"))
+                item.add_marker(pytest.mark.skip(reason="neither docker nor podman is installed"))
 
 
 @dataclass
 class Containers:
-    """A deployment that is up: its folder, and its containers by service name."""
+    """A running deployment: its folder, and its containers by service name."""
 
     root: Path
 
     def deploy(self, *arguments: str, code: int = 0) -> str:
-        """`copra-fl deploy ARGUMENTS`; what it printed on standard output."""
-        result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=PATIENCE)
+        """Run `copra-fl deploy ARGUMENTS`; return its standard output."""
+        result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
         assert result.returncode == code, result.stdout + result.stderr
         return result.stdout
 
@@ -50,7 +49,7 @@ class Containers:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, run: subprocess.Popen[str], code: int = 0) -> str:
-        out, _ = run.communicate(timeout=PATIENCE)
+        out, _ = run.communicate(timeout=HANG_SECONDS)
         assert run.returncode == code, out
         return out
 
@@ -59,21 +58,33 @@ class Containers:
         return subprocess.run([ENGINE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     def container(self, service: str) -> str:
-        """The id of a service's container."""
+        """Return the id of a service's container."""
         label = "com.docker.compose.service"
         project = f"label=com.docker.compose.project={self.root.name}"
         return self.engine("ps", "-aq", "--filter", project, "--filter", f"label={label}={service}")
 
     def kill(self, service: str) -> None:
-        """SIGKILL from outside, as the kernel does it when memory is short: the engine did not ask for it."""
+        """Send SIGKILL from outside, as the kernel does when memory is short; Docker does not know of it."""
         pid = self.engine("inspect", "--format", "{{.State.Pid}}", self.container(service))
         subprocess.run(["kill", "-9", pid], check=True)
 
-    def num_trained(self, service: str) -> int:
-        """How many rounds' training its container has begun so far."""
+    def num_unanswered(self, service: str) -> int:
+        """How many trainings a client's container has begun without sending a reply; it stays behind when killed."""
         assert ENGINE is not None
-        log = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
-        return (log.stdout + log.stderr).count("Receiving: train message")
+        ran = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
+        log = ran.stdout + ran.stderr
+        return log.count("Receiving: train message") - log.count("Sending: train message")
+
+    def kill_while_training(self, service: str, num_unanswered: int) -> None:
+        """Kill a client between a train message and its reply; one that has replied first is killed again.
+
+        `num_unanswered` is that of its container before the run.
+        """
+        while True:
+            self.wait(lambda: self.num_unanswered(service) > num_unanswered, f"{service} trains")
+            self.kill(service)
+            if self.num_unanswered(service) > num_unanswered:
+                return
 
     def network(self) -> str:
         return self.engine(
@@ -87,15 +98,15 @@ class Containers:
 
     @staticmethod
     def wait(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
-            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}"
+            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}"
             time.sleep(0.5)
 
 
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts: str) -> Iterator[Containers]:
-    """Three clients and a server with the tiny model and the texts in their data folders, all connected."""
+    """Three clients and a server, connected, with the tiny model and the texts in their data folders."""
     root = tmp_path_factory.mktemp("deployment")
     root = root.rename(root.with_name(f"copra-fl-test-{os.getpid()}"))
     containers = Containers(root)
@@ -106,7 +117,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts:
         subprocess.run(["chmod", "-R", "a+rX", data], check=True)
     try:
         build = "--no-build" if os.environ.get("COPRA_FL_IMAGE") else "--build"
-        containers.deploy("up", str(root), build, "--wait", str(PATIENCE))
+        containers.deploy("up", str(root), build, "--wait", str(HANG_SECONDS))
         yield containers
     finally:
         containers.deploy("down", str(root))
@@ -114,13 +125,13 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts:
 
 @pytest.fixture(scope="session")
 def settings(tiny: Settings) -> Settings:
-    """Three rounds of the tiny federation, long enough to be caught in one, with what is where in the containers."""
+    """Settings of three rounds of the tiny federation, with the paths of model and data in the containers."""
     inside = {"model": "/data/tiny-bert", "dataset": "/data/texts.csv", "num-rounds": 3, "partitioner": "iid"}
     return {key: value for key, value in tiny.items() if key != "num-clients"} | inside
 
 
 @pytest.fixture(scope="session")
 def undisturbed(deployment: Containers, settings: Settings) -> Path:
-    """A run of three rounds that nothing happens to: its folder."""
+    """Folder of a run of three rounds without any fault."""
     deployment.finish(deployment.start_run("undisturbed", settings))
     return deployment.root / "runs" / "undisturbed"

@@ -1,4 +1,4 @@
-"""Nodes with data files of their own, in real containers, told in the deployment's .env as docs/deployment.md says."""
+"""Nodes with data files of their own, in real containers, set in the deployment's .env (docs/how-to/deploy.md)."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import json
 
 import pytest
 
-from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers
+from tests.containers.conftest import NUM_CLIENTS, Containers
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings, make_texts
 
 
 @pytest.fixture(scope="module")
-def own(deployment: Containers, settings: Settings) -> Settings:
-    """A run on the files of 3 sites, each of another size."""
+def local_files(deployment: Containers, settings: Settings) -> Settings:
+    """Settings of a run on the files of 3 nodes, all of different sizes."""
     with (deployment.root / ".env").open("a") as file:
         for number in range(NUM_CLIENTS):
             data = deployment.root / "clients" / f"client-{number}" / "data"
             make_texts(data / "ward.csv", 100 + number, seed=number + 1).chmod(0o644)
             file.write(f'COPRA_FL_CLIENT_{number}=data-path="/data/ward.csv"\n')
-    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(HANG_SECONDS))
     return settings | {"partitioner": "own", "num-rounds": 1}
 
 
-def test_each_node_trains_on_its_own_file(deployment: Containers, own: Settings) -> None:
-    deployment.finish(deployment.start_run("own", own))
+def test_each_node_trains_on_its_own_file(deployment: Containers, local_files: Settings) -> None:
+    deployment.finish(deployment.start_run("own", local_files))
     (row,) = map(json.loads, deployment.rounds("own"))
     assert [client["examples"] for client in row["clients"]] == [100 - 10, 101 - 10, 102 - 10], "a tenth validates"
 
 
-def test_a_node_with_unknown_labels_is_refused_by_name_before_any_training(
-    deployment: Containers, own: Settings
+def test_a_node_with_unknown_labels_is_rejected_before_any_training(
+    deployment: Containers, local_files: Settings
 ) -> None:
     file = deployment.root / "clients" / "client-1" / "data" / "ward.csv"
     with file.open("a") as table:
         table.write('"some words of nobody",secret-diagnosis,0\n')
-    said = deployment.finish(deployment.start_run("unknown-label", own), code=1)
-    assert "(partition-id 1)" in said and "1 of 102 examples have a label that is none of" in said
-    assert "secret-diagnosis" not in said and "ward.csv" not in said
+    printed = deployment.finish(deployment.start_run("unknown-label", local_files), code=1)
+    assert "(partition-id 1)" in printed and "1 of 102 examples have a label that is none of" in printed
+    assert "secret-diagnosis" not in printed and "ward.csv" not in printed
     assert not deployment.rounds("unknown-label")

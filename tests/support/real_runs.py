@@ -1,4 +1,4 @@
-"""Start the real `copra-fl` in a process of its own, with every process of it findable."""
+"""The real `copra-fl` in a process of its own, with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 
 SCRIPT = str(Path(sys.executable).parent / "copra-fl")
+#: The longest that a test waits for anything. It ends a hang and nothing else: a loaded machine may be slow.
+HANG_SECONDS = 1800
 
 
 @dataclass
 class RealRun:
-    """`copra-fl ARGUMENTS` started in `cwd`; `processes()` are all it has left on the machine."""
+    """`copra-fl ARGUMENTS`, started in `cwd`."""
 
     arguments: list[str]
     cwd: Path
@@ -33,31 +35,32 @@ class RealRun:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def finish(self, code: int = 0, timeout: float = 300) -> tuple[str, str]:
+    def finish(self, code: int = 0) -> tuple[str, str]:
         """Wait for the end; standard output and error. Fails unless the exit code is `code` and nothing is left."""
-        out, err = self.process.communicate(timeout=timeout)
+        out, err = self.process.communicate(timeout=HANG_SECONDS)
         assert self.process.returncode == code, f"exit code {self.process.returncode}\n{out}\n{err}"
-        self.wait_until(lambda: not self.processes(), "no process left", 30)
+        self.wait_until(lambda: not self.processes(), "no process left")
         return out, err
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        found = []
+        """Return the running processes of this command with `name` in their command lines."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("COPRA_FL_TEST") == self.mark and name in " ".join(process.cmdline()):
-                    found.append(process)
+                    processes.append(process)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     @staticmethod
-    def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
+    def wait_until(condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
-            assert time.monotonic() < deadline, f"waited {timeout} s for: {what}"
+            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}"
             time.sleep(0.05)
 
 
 def settings(flat: dict[str, object]) -> list[str]:
-    """``--set KEY=VALUE`` for each."""
+    """Return ``--set KEY=VALUE`` for each setting."""
     return [word for key, value in flat.items() for word in ("--set", f"{key}={value}")]

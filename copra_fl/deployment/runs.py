@@ -1,0 +1,72 @@
+"""Runs on a deployment: choose the run's folder, submit the run to the SuperLink, follow its output."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from copra_fl.config import Config, ConfigError, toml_value
+from copra_fl.deployment import nodes
+from copra_fl.deployment.compose_command import ComposeCommand
+from copra_fl.deployment.layout import DeploymentLayout
+from copra_fl.simulation.superlink import RunFailed
+
+#: folders in the SuperLink's container: the Flower app (Dockerfile), and the run folders (docker-compose.yml)
+APP, RUNS = "/app", "/runs"
+#: Flower's status of a run that ended without an error
+COMPLETED = "finished:completed"
+
+
+def choose_name(layout: DeploymentLayout, output: str | None, resume: bool) -> str:
+    """Return the name of the run's folder in DIR/runs: `output`; else the newest run if `resume`, else a new name.
+
+    Raises ConfigError if `output` is not a plain name, or names an existing run without `resume`, or if there is no
+    run to resume.
+    """
+    if output is not None and (Path(output).name != output or output == ".."):
+        raise ConfigError(f"--output {output!r} is a path; use a plain name for a folder in {layout.runs}")
+    if resume and output is None:
+        configs = sorted(layout.runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime)
+        if not configs:
+            raise ConfigError(f"{layout.runs} has no run to resume; start one without --resume")
+        return configs[-1].parent.name
+    name = output or time.strftime("run-%Y%m%d-%H%M%S")
+    if not resume and (layout.runs / name / "checkpoints").exists():
+        raise ConfigError(f"{layout.runs / name} holds a run: --resume continues it, another --output starts a new run")
+    return name
+
+
+def submit(
+    compose: ComposeCommand, config: Config, name: str, resume: bool, on_output: Callable[[], None]
+) -> str | None:
+    """Submit a run and print the server app's output until the run ends.
+
+    `on_output` is called after each line. Returns Flower's status of the run, like finished:failed; None if the
+    SuperLink does not answer. Raises RunFailed if Flower does not start the run.
+    """
+    defaults = Config().to_flat()
+    settings = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
+    settings |= {"output": f"{RUNS}/{name}", "resume": resume}
+    run_config = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
+    process = compose.start_in_superlink("flwr", "run", APP, nodes.CONNECTION, "--stream", "--run-config", run_config)
+    assert process.stdout is not None
+    run_id = None
+    for line in process.stdout:
+        print(line.rstrip(), file=sys.stderr)
+        on_output()
+        if run_id is None and (match := re.search(r"started run (\d+)", line)):
+            run_id = match[1]
+    process.wait()
+    on_output()
+    if run_id is None:
+        raise RunFailed("Flower did not start the run; its output is above")
+    try:
+        answer = compose.run_in_superlink("flwr", "list", nodes.CONNECTION, "--run-id", run_id, "--format", "json")
+        return str(json.loads(answer)["runs"][0]["status"])
+    except (subprocess.CalledProcessError, ValueError, KeyError, IndexError):
+        return None

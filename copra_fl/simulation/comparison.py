@@ -1,0 +1,96 @@
+"""A comparison: every method with every seed, run one after the other by one Flower app."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+
+from copra_fl.config import Config, ConfigError
+from copra_fl.simulation import preflight, progress
+from copra_fl.simulation.ray_cluster import WorkerRequest
+from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
+from copra_fl.simulation.run_folder import create_output, write_config
+from copra_fl.simulation.superlink import superlink
+
+
+def run_comparison(
+    directory: Path,
+    methods: list[str],
+    seeds: list[int],
+    configs: Mapping[str, Config],
+    console: Console,
+    request: WorkerRequest,
+    overwrite: bool = False,
+    track: Sequence[str] = (),
+) -> None:
+    """Run or continue the comparison in `directory`; finished runs are not repeated.
+
+    `configs` has the configuration of each run, by the names of `run_names`.
+    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
+    """
+    with superlink(directory / "flower.log", request.ray_address) as link:
+        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        workers = request.allocate(list(configs.values()), console)
+        create_output(directory, overwrite)
+        for name, config in configs.items():
+            write_config(directory / name, config)
+        write_plan(directory, methods, seeds)
+        process = link.start_run({"output": str(directory), "resume": True}, workers)
+
+        from copra_fl.trackers.feed import Tracking  # slow to import
+
+        with closing(Tracking(track, [directory / name for name in configs], console)) as tracking:
+            progress.watch(link, process, len(configs), console, tracking.update)
+
+
+def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:
+    """Write ``comparison.toml``: the runs that the server goes through and that the report shows."""
+    plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
+    (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+
+
+def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:
+    """Return folder name -> method and seed of each run, in the order in which the server runs them."""
+    return {f"{method}-seed{seed}": (method, seed) for seed in seeds for method in methods}
+
+
+def expand_all(methods: Mapping[str, str], recipe: Recipe, console: Console) -> dict[str, str]:
+    """Return `methods` (short name -> name or file) with the method ``all`` replaced by every built-in method."""
+    expanded: dict[str, str] = {}
+    for name, source in methods.items():
+        expanded |= all_methods(recipe, console) if name == "all" else {name: source}
+    return expanded
+
+
+def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
+    """Return every built-in method, FedAvg first, and every aggregation rule with CopRA too.
+
+    Of methods with equal configurations only the first is returned. Methods that the recipe's settings exclude are
+    left out with a note on `console`. Raises ConfigError if no method is left.
+    """
+    from copra_fl import startup
+
+    startup.prepare()
+    from copra_fl.aggregation import compatibility
+    from copra_fl.tasks import find_task
+
+    methods: dict[Config, str] = {}
+    left_out = {}
+    for name in sorted(built_in_methods(), key=lambda name: (name != "fedavg", name)):
+        for method in (name, f"{name}+copra") if "rule" in method_settings(name) else (name,):
+            config = recipe.config(method)
+            try:
+                compatibility.check(config, find_task(config.model.task))
+            except ConfigError as error:
+                left_out[method] = str(error)
+            else:
+                methods.setdefault(config, method)
+    if not methods:
+        raise ConfigError("\n".join(dict.fromkeys(left_out.values())))
+    for method, reason in left_out.items():
+        console.print(f"note: {method} is left out: {reason}", highlight=False, soft_wrap=True)
+    return {method: method for method in methods.values()}

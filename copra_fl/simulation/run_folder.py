@@ -1,0 +1,47 @@
+"""The output folder of a run or comparison: choose it, create it, write its configuration."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from copra_fl.config import Config, ConfigError
+
+#: a folder of a run or comparison has one of these files; other folders are never continued or deleted
+MARKER_FILES = ("comparison.toml", "config.toml")
+
+
+def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
+    """Return the absolute folder for the results; nothing is created or deleted yet.
+
+    Raises ConfigError for a folder with content, unless it holds a run and `resume` or `overwrite` is set.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it: use one of them")
+    directory = (output or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--output {directory} is a file, not a folder")
+    if directory.exists() and any(directory.iterdir()):
+        is_run = any((directory / marker).exists() for marker in MARKER_FILES)
+        if not is_run:
+            raise ConfigError(f"--output {directory} is not empty and not a run of copra-fl; choose another folder")
+        if not (resume or overwrite):
+            raise ConfigError(f"--output {directory} holds a run: --resume continues it, --overwrite deletes it")
+    return directory
+
+
+def create_output(directory: Path, overwrite: bool) -> None:
+    """Create the folder that `choose_output` returned; with `overwrite`, delete the run in it first."""
+    if overwrite and directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Write the run's ``config.toml``. Raises ConfigError with the changed keys if the folder has a different one."""
+    path = directory / "config.toml"
+    if path.exists() and (changed := Config.from_toml(path).differences(config)):
+        raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+    directory.mkdir(exist_ok=True)
+    path.write_text(config.to_toml(), encoding="utf-8")

@@ -1,0 +1,179 @@
+"""A study: a grid of methods, seeds, learning rates, splits and regimes, run as one comparison after the other.
+
+A study is a recipe with a table ``[study]``:
+
+    [study.splits.NAME]    settings of the data: its partition, and the clients that take part
+    [study.regimes.NAME]   settings of the schedule: rounds and local steps
+    [study.tuning]         seeds, learning-rates, and optional settings of the runs that choose a learning rate
+    [study.grids.NAME]     methods, seeds, splits, regimes
+
+A cell of a grid is a split in a regime. In each cell every method's learning rate is chosen on validation data of the
+tuning seeds; then the method runs at that rate with the grid's seeds. Finished runs are not repeated, so the same
+command continues a study after a kill, and after seeds, methods or cells were added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from copra_fl.config import Config, ConfigError
+from copra_fl.reporting.results import Comparison, load_comparison
+from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
+from copra_fl.simulation.ray_cluster import WorkerRequest
+from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.wording import unknown_name
+
+TUNING_KEYS = ("seeds", "learning-rates", "settings")
+GRID_KEYS = ("methods", "seeds", "splits", "regimes")
+
+
+@dataclass(frozen=True)
+class StudyCell:
+    """A split in a regime.
+
+    Attributes:
+        directory: folder of the cell's two comparisons.
+        recipe: the study's recipe with the settings of split and regime.
+        methods: short name -> name or file of each method.
+        seeds: seeds of the test runs.
+        tuning: the table ``[study.tuning]``.
+    """
+
+    directory: Path
+    recipe: Recipe
+    methods: Mapping[str, str]
+    seeds: list[int]
+    tuning: Mapping[str, Any]
+
+    def config(self, method: str, rate: float, seed: int) -> Config:
+        """Return the configuration of a test run of `method` at the learning rate `rate`."""
+        from copra_fl.reporting.study import rate_key  # slow to import
+
+        config = self.recipe.config(self.methods[method], seed)
+        return Config.from_flat(config.to_flat() | {rate_key(config): rate})
+
+    def tuning_config(self, method: str, rate: float, seed: int) -> Config:
+        """Return the configuration of a tuning run: that of a test run with the settings of ``[study.tuning]``."""
+        return Config.from_flat(self.config(method, rate, seed).to_flat() | self.tuning["settings"])
+
+
+def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tuple[str, Iterator[StudyCell]]]:
+    """Yield name and cells of each grid in `grids` (separated by commas; None for all grids of the study).
+
+    Raises ConfigError for missing tables and unknown keys and names.
+    """
+    study = recipe.study
+    for table in ("splits", "regimes", "tuning", "grids"):
+        if not study.get(table):
+            raise ConfigError(f"the study has no table [study.{table}]")
+    tuning = {"settings": {}} | study["tuning"]
+    check_keys("study.tuning", tuning, TUNING_KEYS)
+    for name in [name.strip() for name in grids.split(",")] if grids else study["grids"]:
+        if name not in study["grids"]:
+            raise ConfigError(unknown_name("grid", name, study["grids"]))
+        yield name, grid_cells(recipe, name, tuning, output / name)
+
+
+def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], directory: Path) -> Iterator[StudyCell]:
+    """Yield a cell for every split and regime of a grid."""
+    grid = recipe.study["grids"][grid_name]
+    check_keys(f"study.grids.{grid_name}", grid, GRID_KEYS)
+    methods = {short_name(method): method for method in grid["methods"]}
+    for split in grid["splits"]:
+        for regime in grid["regimes"]:
+            settings = named_settings(recipe, "splits", split) | named_settings(recipe, "regimes", regime)
+            cell_recipe = replace(recipe, settings=recipe.settings | settings)
+            yield StudyCell(directory / split / regime, cell_recipe, methods, grid["seeds"], tuning)
+
+
+def named_settings(recipe: Recipe, table: str, name: str) -> dict[str, Any]:
+    """Return the settings of one split or regime. Raises ConfigError for an unknown name."""
+    known = recipe.study[table]
+    if name not in known:
+        raise ConfigError(unknown_name(table.removesuffix("s"), name, known))
+    return known[name]
+
+
+def check_keys(table: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `settings` has all of `keys` and no other."""
+    for key in settings:
+        if key not in keys:
+            raise ConfigError(f"[{table}]: {unknown_name('key', key, keys)}")
+    if missing := [key for key in keys if key not in settings]:
+        raise ConfigError(f"[{table}] lacks {', '.join(missing)}")
+
+
+def sample_configs(cell: StudyCell) -> Iterator[Config]:
+    """Yield a tuning and a test configuration of each method, to check them before anything starts.
+
+    Raises ConfigError for a rule without a global model, which has no validation accuracy to choose a rate by.
+    """
+    from copra_fl.aggregation.compatibility import require_global_model
+
+    rate = cell.tuning["learning-rates"][0]
+    for method in cell.methods:
+        require_global_model(cell.config(method, rate, cell.seeds[0]), f"by which {method!r} could choose its rate")
+        yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
+        yield cell.config(method, rate, cell.seeds[0])
+
+
+def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str, float]:
+    """Return the best learning rate of each method; run the comparisons that are needed to find it.
+
+    `copra_fl.reporting.study.rates_to_try` chooses the rates of each comparison from the results of the one before.
+    """
+    from copra_fl.reporting.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
+
+    seeds = cell.tuning["seeds"]
+    accuracies: dict[str, dict[float, float]] = {}  # method -> learning rate -> validation accuracy
+    while True:
+        tried = {method: accuracies.get(method, {}) for method in cell.methods}
+        new = {method: rates_to_try(cell.tuning["learning-rates"], tried[method]) for method in cell.methods}
+        if not any(new.values()):
+            return {method: best_rate(tried[method]) for method in cell.methods}
+        variants = {
+            tuned_name(method, rate): (method, rate)
+            for method in cell.methods
+            for rate in (*tried[method], *new[method])
+        }
+        configs = {
+            run: cell.tuning_config(*variants[variant], seed)
+            for run, (variant, seed) in run_names(variants, seeds).items()
+        }
+        finish_comparison(cell.directory / RATES, list(variants), seeds, configs, console, request)
+        accuracies = validation_accuracies(load_comparison(cell.directory / RATES))
+
+
+def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, request: WorkerRequest) -> Comparison:
+    """Run the methods at their learning rates with the grid's seeds; return the comparison."""
+    from copra_fl.reporting.study import TEST
+
+    configs = {
+        run: cell.config(method, rates[method], seed)
+        for run, (method, seed) in run_names(cell.methods, cell.seeds).items()
+    }
+    finish_comparison(cell.directory / TEST, list(cell.methods), cell.seeds, configs, console, request)
+    return load_comparison(cell.directory / TEST)
+
+
+def finish_comparison(
+    directory: Path,
+    methods: list[str],
+    seeds: list[int],
+    configs: Mapping[str, Config],
+    console: Console,
+    request: WorkerRequest,
+) -> None:
+    """Run the unfinished runs of a comparison.
+
+    If all are finished, only write the plan, because the folder may hold other runs from before the study was changed.
+    """
+    if all((directory / name / "summary.json").exists() for name in configs):
+        write_plan(directory, methods, seeds)
+    else:
+        run_comparison(directory, methods, seeds, configs, console, request)
