@@ -28,7 +28,7 @@ class Style:
     dash: str
 
 
-#: Okabe and Ito's colors, distinct for people with any color vision; symbol and dash distinguish them in print
+#: Okabe and Ito's colors, distinct with any color vision; symbol and dash distinguish the styles in print
 STYLES = (
     Style("#0072B2", "circle", "solid"),
     Style("#D55E00", "square", "dash"),
