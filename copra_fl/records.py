@@ -192,7 +192,7 @@ class RunSummary(Record):
         method: local training.
         personal: whether each client keeps a part of the model, so that there is no global model to test.
         test: on test data; None for a personal rule or a server without data.
-        held_out: on the clients that are held out whole; None where there are none.
+        held_out: on the clients that are held out whole; None without such clients.
         aggregation_error: mean over the rounds in which it is known.
         clients: the final model on each client's own validation data.
         skipped_clients: clients without training examples.
@@ -315,7 +315,7 @@ class ComparisonSummary(Record):
         seeds: those asked for.
         methods: over the finished seeds of each method.
         differences: of each other method, its metrics minus the baseline's, over the seeds that both have finished.
-        personal: methods whose clients each keep their own model, so that there is no global model.
+        personal: methods with one model per client instead of a global model.
         settings: without the seed.
     """
 

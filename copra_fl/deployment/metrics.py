@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Measure = Callable[[Run], float | None]
 
-#: name, help text and measure of each metric of a run; runs whose measure is None are left out
+#: name, help text and measure of each metric of a run; a run without a value (None) is left out
 GAUGES: dict[str, tuple[str, Measure]] = {
     "round": ("Finished rounds.", lambda run: len(run.journal)),
     "num_rounds": ("Configured rounds of the run.", lambda run: run.config.federation.num_rounds),

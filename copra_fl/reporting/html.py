@@ -28,7 +28,7 @@ class Style:
     dash: str
 
 
-#: Okabe and Ito's colors, distinct for people with any color vision; symbol and dash distinguish them in print
+#: Okabe and Ito's colors, distinct with any color vision; symbol and dash distinguish the styles in print
 STYLES = (
     Style("#0072B2", "circle", "solid"),
     Style("#D55E00", "square", "dash"),
@@ -92,8 +92,9 @@ def empty_chart(x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> g
         showlegend=True,
         hoverlabel={"namelength": -1},
     )
-    chart.update_xaxes(automargin=True, ticklabelstandoff=4, **x_axis)
-    chart.update_yaxes(automargin=True, ticklabelstandoff=4, **y_axis)
+    defaults: dict[str, object] = {"automargin": True, "ticklabelstandoff": 4}
+    chart.update_xaxes(**(defaults | dict(x_axis)))
+    chart.update_yaxes(**(defaults | dict(y_axis)))
     for axis in (chart.layout.xaxis, chart.layout.yaxis):
         axis.title.update(font={"size": 14}, standoff=8)
     return chart

@@ -17,7 +17,7 @@ NAMES = ("tensorboard", "mlflow", "wandb")
 
 
 def checked(names: Iterable[str] | None) -> list[str]:
-    """Return `names` as a list. Raises ConfigError for an unknown tracker or one whose package is not installed."""
+    """Return `names` as a list. Raises ConfigError for an unknown tracker or a missing package."""
     names = list(names or [])
     for name in names:
         if name not in NAMES:
