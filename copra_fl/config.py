@@ -157,8 +157,8 @@ class DataConfig:
     dataset: str = option(
         "health-tweets",
         "asset name, path of a CSV, JSONL or Parquet file or of a folder of images, or Hugging Face data set name; "
-        "several, comma-separated: each client has examples of one of them (docs/tasks.md); empty: the server has no "
-        "data, and only clients evaluate (partitioner = own)",
+        "several, comma-separated: each client has examples of one of them (docs/how-to/several-data-sets.md); empty: "
+        "the server has no data, and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own test set, else held-out examples")
     text_column: str = option("text", "column with the text")
@@ -169,8 +169,8 @@ class DataConfig:
     labels: str = option("", "all labels in order, as a line of CSV; empty: the labels in the data set")
     partitioner: str = option(
         "dirichlet",
-        "split of the examples over clients; own: each node reads its own file (docs/nodes.md), and dataset is the "
-        "server's data",
+        "split of the examples over clients; own: each node reads its own file (docs/how-to/own-data-on-nodes.md), and "
+        "dataset is the server's data",
         choices=("iid", *BY_LABEL, "natural", "own"),
     )
     alpha: float = option(0.3, "dirichlet: concentration; smaller values skew labels more", above=0)
@@ -209,7 +209,8 @@ class ModelConfig:
 
     task: str = option(
         "text-classification",
-        "learning task (docs/tasks.md); a dotted name is your own Python module, for example hospital.tagging",
+        "learning task (docs/explanations/tasks.md); a dotted name is your own Python module, for example "
+        "hospital.tagging",
     )
     model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers model")
     model_sha256: str = option(
@@ -356,7 +357,7 @@ class FederationConfig:
 class AggregationConfig:
     """From the clients' updates to the next global adapter. Each rule declares its own parameters in its own file."""
 
-    rule: str = option("fedavg", "aggregation rule (docs/aggregation.md lists all)")
+    rule: str = option("fedavg", "aggregation rule (docs/explanations/aggregation.md lists all)")
     weighting: str = option(
         "examples",
         "weight of a client in an average; examples: its training examples, activity: the same, times the steps in "
@@ -399,7 +400,9 @@ class AggregationConfig:
 class PrivacyConfig:
     """Client-level differential privacy."""
 
-    dp_clip: float = option(0.0, "norm that each client's change is clipped to (docs/nodes.md); 0: no privacy", low=0)
+    dp_clip: float = option(
+        0.0, "norm that each client's change is clipped to (docs/how-to/privacy.md); 0: no privacy", low=0
+    )
     dp_noise_multiplier: float = option(
         1.0, "standard deviation of the noise on the sum of changes, as a multiple of dp-clip", above=0
     )

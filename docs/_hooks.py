@@ -17,9 +17,10 @@ import click
 import typer.main
 
 import copra_fl
-from copra_fl.aggregation import RULES
+from copra_fl.aggregation import rule, rules
 from copra_fl.cli import app
-from copra_fl.config import KEYS
+from copra_fl.cli.config import all_keys
+from copra_fl.config import Key
 from copra_fl.tasks import Task
 
 ROOT = Path(__file__).parent.parent
@@ -44,31 +45,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def configuration() -> str:
-    """Return one table of configuration keys per section."""
+    """Return one table of configuration keys per section, and one per rule with parameters."""
     rows: dict[str, list[list[str]]] = {}
-    for key, section, default, metadata in configuration_keys():
-        cells = [f"`{key}`{{ #{key} }}", shown(default), allowed(default, metadata), prose(metadata["doc"])]
-        rows.setdefault(section, []).append(cells)
+    for key in all_keys().values():
+        cells = [f"`{key.name}`{{ #{key.name} }}", shown(key.default), allowed(key), prose(key.doc)]
+        rows.setdefault(SECTIONS.get(key.owner) or f"Rule `{key.owner}`", []).append(cells)
     header = ["key", "default", "allowed values", "meaning"]
-    return "\n\n".join(
-        f"## {SECTIONS.get(section, section)}\n\n{table(header, cells)}" for section, cells in rows.items()
-    )
+    return "\n\n".join(f"## {owner}\n\n{table(header, cells)}" for owner, cells in rows.items())
 
 
-def configuration_keys() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """Yield key, section, default and option metadata (doc, choices, low, high, above) of every configuration key."""
-    for key, (section, spec) in KEYS.items():
-        yield key, section, spec.default, dict(spec.metadata)
-
-
-def allowed(default: Any, metadata: dict[str, Any]) -> str:
+def allowed(key: Key) -> str:
     """Return the values that a key accepts."""
-    if metadata["choices"]:
-        return ", ".join(f"`{choice}`" for choice in metadata["choices"])
-    kind = {bool: "`true`, `false`", int: "whole number", float: "number", str: "string"}[type(default)]
-    limits = [f"> {metadata['above']:g}"] if metadata["above"] > -math.inf else []
-    limits += [f"≥ {metadata['low']:g}"] if metadata["low"] > -math.inf else []
-    limits += [f"≤ {metadata['high']:g}"] if metadata["high"] < math.inf else []
+    if key.choices:
+        return ", ".join(f"`{choice}`" for choice in key.choices)
+    kind = {bool: "`true`, `false`", int: "whole number", float: "number", str: "string"}[type(key.default)]
+    limits = [f"> {key.above:g}"] if key.above > -math.inf else []
+    limits += [f"≥ {key.low:g}"] if key.low > -math.inf else []
+    limits += [f"≤ {key.high:g}"] if key.high < math.inf else []
     return ", ".join([kind, *limits])
 
 
@@ -173,12 +166,8 @@ def task_api() -> str:
 
 def rule_api() -> str:
     """Return the mkdocstrings blocks of the rule interface and of every rule."""
-    interface = inspect.getmodule(type(next(iter(RULES.values()))))
-    assert interface is not None
-    modules = sorted({rule.aggregate.__module__ for rule in RULES.values()})
-    return "\n\n".join(
-        [block(interface.__name__, heading=False), "## The rules", *(block(module) for module in modules)]
-    )
+    modules = sorted(f"{rules.__name__}.{known.name.replace('-', '_')}" for known in rules.RULES)
+    return "\n\n".join([block(rule.__name__, heading=False), "## The rules", *(block(module) for module in modules)])
 
 
 def identifier(thing: Any) -> str:

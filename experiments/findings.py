@@ -1,4 +1,4 @@
-"""Write the tables and figures of docs/findings.md from the committed results: `python -m experiments.findings`.
+"""Write tables and figures of docs/explanations/findings.md from committed results: `python -m experiments.findings`.
 
 The page has them between `<!-- NAME -->` and `<!-- end -->`, so each number equals that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).

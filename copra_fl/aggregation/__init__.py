@@ -1,7 +1,7 @@
 """Aggregation: from the clients' updates to the next global adapter, in pure functions.
 
-`rules` has one file per rule; docs/aggregation.md says where each comes from and when to use it. To add a rule, write
-its file and add it to `rules.RULES`. `compatibility` has the one table of settings that do not combine.
+`rules` has one file per rule; docs/explanations/aggregation.md says where each comes from and when to use it. To add a
+rule, see docs/how-to/add-a-rule.md. `compatibility` has the one table of settings that do not combine.
 """
 
 from copra_fl.aggregation.pooling import pools

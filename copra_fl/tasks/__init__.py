@@ -1,7 +1,7 @@
 """Tasks that models learn, one file each.
 
 ``task`` in a configuration is the name of a module in this folder (with - for _) or the dotted name of a user's module;
-both have ``TASK``, a `Task`. docs/tasks.md shows a complete one.
+both have ``TASK``, a `Task`. docs/explanations/tasks.md shows a complete one.
 """
 
 from __future__ import annotations
