@@ -3,8 +3,8 @@
     python -m experiments.deployment
 
 A SuperLink and two SuperNodes as processes on this machine, without TLS; the recipe `smoke` over and over, on nodes
-without `warm-process` and with it in turn, each time started anew. A round's overhead is its seconds in the journal, from
-the sending of train messages to the last reply, less those that its slowest client trained. A run's first round,
+without `warm-process` and with it in turn, each time started anew. A round's overhead is its seconds in the journal,
+from the sending of train messages to the last reply, less those that its slowest client trained. A run's first round,
 in which base and data are opened in either case, is told apart; the query before it is not measured.
 """
 

@@ -20,6 +20,7 @@ from clients.warm_process import WarmProcessError
 from copra_fl import wire
 from copra_fl.config import Config
 from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings
 
 NODE_CONFIG = {"warm-process": 60}
@@ -78,7 +79,7 @@ def test_an_error_comes_back_as_its_public_message(
 
 def test_a_warm_process_ends_with_a_message_of_another_run(serving: threading.Thread) -> None:
     send(run=2)
-    serving.join(timeout=300)
+    serving.join(timeout=HANG_SECONDS)
     assert not serving.is_alive()
     with pytest.raises(ConnectionRefusedError):
         send(run=2)
@@ -102,7 +103,7 @@ def test_a_warm_process_ends_with_the_executor(listener: socket.socket) -> None:
         serving.join(timeout=0.2)
         assert serving.is_alive()
         executor.communicate(b"\n")
-    serving.join(timeout=300)
+    serving.join(timeout=HANG_SECONDS)
     assert not serving.is_alive()
 
 
@@ -114,4 +115,4 @@ def test_a_warm_process_ends_when_it_is_not_needed(listener: socket.socket, idle
     process = warm_process.start(listener, os.getpid(), 1, idle_seconds)
     if idle_seconds:
         send(run=1)
-    assert process.wait(timeout=300) == exit_code
+    assert process.wait(timeout=HANG_SECONDS) == exit_code

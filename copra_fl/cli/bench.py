@@ -114,6 +114,7 @@ def bench(
     startup.prepare()  # for all contestants alike: their processes inherit this environment
     warnings.simplefilter("ignore", FutureWarning)  # Transformers of its own attributes, and it tears the progress bar
     from copra_fl.bench import findings, sizes, summary
+    from copra_fl.files import write_json
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
@@ -133,7 +134,7 @@ def bench(
         facts["sizes"][each.name] = _measure(each, repeats, letters, engine_only or quick, random_base, console)
         tables = findings.tables(facts)  # written after each size: the next one can take an hour
         left_out = list(summary.left_out(facts))
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(stem.with_suffix(".json"), facts)
         stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
     _print_tables(tables, left_out, console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)

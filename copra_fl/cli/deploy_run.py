@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
-from copra_fl.cli.options import JsonOption, ResumeOption, SetOption, TrackOption
+from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.config import Config, ConfigError, toml_value
 from copra_fl.deployment import compose, compose_command, nodes
 from copra_fl.deployment.compose_command import Engine
@@ -30,7 +30,7 @@ APP, RUNS = "/app", "/runs"
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe TOML, or a name: base, smoke, demo.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP)],
     directory: Directory,
     set_: SetOption = None,
     output: Annotated[str | None, typer.Option("--output", help="Name of the run's folder in DIR/runs.")] = None,

@@ -12,10 +12,10 @@ import typer
 from copra_fl import trackers
 from copra_fl.config import Config, ConfigError
 from copra_fl.simulation import ray_cluster
+from copra_fl.simulation.recipes import carried_recipes
 
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="Recipe TOML, or the name of one that comes along: base, smoke, demo.")
-]
+RECIPE_HELP = f"Recipe: a TOML file, or the name of a built-in recipe ({', '.join(carried_recipes())})."
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key; wins over all.")
 ]

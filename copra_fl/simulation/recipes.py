@@ -35,12 +35,10 @@ class Recipe:
     def read(cls, name: str, overrides: Iterable[str]) -> Recipe:
         """The recipe in the file `name`, or one that comes with copra-fl (``demo``, ``smoke``, ``base``)."""
         path = Path(name)
-        carried = {path.stem: path for path in (app_directory() / "experiments").glob("*.toml")}
+        carried = carried_recipes()
         if not path.exists():
             if name not in carried:
-                raise ConfigError(
-                    f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(sorted(carried))}"
-                )
+                raise ConfigError(f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(carried)}")
             path = carried[name]
         settings = read_toml(path)
         methods = settings.pop("methods", {})
@@ -73,6 +71,11 @@ class Recipe:
 def short_name(method: str) -> str:
     """What a method is called in tables and folders: ``flora+mine`` for ``flora+some/where/mine.toml``."""
     return "+".join(Path(name).stem for name in method.split("+"))
+
+
+def carried_recipes() -> dict[str, Path]:
+    """The recipes that come with copra-fl, by name."""
+    return {path.stem: path for path in sorted((app_directory() / "experiments").glob("*.toml"))}
 
 
 def carried_methods() -> dict[str, Path]:

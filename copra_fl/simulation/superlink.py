@@ -32,8 +32,10 @@ from copra_fl import events
 from copra_fl.config import Value, toml_value
 from copra_fl.simulation import guard
 
-START_SECONDS = 60
+START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
+#: Ray's variable for the niceness of workers
+NICENESS = "RAY_worker_niceness"
 #: where the app lies below a SuperLink's home
 APP = "app"
 #: variables that all workers of a run have alike
@@ -154,10 +156,13 @@ def worker_variables() -> dict[str, str]:
 def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """The environment in which Flower starts a Ray of its own, whatever else runs here, or joins that at `address`.
 
+    Workers of a Ray of its own have the priority of the command that was started, unless RAY_worker_niceness says
+    otherwise: with Ray's default of 15, anything else that runs on the machine would starve them, and to simulate is
+    what the user asked of it. In a cluster that is up to those who started it.
     On another machine there are no `clients`, which lie in `home`: Ray brings them, as its job submission would.
     """
     if address is None:
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home)}
+        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
     brought = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
     return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": brought})}
 
