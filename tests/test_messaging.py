@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 from flwr.app import Message, RecordDict
 
-from server.messaging import exchange
+from server.messaging import MIN_POLL_SECONDS, exchange
 from tests.support.local_grid import LocalGrid
 
 
@@ -58,9 +58,9 @@ def test_replies_are_collected_until_the_timeout(clock: Clock) -> None:
 
 
 def test_new_replies_are_reported_as_they_come(clock: Clock) -> None:
-    grid, counts = SlowGrid(4, clock), list[int]()
-    exchange(grid, queries(grid), timeout=0.5, on_replies=lambda replies: counts.append(len(replies)))
-    assert counts == [1, 2, 3]
+    grid, counts = SlowGrid(4, clock), dict[int, float]()
+    exchange(grid, queries(grid), timeout=0.5, on_replies=lambda replies: counts.update({len(replies): clock.now}))
+    assert counts == pytest.approx({1: 0, 2: 0.1, 3: 0.2}, abs=2 * MIN_POLL_SECONDS)
 
 
 def test_the_wait_ends_with_the_last_reply(clock: Clock) -> None:
