@@ -31,7 +31,7 @@ def test_the_wheel_claims_one_import_name_and_carries_the_app(wheel: Path) -> No
     assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py", "experiments/methods/copra.toml"}
     assert carried >= {f"experiments/bench/{name}" for name in ("pyproject.toml", "client.py", "server.py")}
     assert carried >= {"docker-compose.yml", "docker-compose.gpu.yml"}
-    assert "copra_fl/page.html.j2" in names
+    assert "copra_fl/reporting/html.html.j2" in names
 
 
 def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:
