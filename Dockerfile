@@ -14,8 +14,12 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /source
 RUN python -m venv /opt/copra-fl
 ENV PATH=/opt/copra-fl/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# What changes seldom first: torch, the other dependencies, and only then the sources.
-RUN pip install --quiet --index-url "${TORCH_INDEX}" "torch>=2.11"
+# The releases that the tests passed with; older pips read one variable for the build backend, newer ones the other.
+ENV PIP_CONSTRAINT=/source/constraints.txt PIP_BUILD_CONSTRAINT=/source/constraints.txt
+# What changes seldom first: torch, the other dependencies, and only then the sources. Torch's own dependencies come
+# with the others: an index of torch alone need not have the releases that constraints.txt names.
+COPY constraints.txt .
+RUN pip install --quiet --no-deps --index-url "${TORCH_INDEX}" "torch>=2.11"
 COPY pyproject.toml .
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
         > requirements.txt \

@@ -1,10 +1,12 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+# The releases in constraints.txt, for the build backend too: older pips read one variable, newer ones the other.
+CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo test test-slow test-containers check lint types imports clean
+.PHONY: help demo test test-slow test-containers check lint types imports docs constraints clean
 
-help:  ## what there is to make
+help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
@@ -31,16 +33,29 @@ types: .venv/developed  ## mypy
 imports: .venv/developed  ## who may import whom
 	$(BIN)/lint-imports
 
+docs: .venv/developed  ## build the documentation site into site/ (needs no network)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+constraints:  ## renew constraints.txt: newest releases that pyproject.toml allows, in a new .venv that passes `check`
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch .venv/installed .venv/developed
+	$(MAKE) check
+	sed -i '/^[^#]/d' constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E '/==/!d; s/\+[A-Za-z0-9.]+$$//' >> constraints.txt
+	touch .venv/installed .venv/developed
+
 clean:  ## remove the virtual environment and caches; results in runs/ stay
-	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf .venv dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e .
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(CONSTRAINED) $(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-.venv/developed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+.venv/developed: .venv/bin/python pyproject.toml constraints.txt
+	$(CONSTRAINED) $(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch .venv/installed $@

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+#: columns of a line of `write_json`
+JSON_WIDTH = 120
 
 
 class CacheError(RuntimeError):
@@ -60,6 +63,25 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON with `atomic_write`. Raises ValueError for NaN and infinities."""
+    atomic_write(path, _json_text(value) + "\n")
+
+
+def _json_text(value: object, indent: str = "") -> str:
+    """Return JSON in which an object or array stands on one line where it fits: a file of results reads as a table."""
+    line = json.dumps(value, allow_nan=False)
+    if len(indent) + len(line) <= JSON_WIDTH or not isinstance(value, Mapping | list | tuple):
+        return line
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(str(key))}: {_json_text(item, inner)}" for key, item in value.items()]
+    else:
+        items = [_json_text(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{closing}"
 
 
 def build_once(place: Path, build: Callable[[Path], Path]) -> None:

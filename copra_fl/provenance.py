@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,7 +47,6 @@ def machine() -> dict[str, str | int]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
-        "python": sys.executable,
     }
 
 

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/findings.md, made of the committed results: `python -m experiments.findings`.
+"""Tables and figures of docs/explanations/findings.md, from committed results: `python -m experiments.findings`.
 
 Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
@@ -21,7 +21,7 @@ from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGE = ROOT / "docs" / "findings.md"
+PAGE = ROOT / "docs" / "explanations" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAPERS_MEASURES = (
@@ -50,14 +50,17 @@ def studies() -> dict[str, tuple[Path, dict[str, Any]]]:
 def blocks() -> Iterator[tuple[str, str]]:
     """Name and content of every block that the page may hold."""
     for name, (path, results) in studies().items():
-        source = f"From `experiments/results/{path.name}`, which `{results['command']}` wrote."
-        yield f"{name} results", f"{markdown(table(results))}\n{source}\n"
+        yield f"{name} results", f"{markdown(table(results))}\n{source(path, results)}\n"
         yield f"{name} copra", markdown(copra_against(results))
         yield f"{name} predictors", markdown(predictors(results))
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
-    source = f"From `experiments/results/{path.name}`, which `{facts['command']}` wrote; all measures: the same, `.md`."
-    yield "papers", f"{markdown(papers(facts))}\n{source}\n"
+    yield "papers", f"{markdown(papers(facts))}\n{source(path, facts)} `{path.stem}.md` has all measures.\n"
+
+
+def source(path: Path, results: Mapping[str, Any]) -> str:
+    """Return the sentence below a table: its file, and the command that wrote the file."""
+    return f"From `experiments/results/{path.name}`.\nCommand: `{results['command']}`."
 
 
 def copra_against(results: Mapping[str, Any]) -> DataTable:
@@ -78,9 +81,8 @@ def predictors(results: Mapping[str, Any]) -> DataTable:
     for metric, name in METRICS.items():
         found = figures.gains_against(results, metric)
         correlation = figures.pearson(found) if found else None
-        rows.append(
-            [name, "no spread" if correlation is None else f"{correlation:+.2f}", str(sum(map(len, found.values())))]
-        )
+        shown = "no spread" if correlation is None else f"{correlation:+.2f}".replace("-", "−")
+        rows.append([name, shown, str(sum(map(len, found.values())))])
     return DataTable(
         ["minus the baseline's", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
     )

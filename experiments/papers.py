@@ -43,7 +43,7 @@ from copra_fl.adapters.interpolation import combine, interpolate, interpolate_pr
 from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
 from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.files import atomic_write
+from copra_fl.files import atomic_write, write_json
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.build import build_model, load_processor, resolve_compute
 from copra_fl.probes import pruned_adapters
@@ -292,7 +292,7 @@ def main(given: Sequence[str] | None = None) -> None:
         },
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.results / f"papers-{options.date}.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_json(options.results / f"papers-{options.date}.json", facts)
     atomic_write(options.results / f"papers-{options.date}.md", table(facts))
     print(table(facts))
 

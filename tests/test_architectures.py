@@ -1,4 +1,4 @@
-"""The table in docs/models.md is true: gates, plain PEFT and the stacked engine agree on each architecture."""
+"""The table in docs/how-to/choose-a-model.md is true: gates, plain PEFT and stacked engine agree on each row."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ TABLE = {
     name: (groups.replace("`", "").split(", "), targets.split(","), engine)
     for name, groups, targets, engine in re.findall(
         r"^\| ([^|]+) \| (`[^|]+`) \| `([^|]+)` \| (\w+) \|$",
-        (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8"),
+        (Path(__file__).parent.parent / "docs" / "how-to" / "choose-a-model.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
 }

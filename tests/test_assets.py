@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +22,7 @@ from copra_fl.cli import app
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
 from tests.support.command_line import run_command
+from tests.support.real_runs import HANG_SECONDS, RealRun
 from tests.support.tiny import no_network
 
 TWEETS = ASSETS["health-tweets"]
@@ -62,7 +62,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content[: len(content) // 2])
         self.server.half_sent.set()
-        if self.server.go_on.wait(timeout=30):
+        if self.server.go_on.wait(timeout=HANG_SECONDS):
             self.wfile.write(content[len(content) // 2 :])
 
     def log_message(self, *args: object) -> None:
@@ -83,6 +83,14 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 def _left_in(cache: Path) -> list[Path]:
     """All files in the cache but locks, and unfinished folders even if they are empty."""
     return [path for path in cache.rglob("*") if path.suffix == ".part" or path.is_file() and path.suffix != ".lock"]
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_the_cache_is_private(empty_cache: Path) -> None:
@@ -114,12 +122,12 @@ def test_progress_is_shown_while_it_downloads(empty_cache: Path, index: Index) -
 
 def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
     first = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     second = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
     with pytest.raises(subprocess.TimeoutExpired):  # it waits for the first
         second.wait(timeout=1)
     index.go_on.set()
-    printed = [process.communicate(timeout=60)[0].strip() for process in (first, second)]
+    printed = [process.communicate(timeout=HANG_SECONDS)[0].strip() for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
     assert printed == [str(asset_path("health-tweets"))] * 2
     assert index.downloads == 1
@@ -128,20 +136,17 @@ def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
 
 def test_an_interrupt_leaves_nothing_behind(empty_cache: Path, index: Index) -> None:
     process = subprocess.Popen(FETCH_TWEETS, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     assert _left_in(empty_cache) != []
     process.send_signal(signal.SIGINT)  # to it alone: a terminal would interrupt pip as well
-    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert "KeyboardInterrupt" in process.communicate(timeout=HANG_SECONDS)[1]
     assert _left_in(empty_cache) == []
-    with pytest.raises(ProcessLookupError):  # nobody, so no pip, is left of its process group
-        for _ in range(100):  # whoever reaps pip may take a moment
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    RealRun.wait_until(lambda: not _group_exists(process.pid), "pip, of the same process group, ends too")
 
 
 def test_a_killed_fetch_does_not_spoil_the_next(empty_cache: Path, index: Index) -> None:
     process = subprocess.Popen(FETCH_TWEETS, start_new_session=True)
-    assert index.half_sent.wait(timeout=30)
+    assert index.half_sent.wait(timeout=HANG_SECONDS)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert _left_in(empty_cache) != []

@@ -293,8 +293,8 @@ def test_errors_say_what_to_do(tiny_model: str, tmp_path: Path, examples: list[d
         train(model)
 
 
-def test_the_readmes_snippet(tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]) -> None:
-    (snippet,) = (block for block in blocks("python") if "CopraCallback" in block)
+def test_the_snippet_of_the_guide(tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]) -> None:
+    (snippet,) = blocks("docs/how-to/trainer.md", "python")
     names = {"Trainer": Trainer, "model": peft_model(tiny_model), "args": arguments(tmp_path), "examples": examples}
     exec(snippet, names)
     assert names["trainer"].state.global_step == STEPS

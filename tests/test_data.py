@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from copra_fl.config import ConfigError
 from copra_fl.data.federated import FederatedData, load_data
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.tables import CLASSES, make_config, make_rows
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -305,7 +306,7 @@ def test_two_processes_share_the_work(rows: pd.DataFrame, tmp_path: Path, tokeni
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    results = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    results = [json.loads(worker.communicate(timeout=HANG_SECONDS)[0]) for worker in workers]
     third = subprocess.run(command, env=environment, input="go\n", stdout=subprocess.PIPE, text=True, check=True)
     results.append(json.loads(third.stdout.splitlines()[-1]))
     assert sorted(result["calls"] for result in results[:2]) == [0, 2]  # 600 texts, 512 in a call

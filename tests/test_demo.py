@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def test_demo(tmp_path: Path) -> None:
     started = time.monotonic()
     arguments = ["compare", "--recipe", str(ROOT / "experiments" / "demo.toml"), "--seeds", "0,1"]
-    out, _ = RealRun([*arguments, "--output", "demo", "--json"], tmp_path).finish(timeout=900)
+    out, _ = RealRun([*arguments, "--output", "demo", "--json"], tmp_path).finish()
     print(f"the demo took {time.monotonic() - started:.0f} s")
     summary = json.loads(out)
     assert list(summary["methods"]) == ["lora", "copra"]

@@ -30,11 +30,11 @@ from copra_fl.config import toml_value
 from copra_fl.deployment import certificates
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.simulation.superlink import copy_app, free_port
+from tests.support.real_runs import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(sys.executable).parent
-PATIENCE = 300
 
 
 @dataclass
@@ -116,10 +116,10 @@ class Processes:
         return text in self.log(name).read_text(errors="replace")
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
             logs = "".join(f"\n--- {name}\n{self.log(name).read_text(errors='replace')}" for name in self.started)
-            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}{logs}"
+            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}{logs}"
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -191,7 +191,7 @@ def test_the_network_reaches_only_the_fleet_api(deployment: Processes) -> None:
         )
         request = urllib.request.Request(url, data=b"", headers={"X-Forwarded-For": "127.0.0.1"})
         try:
-            with opener.open(request, timeout=30) as response:
+            with opener.open(request, timeout=HANG_SECONDS) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -210,7 +210,7 @@ def settings(deployment: Processes, tiny: dict[str, object]) -> dict[str, object
 def cold(deployment: Processes, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on nodes without warm processes."""
     run = deployment.start_run(tmp_path_factory.mktemp("app"), settings)
-    printed, _ = run.communicate(timeout=PATIENCE)
+    printed, _ = run.communicate(timeout=HANG_SECONDS)
     output = Path(str(settings["output"]))
     assert (output / "summary.json").exists(), printed
     return output
@@ -224,7 +224,9 @@ def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(cold: Path, tin
 
 
 def test_metrics_and_log_agree_with_the_journal(deployment: Processes, cold: Path) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=60) as response:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=HANG_SECONDS
+    ) as response:
         families = text_string_to_metric_families(response.read().decode())
     samples = [sample for family in families for sample in family.samples]
     metrics = {(sample.name, *sample.labels.values()): sample.value for sample in samples}
@@ -252,7 +254,7 @@ def test_a_resident_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
     run = deployment.start_run(tmp_path, settings | {"output": str(output)})
     deployment.wait(lambda: (output / "journal.jsonl").exists(), "the first round")
     os.kill(deployment.residents("node-0")[0], signal.SIGKILL)
-    printed, _ = run.communicate(timeout=PATIENCE)
+    printed, _ = run.communicate(timeout=HANG_SECONDS)
     assert (output / "summary.json").exists(), printed
     residents = [deployment.residents(f"node-{number}") for number in range(2)]
     assert [len(those) for those in residents] == [2, 1], printed

@@ -1,4 +1,4 @@
-"""docs/findings.md says what the committed results say."""
+"""docs/explanations/findings.md says what the committed results say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanations" / "findings.md").read_text(encoding="utf-8")
     assert page.count("<!-- end -->") >= 4
     assert findings.filled(page) == page, "run `python -m experiments.findings`"
     assert [file for file, _ in findings.images() if not (ROOT / "docs" / "images" / file).exists()] == []

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from copra_fl.simulation import guard
-from tests.support.real_runs import RealRun
+from tests.support.real_runs import HANG_SECONDS, RealRun
 
 #: the shell leaves an orphan without a mark, as Ray's agents are
 ORPHAN = "(env -i sleep 1000 & echo $! > pid); exec sleep 1000"
@@ -29,4 +29,4 @@ def test_orphans_without_a_mark_end_too(tmp_path: Path) -> None:
 
 def test_the_guard_ends_with_its_command(tmp_path: Path) -> None:
     keeper = subprocess.Popen([sys.executable, guard.__file__, "mark", "true"], stdin=subprocess.PIPE)
-    assert keeper.wait(timeout=20) == 0
+    assert keeper.wait(timeout=HANG_SECONDS) == 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
+from copra_fl.simulation.superlink import copy_app
 from tests.support.real_runs import RealRun, settings
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +32,30 @@ def test_the_wheel_claims_one_import_name_and_carries_the_app(wheel: Path) -> No
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"copra_fl"}
     carried = {name.removeprefix("copra_fl/_app/") for name in names if name.startswith("copra_fl/_app/")}
-    assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py", "experiments/methods/copra.toml"}
-    assert carried >= {f"experiments/bench/{name}" for name in ("pyproject.toml", "client.py", "server.py")}
+    assert carried >= {"pyproject.toml", "clients/app.py", "server/app.py"}
     assert carried >= {"docker-compose.yml", "docker-compose.gpu.yml"}
     assert "copra_fl/reporting/html.html.j2" in names
+    patterns = ("*.toml", "methods/*.toml", "bench/*.toml", "bench/*.py")
+    needed = {str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "experiments").glob(pattern)}
+    assert {name for name in carried if name.startswith("experiments/")} == needed
+
+
+def test_wheel_source_archive_and_flower_app_carry_the_license(wheel: Path, tmp_path: Path) -> None:
+    license_text = (ROOT / "LICENSE").read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        places = [name for name in archive.namelist() if Path(name).name == "LICENSE"]
+        assert [archive.read(name) for name in places] == [license_text] * 2  # .dist-info/licenses and _app
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sources:
+        names = {name.split("/", 1)[1] for name in sources.getnames()}
+        member = sources.extractfile(next(name for name in sources.getnames() if name.endswith("/LICENSE")))
+        assert member is not None and member.read() == license_text
+    assert names >= {"pyproject.toml", "clients/app.py", "tests/test_packaging.py", "experiments/LOG.md"}
+    assert not [name for name in names if name.startswith(("docs/images", "experiments/results")) or ".whl" in name]
+    copy_app(tmp_path / "app")
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "app"))) as app:
+        assert app.read("LICENSE") == license_text
 
 
 def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:

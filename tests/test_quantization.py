@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,15 @@ from tests.support.tiny import Settings
 from tests.support.worlds import BATCH, jitter
 
 
+@pytest.fixture(params=[False, True], ids=["without AVX512-BF16", "with AVX512-BF16"])
+def avx512_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Set what bitsandbytes detects about the CPU when it makes a layer. Its packing for such CPUs is plain PyTorch."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.fixture
-def quantised(tiny: Settings) -> Settings:
+def quantised(tiny: Settings, avx512_bf16: bool) -> Settings:
     return tiny | {"quantization": "4bit", "local-training": "lora", "attention": "eager"}
 
 
@@ -46,6 +56,34 @@ def test_the_model_is_the_one_with_the_dequantised_weights(tiny: Settings, quant
         for model in (in_4_bits, full):
             model.write_adapter(adapter)
         torch.testing.assert_close(in_4_bits(**BATCH), full(**BATCH), rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_changes_neither_numbers_nor_gradients(quantised: Settings) -> None:
+    """Between rounds a node evaluates and trains with one model; bitsandbytes must not repack its weights."""
+    model = build(quantised)
+    model.write_adapter(jitter(model.read_adapter(), 1))
+
+    def logits_and_gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)  # of the dropout
+        model.base.train()
+        logits = model(**BATCH)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(logits.square().sum(), trained)
+        return [logits.detach(), *gradients]
+
+    before = logits_and_gradients()
+    model.base.eval()
+    with torch.inference_mode():
+        model(**BATCH)
+    for value, expected in zip(logits_and_gradients(), before, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    assert before[1].abs().sum() > 0
+
+
+def test_bitsandbytes_prints_nothing_without_quantization() -> None:
+    code = "import copra_fl.models, logging; print(logging.getLogger('bitsandbytes.backends.cpu.ops').level)"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout.strip(), ran.stderr) == (str(logging.ERROR), "")
 
 
 def test_a_residual_is_added_in_the_dtype_of_the_base(quantised: Settings) -> None:
@@ -79,7 +117,7 @@ def test_the_plan_counts_4_bits(quantised: Settings) -> None:
 def test_what_cannot_be_is_refused(quantised: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'fed-sb' does not combine with quantization = '4bit'"):
         aggregation.check(Config.from_flat(quantised | {"rule": "fed-sb"}))
-    monkeypatch.setattr(build, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    monkeypatch.setattr("copra_fl.models.build.find_spec", lambda name: None if name == "bitsandbytes" else True)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes: pip install 'copra-fl\[quantization\]'"):
         check_model(Config.from_flat(quantised).model)
     check_model(Config.from_flat(quantised | {"quantization": "none"}).model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -81,14 +80,14 @@ def test_an_address_of_another_form_is_rejected(address: str) -> None:
 
 
 def test_an_address_without_a_cluster_is_rejected_before_anything_starts(tmp_path: Path) -> None:
+    """The command itself tries the address first: Ray would try for two minutes."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        started = time.monotonic()
         run = RealRun(["compare", "--ray-address", address, "--output", "run"], tmp_path)
         _, err = run.finish(code=2)
     assert f"--ray-address {address}: no Ray cluster answers there" in err and len(err.splitlines()) == 1
-    assert time.monotonic() - started < 20 and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +165,7 @@ def test_two_nodes_train_and_give_what_one_machine_gives(
         active.update(filter(training, raylets))
         return active == raylets or run.process.poll() is not None
 
-    run.wait_until(both_have_trained, "workers on both nodes", 300)
+    run.wait_until(both_have_trained, "workers on both nodes")
     out, err = run.finish()
     assert active == raylets and len(raylets) == 2
     assert "2 workers on a Ray cluster of 2 machines, 1 cores and 0 GPUs per worker" in err

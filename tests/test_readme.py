@@ -1,4 +1,8 @@
-"""The README does what it says: its commands and its snippet, in a copy of the repository."""
+"""README and guides do what they say: their commands and snippets, in a copy of the repository.
+
+The commands that name .venv/bin run, page by page in the order of `PAGES`, since later ones use the results of earlier
+ones. All others are parsed in tests/test_docs.py.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,25 @@ import pytest
 
 from copra_fl.reporting import report
 from tests.support.browser import check_page, needs_chromium
-from tests.support.documents import README, ROOT, blocks
+from tests.support.documents import ROOT, blocks
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.run_folders import num_figures
+
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("tutorials/simulate-and-compare", "tutorials/your-own-data",
+         "how-to/track", "how-to/study", "how-to/deploy")))  # fmt: skip
 
 
 def commands() -> list[str]:
-    """Each line of the README's shell blocks; what a line exports is put before those that follow it."""
-    found = []
-    for block in blocks("bash"):
+    """Return each command that names .venv/bin or make, once; variables that a block exports precede its commands."""
+    listed = []
+    for block in (block for page in PAGES for block in blocks(page, "bash")):
         exported = ""
-        for line in filter(None, (line.split("  #")[0].strip() for line in block.splitlines())):
+        for line in filter(None, (line.split("  #")[0].strip() for line in re.sub(r"\\\n +", "", block).splitlines())):
             if line.startswith("export "):
                 exported += f"{line} && "
-            else:
-                found.append(exported + line)
-    return found
+            elif ".venv/bin" in (command := exported + line) or line.startswith("make "):
+                listed.append(command)
+    return list(dict.fromkeys(listed))
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +71,25 @@ def marked(command: str) -> Any:
 @pytest.mark.parametrize("command", [marked(command) for command in commands()])
 def test_command(clone: Path, command: str) -> None:
     """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
-    if re.search(r"copra-fl deploy (up|run|down) ", command):
-        pytest.skip("needs containers; tests/containers runs it")
     command = re.sub(r"^make ", "make --dry-run ", command)
     command = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), command)
-    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     if "flwr run" in command:  # exits 0 also when the run failed
         (directory,) = (path.parent for path in clone.glob("runs/*/summary.json") if path.parent.name.isdigit())
         assert json.loads((directory / "summary.json").read_text())["rounds"] == 1
 
 
-def test_snippet(clone: Path) -> None:
-    """Needs the run that the first command of "Simulate" left."""
-    snippet, _ = blocks("python")  # the other one: tests/test_callback.py
+@pytest.mark.parametrize(
+    ("page", "adapter"),
+    [("README.md", "runs/notes/copra-seed0/adapter"), ("docs/tutorials/simulate-and-compare.md", "runs/smoke/adapter")],
+)
+def test_snippet(clone: Path, page: str, adapter: str) -> None:
+    """Needs the runs that commands of the same page left. The snippet of how-to/trainer.md: tests/test_callback.py."""
+    (snippet,) = blocks(page, "python")
     result = subprocess.run([sys.executable, "-c", snippet], cwd=clone, capture_output=True, text=True, check=True)
-    labels = json.loads((clone / "runs/smoke/adapter/task.json").read_text())["labels"]
-    assert result.stdout.strip() in labels and len(labels) == 16
+    labels = json.loads((clone / adapter / "task.json").read_text())["labels"]
+    assert result.stdout.strip() in labels and len(labels) == {"README.md": 3}.get(page, 16)
 
 
 @needs_chromium
@@ -88,9 +98,3 @@ def test_reports_open_in_a_browser(clone: Path, run: str) -> None:
     folder = clone / "runs" / run
     report.write(folder)  # again: the probes have left figures since
     check_page(folder / "report.html", num_figures(folder))
-
-
-def test_the_file_tree_names_every_module() -> None:
-    tree = README.split("## What is where")[1]
-    modules = [path for folder in ("copra_fl", "clients", "server") for path in (ROOT / folder).glob("*.py")]
-    assert [path.name for path in modules if path.name != "__init__.py" and path.name not in tree] == []

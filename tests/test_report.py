@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from copra_fl.files import write_json
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES
 from copra_fl.reporting.report import render, sections, write
@@ -30,6 +31,17 @@ def comparison(tmp_path: Path) -> Path:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     return write_comparison(tmp_path / "many", [0, 1], many_methods())
+
+
+def test_results_are_written_as_json_with_a_line_for_what_fits(tmp_path: Path) -> None:
+    value = {"runs": [{"seed": seed, "loss": 0.5, "none": None} for seed in range(4)], 3: [1] * 60}
+    write_json(tmp_path / "results.json", value)
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text) == {"runs": value["runs"], "3": value[3]}
+    assert '\n  {"seed": 1, "loss": 0.5, "none": null},\n' in text
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "results.json", {"loss": math.nan})
+    assert (tmp_path / "results.json").read_text() == text
 
 
 # --- numbers by hand ----------------------------------------------------------------------

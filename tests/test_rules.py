@@ -228,7 +228,7 @@ def test_peft_agrees(rule: str, combination: str, weights: tuple[float, float]) 
 
 
 def test_the_docs_have_a_row_for_every_rule_and_server_optimiser() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "aggregation.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "explanations" / "aggregation.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     assert rows.keys() == RULES.keys() | SERVER_OPTIMIZERS.keys()
     for name, rule in RULES.items():

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from transformers import AutoModel
 
 from copra_fl.config import Config
 from copra_fl.simulation.progress import watch
-from copra_fl.simulation.superlink import RunFailed, Workers, superlink
+from copra_fl.simulation.superlink import RunFailed, Workers, ray_variables, superlink
 from tests.support.federations import final_adapter
 from tests.support.real_runs import RealRun, settings
 from tests.support.tiny import Settings
@@ -70,7 +71,7 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
-    run.wait_until(lambda: not run.processes(), "the whole family gone", 30)
+    run.wait_until(lambda: not run.processes(), "the whole family gone")
     assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
     RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
     expected, resumed = final_adapter(undisturbed[0]), final_adapter(directory)
@@ -83,10 +84,19 @@ def test_a_killed_worker_ends_the_run_with_one_message_and_all_checkpoints(long:
     directory = tmp_path / "run"
     run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "1"], tmp_path)
     run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
-    run.processes("ray::ClientAppActor")[0].kill()
+    worker = run.processes("ray::ClientAppActor")[0]
+    assert worker.nice() == psutil.Process().nice(), "it has the priority of the command"
+    worker.kill()
     _, err = run.finish(code=1)
     assert "failed in round" in err and "Traceback" not in err
     assert len(list((directory / "checkpoints").glob("*.safetensors"))) == num_rounds(directory) >= 1
+
+
+def test_a_given_niceness_of_workers_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RAY_worker_niceness in the command's environment counts; a cluster has its own."""
+    monkeypatch.setenv("RAY_worker_niceness", "15")
+    assert ray_variables(tmp_path, None)["RAY_worker_niceness"] == "15"
+    assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379")
 
 
 def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_study_is_continued_after_a_kill_without_repeating_finished_runs(study
     killed = RealRun(arguments, tmp_path)
     killed.wait_until(lambda: (rates / "lora@0.01-seed10/summary.json").exists(), "the second run")
     killed.process.send_signal(signal.SIGKILL)
-    killed.wait_until(lambda: not killed.processes(), "no process left", 60)
+    killed.wait_until(lambda: not killed.processes(), "no process left")
     done = {path: path.stat().st_mtime_ns for path in rates.glob("*/summary.json")}
     assert 2 <= len(done) < 6
     RealRun(arguments, tmp_path).finish()
@@ -225,7 +225,7 @@ def test_a_study_is_continued_after_a_kill_without_repeating_finished_runs(study
         assert f"\n{key} = {best}\n" in (test / f"{method}-seed1/config.toml").read_text()
     study_file.write_text(study_file.read_text().replace("seeds = [0, 1]", "seeds = [1]"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")}
-    RealRun(arguments, tmp_path).finish(timeout=60)
+    RealRun(arguments, tmp_path).finish()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("journal.jsonl")} == before
     results = json.loads((tmp_path / "runs/first/results.json").read_text())["cells"][0]
     assert results["seeds"] == [1] and results["unfinished"] == []

@@ -27,7 +27,7 @@ from copra_fl.training.evaluation import evaluate
 from tests.support.tiny import Settings
 from tests.support.worlds import World, assert_alike
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parent.parent / "docs" / "how-to" / "write-a-task.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def test_metrics_are_means_over_targets(uneven: Settings) -> None:
 
 @pytest.fixture
 def topics(tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The task of docs/tasks.md, and texts whose topics are all that they have three words or more of."""
+    """The task of docs/how-to/write-a-task.md, and texts whose topics are all that they have three words or more of."""
     (tmp_path / "hospital").mkdir()
     (source,) = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert source.count("\n") < 60

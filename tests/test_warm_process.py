@@ -20,6 +20,7 @@ from clients.warm_process import ResidentError
 from copra_fl import wire
 from copra_fl.config import Config
 from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.real_runs import HANG_SECONDS
 
 WARM = {"keep-warm": 60}
 
@@ -78,7 +79,7 @@ def test_an_error_comes_back_in_words_that_may_leave(
 
 def test_a_resident_makes_way_for_another_run_s(serving: threading.Thread) -> None:
     say(run=2)
-    serving.join(timeout=10)
+    serving.join(timeout=HANG_SECONDS)
     assert not serving.is_alive()
     with pytest.raises(ConnectionRefusedError):
         say(run=2)
@@ -101,7 +102,7 @@ def test_a_resident_ends_with_the_process_that_starts_its_node_s_apps(listener: 
         serving.join(timeout=0.2)
         assert serving.is_alive()
         executor.communicate(b"\n")
-    serving.join(timeout=10)
+    serving.join(timeout=HANG_SECONDS)
     assert not serving.is_alive()
 
 
@@ -111,4 +112,4 @@ def test_a_resident_ends_when_nobody_wants_it(listener: socket.socket, seconds: 
     process = warm_process.start(listener, os.getpid(), 1, seconds)
     if seconds:
         say(run=1)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=HANG_SECONDS) == code

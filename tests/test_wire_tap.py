@@ -19,6 +19,7 @@ from copra_fl.config import Config, toml_value
 from copra_fl.simulation.superlink import copy_app, free_port
 from experiments.deployment import SCRIPTS, environment, running, wait_for
 from tests.support.node_files import leaks, rows_of, write
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings
 
 
@@ -88,7 +89,7 @@ def test_nothing_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> N
             )  # fmt: skip
         command = [SCRIPTS / "flwr", "run", str(app), "deployment", "--stream", "--run-config", overrides]
         subprocess.run(
-            command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=500
+            command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=HANG_SECONDS
         )
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     # The tap works: labels that the server tells, and scalars that clients tell, are readable in it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -97,7 +98,7 @@ def scaling_facts(runs: Mapping[int, Sequence[Run]], adapter: Adapter) -> Facts:
 
 def size_facts(workload: Workload, results: Iterable[Result]) -> Facts:
     contestants = {result.contestant.letter: contestant_facts(result) for result in results}
-    return {"size": asdict(workload.size), "model": workload.model, "contestants": contestants}
+    return {"size": asdict(workload.size), "model": Path(workload.model).name, "contestants": contestants}
 
 
 def machine(facts: Facts) -> str:

@@ -119,6 +119,7 @@ def bench(
         "ignore", FutureWarning
     )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.bench import findings, sizes, summary
+    from copra_fl.files import write_json
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
@@ -138,7 +139,7 @@ def bench(
         facts["sizes"][each.name] = _measure(each, repeats, letters, engine_only or quick, random_base, console)
         tables = findings.tables(facts)  # written after each size, because the next one can take an hour
         left_out = list(summary.left_out(facts))
-        stem.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(stem.with_suffix(".json"), facts)
         stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
     _print_tables(tables, left_out, console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)

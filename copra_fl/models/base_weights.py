@@ -59,7 +59,23 @@ def open_quantised(source: str, dtype: str, attention: str, model_class: Any, de
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     settings = {"quantization_config": quantised, "device_map": {"": device}}
-    return _open(source, dtype, attention, model_class, **settings)
+    base = _open(source, dtype, attention, model_class, **settings)
+    _keep_unpacked(base)
+    return base
+
+
+def _keep_unpacked(base: PreTrainedModel) -> None:
+    """Make the 4-bit layers of `base` compute with their weights as they were quantised, on every CPU.
+
+    On a CPU with AVX512-BF16, the first evaluation would make bitsandbytes (0.50.2) repack a layer's weights for a
+    fused kernel for good. That kernel has no gradient, so that the next training fails; it rounds to bfloat16 whatever
+    `dtype` is; and the packing itself fails where a layer's inputs are no multiple of 64 or its outputs none of 32.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _open(source: str, dtype: str, attention: str, model_class: Any, **settings: Any) -> PreTrainedModel:

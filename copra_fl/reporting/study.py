@@ -7,7 +7,6 @@ the rate chosen, on other seeds. `write` gathers them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from copra_fl import provenance
 from copra_fl.config import Config
-from copra_fl.files import atomic_write
+from copra_fl.files import atomic_write, write_json
 from copra_fl.reporting import html
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.html import DataTable, Section
@@ -108,7 +107,7 @@ def write(directory: Path, cells: Sequence[Path], command: str) -> dict[str, Any
         "machine": provenance.machine(),
         "cells": [cell_results(cell) for cell in cells],
     }
-    atomic_write(directory / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(directory / "results.json", results)
     atomic_write(directory / "report.html", render(directory.name, results))
     return results
 

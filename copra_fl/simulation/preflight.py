@@ -103,7 +103,7 @@ def _prepare(config: Config) -> FederatedData:
     if config.data.partitioner == "own":
         raise ConfigError(
             "partitioner = 'own' needs nodes with data files of their own, which simulated nodes do not have; "
-            "use `copra-fl deploy run` (docs/nodes.md)"
+            "use `copra-fl deploy run` (docs/how-to/own-data-on-nodes.md)"
         )
     if config.data.num_clients == 0 and config.data.partitioner != "natural":
         raise ConfigError("num-clients = 0: set the number of clients to simulate, for example --set num-clients=8")

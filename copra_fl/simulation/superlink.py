@@ -33,8 +33,10 @@ from copra_fl import events
 from copra_fl.config import Value, toml_value
 from copra_fl.simulation import guard
 
-START_SECONDS = 60
+START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
+#: Ray's variable for the niceness of workers
+NICENESS = "RAY_worker_niceness"
 #: folder of the app in a SuperLink's home
 APP = "app"
 #: environment variables that are passed to workers on all machines
@@ -164,10 +166,12 @@ def worker_variables() -> dict[str, str]:
 def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
+    Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default
+    niceness of 15, anything else on the machine would starve them. In a cluster, its owners decide that.
     Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a submitted job.
     """
     if address is None:
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home)}
+        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
     runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
     return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
 

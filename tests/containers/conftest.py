@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 from copra_fl.simulation.superlink import free_port
-from tests.support.real_runs import SCRIPT
+from tests.support.real_runs import HANG_SECONDS, SCRIPT
 from tests.support.tiny import Settings
 
 ENGINE = next((name for name in ("docker", "podman") if shutil.which(name)), None)
 NUM_CLIENTS = 3
-PATIENCE = 1500
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +39,7 @@ class Containers:
 
     def deploy(self, *arguments: str, code: int = 0) -> str:
         """Run `copra-fl deploy ARGUMENTS`; return its standard output."""
-        result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=PATIENCE)
+        result = subprocess.run([SCRIPT, "deploy", *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
         assert result.returncode == code, result.stdout + result.stderr
         return result.stdout
 
@@ -50,7 +49,7 @@ class Containers:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, run: subprocess.Popen[str], code: int = 0) -> str:
-        out, _ = run.communicate(timeout=PATIENCE)
+        out, _ = run.communicate(timeout=HANG_SECONDS)
         assert run.returncode == code, out
         return out
 
@@ -69,11 +68,23 @@ class Containers:
         pid = self.engine("inspect", "--format", "{{.State.Pid}}", self.container(service))
         subprocess.run(["kill", "-9", pid], check=True)
 
-    def num_trained(self, service: str) -> int:
-        """How many rounds' training its container has begun so far."""
+    def num_unanswered(self, service: str) -> int:
+        """How many trainings a client's container has begun without sending a reply; it stays behind when killed."""
         assert ENGINE is not None
-        log = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
-        return (log.stdout + log.stderr).count("Receiving: train message")
+        ran = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
+        log = ran.stdout + ran.stderr
+        return log.count("Receiving: train message") - log.count("Sending: train message")
+
+    def kill_while_training(self, service: str, num_unanswered: int) -> None:
+        """Kill a client between a train message and its reply; one that has replied first is killed again.
+
+        `num_unanswered` is that of its container before the run.
+        """
+        while True:
+            self.wait(lambda: self.num_unanswered(service) > num_unanswered, f"{service} trains")
+            self.kill(service)
+            if self.num_unanswered(service) > num_unanswered:
+                return
 
     def network(self) -> str:
         return self.engine(
@@ -87,9 +98,9 @@ class Containers:
 
     @staticmethod
     def wait(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HANG_SECONDS
         while not condition():
-            assert time.monotonic() < deadline, f"waited {PATIENCE} s for: {what}"
+            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}"
             time.sleep(0.5)
 
 
@@ -106,7 +117,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, texts:
         subprocess.run(["chmod", "-R", "a+rX", data], check=True)
     try:
         build = "--no-build" if os.environ.get("COPRA_FL_IMAGE") else "--build"
-        containers.deploy("up", str(root), build, "--wait", str(PATIENCE))
+        containers.deploy("up", str(root), build, "--wait", str(HANG_SECONDS))
         yield containers
     finally:
         containers.deploy("down", str(root))

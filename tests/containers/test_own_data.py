@@ -1,4 +1,4 @@
-"""Nodes with data files of their own, in real containers, set in the deployment's .env (docs/deployment.md)."""
+"""Nodes with data files of their own, in real containers, set in .env as docs/how-to/deploy.md describes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.containers.conftest import NUM_CLIENTS, PATIENCE, Containers
+from tests.containers.conftest import NUM_CLIENTS, Containers
+from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings, make_texts
 
 
@@ -18,7 +19,7 @@ def local_files(deployment: Containers, settings: Settings) -> Settings:
             data = deployment.root / "clients" / f"client-{number}" / "data"
             make_texts(data / "ward.csv", 100 + number, seed=number + 1).chmod(0o644)
             file.write(f'COPRA_FL_CLIENT_{number}=data-path="/data/ward.csv"\n')
-    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(PATIENCE))
+    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(HANG_SECONDS))
     return settings | {"partitioner": "own", "num-rounds": 1}
 
 

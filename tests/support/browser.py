@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.real_runs import HANG_SECONDS
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -51,7 +53,7 @@ def _open(url: str, scratch: Path) -> tuple[str, list[str]]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=True,
     )
     complaints = [line for line in browser.stderr.splitlines() if "CONSOLE" in line]
