@@ -1,11 +1,12 @@
-"""The Flower ClientApp of a node; what it does is in `clients.handlers`.
+"""The Flower ClientApp of a node; `clients.handlers` does the work.
 
-    query     who are you, which clients can you host
-    train     train the cohort from the global adapter, hand back updates
-    evaluate  the global adapter on each client's own validation data
+    query     handshake: describe the node and the clients that it can host
+    train     train the cohort from the global adapter and return its updates
+    evaluate  evaluate the global adapter on each client's own validation data
 
-It imports nothing large before the first message: in a simulation the server's process imports it too,
-and only then starts Ray. Where the node config has `keep-warm` it never does: the node's resident answers.
+Nothing large is imported before the first message: in a simulation the server's process imports this module too, and
+starts Ray only afterwards. If the node config has `warm-process`, this process imports nothing large at all: the node's
+warm process answers.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ app = ClientApp()
 
 
 @app.query()
-def hello(message: Message, context: Context) -> Message:
-    return _answer("hello", message, context)
+def handshake(message: Message, context: Context) -> Message:
+    return _answer("handshake", message, context)
 
 
 @app.train()
@@ -30,16 +31,16 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
-def evaluate_clients(message: Message, context: Context) -> Message:
-    return _answer("evaluate_clients", message, context)
+def evaluate(message: Message, context: Context) -> Message:
+    return _answer("evaluate", message, context)
 
 
-def _answer(work: str, message: Message, context: Context) -> Message:
-    if seconds := float(context.node_config.get("keep-warm", 0)):
+def _answer(handler: str, message: Message, context: Context) -> Message:
+    if idle_seconds := float(context.node_config.get("warm-process", 0)):
         from clients import warm_process
 
-        return Message(warm_process.ask(work, message.content, context, seconds), reply_to=message)
+        return Message(warm_process.request(handler, message.content, context, idle_seconds), reply_to=message)
 
-    from clients import handlers
+    from clients.handlers import HANDLERS
 
-    return Message(getattr(handlers, work)(message.content, context), reply_to=message)
+    return Message(HANDLERS[handler](message.content, context), reply_to=message)

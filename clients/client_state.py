@@ -1,8 +1,8 @@
-"""What a node keeps of its clients from round to round: personal tensors, control variates, what rounding lost.
+"""State of clients between rounds, on the node's disk: personal tensors, control variates, quantization errors.
 
-It lies on the node's disk, below the cache, so that it outlives messages, processes and restarts. A client has a file
-a round, and the two newest stay: a run that is resumed at round t reads what was left behind before t, whatever a
-round that was cut short has written since.
+It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has one file per
+round, and the two newest are kept: a run that resumes at round t needs the state from before t, also if the interrupted
+round t has already written its own.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from copra_fl.files import cache_dir
 
 @dataclass(frozen=True)
 class ClientState:
-    """
+    """State of one client after a round.
+
     Attributes:
         personal: the tensors that do not travel, after the last training.
-        control: its control variate.
-        lost: what rounding has lost so far of what it sent.
+        control: the client's control variate.
+        quantization_error: the part of the client's changes that rounding has withheld from the server so far.
     """
 
     personal: Adapter = field(default_factory=dict)
     control: Adapter = field(default_factory=dict)
-    lost: Adapter = field(default_factory=dict)
+    quantization_error: Adapter = field(default_factory=dict)
 
 
-class Memory:
-    """The clients' states of one run."""
+class ClientStateStore:
+    """The states of the clients of one run."""
 
     def __init__(self, run: str) -> None:
         self._directory = cache_dir() / "clients" / run
 
     def read(self, client: int, before: int) -> ClientState:
-        """What `client` left behind in its last round below `before`; an empty state where it had none."""
-        written = [path for path in self._files(client) if path.name < self._file(client, before).name]
-        if not written:
+        """Return the state of `client` after its last round below `before`; an empty one if there was no such round."""
+        earlier = [path for path in self._files(client) if path.name < self._file(client, before).name]
+        if not earlier:
             return ClientState()
-        tensors, _ = load_checkpoint(written[-1])
+        tensors, _ = load_checkpoint(earlier[-1])
         kinds: dict[str, Adapter] = {}
-        for name, tensor in tensors.items():
-            kind, _, name = name.partition("/")
+        for full_name, tensor in tensors.items():
+            kind, _, name = full_name.partition("/")
             kinds.setdefault(kind, {})[name] = tensor
         return ClientState(**kinds)
 
     def write(self, client: int, server_round: int, state: ClientState) -> None:
+        """Write the state of `client` after a round, and remove all but the two newest."""
         self._directory.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{kind}/{name}": tensor for kind, adapter in vars(state).items() for name, tensor in adapter.items()

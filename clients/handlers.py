@@ -1,12 +1,12 @@
-"""What a node does with a message: unpack its content, call the library, pack the reply's.
+"""Handlers of the messages of a node: unpack the content, call the library, pack the reply.
 
-A client that fails does not take the others of its cohort with it: its traceback goes
-into the reply and the server decides.
+If a client fails, the other clients of its cohort still send their updates: its error message goes into the reply and
+the server decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +17,8 @@ from copra_fl import startup
 
 startup.prepare()
 
-from clients.client_state import ClientState, Memory
-from clients.node_config import Refused, Site
+from clients.client_state import ClientState, ClientStateStore
+from clients.node_config import NodeConfig, Rejected
 from clients.warm_cache import open_engine
 from copra_fl import wire
 from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
@@ -34,89 +34,112 @@ from copra_fl.events import emit
 from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
-from copra_fl.training.evaluation import evaluate
-from copra_fl.training.plan import Plan, expected_update, leaves_state
+from copra_fl.training.evaluation import evaluate as evaluate_adapters
+from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
 
-def hello(content: RecordDict, context: Context) -> RecordDict:
-    """Who this node is and which clients it can host, or why it takes no part."""
-    site, digest = Site.of(context), library_digest(Path(__file__).parent)
-    config = site.adapt(wire.unpack_config(content))
+def handshake(content: RecordDict, context: Context) -> RecordDict:
+    """Describe the node and the clients that it can host, or give the reason why it rejects the run."""
+    node, digest = NodeConfig.of(context), library_digest(Path(__file__).parent)
+    config = node.adapt(wire.unpack_config(content))
     try:
         check_weights(config.model)
-        with site.discretion():
-            answer = _introduce(site, digest, config)
-    except (Refused, ConfigError) as error:
-        answer = wire.Hello(site.partition, digest, refusal=str(error))
-    return wire.pack_hello(answer)
+        with node.redact_errors():
+            answer = _describe(node, digest, config)
+    except (Rejected, ConfigError) as error:
+        answer = wire.Handshake(node.partition, digest, rejection_reason=str(error))
+    return wire.pack_handshake(answer)
 
 
-def _introduce(site: Site, digest: str, config: Config) -> wire.Hello:
-    single = config.data.num_clients == 0 and config.data.partitioner != "natural"
-    data = site.open_data(config.changed(num_clients=site.num_partitions) if single else config)
-    at_home = single or config.data.partitioner == "own" or leaves_state(config)
-    hosted = range(site.partition, len(data.train), site.num_partitions) if at_home else range(len(data.train))
-    return wire.Hello(
-        partition=site.partition,
+def _describe(node: NodeConfig, digest: str, config: Config) -> wire.Handshake:
+    one_client_per_node = config.data.num_clients == 0 and config.data.partitioner != "natural"
+    data = node.open_data(config.changed(num_clients=node.num_partitions) if one_client_per_node else config)
+    clients = range(len(data.train))
+    if one_client_per_node or config.data.partitioner == "own" or leaves_state(config):  # clients bound to their node
+        clients = clients[node.partition :: node.num_partitions]
+    return wire.Handshake(
+        partition=node.partition,
         digest=digest,
         num_clients=len(data.train),
-        num_examples={client: len(data.train[client]) for client in hosted},
-        num_validation={client: len(data.validation[client]) for client in hosted},
+        num_examples={client: len(data.train[client]) for client in clients},
+        num_validation={client: len(data.validation[client]) for client in clients},
         label_names=data.label_names,
     )
 
 
 def train(content: RecordDict, context: Context) -> RecordDict:
-    site = Site.of(context)
-    with site.discretion():
-        return _train(site, content, context)
+    """Train the plan's clients from the global adapter and return their updates."""
+    node = NodeConfig.of(context)
+    with node.redact_errors():
+        return _train(node, content, context)
 
 
-def _train(site: Site, content: RecordDict, context: Context) -> RecordDict:
-    plan, engine, data, state = _open(site, content, context)
+def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
+    plan, engine, data, server_state = _open(node, content, context)
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
-    memory = Memory(wire.unpack_delivery(content).run)
-    left = {client: memory.read(client, plan.server_round) for client in plan.clients}
-    own = client_starts(config, state.adapter, plan.clients)
-    starts = {c: pad(own[c], config.model.rank) for c in own} if config.aggregation.client_ranks else own
-    if rule.personal:
-        starts = {client: start | left[client].personal for client, start in starts.items()}
-    corrections = {client: _minus(state.control, each.control) for client, each in left.items() if state.control}
-    updates, failures = _train_all(site, plan, engine, data, starts, corrections)
-    sendable = {client: parts(start, rule.sends(plan.server_round)) for client, start in own.items()}
-    buffers, lost = _pack(plan, updates, sendable, {c: each.lost for c, each in left.items()}, group_of)
-    if state.control:
-        moved = [replace(update, adapter=_minus(update.gradient, left[update.client].control)) for update in updates]
-        buffers["controls"] = encode(moved, sendable, group_of, "float32")
+    store = ClientStateStore(wire.unpack_delta(content).run)
+    previous = {client: store.read(client, plan.server_round) for client in plan.clients}
+    corrections: dict[int, Adapter] = {}
+    if server_state.control:
+        corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
+
+    global_starts = client_starts(config, server_state.adapter, plan.clients)
+    adapters = _local_starts(config, global_starts, previous)
+    starts = {client: Start(adapter, corrections.get(client, {})) for client, adapter in adapters.items()}
+    updates, failures = _train_clients(node, plan, engine, data, starts)
+
+    sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
+    errors = {client: state.quantization_error for client, state in previous.items()}
+    buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
+    if server_state.control and updates:
+        changes = {update.client: _minus(update.gradient, previous[update.client].control) for update in updates}
+        changed = [replace(update, adapter=changes[update.client]) for update in updates]
+        buffers["controls"] = encode(changed, sent_starts, group_of, "float32")
     if leaves_state(config):
         for update in updates:
-            before, stays = left[update.client], parts(update.adapter, ALL - rule.shares)
-            after = ClientState(before.personal | stays, before.control | update.gradient, lost.get(update.client, {}))
-            memory.write(update.client, plan.server_round, after)
+            before = previous[update.client]
+            after = ClientState(
+                personal=before.personal | parts(update.adapter, ALL - rule.shares),
+                control=before.control | update.gradient,
+                quantization_error=errors.get(update.client, {}),
+            )
+            store.write(update.client, plan.server_round, after)
     return wire.echo(content, wire.pack_updates(updates, buffers, failures))
 
 
-def _train_all(
-    site: Site,
+def _local_starts(
+    config: Config, global_starts: Mapping[int, Adapter], previous: Mapping[int, ClientState]
+) -> dict[int, Adapter]:
+    """Return the adapter that each client trains from: padded to the full rank, with the client's personal tensors."""
+    starts = dict(global_starts)
+    if config.aggregation.client_ranks:
+        starts = {client: pad(start, config.model.rank) for client, start in starts.items()}
+    if find_rule(config.aggregation.rule).personal:
+        starts = {client: start | previous[client].personal for client, start in starts.items()}
+    return starts
+
+
+def _train_clients(
+    node: NodeConfig,
     plan: Plan,
     engine: Engine,
     data: FederatedData,
-    starts: Mapping[int, Adapter],
-    corrections: Mapping[int, Adapter],
+    starts: Mapping[int, Start],
 ) -> tuple[list[Update], dict[int, str]]:
-    """The good updates of the plan's clients, and why the others have none."""
-    trainable = plan.trained_parts
+    """Return the valid updates of the plan's clients, and the error messages of the other clients."""
     updates: list[Update] = []
     failures: dict[int, str] = {}
+
+    def train_slice(clients: Sequence[int]) -> list[Update]:
+        return engine.train(data, plan, clients, starts, _report_progress)
+
     for clients in engine.slices(data, plan):
-        trained, failed = _each(
-            site, clients, lambda some: engine.train(data, plan, some, starts, _report, corrections)
-        )
+        trained, failed = _isolate_failures(node, clients, train_slice)
         failures |= failed
         for update in trained:
-            start = parts(starts[update.client], trainable)
+            start = parts(starts[update.client].adapter, plan.trained_parts)
             expected = expected_update(plan.config, len(engine.model.gates.names), len(data.train[update.client]))
             try:
                 check_update(update, start, engine.model.group_of, expected)
@@ -126,111 +149,128 @@ def _train_all(
     return updates, failures
 
 
-def _minus(ours: Adapter, theirs: Adapter) -> Adapter:
-    """ours - theirs, where what is missing is zero."""
-    return {name: tensor - theirs.get(name, 0) for name, tensor in ours.items()}
+def _minus(a: Adapter, b: Adapter) -> Adapter:
+    """Return a - b over the tensors of `a`; tensors that `b` does not have count as zero."""
+    return {name: tensor - b.get(name, 0) for name, tensor in a.items()}
 
 
 def _pack(
-    plan: Plan, updates: list[Update], starts: Starts, lost: dict[int, Adapter], group_of: dict[str, int]
+    plan: Plan,
+    updates: list[Update],
+    starts: Starts,
+    quantization_errors: dict[int, Adapter],
+    group_of: dict[str, int],
 ) -> tuple[dict[str, Arrays], dict[int, Adapter]]:
-    """The tensors of the cohort: each client's own of those to keep, one pooled update of all others.
+    """Encode the tensors of the cohort: one buffer for the inspected clients, one pooled update of all the others.
 
-    `starts` hold what a client may send. With error feedback also what rounding has `lost` by now.
+    `starts` have the tensors that a client may send. Also returns the quantization errors, with error feedback the new
+    ones.
     """
     config, rule, uplink = plan.config, find_rule(plan.config.aggregation.rule), plan.config.federation.uplink_dtype
-    sent = [as_sent(config, replace(each, adapter=parts(each.adapter, rule.shares))) for each in updates]
-    kept = [update for update in sent if update.client in plan.keep]
-    others = [update for update in sent if update.client not in plan.keep]
+    shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
+    sent = [as_sent(config, update) for update in shared]
+    inspected = [update for update in sent if update.client in plan.inspected]
+    others = [update for update in sent if update.client not in plan.inspected]
     buffers = {}
     if others:
         start = starts[others[0].client]
         pooled = pool(start, others, config.aggregation.weighting, group_of)
         buffers["pooled"] = encode([pooled], {pooled.client: start}, group_of, "float32")
-    if kept and uplink in FEEDBACK:
-        buffers["adapters"], lost = encode_with_feedback(kept, starts, group_of, uplink, lost)
-    elif kept:
-        buffers["adapters"] = encode(kept, starts, group_of, uplink)
-    return buffers, lost
+    if inspected and uplink in FEEDBACK:
+        buffers["adapters"], quantization_errors = encode_with_feedback(
+            inspected, starts, group_of, uplink, quantization_errors
+        )
+    elif inspected:
+        buffers["adapters"] = encode(inspected, starts, group_of, uplink)
+    return buffers, quantization_errors
 
 
-def evaluate_clients(content: RecordDict, context: Context) -> RecordDict:
-    site = Site.of(context)
-    with site.discretion():
-        return _evaluate(site, content, context)
+def evaluate(content: RecordDict, context: Context) -> RecordDict:
+    """Evaluate the global adapter on the validation data of the plan's clients."""
+    node = NodeConfig.of(context)
+    with node.redact_errors():
+        return _evaluate(node, content, context)
 
 
-def _evaluate(site: Site, content: RecordDict, context: Context) -> RecordDict:
-    plan, engine, data, state = _open(site, content, context)
-    settings, memory = plan.config.evaluation, Memory(wire.unpack_delivery(content).run)
+def _evaluate(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
+    plan, engine, data, server_state = _open(node, content, context)
+    settings, store = plan.config.evaluation, ClientStateStore(wire.unpack_delta(content).run)
 
-    def evaluate_all(clients: tuple[int, ...]) -> list[tuple[int, dict[str, float]]]:
+    def evaluate_clients(clients: Sequence[int]) -> list[tuple[int, dict[str, float]]]:
         evaluations = []
         for client in clients:
-            own = state.adapter | memory.read(client, plan.server_round + 1).personal
-            held = data.validation[client][: settings.client_eval_examples]
-            (metrics,) = evaluate(engine, [own], data.examples, held, settings.eval_batch_size)
+            adapter = server_state.adapter | store.read(client, plan.server_round + 1).personal
+            indices = data.validation[client][: settings.client_eval_examples]
+            (metrics,) = evaluate_adapters(engine, [adapter], data.examples, indices, settings.eval_batch_size)
             evaluations.append((client, metrics))
         return evaluations
 
-    evaluations, failures = _each(site, plan.clients, evaluate_all)
+    evaluations, failures = _isolate_failures(node, plan.clients, evaluate_clients)
     return wire.echo(content, wire.pack_evaluations(dict(evaluations), failures))
 
 
-def _open(site: Site, content: RecordDict, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Content]:
-    """The plan of a message of this `content`, the engine and data that it needs, and the server's state."""
+def _open(node: NodeConfig, content: RecordDict, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Payload]:
+    """Return the plan in a message, the engine and data that it needs, and the server's state."""
     plan = wire.unpack_plan(content)
-    plan = replace(plan, config=site.adapt(plan.config))
-    config, data, rule = plan.config, site.open_data(plan.config), find_rule(plan.config.aggregation.rule)
-    num_labels = len(data.label_names)
+    plan = replace(plan, config=node.adapt(plan.config))
+    config, data, rule = plan.config, node.open_data(plan.config), find_rule(plan.config.aggregation.rule)
     engine = open_engine(
-        config.training.engine, config.model, config.copra.gate_group, num_labels, seed=0, core=rule.core
+        config.training.engine, config.model, config.copra.gate_group, len(data.label_names), seed=0, core=rule.core
     )
-    state = _receive(content, context.state, engine.model.read_adapter(), plan)
-    engine.model.write_residual(state.residual)
-    return plan, engine, data, state
+    server_state = _receive_state(content, context.state, engine.model.read_adapter(), plan)
+    engine.model.write_residual(server_state.residual)
+    return plan, engine, data, server_state
 
 
-def _receive(content: RecordDict, node: RecordDict, like: Adapter, plan: Plan) -> wire.Content:
-    """The server's state: what comes with a message, beside what the `node` holds already; `like` a whole adapter.
+def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapter, plan: Plan) -> wire.Payload:
+    """Return the server's state: the payload of a message, added to what the node has cached in `node_state`.
 
-    Raises RuntimeError where only changes come, and to another state than the node holds.
+    `template` has the names and shapes of a whole adapter. Raises RuntimeError if the payload adds to another state
+    than the cached one.
     """
-    delivery = wire.unpack_delivery(content)
-    came, held = wire.unpack_content(content, delivery, like), wire.read_held(node, delivery.run)
-    adapter, residual = pad(came.adapter, plan.config.model.rank), came.residual
-    if delivery.since >= 0:
-        if held is None or held.number != delivery.since:
+    delta = wire.unpack_delta(content)
+    payload, cached = wire.unpack_payload(content, delta, template), wire.read_cached_state(node_state, delta.run)
+    adapter, residual = pad(payload.adapter, plan.config.model.rank), payload.residual
+    if delta.since >= 0:
+        if cached is None or cached.number != delta.since:
             raise RuntimeError(
-                f"the node does not hold the global adapter of round {delivery.since} any more, so what has changed "
-                "since is no use; the next message brings all of it"
+                f"the node no longer has the global adapter of round {delta.since} in its cache, which this message "
+                "adds to; the next message will carry the whole state"
             )
-        adapter, residual = held.adapter | adapter, add(held.residual, residual)
-    if find_rule(plan.config.aggregation.rule).is_held:
-        wire.write_held(node, delivery.run, wire.Held(delivery.number, adapter, residual))
-    return wire.Content(adapter, residual, came.control)
+        adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
+    if find_rule(plan.config.aggregation.rule).nodes_cache_state:
+        wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
+    return wire.Payload(adapter, residual, payload.control)
 
 
-def _report(num_clients: float) -> None:
+def _report_progress(num_clients: float) -> None:
     emit("trained", clients=num_clients)
 
 
-def _each(
-    site: Site, clients: tuple[int, ...], work: Callable[[tuple[int, ...]], list[Result]]
+def _isolate_failures(
+    node: NodeConfig, clients: tuple[int, ...], work: Callable[[Sequence[int]], list[Result]]
 ) -> tuple[list[Result], dict[int, str]]:
-    """`work` on all `clients`: results, and what may be told of those that failed.
+    """Call `work` on all `clients`; return its results, and the public error messages of the failed clients.
 
-    Where all together fail each is tried alone, so that one does not take the others with it.
+    If the call fails for several clients, each is tried alone, so that only the failing ones are lost.
     """
     try:
         return work(clients), {}
     except Exception as error:
         if len(clients) == 1:
-            return [], {clients[0]: site.told(error)}
+            return [], {clients[0]: node.public_message(error)}
     results: list[Result] = []
     failures: dict[int, str] = {}
     for client in clients:
-        done, failed = _each(site, (client,), work)
-        results += done
-        failures |= failed
+        client_results, client_failures = _isolate_failures(node, (client,), work)
+        results += client_results
+        failures |= client_failures
     return results, failures
+
+
+#: handler name -> handler, called with a message's content and the node's context; returns the reply's content
+HANDLERS: dict[str, Callable[[RecordDict, Context], RecordDict]] = {
+    "handshake": handshake,
+    "train": train,
+    "evaluate": evaluate,
+}

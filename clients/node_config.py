@@ -1,10 +1,11 @@
-"""What a node's own configuration says of its site, and what of the site's data may leave it.
+"""The node config of a Flower node, and the privacy of the node's own data.
 
-    data-path     its own file of examples; the node is then one client (``partitioner = own``)
-    model-path    where the base lies here; without it the run's ``model`` is looked for
+    partition-id, num-partitions    which of how many nodes this is
+    data-path                       the node's own file of examples; it is then one client (``partitioner = own``)
+    model-path                      where the base model is stored on this node; by default the run's ``model``
 
-Of a site's own data nothing leaves but counts. An error can quote a text, a label or a file's name, so on such a node
-only its kind and its place in the sources leave; the whole of it is in the node's log.
+Only counts leave a node with its own data. An error message can quote a text, a label or a file name, so such a node
+sends only the type of the error and its place in the source code; the node's log has the full message.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.common.logger import log
 
-from clients.warm_cache import open_data, open_own
+from clients.warm_cache import open_data, open_own_data
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
 from copra_fl.sources.tables import TableError
 
-#: calls that are named of an error, from the innermost outwards
-PLACES = 3
+#: innermost calls of an error that a public message names
+NUM_FRAMES = 3
 
 
-class Refused(RuntimeError):
+class Rejected(RuntimeError):
     """A run that this node takes no part in. The message may leave the node."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """
+class NodeConfig:
+    """The node config.
+
     Attributes:
         partition, num_partitions: which of how many nodes this is.
-        data_path: its own file; empty where it has none.
-        model_path: its own copy of the base; empty where it has none.
+        data_path: the node's own file of examples; empty without one.
+        model_path: the node's copy of the base model; empty without one.
     """
 
     partition: int
@@ -47,59 +49,59 @@ class Site:
     model_path: str = ""
 
     @classmethod
-    def of(cls, context: Context) -> Site:
-        """Raises Refused for a node config without its place among the nodes."""
+    def of(cls, context: Context) -> NodeConfig:
+        """Read Flower's node config. Raises Rejected without a valid partition-id and num-partitions."""
         settings = context.node_config
         partition, num_partitions = settings.get("partition-id"), settings.get("num-partitions")
         if not (isinstance(partition, int) and isinstance(num_partitions, int) and 0 <= partition < num_partitions):
-            raise Refused(
-                f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; of two "
-                "nodes the first has 'partition-id=0 num-partitions=2'"
+            raise Rejected(
+                f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; set both, "
+                "for example 'partition-id=0 num-partitions=2' on the first of two nodes"
             )
         return cls(partition, num_partitions, str(settings.get("data-path", "")), str(settings.get("model-path", "")))
 
     def adapt(self, config: Config) -> Config:
-        """The run's configuration as it is here."""
+        """Return the run's configuration with this node's path of the base model."""
         return config.changed(model=self.model_path) if self.model_path else config
 
     def open_data(self, config: Config) -> FederatedData:
-        """The examples of the run's clients that are here.
+        """Load the examples of the clients that this node can host.
 
-        Raises Refused where the run wants the site's own data and there is none, or does not want what there is.
+        Raises Rejected if the run needs the node's own data and the node has none, or the other way round.
         """
         if config.data.partitioner == "own":
             if not self.data_path:
-                raise Refused("partitioner = 'own', but its node config names no data-path")
-            return open_own(config, self.data_path, self.partition, self.num_partitions)
+                raise Rejected("partitioner = 'own', but its node config has no data-path")
+            return open_own_data(config, self.data_path, self.partition, self.num_partitions)
         if self.data_path:
-            raise Refused(
-                f"it has data of its own (data-path), and partitioner = {config.data.partitioner!r} would train on "
-                "other data; partitioner = 'own' trains on it"
+            raise Rejected(
+                f"it has its own data (data-path), but partitioner = {config.data.partitioner!r} would train on "
+                "other data; set partitioner = 'own'"
             )
         return open_data(config)
 
     @contextmanager
-    def discretion(self) -> Iterator[None]:
-        """Errors inside come out as what may leave this node."""
+    def redact_errors(self) -> Iterator[None]:
+        """Replace errors inside the block by Rejected with their public message, on a node with its own data."""
         try:
             yield
-        except Refused:
+        except Rejected:
             raise
         except Exception as error:
             if not self.data_path:
                 raise
-            raise Refused(self.told(error)) from None
+            raise Rejected(self.public_message(error)) from None
 
-    def told(self, error: BaseException) -> str:
-        """What the server may know of `error`: all of it, but of a node with data of its own only what and where."""
-        whole = "".join(traceback.format_exception(error))
+    def public_message(self, error: BaseException) -> str:
+        """Return the part of `error` that the server may see: type and place, on a node without own data everything."""
+        full_message = "".join(traceback.format_exception(error))
         if not self.data_path:
-            return whole
-        if isinstance(error, Refused):
+            return full_message
+        if isinstance(error, Rejected):
             return str(error)
-        log(ERROR, "%s", whole)
+        log(ERROR, "%s", full_message)
         if isinstance(error, TableError):
-            return error.outline
-        frames = reversed(traceback.extract_tb(error.__traceback__)[-PLACES:])
+            return error.public_message
+        frames = reversed(traceback.extract_tb(error.__traceback__)[-NUM_FRAMES:])
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-        return f"{type(error).__name__} at {places}; the node's own log has the message"
+        return f"{type(error).__name__} at {places}; the node's log has the message"

@@ -1,18 +1,19 @@
-"""What stays on a node between messages: a process with torch imported, and with base and data open.
+"""A process that stays on a node between messages, with torch imported and base model and data open.
 
-In a deployment Flower starts a process for each message. Where the node config has `keep-warm` (seconds), that process
-imports nothing large: it hands the message on, over a Unix socket that only its own user can open.
+In a deployment Flower starts a process for each message. If the node config has `warm-process` (seconds), that process
+imports nothing large: it forwards the message over a Unix socket that only its own user can open.
 
-    flower-supernode ─> flower-superexec ─> flwr-clientapp, one a message: `ask`
-                                                   │  work, content, context  ─>
-                                                   │  <─  content, state, or what went wrong
+    flower-supernode ─> flower-superexec ─> flwr-clientapp, one per message: `request`
+                                                   │  handler, content, context  ─>
+                                                   │  <─  content and state, or an error message
                                             python -m clients.warm_process: `serve`
 
-Who finds no resident starts one, and listens in its place until it does so itself: no message waits and tries again.
-A node has one resident, for one run at a time, as Ray's actors live for one run: files may change in between. It makes
-way for another run's, and ends `keep-warm` seconds after its last answer, with the SuperExec, and when nobody waits for
-what it works on. One that dies with a message is replaced, once. It has nothing that a new one would miss: what a node
-holds goes back to Flower with each answer. Messages are pickled, as Flower does it for Ray's actors.
+If no warm process is running, the caller starts one and hands it the listening socket, so that no message waits or
+retries. A node has one warm process, for one run at a time like Ray's actors, because files may change between runs. It
+ends when a message of another run arrives, `warm-process` seconds after its last answer, with the SuperExec, and when
+the process that waits for its answer ends. If it dies while it handles a message, it is replaced once. It has no state
+of its own: what a node caches goes back to Flower with each answer. Messages are pickled, as Flower does for Ray's
+actors.
 """
 
 from __future__ import annotations
@@ -36,117 +37,131 @@ import psutil
 from flwr.app import Context, RecordDict
 from flwr.common.logger import log
 
-#: between looks whether it is still wanted
-LOOK_SECONDS = 1.0
+#: seconds between two checks whether the process is still needed
+CHECK_SECONDS = 1.0
 
 
-class ResidentError(RuntimeError):
-    """Why there is no answer, in words that may leave the node: `Site.discretion` has seen to it."""
+class WarmProcessError(RuntimeError):
+    """No answer from the warm process. The message may leave the node: `NodeConfig.redact_errors` has checked it."""
 
 
-def ask(work: str, content: RecordDict, context: Context, seconds: float) -> RecordDict:
-    """What the function `work` of `clients.handlers` answers to a message of this `content`; `context.state` follows.
+def request(handler: str, content: RecordDict, context: Context, idle_seconds: float) -> RecordDict:
+    """Return what the warm process answers to a message, and set `context.state` to the node's new state.
 
-    A resident that has to be started stays for `seconds` after each answer. Raises ResidentError.
+    Args:
+        handler: key of `clients.handlers.HANDLERS`.
+        content: of the message.
+        context: Flower's, of the node.
+        idle_seconds: a warm process that has to be started ends so long after its last answer.
+
+    Raises WarmProcessError if the handler failed, or the process died twice.
     """
     for _ in range(2):
-        with _reach(address(), context.run_id, seconds) as resident, suppress(EOFError, OSError):
-            resident.send((work, content, context))
-            answer = resident.recv()
+        with _connect_or_start(address(), context.run_id, idle_seconds) as channel, suppress(EOFError, OSError):
+            channel.send((handler, content, context))
+            answer = channel.recv()
             if isinstance(answer, str):
-                raise ResidentError(answer)
+                raise WarmProcessError(answer)
             content, context.state = answer
             return content
-    raise ResidentError(
-        "the node's resident process has ended without an answer; its log may say why, or that memory was short"
+    raise WarmProcessError(
+        "the node's warm process ended without an answer; look for the reason in the node's log, and check that the "
+        "node has enough memory"
     )
 
 
 def address() -> Path:
-    """Of the node's resident: a socket in a folder of this user alone. Raises ResidentError where it is another's."""
+    """Return the socket of the node's warm process, in a folder that only this user can open.
+
+    Raises WarmProcessError if others can open the folder.
+    """
     folder = Path(tempfile.gettempdir()) / f"copra-fl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        raise ResidentError(f"{folder} is open to others; it must be a folder of this user's own, of mode 700")
-    return folder / f"resident-{os.getppid()}"
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
+        raise WarmProcessError(f"{folder} is open to others; it must belong to this user and have mode 700")
+    return folder / f"warm-{os.getppid()}"
 
 
-def _reach(place: Path, run: int, seconds: float) -> Connection:
-    """A connection to the resident at `place`, which is started for `run` where there is none."""
+def _connect_or_start(path: Path, run: int, idle_seconds: float) -> Connection:
+    """Connect to the warm process at `path`; start one for `run` if none is listening."""
     with suppress(FileNotFoundError, ConnectionRefusedError):
-        return _connect(place)
-    place.unlink(missing_ok=True)
+        return _connect(path)
+    path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(place))
+        listener.bind(str(path))
         listener.listen()
-        start(listener, os.getppid(), run, seconds)
-        return _connect(place)
+        start(listener, os.getppid(), run, idle_seconds)
+        return _connect(path)
 
 
-def start(listener: socket.socket, executor: int, run: int, seconds: float) -> subprocess.Popen[bytes]:
-    """A process that does `serve`; `executor` is a process id. It imports what this one would."""
-    told = map(str, (listener.fileno(), executor, run, seconds))
+def start(listener: socket.socket, executor: int, run: int, idle_seconds: float) -> subprocess.Popen[bytes]:
+    """Start a process that calls `serve` and imports from where this one does; `executor` is a process id."""
+    arguments = map(str, (listener.fileno(), executor, run, idle_seconds))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "clients.warm_process", *told], pass_fds=[listener.fileno()],
+        [sys.executable, "-P", "-m", "clients.warm_process", *arguments], pass_fds=[listener.fileno()],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdin=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
 
-def _connect(place: Path) -> Connection:
+def _connect(path: Path) -> Connection:
     channel = socket.socket(socket.AF_UNIX)
     try:
-        channel.connect(str(place))
+        channel.connect(str(path))
     except OSError:
         channel.close()
         raise
     return Connection(channel.detach())
 
 
-def serve(listener: socket.socket, executor: psutil.Process, run: int, seconds: float) -> None:
-    """Answer the messages of `run`, until none has come for `seconds`, one of another run has, or `executor` ends."""
-    listener.settimeout(LOOK_SECONDS)
-    until = time.monotonic() + seconds
-    while executor.is_running() and time.monotonic() < until:
+def serve(listener: socket.socket, executor: psutil.Process, run: int, idle_seconds: float) -> None:
+    """Answer the messages of `run`.
+
+    Returns after `idle_seconds` without a message, when a message of another run arrives, or when `executor` ends.
+    """
+    listener.settimeout(CHECK_SECONDS)
+    deadline = time.monotonic() + idle_seconds
+    while executor.is_running() and time.monotonic() < deadline:
         try:
-            channel, _ = listener.accept()
+            accepted, _ = listener.accept()
         except TimeoutError:
             continue
-        with Connection(channel.detach()) as asker:
-            work, content, context = asker.recv()
+        with Connection(accepted.detach()) as channel:
+            handler, content, context = channel.recv()
             if context.run_id != run:
-                listener.close()  # first, since who asks comes again when the connection ends
+                listener.close()  # before the connection, because the caller connects again as soon as that ends
                 return
-            answer = _answer(asker, work, content, context)
-            asker.send(answer)
-        until = time.monotonic() + seconds
+            channel.send(_answer(channel, handler, content, context))
+        deadline = time.monotonic() + idle_seconds
 
 
-def _answer(asker: Connection, work: str, content: RecordDict, context: Context) -> tuple[RecordDict, RecordDict] | str:
-    """Content and state, or an error's words."""
-    log(INFO, "resident (process %s): %s", os.getpid(), work)
+def _answer(
+    channel: Connection, handler: str, content: RecordDict, context: Context
+) -> tuple[RecordDict, RecordDict] | str:
+    """Return the reply's content and the node's new state, or an error message."""
+    log(INFO, "warm process %s: %s", os.getpid(), handler)
     try:
-        with _while_waiting(asker):
-            from clients import handlers
+        with _exit_with_caller(channel):
+            from clients.handlers import HANDLERS
 
-            return getattr(handlers, work)(content, context), context.state
+            return HANDLERS[handler](content, context), context.state
     except Exception as error:
-        log(ERROR, "resident (process %s)", os.getpid(), exc_info=error)
+        log(ERROR, "warm process %s", os.getpid(), exc_info=error)
         return "".join(traceback.format_exception_only(error)).strip()
 
 
 @contextmanager
-def _while_waiting(asker: Connection) -> Iterator[None]:
-    """End this process where the one that asks ends: the next message is not to wait for an answer to nobody."""
+def _exit_with_caller(channel: Connection) -> Iterator[None]:
+    """Exit this process if the caller ends during the block: the next message must not wait for an unwanted answer."""
     answered = threading.Event()
 
-    def look() -> None:
-        while not answered.wait(LOOK_SECONDS):
-            if asker.poll():  # it says no more, so this is its end
-                log(WARNING, "resident (process %s): nobody waits for the answer any more", os.getpid())
+    def watch() -> None:
+        while not answered.wait(CHECK_SECONDS):
+            if channel.poll():  # the caller sends nothing more, so this is the end of the connection
+                log(WARNING, "warm process %s: the caller has ended", os.getpid())
                 os._exit(1)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -156,5 +171,5 @@ def _while_waiting(asker: Connection) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    descriptor, pid, run_id, keep_warm = sys.argv[1:]
-    serve(socket.socket(fileno=int(descriptor)), psutil.Process(int(pid)), int(run_id), float(keep_warm))
+    descriptor, executor_id, run_id, warm_seconds = sys.argv[1:]
+    serve(socket.socket(fileno=int(descriptor)), psutil.Process(int(executor_id)), int(run_id), float(warm_seconds))

@@ -1,4 +1,4 @@
-"""Files and folders: the cache folder, digests, writes that are whole or absent."""
+"""Files and folders: the cache folder, digests, atomic writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JSON_WIDTH = 120
 
 
 class CacheError(RuntimeError):
-    """A cache folder that cannot be made or written. The message names the folder and the remedy."""
+    """A cache folder that cannot be created or written. The message names the folder and what to do."""
 
 
 def cache_dir() -> Path:
@@ -50,8 +50,8 @@ def sha256(path: Path) -> str:
 def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file with `content`: readers see the old file or the whole new one.
 
-    The content is on the disk before the name changes, so that a power cut leaves one of the two as well.
-    `mode` are the permissions of a new file, before the umask.
+    The content is flushed to the disk before the file is renamed, so that this also holds after a power failure.
+    `mode` is the permissions of a new file, before the umask.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -85,7 +85,7 @@ def _json_text(value: object, indent: str = "") -> str:
 
 
 def build_once(place: Path, build: Callable[[Path], Path]) -> None:
-    """Have one process make the folder `place`; other processes that want it wait.
+    """Make the folder `place` in one process, while other processes that need it wait.
 
     `build(scratch)` works in a new folder beside `place` and returns the finished folder in it, which is then renamed:
     an interrupted build leaves nothing at `place`.

@@ -1,7 +1,11 @@
-"""Records of a run: the schema of ``journal.jsonl``, ``summary.json`` and ``provenance.json``.
+"""Records: the schema of the JSON files in the folders of runs, comparisons and studies.
 
-The server writes them (`server.journal`), `reporting.results` reads them, and nothing else parses these files.
-A field that the run did not measure is None or empty, never absent.
+    run            journal.jsonl (`RoundRecord`), summary.json (`RunSummary`), provenance.json (`Provenance`)
+    comparison     summary.json (`ComparisonSummary`)
+    study          results.json (`StudyResults`)
+
+The server writes those of a run (`server.journal`), `copra_fl.reporting` writes the others and reads all of them;
+nothing else parses these files. A field that was not measured is None or empty, never absent.
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+ConfigValue = str | int | float | bool
+
 
 class RecordError(ValueError):
-    """A record that does not follow the schema. The message names the fields and what is wrong with them."""
+    """JSON that is not valid, or does not follow the schema. The message names the first bad field and the problem."""
 
 
 class Record(BaseModel):
@@ -31,10 +37,15 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'the record'}: {problem['msg']}" for problem in error.errors()
-            )
-            raise RecordError(f"not a {cls.__name__} of this version of copra-fl: {problems}") from None
+            problems = error.errors()
+            field, message = ".".join(map(str, problems[0]["loc"])), problems[0]["msg"]
+            if problems[0]["type"] == "json_invalid":
+                raise RecordError(f"not valid JSON: {message}") from None
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise RecordError(
+                f"not a {cls.__name__} of this version of copra-fl, and results of other versions cannot be read: "
+                f"{field or 'the record'}: {message}{more}"
+            ) from None
 
 
 class Evaluation(Record):
@@ -181,7 +192,7 @@ class RunSummary(Record):
         method: local training.
         personal: whether each client keeps a part of the model, so that there is no global model to test.
         test: on test data; None for a personal rule or a server without data.
-        held_out: on the clients that are held out whole; None where there are none.
+        held_out: on the clients that are held out whole; None without such clients.
         aggregation_error: mean over the rounds in which it is known.
         clients: the final model on each client's own validation data.
         skipped_clients: clients without training examples.
@@ -244,3 +255,99 @@ class Provenance(Record):
     seed: int
     start: Origin
     resumes: tuple[Origin, ...] = ()
+
+
+class Estimate(Record):
+    """One metric over seeds.
+
+    Attributes:
+        mean: None if a seed has no finite value.
+        interval: the 95 % t-interval of the mean; None also for one seed.
+        values: one per seed, in the order of `MetricEstimates.seeds`; None where the value is not finite.
+    """
+
+    mean: float | None
+    interval: tuple[float, float] | None
+    values: tuple[float | None, ...]
+
+
+class MetricEstimates(Record, extra="allow"):
+    """An `Estimate` of each of `reporting.statistics.metrics` over `seeds`; in JSON each metric is a key of its own."""
+
+    __pydantic_extra__: dict[str, Estimate]
+    seeds: tuple[int, ...]
+
+    @property
+    def metrics(self) -> dict[str, Estimate]:
+        """Return metric -> estimate; empty before a seed has finished."""
+        return self.__pydantic_extra__
+
+    def get(self, metric: str) -> Estimate:
+        """Return the estimate of `metric`, without a mean if it was not measured."""
+        return self.metrics.get(metric, Estimate(mean=None, interval=None, values=()))
+
+
+class ComparedSettings(Record):
+    """Configurations of several methods.
+
+    Attributes:
+        common: key -> value, where all methods agree.
+        differing: key -> method -> value; None for a method without that key.
+    """
+
+    common: dict[str, ConfigValue]
+    differing: dict[str, dict[str, ConfigValue | None]]
+
+
+class UnfinishedRun(Record):
+    """A run of a comparison without a summary, and the number of its finished rounds."""
+
+    method: str
+    seed: int
+    rounds: int
+
+
+class ComparisonSummary(Record):
+    """``summary.json`` of a comparison.
+
+    Attributes:
+        baseline: the method that the others are compared with.
+        seeds: those asked for.
+        methods: over the finished seeds of each method.
+        differences: of each other method, its metrics minus the baseline's, over the seeds that both have finished.
+        personal: methods with one model per client instead of a global model.
+        settings: without the seed.
+    """
+
+    baseline: str
+    seeds: tuple[int, ...]
+    methods: dict[str, MetricEstimates]
+    differences: dict[str, MetricEstimates]
+    personal: tuple[str, ...]
+    settings: ComparedSettings
+    unfinished: tuple[UnfinishedRun, ...]
+
+
+class ChosenRate(Record):
+    """The learning rate of a method, and the mean validation accuracy of every rate that was tried."""
+
+    chosen: float
+    validation_accuracy: dict[str, float]
+
+
+class CellResults(ComparisonSummary):
+    """One split in one regime of a study: the comparison on test seeds, and the choice of each method's rate."""
+
+    split: str
+    regime: str
+    tuning_seeds: tuple[int, ...]
+    rates: dict[str, ChosenRate]
+
+
+class StudyResults(Record):
+    """``results.json`` of one grid of a study: how it was made, and its cells."""
+
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+    cells: tuple[CellResults, ...]

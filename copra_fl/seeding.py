@@ -1,7 +1,7 @@
-"""One tree of seeds: every random stream is named, and none is the global one.
+"""Named random streams, derived from one seed; the global generators are never used.
 
-``derive(root, "mask", 3, 7)`` is the seed of the stream of that name. Streams with
-different names are independent: drawing masks never moves the data order.
+``derive(root, "mask", 3, 7)`` is the seed of the stream of that name. Streams with different names are independent:
+drawing masks does not change the data order.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 
 
 def derive(root: int, *names: str | int) -> int:
-    """The 63-bit seed of the stream `names` below `root`: the start of a SHA-256."""
+    """Return the 63-bit seed of the stream `names` below `root`: the first bits of a SHA-256."""
     path = "/".join([str(root), *map(str, names)])
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 1
 
 
 def generator(root: int, *names: str | int) -> np.random.Generator:
-    """A NumPy generator for the stream `names` below `root`."""
+    """Return a NumPy generator for the stream `names` below `root`."""
     return np.random.default_rng(derive(root, *names))
 
 
 @contextmanager
 def torch_stream(device: torch.device, root: int, *names: str | int) -> Iterator[None]:
-    """Inside, torch's own generators are the stream `names`; afterwards they are as before.
+    """Replace torch's global generators by the stream `names` inside the block, and restore them afterwards.
 
-    For library code that only draws from torch's global generators (LoRA's init, dropout).
+    This is for library code that draws from torch's global generators only (LoRA's initialization, dropout).
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

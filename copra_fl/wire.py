@@ -1,14 +1,14 @@
-"""Plans and updates to and from Flower's records. The one file of the library that knows Flower.
+"""Plans and updates as Flower records, and back. The one module of the library that imports Flower.
 
-    to a node    plan: configuration, round, clients     delivery: what of the server's state is here
-                 adapter: the global adapter             residual, control: where the rule has them
-    back         echo: the run and the round that are answered
-                 metrics-c: of each client c             failures: client -> traceback
-                 adapters: of the clients to keep        pooled: of all others
-                 controls: how the clients' control variates have changed
+    to a node    plan: configuration, round, clients     state-delta: which part of the server's state follows
+                 adapter: the global adapter             residual, control: only if the rule has them
+    back         echo: run and round of the message      failures: client -> error message
+                 metrics-C: scalars of client C          adapters: of the inspected clients
+                 pooled: one update for all the others   controls: changes of the clients' control variates
 
-One message a node a round carries its whole cohort. Adapters are flat buffers without names
-(`compression`): both sides know what lies where. What a node holds already is not sent again. Nothing is pickled.
+Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):
+both sides derive the layout from what they know. Parts of the state that a node has cached are not sent again. Nothing
+is pickled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from copra_fl.adapters.compression import Arrays, take
 from copra_fl.adapters.state import Adapter, Layout, Update, parts
 from copra_fl.aggregation.ranks import cut
-from copra_fl.config import KEYS, Config
+from copra_fl.config import Config
 from copra_fl.training.plan import Plan
 
 
 @dataclass(frozen=True)
-class Hello:
-    """What a node says of itself before the first round.
+class Handshake:
+    """A node's description of itself, sent before its first round.
 
     Attributes:
         partition: its partition-id.
@@ -37,8 +37,9 @@ class Hello:
         num_clients: clients of the whole federation.
         num_examples: training examples of each client that it can host.
         num_validation: validation examples of each client that it can host.
-        label_names: the classes its data has, in order.
-        refusal: why it takes no part; empty where it does. With one, all that follows `digest` is empty.
+        label_names: the classes in its data, in order.
+        rejection_reason: why the node rejects the run; empty if it takes part. If it is set, all fields after `digest`
+            are empty.
     """
 
     partition: int
@@ -47,24 +48,25 @@ class Hello:
     num_examples: dict[int, int] = field(default_factory=dict)
     num_validation: dict[int, int] = field(default_factory=dict)
     label_names: list[str] = field(default_factory=list)
-    refusal: str = ""
+    rejection_reason: str = ""
 
     @property
     def counts(self) -> dict[int, tuple[int, int]]:
-        """Training and validation examples of each client that it can host."""
+        """Training and validation examples of each client that the node can host."""
         return {client: (number, self.num_validation[client]) for client, number in self.num_examples.items()}
 
 
 @dataclass(frozen=True)
-class Delivery:
+class StateDelta:
     """Which part of the server's state a message carries.
 
     Attributes:
-        run: id of the run; what nodes keep goes by it.
-        number: of the state: the rounds behind it.
-        since: number of the state that the node holds, and that only the changes come to; -1: everything comes.
-        parts: of the adapter that come (`adapter.part_of`).
-        rank: that A and B are cut to.
+        run: id of the run; nodes store the state under it.
+        number: number of the state: the rounds that led to it.
+        since: number of the state that the node has cached and that the message adds to; -1: the message carries
+            the whole state.
+        parts: parts of the adapter (`adapters.state.part_of`) that the message carries.
+        rank: rank to which A and B are cut.
     """
 
     run: str
@@ -75,12 +77,12 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a message carries of the server's state.
+class Payload:
+    """The part of the server's state that a message carries.
 
     Attributes:
-        adapter: the delivery's parts, cut to its rank.
-        residual: what W0 has changed by, all of it or since the state that the node holds.
+        adapter: the parts that the `StateDelta` names, cut to its rank.
+        residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
     """
 
@@ -90,7 +92,7 @@ class Content:
 
 
 def num_bytes(content: RecordDict) -> int:
-    """Bytes of a message's arrays as they are serialised, and of its metrics; a plan's settings, 2 kB, are left out."""
+    """Return the bytes of a message's serialized arrays and metrics, without the 2 kB of a plan's configuration."""
     arrays = sum(record.count_bytes() for record in content.array_records.values())
     return arrays + sum(record.count_bytes() for record in content.metric_records.values())
 
@@ -103,79 +105,79 @@ def unpack_config(content: RecordDict) -> Config:
     return Config.from_flat(content.config_records["config"])
 
 
-def pack_hello(hello: Hello) -> RecordDict:
+def pack_handshake(handshake: Handshake) -> RecordDict:
     record = ConfigRecord(
         {
-            "partition": hello.partition,
-            "digest": hello.digest,
-            "num-clients": hello.num_clients,
-            "clients": list(hello.num_examples.keys()),
-            "num-examples": list(hello.num_examples.values()),
-            "num-validation": list(hello.num_validation.values()),
-            "label-names": hello.label_names,
-            "refusal": hello.refusal,
+            "partition": handshake.partition,
+            "digest": handshake.digest,
+            "num-clients": handshake.num_clients,
+            "clients": list(handshake.num_examples.keys()),
+            "num-examples": list(handshake.num_examples.values()),
+            "num-validation": list(handshake.num_validation.values()),
+            "label-names": handshake.label_names,
+            "rejection-reason": handshake.rejection_reason,
         }
     )
-    return RecordDict({"hello": record})
+    return RecordDict({"handshake": record})
 
 
-def unpack_hello(content: RecordDict) -> Hello:
-    record: dict[str, Any] = dict(content.config_records["hello"])
-    return Hello(
+def unpack_handshake(content: RecordDict) -> Handshake:
+    record: dict[str, Any] = dict(content.config_records["handshake"])
+    return Handshake(
         partition=record["partition"],
         digest=record["digest"],
         num_clients=record["num-clients"],
         num_examples=dict(zip(record["clients"], record["num-examples"], strict=True)),
         num_validation=dict(zip(record["clients"], record["num-validation"], strict=True)),
         label_names=record["label-names"],
-        refusal=record["refusal"],
+        rejection_reason=record["rejection-reason"],
     )
 
 
-def pack_plan(plan: Plan, delivery: Delivery, carried: Content) -> RecordDict:
+def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     record = ConfigRecord(
         {
             **plan.config.to_flat(),
             "server-round": plan.server_round,
             "clients": list(plan.clients),
-            "keep": list(plan.keep),
+            "inspected": list(plan.inspected),
         }
     )
     content = RecordDict(
         {
             "plan": record,
-            "delivery": ConfigRecord(asdict(delivery) | {"parts": list(delivery.parts)}),
-            "adapter": _pack_flat(carried.adapter),
+            "state-delta": ConfigRecord(asdict(delta) | {"parts": list(delta.parts)}),
+            "adapter": _pack_flat(payload.adapter),
         }
     )
-    if carried.residual:
-        content["residual"] = _pack_arrays(carried.residual)
-    if carried.control:
-        content["control"] = _pack_flat(carried.control)
+    if payload.residual:
+        content["residual"] = _pack_arrays(payload.residual)
+    if payload.control:
+        content["control"] = _pack_flat(payload.control)
     return content
 
 
 def unpack_plan(content: RecordDict) -> Plan:
     record: dict[str, Any] = dict(content.config_records["plan"])
-    config = Config.from_flat({key: record[key] for key in KEYS})
-    return Plan(record["server-round"], tuple(record["clients"]), config, tuple(record["keep"]))
+    server_round, clients, inspected = (record.pop(name) for name in ("server-round", "clients", "inspected"))
+    return Plan(server_round, tuple(clients), Config.from_flat(record), tuple(inspected))
 
 
-def unpack_delivery(content: RecordDict) -> Delivery:
-    record: dict[str, Any] = dict(content.config_records["delivery"])
-    return Delivery(**record | {"parts": tuple(record["parts"])})
+def unpack_delta(content: RecordDict) -> StateDelta:
+    record: dict[str, Any] = dict(content.config_records["state-delta"])
+    return StateDelta(**record | {"parts": tuple(record["parts"])})
 
 
-def unpack_content(content: RecordDict, delivery: Delivery, adapter: Adapter) -> Content:
-    """What a message carries; `adapter` is one with the names and shapes of a whole one.
+def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter) -> Payload:
+    """Return the state in a message. `template` has the names and shapes of a whole adapter.
 
-    Raises ValueError where the server's model has another size.
+    Raises ValueError if the server's model has another size.
     """
-    expected = cut(parts(adapter, delivery.parts), delivery.rank)
-    return Content(
+    expected = cut(parts(template, delta.parts), delta.rank)
+    return Payload(
         _unpack_flat(content, "adapter", expected),
         unpack_arrays(content, "residual") if "residual" in content else {},
-        _unpack_flat(content, "control", adapter) if "control" in content else {},
+        _unpack_flat(content, "control", template) if "control" in content else {},
     )
 
 
@@ -183,51 +185,52 @@ def _pack_flat(adapter: Adapter) -> ArrayRecord:
     return _pack_arrays({"values": Layout.by_name(adapter).flatten(adapter)} if adapter else {})
 
 
-def _unpack_flat(content: RecordDict, name: str, like: Adapter) -> Adapter:
-    """The tensors of the flat buffer `name`, which has those of `like`."""
-    if not like:
+def _unpack_flat(content: RecordDict, name: str, template: Adapter) -> Adapter:
+    """Return the tensors of the flat buffer `name`, with the names and shapes of `template`."""
+    if not template:
         return {}
-    layout = Layout.by_name(like)
+    layout = Layout.by_name(template)
     return layout.unflatten(take(unpack_arrays(content, name), "values", torch.float32, layout.size))
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a node holds of the server's state number `number`."""
+class CachedState:
+    """The part of the server's state number `number` that a node keeps between messages."""
 
     number: int
     adapter: Adapter
     residual: Adapter
 
 
-def read_held(state: RecordDict, run: str) -> Held | None:
-    """What the node's Flower state holds; None where that is nothing, or another run's."""
-    record = state.config_records.get("held", ConfigRecord())
+def read_cached_state(node_state: RecordDict, run: str) -> CachedState | None:
+    """Return the server state in the node's Flower state; None if it is empty or belongs to another run."""
+    record = node_state.config_records.get("cached-state", ConfigRecord())
     if record.get("run") != run:
         return None
     number: Any = record["number"]
-    return Held(number, unpack_arrays(state, "held-adapter"), unpack_arrays(state, "held-residual"))
+    adapter, residual = (unpack_arrays(node_state, f"cached-{name}") for name in ("adapter", "residual"))
+    return CachedState(number, adapter, residual)
 
 
-def write_held(state: RecordDict, run: str, held: Held) -> None:
-    """Keep it in place of what was held before."""
-    state["held"] = ConfigRecord({"run": run, "number": held.number})
-    state["held-adapter"] = _pack_arrays(held.adapter)
-    state["held-residual"] = _pack_arrays(held.residual)
+def write_cached_state(node_state: RecordDict, run: str, cached: CachedState) -> None:
+    """Replace the server state in the node's Flower state."""
+    node_state["cached-state"] = ConfigRecord({"run": run, "number": cached.number})
+    node_state["cached-adapter"] = _pack_arrays(cached.adapter)
+    node_state["cached-residual"] = _pack_arrays(cached.residual)
 
 
 def echo(message: RecordDict, reply: RecordDict) -> RecordDict:
-    """`reply` with the run and the round of the `message` that it answers."""
+    """Return `reply` with the run and the round of the `message` that it answers."""
     server_round = message.config_records["plan"]["server-round"]
-    reply["echo"] = ConfigRecord({"run": unpack_delivery(message).run, "round": server_round})
+    reply["echo"] = ConfigRecord({"run": unpack_delta(message).run, "round": server_round})
     return reply
 
 
-def check_reply(reply: RecordDict, run: str, server_round: int, most: int) -> None:
-    """Raise ValueError for a reply of another run or round, or of more than `most` bytes; opens no array."""
+def check_reply(reply: RecordDict, run: str, server_round: int, max_bytes: int) -> None:
+    """Raise ValueError for a reply to another run or round, or of more than `max_bytes`; opens no array."""
     size = sum(record.count_bytes() for record in reply.values())
-    if size > most:
-        raise ValueError(f"it has {size} bytes, where such a reply has {most} at most")
+    if size > max_bytes:
+        raise ValueError(f"it has {size} bytes; a reply to this message has at most {max_bytes}")
     answered: dict[str, Any] = dict(reply.config_records.get("echo", ConfigRecord()))
     if answered != {"run": run, "round": server_round}:
         raise ValueError(
@@ -236,7 +239,7 @@ def check_reply(reply: RecordDict, run: str, server_round: int, most: int) -> No
 
 
 def pack_updates(updates: Iterable[Update], buffers: Mapping[str, Arrays], failures: Mapping[int, str]) -> RecordDict:
-    """The scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``, ``controls``)."""
+    """Pack the scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``, ``controls``)."""
     content = RecordDict({"failures": _pack_failures(failures)})
     for update in updates:
         content[f"metrics-{update.client}"] = MetricRecord(
@@ -248,7 +251,7 @@ def pack_updates(updates: Iterable[Update], buffers: Mapping[str, Arrays], failu
 
 
 def unpack_scalars(content: RecordDict, client: int) -> Update:
-    """The update of `client` without its tensors. Raises ValueError where it is missing."""
+    """Return the update of `client` without its tensors. Raises ValueError if it is missing."""
     metrics: dict[str, Any] = _metrics(content, client)
     num_examples, active_steps = metrics.pop("num-examples"), metrics.pop("active-steps")
     return Update(client, {}, int(num_examples), tuple(active_steps), metrics)
@@ -259,7 +262,7 @@ def _pack_arrays(arrays: Arrays) -> ArrayRecord:
 
 
 def unpack_arrays(content: RecordDict, name: str) -> Arrays:
-    """The buffer `name`. Raises ValueError where it is missing."""
+    """Return the buffer `name`. Raises ValueError if it is missing."""
     if name not in content.array_records:
         raise ValueError(f"the buffer {name!r} is missing")
     return dict(content.array_records[name].to_torch_state_dict())
@@ -280,7 +283,7 @@ def pack_evaluations(evaluations: Mapping[int, Mapping[str, float]], failures: M
 
 
 def unpack_evaluation(content: RecordDict, client: int) -> dict[str, float]:
-    """The client's ``loss``, ``accuracy`` and ``examples``. Raises ValueError where they are missing."""
+    """Return the client's ``loss``, ``accuracy`` and ``examples``. Raises ValueError if they are missing."""
     return _metrics(content, client)
 
 
@@ -289,6 +292,6 @@ def _pack_failures(failures: Mapping[int, str]) -> ConfigRecord:
 
 
 def unpack_failures(content: RecordDict) -> dict[int, str]:
-    """Clients that failed on the node, with their tracebacks."""
+    """Return the clients that failed on the node, each with its error message."""
     record = content.config_records.get("failures", ConfigRecord())
     return {int(client): str(text) for client, text in record.items()}

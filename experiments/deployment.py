@@ -1,17 +1,17 @@
-"""What a message costs in a deployment, where the node works on it in a process of its own or in one that stays.
+"""Measure the overhead of a round in a deployment, with and without a warm process on each node (`warm-process`).
 
     python -m experiments.deployment
 
-A SuperLink and two SuperNodes as processes on this machine, without TLS; the recipe `smoke` over and over, on nodes
-without `keep-warm` and with it in turn, each time started anew. A round's overhead is its seconds in the journal, from
-the sending of train messages to the last reply, less those that its slowest client trained. A run's first round,
-in which base and data are opened in either case, is told apart; the query before it is not measured.
+A SuperLink and two SuperNodes run as processes on this machine, without TLS. They train the recipe `smoke` several
+times, in turn on nodes without and with `warm-process`, which start anew for each run. The overhead of a round is its
+seconds in the journal, from sending the train messages to the last reply, minus the training seconds of its slowest
+client. The first round of a run, which always loads model and data, is reported separately. The query before it is not
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,13 +24,14 @@ from pathlib import Path
 from statistics import median
 
 from copra_fl.config import toml_value
+from copra_fl.records import RoundRecord
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.superlink import copy_app, free_port
 
 SCRIPTS = Path(sys.executable).parent
 NUM_NODES = 2
-#: seconds of keep-warm
-KINDS = {"cold": 0, "warm": 600}
+#: kind of node -> seconds of warm-process
+WARM_PROCESS = {"cold": 0, "warm": 600}
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -45,7 +46,7 @@ def environment(home: Path) -> dict[str, str]:
 
 @contextmanager
 def running(folder: Path, name: str, *command: str) -> Iterator[None]:
-    """A process of Flower's with a FLWR_HOME of its own, for the duration of the block."""
+    """Run a process of Flower with a separate FLWR_HOME during the block."""
     home = folder / name
     home.mkdir(exist_ok=True)
     with open(folder / f"{name}.log", "ab") as log:
@@ -69,7 +70,7 @@ def wait_for(url: str) -> None:
 
 
 def run(folder: Path, app: Path, port: int, kind: str, name: str, rounds: int) -> Iterator[float]:
-    """Each round's overhead, of a run with nodes of this kind."""
+    """Yield the overhead of each round of a run on nodes of this kind, in seconds."""
     output, home = folder / name, folder / "operator"
     recipe = Recipe.read("smoke", [f"num-rounds={rounds}", "num-clients=0", f"min-nodes={NUM_NODES}"])
     settings = recipe.config().to_flat() | {"output": str(output)}
@@ -79,7 +80,7 @@ def run(folder: Path, app: Path, port: int, kind: str, name: str, rounds: int) -
         running(
             folder, f"node-{number}", "flower-supernode", "--insecure", f"--superlink=127.0.0.1:{port}",
             f"--port={free_port()}", "--node-config",
-            f"partition-id={number} num-partitions={NUM_NODES} keep-warm={KINDS[kind]}",
+            f"partition-id={number} num-partitions={NUM_NODES} warm-process={WARM_PROCESS[kind]}",
         )
         for number in range(NUM_NODES)
     ]  # fmt: skip
@@ -87,16 +88,16 @@ def run(folder: Path, app: Path, port: int, kind: str, name: str, rounds: int) -
     with nodes[0], nodes[1], open(folder / "flwr-run.log", "ab") as log:
         subprocess.run(command, env=environment(home), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
     for line in (output / "journal.jsonl").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        yield row["seconds"] - max(client["seconds"] for client in row["clients"])
+        record = RoundRecord.from_json(line)
+        yield record.seconds - max(client.seconds for client in record.clients)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of each kind")
-    parser.add_argument("--rounds", type=int, default=5, help="of each run")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each kind of node")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each run")
     options = parser.parse_args()
-    overheads: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    overheads: dict[str, list[list[float]]] = {kind: [] for kind in WARM_PROCESS}
     with tempfile.TemporaryDirectory(prefix="copra-fl-") as temporary:
         folder, port = Path(temporary), free_port()
         app, home = folder / "app", folder / "operator"
@@ -109,15 +110,15 @@ def main() -> None:
         with running(folder, "superlink", "flower-superlink", "--insecure", "--host=127.0.0.1", f"--port={port}"):
             wait_for(f"http://127.0.0.1:{port}/health")
             for number in range(options.runs):
-                for kind in KINDS:
+                for kind in WARM_PROCESS:
                     seconds = list(run(folder, app, port, kind, f"{kind}-{number}", options.rounds))
-                    print(kind, *(f"{each:.1f}" for each in seconds), flush=True)
+                    print(kind, *(f"{overhead:.1f}" for overhead in seconds), flush=True)
                     overheads[kind].append(seconds)
-    print("\nseconds of a round beside its training, median (least, most):")
+    print("\noverhead of a round in seconds: median (minimum to maximum)")
     for rounds in ("first", "later"):
         medians = {}
         for kind, runs in overheads.items():
-            seconds = [each for run in runs for each in (run[:1] if rounds == "first" else run[1:])]
+            seconds = [overhead for run in runs for overhead in (run[:1] if rounds == "first" else run[1:])]
             medians[kind] = median(seconds)
             print(
                 f"{rounds}, {kind}: {medians[kind]:.1f} ({min(seconds):.1f} to {max(seconds):.1f}), n = {len(seconds)}"

@@ -1,6 +1,6 @@
-"""Tables and figures of docs/explanations/findings.md, from committed results: `python -m experiments.findings`.
+"""Write the tables and figures of docs/findings.md from the committed results: `python -m experiments.findings`.
 
-Between `<!-- NAME -->` and `<!-- end -->` the page holds what is made here, so that each number is that of its file in
+The page has them between `<!-- NAME -->` and `<!-- end -->`, so each number equals that of its file in
 experiments/results/. A test makes the tables again and compares. The figures need Chromium (kaleido draws with it).
 """
 
@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from copra_fl.records import Estimate, StudyResults
 from copra_fl.reporting.figures import study as figures
-from copra_fl.reporting.html import DataTable, Figure
+from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.study import table
-from copra_fl.reporting.tables import POINTS
+from copra_fl.reporting.study import table as study_table
+from copra_fl.reporting.tables import POINTS, DataTable, with_minus
 from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
@@ -41,80 +42,77 @@ PAPERS_MEASURES = (
 METRICS = {metric: name.partition(",")[0] for metric, name, _ in figures.PREDICTORS}
 
 
-def studies() -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Grid -> its newest results and their file."""
-    paths = {path.name.split("-")[1]: path for path in sorted(RESULTS.glob("study-*.json"))}
-    return {name: (path, json.loads(path.read_text(encoding="utf-8"))) for name, path in paths.items()}
+def studies(folder: Path = RESULTS) -> dict[str, tuple[Path, StudyResults]]:
+    """Return grid -> newest ``study-GRID-DATE.json`` in `folder`, and its results."""
+    paths = {path.stem.removeprefix("study-").rpartition("-")[0]: path for path in sorted(folder.glob("study-*.json"))}
+    return {name: (path, StudyResults.from_json(path.read_text(encoding="utf-8"))) for name, path in paths.items()}
 
 
 def blocks() -> Iterator[tuple[str, str]]:
-    """Name and content of every block that the page may hold."""
+    """Yield name and content of every block that the page may have."""
     for name, (path, results) in studies().items():
-        yield f"{name} results", f"{markdown(table(results))}\n{source(path, results)}\n"
-        yield f"{name} copra", markdown(copra_against(results))
-        yield f"{name} predictors", markdown(predictors(results))
+        yield f"{name} results", f"{study_table(results).markdown()}\n{source(path, results.command)}\n"
+        yield f"{name} copra", copra_against(results).markdown()
+        yield f"{name} predictors", predictors(results).markdown()
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
-    yield "papers", f"{markdown(papers(facts))}\n{source(path, facts)} `{path.stem}.md` has all measures.\n"
+    yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
 
 
-def source(path: Path, results: Mapping[str, Any]) -> str:
+def source(path: Path, command: str) -> str:
     """Return the sentence below a table: its file, and the command that wrote the file."""
-    return f"From `experiments/results/{path.name}`.\nCommand: `{results['command']}`."
+    return f"From `experiments/results/{path.name}`.\nCommand: `{command}`."
 
 
-def copra_against(results: Mapping[str, Any]) -> DataTable:
-    """CopRA minus each other method, paired by seed: a row a cell."""
-    others = [method for method in results["cells"][0]["methods"] if method != "copra"]
+def copra_against(results: StudyResults) -> DataTable:
+    """Return CopRA minus each other method, paired by seed, with one row per cell of the grid."""
+    rivals = [method for method in results.cells[0].methods if method != "copra"]
     rows = []
-    for cell in results["cells"]:
-        ours = cell["methods"]["copra"]["test_accuracy"]["values"]
-        theirs = [cell["methods"][other]["test_accuracy"]["values"] for other in others]
-        gains = [estimate([a - b for a, b in zip(ours, values, strict=True)]) for values in theirs]
+    for cell in results.cells:
+        accuracies = {method: estimates.get("test_accuracy").values for method, estimates in cell.methods.items()}
+        gains = [
+            estimate([None if a is None or b is None else a - b for a, b in pairs])
+            for pairs in (zip(accuracies["copra"], accuracies[rival], strict=True) for rival in rivals)
+        ]
         rows.append([figures.label(cell), *map(POINTS.show, gains)])
-    return DataTable(["copra minus, points", *others], rows)
+    return DataTable(["copra minus, points", *rivals], rows)
 
 
-def predictors(results: Mapping[str, Any]) -> DataTable:
-    """How what is measured of averaging goes with a gain over the baseline, over all methods with adapters."""
+def predictors(results: StudyResults) -> DataTable:
+    """Return correlations of measures of averaging with the gain over the baseline, over all methods with adapters."""
     rows = []
     for metric, name in METRICS.items():
-        found = figures.gains_against(results, metric)
-        correlation = figures.pearson(found) if found else None
-        shown = "no spread" if correlation is None else f"{correlation:+.2f}".replace("-", "−")
-        rows.append([name, shown, str(sum(map(len, found.values())))])
+        gains = figures.gains_against(results, metric)
+        correlation = figures.pearson(gains) if gains else None
+        shown = "no spread" if correlation is None else with_minus(correlation, "+.2f")
+        rows.append([name, shown, str(sum(map(len, gains.values())))])
     return DataTable(
-        ["minus the baseline's", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
+        ["difference from the baseline", "Pearson correlation with the gain in test accuracy", "pairs of runs"], rows
     )
 
 
 def papers(facts: Mapping[str, Any]) -> DataTable:
-    """What the papers claim, LoRA against CopRA outside a federation."""
+    """Return the measures of the papers' claims, LoRA and CopRA outside a federation."""
     rows = []
     for measure in PAPERS_MEASURES:
-        lora, copra, difference = facts["measures"][measure].values()
-        shown = column(measure)
-        cells = [shown.show(lora), shown.show(copra), column(measure, "+").show(difference)]
+        lora, copra, difference = (Estimate(**estimated) for estimated in facts["measures"][measure].values())
+        plain = column(measure)
+        cells = [plain.show(lora), plain.show(copra), column(measure, "+").show(difference)]
         rows.append([measure, *cells, PUBLISHED.get(measure, "")])
-    return DataTable(["%, points; barriers in nats", "lora", "copra", "copra − lora", "published elsewhere"], rows)
+    return DataTable(
+        ["measure (%, points; barriers in nats)", "lora", "copra", "copra − lora", "published elsewhere"], rows
+    )
 
 
 def images() -> Iterator[tuple[str, Figure]]:
-    """File name and figure of every picture."""
+    """Yield file name and figure of every image."""
     for name, (_, results) in studies().items():
-        for what, found in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
-            yield f"findings-{name}-{what}.svg", found[0]
-
-
-def markdown(of: DataTable) -> str:
-    """A table as Markdown, its caption below."""
-    lines = [of.header, ["---"] * len(of.header), *of.rows]
-    caption = f"\n{of.caption}\n" if of.caption else ""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
+        for kind, charts in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
+            yield f"findings-{name}-{kind}.svg", charts[0]
 
 
 def filled(page: str) -> str:
-    """`page` with the present content of its blocks. Raises KeyError for a block whose results are not there."""
+    """Return `page` with the current content of its blocks. Raises KeyError for a block without results."""
     content = dict(blocks())
     return BLOCK.sub(lambda block: f"{block[1]}{content[block['name']]}{block[3]}", page)
 

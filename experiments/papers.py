@@ -1,17 +1,18 @@
-"""The papers' own tests, outside a federation: do adapters trained with CopRA merge and prune better than LoRA's?
+"""Repeat the papers' own experiments, outside a federation: do adapters of CopRA merge and prune better than LoRA's?
 
 After CopRA (arXiv 2410.22911) and CoTo (arXiv 2506.05713), on MiniLM and health tweets. Transformers' Trainer trains
-each adapter on the pooled data, with or without `CopraCallback`, from its own random start of adapter **and** head
-and in its own order of the data. A head is one linear layer on features of a frozen base: no training can permute its
-classes or its inputs, so that two of them can be averaged wherever they started. What that costs by itself is the
-measure "heads alone, averaged". Wherever adapters are merged, their heads are averaged.
+each adapter on the pooled data, with or without `CopraCallback`, from its own random start of adapter **and** head and
+in its own order of the data. A head is one linear layer on the features of a frozen base: training cannot permute its
+classes or its inputs, so heads can be averaged whatever their starts were. The measure "heads alone, averaged" is the
+cost of that by itself. Wherever adapters are merged, their heads are averaged.
 
     python -m experiments.papers train
     python -m experiments.papers measure --date 20261125
 
-Both can be stopped and started again: what is there is not done twice. A method's learning rate is its best on
-validation data, by tuning seeds that are not reported. About half an hour on 2 idle cores. On a busy machine
-several `train` with `--seeds ""` and one tuning seed each can run side by side, each with OMP_NUM_THREADS=1.
+Both commands can be stopped and started again; finished trainings and measurements are kept. The learning rate of a
+method is its best on validation data, over tuning seeds that are not reported. Takes half an hour on 2 idle cores. On a
+busy machine, several `train` with `--seeds ""` and one tuning seed each can run at the same time, each with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -45,66 +47,68 @@ from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import atomic_write, write_json
 from copra_fl.models.adapted import AdaptedModel
-from copra_fl.models.build import build_model, load_processor, resolve_compute
+from copra_fl.models.build import build_model, load_processor, resolve_config
 from copra_fl.probes import pruned_adapters
-from copra_fl.probes.exported import Game, Whole, solve
-from copra_fl.probes.members import members
-from copra_fl.probes.merging import MERGES, merge
-from copra_fl.probes.open_run import OpenRun, silent
+from copra_fl.probes.exported import ExportedAdapter, Game, solve
+from copra_fl.probes.members import select_members
+from copra_fl.probes.merging import MERGE_METHODS, merge
+from copra_fl.probes.open_run import OpenRun, PlainEngines, no_progress
 from copra_fl.probes.shapley_values import gini, top_third
 from copra_fl.training.engine import Engine, open_engine
 from experiments.papers_summary import Values, summarise, table
 
 METHODS = ("lora", "copra")
 RATES = (1e-3, 2e-3, 5e-3, 1e-2)
-#: of every training: the only client of a federation of one round, which holds the pool
+#: settings of every training: a federation of one round, whose only client holds the pooled data
 SETTINGS: dict[str, Any] = {
     "partitioner": "iid", "num-clients": 1, "validation-fraction": 0.0, "num-rounds": 1, "local-steps": 400,
     "max-length": 32, "server-validation-examples": 1000, "test-examples": 1000, "eval-batch-size": 256,
 }  # fmt: skip
-#: points of a line between two adapters
-POINTS = 5
-#: merges of three; of two the first two are midpoints of lines
-WAYS = ("average of factors", "average of products", "average of products, best rank r", "TIES of products")
-#: what TIES keeps
+#: number of points on a line between two adapters
+NUM_POINTS = 5
+#: how adapters are merged; for two adapters the first two methods give the midpoints of the paths
+MERGED_BY = ("average of factors", "average of products", "average of products, best rank r", "TIES of products")
+#: share of entries that TIES keeps
 DENSITY = 0.5
 
 
 @dataclass(frozen=True)
 class Study:
-    """
+    """All trainings of the experiment.
+
     Attributes:
-        base: the settings of every training but for method, rate and seed.
-        output: where adapters are kept.
-        data: train[0] is the pool.
-        engine: what evaluates.
+        base: the settings of every training except method, rate and seed.
+        output: folder of the adapters.
+        data: its client 0 has the pooled training data.
+        engine: evaluates adapters of the trained rank.
+        plain_engines: evaluate plain adapters of any rank.
     """
 
     base: Config
     output: Path
     data: FederatedData
     engine: Engine
-    _engines: dict[int, Engine] = field(default_factory=dict)
+    plain_engines: PlainEngines
 
     @classmethod
     def open(cls, settings: Mapping[str, Any], output: Path, texts: int | None = None) -> Study:
-        """`texts`: how many of the test set are measured on."""
-        config = Config.from_flat(SETTINGS | dict(settings))
-        compute = resolve_compute(config.model, config.data.max_length)
-        config = config.changed(dtype=compute.dtype, attention=compute.attention)
+        """Load data and model; only the first `texts` examples of the test set are measured on."""
+        config = resolve_config(Config.from_flat(SETTINGS | dict(settings)))
         pooled = load_data(config, load_processor(config.model))
-        engine = open_engine("stacked", config.model, config.copra.gate_group, len(pooled.label_names), seed=0)
-        return cls(config, output, replace(pooled, test=pooled.test[:texts]), engine)
+        num_labels = len(pooled.label_names)
+        engine = open_engine("stacked", config.model, config.copra.gate_group, num_labels, seed=0)
+        data = replace(pooled, test=pooled.test[:texts])
+        return cls(config, output, data, engine, PlainEngines(config, num_labels))
 
     def run(self, method: str, rate: float, seed: int) -> OpenRun:
-        """A training as probes take it. Trainer has one rate, for adapter and head."""
+        """Return a training in the form that probes take. Trainer has one learning rate for adapter and head."""
         config = self.base.changed(local_training=method, learning_rate=rate, head_learning_rate=rate, seed=seed)
         folder = self.output / f"{method}-{rate:g}-seed{seed}"
-        return OpenRun(folder, config, self.data, self.engine, [{"round": 1}], self._engines)
+        return OpenRun(folder, config, self.data, self.engine, self.plain_engines, [{"round": 1}])
 
 
 class ForTrainer(nn.Module):
-    """Our model as Trainer wants a model: the loss comes out, and the base stays in eval mode."""
+    """The model in the form that Trainer takes: it returns the loss, and its base stays in eval mode."""
 
     def __init__(self, model: AdaptedModel) -> None:
         super().__init__()
@@ -119,7 +123,7 @@ class ForTrainer(nn.Module):
 
 
 def train(run: OpenRun, callback: bool) -> Adapter:
-    """The adapter after Trainer's training with `run`'s settings; start, order of the data and masks are its seed's."""
+    """Train an adapter with Trainer and `run`'s settings; its seed gives the start, the order of data and the masks."""
     config, seed = run.config, run.config.federation.seed
     model = build_model(config.model, config.copra.gate_group, len(run.data.label_names), seed)
     arguments = TrainingArguments(
@@ -149,10 +153,10 @@ def train(run: OpenRun, callback: bool) -> Adapter:
     return model.read_adapter()
 
 
-def ensure(run: OpenRun) -> dict[str, Any]:
-    """Validation metrics and seconds of a training, which is done if its adapter is not there.
+def ensure_trained(run: OpenRun) -> dict[str, Any]:
+    """Train the adapter of `run` unless it exists; return its settings, validation metrics and seconds.
 
-    Raises ValueError where there is one of other settings.
+    Raises ValueError for an existing adapter with other settings.
     """
     path = run.directory / "checkpoints" / "round-00001.safetensors"
     if not path.exists():
@@ -166,106 +170,105 @@ def ensure(run: OpenRun) -> dict[str, Any]:
         print(f"{run.name}: validation accuracy {validation['accuracy']:.3f}, {seconds:.0f} s", flush=True)
     facts = json.loads(load_checkpoint(path)[1]["facts"])
     if changed := Config.from_flat(facts["config"]).differences(run.config):
-        raise ValueError(f"{path} is of other settings: {'; '.join(changed)}")
+        raise ValueError(f"{path} was trained with other settings: {'; '.join(changed)}; use another --output")
     return facts
 
 
-def of_one(run: OpenRun) -> dict[str, float]:
-    """An adapter alone and pruned, and the Shapley values of its layers: coalitions of layers, all of them."""
+def measure_adapter(run: OpenRun) -> dict[str, float]:
+    """Return accuracy of an adapter, whole and pruned, and the exact Shapley values of its layers."""
     layers = pruned_adapters.layers(run.adapter)
-    game = Game(Whole(run), list(layers.values()), "test", silent)
-    worth = solve(game, standard_error=0.0, max_pairs=1, seed=0)
-    accuracy, loss = worth["accuracy"], worth["loss"]
-    found = {"alone": accuracy.everything, "alone, loss": -loss.everything, "head alone": accuracy.nothing}
+    game = Game(ExportedAdapter(run), list(layers.values()), "test", no_progress)
+    solved = solve(game, standard_error=0.0, max_pairs=1, seed=0)
+    accuracy, loss = solved["accuracy"], solved["loss"]
+    measures = {"alone": accuracy.grand, "alone, loss": -loss.grand, "head alone": accuracy.empty}
     for pruned in pruned_adapters.layer_sets(run.adapter):
-        inside = [bool(pruned.adapter[f"{each[0]}.lora_B.weight"].any()) for each in layers.values()]
-        found[f"kept: {pruned.name}"] = float(game.value("accuracy")(np.array([inside]))[0])
+        kept = [bool(pruned.adapter[f"{modules[0]}.lora_B.weight"].any()) for modules in layers.values()]
+        measures[f"kept: {pruned.name}"] = float(game.value("accuracy")(np.array([kept]))[0])
     size = np.abs(accuracy.values)
     upper = size[-math.ceil(len(size) / 3) :]
-    found["Shapley: share of the uppermost third"] = float(upper.sum() / size.sum()) if size.any() else 1 / 3
-    found |= {"Shapley: share of the largest third": top_third(size), "Shapley: Gini": gini(size)}
-    return found | {f"Shapley: layer {layer}": float(value) for layer, value in enumerate(accuracy.values)}
+    measures["Shapley: share of the uppermost third"] = float(upper.sum() / size.sum()) if size.any() else 1 / 3
+    measures |= {"Shapley: share of the largest third": top_third(size), "Shapley: Gini": gini(size)}
+    return measures | {f"Shapley: layer {layer}": float(value) for layer, value in enumerate(accuracy.values)}
 
 
-def of_several(runs: Sequence[OpenRun]) -> dict[str, float]:
-    """Adapters merged one to one, or 1:1:1; of two also the lines between them, and their heads alone."""
-    group = members(runs, silent)
-    everyone, (plain, plain_scorer) = range(len(runs)), group.plain("test")
-    score, score_plain = group.scorer("test")(everyone), plain_scorer(everyone)
-    ways, found = list(WAYS), dict[str, float]()
+def measure_group(runs: Sequence[OpenRun]) -> dict[str, float]:
+    """Return accuracy of merged adapters of equal weight; for two also that of the lines between them and of heads."""
+    group = select_members(runs, no_progress)
+    members, plain = range(len(runs)), group.plain_adapters
+    score, score_plain = partial(group.score, members, split="test"), partial(group.score_plain, members, split="test")
+    methods, measures = list(MERGED_BY), dict[str, float]()
     if len(runs) == 2:
         paths = {
-            "factor": walk(score, group.adapters[0], group.adapters[1], POINTS, interpolate),
-            "product": walk(score_plain, plain[0], plain[1], POINTS, interpolate_products),
+            "factor": walk(score, group.adapters[0], group.adapters[1], NUM_POINTS, interpolate),
+            "product": walk(score_plain, plain[0], plain[1], NUM_POINTS, interpolate_products),
         }
         for kind, path in paths.items():
-            found[f"{kind} path: accuracy at the midpoint"] = path.accuracy[POINTS // 2]
-            found[f"{kind} path: midpoint gap"] = path.midpoint_gap
-            found[f"{kind} path: barrier (Entezari)"] = path.barrier_entezari
-            found[f"{kind} path: barrier (Frankle)"] = path.barrier_frankle
+            measures[f"{kind} path: accuracy at the midpoint"] = path.accuracy[NUM_POINTS // 2]
+            measures[f"{kind} path: midpoint gap"] = path.midpoint_gap
+            measures[f"{kind} path: barrier (Entezari)"] = path.barrier_entezari
+            measures[f"{kind} path: barrier (Frankle)"] = path.barrier_frankle
         (heads,) = score([pruned_adapters.keep(combine(group.adapters, group.weights), ())])
-        found["heads alone, averaged"] = heads["accuracy"]
-        ways = ways[2:]
-    merged = [merge(plain, MERGES[way], group.weights, 1.0, DENSITY, seed=0) for way in ways]
-    alone = score_plain(plain)
-    for way, metrics in zip(ways, score_plain(merged), strict=True):
-        found[f"merge of {len(runs)}: {way}"] = metrics["accuracy"]
-        found[f"merge of {len(runs)}: {way}, gap"] = merge_gap(metrics, alone, group.weights)["accuracy"]
-    return found
+        measures["heads alone, averaged"] = heads["accuracy"]
+        methods = methods[2:]
+    merged = [merge(plain, MERGE_METHODS[method], group.weights, 1.0, DENSITY, seed=0) for method in methods]
+    unmerged_metrics = score_plain(plain)
+    for method, metrics in zip(methods, score_plain(merged), strict=True):
+        measures[f"merge of {len(runs)}: {method}"] = metrics["accuracy"]
+        gap = merge_gap(metrics, unmerged_metrics, group.weights)["accuracy"]
+        measures[f"merge of {len(runs)}: {method}, gap"] = gap
+    return measures
 
 
 def measure(study: Study, rates: Mapping[str, float], seeds: Sequence[int]) -> dict[str, Values]:
-    """Method -> all measures, of each adapter, pair and triple; kept in files, so that it can be stopped."""
+    """Return all measures of each adapter, pair and triple, by method. They are kept in files for another call."""
     measured: dict[str, Values] = {method: {} for method in METHODS}
     for size in (1, 2, 3):
         for chosen in combinations(seeds, size):
             for method in METHODS:
                 runs = [study.run(method, rates[method], seed) for seed in chosen]
                 name = f"{method}-{rates[method]:g}-seeds{'-'.join(map(str, chosen))}-{len(study.data.test)}.json"
-                found = _once(study.output / "measured" / name, runs)
-                for what, value in found.items():
-                    measured[method].setdefault(what, {})[chosen] = value
+                for measure_name, value in _measured_once(study.output / "measured" / name, runs).items():
+                    measured[method].setdefault(measure_name, {})[chosen] = value
     return measured
 
 
-def _once(path: Path, runs: Sequence[OpenRun]) -> dict[str, float]:
-    """What is measured of `runs` together, from the file if it is there."""
+def _measured_once(path: Path, runs: Sequence[OpenRun]) -> dict[str, float]:
+    """Return the measures of `runs` together, from the file `path` if it exists."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(of_several(runs) if len(runs) > 1 else of_one(runs[0])))
+        atomic_write(path, json.dumps(measure_group(runs) if len(runs) > 1 else measure_adapter(runs[0])))
         print(path.stem, flush=True)
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    measures: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return measures
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """`train`: what is not there yet. `measure`: the same, then all measures, facts and table."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command: `train` trains the missing adapters; `measure` also measures them, and writes JSON and table."""
 
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",") if number]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "measure"))
-    parser.add_argument("--output", type=Path, default=Path("runs/papers"), help="where adapters are kept")
-    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where the result goes")
-    parser.add_argument("--date", default="", help="in the result's name")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="that are reported")
-    parser.add_argument("--tuning-seeds", type=numbers, default=[10, 11], help="that rates are chosen by")
-    parser.add_argument("--texts", type=int, help="of the test set, how many are measured on")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of copra_fl/config.py")
-    options = parser.parse_args(given)
+    parser.add_argument("--output", type=Path, default=Path("runs/papers"), help="folder of the adapters")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument("--date", default="", help="part of the name of the results: papers-DATE")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="seeds that are reported")
+    parser.add_argument("--tuning-seeds", type=numbers, default=[10, 11], help="seeds for the choice of learning rates")
+    parser.add_argument("--texts", type=int, help="number of test examples (default: all)")
+    parser.add_argument("--set", action="append", default=[], help="a configuration setting, KEY=VALUE")
+    options = parser.parse_args(arguments)
     seeds, tuning_seeds = options.seeds, options.tuning_seeds
     study = Study.open(dict(map(parse_override, options.set)), options.output, options.texts)
     tuning = {
-        method: {rate: [ensure(study.run(method, rate, seed)) for seed in tuning_seeds] for rate in RATES}
+        method: {
+            rate: [ensure_trained(study.run(method, rate, seed))["validation"]["accuracy"] for seed in tuning_seeds]
+            for rate in RATES
+        }
         for method in METHODS
     }
-    found = {
-        method: {rate: [facts["validation"]["accuracy"] for facts in each] for rate, each in by.items()}
-        for method, by in tuning.items()
-    }
-    rates = {method: max(by, key=lambda rate: fmean(by[rate])) for method, by in found.items()}
-    trained = {method: [ensure(study.run(method, rates[method], seed)) for seed in seeds] for method in METHODS}
+    rates = {method: max(accuracies, key=lambda rate: fmean(accuracies[rate])) for method, accuracies in tuning.items()}
+    trained = {method: [ensure_trained(study.run(method, rates[method], seed)) for seed in seeds] for method in METHODS}
     if options.step == "train":
         return
     measured = measure(study, rates, seeds)
@@ -278,17 +281,23 @@ def main(given: Sequence[str] | None = None) -> None:
         "data": study.data.digest,
         "settings": study.base.to_flat(),
         "examples": {"validation": len(study.data.server_validation), "test": len(study.data.test)},
-        "path_points": POINTS,
+        "path_points": NUM_POINTS,
         "ties_density": DENSITY,
         "seeds": seeds,
         "tuning_seeds": tuning_seeds,
         "rates": rates,
-        "tuning": {method: {f"{rate:g}": values for rate, values in by.items()} for method, by in found.items()},
+        "tuning": {
+            method: {f"{rate:g}": values for rate, values in accuracies.items()}
+            for method, accuracies in tuning.items()
+        },
         "trained": trained,
         "measures": summarise(measured, seeds),
         "values": {
-            method: {name: {" ".join(map(str, of)): value for of, value in by.items()} for name, by in each.items()}
-            for method, each in measured.items()
+            method: {
+                name: {" ".join(map(str, group)): value for group, value in by_group.items()}
+                for name, by_group in measures.items()
+            }
+            for method, measures in measured.items()
         },
     }
     options.results.mkdir(parents=True, exist_ok=True)

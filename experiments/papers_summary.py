@@ -1,8 +1,8 @@
-"""What `papers.py` measured, in means and intervals, and as a table with the published numbers beside it.
+"""Means and intervals of the measures of `papers.py`, and their table with the published numbers.
 
-Pairs and triples of seeds are not independent. So intervals are the jackknife's over seeds: of n seeds, with m the
-mean over all groups and m_-s the one over groups without seed s, the pseudo-values n m - (n-1) m_-s are taken as one
-value a seed. Their mean is m; for measures of single adapters they are the seeds' own values.
+Pairs and triples of seeds are not independent, so the intervals come from the jackknife over seeds. For n seeds, with m
+the mean over all groups and m_-s the mean over the groups without seed s, the pseudo-values n m - (n-1) m_-s are used
+as one value per seed. Their mean is m; for measures of single adapters they are the values of the seeds.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from copra_fl.reporting.statistics import Estimate, estimate
+from copra_fl.records import Estimate
+from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.tables import Column
 from copra_fl.wording import join_words
 
 #: measure -> seeds of the adapters -> value
 Values = dict[str, dict[tuple[int, ...], float]]
-#: measure -> what was published of the same, LoRA -> CopRA or CoTo, on other models and data
+#: measure -> published values, LoRA -> CopRA or CoTo, of other models and data
 PUBLISHED = {
     "alone": "one task: −0.94 on GLUE's average",
     "factor path: accuracy at the midpoint": "39 → 79 (commonsense reasoning); 65.60 → 72.03 (DTD), "
@@ -26,42 +27,43 @@ PUBLISHED = {
     "kept: every other layer": "63.30 → 71.11 (DTD), 79.25 → 85.38 (UCF101)",
     "Shapley: share of the uppermost third": "69 in the top 4 of 12 layers → balanced to about ±8",
 }
-#: in names of measures that are no shares
-PLAIN = ("barrier", "loss", "Gini")
+#: words in the names of measures that are not shown in %
+UNSCALED = ("barrier", "loss", "Gini")
 
 
 def pseudo_values(values: Mapping[tuple[int, ...], float], seeds: Sequence[int]) -> list[float]:
-    """The jackknife's, one a seed; only the mean where no group is left without some seed.
+    """Return the jackknife's pseudo-values, one per seed; only the mean if a seed is in all groups.
 
     >>> pseudo_values({(0,): 1.0, (1,): 2.0, (2,): 6.0}, (0, 1, 2))
     [1.0, 2.0, 6.0]
     """
     number, mean = len(seeds), fmean(values.values())
-    without = [[value for chosen, value in values.items() if seed not in chosen] for seed in seeds]
+    without = [[value for group, value in values.items() if seed not in group] for seed in seeds]
     return [number * mean - (number - 1) * fmean(rest) for rest in without] if all(without) else [mean]
 
 
-def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str, dict[str, Estimate]]:
-    """Measure -> ``lora``, ``copra``, and their ``difference`` paired by seed."""
+def summarise(measured: Mapping[str, Values], seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the estimates of each measure: ``lora``, ``copra``, and their ``difference`` paired by seed."""
     summary = {}
     for name in measured["lora"]:
         lora, copra = (pseudo_values(measured[method][name], seeds) for method in ("lora", "copra"))
-        difference = estimate([ours - theirs for ours, theirs in zip(copra, lora, strict=True)])
-        summary[name] = {"lora": estimate(lora), "copra": estimate(copra), "difference": difference}
+        difference = [ours - theirs for ours, theirs in zip(copra, lora, strict=True)]
+        by = {"lora": lora, "copra": copra, "difference": difference}
+        summary[name] = {what: estimate(values).model_dump() for what, values in by.items()}
     return summary
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Markdown: how it was done, the choice of rates, all measures."""
+    """Return the results as Markdown: the settings, the choice of learning rates, all measures."""
     config, examples, methods = facts["settings"], facts["examples"], list(facts["rates"])
     lines = [
-        "# The papers' tests, outside a federation",
+        "# The papers' experiments, outside a federation",
         "",
-        f"`{facts['command']}`; facts: papers-{facts['date']}.json. {config['model']}, {config['dataset']}, rank "
+        f"`{facts['command']}`; all numbers: papers-{facts['date']}.json. {config['model']}, {config['dataset']}, rank "
         f"{config['rank']} on {config['target-modules']}, {config['local-steps']} steps of {config['batch-size']} by "
         f"Trainer, base in {config['dtype']}; {examples['test']} test texts. "
-        f"Seeds {join_words(facts['seeds'])}, each with "
-        "its own start of adapter and head and its own order of the data.",
+        f"Seeds {join_words(facts['seeds'])}; "
+        "each has its own start of adapter and head and its own order of the data.",
         "",
         f"Accuracy on {examples['validation']} validation texts, %, seeds {join_words(facts['tuning_seeds'])}:",
         "",
@@ -74,20 +76,23 @@ def table(facts: Mapping[str, Any]) -> str:
         lines.append(f"| {rate} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Mean [95 %] in % and points, but losses, barriers and Gini as they are; intervals: jackknife over seeds. "
-        "Difference: copra − lora, paired by seed. Gap: to the mean of those merged. Published: on other models and "
-        "data.",
+        "Mean [95 % interval] in % and points; losses, barriers and Gini without unit. Intervals: jackknife over "
+        "seeds. Difference: copra − lora, paired by seed. Gap: accuracy minus the mean accuracy of the merged "
+        "adapters. Published: on other models and data.",
         "",
         "| measure | lora | copra | difference | published |",
         "|---|---|---|---|---|",
     ]
-    for name, by in facts["measures"].items():
-        cells = [column(name, "+" if what == "difference" else "").show(found) for what, found in by.items()]
+    for name, estimates in facts["measures"].items():
+        cells = [
+            column(name, "+" if kind == "difference" else "").show(Estimate(**measured))
+            for kind, measured in estimates.items()
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {PUBLISHED.get(name, '')} |")
     return "\n".join(lines) + "\n"
 
 
 def column(measure: str, sign: str = "") -> Column:
-    """How a measure is shown; `sign`: ``+`` for differences."""
-    scale, spec = (1, ".3f") if any(word in measure for word in PLAIN) else (100, ".1f")
+    """Return the format of a measure; `sign` is ``+`` for differences."""
+    scale, spec = (1, ".3f") if any(word in measure for word in UNSCALED) else (100, ".1f")
     return Column(measure, measure, scale, sign + spec)

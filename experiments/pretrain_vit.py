@@ -1,12 +1,12 @@
-"""How the asset fractal-vit was made: a small vision transformer that learnt to tell fractals apart.
+"""Make the asset fractal-vit: a small vision transformer, pre-trained to classify fractals.
 
 Pre-training without natural images (Kataoka et al., ACCV 2020, arXiv:2101.08515): a class is an iterated function
-system of a few random affine maps; its images are the points that the maps lead to, with every parameter a little
-changed. No photograph, no licence, and nothing of what it is later fine-tuned on.
+system of a few random affine maps; its images are the points that the maps generate, with all parameters perturbed a
+little. There are no photographs, no license is needed, and the model has seen none of the data of later fine-tuning.
 
     OMP_NUM_THREADS=1 python -m experiments.pretrain_vit FOLDER        about 8 minutes on one core
 
-It names the fractal of 96 % of held-out images, by chance it would be 0.3 %.
+It classifies 96 % of held-out images correctly; chance is 0.3 %.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 SEED = 0
 SIZE = 28
-NUM_CLASSES, IMAGES_EACH = 300, 100
+NUM_CLASSES, IMAGES_PER_CLASS = 300, 100
 NUM_CHAINS, NUM_POINTS = 60, 40
-LEAST_FILL, MOST_FILL = 0.15, 0.8
+MIN_FILL, MAX_FILL = 0.15, 0.8
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 16, 128, 1e-3
 CONFIG = ViTConfig(
     image_size=SIZE,
@@ -38,63 +38,63 @@ CONFIG = ViTConfig(
 
 
 def draw_system(rng: np.random.Generator) -> np.ndarray:
-    """(maps, 2, 3) affine maps x -> M x + t that contract, with singular values below 1."""
+    """Draw (maps, 2, 3) contracting affine maps x -> M x + t: the singular values of M are below 1."""
     number = int(rng.integers(2, 6))
-    turns = rng.uniform(0, 2 * np.pi, (2, number))
+    angles = rng.uniform(0, 2 * np.pi, (2, number))
     sizes = rng.uniform(0.2, 0.9, (number, 2)) * rng.choice([-1, 1], (number, 2))
-    left, right = (_rotation(turn) for turn in turns)
+    left, right = (_rotation(angle) for angle in angles)
     return np.concatenate([left * sizes[:, None] @ right, rng.uniform(-1, 1, (number, 2, 1))], axis=2)
 
 
-def _rotation(turn: np.ndarray) -> np.ndarray:
-    sin, cos = np.sin(turn), np.cos(turn)
+def _rotation(angle: np.ndarray) -> np.ndarray:
+    sin, cos = np.sin(angle), np.cos(angle)
     return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 
 
-def render(systems: np.ndarray, chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N, maps, 2, 3) systems to (N, SIZE, SIZE) uint8 images, by the chaos game: follow maps drawn by `chances`."""
+def render(systems: np.ndarray, probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw (N, SIZE, SIZE) uint8 images of (N, maps, 2, 3) systems by the chaos game: maps with `probabilities`."""
     number = len(systems)
     points, rows = np.zeros((number, NUM_CHAINS, 2)), np.arange(number)[:, None]
-    bounds, seen = np.cumsum(chances, axis=1)[:, None], []
+    bounds, visited = np.cumsum(probabilities, axis=1)[:, None], []
     for step in range(NUM_POINTS + 10):
         chosen = np.minimum((rng.random((number, NUM_CHAINS, 1)) > bounds).sum(2), systems.shape[1] - 1)
         maps = systems[rows, chosen]
         points = (maps[..., :2] @ points[..., None])[..., 0] + maps[..., 2]
         if step >= 10:
-            seen.append(points)
-    cloud = np.concatenate(seen, axis=1)
+            visited.append(points)
+    cloud = np.concatenate(visited, axis=1)
     low, high = np.quantile(cloud, [0.01, 0.99], axis=1)
-    places = (cloud - low[:, None]) / np.maximum(high - low, 1e-6).max(1)[:, None, None] * (SIZE - 3) + 1
-    cells = places.round().astype(int).clip(0, SIZE - 1)
+    positions = (cloud - low[:, None]) / np.maximum(high - low, 1e-6).max(1)[:, None, None] * (SIZE - 3) + 1
+    cells = positions.round().astype(int).clip(0, SIZE - 1)
     counts = np.zeros((number, SIZE, SIZE))
     np.add.at(counts, (rows, cells[..., 1], cells[..., 0]), 1)
     return (255 * np.minimum(counts / 4, 1) ** 0.5).astype(np.uint8)
 
 
 def draw_classes(rng: np.random.Generator) -> list[np.ndarray]:
-    """NUM_CLASSES systems whose image is neither a few dots nor a blot."""
+    """Draw NUM_CLASSES systems whose images are neither nearly empty nor nearly full."""
     classes: list[np.ndarray] = []
     while len(classes) < NUM_CLASSES:
         system = draw_system(rng)
-        fill = (render(system[None], _chances(system)[None], rng) > 0).mean()
-        if LEAST_FILL < fill < MOST_FILL:
+        fill = (render(system[None], _probabilities(system)[None], rng) > 0).mean()
+        if MIN_FILL < fill < MAX_FILL:
             classes.append(system)
     return classes
 
 
-def _chances(system: np.ndarray) -> np.ndarray:
-    """Each map's chance: the area it covers."""
+def _probabilities(system: np.ndarray) -> np.ndarray:
+    """Return the probability of each map, proportional to the area that it covers."""
     areas = np.abs(np.linalg.det(system[..., :2])) + 0.02
     return areas / areas.sum()
 
 
 def draw_images(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 1, SIZE, SIZE) uint8 images and their classes (N,)."""
+    """Draw (N, 1, SIZE, SIZE) uint8 images and their classes (N,)."""
     images, labels = [], []
     for label, system in enumerate(draw_classes(rng)):
-        changed = system * rng.uniform(0.92, 1.08, (IMAGES_EACH, *system.shape))
-        images.append(render(changed, _chances(system)[None].repeat(IMAGES_EACH, 0), rng))
-        labels.append(np.full(IMAGES_EACH, label))
+        perturbed = system * rng.uniform(0.92, 1.08, (IMAGES_PER_CLASS, *system.shape))
+        images.append(render(perturbed, _probabilities(system)[None].repeat(IMAGES_PER_CLASS, 0), rng))
+        labels.append(np.full(IMAGES_PER_CLASS, label))
     return torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels))
 
 
@@ -103,15 +103,16 @@ def pixel_values(images: torch.Tensor) -> torch.Tensor:
 
 
 def augmented(images: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
-    """Moved by up to 2 pixels, darker or inside out; moved and inside out alike for all of a batch."""
-    right, down, inside_out = torch.randint(0, 1 << 20, (3,), generator=stream).tolist()
+    """Shift images by up to 2 pixels, darken and invert them; shift and inversion are the same for the whole batch."""
+    right, down, inversion = torch.randint(0, 1 << 20, (3,), generator=stream).tolist()
     images = images.roll((right % 5 - 2, down % 5 - 2), (2, 3))
     shade = 0.5 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=stream)
     values = images.float() * shade
-    return (255 - values if inside_out % 4 == 0 else values) / 127.5 - 1
+    return (255 - values if inversion % 4 == 0 else values) / 127.5 - 1
 
 
 def pretrain(folder: Path) -> None:
+    """Train the model, and save it to `folder`."""
     rng, stream = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     images, labels = draw_images(rng)
@@ -139,14 +140,14 @@ def pretrain(folder: Path) -> None:
             schedule.step()
             total += loss.item()
         with torch.inference_mode():
-            guesses = [logits(pixel_values(images[part])).argmax(1) for part in held_out.split(500)]
-        right = (torch.cat(guesses) == labels[held_out]).float().mean()
-        print(f"epoch {epoch + 1}: loss {total / len(batches):.3f}, held-out accuracy {right:.3f}", flush=True)
+            predictions = [logits(pixel_values(images[part])).argmax(1) for part in held_out.split(500)]
+        accuracy = (torch.cat(predictions) == labels[held_out]).float().mean()
+        print(f"epoch {epoch + 1}: loss {total / len(batches):.3f}, held-out accuracy {accuracy:.3f}", flush=True)
     save(model, folder)
 
 
 def save(model: ViTModel, folder: Path) -> None:
-    """A folder for from_pretrained, weights in float16, and the image processor that fits it."""
+    """Save the model for `from_pretrained`, with weights in float16, and its image processor."""
     model.half().save_pretrained(folder)
     ViTImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False

@@ -1,6 +1,6 @@
-"""The Flower ServerApp; what it does is in `server.runs`.
+"""The Flower ServerApp; `server.runs` does the work.
 
-It imports nothing large before it runs: Flower holds a lock while it imports an app, and starts Ray after that.
+Nothing large is imported before the app runs: Flower holds a lock while it imports an app, and starts Ray afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who takes part: every node is asked before the first round, and those that connect later before the next one."""
+"""Handshake with the nodes: all nodes before the first round, nodes that connect later before the next round."""
 
 from __future__ import annotations
 
@@ -14,37 +14,46 @@ from flwr.serverapp import Grid
 
 from copra_fl import provenance, wire
 from copra_fl.config import Config
+from server.errors import FederationError
 from server.messaging import exchange
-from server.strategy import FederationError
 
 CLIENTS = Path(__file__).parent.parent / "clients"
 
 
-def greet(grid: Grid, config: Config) -> dict[int, wire.Hello]:
-    """Ask every node who it is. Returns node id -> hello.
+def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
+    """Ask every node for its handshake, and return node id -> handshake.
 
-    After a fault Flower takes nodes to be connected that are not; until node-timeout-s they may come back.
+    After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
 
-    Raises FederationError for a node that fails, refuses, runs other code, has another base, other labels or a
-    partition twice; for a client that no node can host (strict); and for fewer than min-nodes after node-timeout.
+    Raises FederationError for a node that fails, rejects the run, or has other code, another base model, other labels
+    or the partition-id of another node; for a client that no node can host (strict); and for fewer than min-nodes nodes
+    after node-timeout-s.
     """
     deadline = time.monotonic() + config.federation.node_timeout_s
     while True:
-        replies = ask(grid, config, nodes := connected(grid, config, deadline))
-        gone = [r.metadata.src_node_id for r in replies if r.has_error() and r.error.code == ErrorCode.NODE_UNAVAILABLE]
+        nodes = wait_for_nodes(grid, config, deadline)
+        replies = query(grid, config, nodes)
+        gone = [
+            reply.metadata.src_node_id
+            for reply in replies
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+        ]
         if not gone or time.monotonic() > deadline:
             break
-        log(INFO, "nodes %s have gone; all are asked again", gone)
+        log(INFO, "nodes %s are gone; all nodes are asked again", gone)
         time.sleep(1)
-    hellos = {reply.metadata.src_node_id: read(reply) for reply in replies}
-    if silent := set(nodes) - hellos.keys():
-        raise FederationError(f"nodes {sorted(silent)} did not answer the hello query")
-    check_nodes(hellos, config)
-    return hellos
+    handshakes = {reply.metadata.src_node_id: read(reply) for reply in replies}
+    if silent := set(nodes) - handshakes.keys():
+        raise FederationError(
+            f"nodes {sorted(silent)} did not answer the handshake within round-timeout-s = "
+            f"{config.federation.round_timeout_s:g} s"
+        )
+    check_nodes(handshakes, config)
+    return handshakes
 
 
-def connected(grid: Grid, config: Config, deadline: float) -> list[int]:
-    """The connected nodes. Raises FederationError where they are fewer than min-nodes at the deadline."""
+def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
+    """Return the connected nodes. Raises FederationError if there are fewer than min-nodes at the deadline."""
     while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
         if time.monotonic() > deadline:
             raise FederationError(
@@ -55,83 +64,102 @@ def connected(grid: Grid, config: Config, deadline: float) -> list[int]:
     return nodes
 
 
-def ask(grid: Grid, config: Config, nodes: Iterable[int]) -> list[Message]:
-    """The hello query and its replies."""
+def query(grid: Grid, config: Config, nodes: Iterable[int]) -> list[Message]:
+    """Send the handshake query to `nodes` and return the replies."""
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
     return exchange(grid, messages, config.federation.round_timeout_s)
 
 
-def read(reply: Message) -> wire.Hello:
-    """Raises FederationError for a reply that is none."""
+def read(reply: Message) -> wire.Handshake:
+    """Return the handshake in a reply. Raises FederationError for an invalid reply."""
     node = reply.metadata.src_node_id
     if reply.has_error():
-        raise FederationError(f"node {node} failed at hello: {reply.error.reason}")
+        raise FederationError(f"node {node} failed at the handshake: {reply.error.reason}")
     try:
-        return wire.unpack_hello(reply.content)
+        return wire.unpack_handshake(reply.content)
     except Exception as error:  # a node can have sent anything
-        raise FederationError(f"node {node} sent no hello that can be read: {error!r}") from error
+        raise FederationError(f"node {node} sent an unreadable handshake: {error!r}") from error
 
 
-def welcome(grid: Grid, config: Config, nodes: dict[int, wire.Hello]) -> dict[int, wire.Hello]:
-    """`nodes` and those that have connected since. Who fails or does not fit is named in the log, and left out.
+def admit_late_nodes(grid: Grid, config: Config, nodes: dict[int, wire.Handshake]) -> dict[int, wire.Handshake]:
+    """Return `nodes` and the nodes that have connected since; an invalid one is left out with a warning.
 
-    Without keys a node that comes back has another id: it takes the place of the one that is gone.
+    A node without a key comes back under another id: it replaces the one that is gone.
     """
-    there, connected_now = dict(nodes), set(grid.get_node_ids())
-    for reply in ask(grid, config, sorted(connected_now - nodes.keys())):
+    admitted, connected = dict(nodes), set(grid.get_node_ids())
+    for reply in query(grid, config, sorted(connected - nodes.keys())):
         node = reply.metadata.src_node_id
         try:
-            hello = read(reply)
-            others = {n: h for n, h in there.items() if n in connected_now or h.partition != hello.partition}
-            check_nodes(others | {node: hello}, config)
+            handshake = read(reply)
+            others = {
+                other: known
+                for other, known in admitted.items()
+                if other in connected or known.partition != handshake.partition
+            }
+            check_nodes(others | {node: handshake}, config)
         except FederationError as error:
-            log(WARNING, "a node that came late is left out: %s", error)
+            log(WARNING, "a late node is left out: %s", error)
             continue
-        there = others | {node: hello}
-        log(INFO, "node %s (partition-id %s) has joined", node, hello.partition)
-    return there
+        admitted = others | {node: handshake}
+        log(INFO, "node %s (partition-id %s) has joined", node, handshake.partition)
+    return admitted
 
 
-def check_nodes(hellos: Mapping[int, wire.Hello], config: Config) -> None:
-    """Raise FederationError unless all nodes run this code and make up one federation."""
-    digest = provenance.library_digest(CLIENTS)
-    first = next(iter(hellos.values()))
+def check_nodes(handshakes: Mapping[int, wire.Handshake], config: Config) -> None:
+    """Raise FederationError unless all nodes run the server's code and form one federation."""
+    first = next(iter(handshakes.values()))
     partitions: dict[int, int] = {}
     counts: dict[int, tuple[int, int]] = {}
-    for node, hello in hellos.items():
-        who = f"node {node} (partition-id {hello.partition})"
-        if hello.digest != digest:
-            raise FederationError(
-                f"{who} runs other sources of copra_fl and clients (digest {hello.digest[:12]}) than the server "
-                f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
-            )
-        if hello.refusal:
-            raise FederationError(f"{who} takes no part: {hello.refusal}")
-        if hello.label_names != first.label_names:
-            raise FederationError(f"{who} has the labels {hello.label_names}, other nodes have {first.label_names}")
-        if hello.num_clients != first.num_clients:
-            raise FederationError(
-                f"{who} counts {hello.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
-                "all nodes need the same num-partitions"
-            )
-        if config.data.num_clients not in (0, hello.num_clients):
-            raise FederationError(
-                f"{who} counts {hello.num_clients} clients, but num-clients = {config.data.num_clients}; with nodes' "
-                "own data num-clients = 0 is right"
-            )
-        if hello.partition in partitions:
-            raise FederationError(f"{who} has the same partition-id as node {partitions[hello.partition]}")
-        partitions[hello.partition] = node
-        for client, own in hello.counts.items():
-            if not 0 <= client < hello.num_clients or min(own) < 0:
-                raise FederationError(f"{who} has {own[0]} and {own[1]} examples of a client {client}")
-            if config.data.partitioner == "own" and client != hello.partition:
-                raise FederationError(f"{who} claims client {client}, where each node has data of its own")
-            if counts.setdefault(client, own) != own:
-                raise FederationError(f"{who} has {own} examples of client {client}, other nodes {counts[client]}")
-    homeless = set(range(first.num_clients)).difference(*(hello.num_examples for hello in hellos.values()))
+    for node, handshake in handshakes.items():
+        name = f"node {node} (partition-id {handshake.partition})"
+        check_code(name, handshake)
+        check_agreement(name, handshake, first, config)
+        if handshake.partition in partitions:
+            raise FederationError(f"{name} has the same partition-id as node {partitions[handshake.partition]}")
+        partitions[handshake.partition] = node
+        for client, count in handshake.counts.items():
+            check_count(name, handshake, client, count, config)
+            if counts.setdefault(client, count) != count:
+                raise FederationError(f"{name} has {count} examples of client {client}, other nodes {counts[client]}")
+    homeless = set(range(first.num_clients)).difference(*(handshake.num_examples for handshake in handshakes.values()))
     if homeless and config.federation.failures == "strict":
         raise FederationError(
-            f"no connected node can host the clients {sorted(homeless)}; connected are the partition-ids "
+            f"no connected node can host the clients {sorted(homeless)}; the connected partition-ids are "
             f"{sorted(partitions)}"
         )
+
+
+def check_code(name: str, handshake: wire.Handshake) -> None:
+    """Raise FederationError if the node runs other code than the server, or rejects the run."""
+    digest = provenance.library_digest(CLIENTS)
+    if handshake.digest != digest:
+        raise FederationError(
+            f"{name} runs other sources of copra_fl and clients (digest {handshake.digest[:12]}) than the server "
+            f"({digest[:12]}); install the same version on both, and look for a stray clients/ folder"
+        )
+    if handshake.rejection_reason:
+        raise FederationError(f"{name} rejected the run: {handshake.rejection_reason}")
+
+
+def check_agreement(name: str, handshake: wire.Handshake, first: wire.Handshake, config: Config) -> None:
+    """Raise FederationError if labels or number of clients differ from the first node's or the configuration's."""
+    if handshake.label_names != first.label_names:
+        raise FederationError(f"{name} has the labels {handshake.label_names}, other nodes have {first.label_names}")
+    if handshake.num_clients != first.num_clients:
+        raise FederationError(
+            f"{name} counts {handshake.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
+            "set the same num-partitions on all nodes"
+        )
+    if config.data.num_clients not in (0, handshake.num_clients):
+        raise FederationError(
+            f"{name} counts {handshake.num_clients} clients, but num-clients = {config.data.num_clients}; set "
+            "num-clients = 0 if nodes have their own data"
+        )
+
+
+def check_count(name: str, handshake: wire.Handshake, client: int, count: tuple[int, int], config: Config) -> None:
+    """Raise FederationError if a client of a node, or its number of training and validation examples, is impossible."""
+    if not 0 <= client < handshake.num_clients or min(count) < 0:
+        raise FederationError(f"{name} has {count[0]} and {count[1]} examples of a client {client}")
+    if config.data.partitioner == "own" and client != handshake.partition:
+        raise FederationError(f"{name} claims client {client}, but with partitioner = 'own' a node is one client")

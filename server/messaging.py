@@ -1,7 +1,7 @@
-"""Messages out, replies back, without waiting long after a reply is there.
+"""Exchange of messages: send them, and return soon after the last reply has come.
 
-Flower's own `send_and_receive` looks every 0.1 s in a simulation and every 3 s in a deployment; a round of small
-clients can be over in less.
+Flower's own `send_and_receive` polls every 0.1 s in a simulation and every 3 s in a deployment; a round of small
+clients can take less.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-#: seconds between looks for replies, at least and at most; in between it is 2 % of the time waited so far
-SHORTEST, LONGEST, SHARE = 0.005, 1.0, 0.02
+#: seconds between two polls: this share of the time waited so far, within these limits
+POLL_SHARE, MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.005, 1.0
 
 
-def all_of_them(replies: Sequence[Message]) -> bool:
-    """Only all replies are enough."""
+def wait_for_all(replies: Sequence[Message]) -> bool:
+    """Wait for all replies: the replies so far are never enough."""
     return False
 
 
@@ -25,28 +25,32 @@ def exchange(
     grid: Grid,
     messages: Iterable[Message],
     timeout: float,
-    is_enough: Callable[[Sequence[Message]], bool] = all_of_them,
-    heard: Callable[[Sequence[Message]], None] = lambda replies: None,
+    enough: Callable[[Sequence[Message]], bool] = wait_for_all,
+    on_replies: Callable[[Sequence[Message]], None] = lambda replies: None,
 ) -> list[Message]:
-    """Send `messages`, and collect the replies that come within `timeout` seconds, until they are enough.
+    """Send `messages` and return the replies, sorted by node.
 
-    `heard` is called with all that have come, each time that some do. Returns them sorted by node. An error that
-    Flower reports in place of a node that is gone counts as the node's.
+    An error that Flower reports in place of a node that is gone counts as the node's reply.
+
+    Args:
+        timeout: seconds after which the wait ends.
+        enough: called with all replies so far; the wait ends when it returns True.
+        on_replies: called with all replies so far whenever new ones have come.
     """
     messages = list(messages)
-    waiting = set(grid.push_messages(messages))  # an id is missing, or None, where a node is not there any more
-    asked = {message.metadata.message_id: message for message in messages}
-    waiting &= asked.keys()
+    pushed = set(grid.push_messages(messages))  # the id of a message to a node that is gone is missing, or None
+    sent = {message.metadata.message_id: message for message in messages}
+    waiting = pushed & sent.keys()
     replies: list[Message] = []
     started = time.monotonic()
-    while waiting and not is_enough(replies) and (waited := time.monotonic() - started) < timeout:
-        came = list(grid.pull_messages(waiting))
-        for reply in came:
-            message = asked[reply.metadata.reply_to_message_id]
+    while waiting and not enough(replies) and (waited := time.monotonic() - started) < timeout:
+        new_replies = list(grid.pull_messages(waiting))
+        for reply in new_replies:
+            message = sent[reply.metadata.reply_to_message_id]
             replies.append(Message(reply.error, reply_to=message) if reply.has_error() else reply)
-        if came:
-            heard(replies)
-        waiting -= {reply.metadata.reply_to_message_id for reply in came}
+        if new_replies:
+            on_replies(replies)
+        waiting -= {reply.metadata.reply_to_message_id for reply in new_replies}
         if waiting:
-            time.sleep(min(LONGEST, max(SHORTEST, SHARE * waited)))
+            time.sleep(min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, POLL_SHARE * waited)))
     return sorted(replies, key=lambda reply: reply.metadata.src_node_id)

@@ -1,7 +1,7 @@
-"""Which node trains which client: longest processing time first (Graham 1969, SIAM J. Appl. Math. 17).
+"""Placement of clients on nodes: longest processing time first (Graham 1969, SIAM J. Appl. Math. 17).
 
-A round ends with its last node. Where every node can host every client, the most loaded node
-has at most 4/3 of the work that the best placement would give it.
+A round ends with its slowest node. If every node can host every client, the most loaded node has at most 4/3 of the
+work that it would have in the best placement.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Container, Mapping
 
 
 def place(work: Mapping[int, float], hosts: Mapping[int, Container[int]]) -> dict[int, list[int]]:
-    """Node -> its clients, sorted; nodes without any are left out.
+    """Return node -> its clients, sorted; nodes without clients are left out.
 
-    Clients by falling work, ties by number, go each to the least loaded node that can host them, ties to the first.
+    Clients are taken by decreasing work, ties by number. Each goes to the least loaded node that can host it, ties to
+    the first.
 
     Args:
-        work: of each client; each can be hosted by some node.
+        work: client -> its work; each client can be hosted by at least one node.
         hosts: node -> the clients that it can host.
     """
     loads = dict.fromkeys(hosts, 0.0)

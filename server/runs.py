@@ -1,7 +1,7 @@
-"""From configurations to federations, one after the other for a comparison.
+"""Runs of a ServerApp: one configuration, or those of a comparison one after another.
 
-``output`` is a folder that the command line prepared (one run with its ``config.toml``, or a
-comparison with its ``comparison.toml``), or a new one for a plain ``flwr run``.
+``output`` is a folder that the command line prepared (a run with its ``config.toml``, or a comparison with its
+``comparison.toml``), or a new one for a plain ``flwr run``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from logging import INFO
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from flwr.app import Context
@@ -18,21 +19,24 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import startup
+from copra_fl.aggregation.compatibility import with_explicit_parameters
 
 startup.prepare()
 
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from copra_fl.files import atomic_write
+from copra_fl.records import RecordError
 from server import federation
+from server.errors import FederationError
 from server.journal import Journal
-from server.strategy import FederationError
 
-#: seconds to wait for an earlier process of a killed run to let go of its folder
+#: seconds to wait until an earlier process of a killed run releases the folder
 LOCK_TIMEOUT = 60
 
 
 def main(grid: Grid, context: Context) -> None:
+    """Run all federations of a run configuration; report an error to the command line before it is raised."""
     flat = dict(context.run_config)
     output, resume = str(flat.pop("output")), bool(flat.pop("resume"))
     directory = Path(output or f"runs/{context.run_id}").absolute()
@@ -45,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     except Timeout:
         emit("failed", error=f"another run is writing to {directory}")
         raise
-    except (FederationError, ConfigError) as error:
+    except (FederationError, ConfigError, RecordError) as error:
         emit("failed", error=str(error))
         raise
     except Exception:
@@ -54,21 +58,21 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, config: Config, directory: Path) -> None:
-    """One federation. Raises FederationError where its disk is full."""
+    """Run one federation. Raises FederationError if the disk is full."""
     try:
         federation.run(grid, config, directory)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise FederationError(
-            f"the disk of {directory} is full; with some space freed, --resume goes on after the last round"
+            f"the disk of {directory} is full; free some space, then continue after the last round with --resume"
         ) from error
 
 
-def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Path, Config]]:
-    """The runs of `directory` with their configurations, in order.
+def planned_runs(directory: Path, flat: dict[str, Any], resume: bool) -> Iterator[tuple[Path, Config]]:
+    """Yield the runs of `directory` with their configurations, in order.
 
-    Raises ConfigError for a folder that already holds a run, unless `resume`.
+    Raises ConfigError if the folder already has a run, unless `resume`.
     """
     comparison = directory / "comparison.toml"
     if comparison.exists():
@@ -78,10 +82,10 @@ def planned_runs(directory: Path, flat: dict, resume: bool) -> Iterator[tuple[Pa
             yield directory / name, Config.from_toml(directory / name / "config.toml")
         return
     if Journal(directory).begun and not resume:
-        raise ConfigError(f"{directory} holds a run already; resume=true continues it, another output starts anew")
-    config = Config.from_flat(flat)
+        raise ConfigError(f"{directory} already has a run; set resume=true to continue it, or another output")
+    config = with_explicit_parameters(Config.from_flat(flat))
     path = directory / "config.toml"
-    if path.exists() and (changed := Config.from_toml(path).differences(config)):
-        raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(changed)}")
+    if path.exists() and (differences := Config.from_toml(path).differences(config)):
+        raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(differences)}")
     atomic_write(path, config.to_toml())
     yield directory, config

@@ -1,4 +1,4 @@
-"""A tiny real world: a randomly initialised BERT with its tokenizer, and texts that can be told apart."""
+"""Fixtures of all tests: tiny randomly initialized models with tokenizers, tiny data sets, caches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-#: every turn ends with EOS, and a line break that nobody needs
+#: every turn ends with EOS and a line break, which is not part of the turn
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}{{ turn['role'] + ' ' + turn['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
@@ -77,7 +77,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests fetch assets and keep tokens in a cache of their own."""
+    """Use a temporary cache for all tests."""
     os.environ["COPRA_FL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -1,4 +1,4 @@
-"""The table in docs/how-to/choose-a-model.md is true: gates, plain PEFT and stacked engine agree on each row."""
+"""The table in docs/how-to/choose-a-model.md holds: plain PEFT and stacked engine agree on each architecture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
 
 NUM_BLOCKS, NUM_LABELS = 3, 3
-#: a batch of 8 rows: as many as tokens, and as DeBERTa has relative positions
+#: a batch of 8 rows: equal to the number of tokens and of DeBERTa's relative positions, so that confusing them fails
 NUM_CLIENTS, ROWS_EACH, NUM_TOKENS = 4, 2, 8
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -84,14 +84,14 @@ STACKED = [name for name, (_, _, engine) in TABLE.items() if engine == "stacked"
 
 
 class Mean(TextClassification):
-    """Classifies texts and images alike, by the mean of their hidden states."""
+    """Classification of texts or images by the mean of their hidden states."""
 
     def features(self, output: Any, batch: Any, pooling: str) -> Tensor:
         return output.last_hidden_state.mean(1)
 
 
 def adapted(base: Any, targets: list[str], use_dora: bool = False) -> Any:
-    """PEFT's model on `base` in float64, adapters away from their start, where B = 0."""
+    """Return PEFT's model on `base` in float64, with random adapters, because initially B = 0."""
     lora = LoraConfig(r=2, lora_alpha=6, target_modules=targets, use_dora=use_dora)
     peft = get_peft_model(base, lora).double().eval()
     for name, parameter in peft.named_parameters():
@@ -108,7 +108,7 @@ def seeded() -> Iterator[None]:
 
 
 def make_inputs(base: Any, rows: int) -> dict[str, Tensor]:
-    """Random images, or texts of unlike lengths, or both."""
+    """Return random images, or texts of different lengths, or both."""
     modalities = base.input_modalities
     images = {"pixel_values": torch.randn(rows, 3, 8, 8, dtype=torch.float64)}
     tokens = torch.randint(3, 30, (rows, NUM_TOKENS))
@@ -120,12 +120,12 @@ def make_inputs(base: Any, rows: int) -> dict[str, Tensor]:
 
 
 def result(output: Any) -> Tensor:
-    """What all blocks have a part in."""
+    """Return an output that depends on all blocks."""
     return output.logits_per_image if "logits_per_image" in output else output.last_hidden_state
 
 
 def switched_off(peft: Any, groups: Sequence[str], mask: Sequence[bool]) -> Any:
-    """A copy of PEFT's model in which W0 + s B A is W0 in the groups that are off: B = 0."""
+    """Return a copy of PEFT's model with B = 0 in the groups that are off, where W0 + s B A is then W0."""
     twin = copy.deepcopy(peft)
     for name, parameter in twin.named_parameters():
         if "lora_B" in name and any(f".{group}." in name for group, on in zip(groups, mask, strict=True) if not on):
@@ -142,9 +142,11 @@ def test_the_table_has_every_architecture() -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_gates(name: str) -> None:
-    """One group a block, in the order in which they run (that of towers among each other means nothing), and a group
-    that is off is plain PEFT without its adapters."""
+def test_gates_follow_the_blocks_and_switch_adapters_off(name: str) -> None:
+    """There is one group per block, in the order in which they run (the order between towers is arbitrary).
+
+    Oracle for groups that are off: plain PEFT with B = 0.
+    """
     base, groups = BASES[name](), expected_groups(name)
     peft = adapted(base, TABLE[name][1])
     gates, inputs, order = Gates(base, "layer"), make_inputs(base, 3), list[str]()
@@ -169,8 +171,8 @@ def test_gates(name: str) -> None:
     ("name", "attention"),
     [(name, "eager") for name in STACKED] + [(name, "sdpa") for name in STACKED if not name.startswith("DeBERTa")],
 )
-def test_clients_together_get_the_gradients_of_plain_peft_alone(name: str, attention: str) -> None:
-    """Four clients, their lowest active adapters in blocks 0 to 2 or nowhere."""
+def test_stacked_clients_get_the_gradients_of_plain_peft(name: str, attention: str) -> None:
+    """Four clients, with their lowest active adapters in blocks 0, 1, 2 and none."""
     base, groups, targets = BASES[name](), expected_groups(name), TABLE[name][1]
     base.set_attn_implementation(attention)
     peft, head = adapted(base, targets), nn.Linear(16, NUM_LABELS).double()
@@ -185,8 +187,8 @@ def test_clients_together_get_the_gradients_of_plain_peft_alone(name: str, atten
     losses = model.task.losses(stacked(step, batch), batch).view(NUM_CLIENTS, ROWS_EACH).mean(1)
     stack.backward(losses.sum())
     for client, (adapter, mask) in enumerate(zip(adapters, on, strict=True)):
-        own = {key: tensor[client * ROWS_EACH : (client + 1) * ROWS_EACH] for key, tensor in batch.items()}
-        loss, gradients = alone(peft, adapter, groups, mask, own)
+        client_batch = {key: tensor[client * ROWS_EACH : (client + 1) * ROWS_EACH] for key, tensor in batch.items()}
+        loss, gradients = alone(peft, adapter, groups, mask, client_batch)
         torch.testing.assert_close(losses[client], loss, rtol=1e-9, atol=0)
         got = stacked.layout.unflatten(stack.grads[client])
         for key, expected in gradients.items():
@@ -197,25 +199,25 @@ def test_clients_together_get_the_gradients_of_plain_peft_alone(name: str, atten
 def alone(
     peft: Any, adapter: Adapter, groups: list[str], mask: np.ndarray, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Adapter]:
-    """A client's loss, and its gradients where its adapters are on, with PEFT's model and B = 0 where they are not."""
+    """Return a client's loss and the gradients of its active adapters with PEFT's model, B = 0 in inactive groups."""
     model = copy.deepcopy(peft)
     parameters = {name.replace(".default.", "."): tensor for name, tensor in model.named_parameters()}
     for name in adapter.keys() & parameters.keys():
         parameters[name].data.copy_(adapter[name])
     model = switched_off(model, groups, mask)
     open_groups = [group for group, on in zip(groups, mask, strict=True) if on]
-    wanted = {
+    trained = {
         name.replace(".default.", "."): tensor
         for name, tensor in model.named_parameters()
         if "lora_" in name and any(f".{group}." in name for group in open_groups)
     } | {name: adapter[name].clone().requires_grad_() for name in ("head.weight", "head.bias")}
     inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
     features = model(**inputs).last_hidden_state.mean(1)
-    loss = F.cross_entropy(F.linear(features, wanted["head.weight"], wanted["head.bias"]), batch["labels"])
-    return loss, dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+    loss = F.cross_entropy(F.linear(features, trained["head.weight"], trained["head.bias"]), batch["labels"])
+    return loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
 
-#: base, target, and why it cannot be stacked
+#: base, target, and the reason why it cannot be stacked
 REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "GPT-2": (BASES["GPT-2"], "c_attn", r"h\.0\.attn\.c_attn is a Conv1D in PEFT's Linear"),
     "T5": (BASES["T5"], "q", r"in 2 lists: decoder\.block, encoder\.block"),
@@ -236,7 +238,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "DeBERTa with a convolution": (
         lambda: tf.DebertaV2Model(tf.DebertaV2Config(**DEBERTA, conv_kernel_size=3)),
         "query_proj",
-        r"layer\.1 does not begin with what encoder\.layer\.0 returns",
+        r"the input of encoder\.layer\.1 is not the output of encoder\.layer\.0",
     ),
     "Bloom": (
         lambda: tf.BloomModel(tf.BloomConfig(vocab_size=30, hidden_size=16, n_layer=3, n_head=2)),
@@ -251,7 +253,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
-def refusal(base: Any, target: str, use_dora: bool = False) -> str:
+def stacking_error(base: Any, target: str, use_dora: bool = False) -> str:
     peft, head = adapted(base, [target], use_dora), nn.Linear(16, NUM_LABELS).double()
     with pytest.raises(NotStackable) as caught:
         StackedModel(AdaptedModel(Mean(), peft, head, "mean", "layer", torch.device("cpu")))
@@ -259,18 +261,20 @@ def refusal(base: Any, target: str, use_dora: bool = False) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_stacked_says_why(name: str) -> None:
+def test_a_base_that_cannot_be_stacked_gives_the_reason(name: str) -> None:
     make, target, reason = REFUSED[name]
-    assert re.search(reason, refusal(make(), target))
+    assert re.search(reason, stacking_error(make(), target))
 
 
 def test_dora_cannot_be_stacked() -> None:
-    assert refusal(BASES["BERT"](), "query", use_dora=True).endswith("query has DoraLinearVariant, not plain LoRA")
+    assert stacking_error(BASES["BERT"](), "query", use_dora=True).endswith(
+        "query has DoraLinearVariant, not plain LoRA"
+    )
 
 
 @pytest.fixture(scope="module")
 def gpt2(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a federation on a GPT-2, whose linear layers have their weights the other way round."""
+    """Settings of a federation on a GPT-2, whose linear layers store transposed weights."""
     directory = str(tmp_path_factory.mktemp("tiny-gpt2"))
     tf.AutoTokenizer.from_pretrained(str(tiny["model"])).save_pretrained(directory)
     with torch.random.fork_rng():
@@ -279,7 +283,7 @@ def gpt2(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return tiny | {"model": directory, "target-modules": "c_attn,c_proj", "local-steps": 2, "num-rounds": 1}
 
 
-def test_a_run_that_cannot_stack_says_so_and_trains_with_plain_peft(
+def test_a_run_that_cannot_stack_notes_it_and_trains_with_plain_peft(
     gpt2: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
@@ -287,21 +291,21 @@ def test_a_run_that_cannot_stack_says_so_and_trains_with_plain_peft(
     line = "clients train one by one: engine = 'stacked' cannot take this model: h.0.attn.c_attn is a Conv1D"
     noted, plain = (json.loads((run / "provenance.json").read_text())["engine"] for run in runs)
     assert noted.startswith(line) and plain == "peft"
-    told = [json.loads(event) for event in (tmp_path / "events").read_text().splitlines()]
-    assert [event["text"] for event in told if event["event"] == "note"] == [noted]
+    sent = [json.loads(event) for event in (tmp_path / "events").read_text().splitlines()]
+    assert [event["text"] for event in sent if event["event"] == "note"] == [noted]
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     assert any(tensor.any() for name, tensor in adapters[0].items() if "lora_B" in name)
 
 
-def test_gradients_of_gpt2s_weights_are_those_of_a_linear_layers(gpt2: Settings) -> None:
-    """With B = 0 the gradient of B, which PEFT gives, is s G A^T for the gradient G (d, k) of W0."""
+def test_gradients_of_gpt2s_transposed_weights_have_the_shape_of_a_linear_layer(gpt2: Settings) -> None:
+    """With B = 0, PEFT's gradient of B is s G A^T for the gradient G (d, k) of W0."""
     config = Config.from_flat(gpt2)
     examples = load_data(config, load_processor(config.model)).examples
-    model, some = build_model(config.model, "layer", 3, seed=0), np.arange(6)
-    gradients = base_gradients(model, examples, some, 6)
+    model, indices = build_model(config.model, "layer", 3, seed=0), np.arange(6)
+    gradients = base_gradients(model, examples, indices, 6)
     parameters = model.train_only({"A", "B"})
-    model.losses(examples.batch(some)).mean().backward()
+    model.losses(examples.batch(indices)).mean().backward()
     for module, gradient in gradients.items():
         a, b = (parameters[f"{module}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(b.grad, config.model.scaling(2) * gradient @ a.T)

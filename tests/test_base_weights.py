@@ -1,4 +1,4 @@
-"""A base is mapped from a file in the dtype it computes in, and computes what Transformers' own model does."""
+"""A base is mapped from a file in its compute dtype, and gives the hidden states of Transformers' own model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tests.support.worlds import BATCH
 
 
 def mapped_files(base: torch.nn.Module) -> set[str]:
-    """The files that the weights' memory is mapped from, by the kernel's own word; "" for memory of our own."""
-    found = set()
+    """Return the files that the kernel says the weights are mapped from; "" for memory without a file."""
+    files = set()
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, _, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         if any(start <= parameter.data_ptr() < end for parameter in base.parameters()):
-            found.add("".join(name))
-    return found
+            files.add("".join(name))
+    return files
 
 
 def converted() -> set[Path]:
     return set((cache_dir() / "bases").glob("*"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_every_process_maps_the_same_file(tiny_model: str) -> None:
     stored = str(Path(tiny_model) / "model.safetensors")
     assert mapped_files(open_base(tiny_model, "float32", "eager", AutoModel)) == {stored}, (
-        "where it is, in its own dtype"
+        "in its own dtype, the base must be mapped from its own file"
     )
     first, second = (open_base(tiny_model, "bfloat16", "eager", AutoModel) for _ in range(2))
     with torch.inference_mode():
@@ -49,7 +49,7 @@ def test_every_process_maps_the_same_file(tiny_model: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_computes_what_a_plain_model_does(tiny_model: str, dtype: str, attention: str) -> None:
+def test_hidden_states_equal_those_of_a_plain_model(tiny_model: str, dtype: str, attention: str) -> None:
     plain = AutoModel.from_pretrained(tiny_model, attn_implementation=attention).to(getattr(torch, dtype))
     base = open_base(tiny_model, dtype, attention, AutoModel)
     with torch.inference_mode():
@@ -69,8 +69,8 @@ def test_a_changed_source_is_converted_anew(tiny_model: str, tmp_path: Path) -> 
     assert (open_base(str(source), "bfloat16", "eager", AutoModel).embeddings.word_embeddings.weight[7] == 3).all()
 
 
-def test_processes_convert_once_and_nothing_half_is_left(tiny_model: str, tmp_path: Path) -> None:
-    """What a killed process left is thrown away; of those that come at once, one does the work."""
+def test_processes_convert_once_and_leave_nothing_unfinished(tiny_model: str, tmp_path: Path) -> None:
+    """One of several processes converts; the leftovers of a killed process are removed."""
     source = tmp_path / "mine"
     shutil.copytree(tiny_model, source)
     before = converted()
@@ -89,10 +89,12 @@ def _open(source: str, dtype: str) -> None:
     open_base(source, dtype, "eager", AutoModel)
 
 
-def test_a_full_disk_is_said_in_words(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bases").write_text("in the way")
     monkeypatch.setenv("COPRA_FL_CACHE", str(tmp_path))
-    with pytest.raises(CacheError, match="cannot store .* in bfloat16 .* COPRA_FL_CACHE names another folder"):
+    with pytest.raises(CacheError, match="cannot store .* in bfloat16 .* Set COPRA_FL_CACHE to another folder"):
         open_base(tiny_model, "bfloat16", "eager", AutoModel)
 
 
@@ -109,7 +111,7 @@ def sha256sum(path: Path) -> str:
 
 
 def test_the_digest_of_weights_is_what_sha256sum_prints(tiny_model: str, tmp_path: Path) -> None:
-    """Of shards it is the digest of their digests, one a line, by name."""
+    """For shards it is the digest of their digests, one per line, sorted by name."""
     assert weights_digest(tiny_model) == sha256sum(Path(tiny_model) / "model.safetensors")
     AutoModel.from_pretrained(tiny_model).save_pretrained(tmp_path, max_shard_size="40KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -117,7 +119,7 @@ def test_the_digest_of_weights_is_what_sha256sum_prints(tiny_model: str, tmp_pat
     assert weights_digest(str(tmp_path)) == hashlib.sha256("\n".join(map(sha256sum, shards)).encode()).hexdigest()
 
 
-def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
+def test_the_digest_is_computed_once_until_the_files_change(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
@@ -133,5 +135,5 @@ def test_the_digest_is_computed_once_for_as_long_as_the_files_stay(
 def test_a_folder_without_weights_is_an_error(tiny_model: str, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"has none of model.safetensors, model.safetensors.index.json"):
+    with pytest.raises(OSError, match=r"has no weights: none of model.safetensors, model.safetensors.index.json"):
         weights_digest(str(model))

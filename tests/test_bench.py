@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and lets nobody win by doing less."""
+"""The benchmark: its counts and closed forms by hand, the equality check, stored results, the command."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 
 from copra_fl.adapters.state import Adapter, Update
 from copra_fl.bench import figures, workers
-from copra_fl.bench.contest import CONTESTANTS, Contestant, Disagreement, divisions, race
 from copra_fl.bench.findings import machine, tables, targets
-from copra_fl.bench.flops import Encoder, block_backward, step_flops
+from copra_fl.bench.flops import EncoderShape, block_backward, step_flops
 from copra_fl.bench.report import render
+from copra_fl.bench.runner import COMPETITORS, Competitor, Disagreement, core_splits, run_all
 from copra_fl.bench.sizes import QUICK_SIZES, SIZES, STEADY_ROUNDS, TRAININGS, prepare
 from copra_fl.bench.steps import (
     PASSES_PER_REPEAT,
@@ -31,7 +31,7 @@ from copra_fl.bench.steps import (
     schedule_mean,
 )
 from copra_fl.bench.summary import left_out, summary
-from copra_fl.bench.workers import Share, Train
+from copra_fl.bench.workers import CoreSplit, Train
 from copra_fl.cli.bench import LETTERS, bench
 from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.copra import schedule
@@ -40,14 +40,14 @@ from copra_fl.training.plan import Plan
 from tests.support.browser import check_page, needs_chromium
 from tests.support.real_runs import RealRun
 
-#: names of packages that a GPU machine need not have
+#: packages that a GPU machine does not need
 ABSENT = ("flwr", "flwr_datasets", "ray", "datasets", "plotly")
 
 
-def test_every_contestant_can_be_chosen_and_nobody_else() -> None:
-    assert "".join(contestant.letter for contestant in CONTESTANTS) == LETTERS
-    with pytest.raises(ConfigError, match="--contestants 'bx': x is not one of abcdefg"):
-        bench(contestants="bx")
+def test_competitors_are_chosen_by_letter_and_unknown_letters_refused() -> None:
+    assert "".join(competitor.letter for competitor in COMPETITORS) == LETTERS
+    with pytest.raises(ConfigError, match="--competitors 'bx': x is not one of abcdefg"):
+        bench(competitors="bx")
 
 
 def test_flops_of_one_layer_by_hand() -> None:
@@ -57,26 +57,26 @@ def test_flops_of_one_layer_by_hand() -> None:
     adapters of 2*2*2*1 + 2*2*1*2 = 16, head 2*2*3 = 12. Backward: the output projection 16 and feed-forward 64 for
     their inputs, attention's three products 48, each adapter 3 of its 4 products of 8, head 2 x 12.
     """
-    encoder = Encoder(layers=1, width=2, intermediate=4, rank=1, classes=3)
+    encoder = EncoderShape(layers=1, width=2, intermediate=4, rank=1, classes=3)
     forward, backward = 64 + 64 + 32 + 2 * 16 + 12, 16 + 64 + 48 + 2 * 24 + 24
-    assert step_flops(encoder, rows=1, tokens=2, on=[True]) == forward + backward
-    assert step_flops(encoder, rows=1, tokens=2, on=[False]) == 64 + 64 + 32 + 12 + 12
+    assert step_flops(encoder, rows=1, tokens=2, mask=[True]) == forward + backward
+    assert step_flops(encoder, rows=1, tokens=2, mask=[False]) == 64 + 64 + 32 + 12 + 12
 
 
 def test_flops_end_at_the_lowest_active_layer() -> None:
-    encoder = Encoder(layers=6, width=8, intermediate=32, rank=2, classes=4)
+    encoder = EncoderShape(layers=6, width=8, intermediate=32, rank=2, classes=4)
 
-    def flops(*on: int) -> int:
-        return step_flops(encoder, 2, 4, [layer in on for layer in range(6)])
+    def flops(*active: int) -> int:
+        return step_flops(encoder, 2, 4, [layer in active for layer in range(6)])
 
-    assert flops(0) - flops(1) == flops(1) - flops(2) > 0, "a layer further down is one more layer of backward"
-    assert flops(0, 1) - flops(0) == flops(0, 5) - flops(0) > 0, "above it only the adapter's products count"
+    assert flops(0) - flops(1) == flops(1) - flops(2) > 0, "one layer lower: one more layer of backward pass"
+    assert flops(0, 1) - flops(0) == flops(0, 5) - flops(0) > 0, "above the lowest, only the adapter's products count"
 
 
-def test_a_block_below_the_lowest_adapter_by_hand() -> None:
-    """n = 2 tokens, d = 2, f = 4: for their inputs, linear layers 2*2*(4*2*2 + 2*2*4) = 128 and attention 2 * 32."""
+def test_backward_pass_of_one_block_by_hand() -> None:
+    """n = 2 tokens, d = 2, f = 4: gradients of inputs, linear layers 2*2*(4*2*2 + 2*2*4) = 128, attention 2 * 32."""
     for layers in (2, 3):
-        assert block_backward(Encoder(layers, width=2, intermediate=4, rank=1, classes=3), 1, 2) == 128 + 64
+        assert block_backward(EncoderShape(layers, width=2, intermediate=4, rank=1, classes=3), 1, 2) == 128 + 64
 
 
 @pytest.mark.parametrize("p", [0.0, 0.125, 0.6, 1.0])
@@ -89,33 +89,33 @@ def test_expected_blocks_by_enumeration(p: float) -> None:
 
 
 def test_expected_blocks_over_the_schedule() -> None:
-    """Of 6 layers 0.75 (1/2 + 1/3 + ... + 1/7), and what many points of the schedule give."""
+    """For 6 layers 0.75 (1/2 + 1/3 + ... + 1/7) = 0.75 * 223 / 140, as the mean over many points of the schedule."""
     times = (np.arange(20_000) + 0.5) / 20_000
     points = [expected_blocks(schedule.probability(t, 0.0, 0.75), 6) for t in times]
     assert mean_expected_blocks(0.75, 6) == pytest.approx(0.75 * 223 / 140) == pytest.approx(np.mean(points))
     measured = np.array([expected_blocks(p, 6) for p in np.linspace(0, 1, 9)])
-    assert schedule_mean(measured, 0.75) == pytest.approx(0.75 * 223 / 140, rel=1e-3), "what nine points lose"
+    assert schedule_mean(measured, 0.75) == pytest.approx(0.75 * 223 / 140, rel=1e-3), "the error of Simpson's rule"
 
 
-def test_rounds_of_one_step_are_at_all_wanted_places_of_the_schedule() -> None:
-    places = rounds_of_points(CopraConfig()).values()
-    assert list(places) == [(0.75 * eighth / 8, eighth / 8) for eighth in range(9)]
+def test_rounds_of_one_step_reach_every_p_of_the_schedule() -> None:
+    points = rounds_of_points(CopraConfig()).values()
+    assert list(points) == [(0.75 * eighth / 8, eighth / 8) for eighth in range(9)]
 
 
-def test_quick_sizes_have_fewer_clients_and_the_same_work() -> None:
+def test_quick_sizes_differ_in_the_number_of_clients_alone() -> None:
     for name, quick in QUICK_SIZES.items():
         assert quick.clients < SIZES[name].clients
-        whole = SIZES[name]
-        assert replace(quick, clients=whole.clients, scaling=whole.scaling, divided=True) == whole
+        full = SIZES[name]
+        assert replace(quick, clients=full.clients, scaling=full.scaling, all_core_splits=True) == full
 
 
-def test_quick_chooses_for_itself() -> None:
-    with pytest.raises(ConfigError, match="--quick chooses sizes, contestants and repeats"):
+def test_quick_refuses_other_choices() -> None:
+    with pytest.raises(ConfigError, match="--quick chooses sizes, competitors and repeats"):
         bench(quick=True, repeats=2)
 
 
-def test_a_few_rounds_stand_for_a_whole_copra_training() -> None:
-    """Each step trains with the default schedule's probability at the middle of its share of the training."""
+def test_steady_rounds_represent_a_whole_copra_training() -> None:
+    """Each step trains with the default schedule's probability in the middle of its interval."""
     workload = prepare(SIZES["smoke"], random_base=True, as_file=False)
     copra = workload.configs("float32", "auto")["copra"].copra
     steps = STEADY_ROUNDS * SIZES["smoke"].local_steps
@@ -124,16 +124,16 @@ def test_a_few_rounds_stand_for_a_whole_copra_training() -> None:
         assert schedule.probability(step / steps, copra.p0, copra.ramp) == pytest.approx(expected)
 
 
-def test_divisions_of_the_cores() -> None:
-    assert divisions(2, 100, gpu=False) == [Share(2, 1), Share(1, 2)]
-    assert divisions(16, 8, gpu=False) == [Share(8, 2), Share(1, 16)], "never more workers than clients"
-    assert divisions(1, 100, gpu=False) == [Share(1, 1)]
-    assert divisions(16, 100, gpu=True) == [Share(1, 16)]
+def test_core_splits() -> None:
+    assert core_splits(2, 100, gpu=False) == [CoreSplit(2, 1), CoreSplit(1, 2)]
+    assert core_splits(16, 8, gpu=False) == [CoreSplit(8, 2), CoreSplit(1, 16)], "never more workers than clients"
+    assert core_splits(1, 100, gpu=False) == [CoreSplit(1, 1)]
+    assert core_splits(16, 100, gpu=True) == [CoreSplit(1, 16)]
 
 
 def open_lazy(config: Config, data: FederatedData) -> Train:
-    """Trains one step less in the last round."""
-    train = workers.open_usual(config, data)
+    """Open the PEFT baseline, but train one step less in the last round."""
+    train = workers.open_peft_baseline(config, data)
 
     def train_less(plan: Plan, adapter: Adapter) -> list[Update]:
         steps = plan.config.training.local_steps - (plan.server_round == STEADY_ROUNDS)
@@ -142,21 +142,21 @@ def open_lazy(config: Config, data: FederatedData) -> Train:
     return train_less
 
 
-def test_the_gate_stops_who_trains_less() -> None:
+def test_equality_check_refuses_a_competitor_that_trains_less() -> None:
     workload = prepare(SIZES["smoke"], random_base=True, as_file=False)
-    fair = Contestant("c", "the usual loop", "float32", "sdpa", partial(workers.run, workers.open_usual))
-    lazy = Contestant("x", "the lazy loop", "float32", "sdpa", partial(workers.run, open_lazy))
-    shown: list[str] = []
-    with pytest.raises(Disagreement, match=r"\(x\) the lazy loop .* after the last round of phase lora .* differs by"):
-        race(workload, [fair, lazy], [Share(1, 1)], 1, shown.append)
-    assert any("(c)" in line for line in shown) and not any("repeat" in line for line in shown)
+    fair = Competitor("c", "the PEFT loop", "float32", "sdpa", partial(workers.run, workers.open_peft_baseline))
+    lazy = Competitor("x", "the lazy loop", "float32", "sdpa", partial(workers.run, open_lazy))
+    announced: list[str] = []
+    with pytest.raises(Disagreement, match=r"\(x\) the lazy loop .* after the last round of phase lora .* differs"):
+        run_all(workload, [fair, lazy], [CoreSplit(1, 1)], 1, announced.append)
+    assert any("(c)" in line for line in announced) and not any("repeat" in line for line in announced)
 
 
-def test_the_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
+def test_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     for name in ABSENT:
-        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not to be imported')")
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} must not be imported')")
     command = "import os; os.cpu_count = lambda: 1; from copra_fl.cli import main; main()"
-    arguments = ["bench", "--engine-only", "--random-base", "--size", "smoke", "--repeats", "1", "--output", "found"]
+    arguments = ["bench", "--engine-only", "--random-base", "--size", "smoke", "--repeats", "1", "--output", "results"]
     arguments.append("--json")
     paths = [str(tmp_path), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "120"}
@@ -165,27 +165,27 @@ def test_the_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "smoke: 4 clients, bert-64, 4 x 16 tokens, 2 local steps" in result.stderr
-    assert "no page: plotly is not to be imported" in result.stderr and not (tmp_path / "found.html").exists()
-    facts = json.loads((tmp_path / "found.json").read_text())
-    contestants = facts["sizes"]["smoke"]["contestants"]
-    assert list(contestants) == ["c", "f", "g"]
-    for contestant in contestants.values():
+    assert "no page: plotly must not be imported" in result.stderr and not (tmp_path / "results.html").exists()
+    facts = json.loads((tmp_path / "results.json").read_text())
+    competitors = facts["sizes"]["smoke"]["competitors"]
+    assert list(competitors) == ["c", "f", "g"]
+    for competitor in competitors.values():
         for training in TRAININGS:
-            measured = contestant["trainings"][training]
+            measured = competitor["trainings"][training]
             assert len(measured["clients_per_second"]) == 1 and measured["clients_per_second"][0] > 0
             assert 0 < measured["share_of_matmul_rate"][0] < 1
-    assert contestants["f"]["trainings"]["copra"]["flops"] < contestants["f"]["trainings"]["lora"]["flops"]
-    assert contestants["c"]["peak_memory"]["1 x 1"] > 100e6, "Python with torch at least"
+    assert competitors["f"]["trainings"]["copra"]["flops"] < competitors["f"]["trainings"]["lora"]["flops"]
+    assert competitors["c"]["peak_memory"]["1 x 1"] > 100e6, "at least Python with torch"
     assert list(facts["sizes"]["smoke"]["scaling"]["seconds_per_client"]) == ["2", "4"]
     assert json.loads(result.stdout) == summary(facts)
     assert_schedule(facts["sizes"]["smoke"]["schedule"])
-    written = (tmp_path / "found.md").read_text()
-    assert written.count("\n## ") == 6
-    assert written.count(f"{machine(facts)}.") == 5, "below every table with numbers"
+    markdown = (tmp_path / "results.md").read_text()
+    assert markdown.count("\n## ") == 6
+    assert markdown.count(f"{machine(facts)}.") == 5, "in the caption of every table with numbers"
 
 
 def assert_schedule(savings: dict) -> None:
-    """Nothing is saved where all is on, all of the backward pass through the blocks where nothing is."""
+    """Check the measured schedule: p = 1 saves nothing, p = 0 the whole backward pass through the blocks."""
     points = savings["points"]
     assert [point["p"] for point in points] == [eighth / 8 for eighth in range(9)]
     assert points[0]["blocks"] == [6.0] * PASSES_PER_REPEAT and points[-1]["blocks"] == [0.0] * PASSES_PER_REPEAT
@@ -195,14 +195,16 @@ def assert_schedule(savings: dict) -> None:
     for point in points:
         assert len(point["measured"]) == len(savings["lora_seconds"]) == PASSES_PER_REPEAT
         for blocks, counted in zip(point["blocks"], point["counted"], strict=True):
-            assert counted == pytest.approx(blocks * savings["block_share"], abs=0.06), "adapters off save a little"
+            assert counted == pytest.approx(blocks * savings["block_share"], abs=0.06), (
+                "inactive adapters save a little"
+            )
 
 
 def facts_of(**clients_per_second: tuple[float, float]) -> dict:
-    """Facts of the compute size, with a contestant's rate for LoRA and for CopRA."""
-    contestants = {
+    """Return facts of the compute size with each competitor's rates for LoRA and for CopRA."""
+    competitors = {
         letter: {
-            "name": letter, "dtype": "float32", "attention": "sdpa", "division": "1 x 1",
+            "name": letter, "dtype": "float32", "attention": "sdpa", "core_split": "1 x 1",
             "first_round_seconds": [1.0], "seconds_to_first_round": [1.0], "peak_memory": {"1 x 1": 10**9},
             "memory_per_extra_worker": None,
             "trainings": {
@@ -218,10 +220,10 @@ def facts_of(**clients_per_second: tuple[float, float]) -> dict:
     size = SIZES["compute"]
     machine = {"processor": "Fast CPU", "cores": 2, "system": "Linux"}
     run = {"command": "copra-fl bench", "date": "2026-01-02", "machine": machine, "versions": {}, "repeats": 3}
-    return run | {"sizes": {"compute": {"size": vars(size), "contestants": contestants}}}
+    return run | {"sizes": {"compute": {"size": vars(size), "competitors": competitors}}}
 
 
-def test_targets_are_held_against_medians() -> None:
+def test_targets_are_compared_with_medians() -> None:
     verdicts = tables(facts_of(c=(10, 10), f=(11, 11), g=(20, 24)))[-1]
     assert [row[1:] for row in verdicts.rows] == [
         [">= 2", "2.00", "met"],
@@ -234,33 +236,33 @@ def test_targets_are_held_against_medians() -> None:
 
 
 def test_summary_is_of_medians_and_has_every_name() -> None:
-    found = summary(facts_of(c=(10, 12), g=(20, 24)))
-    nobody = dict.fromkeys(["naive", "tuned", "loop", "node", "cohort", "engine_float32", "engine"])
-    assert found["machine"] == "Fast CPU, 2 cores"
-    assert found["compute"] == {
-        "lora": nobody | {"loop": 10, "engine": 20},
-        "copra": nobody | {"loop": 12, "engine": 24},
+    medians = summary(facts_of(c=(10, 12), g=(20, 24)))
+    not_measured = dict.fromkeys(["naive", "tuned", "loop", "node", "cohort", "engine_float32", "engine"])
+    assert medians["machine"] == "Fast CPU, 2 cores"
+    assert medians["compute"] == {
+        "lora": not_measured | {"loop": 10, "engine": 20},
+        "copra": not_measured | {"loop": 12, "engine": 24},
     }
-    assert found["overhead"] == found["small"] == nobody
-    assert found["matmul_share"]["compute"] == nobody | {"loop": 0.7, "engine": 0.7}
-    assert found["memory"]["compute"]["peak"] == nobody | {"loop": 10**9, "engine": 10**9}
-    assert found["memory"]["overhead"] == {"peak": nobody, "extra_worker": nobody, "extra_client": None}
+    assert medians["overhead"] == medians["small"] == not_measured
+    assert medians["matmul_share"]["compute"] == not_measured | {"loop": 0.7, "engine": 0.7}
+    assert medians["memory"]["compute"]["peak"] == not_measured | {"loop": 10**9, "engine": 10**9}
+    assert medians["memory"]["overhead"] == {"peak": not_measured, "extra_worker": not_measured, "extra_client": None}
 
 
-def test_what_is_left_out_is_said_and_gets_no_verdict() -> None:
+def test_parts_left_out_are_listed_and_get_no_verdict() -> None:
     facts = facts_of(**dict.fromkeys("abcdefg", (10, 10)))
     assert list(left_out(facts)) == ["Not measured: size overhead, small.", "3 of 5 repeats."]
     facts = facts_of(c=(10, 10), g=(20, 24))
     facts["sizes"]["compute"]["size"] = vars(QUICK_SIZES["compute"])
-    said = " ".join(left_out(facts))
-    assert "Without (a) Flower + Ray, reload per message, (b)" in said and "(c)" not in said
-    assert "No verdict on targets: compute with 2 of 8 clients." in said
-    assert "In one division of the cores alone, which may not be the fastest: compute." in said
+    sentences = " ".join(left_out(facts))
+    assert "Without (a) Flower + Ray, reload per message, (b)" in sentences and "(c)" not in sentences
+    assert "No verdict on targets, because of fewer clients: compute with 2 of 8 clients." in sentences
+    assert "Only one split of the cores was tried, which may not be the fastest: compute." in sentences
     assert not targets(facts).rows
 
 
 def with_schedule(facts: dict) -> dict:
-    """`facts` with growth and a schedule, as the command stores them."""
+    """Add scaling and a schedule to `facts`, as the command stores them."""
     points = [
         {"t": 0.75 * p, "p": p, "expected": 0.5 - 0.5 * p, "blocks": [6 - 6 * p, 6 - 6 * p],
          "counted": [0.5 - 0.5 * p, 0.5 - 0.5 * p], "measured": [0.4 - 0.4 * p, 0.5 - 0.5 * p]}
@@ -268,7 +270,7 @@ def with_schedule(facts: dict) -> dict:
     ]  # fmt: skip
     facts["sizes"]["compute"] |= {
         "schedule": {
-            "division": "1 x 2", "layers": 6, "ramp": 0.75, "block_share": 0.085, "expected": 0.1,
+            "core_split": "1 x 2", "layers": 6, "ramp": 0.75, "block_share": 0.085, "expected": 0.1,
             "counted": [0.1, 0.1], "measured": [0.09, 0.11], "lora_seconds": [1.0, 1.1], "points": points,
         },
         "scaling": {
@@ -294,7 +296,7 @@ def test_charts_show_the_stored_numbers() -> None:
     assert counted.y == (50, 25, 0) and measured.y == (45, 22.5, 0) and measured.x == (0, 0.375, 0.75)
 
 
-def test_page_has_the_machine_beside_every_number() -> None:
+def test_page_names_the_machine_in_every_caption() -> None:
     facts = with_schedule(facts_of(b=(1, 1), c=(10, 12), f=(15, 15), g=(20, 24)))
     page = render([facts])
     assert "4 of 8 targets met." in page
@@ -305,39 +307,39 @@ def test_page_has_the_machine_beside_every_number() -> None:
 
 @needs_chromium
 def test_page_of_stored_results_opens_in_a_browser(tmp_path: Path) -> None:
-    """Of the results in the repository and one with everything, together."""
+    """The results in the repository, together with one that has all parts."""
     stored = sorted((Path(__file__).parent.parent / "experiments" / "results").glob("bench-*.json"))
     (tmp_path / "all.json").write_text(json.dumps(with_schedule(facts_of(b=(1, 1), c=(10, 12), g=(20, 24)))))
     bench(page=[tmp_path / "all.json", *stored])
     check_page(tmp_path / "all.html", (tmp_path / "all.html").read_text().count("<figcaption"))
 
 
-def test_a_page_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_page_of_another_json_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="summary.json is not a result file of copra-fl bench"):
         bench(page=[tmp_path / "summary.json"])
 
 
 @pytest.mark.slow
-def test_quick_ends_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+def test_quick_lists_what_it_leaves_out(tmp_path: Path) -> None:
     started = time.time()
-    out, _ = RealRun(["bench", "--quick", "--json", "--output", "found"], tmp_path).finish()
+    out, _ = RealRun(["bench", "--quick", "--json", "--output", "results"], tmp_path).finish()
     print(f"the quick benchmark took {time.time() - started:.0f} s; it should be less than 180 s on 2 idle cores")
-    found = json.loads(out)
-    assert found["compute"]["copra"]["loop"] > 0 and found["compute"]["copra"]["cohort"] is None
-    assert "1 of 5 repeats." in found["left_out"]
-    assert (tmp_path / "found.html").exists()
+    medians = json.loads(out)
+    assert medians["compute"]["copra"]["loop"] > 0 and medians["compute"]["copra"]["cohort"] is None
+    assert "1 of 5 repeats." in medians["left_out"]
+    assert (tmp_path / "results.html").exists()
 
 
 @pytest.mark.slow
-def test_all_contestants_over_real_flower_and_ray(tmp_path: Path) -> None:
-    arguments = ["bench", "--size", "smoke", "--random-base", "--repeats", "1", "--output", "found"]
+def test_all_competitors_over_real_flower_and_ray(tmp_path: Path) -> None:
+    arguments = ["bench", "--size", "smoke", "--random-base", "--repeats", "1", "--output", "results"]
     RealRun(arguments, tmp_path).finish()
-    facts = json.loads((tmp_path / "found.json").read_text())["sizes"]["smoke"]
-    assert list(facts["contestants"]) == list("abcdefg")
+    facts = json.loads((tmp_path / "results.json").read_text())["sizes"]["smoke"]
+    assert list(facts["competitors"]) == list("abcdefg")
     for letter in "abde":
-        training = facts["contestants"][letter]["trainings"]["lora"]
+        training = facts["competitors"][letter]["trainings"]["lora"]
         assert training["bytes_down_per_round"] > 0 and training["cpu_seconds_per_round"][0] > 0
-    sent = {letter: facts["contestants"][letter]["trainings"]["lora"]["bytes_up_per_round"] for letter in "be"}
+    sent = {letter: facts["competitors"][letter]["trainings"]["lora"]["bytes_up_per_round"] for letter in "be"}
     assert sent["e"] < sent["b"], "a node sends one pooled update for all its clients"
     assert len(facts["simulate_first_round"]) == 1

@@ -1,4 +1,4 @@
-"""CopraCallback in Transformers' Trainer, against our own training, plain Trainer and itself when interrupted."""
+"""CopraCallback in Transformers' Trainer: equal to our own training, and at p = 1 to a Trainer without it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
+import copra_fl
 from copra_fl import CopraCallback
 from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.copra import schedule
 from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
-from copra_fl.training import single
+from copra_fl.models.export import load
 from copra_fl.training.batches import plan_steps
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
+from copra_fl.training.single import train_client
 from tests.support.documents import blocks
 from tests.support.tiny import NUM_LAYERS, Settings
 
@@ -35,11 +37,11 @@ MASKS = schedule.client_masks(CopraConfig(p0=0.3), 3, 0, STEPS, NUM_LAYERS, 1, 1
 
 
 def make_callback() -> CopraCallback:
-    """What has the masks `MASKS`."""
+    """Return a callback with the masks `MASKS`."""
     return CopraCallback(p0=0.3, seed=3)
 
 
-def test_the_masks_of_these_tests_have_every_layer_on_and_off_and_a_step_of_the_head_alone() -> None:
+def test_the_masks_of_these_tests_switch_every_layer_and_have_a_step_without_adapters() -> None:
     assert MASKS.any(0).all() and not MASKS.all(0).any() and not MASKS.any(1).all()
 
 
@@ -61,7 +63,7 @@ def arguments(directory: Path, **changed: Any) -> Arguments:
 
 
 class WithLoss(nn.Module):
-    """Our model as Trainer wants a model: the loss comes out of it, and there is no dropout in train mode."""
+    """Our model in Trainer's form: it returns the loss, and has no dropout in training mode."""
 
     def __init__(self, model: adapted.AdaptedModel) -> None:
         super().__init__()
@@ -78,29 +80,29 @@ class WithLoss(nn.Module):
 @pytest.mark.parametrize(
     "copra", [{"p0": 0.3}, {"min_active": 1, "gate_group": "module"}, {"rescale": True, "ramp": 0.5}], ids=str
 )
-def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one_round(
+def test_a_trainer_run_equals_a_federation_of_one_client_and_one_round(
     tiny: Settings, tmp_path: Path, copra: dict[str, Any]
 ) -> None:
-    alone = {"num-clients": 1, "num-rounds": 1, "partitioner": "iid", "seed": 1}
+    one_client = {"num-clients": 1, "num-rounds": 1, "partitioner": "iid", "seed": 1}
     steps = {"local-steps": STEPS, "gradient-accumulation": 2}
-    config = Config.from_flat(tiny | alone | steps).changed(**copra)
+    config = Config.from_flat(tiny | one_client | steps).changed(**copra)
     federated = load_data(config, load_processor(config.model))
     model = build_model(config.model, config.copra.gate_group, 3, seed=0)
     plan = Plan(1, (0,), config)
-    update = single.train_client(model, federated, plan, 0, model.read_adapter())
+    update = train_client(model, federated, plan, 0, Start(model.read_adapter()))
 
     batches = plan_steps(plan, federated, 0, len(model.gates.names)).batches
     order = np.concatenate([batch for step in batches for batch in step])
-    other = build_model(config.model, config.copra.gate_group, 3, seed=0)
+    trainer_model = build_model(config.model, config.copra.gate_group, 3, seed=0)
     trainer = Trainer(
-        WithLoss(other),
+        WithLoss(trainer_model),
         arguments(tmp_path),
         data_collator=lambda indices: federated.examples.batch(np.array(indices)),
         train_dataset=order.tolist(),
         callbacks=[CopraCallback(seed=1, **copra)],
     )
     trainer.train()
-    trained = other.read_adapter()
+    trained = trainer_model.read_adapter()
     start = build_model(config.model, config.copra.gate_group, 3, seed=0).read_adapter()
     assert update.adapter.keys() >= {"head.weight", "head.bias"}
     for name, tensor in trained.items():
@@ -110,14 +112,14 @@ def test_a_trainer_run_is_the_training_of_the_only_client_of_a_federation_of_one
 
 @pytest.fixture
 def examples() -> list[dict[str, Tensor]]:
-    """Twelve steps' worth of random tokens."""
+    """Random tokens for twelve steps."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 41, (96, 10), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 3} for row in tokens]
 
 
 def peft_model(tiny_model: str, dropout: float = 0.0, **lora: Any) -> PeftModel:
-    """Stock Transformers and PEFT; the same each time."""
+    """Return a model of Transformers and PEFT alone; the same in each call."""
     torch.manual_seed(0)
     config = BertConfig.from_pretrained(tiny_model, num_labels=3, hidden_dropout_prob=dropout)
     config.attention_probs_dropout_prob = dropout
@@ -137,7 +139,7 @@ def assert_bitwise(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_with_p_1_throughout_it_is_trainer_without_the_callback(
+def test_with_p0_1_the_training_is_bitwise_that_without_the_callback(
     tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
 ) -> None:
     plain, gated = peft_model(tiny_model, dropout=0.1), peft_model(tiny_model, dropout=0.1)
@@ -147,7 +149,7 @@ def test_with_p_1_throughout_it_is_trainer_without_the_callback(
 
 
 class Spy(TrainerCallback):
-    """Sees, at each optimiser step, who has a gradient and who moves, and how many micro-batches each mask had."""
+    """Checks at each optimizer step that exactly the active layers have gradients and move; counts micro-batches."""
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -178,48 +180,50 @@ class Spy(TrainerCallback):
             moved = [not torch.equal(p, old) for p, old in zip(layer, before, strict=True)]
             assert any(moved) == on
         steps = [[kwargs["optimizer"].state.get(p, {}).get("step", 0) for p in layer] for layer in self.layers]
-        assert steps == [[count] * 4 for count in np.sum(self.masks, axis=0)], "moments move where the adapter does"
+        assert steps == [[count] * 4 for count in np.sum(self.masks, axis=0)], (
+            "moments must move where the adapter does"
+        )
 
 
-def test_one_mask_per_optimiser_step_and_what_is_off_has_no_gradient_and_no_update(
+def test_one_mask_per_optimizer_step_and_no_gradient_or_update_for_inactive_layers(
     tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
 ) -> None:
     spy = Spy()
     settings = arguments(tmp_path, weight_decay=0.1)
     Trainer(peft_model(tiny_model), settings, train_dataset=examples, callbacks=[make_callback(), spy]).train()
     assert spy.masks == MASKS.tolist()
-    assert spy.forwards == np.repeat(MASKS, 2, axis=0).tolist(), "two micro-batches a step"
+    assert spy.forwards == np.repeat(MASKS, 2, axis=0).tolist(), "two micro-batches per step"
 
 
-def test_evaluation_between_steps_sees_every_adapter_and_changes_nothing(
+def test_evaluation_between_steps_uses_every_adapter_and_changes_nothing(
     tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
 ) -> None:
     expected = []
 
     class Forward(TrainerCallback):
-        """The same loss from a model that never had a gate."""
+        """Compute the same loss with a model without gates."""
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            other = peft_model(tiny_model).eval()
-            other.load_state_dict(kwargs["model"].state_dict())
+            ungated = peft_model(tiny_model).eval()
+            ungated.load_state_dict(kwargs["model"].state_dict())
             batch = {name: torch.stack([example[name] for example in examples[:8]]) for name in examples[0]}
             with torch.no_grad():
-                expected.append(float(other(**batch).loss))
+                expected.append(float(ungated(**batch).loss))
 
     settings = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
     evaluated, plain = peft_model(tiny_model), peft_model(tiny_model)
     callbacks = [make_callback(), Forward()]
     trainer = Trainer(evaluated, settings, train_dataset=examples, eval_dataset=examples[:8], callbacks=callbacks)
-    with torch.random.fork_rng():  # what `expected` draws is not ours
+    with torch.random.fork_rng():  # `Forward` draws from the global generator
         trainer.train()
-    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert seen == pytest.approx(expected, abs=1e-6) and len(seen) == STEPS
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses == pytest.approx(expected, abs=1e-6) and len(losses) == STEPS
     Trainer(plain, arguments(tmp_path), train_dataset=examples, callbacks=[make_callback()]).train()
     assert_bitwise(evaluated, plain)
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C between the micro-batches of step 4, where one layer is off."""
+    """Interrupts between the micro-batches of step 4, in which one layer is off."""
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
@@ -227,13 +231,15 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.parametrize("same_trainer", [True, False])
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_training_continues_bitwise(
     tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]], same_trainer: bool
 ) -> None:
-    """With dropout everywhere, so that its streams have to go on too."""
+    """Dropout is on everywhere, so its random streams must continue too."""
     assert not MASKS[3].all()
-    whole = peft_model(tiny_model, dropout=0.1)
-    Trainer(whole, arguments(tmp_path / "whole"), train_dataset=examples, callbacks=[make_callback()]).train()
+    uninterrupted = peft_model(tiny_model, dropout=0.1)
+    Trainer(
+        uninterrupted, arguments(tmp_path / "uninterrupted"), train_dataset=examples, callbacks=[make_callback()]
+    ).train()
 
     model, settings = peft_model(tiny_model, dropout=0.1), arguments(tmp_path, save_strategy="steps", save_steps=2)
     trainer = Trainer(model, settings, train_dataset=examples, callbacks=[make_callback(), Stop()])
@@ -245,13 +251,13 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     trainer.remove_callback(Stop)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == STEPS
-    assert_bitwise(model, whole)
+    assert_bitwise(model, uninterrupted)
 
 
-def test_a_frozen_factor_stays_frozen_and_scales_stay_the_users(
+def test_frozen_factors_and_user_scales_stay(
     tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
 ) -> None:
-    """PEFT gives a gradient to whatever is switched on; A is frozen here as in FFA-LoRA."""
+    """PEFT gives a gradient to all that is switched on; A is frozen here as in FFA-LoRA."""
     model = peft_model(tiny_model, use_rslora=True)
     frozen = {name: p for name, p in model.named_parameters() if ".lora_A" in name}
     for parameter in frozen.values():
@@ -266,7 +272,7 @@ def test_a_frozen_factor_stays_frozen_and_scales_stay_the_users(
     assert [layer.scaling["default"] for layer in layers] == scales
 
 
-def test_a_model_of_adapters_alone_trains_with_one_on_at_least(tiny_model: str, tmp_path: Path) -> None:
+def test_a_model_without_a_head_needs_min_active_1(tiny_model: str, tmp_path: Path) -> None:
     model = get_peft_model(
         BertForMaskedLM.from_pretrained(tiny_model), LoraConfig(r=2, target_modules=["query", "value"])
     )
@@ -278,7 +284,9 @@ def test_a_model_of_adapters_alone_trains_with_one_on_at_least(tiny_model: str, 
     assert np.isfinite(trainer.train().training_loss)
 
 
-def test_errors_say_what_to_do(tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]) -> None:
+def test_errors_name_the_value_and_the_remedy(
+    tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
+) -> None:
     with pytest.raises(ConfigError, match="p0 = 2.0 must be at least 0 and at most 1\nramp = 0.0 must be more than 0"):
         CopraCallback(p0=2.0, ramp=0.0)
 
@@ -298,6 +306,16 @@ def test_the_snippet_of_the_guide(tiny_model: str, tmp_path: Path, examples: lis
     names = {"Trainer": Trainer, "model": peft_model(tiny_model), "args": arguments(tmp_path), "examples": examples}
     exec(snippet, names)
     assert names["trainer"].state.global_step == STEPS
+
+
+def test_the_package_exports_its_public_names() -> None:
+    assert {name: getattr(copra_fl, name) for name in copra_fl.__all__} == {
+        "Config": Config,
+        "CopraCallback": CopraCallback,
+        "load": load,
+    }
+    with pytest.raises(AttributeError, match="module 'copra_fl' has no attribute 'Copra'"):
+        copra_fl.Copra  # noqa: B018
 
 
 def test_import_copra_fl_imports_nothing_large() -> None:

@@ -1,4 +1,4 @@
-"""Causal language models: what is learnt of a text or a response, held against Transformers and PEFT."""
+"""Causal language models: targets of texts and responses, and losses, agree with Transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.reporting import report
-from copra_fl.reporting.tables import also_measured, header_and_rows
+from copra_fl.reporting.tables import optional_columns, results_table
 from copra_fl.tasks import find_task
-from copra_fl.tasks.causal_lm import NOT_LEARNT, cut, opening, response
+from copra_fl.tasks.causal_lm import NO_TARGET, opening, response, truncate
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -26,7 +26,7 @@ from tests.support.worlds import World, assert_alike
 
 @pytest.fixture(scope="session")
 def spoken(texts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Texts of 1 to 8 words, each a response to the one before it; no two are equal."""
+    """Path of unique texts of 1 to 8 words, each a response to the previous one."""
     rows = pd.read_csv(texts).drop_duplicates("text")
     rows["text"] = [" ".join(text.split()[: 8 - i % 8]) for i, text in enumerate(rows["text"])]
     rows["prompt"] = rows["text"].shift(fill_value="sea0")
@@ -53,31 +53,31 @@ def settings(plain: Settings, request: pytest.FixtureRequest) -> Settings:
     return plain | ({"prompt-column": "prompt"} if request.param == "responses" else {})
 
 
-def test_the_loss_is_transformers_own(settings: Settings) -> None:
-    """Oracle: `labels` given to PEFT's model on Transformers' causal Llama, which shifts them itself."""
+def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:
+    """Oracle: the loss of PEFT's model on Transformers' causal Llama, which shifts `labels` itself."""
     world = World(settings)
     indices = world.data.server_validation
     batch = world.data.examples.batch(indices)
     with torch.inference_mode():
         world.plain.write_adapter(world.start)
         output = world.plain.peft(**batch)
-    learnt = batch["labels"][:, 1:] != NOT_LEARNT
-    right = (output.logits[:, :-1].argmax(2) == batch["input_ids"][:, 1:])[learnt]
+    is_target = batch["labels"][:, 1:] != NO_TARGET
+    right = (output.logits[:, :-1].argmax(2) == batch["input_ids"][:, 1:])[is_target]
     expected = {
         "loss": float(output.loss),
         "accuracy": float(right.double().mean()),
         "perplexity": math.exp(output.loss),
         "examples": len(indices),
     }
-    assert int(learnt.sum()) == world.data.examples.num_targets[indices].sum()
+    assert int(is_target.sum()) == world.data.examples.num_targets[indices].sum()
     for model in (world.plain, world.stacked):
         for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
             assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}])
-def test_clients_train_together_as_alone(settings: Settings, changes: Settings) -> None:
-    """Oracle: `train_client`, plain PEFT; every step has a mask of its own."""
+def test_clients_train_together_as_if_alone(settings: Settings, changes: Settings) -> None:
+    """Oracle: `train_client`, plain PEFT. Every step has its own mask."""
     world = World(settings | {"local-steps": 10, "num-rounds": 4} | changes)
     updates = world.together(*range(6))
     assert {0 < sum(update.active_steps) < 30 for update in updates} == {True}
@@ -85,45 +85,47 @@ def test_clients_train_together_as_alone(settings: Settings, changes: Settings) 
         assert_alike(update, world.alone(update.client), 1e-5)
 
 
-def test_what_is_learnt(settings: Settings, spoken: str, tiny_llama: str) -> None:
-    """Every token after BOS of a text; of a conversation the response and the end of its turn."""
+def test_targets_are_the_text_or_the_response_with_the_end_of_its_turn(
+    settings: Settings, spoken: str, tiny_llama: str
+) -> None:
+    """For plain texts every token after BOS is a target; for conversations the response and EOS."""
     examples, tokenizer = World(settings).data.examples, AutoTokenizer.from_pretrained(tiny_llama)
     rows = pd.read_csv(spoken)
     batch = examples.batch(np.arange(len(rows)))
     for row, ids, labels in zip(rows.itertuples(), batch["input_ids"], batch["labels"], strict=True):
-        asked = f"<s> user {row.prompt} </s> assistant" if "prompt-column" in settings else "<s>"
-        assert tokenizer.decode(labels[labels != NOT_LEARNT]) == f"{row.text} </s>"
-        assert tokenizer.decode(ids[: len(f"{asked} {row.text} </s>".split())]) == f"{asked} {row.text} </s>"
+        prompt = f"<s> user {row.prompt} </s> assistant" if "prompt-column" in settings else "<s>"
+        assert tokenizer.decode(labels[labels != NO_TARGET]) == f"{row.text} </s>"
+        assert tokenizer.decode(ids[: len(f"{prompt} {row.text} </s>".split())]) == f"{prompt} {row.text} </s>"
 
 
-def test_without_a_template_a_prompt_is_a_line(tiny_llama: str) -> None:
+def test_without_a_template_a_prompt_ends_with_a_line_break(tiny_llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = None
     assert opening(tokenizer, "who is there") == "<s>who is there\n"
     assert response(tokenizer, "who is there", "it is I") == "it is I</s>"
 
 
-def test_a_template_that_opens_otherwise_than_it_goes_on_is_refused(tiny_llama: str) -> None:
+def test_a_template_with_another_generation_prompt_is_refused(tiny_llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = tokenizer.chat_template.replace("'assistant '", "'think '")
-    with pytest.raises(ConfigError, match="which part is the response cannot be told"):
+    with pytest.raises(ConfigError, match="cannot locate the response"):
         response(tokenizer, "who is there", "it is I")
 
 
 @pytest.mark.parametrize(
-    ("before", "learnt", "kept"),
+    ("before", "targets", "kept"),
     [(1, 20, (1, 7)), (0, 20, (0, 8)), (10, 3, (5, 3)), (10, 20, (4, 4)), (3, 20, (3, 5)), (3, 2, (3, 2))],
 )
-def test_what_is_too_long_loses_the_start_of_the_prompt_and_the_end_of_the_response(
-    before: int, learnt: int, kept: tuple[int, int]
+def test_truncation_drops_the_start_of_the_prompt_and_the_end_of_the_response(
+    before: int, targets: int, kept: tuple[int, int]
 ) -> None:
-    first, last = cut(list(range(before)), list(range(learnt)), max_length=8)
+    first, last = truncate(list(range(before)), list(range(targets)), max_length=8)
     assert (len(first), len(last)) == kept
     assert first == list(range(before))[before - len(first) :] and last == list(range(len(last)))
 
 
-def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tmp_path: Path) -> None:
-    """Oracle: the losses of `AutoPeftModelForCausalLM`, on examples of clients that took part and of others."""
+def test_a_run_exports_an_adapter_that_peft_alone_opens(settings: Settings, tmp_path: Path) -> None:
+    """Oracle: the losses of `AutoPeftModelForCausalLM` on the test examples and on those of held-out clients."""
     settings = settings | {"p0": 0.5, "num-clients": 4, "held-out-clients": 2}
     run = run_federation(settings, tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
@@ -135,16 +137,18 @@ def test_a_run_ends_with_an_adapter_that_stock_peft_opens(settings: Settings, tm
             loss = float(opened(**batch).loss)
             with opened.disable_adapter():
                 assert abs(float(opened(**batch).loss) - loss) > 1e-3
-        expected = {"loss": loss, "perplexity": math.exp(loss), "examples": len(indices)}
-        assert summary[name] == pytest.approx(expected | {"accuracy": summary[name]["accuracy"]}, rel=1e-4)
+        assert summary[name]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert summary[name]["metrics"] == pytest.approx({"perplexity": math.exp(loss)}, rel=1e-4)
+        assert summary[name]["examples"] == len(indices)
 
     (run / "config.toml").write_text(Config.from_flat(settings).to_toml())
     found = report.write(run)
-    header, (row,) = header_and_rows(found, also_measured(found))
-    shown = dict(zip(header, row, strict=True))
-    assert shown["held-out ppl"] == f"{summary['held_out']['perplexity']:.2f}"
+    results = results_table(found, optional_columns(found))
+    (row,) = results.rows
+    shown = dict(zip(results.header, row, strict=True))
+    assert shown["held-out perplexity"] == f"{summary['held_out']['metrics']['perplexity']:.2f}"
     assert shown["held-out clients, %"] == f"{100 * summary['held_out']['accuracy']:.1f}"
 
 
-def test_a_diverged_model_has_a_perplexity() -> None:
+def test_a_diverged_model_has_a_finite_perplexity() -> None:
     assert find_task("causal-lm").metrics(1e6, 0.0)["perplexity"] == pytest.approx(1.01e304, rel=0.01)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same adapters from less memory, and nothing stored where nothing is learnt."""
+"""Gradient checkpointing: the same adapters with less memory, and nothing stored below the lowest active adapter."""
 
 from __future__ import annotations
 
@@ -29,48 +29,48 @@ def settings(tiny: Settings, tiny_llama: str, request: pytest.FixtureRequest) ->
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_the_adapters_are_the_same(settings: Settings, changes: Settings) -> None:
-    """Both engines: bitwise what they give without."""
+def test_the_adapters_are_bitwise_the_same(settings: Settings, changes: Settings) -> None:
+    """Oracle: each engine without checkpointing."""
     without, world = (World(settings | changes | {"gradient-checkpointing": on}) for on in (False, True))
-    for one, other in zip(without.together(*range(6)), world.together(*range(6)), strict=True):
-        assert relative_error(one.adapter, other.adapter) == 0 and one.metrics["loss"] == other.metrics["loss"]
-    one, other = without.alone(2), world.alone(2)
-    assert relative_error(one.adapter, other.adapter) == 0 and one.metrics["loss"] == other.metrics["loss"]
+    pairs = [*zip(without.together(*range(6)), world.together(*range(6)), strict=True)]
+    for expected, update in [*pairs, (without.alone(2), world.alone(2))]:
+        assert relative_error(update.adapter, expected.adapter) == 0
+        assert update.metrics["loss"] == expected.metrics["loss"]
 
 
 class Kept:
-    """A tensor that is kept for the backward pass, for as long as its graph needs it."""
+    """A tensor kept for the backward pass; it is freed with its graph."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def stored_bytes(forward: Callable[[], Tensor]) -> int:
-    """What is kept for the backward pass after `forward`, each memory once."""
+    """Return the bytes kept for the backward pass after `forward`, counting each storage once."""
     kept: WeakSet[Kept] = WeakSet()
 
     def pack(tensor: Tensor) -> Kept:
-        kept.add(found := Kept(tensor))
-        return found
+        kept.add(holder := Kept(tensor))
+        return holder
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = forward()
     assert loss.requires_grad
-    storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage().nbytes() for one in kept}
-    return sum(storages.values())
+    storages = [holder.tensor.untyped_storage() for holder in kept]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def stacked(world: World, on: list[bool]) -> Callable[[], Tensor]:
-    """The loss of one client with the groups `on`."""
+    """Return the loss of one client in the stacked engine, with the groups `on`."""
     batch = world.data.examples.batch(world.data.train[0][:8])
     stack = Stack(world.stacked.layout, world.stacked.layout.flatten(world.start)[None].clone(), ("A", "B"))
-    open_ = np.array([on])
-    step = Step(stack, np.zeros(1, int), open_, world.stacked.depth(open_), torch.ones(1))
+    mask = np.array([on])
+    step = Step(stack, np.zeros(1, int), mask, world.stacked.depth(mask), torch.ones(1))
     return lambda: world.stacked.task.losses(world.stacked(step, batch), batch).mean()
 
 
 def alone(world: World, on: list[bool]) -> Callable[[], Tensor]:
-    """The same in plain PEFT."""
+    """Return the same loss in plain PEFT."""
     batch = world.data.examples.batch(world.data.train[0][:8])
     world.plain.write_adapter(world.start)
     world.plain.train_only(("A", "B"))
@@ -79,10 +79,10 @@ def alone(world: World, on: list[bool]) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("engine", [stacked, alone])
-def test_blocks_store_their_inputs_alone_and_nothing_below_the_lowest_adapter(
+def test_blocks_store_only_their_inputs_and_nothing_below_the_lowest_adapter(
     tiny: Settings, tiny_llama: str, engine: Callable[[World, list[bool]], Callable[[], Tensor]]
 ) -> None:
-    """A Llama whose blocks are most of what is kept; an input is 8 x tokens x 32 floats."""
+    """In this Llama blocks keep most of the memory; an input of a block is 8 x tokens x 32 floats."""
     settings = tiny | {
         "task": "causal-lm",
         "model": tiny_llama,
@@ -91,7 +91,7 @@ def test_blocks_store_their_inputs_alone_and_nothing_below_the_lowest_adapter(
     }
     without, world = (World(settings | {"gradient-checkpointing": on}) for on in (False, True))
     masks = [[True] * 3, [False, True, True], [False, False, True]]
-    before, after = ([stored_bytes(engine(each, mask)) for mask in masks] for each in (without, world))
+    before, after = ([stored_bytes(engine(setup, mask)) for mask in masks] for setup in (without, world))
     one_input = world.data.examples.batch(world.data.train[0][:8])["input_ids"].numel() * 32 * 4
     assert before[0] > 4 * after[0]
     for stored in (before, after):

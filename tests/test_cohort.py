@@ -1,4 +1,4 @@
-"""Stacked training gives each client what plain PEFT gives it alone, and does less for it."""
+"""Stacked training gives each client the adapter of plain PEFT, with less computation."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import nn
 from copra_fl.training.cohort import slices
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
-    """Oracle: `train_client`, PEFT's own modules and one torch optimiser, for each client by itself."""
+    """Oracle: `train_client`, PEFT's modules and one torch optimizer, for each client alone."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
     if megabytes := world.config.training.hidden_state_cache_mb:
         room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
-        world.stacked.present.prefix = PrefixCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 
 
 def test_in_float64_the_difference_is_rounding(tiny: Settings) -> None:
-    """What is left in float32 is float32: with everything in float64 both agree to 13 digits."""
+    """With everything in float64 both agree to 12 digits, so the difference in float32 is rounding."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "lora-dropout": 0.2}, double=True)
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-12)
 
 
 def test_a_bf16_base_stays_within_its_rounding(tiny: Settings) -> None:
-    """The products with the base are rounded to 8 bits in another order: bounded, not equal."""
+    """Products with the base are rounded to 8 bits in another order, so the adapters differ by a bounded amount."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "dtype": "bfloat16"})
     for update in world.together(*range(6)):
         assert {tensor.dtype for tensor in update.adapter.values()} == {torch.float32}
@@ -42,7 +42,7 @@ def test_a_bf16_base_stays_within_its_rounding(tiny: Settings) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora-dropout": 0.3, "local-epochs": 1}])
-def test_who_else_is_in_the_cohort_does_not_matter(tiny: Settings, changes: Settings) -> None:
+def test_an_adapter_does_not_depend_on_the_rest_of_the_cohort(tiny: Settings, changes: Settings) -> None:
     world = World(tiny | {"local-steps": 20} | changes)
     together = {update.client: update for update in world.together(*range(6))}
     apart = [*world.together(4), *world.together(5, 0), *world.together(1, 2, 3)]
@@ -50,14 +50,14 @@ def test_who_else_is_in_the_cohort_does_not_matter(tiny: Settings, changes: Sett
         assert_alike(update, together[update.client], 1e-5)
 
 
-def test_twice_the_same_is_bitwise_the_same(tiny: Settings) -> None:
+def test_a_repeated_training_is_bitwise_the_same(tiny: Settings) -> None:
     world = World(tiny | {"lora-dropout": 0.3})
     for first, second in zip(world.together(*range(6)), world.together(*range(6)), strict=True):
         assert all(torch.equal(first.adapter[name], second.adapter[name]) for name in first.adapter)
 
 
 def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:
-    """Bitwise: what the others do after a client's last step does not touch it."""
+    """Later steps of the other clients do not change the adapter of a client that has finished."""
     world = World(tiny | {"local-epochs": 1, "alpha": 0.3, "batch-size": 8})
     steps = {client: len(world.data.train[client]) for client in range(6)}
     longest, shortest = max(steps, key=steps.__getitem__), min(steps, key=steps.__getitem__)
@@ -69,7 +69,7 @@ def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:
 
 
 class Recorder:
-    """Rows that each block of the base computes, with a graph and without."""
+    """Records the rows that each block of the base computes, with and without a graph."""
 
     def __init__(self, stacked: StackedModel) -> None:
         self.rows: list[tuple[int, bool, int, bool]] = []
@@ -85,11 +85,13 @@ class Recorder:
 def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
     tiny: Settings, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks. The second time round the cache has
-    every state that is not in the graph."""
+    """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks.
+
+    In the second training the cache has every state that is not in the graph.
+    """
     world = World(tiny | {"local-steps": 1})
     if cached:
-        world.stacked.present.prefix = PrefixCache(5, 16, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
     monkeypatch.setattr(
         "copra_fl.copra.schedule.client_masks",
@@ -108,8 +110,8 @@ def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
         assert_alike(update, world.alone(update.client), 1e-5)
 
 
-def test_slices_bound_the_tokens_of_a_step_and_put_like_clients_together(tiny: Settings) -> None:
-    """4 examples of 16 tokens a client: 64 tokens each, 150 allow two at once."""
+def test_slices_bound_the_tokens_of_a_step_and_group_clients_with_similar_numbers_of_steps(tiny: Settings) -> None:
+    """4 examples of 16 tokens per client are 64 tokens, so 150 tokens allow two clients at once."""
     flat = tiny | {"local-epochs": 1, "alpha": 0.3}
     world = World(flat | {"step-tokens": 150})
     parts = slices(world.config, world.data, range(6))
@@ -120,8 +122,8 @@ def test_slices_bound_the_tokens_of_a_step_and_put_like_clients_together(tiny: S
     assert len(slices(World(flat).config, world.data, range(6))) == 1
 
 
-def test_evaluating_many_adapters_at_once(tiny: Settings) -> None:
-    """Oracle: the PEFT model, one adapter after the other."""
+def test_many_adapters_evaluated_together_get_the_metrics_of_each_alone(tiny: Settings) -> None:
+    """Oracle: the PEFT model with one adapter after the other."""
     world = World(tiny)
     adapters = [world.start, *(world.start | update.adapter for update in world.together(0, 1, 2))]
     indices = world.data.server_validation

@@ -14,7 +14,7 @@ import torch
 
 from copra_fl.adapters.state import Adapter, Update
 from copra_fl.aggregation.rule import Round
-from copra_fl.aggregation.rules.connectivity import STEPS, connectivity, on_factors, on_products
+from copra_fl.aggregation.rules.connectivity import STEPS, Parameters, connectivity, on_factors, on_products
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.aggregation.rules.flexlora import flexlora
 from tests.support.rounds import MODULES, dense, dense_ideal, make_round, random_adapter, random_round, relative, update
@@ -38,7 +38,7 @@ def numbers(before: float, clients: list[float], examples: list[int], landscape:
         Update(i, {"head.bias": torch.tensor([x])}, n, (1, 1), {"loss": 1.0})
         for i, (x, n) in enumerate(zip(clients, examples, strict=True))
     ]
-    return make_round({"head.bias": torch.tensor([before])}, updates, score=landscape, connectivity_bound=bound)
+    return make_round({"head.bias": torch.tensor([before])}, updates, score=landscape, parameters=Parameters(bound))
 
 
 @pytest.mark.parametrize(("minimum", "u"), [(2.0, 1.0), (1.0, 0.5), (1.6, 0.75), (2.4, 1.25), (9.0, 1.5)])
@@ -96,7 +96,7 @@ def test_a_round_that_is_not_connected_falls_back_to_the_product_average(bound: 
         return [{"loss": abs(math.sin(2 * math.pi * head)), "accuracy": 0.5} for head in heads]
 
     updates = [update(i, random_adapter(i) | {"head.bias": torch.full((3,), float(i))}, 10) for i in range(2)]
-    round_ = make_round(random_adapter(9), updates, connectivity_bound=bound, score=score)
+    round_ = make_round(random_adapter(9), updates, parameters=Parameters(bound), score=score)
     outcome, products = connectivity(round_), flexlora(round_).adapter
     assert outcome.notes["path"] == "fallback" and outcome.notes["down_weighted"] == [0, 1]
     assert outcome.notes["barrier"] == pytest.approx(1.0) and outcome.notes["scored"] == 9
@@ -113,7 +113,7 @@ def test_a_loss_that_is_no_number_is_no_valley() -> None:
 
 def test_it_takes_the_path_of_products_where_that_is_better() -> None:
     """The loss is the distance of s B A from the ideal product, which FedAvg's factors miss."""
-    round_ = random_round(3, connectivity_bound=100.0)
+    round_ = random_round(3)
     goals = {module: dense_ideal(round_, module) for module in MODULES}
 
     def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
@@ -122,7 +122,7 @@ def test_it_takes_the_path_of_products_where_that_is_better() -> None:
             for each in adapters
         ]
 
-    outcome = connectivity(make_round(round_.before, round_.updates, score=score, connectivity_bound=100.0))
+    outcome = connectivity(make_round(round_.before, round_.updates, score=score, parameters=Parameters(bound=100.0)))
     assert (outcome.notes["path"], outcome.notes["u"]) == ("products", 1.0)
     expected = flexlora(round_).adapter
     assert all(torch.allclose(outcome.adapter[name], expected[name], atol=1e-6) for name in expected)

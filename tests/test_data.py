@@ -1,4 +1,4 @@
-"""Real files in, token tensors out. Texts are unique, so that an example can be told by its tokens."""
+"""Files are loaded to token tensors, held-out sets and clients. Texts are unique, so tokens identify an example."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Load = Callable[..., FederatedData]
 
 @pytest.fixture
 def load_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Load:
-    """Writes a table to a CSV file and loads that."""
+    """A function that writes a table to a CSV file and loads it."""
 
     def load_rows(rows: pd.DataFrame, **changes: Any) -> FederatedData:
         rows.to_csv(tmp_path / "rows.csv", index=False)
@@ -55,13 +55,13 @@ def members(data: FederatedData) -> list[set[int]]:
 
 
 def label_counts(data: FederatedData) -> np.ndarray:
-    """(clients, labels), of train and validation together."""
+    """Return (clients, labels) the numbers of training and validation examples."""
     labels, classes = data.examples.labels.numpy(), len(data.label_names)
     return np.array([np.bincount(labels[list(client)], minlength=classes) for client in members(data)])
 
 
 def pool_of(data: FederatedData) -> np.ndarray:
-    """What is not held out, where no duplicates were dropped."""
+    """Return the examples that are not held out, if no duplicates were dropped."""
     return np.setdiff1d(np.arange(len(data.examples)), np.concatenate([data.server_validation, data.test]))
 
 
@@ -89,8 +89,8 @@ def test_partitions_are_disjoint_complete_and_seeded(
     states = global_generators()
     data = load_rows(rows, **split)
     used = np.concatenate([*data.train, *data.validation, data.server_validation, data.test])
-    assert len(used) == len(set(used)) == 600 - data.unassigned
-    assert data.unassigned == (8 if split["partitioner"] == "shards" else 0)  # 500 in 12 shards of 41
+    assert len(used) == len(set(used)) == 600 - data.dropped.unassigned
+    assert data.dropped.unassigned == (8 if split["partitioner"] == "shards" else 0)  # 500 in 12 shards of 41
     held = [len(validation) for validation in data.validation]
     assert held == [(len(t) + v) // 10 for t, v in zip(data.train, held, strict=True)]
 
@@ -103,16 +103,16 @@ def test_partitions_are_disjoint_complete_and_seeded(
     assert states == global_generators()
 
 
-def test_examples_that_the_partitioner_gives_to_nobody_are_counted(rows: pd.DataFrame, load_rows: Load) -> None:
+def test_unassigned_examples_are_counted(rows: pd.DataFrame, load_rows: Load) -> None:
     """Shards: 500 examples in 6 x 7 = 42 shards of 11 leave 38. Pathological: 2 clients with 1 of 4 classes each."""
     shards = load_rows(rows, partitioner="shards", classes_per_client=7)
-    assert client_sizes(shards) == [77] * 6 and shards.unassigned == 38
+    assert client_sizes(shards) == [77] * 6 and shards.dropped.unassigned == 38
     two = load_rows(rows, partitioner="pathological", classes_per_client=1, num_clients=2)
     air, fire, sea, soil = np.bincount(two.examples.labels[pool_of(two)])
-    assert label_counts(two).tolist() == [[air, 0, 0, 0], [0, fire, 0, 0]] and two.unassigned == sea + soil
+    assert label_counts(two).tolist() == [[air, 0, 0, 0], [0, fire, 0, 0]] and two.dropped.unassigned == sea + soil
 
 
-def test_iid_clients_are_alike(load_rows: Load) -> None:
+def test_iid_clients_have_similar_label_distributions(load_rows: Load) -> None:
     counts = label_counts(load_rows(make_rows(4000), partitioner="iid", num_clients=4))
     assert counts.sum(1).tolist() == [975] * 4
     # A share of 1/4 in 975 draws has a standard deviation of 0.014.
@@ -128,7 +128,7 @@ def test_small_alpha_is_more_skewed_than_large(rows: pd.DataFrame, load_rows: Lo
     assert largest_share(1000.0) == pytest.approx(1 / 6, abs=0.05)
 
 
-def test_pathological_gives_exactly_the_classes_asked_for(rows: pd.DataFrame, load_rows: Load) -> None:
+def test_pathological_clients_have_exactly_classes_per_client_labels(rows: pd.DataFrame, load_rows: Load) -> None:
     for classes in (1, 2, 4):
         data = load_rows(rows, partitioner="pathological", classes_per_client=classes)
         assert (label_counts(data) > 0).sum(1).tolist() == [classes] * 6
@@ -146,16 +146,18 @@ def test_natural_clients_are_the_values_of_the_column_in_order(
     sizes = Counter(owner[text] for text in texts_of(data, pool_of(data), tokenizer))
     largest = load_rows(rows, partitioner="natural", client_column="owner", num_clients=3)
     assert largest.client_names == [str(value) for value in sorted(dict(sizes.most_common(3)))]
-    assert largest.unassigned == 500 - sum(dict(sizes.most_common(3)).values())
+    assert largest.dropped.unassigned == 500 - sum(dict(sizes.most_common(3)).values())
     assert client_sizes(largest) == [sizes[int(name)] for name in largest.client_names]
 
 
 def test_held_out_clients_are_held_out_whole(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The 5 largest of 12 owners: 2 of them held out, the same for every seed; nothing of the 7 others."""
+    """Of the 5 largest of 12 owners, 2 are held out, the same for every seed; the other 7 owners are not used."""
     owner = dict(zip(rows["text"], rows["owner"].astype(str), strict=True))
-    rows.loc[0, "text"] = next(text for text in rows["text"] if owner[text] == "10")  # owner 0's, who is not chosen
+    rows.loc[0, "text"] = next(
+        text for text in rows["text"] if owner[text] == "10"
+    )  # a row of owner 0, which is not chosen
     natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "held_out_clients": 2}
     data = load_rows(rows, **natural)
 
@@ -168,7 +170,7 @@ def test_held_out_clients_are_held_out_whole(
     assert owners(data.held_out) == set(data.held_out_names)
     sizes = Counter(owner.values())
     assert len(data.held_out) == min(60, sum(sizes[name] for name in data.held_out_names))
-    assert (len(data.test), len(data.server_validation), data.unassigned) == (60, 40, 0)
+    assert (len(data.test), len(data.server_validation), data.dropped.unassigned) == (60, 40, 0)
     assert sum(client_sizes(data)) == sum(sizes[name] for name in data.client_names) - 100
     other = load_rows(rows, **natural, seed=3)
     assert (other.held_out_names, list(other.test)) == (data.held_out_names, list(data.test))
@@ -176,16 +178,16 @@ def test_held_out_clients_are_held_out_whole(
     assert len(everyone.client_names) == 10 and len(everyone.held_out_names) == 2
 
 
-def test_what_clients_hold_too_is_not_held_out(
+def test_held_out_examples_that_a_client_also_has_are_dropped(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     natural = {"partitioner": "natural", "client_column": "owner", "num_clients": 3, "held_out_clients": 2}
     before = load_rows(rows, **natural)
     (copied,) = texts_of(before, before.held_out[:1], tokenizer)
-    (there,) = texts_of(before, before.train[0][:1], tokenizer)
-    rows.loc[rows["text"] == there, "text"] = copied
+    (replaced,) = texts_of(before, before.train[0][:1], tokenizer)
+    rows.loc[rows["text"] == replaced, "text"] = copied
     after = load_rows(rows, **natural)
-    assert len(after.held_out) == len(before.held_out) - 1 and after.dropped_duplicates == 1
+    assert len(after.held_out) == len(before.held_out) - 1 and after.dropped.duplicates == 1
     assert copied not in texts_of(after, after.held_out, tokenizer)
 
 
@@ -198,10 +200,10 @@ def test_held_out_sets_depend_on_the_data_alone(rows: pd.DataFrame, load_rows: L
     assert (len(data.test), len(data.server_validation)) == (60, 40)
 
 
-def test_duplicates_are_dropped_where_they_are_held_out(
+def test_duplicates_are_dropped_from_the_held_out_sets(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Rows 2k and 2k + 1 get one text: wherever the two are in different sets, one is dropped."""
+    """Rows 2k and 2k + 1 get the same text: if they are in different sets, one is dropped."""
     data = load_rows(rows)
     place = ["test" if i in data.test else "validation" if i in data.server_validation else "pool" for i in range(600)]
     rows.loc[1::2, "text"] = rows.loc[0::2, "text"].to_numpy()
@@ -209,26 +211,26 @@ def test_duplicates_are_dropped_where_they_are_held_out(
 
     planted = load_rows(rows)
     assert sum(client_sizes(planted)) == 500
-    assert planted.dropped_duplicates == expected > 50
+    assert planted.dropped.duplicates == expected > 50
     assert len(planted.test) + len(planted.server_validation) == 100 - expected
     held = [set(texts_of(planted, indices, tokenizer)) for indices in (planted.test, planted.server_validation)]
     pool = set(texts_of(planted, np.concatenate(planted.train + planted.validation), tokenizer))
     assert not held[0] & held[1] and not held[0] & pool and not held[1] & pool
 
 
-def test_a_test_file_is_the_test_set_and_loses_what_is_in_the_data(
+def test_a_test_file_is_the_test_set_without_examples_of_the_training_data(
     rows: pd.DataFrame, load_rows: Load, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     test = pd.concat([make_rows(640)[600:], rows[:7]])
     test.drop(columns="owner").to_json(tmp_path / "test.jsonl", orient="records", lines=True)
     data = load_rows(rows, test_file=str(tmp_path / "test.jsonl"), partitioner="natural", client_column="owner")
     assert sorted(texts_of(data, data.test, tokenizer)) == sorted(test["text"][:40])
-    assert data.dropped_duplicates == 7
+    assert data.dropped.duplicates == 7
     assert len(data.server_validation) == 40
-    assert sum(client_sizes(data)) + data.unassigned == 600 - 40
+    assert sum(client_sizes(data)) + data.dropped.unassigned == 600 - 40
 
 
-def test_batches_are_what_the_tokenizer_gives(
+def test_batches_equal_the_output_of_the_tokenizer(
     rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     data = load_rows(rows, max_length=9)
@@ -248,23 +250,23 @@ def test_batches_are_what_the_tokenizer_gives(
 
 class Refusing(PreTrainedTokenizerFast):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("asked to tokenise")
+        raise AssertionError("asked to tokenize")
 
 
-def test_the_second_load_does_not_tokenise(
+def test_the_second_load_does_not_tokenize(
     rows: pd.DataFrame, load_rows: Load, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     first = load_rows(rows)
-    tokenizer(["air"], truncation=True, max_length=5, padding="max_length")  # leaves its settings in the tokenizer
+    tokenizer(["air"], truncation=True, max_length=5, padding="max_length")  # the tokenizer keeps these settings
     refusing = Refusing(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
     again = load_data(make_config(tmp_path / "rows.csv"), refusing)
     assert same_split(first, again) and torch.equal(first.examples.input_ids, again.examples.input_ids)
     load_data(make_config(tmp_path / "rows.csv", seed=5, partitioner="iid"), refusing)
     for changes in ({"max_length": 5}, {"test_examples": 50}, {"server_validation_examples": 50}):
-        with pytest.raises(AssertionError, match="asked to tokenise"):
+        with pytest.raises(AssertionError, match="asked to tokenize"):
             load_data(make_config(tmp_path / "rows.csv", **changes), refusing)
     rows[:-1].to_csv(tmp_path / "rows.csv", index=False)
-    with pytest.raises(AssertionError, match="asked to tokenise"):
+    with pytest.raises(AssertionError, match="asked to tokenize"):
         load_data(make_config(tmp_path / "rows.csv"), refusing)
 
 
@@ -290,7 +292,7 @@ print(json.dumps({"digest": data.digest, "split": split, "calls": Counting.calls
 
 
 def test_two_processes_share_the_work(rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Two start on an empty cache at once: one tokenises, the other waits. A third comes later and only reads."""
+    """Of two that start on an empty cache at once, one tokenizes and the other waits. A third only reads."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows.to_csv(tmp_path / "rows.csv", index=False)
     settings = json.dumps(make_config(tmp_path / "rows.csv").to_flat())
@@ -329,13 +331,13 @@ def test_formats_give_equal_results(tmp_path: Path, tokenizer: PreTrainedTokeniz
     names = ("rows.csv", "rows.jsonl", "rows.parquet", "floats.parquet")
     first, *others = [load_data(make_config(tmp_path / name, **changes), tokenizer) for name in names]
     assert first.label_names == [str(label) for label in range(11)]
-    assert first.dropped_empty == 12
+    assert first.dropped.empty == 12
     for other in others:
         assert same_split(first, other)
         assert torch.equal(first.examples.input_ids, other.examples.input_ids)
         assert torch.equal(first.examples.labels, other.examples.labels)
         assert (first.label_names, first.client_names) == (other.label_names, other.client_names)
-        assert first.dropped_empty == other.dropped_empty
+        assert first.dropped.empty == other.dropped.empty
     assert not (tmp_path / "hf-cache").exists()
 
 
@@ -344,9 +346,9 @@ def test_rows_without_text_label_or_client_are_dropped_and_counted(rows: pd.Data
     rows.loc[[0, 1], "text"] = [None, "  "]
     rows.loc[[1, 2], "label"] = None
     rows.loc[3, "owner"] = None
-    assert load_rows(rows).dropped_empty == 3
+    assert load_rows(rows).dropped.empty == 3
     data = load_rows(rows, client_column="owner")
-    assert data.dropped_empty == 4 and len(data.examples) == 596
+    assert data.dropped.empty == 4 and len(data.examples) == 596
 
 
 def test_clients_without_examples_are_skipped_or_refused(rows: pd.DataFrame, load_rows: Load) -> None:
@@ -363,10 +365,10 @@ def test_a_client_with_one_example_trains_on_it(rows: pd.DataFrame, load_rows: L
     assert [len(validation) for validation in data.validation] == [0] * 500
 
 
-def test_a_hub_data_set_brings_its_label_names_and_its_test_set(
+def test_a_hub_data_set_has_its_label_names_and_test_set(
     rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder laid out as on the hub, opened by the same library call; GLUE's way to hide the test labels is -1."""
+    """A folder in the hub's layout, opened by the same library call. GLUE hides test labels by -1."""
     names = ["soil", "sea", "fire", "air"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     test = make_rows(640)[600:]

@@ -1,4 +1,4 @@
-"""Data that cannot be used are refused, and what is wrong with them is named."""
+"""Data that cannot be used are refused, with an error that names the problem."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("missing.csv", {}, r"dataset: there is no file .*missing\.csv"),
     ("empty.csv", {}, r"empty\.csv has no examples"),
     ("header.csv", {}, r"header\.csv has no examples"),
-    ("rows.txt", {}, r"rows\.txt ends in '\.txt', which is none of \.csv, \.json, \.jsonl, \.parquet"),
+    ("rows.txt", {}, r"rows\.txt ends in '\.txt'; supported formats are \.csv, \.json, \.jsonl, \.parquet"),
     ("binary.csv", {}, r"binary\.csv cannot be read as CSV in UTF-8"),
-    ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON, one object a line"),
+    ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON with one object per line"),
     ("broken.parquet", {}, r"broken\.parquet cannot be read as Parquet"),
-    ("rows.csv", {"text_column": "body"}, r"text-column = 'body' is not a column .*: text, label, owner"),
-    ("rows.csv", {"label_column": "topic"}, r"label-column = 'topic' is not a column .*: text, label, owner"),
+    ("rows.csv", {"text_column": "body"}, r"text-column = 'body' is not a column .* columns are text, label, owner"),
+    (
+        "rows.csv",
+        {"label_column": "topic"},
+        r"label-column = 'topic' is not a column .* columns are text, label, owner",
+    ),
     ("rows.csv", {"client_column": "site", "partitioner": "natural"}, r"client-column = 'site' is not a column"),
     ("rows.csv", {"test_file": "gone.csv"}, r"test-file: there is no file .*gone\.csv"),
-    ("rows.csv", {"test_file": "newlabel.csv"}, r"labels that .*rows\.csv has not: wind\. .*: air, fire, sea, soil"),
+    ("rows.csv", {"test_file": "newlabel.csv"}, r"labels that do not occur in .*rows\.csv: wind\. .*: air, fire, sea"),
     ("rows.csv", {"test_file": "copy.csv"}, r"nothing is left of the test set"),
     ("oneclass.csv", {}, r"oneclass\.csv has one label only, 'air'"),
     ("nolabels.csv", {}, r"no example with all of 'text', 'label'"),
     (
         "rows.csv",
         {"partitioner": "natural", "client_column": "owner", "num_clients": 6, "held_out_clients": 7},
-        "num-clients = 6 and held-out-clients = 7 need more than the 12 values of the client column",
+        "num-clients = 6 and held-out-clients = 7 need at least 13 clients, but the client column has 12 values",
     ),
     ("rows.csv", {"held_out_clients": 2}, "held-out-clients = 2 needs partitioner = 'natural', not 'dirichlet'"),
     ("rows.csv", {"test_examples": 300}, r"test-examples = 300 and .* = 40 would take 340 of 600 examples"),
@@ -56,14 +60,14 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     (
         "someone/nothing",
         {},
-        r"'someone/nothing' is no asset .*20newsgroups.* and no file .*hub: Couldn't reach.*"
+        r"'someone/nothing' is not an asset .*20newsgroups.*, not a file .*hub: Couldn't reach.*"
         r"load_dataset\('someone/nothing', split='train'\).to_parquet",
     ),
 ]
 
 
 @pytest.mark.parametrize(("dataset", "changes", "message"), ERRORS, ids=lambda value: str(value)[:40])
-def test_bad_input_is_named(
+def test_errors_name_the_file_setting_or_value(
     rows: pd.DataFrame,
     dataset: str,
     changes: dict[str, Any],

@@ -22,6 +22,7 @@ from copra_fl.deployment.nodes import wait_until_online
 from copra_fl.deployment.runs import choose_name
 from copra_fl.simulation.superlink import RunFailed
 from tests.support.command_line import run_command
+from tests.support.run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
@@ -194,18 +195,24 @@ def test_a_run_has_a_plain_name_and_is_never_started_twice(tmp_path: Path) -> No
     assert choose_name(layout, None, resume=False) not in ("older", "newer")
 
 
-def test_progress_of_runs_is_read_from_their_journals(tmp_path: Path) -> None:
+def test_status_reads_the_progress_of_runs_from_their_journals(tmp_path: Path) -> None:
+    """A run without a round, one without evaluation that is writing its next line, one of another version."""
     init(tmp_path / "d")
     layout = DeploymentLayout.open(tmp_path / "d")
-    row = {"round": 2, "clients": [{"client": 0}], "missing": [{"client": 1, "reason": "its node failed"}]}
-    for name in ("begun", "running"):
-        (layout.runs / name).mkdir()
-        (layout.runs / name / "config.toml").write_text("num-rounds = 3\n")
-    os.utime(layout.runs / "begun" / "config.toml", (1e9, 1e9))
-    journal = layout.runs / "running" / "journal.jsonl"
-    journal.write_text(json.dumps(row | {"validation": {"accuracy": 0.51}}) + "\n")
-    begun, running = read_runs(layout)
-    assert (begun["run"], begun["round"], begun["finished"]) == ("begun", "0/3", False)
+    (layout.runs / "new").mkdir()
+    (layout.runs / "new" / "config.toml").write_text("num-rounds = 3\n")
+    write_run(layout.runs / "running", "fedsa-lora", seed=1, num_rounds=2, finished=False)
+    with (layout.runs / "running" / "journal.jsonl").open("a") as journal:
+        journal.write('{"round": 3, "sec')
+    write_run(layout.runs / "finished", "lora", seed=0)
+    write_run(layout.runs / "old", "lora", seed=0)
+    (layout.runs / "old" / "provenance.json").write_text('{"seeds": {"root": 0}}')
+    for age, name in enumerate(("old", "finished", "running", "new")):
+        os.utime(layout.runs / name / "config.toml", (1e9 + age, 1e9 + age))
+    old, finished, running, new = read_runs(layout)
+    assert (old["run"], old["round"]) == ("old", "unreadable")
+    assert (finished["round"], finished["accuracy"], finished["finished"]) == ("3/3", 0.3872, True)
     assert running == {
-        "run": "running", "round": "2/3", "clients": 1, "missing": "1", "accuracy": 0.51, "finished": False
+        "run": "running", "round": "2/2", "clients": 7, "missing": "5", "accuracy": "", "finished": False
     }  # fmt: skip
+    assert (new["round"], new["clients"], new["finished"]) == ("0/3", 0, False)

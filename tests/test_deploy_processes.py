@@ -75,7 +75,7 @@ class Processes:
         self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0
     ) -> subprocess.Popen[bytes]:
         keys = [f"--auth-supernode-private-key={key}"] if key else []
-        config = f"partition-id={partition} num-partitions=2 keep-warm={keep_warm}"
+        config = f"partition-id={partition} num-partitions=2 warm-process={keep_warm}"
         return self.start(
             name, sys.executable, "-m", "copra_fl.deployment.supernode",
             f"--superlink=localhost:{self.port}", f"--port={free_port()}",
@@ -109,7 +109,7 @@ class Processes:
 
     def residents(self, name: str) -> list[int]:
         """The process ids of the residents that have answered on a node, in their order."""
-        found = re.findall(r"resident \(process (\d+)\): \w+", self.log(name).read_text(errors="replace"))
+        found = re.findall(r"warm process (\d+): \w+", self.log(name).read_text(errors="replace"))
         return list(dict.fromkeys(map(int, found)))
 
     def logged(self, name: str, text: str) -> bool:

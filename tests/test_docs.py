@@ -22,6 +22,7 @@ import typer.main
 from copra_fl.cli import app
 from copra_fl.config import KEYS
 from tests.support.documents import ROOT, blocks
+from tests.support.real_runs import HANG_SECONDS
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -75,7 +76,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
     environment = os.environ | nowhere | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr
     return {path.resolve(): Page(path) for path in folder.rglob("*.html") if path.name != "404.html"}
 

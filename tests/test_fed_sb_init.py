@@ -1,4 +1,4 @@
-"""W0 + s B R A: the core between the factors, and the factors from a first gradient."""
+"""W0 + s B R A: the core between the factors, and factors from the first gradient."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.tiny import Settings
 from tests.support.worlds import BATCH, World, jitter
 
 
-def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
-    """Oracle: plain PEFT with A' = R A; gates open and closed, both engines."""
+def test_a_model_with_a_core_equals_plain_lora_with_factor_r_a(tiny: Settings) -> None:
+    """Oracle: plain PEFT with A' = R A, for gates open and closed and for both engines."""
     world = World(tiny, double=True, core=True)
     plain = build_model(world.config.model, "layer", 3, seed=0).double()
     adapters = [world.start, jitter(world.start, 1, 0.3)]
@@ -39,7 +39,7 @@ def test_a_core_is_an_adapter_with_a_product_for_its_a(tiny: Settings) -> None:
         assert torch.allclose(world.plain(**BATCH), plain(**BATCH), atol=1e-12)
 
 
-def test_a_core_starts_at_zero_belongs_to_its_layers_gate_and_changes_no_other_start(tiny: Settings) -> None:
+def test_a_core_starts_at_zero_in_the_gate_of_its_layer_and_changes_no_other_start(tiny: Settings) -> None:
     world = World(tiny, core=True)
     start = world.plain.read_adapter()
     without = build_model(world.config.model, "layer", 3, seed=0).read_adapter()
@@ -52,8 +52,8 @@ def test_a_core_starts_at_zero_belongs_to_its_layers_gate_and_changes_no_other_s
 
 
 @pytest.mark.parametrize("target", ["query,value", "all-linear"])
-def test_gradients_are_autograds_on_an_unfrozen_base(tiny: Settings, target: str) -> None:
-    """Oracle: the base alone, opened by Transformers, all its parameters trained; one batch of everything."""
+def test_gradients_equal_those_of_an_unfrozen_base(tiny: Settings, target: str) -> None:
+    """Oracle: Transformers' base without adapters and with all parameters trained, on one batch of all examples."""
     world = World(tiny | {"target-modules": target}, core=True)
     indices = world.data.server_validation[:50]
     world.plain.write_adapter(jitter(world.start, 1, 0.5))
@@ -110,7 +110,7 @@ def test_the_start_is_the_base_and_a_step_along_the_gradient_lowers_the_loss(tin
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_base_is_frozen_afterwards_as_before(tiny: Settings, dtype: str) -> None:
+def test_the_base_is_unchanged_and_frozen_afterwards(tiny: Settings, dtype: str) -> None:
     world = World(tiny | {"dtype": dtype}, core=True)
     before = {name: linear.weight.clone() for name, linear in world.plain.linears.items()}
     start = core_start(world.plain, world.data.examples, world.data.server_validation, 16)

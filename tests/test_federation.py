@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -18,19 +18,21 @@ from transformers import AutoModel
 
 from clients.app import app as client_app
 from copra_fl import wire
+from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import difference, norm
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.export import load
+from copra_fl.records import Provenance, RecordError, RunSummary
 from copra_fl.training import batches, cohort, engine
-from server.strategy import FederationError
+from server.errors import FederationError
 from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
 
-def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
+def test_two_runs_of_one_configuration_are_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
     first = run_federation(tiny, tmp_path / "first")
     second = run_federation(tiny, tmp_path / "second")
     assert_equal(final_adapter(first), final_adapter(second))
@@ -40,7 +42,7 @@ def test_twice_the_same_run_is_bitwise_equal(tiny: Settings, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("changes", [{}, {"mask-scope": "shared", "lora-dropout": 0.2}, {"fraction-clients": 0.5}])
 def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Settings, tmp_path: Path) -> None:
-    """Bitwise where clients train one by one and are averaged one by one, up to rounding where not."""
+    """Bitwise if clients are trained and averaged one by one, otherwise up to rounding."""
     tiny = tiny | {"updates": "pooled"}
     alone = tiny | changes | {"updates": "individual", "engine": "peft"}
     one = run_federation(alone, tmp_path / "one", num_nodes=1)
@@ -52,8 +54,8 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
 
 
 @pytest.mark.parametrize("weighting", ["examples", "activity"])
-def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
-    """One round, since training makes more of a last bit. On one node or three: 6 clients, 2 of them kept."""
+def test_pooled_updates_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
+    """One round, because training amplifies differences in the last bit. 1 of the 6 clients is inspected."""
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
     flat |= {"engine": "peft", "updates": "pooled"}
     clients = run_federation(flat | {"updates": "individual"}, tmp_path / "clients", num_nodes=1)
@@ -63,9 +65,10 @@ def test_pooled_replies_change_nothing_but_the_bytes(tiny: Settings, weighting: 
         for name, tensor in final_adapter(pooled).items():
             assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
         rows = [journal(directory)[0] for directory in (clients, pooled)]
-        same = [[{k: v for k, v in c.items() if k != "seconds"} for c in row["clients"]] for row in rows]
-        assert same[0] == same[1], "every client's scalars, its distance among them"
-        assert rows[1]["merge_gap"] == pytest.approx(rows[0]["merge_gap"], abs=1e-5)
+        scalars = [[{k: v for k, v in c.items() if k != "seconds"} for c in row["clients"]] for row in rows]
+        assert scalars[0] == scalars[1]
+        for metric in ("loss", "accuracy"):
+            assert rows[1]["merge_gap"][metric] == pytest.approx(rows[0]["merge_gap"][metric], abs=1e-5)
         assert rows[1]["bytes_up"] / rows[0]["bytes_up"] == pytest.approx((1 + nodes) / 6, rel=0.2)
 
 
@@ -75,7 +78,7 @@ def test_num_clients_0_makes_each_node_a_client(tiny: Settings, tmp_path: Path) 
 
 
 def test_natural_clients_are_the_values_of_a_column(tiny: Settings, tmp_path: Path) -> None:
-    """num-clients = 0 then means all of them, whatever the number of nodes."""
+    """num-clients = 0 then means all values, for any number of nodes."""
     natural = {"partitioner": "natural", "client-column": "owner", "num-clients": 0}
     directory = run_federation(tiny | natural, tmp_path / "run", num_nodes=2)
     assert [row["client"] for row in journal(directory)[0]["clients"]] == list(range(6))
@@ -97,7 +100,7 @@ def test_head_training_leaves_the_adapter_alone(tiny: Settings, tmp_path: Path) 
 
 @pytest.mark.parametrize("messages", [0, 2, 3, 5])
 def test_a_stopped_run_resumes_bitwise_equal(tiny: Settings, messages: int, tmp_path: Path) -> None:
-    """2 nodes, so 2 training messages a round: stopped before, between and within rounds."""
+    """2 nodes, so 2 training messages per round: the run stops before, between and within rounds."""
     flat = tiny | {"num-rounds": 3, "lr-schedule": "cosine"}
     whole = run_federation(flat, tmp_path / "whole")
     with pytest.raises(Stop):
@@ -110,11 +113,13 @@ def test_a_stopped_run_resumes_bitwise_equal(tiny: Settings, messages: int, tmp_
     ]
     assert timeless[0] == timeless[1]
     assert [row["round"] for row in journal(resumed)] == [1, 2, 3]
-    assert len(json.loads((resumed / "provenance.json").read_text())["resumes"]) == 1
+    provenance = Provenance.from_json((resumed / "provenance.json").read_text())
+    assert (provenance.seed, provenance.start.after_round) == (0, 0)
+    assert [origin.after_round for origin in provenance.resumes] == [messages // 2]
 
 
-def test_a_journal_that_misses_its_last_line_is_mended(tiny: Settings, tmp_path: Path) -> None:
-    """Killed between checkpoint and journal line, with half a line written."""
+def test_a_resume_completes_a_journal_that_misses_its_last_line(tiny: Settings, tmp_path: Path) -> None:
+    """The run was killed between checkpoint and journal line, with half a line written."""
     directory = run_federation(tiny, tmp_path / "run")
     whole = (directory / "journal.jsonl").read_text()
     (directory / "journal.jsonl").write_text(whole[: whole.index("\n") + 20])
@@ -124,7 +129,7 @@ def test_a_journal_that_misses_its_last_line_is_mended(tiny: Settings, tmp_path:
 
 
 def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp_path: Path) -> None:
-    """By hand: plain base, PEFT's adapter, mean pooling, linear head; accuracy as in summary.json."""
+    """By hand: plain base, PEFT's adapter, mean pooling, linear head. The accuracy equals the one in summary.json."""
     directory = run_federation(
         tiny | {"local-steps": 40, "learning-rate": 1e-2, "head-learning-rate": 1e-2}, tmp_path / "run"
     )
@@ -140,9 +145,9 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
         mask = batch["attention_mask"][..., None]
         predicted = head((hidden * mask).sum(1) / mask.sum(1)).argmax(1)
     accuracy = float((predicted == batch["labels"]).float().mean())
-    summary = json.loads((directory / "summary.json").read_text())
-    assert accuracy == pytest.approx(summary["test"]["accuracy"], abs=1e-6)
-    assert accuracy > 0.5, "three classes, so the model has learned something"
+    summary = RunSummary.from_json((directory / "summary.json").read_text())
+    assert summary.test is not None and accuracy == pytest.approx(summary.test.accuracy, abs=1e-6)
+    assert accuracy > 0.5, "chance is 1/3"
     saved = load(directory / "adapter", device="cpu")
     assert saved.labels == ["sand", "sea", "sky"]
     with torch.no_grad():
@@ -150,7 +155,7 @@ def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp
     assert torch.equal(again, predicted)
 
 
-def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> None:
+def test_round_scope_sends_only_active_layers(tiny: Settings, tmp_path: Path) -> None:
     flat = tiny | {"updates": "individual"}
     step = run_federation(flat | {"local-training": "lora"}, tmp_path / "lora")
     rounds = run_federation(flat | {"mask-scope": "round"}, tmp_path / "round")
@@ -159,6 +164,21 @@ def test_round_scope_sends_only_what_was_on(tiny: Settings, tmp_path: Path) -> N
     for row in rows:
         for client in row["clients"]:
             assert set(client["active_steps"]) <= {0, 3}, "a layer is on for all 3 steps of a round or for none"
+
+
+def test_a_run_of_another_version_is_not_resumed(tiny: Settings, tmp_path: Path) -> None:
+    """One sentence names the folder; nothing in it changes."""
+    directory = run_federation(tiny | {"num-rounds": 1}, tmp_path / "run")
+    checkpoint = directory / "checkpoints" / "round-00001.safetensors"
+    state, _ = ServerState.load(checkpoint)
+    state.save(checkpoint, {"row": json.dumps({"round": 1})})
+    before = (directory / "journal.jsonl").read_bytes()
+    (directory / "summary.json").unlink()
+    with pytest.raises(
+        RecordError, match="run was written by another version of copra-fl and cannot be resumed; start"
+    ):
+        run_federation(tiny | {"num-rounds": 2}, directory)
+    assert (directory / "journal.jsonl").read_bytes() == before
 
 
 @pytest.fixture
@@ -176,12 +196,14 @@ def test_clients_without_validation_data_are_left_out_at_the_end(tiny: Settings,
     assert json.loads((directory / "summary.json").read_text())["clients"] == []
 
 
-def test_strict_stops_with_the_clients_own_traceback(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
+def test_a_strict_run_stops_with_the_clients_traceback(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
     with pytest.raises(FederationError, match="client 3 failed in round 1(.|\n)*Traceback(.|\n)*disk gone"):
         run_federation(tiny, tmp_path / "run", num_nodes=1)
 
 
-def test_tolerant_goes_on_and_says_who_is_missing(tiny: Settings, client_3_fails: None, tmp_path: Path) -> None:
+def test_a_tolerant_run_continues_and_names_the_missing_client(
+    tiny: Settings, client_3_fails: None, tmp_path: Path
+) -> None:
     flat = tiny | {"failures": "tolerant", "min-replies": 5}
     directory = run_federation(flat, tmp_path / "run", num_nodes=1)
     row = journal(directory)[0]
@@ -189,8 +211,17 @@ def test_tolerant_goes_on_and_says_who_is_missing(tiny: Settings, client_3_fails
         (3, "OSError: disk gone")
     ]
     assert [client["client"] for client in row["clients"]] == [0, 1, 2, 4, 5]
-    with pytest.raises(FederationError, match="5 good replies, min-replies = 6.*3: OSError: disk gone"):
+    with pytest.raises(FederationError, match="5 valid replies, min-replies = 6.*3: OSError: disk gone"):
         run_federation(flat | {"min-replies": 6}, tmp_path / "more", num_nodes=1)
+
+
+def test_a_failed_client_keeps_its_own_reason_when_its_node_has_no_other(
+    tiny: Settings, client_3_fails: None, tmp_path: Path
+) -> None:
+    """6 nodes with one client each; with control variates the node of client 3 has nothing to send at all."""
+    flat = tiny | {"failures": "tolerant", "control-variates": True, "num-rounds": 1}
+    (missing,) = journal(run_federation(flat, tmp_path / "run", num_nodes=6))[0]["missing"]
+    assert missing["client"] == 3 and missing["reason"].splitlines()[-1] == "OSError: disk gone"
 
 
 def test_a_client_that_diverges_does_not_spoil_the_pooled_update(
@@ -213,7 +244,7 @@ def test_a_client_that_diverges_does_not_spoil_the_pooled_update(
 def test_rounded_uplinks_end_close_to_float32(
     tiny: Settings, uplink: str, share: float, error: float, tmp_path: Path
 ) -> None:
-    """4 rounds; sgd, which does not turn a difference in rounding into one of sign as adam's first step does."""
+    """4 rounds of SGD, because Adam's first step would turn a rounding difference into one of sign."""
     flat = tiny | {"num-rounds": 4, "rank": 16, "target-modules": "all-linear", "updates": "individual"}
     flat |= {"optimizer": "sgd", "learning-rate": 0.3, "head-learning-rate": 0.3}
     plain = run_federation(flat, tmp_path / "plain")
@@ -225,8 +256,8 @@ def test_rounded_uplinks_end_close_to_float32(
     assert up[0] / up[1] == pytest.approx(share, rel=0.1)
 
 
-def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_path: Path) -> None:
-    """One grid, so nodes with one state and one disk for both runs; the second is as if it were alone."""
+def test_quantization_errors_stay_with_their_client_and_run(tiny: Settings, tmp_path: Path) -> None:
+    """Both runs use the same nodes, with one state and one disk; the second run equals one that runs alone."""
     flat = tiny | {"uplink-dtype": "int8"}
     grid = LocalGrid(2)
     run_federation(flat, tmp_path / "first", grid=grid)
@@ -236,7 +267,7 @@ def test_what_int8_lost_stays_with_its_client_and_its_run(tiny: Settings, tmp_pa
 
 
 def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tmp_path: Path) -> None:
-    """3 partitions, of which the last has not come."""
+    """3 partitions, of which the last is not connected."""
     for changes in ({"num-clients": 0}, {"uplink-dtype": "int8"}):
         grid = LocalGrid(3)
         del grid.contexts[102]
@@ -250,21 +281,20 @@ def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tm
     assert len(journal(run_federation(tiny, tmp_path / "any", grid=grid))[0]["clients"]) == 6
 
 
-def test_two_nodes_with_one_partition_id_are_refused(tiny: Settings, tmp_path: Path) -> None:
+def test_two_nodes_with_the_same_partition_id_are_rejected(tiny: Settings, tmp_path: Path) -> None:
     grid = LocalGrid(2)
     grid.contexts[101].node_config["partition-id"] = 0
     with pytest.raises(FederationError, match=r"node 101 \(partition-id 0\) has the same partition-id as node 100"):
         run_federation(tiny, tmp_path / "run", grid=grid)
 
 
-def test_a_node_with_other_sources_is_refused(tiny: Settings, tmp_path: Path) -> None:
+def test_a_node_with_other_sources_is_rejected(tiny: Settings, tmp_path: Path) -> None:
     app = ClientApp()
 
     @app.query()
-    def hello(message, context):
-        answer = wire.unpack_hello(client_app(message, context).content)
-        lying = wire.Hello(**(vars(answer) | {"digest": "0" * 64}))
-        return Message(wire.pack_hello(lying), reply_to=message)
+    def handshake(message: Message, context: Context) -> Message:
+        honest = wire.unpack_handshake(client_app(message, context).content)
+        return Message(wire.pack_handshake(replace(honest, digest="0" * 64)), reply_to=message)
 
     with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) runs other sources"):
         run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))
@@ -272,5 +302,5 @@ def test_a_node_with_other_sources_is_refused(tiny: Settings, tmp_path: Path) ->
 
 def test_a_failing_node_is_named(tiny: Settings, tmp_path: Path) -> None:
     app = ClientApp()
-    with pytest.raises(FederationError, match="node 100 failed at hello"):
+    with pytest.raises(FederationError, match="node 100 failed at the handshake"):
         run_federation(tiny, tmp_path / "run", grid=LocalGrid(1, app))

@@ -1,6 +1,6 @@
-"""A node that sends anything but an honest update: refused, named in the journal, never averaged.
+"""A node that sends an invalid update: it is rejected, named in the journal and not averaged.
 
-The oracle of each case is a run in which that client just fails in that round: the adapters are bitwise the same.
+The oracle of each case is a run in which that client fails in that round: the final adapters are bitwise the same.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
-from server.strategy import FederationError
-from tests.support.federations import final_adapter
+from server.errors import FederationError
+from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
-Meddle = Callable[[RecordDict, RecordDict | None], object]
+#: changes a reply, given the node's reply of the round before
+Tamper = Callable[[RecordDict, RecordDict | None], object]
 BAD_NODE, BAD_ROUND = 101, 2
 
 
 class HostileGrid(LocalGrid):
-    """One of three nodes replaces its reply to training in round 2; `meddle` gets it and the one of round 1."""
+    """One of three nodes tampers with its reply in round 2, or fails in that round if `tamper` is None."""
 
-    def __init__(self, meddle: Meddle | None, message_type: str = "train") -> None:
+    def __init__(self, tamper: Tamper | None, message_type: str = "train") -> None:
         super().__init__(3)
-        self.meddle, self.message_type, self.earlier = meddle, message_type, None
+        self.tamper, self.message_type = tamper, message_type
+        self.earlier: RecordDict | None = None
 
     def answer(self, message: Message) -> Message:
         reply = super().answer(message)
-        about = message.metadata
-        if about.dst_node_id != BAD_NODE or about.message_type != self.message_type:
+        metadata = message.metadata
+        if metadata.dst_node_id != BAD_NODE or metadata.message_type != self.message_type:
             return reply
         if message.content["plan"]["server-round"] < BAD_ROUND:
             self.earlier = reply.content
             return reply
-        if self.meddle is None:
+        if self.tamper is None:
             return Message(Error(code=0, reason="gone"), reply_to=message)
-        self.meddle(reply.content, self.earlier)
+        self.tamper(reply.content, self.earlier)
         return reply
 
 
@@ -54,30 +56,30 @@ def settings(tiny: Settings) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def without(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, torch.Tensor]]:
-    """The adapter where the client fails in round 2."""
-    yield final_adapter(run_federation(settings, tmp_path_factory.mktemp("without"), grid=HostileGrid(None)))
+def oracle(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, torch.Tensor]]:
+    """The final adapter of the run in which the client fails in round 2."""
+    yield final_adapter(run_federation(settings, tmp_path_factory.mktemp("oracle"), grid=HostileGrid(None)))
 
 
-def change(by: Callable[[torch.Tensor], torch.Tensor]) -> Meddle:
-    """The client's values, changed."""
+def values(change: Callable[[torch.Tensor], torch.Tensor]) -> Tamper:
+    """Change the values of the client's adapter."""
 
-    def meddle(content: RecordDict, earlier: RecordDict | None) -> None:
-        values = wire.unpack_arrays(content, "adapters")["values"]
-        content["adapters"] = ArrayRecord(torch_state_dict={"values": by(values)})
+    def tamper(content: RecordDict, earlier: RecordDict | None) -> None:
+        adapter = wire.unpack_arrays(content, "adapters")["values"]
+        content["adapters"] = ArrayRecord(torch_state_dict={"values": change(adapter)})
 
-    return meddle
+    return tamper
 
 
 def bomb(content: RecordDict, earlier: RecordDict | None) -> None:
-    """100 bytes that say they are 40 terabytes."""
+    """100 bytes whose header claims 40 terabytes."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
     content["adapters"] = ArrayRecord({"values": Array("float32", (10**13,), "numpy.ndarray", header.getvalue())})
 
 
 def replay(content: RecordDict, earlier: RecordDict | None) -> None:
-    """All of what was sent in round 1."""
+    """Send the reply of round 1 again."""
     assert earlier is not None
     for name in list(content):
         del content[name]
@@ -85,71 +87,69 @@ def replay(content: RecordDict, earlier: RecordDict | None) -> None:
         content[name] = record
 
 
-def of_another_run(content: RecordDict, earlier: RecordDict | None) -> None:
+def other_run(content: RecordDict, earlier: RecordDict | None) -> None:
     content["echo"]["run"] = "0123"
 
 
-def stuffed(content: RecordDict, earlier: RecordDict | None) -> None:
+def oversized(content: RecordDict, earlier: RecordDict | None) -> None:
     content["more"] = ArrayRecord({"values": Array(np.zeros(10**6, np.float32))})
 
 
-def scalars(**changes: float | list[float]) -> Meddle:
-    """Other scalars in place of the one client's own."""
+def scalars(**changes: float | list[float]) -> Tamper:
+    """Change the client's scalars."""
 
-    def meddle(content: RecordDict, earlier: RecordDict | None) -> None:
+    def tamper(content: RecordDict, earlier: RecordDict | None) -> None:
         (record,) = content.metric_records.values()
         for name, value in changes.items():
             record[name.replace("_", "-")] = value
 
-    return meddle
+    return tamper
 
 
-CASES: dict[str, tuple[Meddle, str]] = {
-    "nan": (change(lambda v: torch.full_like(v, torch.nan)), "has values that are not finite"),
-    "one-inf": (change(lambda v: torch.cat([v[:-1], torch.tensor([torch.inf])])), "has values that are not finite"),
-    "short": (change(lambda v: v[:-1]), "values should be"),
-    "square": (change(lambda v: v[:4].view(2, 2)), "values should be"),
-    "double": (change(torch.Tensor.double), "values should be"),
-    "giant": (change(lambda v: v * 1e4), "client 1 has moved by .* more than max-update-norm = 5"),
-    "longest": (change(lambda v: torch.full_like(v, 3e38)), "more than max-update-norm = 5"),
-    "bomb": (bomb, ""),
+CASES: dict[str, tuple[Tamper, str]] = {
+    "nan": (values(lambda v: torch.full_like(v, torch.nan)), "has values that are not finite"),
+    "one-inf": (values(lambda v: torch.cat([v[:-1], torch.tensor([torch.inf])])), "has values that are not finite"),
+    "short": (values(lambda v: v[:-1]), "values should be"),
+    "square": (values(lambda v: v[:4].view(2, 2)), "values should be"),
+    "double": (values(torch.Tensor.double), "values should be"),
+    "giant": (values(lambda v: v * 1e4), "client 1 has moved by .* more than max-update-norm = 5"),
+    "longest": (values(lambda v: torch.full_like(v, 3e38)), "more than max-update-norm = 5"),
+    "bomb": (bomb, "Unable to allocate|EOF: reading array data"),
     "count": (scalars(num_examples=10**9), "claims 1000000000 examples; at the start it had"),
     "negative": (scalars(num_examples=-3), "claims -3 examples"),
     "steps": (scalars(active_steps=[10**9] * 3), "claims 1000000000 active steps of a layer; a round has 3"),
     "loss": (scalars(loss=float("nan")), "a training loss of nan"),
     "metric": (scalars(examples=1.0), "reports examples; known are"),
     "replay": (replay, "it answers round 1 of run .*, not round 2"),
-    "other-run": (of_another_run, "it answers round 2 of run 0123, not round 2"),
-    "stuffed": (stuffed, "bytes, where such a reply has"),
+    "other-run": (other_run, "it answers round 2 of run 0123, not round 2"),
+    "oversized": (oversized, "bytes; a reply to this message has at most"),
     "no-record": (lambda content, earlier: content.pop("metrics-1"), "the metrics of client 1 are missing"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_no_honest_update_is_refused_and_not_averaged(
-    settings: Settings, without: dict[str, torch.Tensor], case: str, tmp_path: Path
+def test_an_invalid_update_is_rejected_and_not_averaged(
+    settings: Settings, oracle: dict[str, torch.Tensor], case: str, tmp_path: Path
 ) -> None:
-    meddle, reason = CASES[case]
-    directory = run_federation(settings, tmp_path / "run", grid=HostileGrid(meddle))
-    first, second = (json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines())
+    tamper, reason = CASES[case]
+    directory = run_federation(settings, tmp_path / "run", grid=HostileGrid(tamper))
+    first, second = journal(directory)
     assert [client["client"] for client in first["clients"]] == [0, 1, 2] and not first["missing"]
     assert [client["client"] for client in second["clients"]] == [0, 2]
     (missing,) = second["missing"]
     assert missing["client"] == 1
-    assert missing["reason"].startswith("its node's reply was refused: ")
+    assert missing["reason"].startswith("its node's reply was rejected: ")
     assert re.search(reason, missing["reason"])
-    got = final_adapter(directory)
-    assert all(torch.equal(got[name], without[name]) for name in without)
+    assert_equal(final_adapter(directory), oracle)
 
 
-def test_an_honest_run_is_not_refused_and_is_another(
-    settings: Settings, without: dict[str, torch.Tensor], tmp_path: Path
+def test_an_honest_run_is_accepted_and_differs_from_the_oracle(
+    settings: Settings, oracle: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """The cases above can fail: with nothing wrong nobody is missing, and the adapter is not the oracle's."""
+    """This shows that the cases above can fail."""
     directory = run_federation(settings, tmp_path / "run", grid=HostileGrid(lambda content, earlier: None))
-    rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    assert [row["missing"] for row in rows] == [[], []]
-    assert not torch.equal(final_adapter(directory)["head.weight"], without["head.weight"])
+    assert [row["missing"] for row in journal(directory)] == [[], []]
+    assert not torch.equal(final_adapter(directory)["head.weight"], oracle["head.weight"])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_an_honest_run_is_not_refused_and_is_another(
         ({"examples": 10**6}, "claims 1000000 validation examples"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_left_out(
+def test_an_impossible_evaluation_is_left_out(
     settings: Settings, changes: dict[str, float], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = HostileGrid(scalars(**changes), "evaluate")
@@ -177,18 +177,18 @@ def test_an_evaluation_that_cannot_be_is_left_out(
         ({"num-examples": [10, 10, 10]}, r"node 101 \(partition-id 1\) has \(10, .*other nodes \("),
         ({"clients": [0, 1, 7]}, "examples of a client 7"),
         ({"num-examples": [-1, -1, -1]}, "has -1 and .* examples of a client 0"),
-        ({"clients": []}, "node 101 sent no hello that can be read"),
+        ({"clients": []}, "node 101 sent an unreadable handshake"),
     ],
 )
-def test_a_hello_that_cannot_be_stops_the_run_and_names_its_node(
+def test_an_impossible_handshake_stops_the_run_and_names_its_node(
     settings: Settings, changes: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
-    class Lying(LocalGrid):
+    class LyingGrid(LocalGrid):
         def answer(self, message: Message) -> Message:
             reply = super().answer(message)
             if message.metadata.dst_node_id == BAD_NODE:
-                reply.content["hello"] = ConfigRecord({**reply.content["hello"], **changes})
+                reply.content["handshake"] = ConfigRecord({**reply.content["handshake"], **changes})
             return reply
 
     with pytest.raises(FederationError, match=reason):
-        run_federation(settings, tmp_path / "run", grid=Lying(3))
+        run_federation(settings, tmp_path / "run", grid=LyingGrid(3))

@@ -1,4 +1,4 @@
-"""Images, as users have them: read alike from every form, trained alike by both engines, refused in words."""
+"""Images: read equally from every format, trained equally by both engines, and clear errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from copra_fl import tasks
 from copra_fl.config import Config, ConfigError
 from copra_fl.data import federated
 from copra_fl.data.federated import load_data
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models import memory_plan
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from copra_fl.sources.tables import file_table
 from copra_fl.training.evaluation import evaluate
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
@@ -36,7 +36,7 @@ NUM_TOKENS = 3 * 3 + 1
 
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a grey ViT with 3 layers, 32 wide, random weights."""
+    """Path of a grayscale ViT with 3 layers, 32 wide, random weights."""
     folder = tmp_path_factory.mktemp("tiny-vit")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a DINOv2 for colours, of the same size; its processor cuts out the middle."""
+    """Path of a DINOv2 for color images, of the same size; its processor crops the center."""
     folder = tmp_path_factory.mktemp("tiny-dino")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def tiny_dino(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a subfolder a label: 240 PNG images of 14 x 16, some of them in colours."""
+    """A folder with one subfolder per label: 240 PNG images of 14 x 16, half of them in color."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for i in range(240):
         label, pixels = LABELS[i % 3], rng.integers(0, 120, (16, 14, 3), np.uint8)
@@ -100,34 +100,32 @@ def load_images(settings: Settings) -> federated.FederatedData:
 
 
 @pytest.mark.parametrize("base", ["tiny_vit", "tiny_dino"])
-def test_every_form_gives_the_pixels_that_transformers_makes_of_the_files(
+def test_every_format_gives_the_pixels_of_transformers(
     images: Settings, photos: Path, tmp_path: Path, base: str, request: pytest.FixtureRequest
 ) -> None:
-    """Oracle: Pillow and the model's own image processor, in one go."""
+    """Oracle: Pillow and the model's own image processor in one call."""
     model = str(request.getfixturevalue(base))
     rows, shape = table(photos), (3 if base == "tiny_dino" else 1, 12, 12)
     processor = tf.AutoImageProcessor.from_pretrained(model, backend="pil")
     opened = [Image.open(photos / name).convert("RGB" if base == "tiny_dino" else "L") for name in rows["image"]]
     expected = processor(opened, return_tensors="pt")["pixel_values"]
 
-    beside = shutil.copytree(photos, tmp_path / "beside")
-    rows.to_csv(beside / "paths.csv", index=False)
+    folder = shutil.copytree(photos, tmp_path / "with-csv")
+    rows.to_csv(folder / "paths.csv", index=False)
     contents = [{"bytes": (photos / name).read_bytes(), "path": None} for name in rows["image"]]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     columns = {"image": contents, "label": rows["label"].tolist()}
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "hugging-face.parquet")
     rows.assign(image=[content["bytes"] for content in contents]).to_parquet(tmp_path / "bytes.parquet")
-    for form in (photos, beside / "paths.csv", tmp_path / "hugging-face.parquet", tmp_path / "bytes.parquet"):
-        federated = load_images(images | {"model": model, "dataset": str(form)})
+    for source in (photos, folder / "paths.csv", tmp_path / "hugging-face.parquet", tmp_path / "bytes.parquet"):
+        federated = load_images(images | {"model": model, "dataset": str(source)})
         batch = federated.examples.batch(np.arange(len(rows)))
         assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
         torch.testing.assert_close(batch["pixel_values"], expected)
         assert [LABELS[label] for label in batch["labels"]] == rows["label"].tolist()
 
 
-def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
-    images: Settings, photos: Path, tmp_path: Path
-) -> None:
+def test_a_folder_can_have_a_test_set_and_be_the_file_of_a_node(images: Settings, photos: Path, tmp_path: Path) -> None:
     rows = table(photos)
     for i, (name, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
         part = tmp_path / ("test" if i % 4 == 0 else "train") / label
@@ -138,34 +136,35 @@ def test_a_folder_has_its_own_test_set_and_a_node_its_own_folder(
     assert len(federated.test) == 60 and len(federated.examples) == 240
 
     config = Config.from_flat(images | {"partitioner": "own", "labels": "bars,blot,stripes"})
-    own = load_own(config, load_processor(config.model), str(tmp_path / "test"), 1, 3)
-    assert len(own.train[1]) + len(own.validation[1]) == 60
+    local = load_local_data(config, load_processor(config.model), str(tmp_path / "test"), 1, 3)
+    assert len(local.train[1]) + len(local.validation[1]) == 60
 
 
-def test_equal_images_are_not_both_learnt_and_tested(images: Settings, photos: Path, tmp_path: Path) -> None:
+def test_no_test_image_equals_a_training_image(images: Settings, photos: Path, tmp_path: Path) -> None:
     doubled = pd.concat([table(photos)] * 2, ignore_index=True)
     folder = shutil.copytree(photos, tmp_path / "twice")
     doubled.to_csv(folder / "twice.csv", index=False)
     federated = load_images(images | {"dataset": str(folder / "twice.csv")})
-    assert federated.dropped_duplicates > 40
+    assert federated.dropped.duplicates > 40
     pixels = federated.examples.batch(np.arange(480))["pixel_values"]
-    learnt = {pixels[i].numpy().tobytes() for part in federated.train + federated.validation for i in part}
-    assert not learnt & {pixels[i].numpy().tobytes() for i in federated.test}
+    trained = {pixels[i].numpy().tobytes() for part in federated.train + federated.validation for i in part}
+    assert not trained & {pixels[i].numpy().tobytes() for i in federated.test}
 
 
 @pytest.mark.parametrize(
-    "case", ["lora", "copra", "all linear, pooler", "cls", "prefix cache", "epochs: unequal steps, short last batches"]
+    "case",
+    ["lora", "copra", "all linear, pooler", "cls", "hidden-state cache", "epochs: unequal steps, short last batches"],
 )
 def test_both_engines_train_the_same_adapters(images: Settings, case: str) -> None:
-    """Oracle: `train_client`, each client by itself in plain PEFT."""
+    """Oracle: `train_client`, each client alone with plain PEFT."""
     world = World(images | {"local-steps": 8, "num-rounds": 4, "alpha": 1.0} | CASES[case])
     if world.config.training.hidden_state_cache_mb:
-        world.stacked.present.prefix = PrefixCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
+        world.stacked.context.cache = HiddenStateCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 
 
-def test_both_engines_take_a_model_of_colour_images(images: Settings, tiny_dino: str) -> None:
+def test_both_engines_train_the_same_adapters_on_color_images(images: Settings, tiny_dino: str) -> None:
     targets = {"target-modules": ",".join(_attention(tiny_dino))}
     world = World(images | targets | {"model": tiny_dino, "alpha": 1.0})
     for update in world.together(*range(6)):
@@ -173,13 +172,13 @@ def test_both_engines_take_a_model_of_colour_images(images: Settings, tiny_dino:
 
 
 def _attention(model: str) -> list[str]:
-    """Query and value, as the architecture calls them."""
+    """Return the architecture's names of query and value."""
     names = {name.split(".")[-1] for name, _ in tf.AutoModel.from_pretrained(model).named_modules()}
     return sorted(names & {"query", "value", "q_proj", "v_proj"})
 
 
-def test_metrics_are_those_of_every_image_by_itself(images: Settings) -> None:
-    """Oracle: PEFT's model, the mean of its hidden states, the head by hand."""
+def test_metrics_are_means_over_single_images(images: Settings) -> None:
+    """Oracle: each image through PEFT's model, the mean of its hidden states, and the head."""
     world = World(images)
     indices, losses, right = world.data.server_validation, [], []
     with torch.inference_mode():
@@ -197,19 +196,19 @@ def test_metrics_are_those_of_every_image_by_itself(images: Settings) -> None:
         assert result == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_federation_ends_in_an_adapter_that_sees(images: Settings, photos: Path, tmp_path: Path) -> None:
+def test_a_federation_trains_an_adapter_that_classifies_images(images: Settings, photos: Path, tmp_path: Path) -> None:
     learn = {"num-rounds": 6, "local-steps": 30, "learning-rate": 0.01, "head-learning-rate": 0.01, "alpha": 5.0}
     folder = run_federation(images | learn | {"target-modules": "all-linear"}, tmp_path / "run")
     saved = load(folder / "adapter", "cpu")
     rows = table(photos)
     with torch.inference_mode():
         logits = saved.model(**saved.processor([Image.open(photos / name) for name in rows["image"]]))
-    told = [saved.labels[i] for i in logits.argmax(1)]
-    assert np.mean([a == b for a, b in zip(told, rows["label"], strict=True)]) > 0.8
+    predicted = [saved.labels[i] for i in logits.argmax(1)]
+    assert np.mean([a == b for a, b in zip(predicted, rows["label"], strict=True)]) > 0.8
 
 
 def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path, tmp_path: Path) -> None:
-    """Each is what it is alone, and both engines train its clients alike."""
+    """Each data set is as it is alone, and both engines train its clients to the same adapters."""
     other = shutil.copytree(photos, tmp_path / "other")
     (other / "blot").rename(other / "smudge")
     world = World(images | {"dataset": f"{photos}, {other}", "alpha": 1.0, "num-clients": 6})
@@ -221,18 +220,18 @@ def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path
         assert_alike(update, world.alone(update.client), 1e-5)
 
 
-def test_memory_counts_the_tokens_of_an_image(images: Settings) -> None:
-    """Eager attention keeps (heads, T, T) probabilities a layer, which grows with the square of the image's tokens."""
+def test_the_memory_plan_counts_the_tokens_of_an_image(images: Settings) -> None:
+    """Eager attention keeps (heads, T, T) probabilities per layer, with T the number of an image's tokens."""
     config = Config.from_flat(images | {"step-tokens": 100, "batch-size": 4, "attention": "eager"})
     needed = memory_plan.plan(config, 3, NUM_TOKENS)
     assert needed.clients == 3  # 4 rows of 10 tokens each
     assert needed.row == memory_plan.plan(config.changed(max_length=512), 3, NUM_TOKENS).row > 0
 
 
-def test_what_is_wrong_is_named(images: Settings, photos: Path, tiny_model: str, tmp_path: Path) -> None:
+def test_errors_name_the_image_or_folder(images: Settings, photos: Path, tiny_model: str, tmp_path: Path) -> None:
     folder = shutil.copytree(photos, tmp_path / "broken")
     (folder / "blot" / "001.png").write_bytes(b"no image at all")
-    with pytest.raises(ConfigError, match=r"image number 80 .* is none: cannot identify image"):
+    with pytest.raises(ConfigError, match=r"image 80 .* cannot be decoded: cannot identify image"):
         load_images(images | {"dataset": str(folder)})
     table(photos).replace("bars/000.png", "bars/gone.png").to_csv(folder / "paths.csv", index=False)
     with pytest.raises(ConfigError, match=r"cannot read the image .*broken/bars/gone.png: No such file"):
@@ -240,7 +239,7 @@ def test_what_is_wrong_is_named(images: Settings, photos: Path, tiny_model: str,
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"the folder .*empty has no images. It must have a subfolder for each label"):
         file_table("data-path", tmp_path / "empty")
-    with pytest.raises(ConfigError, match="model = .* takes input_ids, no images"):
+    with pytest.raises(ConfigError, match="model = .* expects input_ids, so it is not an image model"):
         load_images(images | {"model": tiny_model})
     with pytest.raises(ConfigError, match=r"unknown task 'images-classification'. Did you mean 'image-classification'"):
         tasks.find_task("images-classification")

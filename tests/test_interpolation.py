@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from copra_fl.adapters.interpolation import Path, interpolate, merge_gap, walk
+from copra_fl.adapters.interpolation import LossPath, interpolate, merge_gap, walk
 
 
 def double_well(adapters: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
@@ -28,7 +28,7 @@ def test_a_hill_between_two_minima() -> None:
 
 def test_the_two_barriers_differ_where_the_ends_do() -> None:
     """A straight line from loss 0 to 4: no barrier over the line, 2 above the mean of the ends."""
-    path = Path(u=(0.0, 0.5, 1.0), loss=(0.0, 2.0, 4.0), accuracy=(1.0, 0.9, 0.6))
+    path = LossPath(u=(0.0, 0.5, 1.0), loss=(0.0, 2.0, 4.0), accuracy=(1.0, 0.9, 0.6))
     assert path.barrier_entezari == 0.0
     assert path.barrier_frankle == 2.0
     assert path.midpoint_gap == pytest.approx(0.1)

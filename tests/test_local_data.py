@@ -1,4 +1,4 @@
-"""Nodes with data of their own: what they train on, what they refuse, and that nothing of it leaves them."""
+"""Nodes with their own data: training, rejected runs and files, and that no content of the data leaves a node."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
 from clients import warm_cache
 from clients.app import app as client_app
-from copra_fl import tasks, wire
-from copra_fl.aggregation import check
+from copra_fl import wire
 from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.data.federated import FederatedData
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
-from server.strategy import FederationError
+from server.errors import FederationError
+from tests.support.compatibility import check
+from tests.support.federations import assert_equal, journal
 from tests.support.local_grid import LocalGrid, run_federation
-from tests.support.node_files import NAMES, Wire, leaks, rows_of, write
+from tests.support.node_files import NAMES, RecordingGrid, find_leaks, rows_of, write
 from tests.support.tiny import Settings
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    folder = tmp_path / "own"
+    folder = tmp_path / "nodes"
     folder.mkdir()
     return [write(rows_of(site), folder / name) for site, name in enumerate(NAMES)]
 
 
-def nodes(files: list[Path], app: ClientApp = client_app) -> LocalGrid:
+def grid_of(files: list[Path], app: ClientApp = client_app) -> LocalGrid:
+    """Return a grid with one node for each file."""
     return LocalGrid(len(files), app, [{"data-path": str(path)} for path in files])
 
 
 def test_each_node_is_one_client_with_the_examples_of_its_file(
     own: Settings, files: list[Path], tmp_path: Path
 ) -> None:
-    """40 examples each, of which a tenth is kept for validation; the server's 600 are all held out or nobody's."""
-    directory = run_federation(own, tmp_path / "run", grid=nodes(files))
-    row = json.loads((directory / "journal.jsonl").read_text().splitlines()[0])
+    """Each has 40 examples, a tenth of them for validation; the server's own 600 examples are for evaluation only."""
+    directory = run_federation(own, tmp_path / "run", grid=grid_of(files))
+    row = journal(directory)[0]
     assert [(client["client"], client["examples"]) for client in row["clients"]] == [(0, 36), (1, 36), (2, 36)]
     summary = json.loads((directory / "summary.json").read_text())
     assert [client["examples"] for client in summary["clients"]] == [4, 4, 4]
@@ -55,58 +56,54 @@ def test_each_node_is_one_client_with_the_examples_of_its_file(
 
 
 @pytest.mark.parametrize("site", range(3))
-def test_a_file_of_any_format_is_read_as_it_is(own: Settings, files: list[Path], site: int) -> None:
+def test_a_file_of_any_format_is_read_completely(own: Settings, files: list[Path], site: int) -> None:
     config = Config.from_flat(own | {"labels": "sky,sea,sand"})
     tokenizer = load_processor(config.model)
-    data = load_own(config, tokenizer, str(files[site]), client=1, num_clients=3)
+    data = load_local_data(config, tokenizer, str(files[site]), client=1, num_clients=3)
     assert [len(part) for part in data.train + data.validation] == [0, 36, 0, 0, 4, 0]
-    held = np.concatenate([data.train[1], data.validation[1]])
-    batch = data.examples.batch(held)
+    batch = data.examples.batch(np.concatenate([data.train[1], data.validation[1]]))
     read = sorted(zip(tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True),
                       [["sky", "sea", "sand"][label] for label in batch["labels"]], strict=True))  # fmt: skip
     rows = rows_of(site)
-    known = [text.split(" ", 1)[1] for text in rows["note"]]  # the tokenizer knows no patients
-    assert read == sorted(zip(known, rows["topic"], strict=True))
+    known_words = [text.split(" ", 1)[1] for text in rows["note"]]  # the tokenizer does not know the unique words
+    assert read == sorted(zip(known_words, rows["topic"], strict=True))
 
 
-def test_labels_are_a_line_of_csv() -> None:
+def test_labels_are_one_line_of_csv() -> None:
     names = ["a, b", 'said "c"', "d"]
     assert Config.from_flat({"labels": csv_line(names)}).data.label_list == names
     assert Config.from_flat({"labels": "sea, sky"}).data.label_list == ["sea", "sky"]
     assert Config().data.label_list == []
 
 
-def test_the_configured_labels_are_agreed_in_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:
-    directory = run_federation(own | {"labels": "sky,sea,lake,sand"}, tmp_path / "run", grid=nodes(files))
+def test_the_configured_labels_keep_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    directory = run_federation(own | {"labels": "sky,sea,lake,sand"}, tmp_path / "run", grid=grid_of(files))
     assert load(directory / "adapter", device="cpu").labels == ["sky", "sea", "lake", "sand"]
 
 
 def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[Path], tmp_path: Path) -> None:
-    """Its validation is the mean over all of the clients' examples, by hand from what the last round's clients say.
+    """Validation is the mean over all clients' examples; expected values by hand from the clients' final evaluations.
 
-    The adapters are those of a server that has data, since data decide about nothing but the evaluation.
+    The adapters equal those of a server with data, because the server's data affects only the evaluation.
     """
     flat = own | {"dataset": "", "labels": "sand,sea,sky", "validation-fraction": 0.3}
     files[1] = write(rows_of(1, 60), files[1])
-    directory = run_federation(flat, tmp_path / "run", grid=nodes(files))
+    directory = run_federation(flat, tmp_path / "run", grid=grid_of(files))
     summary = json.loads((directory / "summary.json").read_text())
     clients = summary["clients"]
     assert [client["examples"] for client in clients] == [12, 18, 12]
-    right = sum(client["examples"] * client["accuracy"] for client in clients)
-    assert summary["validation"]["accuracy"] == pytest.approx(right / 42) and summary["validation"]["examples"] == 42
+    num_correct = sum(client["examples"] * client["accuracy"] for client in clients)
+    assert summary["validation"]["accuracy"] == pytest.approx(num_correct / 42)
+    assert summary["validation"]["examples"] == 42
     assert (summary["test"], summary["merge_gap"], summary["paths"]) == (None, None, [])
-    rows = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
-    assert all(row["validation"]["loss"] > 0 for row in rows)
-    saved = [
-        load_file(run / "adapter" / "head.safetensors")
-        for run in (directory, run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=nodes(files)))
-    ]
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert all(row["validation"]["loss"] > 0 for row in journal(directory))
+    with_data = run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=grid_of(files))
+    assert_equal(*(load_file(run / "adapter" / "head.safetensors") for run in (directory, with_data)))
 
 
-def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
+def test_what_needs_server_data_is_rejected_without_it(own: Settings) -> None:
     with pytest.raises(ConfigError, match="dataset = '' .*task = 'text-classification' need the list of labels"):
-        tasks.check(Config.from_flat(own | {"dataset": ""}))
+        check(Config.from_flat(own | {"dataset": ""}))
     with pytest.raises(ConfigError, match="dataset = '' .* needs partitioner = 'own'"):
         Config.from_flat({"dataset": "", "labels": "a,b"})
     for rule in ("connectivity", "fed-sb"):
@@ -115,15 +112,15 @@ def test_what_a_server_without_data_cannot_do_is_refused(own: Settings) -> None:
             check(config)
 
 
-def test_nothing_of_the_files_is_in_any_message_or_in_the_run_folder(
+def test_no_content_of_the_files_is_in_any_message_or_in_the_run_folder(
     own: Settings, files: list[Path], tmp_path: Path
 ) -> None:
-    grid = Wire(files)
+    grid = RecordingGrid(files)
     directory = run_federation(own, tmp_path / "run", grid=grid)
     assert [m.metadata.message_type for m in grid.messages] == ["query"] * 6 + ["train"] * 12 + ["evaluate"] * 6
-    assert leaks(grid, Config.from_flat(own), files) == []
-    left = b"".join(path.read_bytes() for path in directory.rglob("*") if path.is_file())
-    assert not any(secret in left for secret in [b"patient", *(path.stem.encode() for path in files)])
+    assert find_leaks(grid, Config.from_flat(own), files) == []
+    run_folder = b"".join(path.read_bytes() for path in directory.rglob("*") if path.is_file())
+    assert not any(secret in run_folder for secret in [b"patient", *(path.stem.encode() for path in files)])
 
 
 def leak_text(data: FederatedData, path: str) -> Any:
@@ -143,25 +140,25 @@ def leak_bytes(data: FederatedData, path: str) -> Any:
 
 
 @pytest.mark.parametrize("leak", [leak_text, leak_name, leak_tokens, leak_bytes])
-def test_a_node_that_leaks_is_seen(
+def test_a_leak_is_found(
     own: Settings, files: list[Path], leak: Callable[[FederatedData, str], Any], tmp_path: Path
 ) -> None:
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     leaky = ClientApp()
 
     @leaky.query()
-    def hello(message: Message, context: Context) -> Message:
+    def handshake(message: Message, context: Context) -> Message:
         reply, path = client_app(message, context), str(context.node_config["data-path"])
         config = wire.unpack_config(message.content)
-        data = load_own(config, load_processor(config.model), path, client=0, num_clients=3)
+        data = load_local_data(config, load_processor(config.model), path, client=0, num_clients=3)
         reply.content["more"] = leak(data, path)
         return reply
 
     leaky.train()(lambda message, context: client_app(message, context))
     leaky.evaluate()(lambda message, context: client_app(message, context))
-    grid = Wire(files, leaky)
+    grid = RecordingGrid(files, leaky)
     run_federation(own | {"num-rounds": 1}, tmp_path / "run", grid=grid)
-    assert leaks(grid, Config.from_flat(own), files)
+    assert find_leaks(grid, Config.from_flat(own), files)
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -185,54 +182,54 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_that_cannot_be_used_is_refused_at_hello_and_not_quoted(
+def test_an_unusable_file_is_rejected_at_the_handshake_and_not_quoted(
     own: Settings, files: list[Path], kind: str, tmp_path: Path
 ) -> None:
-    spoil, reason = BAD_FILES[kind]
+    damage, reason = BAD_FILES[kind]
     files[1] = write(rows_of(1), files[1].with_suffix(".csv"))
-    spoil(files[1])
-    grid = Wire(files)
-    with pytest.raises(FederationError, match=rf"^node 101 \(partition-id 1\) takes no part: .*{reason}$"):
+    damage(files[1])
+    grid = RecordingGrid(files)
+    with pytest.raises(FederationError, match=rf"^node 101 \(partition-id 1\) rejected the run: .*{reason}$"):
         run_federation(own, tmp_path / "run", grid=grid)
     assert {message.metadata.message_type for message in grid.messages} == {"query"}
     assert b"patient" not in grid.seen and b"ward" not in grid.seen
 
 
-def test_a_file_of_another_kind_is_refused_without_its_name(own: Settings, files: list[Path], tmp_path: Path) -> None:
+def test_a_file_of_unknown_format_is_not_quoted(own: Settings, files: list[Path], tmp_path: Path) -> None:
     files[0] = files[0].rename(files[0].with_suffix(".patient1x1"))
     with pytest.raises(FederationError, match=r"its file ends in none of .csv, .json, .jsonl, .parquet$"):
-        run_federation(own, tmp_path / "run", grid=nodes(files))
+        run_federation(own, tmp_path / "run", grid=grid_of(files))
 
 
-def test_own_data_and_the_run_must_agree(own: Settings, files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) takes no part: .*names no data-path"):
+def test_a_node_rejects_a_run_that_does_not_fit_its_data(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) rejected the run: .*has no data-path"):
         run_federation(own, tmp_path / "none", num_nodes=2)
-    with pytest.raises(FederationError, match=r"takes no part: it has data of its own .*partitioner = 'iid'"):
-        run_federation(own | {"partitioner": "iid"}, tmp_path / "other", grid=nodes(files))
+    with pytest.raises(FederationError, match=r"rejected the run: it has its own data .*partitioner = 'iid'"):
+        run_federation(own | {"partitioner": "iid"}, tmp_path / "other", grid=grid_of(files))
     with pytest.raises(FederationError, match=r"counts 3 clients, but num-clients = 4"):
-        run_federation(own | {"num-clients": 4}, tmp_path / "four", grid=nodes(files))
+        run_federation(own | {"num-clients": 4}, tmp_path / "four", grid=grid_of(files))
 
 
 @pytest.mark.parametrize("changes", [{"partition-id": 3}, {"num-partitions": "x"}])
-def test_a_node_without_its_place_says_what_is_missing(
+def test_a_node_without_a_valid_partition_is_rejected_with_an_example(
     own: Settings, files: list[Path], changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    grid = nodes(files)
+    grid = grid_of(files)
     grid.contexts[102].node_config.update(changes)
-    with pytest.raises(FederationError, match="node 102 failed at hello: its node config has .*partition-id=0"):
+    with pytest.raises(FederationError, match="node 102 failed at the handshake: its node config has .*partition-id=0"):
         run_federation(own, tmp_path / "run", grid=grid)
 
 
-def test_what_fails_in_training_is_told_without_its_words(
+def test_an_error_in_training_is_reported_by_type_and_place_only(
     own: Settings, files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An error's message can quote anything; its kind and its place in the sources are enough to look it up."""
+    """The message of an error can quote a text; its type and place are enough to find it in the node's log."""
 
     def client_steps(*arguments: object) -> None:
         raise ValueError("cannot read patient1x7 sea3")
 
     monkeypatch.setattr("copra_fl.training.cohort.plan_steps", client_steps)
-    grid = Wire(files)
+    grid = RecordingGrid(files)
     with pytest.raises(
         FederationError, match=r"client 0 failed in round 1.*: ValueError at test_local_data.py:\d+ < coh"
     ):
@@ -240,17 +237,17 @@ def test_what_fails_in_training_is_told_without_its_words(
     assert b"patient" not in grid.seen
 
 
-def test_a_file_that_changes_in_a_run_is_noticed(own: Settings, files: list[Path], tmp_path: Path) -> None:
-    """The node's processes are new in each message, as in a deployment; the file has grown after the hello."""
+def test_a_file_that_changes_during_a_run_is_noticed(own: Settings, files: list[Path], tmp_path: Path) -> None:
+    """Each message has a new process, as in a deployment; the file grows after the handshake."""
 
-    class Growing(LocalGrid):
+    class GrowingGrid(LocalGrid):
         def answer(self, message: Message) -> Message:
-            warm_cache.open_own.cache_clear()
+            warm_cache.open_own_data.cache_clear()
             reply = super().answer(message)
             if message.metadata.message_type == "query" and message.metadata.dst_node_id == 100:
                 write(rows_of(0, 60), files[0])
             return reply
 
-    grid = Growing(3, own=[{"data-path": str(path)} for path in files])
+    grid = GrowingGrid(3, node_configs=[{"data-path": str(path)} for path in files])
     with pytest.raises(FederationError, match="client 0 claims 54 examples; at the start it had 36"):
         run_federation(own, tmp_path / "run", grid=grid)

@@ -1,4 +1,4 @@
-"""What aggregation rules ask of local training: parts that are trained, own starts, ranks, FedProx, SCAFFOLD."""
+"""Features of local training for aggregation rules: trained parts, individual starts, ranks, FedProx, SCAFFOLD."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from copra_fl.models.build import build_model
 from copra_fl.seeding import generator
 from copra_fl.training import cohort, single
 from copra_fl.training.batches import LocalSteps
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked.linear import AdapterProduct
 from copra_fl.training.update import make_update
@@ -34,14 +34,15 @@ SGD: Settings = {"optimizer": "sgd", "learning-rate": 0.1, "head-learning-rate":
 @pytest.fixture(autouse=True)
 def core_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule like Fed-SB."""
-    monkeypatch.setitem(RULES, "core-only", Rule(fedavg, trains=lambda number: frozenset({"R", "head"}), core=True))
+    rule = Rule("core-only", fedavg, trains=lambda number: frozenset({"R", "head"}), core=True)
+    monkeypatch.setattr("copra_fl.aggregation.rules.RULES", (*RULES, rule))
 
 
-def own_starts(world: World) -> None:
+def individual_starts(world: World) -> None:
     world.starts = {client: jitter(world.start, 10 + client) for client in range(6)}
 
 
-def own_corrections(world: World) -> None:
+def individual_corrections(world: World) -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in world.start.items()}
     world.corrections = {client: jitter(zeros, 20 + client, 0.1) for client in range(6)}
 
@@ -55,29 +56,29 @@ def residual(dense: bool) -> Callable[[World], None]:
     return lambda world: world.plain.write_residual(random_residual(world.plain, dense))
 
 
-#: settings, round, and what is done to the world
+#: settings, round, and changes of the world
 CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
     "B and head": ({"rule": "ffa-lora"} | HARSH, 2, ()),
     "A and head": ({"rule": "rolora"} | HARSH, 2, ()),
     "R and head": ({"rule": "core-only"} | HARSH, 2, ()),
-    "R and head, all the time": ({"rule": "core-only", "local-training": "lora"}, 2, ()),
-    "own starts": ({}, 2, (own_starts,)),
+    "R and head, always on": ({"rule": "core-only", "local-training": "lora"}, 2, ()),
+    "individual starts": ({}, 2, (individual_starts,)),
     "dense residual": (HARSH, 2, (residual(True),)),
     "residual in factors": ({"local-training": "lora"}, 2, (residual(False),)),
     "FedProx": ({"proximal-mu": 0.5} | HARSH, 2, ()),
-    "SCAFFOLD": ({"control-variates": True}, 2, (own_corrections,)),
-    "SCAFFOLD at the start": ({"control-variates": True, "gradient-accumulation": 2}, 1, ()),
+    "SCAFFOLD": ({"control-variates": True}, 2, (individual_corrections,)),
+    "SCAFFOLD in the first round": ({"control-variates": True, "gradient-accumulation": 2}, 1, ()),
     "unequal ranks": (RANKS | HARSH | {"rescale": True, "min-active": 1}, 2, (padded_starts,)),
-    "all of it": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
+    "everything": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
                    "max-grad-norm": 0.1} | RANKS | HARSH, 2,
-                  (own_starts, own_corrections, residual(True))),
+                  (individual_starts, individual_corrections, residual(True))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_both_engines_agree(tiny: Settings, case: tuple, double: bool) -> None:
-    """Oracle: plain PEFT, one client at a time."""
+    """Oracle: plain PEFT, one client after the other."""
     flat, server_round, changes = case
     core = flat.get("rule") == "core-only"
     flat = tiny | {"local-steps": 10, "num-rounds": 4, "alpha": 1.0} | flat
@@ -97,7 +98,7 @@ def test_both_engines_agree(tiny: Settings, case: tuple, double: bool) -> None:
 
 
 class Spy:
-    """Every client's whole adapter after its training, in either engine."""
+    """Records every client's whole adapter after its training, in either engine."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.adapters: list[tuple[int, Adapter]] = []
@@ -112,10 +113,10 @@ class Spy:
 MAKE_UPDATE = make_update
 
 
-@pytest.mark.parametrize(("rule", "still"), [("ffa-lora", "A"), ("rolora", "B"), ("core-only", "AB")])
+@pytest.mark.parametrize(("rule", "untrained"), [("ffa-lora", "A"), ("rolora", "B"), ("core-only", "AB")])
 @pytest.mark.parametrize("optimizer", [{}, SGD | {"momentum": 0.9}], ids=["adamw", "sgd"])
-def test_what_is_not_trained_stays_bit_by_bit(
-    tiny: Settings, rule: str, still: str, optimizer: Settings, monkeypatch: pytest.MonkeyPatch
+def test_untrained_parts_stay_bitwise_the_same(
+    tiny: Settings, rule: str, untrained: str, optimizer: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(tiny | HARSH | optimizer | {"rule": rule, "local-training": "lora"}, core=rule == "core-only")
     spy = Spy(monkeypatch)
@@ -124,10 +125,10 @@ def test_what_is_not_trained_stays_bit_by_bit(
     assert len(spy.adapters) == 3
     for _, adapter in spy.adapters:
         for name, tensor in adapter.items():
-            assert torch.equal(tensor, world.start[name]) == (part_of(name) in still), name
+            assert torch.equal(tensor, world.start[name]) == (part_of(name) in untrained), name
 
 
-def test_peft_computes_no_gradient_for_what_is_not_trained_whatever_the_gates_do(tiny: Settings) -> None:
+def test_peft_computes_no_gradient_for_untrained_parts_with_any_gates(tiny: Settings) -> None:
     world = World(tiny)
     batch = world.data.examples.batch(world.data.train[0][:4])
     world.plain.train_only({"B", "head"})
@@ -139,31 +140,31 @@ def test_peft_computes_no_gradient_for_what_is_not_trained_whatever_the_gates_do
                      for name in grads}  # fmt: skip
 
 
-@pytest.mark.parametrize("wanted", ["xab", "ab", "b", "xa", "a", "xb"])
-def test_the_adapter_product_multiplies_for_nothing_that_wants_no_gradient(wanted: str) -> None:
-    """c clients, N rows, k in, d out, rank r: of the backward's products only those that are asked for.
+@pytest.mark.parametrize("with_gradient", ["xab", "ab", "b", "xa", "a", "xb"])
+def test_the_adapter_product_computes_only_the_required_gradients(with_gradient: str) -> None:
+    """c clients, N rows, k inputs, d outputs, rank r: the backward pass computes only the products that it needs.
 
-    torch's counter does not know ``baddbmm_``, the last of the two products for x.
+    torch's counter does not count ``baddbmm_``, the last of the two products for x.
     """
     c, n, k, d, r = 3, 5, 7, 11, 2
     x, a, b = torch.randn(c, n, k), torch.randn(c, r, k), torch.randn(c, d, r)
     for name, tensor in {"x": x, "a": a, "b": b}.items():
-        tensor.requires_grad_(name in wanted)
+        tensor.requires_grad_(name in with_gradient)
     y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     products = {
-        "grad_B": ("b" in wanted, r * d),
-        "through B": (wanted != "b", r * d),
-        "grad_A": ("a" in wanted, r * k),
-        "grad_x": ("x" in wanted, d * k),
+        "grad_B": ("b" in with_gradient, r * d),
+        "through B": (with_gradient != "b", r * d),
+        "grad_A": ("a" in with_gradient, r * k),
+        "grad_x": ("x" in with_gradient, d * k),
     }
-    assert counter.get_total_flops() == sum(2 * c * n * size for asked, size in products.values() if asked)
-    assert [tensor.grad is not None for tensor in (x, a, b)] == [name in wanted for name in "xab"]
+    assert counter.get_total_flops() == sum(2 * c * n * size for needed, size in products.values() if needed)
+    assert [tensor.grad is not None for tensor in (x, a, b)] == [name in with_gradient for name in "xab"]
 
 
 def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
-    """Oracle: a loop by hand in which autograd differentiates loss + mu/2 |theta - start|^2."""
+    """Oracle: a loop in which autograd differentiates loss + mu/2 |theta - start|^2."""
     mu = 3.0
     world = World(tiny | {"local-training": "lora", "proximal-mu": mu, "max-grad-norm": 0.5}, 1, double=True)
     plain = build_model(world.config.model, "layer", 3, seed=0).double()
@@ -183,14 +184,16 @@ def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
         losses.append(float(loss.detach()))
     for update in (world.alone(0), *world.together(0)):
         assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
-        assert update.metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5), "the data's loss, without penalty"
+        assert update.metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5), (
+            "the loss is reported without the penalty"
+        )
 
 
 @pytest.mark.parametrize("engine", ["peft", "stacked"])
 def test_scaffold_by_hand(tiny: Settings, engine: str) -> None:
     """SGD without momentum at rate 0.1: theta = start - 0.1 sum over steps on of (g + correction)."""
     world = World(tiny | SGD | {"control-variates": True, "local-steps": 5}, double=True)
-    own_corrections(world)
+    individual_corrections(world)
     (update,) = [world.alone(1)] if engine == "peft" else world.together(1)
     assert len(set(update.active_steps)) > 1
     for name, tensor in update.adapter.items():
@@ -200,26 +203,28 @@ def test_scaffold_by_hand(tiny: Settings, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["peft", "stacked"])
-def test_a_correction_that_undoes_the_gradient_leaves_everything_where_it_was(tiny: Settings, engine: str) -> None:
+def test_a_correction_opposite_to_the_gradient_leaves_the_adapter_unchanged(tiny: Settings, engine: str) -> None:
     world = World(tiny | SGD | {"control-variates": True, "local-training": "lora", "local-steps": 1}, double=True)
     free = world.alone(0)
     world.corrections = {0: {name: -gradient for name, gradient in free.gradient.items()}}
     (update,) = [world.alone(0)] if engine == "peft" else world.together(0)
     assert update.metrics["distance"] < 1e-12 < free.metrics["distance"]
-    assert relative_error(update.gradient, free.gradient) < 1e-12, "its own, without the correction"
+    assert relative_error(update.gradient, free.gradient) < 1e-12, (
+        "the client's gradient is reported without the correction"
+    )
 
 
 @pytest.mark.parametrize("engine", ["peft", "stacked"])
 def test_clipping_comes_after_the_correction(tiny: Settings, engine: str) -> None:
     world = World(tiny | SGD | {"control-variates": True, "local-steps": 1, "max-grad-norm": 0.05}, double=True)
-    own_corrections(world)
+    individual_corrections(world)
     (update,) = [world.alone(0)] if engine == "peft" else world.together(0)
     assert update.metrics["distance"] == pytest.approx(0.1 * 0.05, rel=1e-4)
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "constant"])
-def test_a_padded_client_is_a_client_of_its_own_rank(tiny: Settings, scaling: str) -> None:
-    """Oracle: a PEFT model that was built with rank 1, and so has the scaling of rank 1."""
+def test_a_padded_client_trains_as_a_client_of_its_rank(tiny: Settings, scaling: str) -> None:
+    """Oracle: a PEFT model built with rank 1, with the scaling of rank 1."""
     flat = tiny | RANKS | HARSH | {"lora-scaling": scaling, "local-steps": 8, "lora-dropout": 0.0}
     world = World(flat, double=True)
     padded_starts(world)
@@ -227,7 +232,8 @@ def test_a_padded_client_is_a_client_of_its_own_rank(tiny: Settings, scaling: st
     small = build_model(config.model, "layer", 3, seed=0).double()
     updates = {update.client: update for update in world.together(*range(6))}
     for client in (1, 3):
-        expected = train_client(small, world.data, replace(world.plan, config=config), client, cut(world.start, 1))
+        start = Start(cut(world.start, 1))
+        expected = train_client(small, world.data, replace(world.plan, config=config), client, start)
         for update in (updates[client], world.alone(client)):
             assert relative_error(cut(update.adapter, 1), expected.adapter) < 1e-10
 
@@ -249,7 +255,7 @@ def test_padding_stays_exactly_zero(
         assert all(torch.equal(tensor, pad(cut({name: tensor}, 1), 2)[name]) for name, tensor in adapter.items())
 
 
-def test_the_optimiser_has_one_parameter_for_a_client_and_group_whatever_is_trained(tiny: Settings) -> None:
+def test_the_optimizer_has_one_parameter_per_client_and_group_for_any_trained_parts(tiny: Settings) -> None:
     world = World(tiny, core=True)
     for parts in (ALL, {"B", "head"}, {"A", "head"}, {"R", "head"}, {"A", "B", "head"}):
         spans = world.stacked.spans(parts)

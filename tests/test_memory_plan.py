@@ -1,4 +1,4 @@
-"""The memory plan against what autograd keeps in a real step of the engine, and against real tensors."""
+"""The memory plan agrees with the tensors that autograd keeps in a step of the engine, and with loaded weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from copra_fl.models import memory_plan
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.memory_plan import GB, plan
 from copra_fl.training.engine import StackedEngine, open_engine
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 
 BATCH_SIZE = 4
 
 
 @pytest.fixture
 def config(tiny: dict[str, object]) -> Config:
-    """Three clients a step; every text is longer than max-length, so that no row is shorter."""
+    """Three clients per step; every text is longer than max-length, so all rows have the same length."""
     flat = tiny | {"max-length": 8, "attention": "eager", "local-training": "lora", "local-steps": 1}
     return Config.from_flat(flat | {"step-tokens": 3 * BATCH_SIZE * 8})
 
 
 def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
-    """Bytes that autograd keeps in one real step of `clients`, adapters and base not counted."""
+    """Return the bytes that autograd keeps in one step of `clients`, without adapters and base."""
     federated = load_data(config, load_processor(config.model))
     engine = open_engine("stacked", config.model, "layer", len(federated.label_names), seed=0)
     assert isinstance(engine, StackedEngine)
@@ -41,19 +41,19 @@ def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         training = Plan(config=config, server_round=1, clients=clients)
-        engine.train(federated, training, clients, dict.fromkeys(clients, start), lambda done: None, {})
-    frozen = {each.untyped_storage()._cdata for each in engine.model.parameters()}
+        engine.train(federated, training, clients, dict.fromkeys(clients, Start(start)), lambda done: None)
+    frozen = {parameter.untyped_storage()._cdata for parameter in engine.model.parameters()}
     return sum(storage.nbytes() for number, storage in kept.items() if number not in frozen)
 
 
-def test_a_row_s_activations_are_what_a_real_step_keeps(config: Config) -> None:
-    """From one client to three: the difference is 2 x batch-size rows, and two clients' own adapters."""
+def test_the_activations_of_a_row_are_those_of_a_step_of_the_engine(config: Config) -> None:
+    """Three clients keep 2 x batch-size rows more than one client, and two more adapters."""
     needed = plan(config, num_labels=3, tokens=config.data.max_length)
     added = kept_in_a_step(config, (0, 1, 2)) - kept_in_a_step(config, (0,))
     assert added / (2 * BATCH_SIZE * needed.row) == pytest.approx(1, abs=0.15)
 
 
-def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
+def test_base_and_adapters_have_the_size_of_the_loaded_ones(config: Config) -> None:
     needed = plan(config, num_labels=3, tokens=config.data.max_length)
     model = build_model(config.model, "layer", 3, seed=0)
     adapter = sum(tensor.nbytes for tensor in model.read_adapter().values())
@@ -65,22 +65,22 @@ def test_base_and_adapters_are_the_real_ones(config: Config) -> None:
 
 
 def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
-    """Eager attention keeps a (heads, T, T) of probabilities a layer, in float32: 3 layers, 2 heads."""
+    """Eager attention keeps (heads, T, T) probabilities per layer in float32: 3 layers, 2 heads."""
     rows = [plan(config.changed(max_length=tokens), 3, tokens).row for tokens in (64, 128, 256)]
     assert rows[2] - 2 * rows[1] == pytest.approx(3 * 2 * 4 * (256**2 - 2 * 128**2), rel=0.02)
     assert rows[1] - 2 * rows[0] == pytest.approx(3 * 2 * 4 * (128**2 - 2 * 64**2), rel=0.02)
 
 
-def test_max_memory_lets_as_many_clients_step_together_as_fit(config: Config) -> None:
+def test_max_memory_limits_the_clients_of_a_step(config: Config) -> None:
     needed = plan(config, 3, config.data.max_length)
     one = (needed.total - needed.base) / 3
 
     def fitted(clients: float) -> Config:
         limited = config.changed(max_memory_gb=(needed.base + clients * one) / GB)
-        return memory_plan.fitted(limited, needed)
+        return memory_plan.limit_step_tokens(limited, needed)
 
     assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
     assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory_gb * GB
     assert fitted(3.01).training.step_tokens == config.training.step_tokens
-    with pytest.raises(ConfigError, match="too little for a single client: .* a smaller batch-size"):
+    with pytest.raises(ConfigError, match="too little for a single client: .* reduce batch-size"):
         fitted(0.9)

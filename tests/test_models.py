@@ -1,4 +1,4 @@
-"""How a model computes is settled once for a run, and a saved model computes the same when it is opened."""
+"""dtype and attention are resolved once per run, and a saved model gives the same logits when it is opened."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SLOW = [{"avx2": True, "avx512_bf16": False, "amx_bf16": False}, {"neon": True, 
 
 
 @pytest.mark.parametrize("processor", [*FAST, *SLOW])
-def test_auto_is_bfloat16_where_the_processor_has_it(processor: dict[str, bool], monkeypatch) -> None:
+def test_auto_is_bfloat16_on_processors_with_bfloat16_products(processor: dict[str, bool], monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     dtype = "bfloat16" if processor in FAST else "float32"
     assert resolve_compute(CPU, 64) == ModelConfig(device="cpu", dtype=dtype, attention="eager")
 
 
-def test_auto_is_float32_where_torch_has_no_fast_kernels(monkeypatch) -> None:
+def test_auto_is_float32_without_fast_kernels_in_torch(monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: FAST[0])
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert resolve_compute(CPU, 64).dtype == "float32"
@@ -34,13 +34,13 @@ def test_auto_is_float32_where_torch_has_no_fast_kernels(monkeypatch) -> None:
     ("dtype", "max_length", "attention"),
     [("float32", 64, "eager"), ("float32", 256, "sdpa"), ("bfloat16", 64, "eager"), ("bfloat16", 256, "eager")],
 )
-def test_auto_attention_is_what_trains_fastest_on_a_cpu(dtype: str, max_length: int, attention: str) -> None:
+def test_auto_attention_is_the_fastest_on_a_cpu(dtype: str, max_length: int, attention: str) -> None:
     assert resolve_compute(ModelConfig(device="cpu", dtype=dtype), max_length).attention == attention
 
 
-def test_what_was_asked_for_stays() -> None:
-    asked = ModelConfig(device="cpu", dtype="float16", attention="sdpa")
-    assert resolve_compute(asked, 16) == asked
+def test_explicit_settings_stay() -> None:
+    explicit = ModelConfig(device="cpu", dtype="float16", attention="sdpa")
+    assert resolve_compute(explicit, 16) == explicit
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("bfloat16", "eager"), ("float32", "sdpa")])

@@ -1,4 +1,4 @@
-"""Several data sets in one federation: who learns what, whose rows of the head are whose, and what is told of each."""
+"""Several data sets in one federation: training, aggregation of the head's rows, metrics and reports of each."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from copra_fl import aggregation, tasks
 from copra_fl.adapters.state import Adapter, Update, part_of
-from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import join, lend, split, without_others
 from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
 from copra_fl.models.export import load
 from copra_fl.probes.open_run import open_run
 from copra_fl.reporting import report
-from copra_fl.reporting.tables import by_dataset, table
+from copra_fl.reporting.tables import dataset_tables, table
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
+from tests.support.compatibility import check
 from tests.support.federations import final_adapter, finished_run, journal
 from tests.support.local_grid import run_federation
-from tests.support.rounds import make_round, random_adapter, update
+from tests.support.rounds import aggregate, make_round, random_adapter, update
 from tests.support.tiny import Settings, make_texts
 from tests.support.worlds import World, assert_alike, relative_error
 
@@ -38,7 +37,7 @@ TOPICS, MOODS = slice(0, 3), slice(3, 5)
 
 @pytest.fixture(scope="module")
 def two(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Topics of texts, 3 labels, and moods of other texts, 2 labels; clients 0, 1 and 2 have topics, 3 and 4 moods."""
+    """Settings with two data sets: topics (3 labels, clients 0, 1 and 2) and moods (2 labels, clients 3 and 4)."""
     folder = tmp_path_factory.mktemp("two")
     topics = make_texts(folder / "topics.csv", 300)
     rows = pd.read_csv(make_texts(folder / "source.csv", 320, seed=1))
@@ -52,42 +51,43 @@ def alone(two: Settings, number: int, num_clients: int) -> Settings:
     return two | {"dataset": str(two["dataset"]).split(", ")[number], "num-clients": num_clients}
 
 
-def test_each_data_set_is_as_it_is_alone(two: Settings) -> None:
-    """The same clients, held-out sets and tokens; only numbers move."""
+def test_each_data_set_is_loaded_as_if_it_were_alone(two: Settings) -> None:
+    """Clients, held-out sets and tokens are the same; only indices are shifted."""
     joined = World(two).data
     assert joined.client_names == ["topics/0", "topics/1", "topics/2", "moods/0", "moods/1"]
     assert joined.label_names == ["topics/sand", "topics/sea", "topics/sky", "moods/calm", "moods/sea"]
     for number, clients in ((0, range(3)), (1, range(3, 5))):
-        own, dataset = World(alone(two, number, len(clients))).data, joined.datasets[number]
+        single, dataset = World(alone(two, number, len(clients))).data, joined.datasets[number]
         first, label = dataset.examples.start, dataset.labels.start
-        assert dataset.clients == clients and len(own.label_names) == len(dataset.labels)
+        assert dataset.clients == clients and len(single.label_names) == len(dataset.labels)
         for kind in ("train", "validation"):
-            for mine, theirs in zip(getattr(own, kind), [getattr(joined, kind)[c] for c in clients], strict=True):
-                assert np.array_equal(mine + first, theirs)
+            subsets = zip(getattr(single, kind), [getattr(joined, kind)[c] for c in clients], strict=True)
+            for expected, indices in subsets:
+                assert np.array_equal(expected + first, indices)
         for kind in ("server_validation", "test"):
-            assert np.array_equal(getattr(own, kind) + first, dataset.among(getattr(joined, kind)))
-        for mine, theirs in zip(own.train, [joined.train[c] for c in clients], strict=True):
-            batch, other = own.examples.batch(mine), joined.examples.batch(theirs)
-            assert torch.equal(batch["input_ids"], other["input_ids"])
-            assert torch.equal(batch["labels"] + label, other["labels"])
-            assert all(other["outputs"].nonzero()[:, 1].unique() == torch.tensor(dataset.labels))
-        assert np.array_equal(own.examples.lengths, joined.examples.lengths[first : dataset.examples.stop])
+            assert np.array_equal(getattr(single, kind) + first, dataset.among(getattr(joined, kind)))
+        for alone_indices, indices in zip(single.train, [joined.train[c] for c in clients], strict=True):
+            expected, batch = single.examples.batch(alone_indices), joined.examples.batch(indices)
+            assert torch.equal(expected["input_ids"], batch["input_ids"])
+            assert torch.equal(expected["labels"] + label, batch["labels"])
+            assert all(batch["outputs"].nonzero()[:, 1].unique() == torch.tensor(dataset.labels))
+        assert np.array_equal(single.examples.lengths, joined.examples.lengths[first : dataset.examples.stop])
 
 
-def test_a_client_trains_as_in_a_federation_of_its_data_set_alone(two: Settings) -> None:
-    """Oracle: one data set, the head with its rows alone. On all other rows the gradient is exactly 0."""
+def test_a_client_trains_as_in_a_federation_with_its_data_set_alone(two: Settings) -> None:
+    """Oracle: one data set and a head with its rows only. The gradient of all other rows is exactly 0."""
     flat = two | {"local-steps": 10}
     world, single = World(flat), World(alone(flat, 0, 3))
     for client in range(3):
         single.starts[client] = {
             name: tensor[TOPICS] if part_of(name) == "head" else tensor for name, tensor in world.start.items()
         }
-        found, expected = world.alone(client), single.alone(client)
+        update, expected = world.alone(client), single.alone(client)
         for name in ("head.weight", "head.bias"):
-            assert torch.equal(found.adapter[name][MOODS], world.start[name][MOODS])
-            found.adapter[name] = found.adapter[name][TOPICS]
-            assert not torch.equal(found.adapter[name], world.start[name][TOPICS])
-        assert_alike(found, expected, 1e-6)
+            assert torch.equal(update.adapter[name][MOODS], world.start[name][MOODS])
+            update.adapter[name] = update.adapter[name][TOPICS]
+            assert not torch.equal(update.adapter[name], world.start[name][TOPICS])
+        assert_alike(update, expected, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,15 @@ def test_a_client_trains_as_in_a_federation_of_its_data_set_alone(two: Settings)
         {"local-training": "head", "proximal-mu": 0.1},
     ],
 )
-def test_both_engines_give_the_same(two: Settings, changes: Settings) -> None:
-    """Clients of both data sets in one step; oracle: plain PEFT, each client by itself."""
+def test_both_engines_train_the_same_adapters(two: Settings, changes: Settings) -> None:
+    """Clients of both data sets share each step. Oracle: plain PEFT, each client alone."""
     world = World(two | {"local-steps": 20, "num-rounds": 4} | changes)
-    for together in world.together(*range(5)):
-        assert_alike(together, world.alone(together.client), 1e-5)
+    for trained in world.together(*range(5)):
+        assert_alike(trained, world.alone(trained.client), 1e-5)
 
 
-def test_metrics_are_of_the_labels_of_the_own_data_set(two: Settings) -> None:
-    """Oracle: cross-entropy and argmax over the logits of a plain forward, cut to the rows of the data set."""
+def test_metrics_use_the_labels_of_the_examples_data_set_only(two: Settings) -> None:
+    """Oracle: cross-entropy and argmax over the logits of a plain forward pass, restricted to the data set's labels."""
     world = World(two)
     held_out, expected = world.data.server_validation, {}
     with torch.inference_mode():
@@ -122,55 +122,56 @@ def test_metrics_are_of_the_labels_of_the_own_data_set(two: Settings) -> None:
         first, second = evaluate_each(model, [world.start] * 2, world.data, held_out, 20)
         assert first["loss"] == pytest.approx(second["loss"]) and first["examples"] == len(held_out)
         for name, (loss, accuracy, examples) in expected.items():
-            own = first["datasets"][name]
-            assert own == pytest.approx({"loss": loss, "accuracy": accuracy, "examples": examples}, rel=1e-5)
+            metrics = first["datasets"][name]
+            assert metrics == pytest.approx({"loss": loss, "accuracy": accuracy, "examples": examples}, rel=1e-5)
         for place, metric in enumerate(("loss", "accuracy")):
-            assert first[metric] == pytest.approx(np.mean([own[place] for own in expected.values()]), rel=1e-5)
-    (own,) = evaluate_each(world.plain, [world.start], world.data, world.data.among(held_out, [1]), 20)
-    assert list(own["datasets"]) == ["moods"] and own["loss"] == own["datasets"]["moods"]["loss"]
+            assert first[metric] == pytest.approx(np.mean([values[place] for values in expected.values()]), rel=1e-5)
+    (moods,) = evaluate_each(world.plain, [world.start], world.data, world.data.among(held_out, [1]), 20)
+    assert list(moods["datasets"]) == ["moods"] and moods["loss"] == moods["datasets"]["moods"]["loss"]
 
 
-def test_a_head_in_parts_by_hand() -> None:
-    """Head of 3 rows, 2 of data set 0, whose clients 0 and 1 have 10 and 30 examples; client 2, with 40, has the third.
+def test_aggregation_of_a_split_head_by_hand() -> None:
+    """Head rows 0 and 1 belong to clients 0 and 1 with 10 and 30 examples, row 2 to client 2 with 40 examples.
 
-    Row 0: (10 * 1 + 30 * 5) / 40 = 4; row 2: client 2's own 9; the adapter over all: (10 * 1 + 30 * 5 + 40 * 9) / 80.
+    Row 0: (10 * 1 + 30 * 5) / 40 = 4. Row 2: client 2 alone, 9. Adapter, over all clients: (10 * 1 + 30 * 5 + 40 * 9)
+    / 80.
     """
     before = {"layer.0.query.lora_A.weight": torch.zeros(1, 2), "head.bias": torch.zeros(3)}
     updates = [update(c, {n: torch.full_like(t, v) for n, t in before.items()}, e)
                for c, v, e in ((0, 1.0, 10), (1, 5.0, 30), (2, 9.0, 40))]  # fmt: skip
-    own = [replace(u, adapter=without_others(split(u.adapter, [2, 1]), u.client // 2)) for u in updates]
-    found = join(find_rule("fedavg").aggregate(make_round(split(before, [2, 1]), own)).adapter)
-    assert found["head.bias"].tolist() == [4, 4, 9]
-    assert found["layer.0.query.lora_A.weight"].tolist() == [[6.5, 6.5]]
-    nobody = make_round(split(before, [2, 1]), own[:2])
-    assert join(find_rule("fedavg").aggregate(nobody).adapter)["head.bias"].tolist() == [4, 4, 0], "as it was"
+    masked = [replace(u, adapter=without_others(split(u.adapter, [2, 1]), u.client // 2)) for u in updates]
+    joined = join(aggregate("fedavg", make_round(split(before, [2, 1]), masked)).adapter)
+    assert joined["head.bias"].tolist() == [4, 4, 9]
+    assert joined["layer.0.query.lora_A.weight"].tolist() == [[6.5, 6.5]]
+    without_client_2 = make_round(split(before, [2, 1]), masked[:2])
+    assert join(aggregate("fedavg", without_client_2).adapter)["head.bias"].tolist() == [4, 4, 0]
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "zero-pad", "flora", "lora-fair", "fedrot-lora", "median", "trimmed-mean"])
-def test_every_rule_makes_a_data_sets_rows_of_its_own_clients(rule: str) -> None:
-    """Oracle: the same rule in a round of these clients alone, with a head of these rows alone."""
+def test_every_rule_aggregates_a_data_sets_rows_over_its_clients_only(rule: str) -> None:
+    """Oracle: the same rule in a round with only these clients and a head with only these rows."""
     before, sizes = random_adapter(99), [1, 2]
     adapters = [random_adapter(client) for client in range(5)]
     updates = [update(client, adapter, 10 * (client + 1)) for client, adapter in enumerate(adapters)]
     numbers = [0, 0, 1, 1, 1]
-    own = [
+    masked = [
         replace(u, adapter=without_others(split(u.adapter, sizes), n)) for u, n in zip(updates, numbers, strict=True)
     ]
-    whole = join(find_rule(rule).aggregate(make_round(split(before, sizes), own)).adapter)
+    whole = join(aggregate(rule, make_round(split(before, sizes), masked)).adapter)
     for number, rows in ((0, slice(0, 1)), (1, slice(1, 3))):
 
         def cut(adapter: Adapter, rows: slice = rows) -> Adapter:
             return {name: t[rows] if part_of(name) == "head" else t for name, t in adapter.items()}
 
-        some = [replace(u, adapter=cut(u.adapter)) for u, n in zip(updates, numbers, strict=True) if n == number]
-        alone = find_rule(rule).aggregate(make_round(cut(before), some)).adapter
+        members = [replace(u, adapter=cut(u.adapter)) for u, n in zip(updates, numbers, strict=True) if n == number]
+        alone = aggregate(rule, make_round(cut(before), members)).adapter
         for name in ("head.weight", "head.bias"):
             assert torch.allclose(whole[name][rows], alone[name], atol=1e-6), name
-    everybody = find_rule(rule).aggregate(make_round(before, updates)).adapter
+    everybody = aggregate(rule, make_round(before, updates)).adapter
     assert all(torch.equal(whole[n], everybody[n]) for n in everybody if part_of(n) != "head")
 
 
-def test_lent_rows_let_an_average_be_that_of_each_data_sets_clients() -> None:
+def test_after_lending_rows_a_plain_average_is_the_average_of_each_data_sets_clients() -> None:
     adapters, weights = [random_adapter(client) for client in range(3)], [1.0, 3.0, 4.0]
     lent = lend(adapters, [0, 0, 1], weights, [1, 2])
     of_first = (adapters[0]["head.weight"][:1] + 3 * adapters[1]["head.weight"][:1]) / 4
@@ -178,23 +179,25 @@ def test_lent_rows_let_an_average_be_that_of_each_data_sets_clients() -> None:
         assert torch.equal(lent[client]["head.weight"][rows], adapters[client]["head.weight"][rows])
     assert torch.allclose(lent[2]["head.weight"][:1], of_first, atol=1e-6)
     assert torch.equal(lent[0]["head.bias"][1:], adapters[2]["head.bias"][1:])
-    average = sum(w * each["head.weight"] for w, each in zip(weights, lent, strict=True)) / 8
+    average = sum(w * adapter["head.weight"] for w, adapter in zip(weights, lent, strict=True)) / 8
     assert torch.allclose(average[:1], of_first, atol=1e-6)
     assert torch.allclose(average[1:], adapters[2]["head.weight"][1:], atol=1e-6)
     assert all(torch.equal(lent[0][name], adapters[0][name]) for name in adapters[0] if part_of(name) != "head")
     assert lend(adapters, [None] * 3, weights, [])[0]["head.weight"] is adapters[0]["head.weight"]
 
 
-def test_the_merge_gap_is_on_each_data_set_by_its_own_clients() -> None:
-    """On a 0.5 - (0.2 + 3 * 0.4) / 4 = 0.15, on b 0.9 - 1 = -0.1: 0.025 in the mean."""
+def test_the_merge_gap_is_computed_on_each_data_set_over_its_clients() -> None:
+    """On a: 0.5 - (0.2 + 3 * 0.4) / 4 = 0.15; on b: 0.9 - 1 = -0.1; mean 0.025."""
 
     def metrics(accuracy: float) -> dict[str, float]:
         return {"loss": 1.0, "accuracy": accuracy, "examples": 10}
 
-    average = metrics(0.7) | {"datasets": {"a": metrics(0.5), "b": metrics(0.9), "of nobody": metrics(0)}}
+    average = metrics(0.7) | {"datasets": {"a": metrics(0.5), "b": metrics(0.9), "without clients": metrics(0)}}
     clients = [metrics(0) | {"datasets": {name: metrics(value)}} for name, value in (("a", 0.2), ("a", 0.4), ("b", 1))]
     gap = merge_gap_each(average, clients, [1, 3, 50])
-    assert {name: own["accuracy"] for name, own in gap["datasets"].items()} == pytest.approx({"a": 0.15, "b": -0.1})
+    assert {name: metric["accuracy"] for name, metric in gap["datasets"].items()} == pytest.approx(
+        {"a": 0.15, "b": -0.1}
+    )
     assert gap["accuracy"] == pytest.approx(0.025) and "examples" not in gap
     assert merge_gap_each(metrics(0.7), [metrics(0.5), metrics(0.6)], [1, 1]) == pytest.approx(
         {"loss": 0.0, "accuracy": 0.15}
@@ -202,10 +205,10 @@ def test_the_merge_gap_is_on_each_data_set_by_its_own_clients() -> None:
 
 
 def by_hand(world: World, flat: Settings) -> Adapter:
-    """A round of FedAvg, sums in numpy: adapters over all clients, rows of the head over those of their data set."""
+    """Return a round of FedAvg in numpy: adapters averaged over all clients, head rows over those of their data set."""
     world.plan = Plan(1, tuple(range(5)), world.config)
     start = world.plain.read_adapter()
-    updates: list[Update] = [train_client(world.plain, world.data, world.plan, c, start) for c in range(5)]
+    updates: list[Update] = [train_client(world.plain, world.data, world.plan, c, Start(start)) for c in range(5)]
     examples = np.array([len(world.data.train[client]) for client in range(5)], float)
     made = {}
     for name, old in start.items():
@@ -225,14 +228,14 @@ def run(two: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["stacked", "peft"])
-def test_a_round_is_that_of_a_second_implementation(two: Settings, engine: str, tmp_path: Path) -> None:
+def test_a_round_equals_a_second_implementation(two: Settings, engine: str, tmp_path: Path) -> None:
     flat = two | {"num-rounds": 1, "engine": engine, "updates": "pooled", "weight-decay": 0.1}
-    found, expected = final_adapter(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
-    assert relative_error(found, expected) < 1e-5
+    adapter, expected = final_adapter(run_federation(flat, tmp_path / "run")), by_hand(World(flat), flat)
+    assert relative_error(adapter, expected) < 1e-5
 
 
-def test_a_server_optimiser_steps_over_the_whole_head(two: Settings, tmp_path: Path) -> None:
-    """FedAvgM at rate 1 without momentum takes the average itself."""
+def test_a_server_optimizer_steps_over_the_whole_head(two: Settings, tmp_path: Path) -> None:
+    """FedAvgM with rate 1 and without momentum equals the average."""
     short = two | {"num-rounds": 1}
     plain = final_adapter(run_federation(short, tmp_path / "plain"))
     flat = short | {"server-optimizer": "fedavgm", "server-momentum": 0.0}
@@ -240,21 +243,24 @@ def test_a_server_optimiser_steps_over_the_whole_head(two: Settings, tmp_path: P
     assert all(torch.allclose(stepped[name], tensor, atol=1e-6) for name, tensor in plain.items())
 
 
-def test_what_is_told_of_each_data_set(run: Path, two: Settings) -> None:
-    """Oracle: the adapter of the last checkpoint and of the clients of the last round, evaluated here."""
+def test_the_journal_has_the_metrics_of_each_data_set(run: Path, two: Settings) -> None:
+    """Oracle: the adapter of the last checkpoint, evaluated here."""
     rows = journal(run)
     world, adapter = World(two), {name: t for name, t in final_adapter(run).items() if "/" not in name}
     (validation,) = evaluate_each(world.plain, [adapter], world.data, world.data.server_validation, 64)
-    told = rows[-1]["validation"]
+    recorded = rows[-1]["validation"]
     for name in ("topics", "moods"):
-        assert told["datasets"][name] == pytest.approx(validation["datasets"][name], rel=1e-4)
-    assert told["accuracy"] == pytest.approx(np.mean([own["accuracy"] for own in told["datasets"].values()]))
+        for metric, value in validation["datasets"][name].items():
+            assert recorded["datasets"][name][metric] == pytest.approx(value, rel=1e-4)
+    assert recorded["accuracy"] == pytest.approx(
+        np.mean([metrics["accuracy"] for metrics in recorded["datasets"].values()])
+    )
     assert set(rows[-1]["merge_gap"]["datasets"]) <= {"topics", "moods"}
     pairs = {tuple(path["clients"]) for path in rows[-1]["paths"]}
     assert len(pairs) == 10 and (2, 3) in pairs
 
 
-def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settings) -> None:
+def test_the_saved_model_names_the_data_set_of_each_label(run: Path, two: Settings) -> None:
     opened, world = load(run / "adapter", device="cpu"), World(two)
     assert opened.labels == world.data.label_names
     batch = world.data.examples.batch(world.data.datasets[1].among(world.data.test))
@@ -262,27 +268,28 @@ def test_the_saved_model_tells_the_data_set_of_each_label(run: Path, two: Settin
     (expected,) = evaluate_each(world.plain, [adapter], world.data, world.data.among(world.data.test, [1]), 64)
     with torch.inference_mode():
         logits = opened.model(**opened.processor(["sea1 sea2 sky3"], return_tensors="pt"))
-        own = opened.model(**batch).argmax(1)
+        predicted = opened.model(**batch).argmax(1)
     assert logits.shape == (1, 5) and torch.isfinite(logits).all()
-    assert float((own == batch["labels"]).double().mean()) == pytest.approx(expected["accuracy"])
+    assert float((predicted == batch["labels"]).double().mean()) == pytest.approx(expected["accuracy"])
 
 
-def test_the_report_and_the_table_tell_each_data_set(run: Path) -> None:
+def test_the_report_and_the_table_show_each_data_set(run: Path) -> None:
     """A data set's row has its own test accuracy and loss; the mean over both is the run's test accuracy."""
     summary, console = report.write(run), Console(width=100, record=True)
     test = json.loads((run / "summary.json").read_text())["test"]
-    found = summary["methods"]["copra"]
-    assert found["test_accuracy"]["mean"] == pytest.approx(np.mean([d["accuracy"] for d in test["datasets"].values()]))
-    _, rows = by_dataset(summary)
+    mean = summary.methods["copra"].get("test_accuracy").mean
+    assert mean == pytest.approx(np.mean([d["accuracy"] for d in test["datasets"].values()]))
+    (by_dataset,) = dataset_tables(summary)
+    rows = by_dataset.rows
     assert [row[:2] for row in rows] == [["topics", "copra"], ["moods", "copra"]]
     for row in rows:
-        own = test["datasets"][row[0]]
-        assert row[2:] == [f"{100 * own['accuracy']:.1f}", f"{own['loss']:.3f}"]
+        metrics = test["datasets"][row[0]]
+        assert row[2:] == [f"{100 * metrics['accuracy']:.1f}", f"{metrics['loss']:.3f}"]
     console.print(table(summary))
     shown = console.export_text()
     assert "topics" in shown and rows[1][3] in shown
     page = (run / "report.html").read_text()
-    assert "Accuracy by round on moods" in page and "on each data set by itself" in page
+    assert "Accuracy by round on moods" in page and "Each data set by itself" in page
 
 
 def test_merging_clients_of_several_data_sets(run: Path) -> None:
@@ -297,8 +304,8 @@ def test_merging_clients_of_several_data_sets(run: Path) -> None:
     assert facts["before"][3]["accuracy"] == pytest.approx(alone["datasets"]["moods"]["accuracy"])
     (federated,) = opened.score([opened.adapter], "test")
     average = facts["merged"][0]
-    for name, own in federated["datasets"].items():
-        assert average["datasets"][name]["loss"] == pytest.approx(own["loss"], rel=1e-4)
+    for name, metrics in federated["datasets"].items():
+        assert average["datasets"][name]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
     means = []
     for clients in ([0, 1, 2], [3, 4]):
         means.append(np.mean([facts["before"][client]["accuracy"] for client in clients]))
@@ -308,7 +315,7 @@ def test_merging_clients_of_several_data_sets(run: Path) -> None:
 
 
 def test_lines_between_clients_of_several_data_sets(run: Path) -> None:
-    """Between clients of unlike data sets: both on both, with each other's rows; else on the one that they have."""
+    """Clients of different data sets are compared on both, with each other's rows of the head; others on their own."""
     arguments = ["probe", "connectivity", str(run), "--clients", "1,2,3", "--points", "3"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -316,8 +323,8 @@ def test_lines_between_clients_of_several_data_sets(run: Path) -> None:
     trained = opened.clients(2, only=[1, 2, 3])
     within, across = (facts["paths"]["product"][place] for place in (0, 2))
     assert across["pair"] == ["client 2 (topics/2)", "client 3 (moods/0)"]
-    own = opened.score([trained[1], trained[2]], datasets=[0])
-    assert within["accuracy"][::2] == pytest.approx([metrics["accuracy"] for metrics in own])
+    ends = opened.score([trained[1], trained[2]], datasets=[0])
+    assert within["accuracy"][::2] == pytest.approx([metrics["accuracy"] for metrics in ends])
     (end,) = opened.score([trained[2]], datasets=[0])
     borrowed = {n: torch.cat([trained[2][n][TOPICS], trained[3][n][MOODS]]) for n in ("head.weight", "head.bias")}
     (other,) = opened.score([trained[2] | borrowed], datasets=[1])
@@ -329,11 +336,9 @@ REFUSED = [
     ({"labels": "a,b"}, "labels = 'a,b'"),
     ({"test-file": "test.csv"}, "test-file = 'test.csv'"),
     ({"partitioner": "natural", "client-column": "owner", "held-out-clients": 1}, "held-out-clients = 1"),
-    ({"num-clients": 1}, "num-clients = 1: it takes one a data set"),
-    ({"num-clients": 0}, "num-clients = 0: it takes one a data set"),
-    ({"dataset": "a/notes.csv,b/notes.csv"}, "called 'notes', 'notes'"),
-    ({"dataset": "a.csv,,b.csv"}, "called 'a', '', 'b'"),
-    ({"task": "causal-lm", "partitioner": "iid"}, "has not one label an example"),
+    ({"num-clients": 1}, "num-clients = 1: each data set needs at least one client"),
+    ({"num-clients": 0}, "num-clients = 0: each data set needs at least one client"),
+    ({"task": "causal-lm", "partitioner": "iid"}, "does not have exactly one label per example"),
     ({"rule": "fedsa-lora", "local-training": "lora"}, "no global model"),
     ({"rule": "connectivity"}, "all validation data"),
     ({"control-variates": True}, "control-variates"),
@@ -345,8 +350,14 @@ REFUSED = [
 def test_what_does_not_combine_is_refused_by_name(two: Settings, changes: Settings, message: str) -> None:
     config = Config.from_flat(two | changes)
     with pytest.raises(ConfigError, match=f"several data sets.*{message}"):
-        tasks.check(config)
-        aggregation.check(config)
+        check(config)
+
+
+def test_data_sets_must_have_different_names(two: Settings) -> None:
+    with pytest.raises(ConfigError, match="must have different names, not notes, notes"):
+        World(two | {"dataset": "a/notes.csv,b/notes.csv"})
+    with pytest.raises(ConfigError, match="has an empty name"):
+        Config.from_flat(two | {"dataset": "a.csv,,b.csv"})
 
 
 def test_an_error_in_one_data_set_names_it(two: Settings) -> None:

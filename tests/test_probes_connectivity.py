@@ -1,4 +1,4 @@
-"""Lines and planes: by hand on toys, product paths against PEFT, the command on a real run."""
+"""Lines and planes: numbers by hand for a toy loss, real models against their own scores, the command on real runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from copra_fl.adapters.interpolation import combine, interpolate, interpolate_pr
 from copra_fl.adapters.state import Adapter
 from copra_fl.cli import app
 from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
-from copra_fl.probes.open_run import OpenRun, open_run, plain
+from copra_fl.probes.open_run import OpenRun, open_run, plain_adapters
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
 from tests.support.federations import finished_run
@@ -23,18 +23,18 @@ from tests.support.tiny import Settings
 
 
 def bowl(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-    """loss = 1 - |dW|^2 for dW = B A, with one entry: a hill wherever products are small."""
+    """loss = 1 - dW^2 for dW = B A with one entry: high where the product is small."""
     products = [float(a["m.lora_B.weight"] @ a["m.lora_A.weight"]) for a in adapters]
     return [{"loss": 1 - product**2, "accuracy": abs(product)} for product in products]
 
 
 def rank_1(b: float, a: float, head: float = 0.0) -> Adapter:
-    b, a, head = (torch.tensor([[each]], dtype=torch.float64) for each in (b, a, head))
+    b, a, head = (torch.tensor([[value]], dtype=torch.float64) for value in (b, a, head))
     return {"m.lora_A.weight": a, "m.lora_B.weight": b, "head.weight": head}
 
 
 def test_paths_between_equal_products_by_hand() -> None:
-    """1 1 and -1 -1 are the same product 1; halfway the factors are 0, and the products still 1."""
+    """B A = 1 1 and -1 -1 have the product 1; at the midpoint the factors are 0, but the product path stays at 1."""
     a, b = rank_1(1, 1), rank_1(-1, -1)
     factor, product = (walk(bowl, a, b, 21, along) for along in (interpolate, interpolate_products))
     assert factor.barrier_entezari == factor.barrier_frankle == pytest.approx(1.0)
@@ -43,14 +43,14 @@ def test_paths_between_equal_products_by_hand() -> None:
     assert factor.loss[5] == pytest.approx(1 - 0.5**4), "factors 1/2, product 1/4"
 
 
-def test_a_quadratic_has_the_barrier_that_is_known() -> None:
+def test_barrier_of_a_quadratic_by_hand() -> None:
     """Products 1 and -1: dW = 1 - 2u on the product path, loss 1 - (1 - 2u)^2, barrier 1 at u = 1/2."""
     path = walk(bowl, rank_1(1, 1), rank_1(1, -1), 21, interpolate_products)
     assert path.barrier_entezari == pytest.approx(1.0)
     assert path.loss == pytest.approx([1 - (1 - 2 * u) ** 2 for u in path.u])
 
 
-def test_the_ends_of_lines_and_the_corners_of_planes_are_exact() -> None:
+def test_ends_of_lines_and_corners_of_planes_are_exact() -> None:
     a, b, c = (rank_1(*torch.randn(3, generator=torch.Generator().manual_seed(i)).tolist()) for i in range(3))
     for end, u in ((a, 0.0), (b, 1.0)):
         point = interpolate_products(a, b, u)
@@ -61,14 +61,14 @@ def test_the_ends_of_lines_and_the_corners_of_planes_are_exact() -> None:
         assert all(torch.equal(combine([a, b, c], weights)[name], corner[name]) for name in corner)
     middle = combine([a, b, c], (1 / 3, 1 / 3, 1 / 3))["head.weight"]
     assert float(middle) == pytest.approx(float(a["head.weight"] + b["head.weight"] + c["head.weight"]) / 3)
-    found, losses = plane(bowl, [a, b, c], lambda: None), [each["loss"] for each in bowl([a, b, c])]
+    measured, losses = plane(bowl, [a, b, c], lambda: None), [metrics["loss"] for metrics in bowl([a, b, c])]
     zero, one = LATTICE.index(0.0), LATTICE.index(1.0)
-    assert [found.loss[zero][zero], found.loss[zero][one], found.loss[one][zero]] == losses
+    assert [measured.loss[zero][zero], measured.loss[zero][one], measured.loss[one][zero]] == losses
 
 
-def test_the_matrix_is_symmetric_with_a_diagonal_of_zeros() -> None:
+def test_matrix_is_symmetric_with_zeros_on_the_diagonal() -> None:
     adapters, calls = [rank_1(1, 1), rank_1(-1, -1), rank_1(1, 1)], []
-    paths = lines(lambda pair: bowl, adapters, 5, interpolate, lambda: calls.append(1))
+    paths = lines(lambda pair, points: bowl(points), adapters, 5, interpolate, lambda: calls.append(1))
     cells = matrix(paths, 3, lambda path: path.barrier_entezari)
     assert np.array_equal(cells, cells.T) and not cells.diagonal().any() and len(calls) == 3
     assert cells == pytest.approx(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))
@@ -80,45 +80,43 @@ def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     return open_run(finished_run(tiny | {"num-clients": 3, "learning-rate": 0.05, "local-training": "lora"}, directory))
 
 
-def test_the_product_path_of_a_real_model_begins_and_ends_with_its_adapters(run: OpenRun) -> None:
-    clients = run.clients(2)
-    a, b = clients[0], clients[2]
-    (plain_a, plain_b), _ = plain([run.state(2), run.state(1)], [run.scaling] * 2)
+def test_product_path_of_a_real_model_starts_and_ends_at_its_adapters(run: OpenRun) -> None:
+    (plain_a, plain_b), _ = plain_adapters([run.state(2), run.state(1)], [run.scaling] * 2)
     path = walk(run.score_plain, plain_a, plain_b, 3, interpolate_products)
     ends = run.score([run.state(2).adapter, run.state(1).adapter])
     assert path.loss[0] == pytest.approx(ends[0]["loss"], rel=1e-5)
     assert path.loss[2] == pytest.approx(ends[1]["loss"], rel=1e-5)
-    assert not torch.equal(a["head.weight"], b["head.weight"])
+    assert path.loss[0] != pytest.approx(path.loss[2], rel=1e-3), "the ends are different models"
 
 
-def test_the_command_on_clients_of_a_round(run: OpenRun, tmp_path: Path) -> None:
+def test_command_compares_clients_of_a_round(run: OpenRun, tmp_path: Path) -> None:
     arguments = ["probe", "connectivity", str(run.directory), "--points", "3", "--output", str(tmp_path)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    found, html = (tmp_path / f"probe-connectivity.{kind}" for kind in ("json", "html"))
-    facts = json.loads(found.read_text())
+    json_path, page_path = (tmp_path / f"probe-connectivity.{kind}" for kind in ("json", "html"))
+    facts = json.loads(json_path.read_text())
     assert facts["split"] == "server-validation" and facts["examples"] == len(run.data.server_validation)
     assert facts["runs"][0]["seed"] == 0 and facts["members"]["names"] == ["client 0", "client 1", "client 2"]
-    own = run.score(list(run.clients(2).values()), residual=run.state(1).residual)
+    ends = run.score(list(run.clients(2).values()), residual=run.state(1).residual)
     for kind in ("factor", "product"):
         assert [path["pair"] for path in facts["paths"][kind]] == [
             ["client 0", "client 1"], ["client 0", "client 2"], ["client 1", "client 2"]
         ]  # fmt: skip
-        assert facts["paths"][kind][0]["loss"][::2] == pytest.approx([own[0]["loss"], own[1]["loss"]], rel=1e-5)
-    (corner,) = {facts["plane"]["loss"][LATTICE.index(0.0)][LATTICE.index(0.0)]}
-    assert corner == pytest.approx(own[0]["loss"], rel=1e-5)
-    page = html.read_text()
+        assert facts["paths"][kind][0]["loss"][::2] == pytest.approx([ends[0]["loss"], ends[1]["loss"]], rel=1e-5)
+    corner = facts["plane"]["loss"][LATTICE.index(0.0)][LATTICE.index(0.0)]
+    assert corner == pytest.approx(ends[0]["loss"], rel=1e-5)
+    page = page_path.read_text()
     assert "Barriers, product path" in page and "on the plane through three" in page and "(seed 0)" in page
 
 
-def test_the_command_on_rounds_and_on_runs(run: OpenRun, tiny: Settings, tmp_path: Path) -> None:
-    other = finished_run(tiny | {"seed": 1, "rank": 3, "num-rounds": 1, "num-clients": 3}, tmp_path / "other")
-    short = ["--points", "3", "--output", str(tmp_path / "page")]
-    for places, names in (
+def test_command_compares_rounds_and_runs(run: OpenRun, tiny: Settings, tmp_path: Path) -> None:
+    other_run = finished_run(tiny | {"seed": 1, "rank": 3, "num-rounds": 1, "num-clients": 3}, tmp_path / "other")
+    options = ["--points", "3", "--output", str(tmp_path / "page")]
+    for selected, names in (
         ([str(run.directory), "--rounds", "0,2"], ["round 0", "round 2"]),
-        ([str(run.directory), str(other)], ["run", "other"]),
+        ([str(run.directory), str(other_run)], ["run", "other"]),
     ):
-        result = CliRunner().invoke(app, ["probe", "connectivity", *places, *short], catch_exceptions=False)
+        result = CliRunner().invoke(app, ["probe", "connectivity", *selected, *options], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         facts = json.loads((tmp_path / "page" / "probe-connectivity.json").read_text())
         assert facts["members"]["names"] == names and len(facts["paths"]["product"]) == 1
@@ -126,10 +124,10 @@ def test_the_command_on_rounds_and_on_runs(run: OpenRun, tiny: Settings, tmp_pat
 
 
 @pytest.mark.parametrize(("rule", "kinds"), [("flora", {"product"}), ("fed-sb", {"factor", "product"})])
-def test_product_paths_where_rules_change_w0_or_have_a_core(
+def test_product_paths_for_rules_that_change_w0_or_have_a_core(
     tiny: Settings, rule: str, kinds: set[str], tmp_path: Path
 ) -> None:
-    """FLoRA changes W0 in each round, so its factors do not go together; Fed-SB's B and A never change."""
+    """FLoRA changes W0 in each round, so factors of two rounds cannot be averaged; Fed-SB's B and A never change."""
     flat = tiny | {"rule": rule, "local-training": "lora", "learning-rate": 0.05}
     directory = finished_run(flat, tmp_path / "run")
     arguments = ["probe", "connectivity", str(directory), "--rounds", "1,2", "--points", "3"]
@@ -140,24 +138,24 @@ def test_product_paths_where_rules_change_w0_or_have_a_core(
     run = open_run(directory)
     for number, end in ((1, 0), (2, -1)):
         state = run.state(number)
-        (own,) = run.score([state.adapter], residual=state.residual)
+        (metrics,) = run.score([state.adapter], residual=state.residual)
         for (path,) in paths.values():
-            assert path["loss"][end] == pytest.approx(own["loss"], rel=1e-4)
+            assert path["loss"][end] == pytest.approx(metrics["loss"], rel=1e-4)
 
 
 @needs_chromium
-def test_the_page_opens_in_a_browser(run: OpenRun, tmp_path: Path) -> None:
+def test_page_opens_in_a_browser(run: OpenRun, tmp_path: Path) -> None:
     """Two figures of lines, two heat maps, two of the plane."""
     arguments = ["probe", "connectivity", str(run.directory), "--points", "3", "--output", str(tmp_path)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     check_page(tmp_path / "probe-connectivity.html", num_figures=6)
 
 
-def test_what_the_command_refuses(run: OpenRun) -> None:
+def test_contradicting_or_absent_members_are_refused(run: OpenRun) -> None:
     for arguments, message in (
-        (["--clients", "0,9"], "clients 9 did not train in round 2; 0, 1 and 2 did"),
-        (["--clients", "1"], "it takes two adapters at least"),
-        (["--rounds", "1,2", "--round", "1"], "choose one"),
+        (["--clients", "0,9"], "clients 9 did not train in round 2; choose from 0, 1 and 2"),
+        (["--clients", "1"], "at least two adapters; clients 1 of round 2 (of 3) is only one"),
+        (["--rounds", "1,2", "--round", "1"], "use only one"),
         (["--rounds", "1,7"], "has no round 7"),
         (["--round", "7"], "has no round 7"),
     ):

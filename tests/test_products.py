@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from copra_fl.aggregation import RULES
+from copra_fl.aggregation import RULES, find_rule
 from copra_fl.aggregation.products import aggregation_error, as_residual, best_rank, frobenius, ideal, modules, stack
 from copra_fl.aggregation.rule import Outcome
 from copra_fl.aggregation.rules.fedavg import fedavg
@@ -16,6 +16,7 @@ from tests.support.rounds import (
     MODULES,
     D,
     K,
+    aggregate,
     dense_ideal,
     dense_made,
     make_round,
@@ -106,10 +107,10 @@ def test_the_ideal_is_the_weighted_sum_of_dense_products(core: bool) -> None:
         assert relative((b @ a).numpy(), dense_ideal(round_, module)) < 1e-14
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if not RULES[name].personal])
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES if not rule.personal])
 def test_the_aggregation_error_is_the_dense_one(rule: str) -> None:
-    round_ = random_round(core=RULES[rule].core)
-    outcome = RULES[rule].aggregate(round_)
+    round_ = random_round(core=find_rule(rule).core)
+    outcome = aggregate(rule, round_)
     error = aggregation_error(round_, outcome)
     wanted = {module: dense_ideal(round_, module) for module in MODULES}
     missed = {module: dense_made(round_, outcome, module) - wanted[module] for module in MODULES}

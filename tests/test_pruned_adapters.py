@@ -1,4 +1,4 @@
-"""Pruned adapters: what is kept by hand, and that a module whose B is zero is off as PEFT means it."""
+"""Pruned adapters: the values kept, by hand; a module with B = 0 equals one that PEFT disables."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.worlds import jitter
 BLOCK = "base_model.model.encoder.layer"
 
 
-def small(layers: int = 12) -> Adapter:
-    """`layers` blocks with query and value, named in alphabetical order (10 before 2); values 1, 2, 3, ..."""
+def small_adapter(layers: int = 12) -> Adapter:
+    """Return `layers` blocks with query and value, in alphabetical order of names (10 before 2); values 1, 2, 3, ..."""
     names = sorted(
         f"{BLOCK}.{layer}.attention.self.{kind}.lora_{part}.weight"
         for layer in range(layers)
@@ -29,88 +29,91 @@ def small(layers: int = 12) -> Adapter:
     return adapter | {"head.weight": torch.ones(3, 2), "head.bias": torch.ones(3)}
 
 
-def on(adapter: Adapter) -> set[int]:
-    """The layers that any module is on in."""
+def active_layers(adapter: Adapter) -> set[int]:
+    """Return the layers with an active module."""
     return {int(name.split(".")[4]) for name, tensor in adapter.items() if "lora_B" in name and tensor.any()}
 
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
-    found = pruned_adapters.layers(small())
-    assert list(found) == [f"{BLOCK}.{layer}" for layer in range(12)]
-    assert [pruned_adapters.kind(module) for module in found[f"{BLOCK}.3"]] == [
+    modules_by_layer = pruned_adapters.layers(small_adapter())
+    assert list(modules_by_layer) == [f"{BLOCK}.{layer}" for layer in range(12)]
+    assert [pruned_adapters.kind(module) for module in modules_by_layer[f"{BLOCK}.3"]] == [
         "attention.self.query",
         "attention.self.value",
     ]
 
 
-def test_a_module_outside_the_blocks_is_a_layer() -> None:
+def test_a_module_outside_the_blocks_is_a_layer_by_itself() -> None:
     pooler = "base_model.model.pooler.dense"
-    adapter = small(2) | {f"{pooler}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    adapter = small_adapter(2) | {f"{pooler}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     assert list(pruned_adapters.layers(adapter)) == [f"{BLOCK}.0", f"{BLOCK}.1", pooler]
-    assert [pruned.name for pruned in pruned_adapters.single_modules(adapter)][-1] == f"{pooler} alone"
+    assert [pruned.name for pruned in pruned_adapters.single_modules(adapter)][-1] == f"{pooler} only"
 
 
-def test_nothing_and_everything_pruned() -> None:
-    adapter = small()
-    whole, none = pruned_adapters.ends(adapter)
+def test_whole_and_empty_adapter() -> None:
+    adapter = small_adapter()
+    whole, empty = pruned_adapters.ends(adapter)
     assert all(torch.equal(whole.adapter[name], adapter[name]) for name in adapter) and whole.kept == 1
-    assert on(none.adapter) == set() and none.kept == 0
-    assert torch.equal(none.adapter["head.weight"], adapter["head.weight"])
+    assert active_layers(empty.adapter) == set() and empty.kept == 0
+    assert torch.equal(empty.adapter["head.weight"], adapter["head.weight"])
 
 
 def test_layer_sets() -> None:
-    found = {pruned.name: pruned for pruned in pruned_adapters.layer_sets(small())}
-    assert {name: on(pruned.adapter) for name, pruned in found.items()} == {
+    sets = {pruned.name: pruned for pruned in pruned_adapters.layer_sets(small_adapter())}
+    assert {name: active_layers(pruned.adapter) for name, pruned in sets.items()} == {
         "every other layer": {0, 2, 4, 6, 8, 10},
         "every other layer, from the second": {1, 3, 5, 7, 9, 11},
         "low third": {0, 1, 2, 3},
         "middle third": {4, 5, 6, 7},
         "high third": {8, 9, 10, 11},
     }
-    assert found["every other layer"].kept == 0.5 and found["low third"].kept == pytest.approx(1 / 3)
+    assert sets["every other layer"].kept == 0.5 and sets["low third"].kept == pytest.approx(1 / 3)
 
 
 def test_one_layer_has_no_empty_sets() -> None:
-    assert [pruned.name for pruned in pruned_adapters.layer_sets(small(1))] == ["every other layer", "low third"]
+    assert [pruned.name for pruned in pruned_adapters.layer_sets(small_adapter(1))] == [
+        "every other layer",
+        "low third",
+    ]
 
 
 def test_single_modules() -> None:
-    query, value = pruned_adapters.single_modules(small())
-    assert query.name == "attention.self.query alone" and query.kept == 0.5
+    query, value = pruned_adapters.single_modules(small_adapter())
+    assert query.name == "attention.self.query only" and query.kept == 0.5
     assert all(tensor.any() == ("value" not in name) for name, tensor in query.adapter.items() if "lora_B" in name)
     assert all(tensor.any() == ("query" not in name) for name, tensor in value.adapter.items() if "lora_B" in name)
-    only_query = {name: tensor for name, tensor in small().items() if "value" not in name}
+    only_query = {name: tensor for name, tensor in small_adapter().items() if "value" not in name}
     assert list(pruned_adapters.single_modules(only_query)) == []
 
 
-def test_in_the_order_of_values() -> None:
+def test_layers_in_the_order_of_their_values() -> None:
     values = {f"{BLOCK}.0": 0.1, f"{BLOCK}.1": -0.2, f"{BLOCK}.2": 0.3}
-    found = list(pruned_adapters.in_order(small(3), values))
-    assert [on(pruned.adapter) for pruned in found] == [{0, 2}, {2}]
-    assert [pruned.kept for pruned in found] == pytest.approx([2 / 3, 1 / 3])
-    assert found[1].name == "1 layer of the largest value"
+    prunings = list(pruned_adapters.in_order(small_adapter(3), values))
+    assert [active_layers(pruned.adapter) for pruned in prunings] == [{0, 2}, {2}]
+    assert [pruned.kept for pruned in prunings] == pytest.approx([2 / 3, 1 / 3])
+    assert prunings[1].name == "1 layer of largest value"
 
 
 def test_magnitudes_counted_by_hand() -> None:
-    """1 to 16 with signs: at 50 % the 8 smallest are gone, and the head is as it was."""
-    adapter = small(1)
+    """Values 1 to 16 with signs: at 50 % the 8 smallest are zero, and the head is unchanged."""
+    adapter = small_adapter(1)
     adapter = {name: -tensor if "value" in name else tensor for name, tensor in adapter.items()}
     half = pruned_adapters.by_magnitude(adapter, 0.5)
-    left = torch.cat([tensor.flatten() for name, tensor in half.items() if "lora" in name])
-    assert left.tolist() == [0.0] * 8 + [-9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -15.0, -16.0]
+    values = torch.cat([tensor.flatten() for name, tensor in half.items() if "lora" in name])
+    assert values.tolist() == [0.0] * 8 + [-9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -15.0, -16.0]
     assert torch.equal(half["head.weight"], adapter["head.weight"])
-    assert adapter[f"{BLOCK}.0.attention.self.query.lora_A.weight"].all(), "the original is as it was"
+    assert adapter[f"{BLOCK}.0.attention.self.query.lora_A.weight"].all(), "the original is unchanged"
     counts = [
         sum(int(tensor.count_nonzero()) for name, tensor in pruned.adapter.items() if "lora" in name)
-        for pruned in pruned_adapters.magnitudes(small(5))  # 80 values
+        for pruned in pruned_adapters.magnitudes(small_adapter(5))  # 80 values
     ]
     assert counts == [72, 64, 56, 48, 40, 32, 24, 16, 8]
 
 
-def test_equal_values_still_give_the_wanted_share() -> None:
-    adapter = {name: torch.ones_like(tensor) for name, tensor in small(1).items()}
-    left = pruned_adapters.by_magnitude(adapter, 0.25)
-    assert sum(int(tensor.count_nonzero()) for name, tensor in left.items() if "lora" in name) == 12
+def test_equal_values_are_pruned_to_the_exact_share() -> None:
+    adapter = {name: torch.ones_like(tensor) for name, tensor in small_adapter(1).items()}
+    pruned = pruned_adapters.by_magnitude(adapter, 0.25)
+    assert sum(int(tensor.count_nonzero()) for name, tensor in pruned.items() if "lora" in name) == 12
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +122,15 @@ def model(tiny: dict[str, object]) -> adapted.AdaptedModel:
 
 
 @pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_a_dropped_layer_is_one_that_peft_disables(model: adapted.AdaptedModel, dropped: int) -> None:
+def test_a_dropped_layer_equals_one_that_peft_disables(model: adapted.AdaptedModel, dropped: int) -> None:
     adapter = jitter(model.read_adapter(), 0, size=0.3)
-    names = list(pruned_adapters.layers(adapter))
-    left = [module for layer in names if layer != names[dropped] for module in pruned_adapters.layers(adapter)[layer]]
-    pruned = pruned_adapters.keep(adapter, left)
+    modules_by_layer = list(pruned_adapters.layers(adapter).values())
+    kept = [module for layer, modules in enumerate(modules_by_layer) if layer != dropped for module in modules]
+    pruned = pruned_adapters.keep(adapter, kept)
     tokens = torch.randint(5, 41, (7, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    lora_layers = {name: module for name, module in model.peft.named_modules() if isinstance(module, LoraLayer)}
-    switched = [module for name, module in lora_layers.items() if f"layer.{dropped}." in name]
+    lora_modules = {name: module for name, module in model.peft.named_modules() if isinstance(module, LoraLayer)}
+    switched = [module for name, module in lora_modules.items() if f"layer.{dropped}." in name]
     with torch.inference_mode():
         (plain,) = model.predictor([pruned])(batch)
         whole, stacked = StackedModel(model).predictor([adapter, pruned])(batch)

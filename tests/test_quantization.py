@@ -13,11 +13,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
-from copra_fl import aggregation
 from copra_fl.config import Config, ConfigError
 from copra_fl.models import adapted, memory_plan
 from copra_fl.models.build import build_model, check_model
 from copra_fl.models.export import load
+from tests.support.compatibility import check
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
 from tests.support.worlds import BATCH, jitter
@@ -116,7 +116,7 @@ def test_the_plan_counts_4_bits(quantised: Settings) -> None:
 
 def test_what_cannot_be_is_refused(quantised: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'fed-sb' does not combine with quantization = '4bit'"):
-        aggregation.check(Config.from_flat(quantised | {"rule": "fed-sb"}))
+        check(Config.from_flat(quantised | {"rule": "fed-sb"}))
     monkeypatch.setattr("copra_fl.models.build.find_spec", lambda name: None if name == "bitsandbytes" else True)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes: pip install 'copra-fl\[quantization\]'"):
         check_model(Config.from_flat(quantised).model)

@@ -1,8 +1,7 @@
-"""From run folders to numbers and to a page: by hand, by what must hold, and in a browser."""
+"""Reports: numbers by hand, tables and verdicts, figures, and pages in a browser."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -10,17 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from copra_fl.files import write_json
+from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, UnfinishedRun
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import STYLES
+from copra_fl.reporting.html import STYLES, Figure
 from copra_fl.reporting.report import render, sections, write
-from copra_fl.reporting.results import ResultsError, load_comparison, load_run, method_name
+from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, summarize
-from copra_fl.reporting.tables import COLUMNS, header_and_rows, ranking, rows, table
+from copra_fl.reporting.tables import COLUMNS, DataTable, ranking, results_table, rows, table
 from copra_fl.reporting.verdict import verdict
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
-from tests.support.run_folders import goals, many_methods, num_figures, write_comparison, write_run
+from tests.support.run_folders import final_accuracies, many_methods, num_figures, write_comparison, write_run
 
 
 @pytest.fixture
@@ -33,15 +32,10 @@ def many(tmp_path: Path) -> Path:
     return write_comparison(tmp_path / "many", [0, 1], many_methods())
 
 
-def test_results_are_written_as_json_with_a_line_for_what_fits(tmp_path: Path) -> None:
-    value = {"runs": [{"seed": seed, "loss": 0.5, "none": None} for seed in range(4)], 3: [1] * 60}
-    write_json(tmp_path / "results.json", value)
-    text = (tmp_path / "results.json").read_text()
-    assert json.loads(text) == {"runs": value["runs"], "3": value[3]}
-    assert '\n  {"seed": 1, "loss": 0.5, "none": null},\n' in text
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "results.json", {"loss": math.nan})
-    assert (tmp_path / "results.json").read_text() == text
+def figures_by_title(comparison: Comparison) -> dict[str, Figure]:
+    """Return the figures of the report, in their order."""
+    arranged = sections(comparison, summarize(comparison))
+    return {figure.title: figure for section in arranged for figure in section.figures}
 
 
 # --- numbers by hand ----------------------------------------------------------------------
@@ -49,86 +43,112 @@ def test_results_are_written_as_json_with_a_line_for_what_fits(tmp_path: Path) -
 
 def test_interval_of_three_seeds_by_hand() -> None:
     """mean 2, s = 1, t(0.975, 2) = 4.302653: the half width is 4.302653 / sqrt(3) = 2.484138."""
-    found = estimate([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["interval"] == pytest.approx((-0.484138, 4.484138), abs=1e-6)
+    of_three = estimate([1.0, 2.0, 3.0])
+    assert of_three.mean == 2.0
+    assert of_three.interval == pytest.approx((-0.484138, 4.484138), abs=1e-6)
 
 
 def test_one_seed_has_a_mean_and_no_interval() -> None:
-    assert estimate([0.4]) == {"mean": 0.4, "interval": None, "values": [0.4]}
+    assert estimate([0.4]) == Estimate(mean=0.4, interval=None, values=(0.4,))
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_a_diverged_seed_takes_the_mean_with_it(bad: float | None) -> None:
+def test_a_diverged_seed_leaves_no_mean(bad: float | None) -> None:
     """The mean of the other seeds would make a method that diverges look good."""
-    assert estimate([1.0, bad, 3.0]) == {"mean": None, "interval": None, "values": [1.0, None, 3.0]}
+    assert estimate([1.0, bad, 3.0]) == Estimate(mean=None, interval=None, values=(1.0, None, 3.0))
 
 
 def test_differences_are_paired_by_seed(comparison: Path) -> None:
     """Accuracies 0.43 - 0.40, 0.45 - 0.43, 0.43 - 0.39: mean 0.03, s = 0.01, half width 0.01 * 2.484138."""
-    difference = summarize(load_comparison(comparison))["differences"]["copra"]["test_accuracy"]
-    assert difference["values"] == pytest.approx([0.03, 0.02, 0.04])
-    assert difference["mean"] == pytest.approx(0.03)
-    assert difference["interval"] == pytest.approx((0.03 - 0.02484138, 0.03 + 0.02484138))
+    difference = summarize(load_comparison(comparison)).differences["copra"].get("test_accuracy")
+    assert difference.values == pytest.approx([0.03, 0.02, 0.04])
+    assert difference.mean == pytest.approx(0.03)
+    assert difference.interval == pytest.approx((0.03 - 0.02484138, 0.03 + 0.02484138))
 
 
 def test_barriers_are_means_over_pairs(comparison: Path) -> None:
     """A parabola of height 0.15 on a straight line: every pair's barrier is 0.15; below the line it is 0."""
-    methods = summarize(load_comparison(comparison))["methods"]
-    assert methods["lora"]["barrier_entezari"]["mean"] == pytest.approx(0.15)
-    assert methods["copra"]["barrier_entezari"]["mean"] == pytest.approx(0)
+    methods = summarize(load_comparison(comparison)).methods
+    assert methods["lora"].get("barrier_entezari").mean == pytest.approx(0.15)
+    assert methods["copra"].get("barrier_entezari").mean == pytest.approx(0)
 
 
-# --- what a comparison says ---------------------------------------------------------------
+def test_client_accuracy_is_weighted_by_examples(tmp_path: Path) -> None:
+    """(0.5 * 30 + 0.9 * 10) / 40 = 0.6; a personal method has no other accuracy."""
+    write_run(tmp_path / "run", "fedsa-lora", 0)
+    clients = [
+        ClientEvaluation(client=0, loss=1, accuracy=0.5, examples=30),
+        ClientEvaluation(client=1, loss=1, accuracy=0.9, examples=10),
+    ]
+    summary = load_run(tmp_path / "run").summary
+    assert summary is not None
+    measured = metrics(summary.model_copy(update={"clients": clients}))
+    assert measured["client_accuracy"] == pytest.approx(0.6)
+    absent = ("test_accuracy", "validation_loss", "merge_gap_accuracy", "aggregation_error", "barrier_frankle")
+    assert {measured[name] for name in absent} == {None}
+
+
+# --- tables and verdicts ------------------------------------------------------------------
 
 
 def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
     three = verdict(summarize(load_comparison(comparison)))
     assert three.startswith("copra ends 3.0 points above lora in test accuracy (95 % interval +0.5 to +5.5 points")
     two = verdict(summarize(load_comparison(write_comparison(tmp_path / "two", seeds=[0, 1]))))
-    assert two.startswith("copra and lora cannot be told apart")
+    assert two.startswith("No significant difference: copra ends 2.5 points above lora in test accuracy, but the ")
     one = verdict(summarize(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
-    assert "One seed tells nothing about the spread" in one
+    assert "neither method can be called better" in one
 
 
 def test_missing_and_unfinished_runs_are_listed_and_not_averaged(comparison: Path) -> None:
     shutil.rmtree(comparison / "copra-seed0")
     (comparison / "lora-seed2" / "summary.json").unlink()
     summary = summarize(load_comparison(comparison))
-    assert summary["unfinished"] == [
-        {"method": "lora", "seed": 2, "rounds": 3},
-        {"method": "copra", "seed": 0, "rounds": 0},
-    ]
-    assert summary["methods"]["lora"]["seeds"] == [0, 1]
-    assert summary["methods"]["copra"]["seeds"] == [1, 2]
-    assert summary["differences"]["copra"]["seeds"] == [1]
+    assert summary.unfinished == (
+        UnfinishedRun(method="lora", seed=2, rounds=3),
+        UnfinishedRun(method="copra", seed=0, rounds=0),
+    )
+    assert summary.methods["lora"].seeds == (0, 1)
+    assert summary.methods["copra"].seeds == (1, 2)
+    assert summary.differences["copra"].seeds == (1,)
 
 
 def test_settings_are_common_or_differ(comparison: Path) -> None:
-    settings = summarize(load_comparison(comparison))["settings"]
-    assert settings["differing"] == {
+    settings = summarize(load_comparison(comparison)).settings
+    assert settings.differing == {
         "local-training": {"lora": "lora", "copra": "copra"},
         "learning-rate": {"lora": 2e-3, "copra": 5e-3},
     }
-    assert settings["common"]["num-clients"] == 8
-    assert "seed" not in settings["common"]
+    assert settings.common["num-clients"] == 8
+    assert "seed" not in settings.common
 
 
-def test_rows_sign_only_the_differences(comparison: Path) -> None:
+def test_only_differences_have_a_plus_sign(comparison: Path) -> None:
     lora, _, difference = rows(summarize(load_comparison(comparison)), COLUMNS)
     assert lora[0] == "lora" and lora[1].startswith("40.7 [")
     assert difference[:2] == ["copra − lora", "+3.0 [+0.5, +5.5]"]
 
 
-def test_client_accuracy_is_weighted_by_examples(tmp_path: Path) -> None:
-    """(0.5 * 30 + 0.9 * 10) / 40 = 0.6; a personal method has nothing else."""
-    write_run(tmp_path / "run", "fedsa-lora", 0)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    summary["clients"] = [{"accuracy": 0.5, "examples": 30}, {"accuracy": 0.9, "examples": 10}]
-    found = metrics(summary)
-    assert found["client_accuracy"] == pytest.approx(0.6)
-    nothing = ("test_accuracy", "validation_loss", "merge_gap_accuracy", "aggregation_error", "barrier_frankle")
-    assert {found[name] for name in nothing} == {None}
+def test_a_column_of_numbers_is_aligned_right_and_a_column_of_names_left() -> None:
+    """Placeholders count as numbers; a name that begins with a digit is a name."""
+    shown = DataTable(
+        ["cell", "method", "gain", "MB", "size"],
+        [["4x60, iid", "lora", "−0.5 [−1.0, +0.0]", "1.5", "5/10"], ["1x2, iid", "head", "–", "1e−05", ""]],
+    )
+    assert shown.numeric == [False, False, True, True, True]
+    assert DataTable(["empty"], []).numeric == [False]
+
+
+def test_a_table_as_markdown() -> None:
+    shown = DataTable(["method", "MB"], [["lora", "1.5"]], caption="Per round.", title="Cost")
+    assert shown.markdown() == "## Cost\n\n| method | MB |\n| --- | --- |\n| lora | 1.5 |\n\nPer round.\n"
+    assert DataTable(["a"], [["b"]]).markdown() == "| a |\n| --- |\n| b |\n"
+
+
+def test_brackets_in_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().print(DataTable(["name"], [["[bold]x[/bold]"]], caption="[red]").rich())
+    out = capsys.readouterr().out
+    assert "[bold]x[/bold]" in out and "[red]" in out
 
 
 # --- many methods -------------------------------------------------------------------------
@@ -138,14 +158,15 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "fedsa-lora", "copra"])
     summary = summarize(load_comparison(folder))
     assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
-    header, (first, second, last) = header_and_rows(summary)
-    assert header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
+    shown = results_table(summary)
+    first, second, last = shown.rows
+    assert shown.header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
     assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
     assert second[:2] == ["2", "lora"] and second[3] == ""
     assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[5] == "–"
-    said = verdict(summary)
-    assert said.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Above lora, with a 95 % interval")
-    assert said.endswith("only to be compared on the clients' own data: fedsa-lora.")
+    sentences = verdict(summary)
+    assert sentences.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Significantly above lora")
+    assert sentences.endswith("Not ranked, because there is no global model to test: fedsa-lora.")
 
 
 def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
@@ -155,12 +176,12 @@ def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
     assert verdict(summarize(one)).startswith("With fedsa-lora each client keeps its own model")
 
 
-def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
+def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:
     shutil.rmtree(many / "flora-seed1")
     shutil.rmtree(many / "hetlora-seed0")
     shutil.rmtree(many / "hetlora-seed1")
     summary = summarize(load_comparison(many))
-    _, cells = header_and_rows(summary)
+    cells = results_table(summary).rows
     assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
     assert [row[:4] for row in cells[-2:]] == [
         ["–", "hetlora (0 of 2 seeds)", "–", "–"],
@@ -168,7 +189,7 @@ def test_a_method_with_fewer_seeds_says_so(many: Path) -> None:
     ]
 
 
-def test_a_single_run_is_called_as_compare_would(tmp_path: Path) -> None:
+def test_a_single_run_has_the_method_name_of_compare(tmp_path: Path) -> None:
     for method in ("lora", "copra", "flora", "flora+copra"):
         write_run(tmp_path / method, method, 0, num_rounds=1)
         assert method_name(load_run(tmp_path / method).config) == method
@@ -177,15 +198,15 @@ def test_a_single_run_is_called_as_compare_would(tmp_path: Path) -> None:
 def test_up_to_45_methods_look_different() -> None:
     assert styles(["lora", "copra"]) == {"lora": STYLES[0], "copra": STYLES[1]}
     methods = [f"{rule}{copra}" for rule in range(23) for copra in ("", "+copra")]
-    found = styles(methods)
-    assert len(set(found.values())) == len(methods)
-    assert found["9"].colour == found["9+copra"].colour and found["9"].dash != found["9+copra"].dash
+    by_method = styles(methods)
+    assert len(set(by_method.values())) == len(methods)
+    plain, with_copra = by_method["9"], by_method["9+copra"]
+    assert plain.color == with_copra.color and plain.dash != with_copra.dash
 
 
-def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
-    """On a logarithmic axis there is no 0: what is only rounding is drawn at the lowest tick, and says what it is."""
-    loaded = load_comparison(many)
-    figures = {each.title: each for section in sections(loaded, summarize(loaded)) for each in section.figures}
+def test_exact_rules_are_drawn_at_the_lowest_tick(many: Path) -> None:
+    """A logarithmic axis has no 0: errors that are mere rounding are drawn at the lowest tick, called "exact"."""
+    figures = figures_by_title(load_comparison(many))
     chart = figures["Aggregation error by round"].chart
     assert chart.layout.yaxis.type == "log" and chart.layout.yaxis.ticktext[0] == "exact"
     lines = {trace.name: trace for trace in chart.data}
@@ -197,26 +218,24 @@ def test_exact_rules_are_on_a_line_of_their_own(many: Path) -> None:
     assert list(heatmap.x[:3]) == ["0.query", "0.value", "1.query"]
 
 
-def test_methods_that_none_beats_in_bytes_and_accuracy_are_named(tmp_path: Path) -> None:
-    """LoRA costs twice as much as FFA-LoRA; FLoRA costs more, so it is named if it is more accurate."""
+def test_pareto_optimal_methods_are_labeled(tmp_path: Path) -> None:
+    """LoRA costs twice as much as FFA-LoRA; FLoRA costs more, so it is labeled if it is more accurate."""
     folder = write_comparison(tmp_path / "four", [0], ["lora", "ffa-lora", "flora", "fedsa-lora"])
-    loaded = load_comparison(folder)
-    figures = {each.title: each for section in sections(loaded, summarize(loaded)) for each in section.figures}
-    figure = figures["Accuracy for bytes"]
-    named = {trace.name for trace in figure.chart.data if trace.text and trace.text[0]}
-    accuracies = {method: goals(method)[0] for method in ("ffa-lora", "lora", "flora")}
+    figure = figures_by_title(load_comparison(folder))["Accuracy for bytes"]
+    labeled = {trace.name for trace in figure.chart.data if trace.text and trace.text[0]}
+    accuracies = {method: final_accuracies(method)[0] for method in ("ffa-lora", "lora", "flora")}
     highest, expected = 0.0, set()
-    for method, accuracy in accuracies.items():  # from cheap to dear
+    for method, accuracy in accuracies.items():  # from cheap to expensive
         if accuracy > highest:
             highest, expected = accuracy, expected | {method}
-    assert named == expected and "ffa-lora" in named
-    assert "no global model to test: fedsa-lora" in figure.caption
+    assert labeled == expected and "ffa-lora" in labeled
+    assert "they have no global model to test: fedsa-lora" in figure.caption
 
 
 def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=100).print(table(summarize(load_comparison(many))))
     out = " ".join(capsys.readouterr().out.split())
-    assert "fedex-lora+copra" in out and "No global model" in out and "…" not in out
+    assert "fedex-lora+copra" in out and "there is no global model" in out and "…" not in out
 
 
 def test_half_a_journal_line_is_not_a_round(tmp_path: Path) -> None:
@@ -224,11 +243,29 @@ def test_half_a_journal_line_is_not_a_round(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "copra", 0, finished=False)
     with (tmp_path / "run" / "journal.jsonl").open("a") as journal:
         journal.write('{"round": 4, "seco')
-    assert [row["round"] for row in load_run(tmp_path / "run").journal] == [1, 2, 3]
+    assert [record.round for record in load_run(tmp_path / "run").journal] == [1, 2, 3]
 
 
-def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no run and no comparison"):
+@pytest.mark.parametrize("name", ["journal.jsonl", "summary.json", "provenance.json"])
+def test_a_run_of_another_version_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    """Even if its settings have changed, too: the folder is of another version, not its configuration wrong."""
+    write_run(tmp_path / "run", "copra", 0, num_rounds=1)
+    (tmp_path / "run" / name).write_text('{"seeds": {"root": 0}}\n')
+    (tmp_path / "run" / "config.toml").write_text("prefix-cache = 0\n")
+    message = f"{name}: not a .* of this version of copra-fl, and results of other versions cannot be read: .*"
+    with pytest.raises(ResultsError, match=message):
+        load_run(tmp_path / "run")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "copra", 0)
+    (tmp_path / "run" / "summary.json").write_text('{"method": "cop')
+    with pytest.raises(ResultsError, match="summary.json: not valid JSON"):
+        load_run(tmp_path / "run")
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="is not the folder of a run or comparison"):
         load_comparison(tmp_path)
     write_run(tmp_path / "run", "copra", 0, num_rounds=1, finished=False)
     (tmp_path / "run" / "journal.jsonl").unlink()
@@ -239,10 +276,10 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
 # --- the page -----------------------------------------------------------------------------
 
 
-def test_every_figure_is_there(comparison: Path) -> None:
+def test_the_report_has_every_figure(comparison: Path) -> None:
     loaded = load_comparison(comparison)
-    figures = [figure for section in sections(loaded, summarize(loaded)) for figure in section.figures]
-    assert [figure.title for figure in figures] == [
+    figures = figures_by_title(loaded)
+    assert list(figures) == [
         "Accuracy by round",
         "Loss by round",
         "Aggregation error by round",
@@ -258,9 +295,9 @@ def test_every_figure_is_there(comparison: Path) -> None:
         "Bytes sent",
         "Time",
     ]
-    assert all(figure.caption.endswith(".") for figure in figures)
+    assert all(figure.caption.endswith(".") for figure in figures.values())
     page = render(loaded, summarize(loaded))
-    assert all(figure.json in page for figure in figures)
+    assert all(figure.json in page for figure in figures.values())
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
@@ -272,9 +309,9 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
 
 def test_report_command_rewrites_page_and_summary(comparison: Path) -> None:
     assert "report.html" in run_command("report", comparison).out
-    written = json.loads((comparison / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summarize(load_comparison(comparison))))
-    assert "no run and no comparison" in run_command("report", comparison.parent, code=2).message
+    written = ComparisonSummary.from_json((comparison / "summary.json").read_text())
+    assert written == summarize(load_comparison(comparison))
+    assert "is not the folder of a run or comparison" in run_command("report", comparison.parent, code=2).message
 
 
 def test_a_run_keeps_its_own_summary(tmp_path: Path) -> None:
@@ -286,16 +323,16 @@ def test_a_run_keeps_its_own_summary(tmp_path: Path) -> None:
 
 @needs_chromium
 @pytest.mark.parametrize(
-    ("body", "complaint"),
+    ("body", "problem"),
     [
         ("<script>fetch('http://example.org/data')</script>", "example.org"),
         ("<script>undefined_name()</script>", "undefined_name"),
         ("<p>nothing drawn</p>", "0 of 1 figures"),
     ],
 )
-def test_the_browser_check_complains(tmp_path: Path, body: str, complaint: str) -> None:
+def test_the_browser_check_finds_problems(tmp_path: Path, body: str, problem: str) -> None:
     (tmp_path / "page.html").write_text(f"<!DOCTYPE html><title>bad</title>{body}")
-    with pytest.raises(AssertionError, match=complaint):
+    with pytest.raises(AssertionError, match=problem):
         check_page(tmp_path / "page.html", 1)
 
 

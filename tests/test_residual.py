@@ -1,4 +1,4 @@
-"""What aggregation adds to W0 acts as if it were in W0, and leaves with the adapter for stock PEFT."""
+"""A residual acts as if it were added to W0, and is exported with the adapter for PEFT alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.tiny import Settings
 from tests.support.worlds import BATCH, World, assert_alike, jitter, random_residual
 
 
-def changed_for_real(world: World, change: Adapter) -> None:
-    """Put `change` into the base's own weights."""
+def add_to_weights(world: World, change: Adapter) -> None:
+    """Add `change` to the base's weights."""
     for name in residual.modules(change):
         linear = world.plain.linears[name]
         linear.weight = nn.Parameter(linear.weight + residual.of(change, name).to(linear.weight), requires_grad=False)
@@ -30,13 +30,13 @@ def changed_for_real(world: World, change: Adapter) -> None:
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "factors"])
 @pytest.mark.parametrize("target", ["query,value", "all-linear"])
-def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, target: str) -> None:
-    """Oracle: the same model with a base whose weights are other ones. Predictions, gates open and closed; training."""
+def test_a_residual_acts_as_if_added_to_the_base(tiny: Settings, dense: bool, target: str) -> None:
+    """Oracle: the same model with changed base weights, in predictions with gates open and closed, and in training."""
     flat = tiny | {"local-steps": 10, "num-rounds": 4, "target-modules": target}
     beside, inside = World(flat, double=True), World(flat, double=True)
     change = random_residual(beside.plain, dense)
     beside.plain.write_residual(change)
-    changed_for_real(inside, change)
+    add_to_weights(inside, change)
     with torch.inference_mode():
         for mask in ([True] * 3, [False, True, False], [False] * 3):
             for world in (beside, inside):
@@ -51,7 +51,7 @@ def test_a_residual_is_as_if_it_were_in_the_base(tiny: Settings, dense: bool, ta
         assert_alike(update, inside.alone(update.client), 1e-10)
 
 
-def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -> None:
+def test_removing_a_residual_restores_the_logits_bitwise(tiny: Settings) -> None:
     model = build_model(Config.from_flat(tiny).model, "layer", 3, seed=0)
     with torch.inference_mode():
         before = model(**BATCH)
@@ -66,7 +66,8 @@ def test_without_a_residual_everything_is_as_before_bit_by_bit(tiny: Settings) -
 def test_a_residual_acts_in_the_dtype_of_the_base(tiny: Settings) -> None:
     world = World(tiny | {"dtype": "bfloat16", "local-steps": 10})
     world.plain.write_residual(random_residual(world.plain, True))
-    assert {matrix.dtype for matrices in world.plain.beside.values() for matrix in matrices} == {torch.bfloat16}
+    factors_by_module = world.plain.residual_factors.values()
+    assert {matrix.dtype for matrices in factors_by_module for matrix in matrices} == {torch.bfloat16}
     for update in world.together(0, 1):
         assert_alike(update, world.alone(update.client), 0.02)
 
@@ -95,10 +96,9 @@ def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> 
         assert torch.allclose(residual.of(total, "m"), expected, atol=1e-5)
     assert residual.add({}, total) == total == residual.add(total, {})
     x = torch.randn(5, 20)
-    for each in (total, factors(12, 20, 3, 9)):
-        assert torch.allclose(
-            residual.product(x, residual.matrices(each, "m")), x @ residual.of(each, "m").float().T, atol=1e-4
-        )
+    for change in (total, factors(12, 20, 3, 9)):
+        expected_product = x @ residual.of(change, "m").float().T
+        assert torch.allclose(residual.product(x, residual.matrices(change, "m")), expected_product, atol=1e-4)
 
 
 CHANGES = {"dense": True, "factors": False, "none": None}
@@ -107,10 +107,10 @@ CHANGES = {"dense": True, "factors": False, "none": None}
 @pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
 @pytest.mark.parametrize("dense", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_what_is_saved_computes_the_same_in_stock_peft(
+def test_a_saved_model_gives_the_same_logits_in_peft_alone(
     tiny: Settings, tmp_path: Path, core: bool, dense: bool | None, scaling: str
 ) -> None:
-    """All linear modules: d = k, d > k and d < k."""
+    """The linear modules have d = k, d > k and d < k."""
     config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
     model = build_model(config, "layer", 3, seed=0, core=core)
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))

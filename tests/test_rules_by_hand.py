@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm
-from copra_fl.aggregation import RULES
+from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.products import aggregation_error
-from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.rules.fedrot_lora import rotation
-from tests.support.rounds import MODULES, make_round, random_adapter, update
+from tests.support.rounds import MODULES, aggregate, make_round, random_adapter, update
 
 M = MODULES[0]
 A, B, CORE, RESIDUAL = f"{M}.lora_A.weight", f"{M}.lora_B.weight", f"{M}.lora_R.weight", f"{M}.residual"
@@ -39,10 +39,6 @@ def two_clients(before: Adapter = BEFORE, clients: list[Adapter] = CLIENTS, **se
     updates = [update(i, adapter, 10 + 20 * i) for i, adapter in enumerate(clients)]
     drawn = {name: tensor for name, tensor in lora([0, 0], [7, 7, 7]).items() if name != "head.bias"}
     return make_round(before, updates, scaling=2.0, fresh=lambda: drawn, **settings)
-
-
-def aggregate(rule: str, round_: Round) -> Outcome:
-    return RULES[rule].aggregate(round_)
 
 
 def values(tensor: torch.Tensor) -> list[float]:
@@ -136,7 +132,7 @@ def test_fedex_needs_one_client_less_than_there_are() -> None:
 
 def test_lora_fair_corrects_b() -> None:
     """A A^T = 1/16 + 4 + 9 = 209/16 = m; (dW* / s - B A) A^T = [-141/64, 141/32]; over 1.25 m for lambda = 1/4."""
-    adapter = aggregate("lora-fair", two_clients(fair_lambda=0.25)).adapter
+    adapter = aggregate("lora-fair", two_clients(), regularization=0.25).adapter
     correction = 141 / 64 / (1.25 * 209 / 16)
     assert [0.25 - correction, 1.5 + 2 * correction] == values(adapter[B])
     assert values(adapter[A]) == [0.25, 2, 3]
@@ -145,7 +141,7 @@ def test_lora_fair_corrects_b() -> None:
 def test_lora_fair_without_lambda_is_least_squares() -> None:
     """Of all B beside the average A, none comes closer: numpy's lstsq of A^T B^T = (dW* / s)^T, at rank 2."""
     updates = [update(i, random_adapter(i), 10) for i in range(3)]
-    adapter = aggregate("lora-fair", make_round(random_adapter(9), updates, fair_lambda=1e-12)).adapter
+    adapter = aggregate("lora-fair", make_round(random_adapter(9), updates), regularization=1e-12).adapter
     clients = [{name: tensor.double().numpy() for name, tensor in each.adapter.items()} for each in updates]
     ideal, average = sum(each[B] @ each[A] for each in clients) / 3, sum(each[A] for each in clients) / 3
     best = np.linalg.lstsq(average.T, ideal.T, rcond=None)[0].T
@@ -191,7 +187,7 @@ def test_fed_sb_averages_the_core() -> None:
     outcome = aggregate("fed-sb", round_)
     assert outcome.adapter[CORE].item() == 4.0 and torch.equal(outcome.adapter[B], fixed[B])
     assert aggregation_error(round_, outcome)["total"] < 1e-15
-    assert RULES["fed-sb"].trains(1) == {"R", "head"} and RULES["fed-sb"].core
+    assert find_rule("fed-sb").trains(1) == {"R", "head"} and find_rule("fed-sb").core
 
 
 def scalars(before: float, changed: list[float], examples: int = 10, **settings: float) -> Round:
@@ -206,7 +202,7 @@ def test_trimmed_mean_drops_a_share_at_each_end() -> None:
     """A fifth of five is one: (2 + 3 + 7) / 3; a tenth is none."""
     changed = [3.0, -100.0, 7.0, 1000.0, 2.0]
     assert aggregate("trimmed-mean", scalars(0.0, changed)).adapter["head.bias"].item() == 4.0
-    everyone = aggregate("trimmed-mean", scalars(0.0, changed, trim_fraction=0.1)).adapter["head.bias"].item()
+    everyone = aggregate("trimmed-mean", scalars(0.0, changed), trim_fraction=0.1).adapter["head.bias"].item()
     assert everyone == pytest.approx(912 / 5)
 
 
@@ -219,8 +215,8 @@ def test_median_and_trimmed_mean_leave_out_who_weighs_nothing() -> None:
     """By activity the three clients that never trained the layer have no say; by examples they are for the old."""
     before = lora([1, 1], [1, 1, 1])
     updates = [update(i, lora([2, 2 + i], [3, 3, 3 + i]), 10, active=(int(i < 2), 1)) for i in range(5)]
-    for rule in ("median", "trimmed-mean"):
-        by_activity = aggregate(rule, make_round(before, updates, weighting="activity", trim_fraction=0.0)).adapter
+    for rule, parameters in (("median", {}), ("trimmed-mean", {"trim_fraction": 0.0})):
+        by_activity = aggregate(rule, make_round(before, updates, weighting="activity"), **parameters).adapter
         assert values(by_activity[B]) == [2.0, 2.5] and values(by_activity[A]) == [3.0, 3, 3.5]
     assert torch.equal(aggregate("median", make_round(before, updates)).adapter[B], before[B])
 
@@ -230,7 +226,7 @@ def test_norm_clipped_by_hand() -> None:
     before = {"head.bias": torch.tensor([1.0, 1.0])}
     sent = [torch.tensor([4.0, 5.0]), torch.tensor([1.0, 21.0])]
     updates = [Update(i, {"head.bias": x}, 10 + 20 * i, (1, 1), {"loss": 1.0}) for i, x in enumerate(sent)]
-    outcome = aggregate("norm-clipped", make_round(before, updates, clip_norm=10.0))
+    outcome = aggregate("norm-clipped", make_round(before, updates), clip_norm=10.0)
     assert values(outcome.adapter["head.bias"]) == [1.75, 1 + 1 + 7.5]
     assert outcome.notes == {"clip_norm": 10.0, "norms": [5.0, 20.0]}
     by_median = aggregate("norm-clipped", make_round(before, updates))  # 12.5

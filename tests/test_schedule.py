@@ -1,4 +1,4 @@
-"""p(t) at its corners, mask frequencies against closed forms, streams that keep to themselves."""
+"""p(t) at its corners, mask frequencies against closed forms, scopes of the random streams."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def test_probability_at_its_corners(t: float, p0: float, ramp: float, expected: 
     assert probability(t, p0, ramp) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("t", "expected"), [(0.0, 0.2), (0.25, 0.4), (0.5, 0.6), (0.9, 0.6)])
+def test_probability_rises_to_p1(t: float, expected: float) -> None:
+    assert probability(t, p0=0.2, ramp=0.5, p1=0.6) == pytest.approx(expected)
+
+
 def test_mean_probability_is_its_closed_form() -> None:
     """The mean of p over t in [0, 1) is 1 - ramp (1 - p0) / 2: 0.625 for CopRA."""
     t = (np.arange(10_000) + 0.5) / 10_000
@@ -44,8 +49,8 @@ def test_progress_runs_over_the_federation_or_restarts_each_round() -> None:
     assert progress(middle, step=0, num_steps=10, server_round=1, num_rounds=4) == pytest.approx(0.5 / 4)
 
 
-def law(p: float, num_groups: int) -> dict[tuple[bool, ...], float]:
-    """The law of independent masks, conditioned on at least one group being on, by enumeration."""
+def conditional_distribution(p: float, num_groups: int) -> dict[tuple[bool, ...], float]:
+    """Return the distribution of independent masks given that at least one group is on, by enumeration."""
     masks = [mask for mask in itertools.product((False, True), repeat=num_groups) if any(mask)]
     weights = {mask: np.prod([p if on else 1 - p for on in mask]) for mask in masks}
     total = sum(weights.values())
@@ -53,10 +58,10 @@ def law(p: float, num_groups: int) -> dict[tuple[bool, ...], float]:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8, 1.0])
-def test_min_active_draws_from_the_exact_conditional_law(p: float) -> None:
+def test_min_active_draws_from_the_exact_conditional_distribution(p: float) -> None:
     rng, draws = np.random.default_rng(0), 40_000
     masks = np.stack([sample_mask(p, 3, 1, rng) for _ in range(draws)])
-    for mask, expected in law(p, 3).items():
+    for mask, expected in conditional_distribution(p, 3).items():
         frequency = float((masks == mask).all(1).mean())
         assert frequency == pytest.approx(expected, abs=4 * np.sqrt(0.25 / draws))
     assert masks.mean(0) == pytest.approx([inclusion(p, 3, 1)] * 3, abs=0.01)
@@ -97,7 +102,7 @@ def test_plain_lora_and_head_training_draw_no_masks() -> None:
     assert not masks_of(CopraConfig(local_training="head")).any()
 
 
-def test_over_a_whole_run_layers_are_on_as_often_as_the_closed_form_says() -> None:
+def test_over_a_whole_run_the_share_of_active_layers_is_the_closed_form() -> None:
     masks = [
         client_masks(CopraConfig(), 7, client, 50, 6, server_round, num_rounds=4)[0]
         for client in range(20)

@@ -1,4 +1,4 @@
-"""Shapley values against their definition: all orders of small games, and what must hold for every game."""
+"""Shapley values against their definition, by hand for small games, and their axioms."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from copra_fl.probes.shapley_values import Value, exact, from_orders, gini, sample, top_third
+from copra_fl.probes.shapley_values import CharacteristicFunction, exact, from_orders, gini, sample, top_third
 from copra_fl.seeding import generator
 
 
-def table_game(players: int, seed: int) -> Value:
-    """A game whose coalitions have independent random values."""
+def table_game(players: int, seed: int) -> CharacteristicFunction:
+    """Return a game whose coalitions have independent random values."""
     table = generator(seed, "game").normal(size=2**players)
     return lambda coalitions: table[coalitions @ (1 << np.arange(players))]
 
 
-def by_definition(value: Value, players: int) -> list[float]:
-    """The mean over all orders of what a player adds to those before it, one coalition at a time."""
+def by_definition(value: CharacteristicFunction, players: int) -> list[float]:
+    """Return the mean over all orders of each player's contribution, computed one coalition at a time."""
     totals, orders = [0.0] * players, list(permutations(range(players)))
     for order in orders:
         inside = np.zeros((1, players), dtype=bool)
@@ -32,73 +32,73 @@ def by_definition(value: Value, players: int) -> list[float]:
 @pytest.mark.parametrize("players", [1, 2, 3, 5])
 def test_enumeration_is_the_mean_over_all_orders(players: int) -> None:
     game = table_game(players, seed=players)
-    found = exact(game, players)
-    assert found.values == pytest.approx(by_definition(game, players))
-    assert found.efficiency_error == pytest.approx(0, abs=1e-12)
-    assert not found.errors.any() and len(found.orders) == 0
+    solved = exact(game, players)
+    assert solved.values == pytest.approx(by_definition(game, players))
+    assert solved.efficiency_error == pytest.approx(0, abs=1e-12)
+    assert not solved.errors.any() and len(solved.orders) == 0
 
 
 def test_a_game_by_hand() -> None:
-    """Gloves: one left (player 0), two right ones; a pair is worth 1. The left glove has 2/3, each right one 1/6."""
-    found = exact(lambda inside: (inside[:, 0] & (inside[:, 1] | inside[:, 2])).astype(float), 3)
-    assert found.values == pytest.approx([2 / 3, 1 / 6, 1 / 6])
-    assert (found.nothing, found.everything) == (0.0, 1.0)
+    """Gloves: player 0 has a left one, 1 and 2 a right one each; a pair has value 1. Values: 2/3, 1/6, 1/6."""
+    solved = exact(lambda inside: (inside[:, 0] & (inside[:, 1] | inside[:, 2])).astype(float), 3)
+    assert solved.values == pytest.approx([2 / 3, 1 / 6, 1 / 6])
+    assert (solved.empty, solved.grand) == (0.0, 1.0)
 
 
-def test_an_additive_game_gives_each_its_own() -> None:
-    """From one pair of orders already, and without any error."""
-    worth = np.array([0.5, -2.0, 0.0, 3.25])
-    game: Value = lambda inside: 7 + inside @ worth  # noqa: E731
-    assert exact(game, 4).values == pytest.approx(worth)
+def test_an_additive_game_gives_each_player_its_summand() -> None:
+    """Already from one pair of orders, and without any error."""
+    summands = np.array([0.5, -2.0, 0.0, 3.25])
+    game: CharacteristicFunction = lambda inside: 7 + inside @ summands  # noqa: E731
+    assert exact(game, 4).values == pytest.approx(summands)
     sampled = sample(game, 4, generator(0, "orders"), standard_error=1e-9)
-    assert sampled.values == pytest.approx(worth)
+    assert sampled.values == pytest.approx(summands)
     assert sampled.errors.max() < 1e-12
 
 
 def test_null_and_symmetric_players() -> None:
-    """1 and 2 are alike, 3 adds nothing anywhere."""
-    found = exact(lambda inside: np.sqrt(inside[:, 0] + 2.0 * inside[:, 1] + 2.0 * inside[:, 2]), 4)
-    assert found.values[3] == pytest.approx(0)
-    assert found.values[1] == pytest.approx(found.values[2])
-    assert found.values[1] > found.values[0] > 0
+    """Players 1 and 2 are symmetric, player 3 adds nothing to any coalition."""
+    solved = exact(lambda inside: np.sqrt(inside[:, 0] + 2.0 * inside[:, 1] + 2.0 * inside[:, 2]), 4)
+    assert solved.values[3] == pytest.approx(0)
+    assert solved.values[1] == pytest.approx(solved.values[2])
+    assert solved.values[1] > solved.values[0] > 0
 
 
 def test_all_orders_as_a_sample_are_exact() -> None:
     game = table_game(4, seed=1)
-    found = from_orders(game, np.array(list(permutations(range(4)))))
-    assert found.values == pytest.approx(exact(game, 4).values)
+    solved = from_orders(game, np.array(list(permutations(range(4)))))
+    assert solved.values == pytest.approx(exact(game, 4).values)
 
 
-def test_the_estimate_is_within_its_error_of_the_exact_values() -> None:
-    """12 players in pairs that need each other: chi-squared over the players, and over 20 streams."""
+def test_estimates_deviate_from_exact_values_by_their_standard_errors() -> None:
+    """12 players with pairwise interactions: over 20 streams, deviation over error is about standard normal."""
     weights = generator(3, "weights").normal(size=(12, 12))
-    game: Value = lambda inside: np.tanh(np.einsum("ni,ij,nj->n", inside, weights, inside) / 12)  # noqa: E731
-    truth = exact(game, 12).values
+    game: CharacteristicFunction = lambda inside: np.tanh(np.einsum("ni,ij,nj->n", inside, weights, inside) / 12)  # noqa: E731
+    expected = exact(game, 12).values
     scores = []
     for seed in range(20):
-        found = sample(game, 12, generator(seed, "orders"), standard_error=0.02)
-        assert found.errors.max() <= 0.02
-        assert found.efficiency_error == pytest.approx(0, abs=1e-12)
-        scores.append((found.values - truth) / found.errors)
+        solved = sample(game, 12, generator(seed, "orders"), standard_error=0.02)
+        assert solved.errors.max() <= 0.02
+        assert solved.efficiency_error == pytest.approx(0, abs=1e-12)
+        scores.append((solved.values - expected) / solved.errors)
     assert np.abs(np.mean(scores)) < 0.1
     assert 0.8 < np.sqrt(np.mean(np.square(scores))) < 1.2
 
 
-def test_a_wanted_error_that_is_not_reached_is_said() -> None:
-    found = sample(table_game(6, seed=0), 6, generator(0, "orders"), standard_error=1e-6, max_pairs=20)
-    assert found.orders.shape == (20, 6)
-    assert found.errors.max() > 1e-6
+def test_sampling_stops_at_the_largest_number_of_pairs() -> None:
+    solved = sample(table_game(6, seed=0), 6, generator(0, "orders"), standard_error=1e-6, max_pairs=20)
+    assert solved.orders.shape == (20, 6)
+    assert solved.errors.max() > 1e-6
 
 
-def test_coalitions_are_asked_for_together_and_once() -> None:
-    asked: list[np.ndarray] = []
+def test_all_coalitions_are_evaluated_in_one_call_and_once() -> None:
+    calls: list[np.ndarray] = []
 
     def game(inside: np.ndarray) -> np.ndarray:
-        asked.append(inside)
+        calls.append(inside)
         return inside.sum(1).astype(float)
 
     sample(game, 3, generator(0, "orders"), standard_error=1.0)
-    (coalitions,) = asked
+    (coalitions,) = calls
     assert len(np.unique(coalitions, axis=0)) == len(coalitions) <= 8
 
 

@@ -1,4 +1,4 @@
-"""What one client's training does and, above all, does not do to layers that are off."""
+"""Training of one client: layers that are off do not change, the others train as in a plain loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.seeding import generator
-from copra_fl.tasks.text_classification import LabelledTexts
+from copra_fl.tasks.text_classification import LabeledTexts
 from copra_fl.training import single
 from copra_fl.training.batches import data_order
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
-from copra_fl.training.plan import Plan, num_steps, num_trained
+from copra_fl.training.plan import Plan, Start, num_steps, num_trained
 from copra_fl.training.single import train_client
 from tests.support.tiny import NUM_LAYERS, Settings
 
@@ -44,8 +44,8 @@ def test_gates_follow_the_transformer_blocks(model: adapted.AdaptedModel) -> Non
     assert sorted(model.group_of.values()) == sorted(list(range(NUM_LAYERS)) * 4), "query and value, A and B"
 
 
-def test_a_closed_gate_is_as_if_peft_had_no_adapter_there(model: adapted.AdaptedModel, tiny: Settings) -> None:
-    """Oracle: the adapter's B set to zero by hand, which makes its product zero."""
+def test_a_closed_gate_equals_a_zero_product(model: adapted.AdaptedModel, tiny: Settings) -> None:
+    """Oracle: B set to zero, which makes the product B A zero."""
     _, federated = load(tiny)
     batch = batch_of(federated)
     with torch.no_grad():
@@ -108,12 +108,12 @@ def test_a_dropped_layers_tensors_moments_and_step_count_do_not_move(
 
 def train(model: adapted.AdaptedModel, flat: Settings, client: int = 0, server_round: int = 1) -> single.Update:
     config, federated = load(flat)
-    start = build_model(config.model, "layer", 3, seed=0).read_adapter()
+    start = Start(build_model(config.model, "layer", 3, seed=0).read_adapter())
     return train_client(model, federated, Plan(server_round, (client,), config), client, start)
 
 
-def test_lora_training_is_the_usual_loop(model: adapted.AdaptedModel, tiny: Settings) -> None:
-    """Oracle: a loop written out by hand on PEFT's model, with its own optimiser over all parameters."""
+def test_lora_training_equals_a_plain_training_loop(model: adapted.AdaptedModel, tiny: Settings) -> None:
+    """Oracle: a loop on PEFT's model with one optimizer over all parameters."""
     flat = tiny | {"local-training": "lora", "max-grad-norm": 0.5, "weight-decay": 0.01, "head-learning-rate": 0.002}
     config, federated = load(flat)
     update = train(model, flat)
@@ -132,23 +132,23 @@ def test_lora_training_is_the_usual_loop(model: adapted.AdaptedModel, tiny: Sett
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(model: adapted.AdaptedModel, tiny: Settings) -> None:
-    whole = train(model, tiny | {"batch-size": 8, "p0": 1.0})
-    parts = train(model, tiny | {"batch-size": 2, "gradient-accumulation": 4, "p0": 1.0})
-    for name, tensor in whole.adapter.items():
-        assert torch.allclose(parts.adapter[name], tensor, atol=1e-5), name
+    large = train(model, tiny | {"batch-size": 8, "p0": 1.0})
+    accumulated = train(model, tiny | {"batch-size": 2, "gradient-accumulation": 4, "p0": 1.0})
+    for name, tensor in large.adapter.items():
+        assert torch.allclose(accumulated.adapter[name], tensor, atol=1e-5), name
 
 
 def test_masks_do_not_shift_the_data_order(model: adapted.AdaptedModel, tiny: Settings, monkeypatch) -> None:
     def batches_seen(flat: Settings) -> list[list[int]]:
         seen = []
-        original = LabelledTexts.batch
+        original = LabeledTexts.batch
 
         def spy(self, indices, device="cpu"):
             seen.append(list(map(int, indices)))
             return original(self, indices, device)
 
         with monkeypatch.context() as patch:
-            patch.setattr(LabelledTexts, "batch", spy)
+            patch.setattr(LabeledTexts, "batch", spy)
             train(model, flat)
         return seen
 
@@ -169,14 +169,14 @@ def test_training_leaves_the_global_generators_alone(model: adapted.AdaptedModel
 
 def test_layers_never_on_are_not_sent(model: adapted.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"mask-scope": "round", "p0": 0.4}, client=1)
-    assert set(update.active_steps) == {0, 3}, "a seed where some layers are on and some are off"
+    assert set(update.active_steps) == {0, 3}, "the seed must have layers that are on and layers that are off"
     sent = {model.group_of[name] for name in update.adapter if name in model.group_of}
     assert sent == {group for group, steps in enumerate(update.active_steps) if steps}
     assert {"head.weight", "head.bias"} <= update.adapter.keys()
 
 
 def test_rescale_divides_what_is_on_by_its_probability(model: adapted.AdaptedModel, tiny: Settings) -> None:
-    """A scale of 1/p beside alpha / r: seen at PEFT's own scaling (16 / 2 = 8)."""
+    """PEFT's scaling is alpha / r = 16 / 2 = 8, times 1 / p where the gate is open."""
     model.gates.set([True, True, False], scale=4.0)
     scalings = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
     assert scalings == [32.0] * 4 + [8.0] * 2
@@ -212,7 +212,7 @@ def order(indices: np.ndarray, settings: TrainingConfig, lengths: np.ndarray | N
 
 @pytest.mark.parametrize("num_examples", [2, 10, 17])
 @pytest.mark.parametrize("epochs", [0, 1, 3])
-def test_expected_work_is_what_the_data_order_holds(num_examples: int, epochs: int) -> None:
+def test_expected_work_is_the_number_of_examples_in_the_data_order(num_examples: int, epochs: int) -> None:
     settings = TrainingConfig(local_steps=4, local_epochs=epochs, batch_size=5, gradient_accumulation=2)
     steps = order(np.arange(num_examples), settings)
     assert num_trained(settings, num_examples) == sum(len(batch) for step in steps for batch in step)
@@ -230,13 +230,13 @@ def test_data_order_in_steps_and_epochs() -> None:
     assert len(steps) == num_steps(by_epochs, 10) == 4
     assert [len(batch) for batch in steps[-1]] == [2]
     assert sorted(np.concatenate([batch for step in steps for batch in step])) == sorted([*indices, *indices])
-    tiny_client = order(np.arange(2), TrainingConfig(local_steps=2, batch_size=5))
-    assert [len(batch) for step in tiny_client for batch in step] == [5, 5], "fewer examples than a batch"
+    small_client = order(np.arange(2), TrainingConfig(local_steps=2, batch_size=5))
+    assert [len(batch) for step in small_client for batch in step] == [5, 5], "fewer examples than a batch"
 
 
 @pytest.mark.parametrize("settings", [{"local_steps": 8}, {"local_epochs": 2}, {"local_epochs": 1, "batch_size": 7}])
 def test_bucketed_batches_have_the_same_examples_and_less_padding(settings: dict[str, int]) -> None:
-    """Windows of 4 batches: each holds what the shuffled order has there, and its batches are of like length."""
+    """Each window of 4 batches has the examples of the shuffled order there, in batches of similar length."""
     lengths = np.random.default_rng(1).integers(1, 60, 100)
     plain = TrainingConfig(**({"batch_size": 4} | settings))
     bucketed = dataclasses.replace(plain, bucket_batches=4)
@@ -254,8 +254,8 @@ def test_bucketed_batches_have_the_same_examples_and_less_padding(settings: dict
     assert padded(sorted_) < 0.85 * padded(shuffled)
 
 
-def test_clients_take_their_buckets_in_the_same_order_of_length() -> None:
-    """What makes a cohort's batches alike in length: short and long ones come at the same steps everywhere."""
+def test_clients_have_short_and_long_batches_at_the_same_steps() -> None:
+    """Batches of a cohort are then similar in length in each step."""
     lengths, settings = np.arange(200) % 50, TrainingConfig(batch_size=4, bucket_batches=5, local_steps=10)
     one, other = (
         [int(np.mean(lengths[batch])) for (batch,) in order(indices, settings, lengths)]
@@ -265,7 +265,7 @@ def test_clients_take_their_buckets_in_the_same_order_of_length() -> None:
     assert list(np.argsort(one[5:])) == list(np.argsort(other[5:]))
 
 
-def test_cosine_ends_at_zero_over_the_federation() -> None:
+def test_cosine_rates_fall_to_zero_over_the_federation() -> None:
     cosine = TrainingConfig(lr_schedule="cosine", learning_rate=0.2, head_learning_rate=0.4)
     optimizer = make_optimizer(cosine, [torch.zeros(1)], [torch.zeros(1)])
     for t, expected in ((0.0, [0.2, 0.4]), (0.5, [0.1, 0.2]), (1.0, [0.0, 0.0])):
@@ -273,6 +273,6 @@ def test_cosine_ends_at_zero_over_the_federation() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
-def test_sgd_with_momentum(model: adapted.AdaptedModel, tiny: Settings) -> None:
+def test_sgd_makes_one_pass_in_an_epoch(model: adapted.AdaptedModel, tiny: Settings) -> None:
     update = train(model, tiny | {"optimizer": "sgd", "momentum": 0.9, "local-epochs": 1, "local-training": "lora"})
     assert update.metrics["steps"] == -(-update.num_examples // 4)

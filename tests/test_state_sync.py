@@ -1,4 +1,4 @@
-"""What server and nodes keep: there and back, and what a resumed round may see."""
+"""State between rounds: of the server in checkpoints, of clients on their nodes, of the server in nodes' caches."""
 
 from __future__ import annotations
 
@@ -7,50 +7,100 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.client_state import ClientState, Memory
-from copra_fl.adapters.server_state import State
-from copra_fl.adapters.state import Adapter
+from clients.client_state import ClientState, ClientStateStore
+from copra_fl import wire
+from copra_fl.adapters.server_state import ServerState
+from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
-from copra_fl.training.plan import leaves_state
+from copra_fl.records import Origin, Provenance, RoundRecord
+from copra_fl.training.plan import Plan, leaves_state
 from server.journal import Journal
+from server.run_context import RunContext
+from server.state_sync import StateSync
+
+ROUND = RoundRecord(round=1, seconds=1, bytes_down=2, bytes_up=3, train_loss=None, layers=(), clients=(), missing=())
+ORIGIN = Origin(
+    after_round=0, versions={}, source_digest="5f", machine={}, engine="stacked", data_digest="0a", assets={}
+)
 
 
-def tensors(value: float) -> Adapter:
+def make_adapter(value: float) -> Adapter:
     return {"x.lora_A.weight": torch.full((2, 3), value), "head.bias": torch.full((4,), value)}
 
 
-def test_a_state_survives_its_checkpoint(tmp_path: Path) -> None:
+def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     residual = {"x.residual_B": torch.ones(4, 1), "x.residual_A": torch.ones(1, 3)}
-    state = State(tensors(1), residual, tensors(2), tensors(3), tensors(4))
+    state = ServerState(make_adapter(1), residual, make_adapter(2), make_adapter(3), make_adapter(4))
     journal = Journal(tmp_path)
     assert journal.resume() is None
-    journal.record({"round": 1}, state)
-    back = Journal(tmp_path).resume()
-    assert back is not None
+    journal.record(ROUND, state)
+    resumed = Journal(tmp_path)
+    loaded = resumed.resume()
+    assert loaded is not None and resumed.records == [ROUND]
     for kind, expected in vars(state).items():
-        found = getattr(back, kind)
-        assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected), kind
+        tensors = getattr(loaded, kind)
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected), kind
 
 
-def test_a_client_remembers_its_last_round_before_the_one_that_runs() -> None:
-    memory = Memory("run")
-    assert memory.read(3, before=1) == ClientState()
+def test_a_run_keeps_its_id_over_reads_and_resumes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    run = journal.run
+    assert journal.run == run != Journal(tmp_path).run, "a run without provenance has no id on disk yet"
+    journal.add_origin(3, ORIGIN)
+    resumed = Journal(tmp_path)
+    assert resumed.run == run
+    resumed.add_origin(3, ORIGIN.model_copy(update={"after_round": 2}))
+    provenance = Provenance.from_json((tmp_path / "provenance.json").read_text())
+    assert (provenance.run, provenance.seed, provenance.start) == (run, 3, ORIGIN)
+    assert [origin.after_round for origin in provenance.resumes] == [2]
+
+
+def test_a_client_continues_from_its_last_round_before_the_current_one() -> None:
+    store = ClientStateStore("run")
+    assert store.read(3, before=1) == ClientState()
     for server_round in (1, 2, 5):
-        memory.write(3, server_round, ClientState(personal=tensors(server_round), lost={"head.bias": torch.ones(4)}))
-    found = memory.read(3, before=6)
-    assert found.personal["head.bias"].tolist() == [5] * 4 and found.control == {}
-    assert memory.read(3, before=5).personal["head.bias"].tolist() == [2] * 4, "round 5 is run again"
-    memory.write(3, 5, ClientState(personal=tensors(7)))
-    assert memory.read(3, before=6).personal["head.bias"].tolist() == [7] * 4
-    assert memory.read(3, before=2) == ClientState(), "only the two newest are kept"
-    assert memory.read(33, before=6) == ClientState() == Memory("other").read(3, before=6)
-    memory.write(4, 1, ClientState())
-    assert memory.read(4, before=2) == ClientState(), "it trained nothing"
+        errors = {"head.bias": torch.ones(4)}
+        store.write(3, server_round, ClientState(personal=make_adapter(server_round), quantization_error=errors))
+    state = store.read(3, before=6)
+    assert state.personal["head.bias"].tolist() == [5] * 4 and state.control == {}
+    assert store.read(3, before=5).personal["head.bias"].tolist() == [2] * 4, "round 5 runs again after a resume"
+    store.write(3, 5, ClientState(personal=make_adapter(7)))
+    assert store.read(3, before=6).personal["head.bias"].tolist() == [7] * 4
+    assert store.read(3, before=2) == ClientState(), "only the two newest are kept"
+    assert store.read(33, before=6) == ClientState() == ClientStateStore("other").read(3, before=6)
+    store.write(4, 1, ClientState())
+    assert store.read(4, before=2) == ClientState(), "the client has trained nothing"
+
+
+def delta_to_node(sync: StateSync, server_round: int, number: int) -> wire.StateDelta:
+    """Pack a message for node 100, before (number = round - 1) or after (number = round) a round; return its delta."""
+    config, state = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1}), ServerState(make_adapter(1))
+    return wire.unpack_delta(sync.pack(Plan(server_round, (0,), config), state, number, node=100))
+
+
+def test_a_node_gets_what_has_changed_since_its_cached_state() -> None:
+    """With ffa-lora A never changes."""
+    config = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1})
+    sync = StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
+    everything = tuple(sorted({part_of(name) for name in make_adapter(1)}))
+    first = delta_to_node(sync, 1, 0)
+    assert (first.since, first.parts) == (-1, everything)
+    assert delta_to_node(sync, 2, 1).since == -1, "the node has not answered"
+    sync.acknowledge(100)
+    next_round = delta_to_node(sync, 3, 2)
+    assert (next_round.since, next_round.parts) == (1, ("head",))
+    sync.acknowledge(100)
+    evaluation = delta_to_node(sync, 2, 2)
+    assert (evaluation.since, evaluation.parts) == (2, ())
+    later = delta_to_node(sync, 6, 5)
+    assert (later.since, later.parts) == (-1, everything), "the node was not in the rounds between"
+    sync.forget(100)
+    assert delta_to_node(sync, 3, 2).since == -1
 
 
 @pytest.mark.parametrize(
-    ("flat", "wanted"),
+    ("flat", "expected"),
     [
         ({}, False),
         ({"rule": "flora"}, False),
@@ -60,8 +110,8 @@ def test_a_client_remembers_its_last_round_before_the_one_that_runs() -> None:
         ({"uplink-dtype": "float16"}, False),
     ],
 )
-def test_who_leaves_something_with_its_clients(flat: dict, wanted: bool) -> None:
-    assert leaves_state(Config.from_flat(flat)) == wanted
+def test_which_settings_leave_state_with_the_clients(flat: dict[str, object], expected: bool) -> None:
+    assert leaves_state(Config.from_flat(flat)) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,5 +126,5 @@ def test_who_leaves_something_with_its_clients(flat: dict, wanted: bool) -> None
         ({"client-ranks": "1,2", "rank-assignment": "drawn", "rule": "zero-pad"}, False),
     ],
 )
-def test_where_nodes_may_pool(flat: dict, expected: bool) -> None:
+def test_which_settings_let_nodes_pool(flat: dict[str, object], expected: bool) -> None:
     assert pools(Config.from_flat({"updates": "pooled", **flat})) == expected

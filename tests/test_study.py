@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from copra_fl.config import ConfigError
+from copra_fl.records import StudyResults
 from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
@@ -150,8 +151,9 @@ def test_rates_are_means_over_tuning_seeds_and_unfinished_ones_are_left_out(tmp_
 
 def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
-    results = write(tmp_path, [cell], "copra-fl study mine")["cells"][0]
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["rates"]["lora"]["chosen"] == 0.002
+    results = write(tmp_path, [cell], "copra-fl study mine")
+    assert StudyResults.from_json((tmp_path / "results.json").read_text()) == results
+    assert results.cells[0].rates["lora"].chosen == 0.002
     accuracies = {
         method: [
             json.loads((cell / f"test/{method}-seed{seed}/summary.json").read_text())["test"]["accuracy"]
@@ -159,13 +161,13 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
         ]
         for method in ("lora", "copra")
     }
-    pairs = np.subtract(accuracies["copra"], accuracies["lora"])
-    interval = stats.ttest_1samp(pairs, 0).confidence_interval()
-    gain = results["differences"]["copra"]["test_accuracy"]
-    assert gain["mean"] == pytest.approx(pairs.mean()) and gain["interval"] == pytest.approx(tuple(interval))
-    points = gains_against({"cells": [results]}, "merge_gap_accuracy")
-    gaps = results["differences"]["copra"]["merge_gap_accuracy"]["values"]
-    assert pearson(points) == pytest.approx(stats.pearsonr(gaps, pairs).statistic)
+    differences = np.subtract(accuracies["copra"], accuracies["lora"])
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    gain = results.cells[0].differences["copra"].get("test_accuracy")
+    assert gain.mean == pytest.approx(differences.mean()) and gain.interval == pytest.approx(tuple(interval))
+    gaps = results.cells[0].differences["copra"].get("merge_gap_accuracy").values
+    points = gains_against(results, "merge_gap_accuracy")
+    assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
 
 
 @needs_chromium
@@ -173,7 +175,7 @@ def test_the_report_opens_in_a_browser(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
     results = write(tmp_path, [cell], "copra-fl study mine")
     html = (tmp_path / "report.html").read_text()
-    assert "iid" in html and "the best rate of lora is the last of the grid, 0.002" in html
+    assert "iid" in html and "the best rate of lora, 0.002, is at the edge of the rates tried" in html
     check_page(tmp_path / "report.html", 3 + len(predictors(results)))
 
 

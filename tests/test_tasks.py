@@ -1,4 +1,4 @@
-"""Tasks: what is not there is refused, and any task trains the same in both engines, also with many targets a text."""
+"""Tasks: clear errors, and the same training in both engines for any task, also with many targets per text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from copra_fl import tasks
 from copra_fl.config import Config, ConfigError, DataConfig
-from copra_fl.data.local import load_own
+from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load, save
 from copra_fl.sources.tables import TableError
 from copra_fl.tasks import Inputs, Task, find_task
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 from copra_fl.training.evaluation import evaluate
+from tests.support.compatibility import check
 from tests.support.tiny import Settings
 from tests.support.worlds import World, assert_alike
 
@@ -37,14 +37,14 @@ class Words(Texts):
         return self.lengths - 2
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The label of a word is its token's remainder by 3; [CLS], [SEP] and [PAD] (0 to 4) have none."""
+        """Label each word with its token modulo 3; [CLS], [SEP] and [PAD] (tokens 0 to 4) have no label."""
         batch = self.inputs(indices)
         tokens = batch["input_ids"]
         return batch | {"labels": torch.where(tokens > 4, tokens % 3, -100)}
 
 
 class Tagging(Task):
-    """A label for each word: texts of unequal length have unequal numbers of targets."""
+    """One label per word, so texts of different lengths have different numbers of targets."""
 
     columns = ("text-column",)
     labels = "none"
@@ -81,14 +81,14 @@ TASK = Tagging()
 def uneven(tiny: Settings, tmp_path: Path) -> Settings:
     """Texts of 2 to 8 words."""
     words = pd.read_csv(str(tiny["dataset"]))["text"].str.split()
-    texts = [" ".join(some[: 2 + i % 7]) for i, some in enumerate(words)]
+    texts = [" ".join(text_words[: 2 + i % 7]) for i, text_words in enumerate(words)]
     pd.DataFrame({"text": texts}).to_csv(tmp_path / "uneven.csv", index=False)
     return tiny | {"dataset": str(tmp_path / "uneven.csv"), "task": "tests.test_tasks", "partitioner": "iid"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "local-epochs": 1}])
-def test_clients_with_unequal_numbers_of_targets_train_as_alone(uneven: Settings, changes: Settings) -> None:
-    """Oracle: `train_client`, each client by itself in plain PEFT."""
+def test_clients_with_different_numbers_of_targets_train_as_if_alone(uneven: Settings, changes: Settings) -> None:
+    """Oracle: `train_client`, each client alone with plain PEFT."""
     world = World(uneven | changes)
     assert len(set(world.data.examples.num_targets)) > 5 and world.data.label_names == []
     for update in world.together(*range(6)):
@@ -96,7 +96,7 @@ def test_clients_with_unequal_numbers_of_targets_train_as_alone(uneven: Settings
 
 
 def test_metrics_are_means_over_targets(uneven: Settings) -> None:
-    """Oracle: every text by itself through PEFT's model, all its words' losses in one list."""
+    """Oracle: each text alone through PEFT's model, with the losses of all words in one list."""
     world = World(uneven)
     losses, right = [], []
     with torch.inference_mode():
@@ -117,7 +117,7 @@ def test_metrics_are_means_over_targets(uneven: Settings) -> None:
 
 @pytest.fixture
 def topics(tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The task of docs/how-to/write-a-task.md, and texts whose topics are all that they have three words or more of."""
+    """The task of docs/how-to/write-a-task.md, with texts labeled with each topic that has at least three words."""
     (tmp_path / "hospital").mkdir()
     (source,) = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert source.count("\n") < 60
@@ -130,7 +130,7 @@ def topics(tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     return tiny | {"task": "hospital.topics", "dataset": str(tmp_path / "notes.csv"), "partitioner": "iid"}
 
 
-def test_the_guides_own_task_trains_in_both_engines_and_is_opened_again(topics: Settings, tmp_path: Path) -> None:
+def test_the_task_of_the_guide_trains_in_both_engines_and_can_be_saved(topics: Settings, tmp_path: Path) -> None:
     world = World(topics)
     assert world.data.label_names == ["sand", "sea", "sky"]
     (update,) = world.together(0)
@@ -141,19 +141,19 @@ def test_the_guides_own_task_trains_in_both_engines_and_is_opened_again(topics: 
     batch = world.data.examples.batch(indices)
     opened = load(tmp_path / "adapter", device="cpu")
     with torch.inference_mode():
-        chances = torch.sigmoid(opened.model(**batch).double())
-    right = torch.where(batch["labels"] > 0, chances, 1 - chances)
+        probabilities = torch.sigmoid(opened.model(**batch).double())
+    right = torch.where(batch["labels"] > 0, probabilities, 1 - probabilities)
     assert metrics["loss"] == pytest.approx(float(-right.log().mean()), rel=1e-4)
     assert metrics["accuracy"] == pytest.approx(float((right > 0.5).double().mean()))
 
 
-def test_a_sites_labels_are_held_against_the_list(topics: Settings, tmp_path: Path) -> None:
+def test_the_labels_of_a_local_file_must_be_in_the_list(topics: Settings, tmp_path: Path) -> None:
     config = Config.from_flat(topics | {"partitioner": "own", "labels": "sand,sea,sky"})
     processor = load_processor(config.model)
-    own = load_own(config, processor, str(topics["dataset"]), client=0, num_clients=1)
-    assert set(own.examples.batch(own.train[0])["labels"].sum(1).tolist()) > {1.0}
+    local = load_local_data(config, processor, str(topics["dataset"]), client=0, num_clients=1)
+    assert set(local.examples.batch(local.train[0])["labels"].sum(1).tolist()) > {1.0}
     with pytest.raises(TableError, match="examples have a label that is none of sand, sea"):
-        load_own(config.changed(labels="sand,sea"), processor, str(topics["dataset"]), client=0, num_clients=1)
+        load_local_data(config.changed(labels="sand,sea"), processor, str(topics["dataset"]), client=0, num_clients=1)
 
 
 def test_tasks_are_found_by_name() -> None:
@@ -170,15 +170,15 @@ def test_tasks_are_found_by_name() -> None:
         ({"task": "tests.rounds"}, "no module tests.rounds that can be imported and has TASK"),
         (
             {"task": "tests.test_tasks"},
-            "partitioner = 'dirichlet' .*'tests.test_tasks' has not one label .*natural, iid",
+            "partitioner = 'dirichlet' .*'tests.test_tasks' does not have exactly one label .*natural, iid",
         ),
         ({"dataset": "", "partitioner": "own"}, "dataset = '' .*need the list of labels"),
     ],
 )
-def test_what_a_task_cannot_do_is_refused(changes: Settings, message: str) -> None:
+def test_a_task_refuses_settings_that_it_does_not_support(changes: Settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tasks.check(Config.from_flat(changes))
+        check(Config.from_flat(changes))
 
 
 def test_a_task_without_labels_needs_no_list_of_them() -> None:
-    tasks.check(Config.from_flat({"task": "tests.test_tasks", "dataset": "", "partitioner": "own"}))
+    check(Config.from_flat({"task": "tests.test_tasks", "dataset": "", "partitioner": "own"}))

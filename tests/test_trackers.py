@@ -1,14 +1,12 @@
-"""Trackers, read back with their own readers: what they hold is what the journal of a real run says."""
+"""Trackers: their own readers find the journal and the results of a real run."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,11 +14,11 @@ from typer.testing import CliRunner
 
 from copra_fl.cli import app
 from copra_fl.config import Config, ConfigError
+from copra_fl.records import Provenance, RoundRecord, RunSummary
+from copra_fl.reporting.results import load_run
 from copra_fl.trackers import checked
 from copra_fl.trackers.feed import Tracking
 from tests.support.local_grid import run_federation
-
-Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def finished(tiny: dict[str, object], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def stages(finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run as it was after its first round; asked again, as it was at its end."""
+    """Yield a run folder twice: as it was after the run's first round, then as it was at the run's end."""
 
     def grow() -> Iterator[Path]:
         directory = tmp_path / "run"
@@ -49,46 +47,48 @@ def stages(finished: Path, tmp_path: Path) -> Iterator[Path]:
     return grow()
 
 
-def follow(name: str, stages: Iterator[Path]) -> tuple[Rows, dict[str, Any]]:
-    """Track a run as it goes, the command stopped after its first round and resumed: its journal and summary."""
+def follow(name: str, stages: Iterator[Path]) -> tuple[list[RoundRecord], RunSummary]:
+    """Track a run in two processes, one that stops after its first round and one after a resume; return its records."""
     for directory in stages:
         with closing(Tracking([name], [directory], Console())) as tracking:
             tracking.update()
-            tracking.update()  # nothing is new: nothing is written twice
-    journal = (directory / "journal.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in journal], json.loads((directory / "summary.json").read_text())
+            tracking.update()  # nothing is new, so nothing is written twice
+    run = load_run(directory)
+    assert run.summary is not None and all(record.validation and record.merge_gap for record in run.journal)
+    return run.journal, run.summary
 
 
 def test_tensorboard_has_every_round_once(stages: Iterator[Path], tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    rows, summary = follow("tensorboard", stages)
+    journal, summary = follow("tensorboard", stages)
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
+    expected = {
+        "validation/accuracy": [record.validation.accuracy for record in journal],
+        "merge_gap/accuracy": [record.merge_gap.accuracy for record in journal],
+        "aggregation_error": [record.aggregation_error.total for record in journal],
+        "train/loss": [record.train_loss for record in journal],
+        "bytes/up": [record.bytes_up for record in journal],
+    }
+    for name, values in expected.items():
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert written == [(number, pytest.approx(value)) for number, value in enumerate(values, start=1)], name
+    (result,) = events.Scalars("results/test_accuracy")
+    assert result.value == pytest.approx(summary.test.accuracy)
 
-    def written(name: str) -> list[tuple[int, float]]:
-        return [(event.step, event.value) for event in events.Scalars(name)]
 
-    for name, part in (("validation/accuracy", "validation"), ("merge_gap/accuracy", "merge_gap")):
-        assert written(name) == [(row["round"], pytest.approx(row[part]["accuracy"])) for row in rows]
-    assert written("train/loss") == [(row["round"], pytest.approx(row["train_loss"])) for row in rows]
-    assert written("bytes/up") == [(row["round"], row["bytes_up"]) for row in rows]
-    assert written("aggregation_error") == [
-        (row["round"], pytest.approx(row["aggregation_error"]["total"])) for row in rows
-    ]
-    assert [value for _, value in written("results/test_accuracy")] == [pytest.approx(summary["test"]["accuracy"])]
-
-
-def test_mlflow_goes_on_with_a_run_that_is_resumed(
+def test_mlflow_continues_the_run_after_a_resume(
     stages: Iterator[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    rows, summary = follow("mlflow", stages)
+    journal, summary = follow("mlflow", stages)
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("copra-fl").experiment_id])
     history = client.get_metric_history(run.info.run_id, "validation/accuracy")
-    assert [(each.step, each.value) for each in history] == [(r["round"], r["validation"]["accuracy"]) for r in rows]
-    assert run.data.metrics["results/test_accuracy"] == summary["test"]["accuracy"]
+    expected = [(record.round, record.validation.accuracy) for record in journal]
+    assert [(metric.step, metric.value) for metric in history] == expected
+    assert run.data.metrics["results/test_accuracy"] == summary.test.accuracy
     assert (run.info.status, run.info.run_name, run.data.params["rank"]) == ("FINISHED", "run", "2")
 
 
@@ -96,8 +96,8 @@ def test_wandb_leaves_a_folder_to_sync(stages: Iterator[Path], tmp_path: Path, m
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     follow("wandb", stages)
-    number = json.loads((tmp_path / "run" / "provenance.json").read_text())["run"]
-    written = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{number}.wandb"))
+    run_id = Provenance.from_json((tmp_path / "run" / "provenance.json").read_text()).run
+    written = list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert written and all(path.stat().st_size for path in written)
     assert all(b"validation/accuracy" in path.read_bytes() for path in written)
 
@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_leaves_the_run_alone(stages: Iterator[Path], capsy
     directory = next(stages)
     (directory / "tensorboard").write_text("a file is in the way")
     follow("tensorboard", stages)
-    assert "note: tensorboard failed and gets nothing more" in capsys.readouterr().out
+    assert "warning: tensorboard failed and is no longer used" in capsys.readouterr().out
 
 
 def test_track_takes_a_finished_run(finished: Path) -> None:
@@ -117,7 +117,7 @@ def test_track_takes_a_finished_run(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_what_is_missing_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_or_missing_tracker_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="unknown tracker 'tensorbord'. Did you mean 'tensorboard'"):
         checked(["tensorbord"])
     monkeypatch.setattr("sys.path", [])

@@ -1,4 +1,4 @@
-"""What stays on a node between messages: it answers as the process itself would, and ends when it should."""
+"""The warm process of a node: it answers as the node's own process would, and ends when it should."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from clients import warm_process
-from clients.warm_process import ResidentError
+from clients.warm_process import WarmProcessError
 from copra_fl import wire
 from copra_fl.config import Config
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.real_runs import HANG_SECONDS
+from tests.support.tiny import Settings
 
-WARM = {"keep-warm": 60}
+NODE_CONFIG = {"warm-process": 60}
 
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """Of a resident of this process's parent."""
+    """The socket of the warm process of this process's parent."""
     warm_process.address().unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(warm_process.address()))
@@ -38,65 +39,65 @@ def listener() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def serving(listener: socket.socket) -> Iterator[threading.Thread]:
-    """One of run 1, in this process, which has all imported already."""
+    """A thread that serves run 1; in this process, which has imported everything already."""
     thread = threading.Thread(target=warm_process.serve, args=(listener, psutil.Process(), 1, 60), daemon=True)
     thread.start()
     yield thread
     if thread.is_alive():
-        say(run=2)
+        send(run=2)
     thread.join()
 
 
-def say(run: int) -> None:
-    """A message of `run`, whose answer nobody waits for."""
+def send(run: int) -> None:
+    """Send a message of `run` and do not wait for the answer."""
     with Client(str(warm_process.address()), "AF_UNIX") as connection:
-        connection.send(("hello", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
+        connection.send(("handshake", RecordDict(), Context(run, 1, {}, RecordDict(), {})))
 
 
-def test_a_resident_s_adapter_is_the_process_s_own(
-    tiny: dict[str, object], tmp_path: Path, serving: threading.Thread
-) -> None:
-    """Bitwise; with flora nodes hold state from round to round, which goes to the resident and back."""
+def test_a_warm_process_trains_bitwise_as_a_cold_one(tiny: Settings, tmp_path: Path, serving: threading.Thread) -> None:
+    """With flora nodes cache state between rounds, which goes to the warm process and back."""
     settings = tiny | {"rule": "flora"}
-    own = run_federation(settings, tmp_path / "own")
-    theirs = run_federation(settings, tmp_path / "theirs", grid=LocalGrid(2, own=[WARM, WARM]))
-    adapters = [(directory / "adapter/adapter_model.safetensors").read_bytes() for directory in (own, theirs)]
+    cold = run_federation(settings, tmp_path / "cold")
+    warm_grid = LocalGrid(2, node_configs=[NODE_CONFIG, NODE_CONFIG])
+    warm = run_federation(settings, tmp_path / "warm", grid=warm_grid)
+    adapters = [(directory / "adapter/adapter_model.safetensors").read_bytes() for directory in (cold, warm)]
     assert adapters[0] == adapters[1]
 
 
-@pytest.mark.parametrize("own", [{}, {"data-path": "/ward-7/admissions.csv"}])
-def test_an_error_comes_back_in_words_that_may_leave(
-    serving: threading.Thread, tiny: dict[str, object], own: dict[str, str]
+@pytest.mark.parametrize("data_path", [{}, {"data-path": "/ward-7/admissions.csv"}])
+def test_an_error_comes_back_as_its_public_message(
+    serving: threading.Thread, tiny: Settings, data_path: dict[str, str]
 ) -> None:
-    """As it is, or, of a node with data of its own, only kind and place."""
-    context = Context(1, 1, {"partition-id": 0, "num-partitions": 1} | own, RecordDict(), {})
-    content = wire.pack_config(Config.from_flat(tiny | {"partitioner": "own" if own else "iid"}))
-    with pytest.raises(ResidentError) as error:
-        warm_process.ask("train", content, context, 60)
-    assert "'plan'" in str(error.value) if not own else "KeyError at " in str(error.value)
+    """Complete, or from a node with its own data only type and place."""
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 1} | data_path, RecordDict(), {})
+    content = wire.pack_config(Config.from_flat(tiny | {"partitioner": "own" if data_path else "iid"}))
+    with pytest.raises(WarmProcessError) as error:
+        warm_process.request("train", content, context, 60)
+    assert ("KeyError at " if data_path else "'plan'") in str(error.value)
     assert "ward-7" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_resident_makes_way_for_another_run_s(serving: threading.Thread) -> None:
-    say(run=2)
+def test_a_warm_process_ends_with_a_message_of_another_run(serving: threading.Thread) -> None:
+    send(run=2)
     serving.join(timeout=HANG_SECONDS)
     assert not serving.is_alive()
     with pytest.raises(ConnectionRefusedError):
-        say(run=2)
+        send(run=2)
 
 
-def test_a_folder_that_others_can_open_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_others_can_open_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert warm_process.address().parent.stat().st_mode & 0o777 == 0o700
     warm_process.address().parent.chmod(0o755)
-    with pytest.raises(ResidentError, match="open to others"):
+    with pytest.raises(WarmProcessError, match="open to others"):
         warm_process.address()
 
 
-def test_a_resident_ends_with_the_process_that_starts_its_node_s_apps(listener: socket.socket) -> None:
+def test_a_warm_process_ends_with_the_executor(listener: socket.socket) -> None:
+    """The executor is the process that starts the node's apps."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as executor:
         serving = threading.Thread(
-            target=warm_process.serve, args=(listener, psutil.Process(executor.pid), 1, 60), daemon=True
+            target=warm_process.serve, args=(listener, psutil.Process(executor.pid), 1, 3600), daemon=True
         )
         serving.start()
         serving.join(timeout=0.2)
@@ -106,10 +107,12 @@ def test_a_resident_ends_with_the_process_that_starts_its_node_s_apps(listener: 
     assert not serving.is_alive()
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(0, 0), (60, 1)])
-def test_a_resident_ends_when_nobody_wants_it(listener: socket.socket, seconds: int, code: int) -> None:
-    """Idle for `seconds`; or at work, and who asked does not wait for the answer."""
-    process = warm_process.start(listener, os.getpid(), 1, seconds)
-    if seconds:
-        say(run=1)
-    assert process.wait(timeout=HANG_SECONDS) == code
+@pytest.mark.parametrize(
+    ("idle_seconds", "exit_code"), [pytest.param(0, 0, id="idle"), pytest.param(3600, 1, id="caller-has-ended")]
+)
+def test_a_warm_process_ends_when_it_is_not_needed(listener: socket.socket, idle_seconds: int, exit_code: int) -> None:
+    """It has been idle for too long, or the caller does not wait for the answer to its message."""
+    process = warm_process.start(listener, os.getpid(), 1, idle_seconds)
+    if idle_seconds:
+        send(run=1)
+    assert process.wait(timeout=HANG_SECONDS) == exit_code

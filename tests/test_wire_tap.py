@@ -1,6 +1,6 @@
-"""A deployment without TLS, every byte between nodes and SuperLink recorded: nothing of the nodes' data is in it.
+"""A deployment without TLS with every byte between nodes and SuperLink recorded: the nodes' data is not in it.
 
-What messages hold is looked at in test_local_data.py; here it is what Flower makes of them, on a real connection.
+test_local_data.py searches the messages; this test searches what Flower sends, on a real connection.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import pytest
 from copra_fl.config import Config, toml_value
 from copra_fl.simulation.superlink import copy_app, free_port
 from experiments.deployment import SCRIPTS, environment, running, wait_for
-from tests.support.node_files import leaks, rows_of, write
+from tests.support.node_files import find_leaks, rows_of, write
 from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings
 
 
 @dataclass
 class Tap:
-    """Passes bytes between nodes and the SuperLink on, and keeps them: `up` to the SuperLink, `down` from it."""
+    """A proxy between nodes and SuperLink that records all bytes: `up` to the SuperLink, `down` from it."""
 
     target: int
     up: bytearray = field(default_factory=bytearray)
@@ -38,7 +38,7 @@ class Tap:
 
     @contextmanager
     def listening(self) -> Iterator[int]:
-        """Its port, for the duration of the block."""
+        """Listen during the block, on the returned port."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             threading.Thread(target=self._accept, args=(server,), daemon=True).start()
             yield server.getsockname()[1]
@@ -51,16 +51,16 @@ class Tap:
                 for ends in ((node, superlink, self.up), (superlink, node, self.down)):
                     threading.Thread(target=self._pump, args=ends, daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, record: bytearray) -> None:
         with suppress(OSError):
             while data := source.recv(2**16):
-                kept += data
+                record += data
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.slow
-def test_nothing_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> None:
+def test_no_content_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> None:
     files = [write(rows_of(site), tmp_path / f"ward-{site}-admissions.csv") for site in range(2)]
     port, app, output = free_port(), tmp_path / "app", tmp_path / "run"
     tap = Tap(port)
@@ -92,6 +92,6 @@ def test_nothing_of_the_files_is_on_the_wire(own: Settings, tmp_path: Path) -> N
             command, env=environment(tmp_path / "operator"), stdin=subprocess.DEVNULL, check=True, timeout=HANG_SECONDS
         )
     assert (output / "adapter" / "adapter_model.safetensors").exists()
-    # The tap works: labels that the server tells, and scalars that clients tell, are readable in it.
+    # The tap works: the labels that the server sends and the scalars that clients send are readable in it.
     assert b"sand,sea,sky" in tap.down and b"distance" in tap.up and len(tap.up) > 10_000
-    assert leaks(tap, Config.from_flat(own), files) == []  # type: ignore[arg-type]
+    assert find_leaks(tap, Config.from_flat(own), files) == []

@@ -1,1 +1,1 @@
-"""Adapters as plain data: name -> tensor. What is computed on them alone, without a model."""
+"""Adapters as plain data, tensor name -> tensor, and computations on them without a model."""

@@ -1,14 +1,14 @@
-"""How adapters travel: the tensors of many clients as one flat buffer, as they are or rounded.
+"""Serialization of updates: the tensors of several clients in one flat buffer, exact or quantized.
 
     float32   the tensors themselves
-    float16   the difference d from the client's start, cast
-    int8      the difference in codes: s = max |d| / 127 for each tensor, code = round(d / s)
+    float16   the difference d from the client's start, cast to float16
+    int8      the difference as codes: s = max |d| / 127 for each tensor, code = round(d / s)
 
-A buffer has no names and no lengths. Both sides know what each client started from and its active steps,
-and from them what lies where. The tensors of a start are those that the client may send.
+A buffer has no names and no lengths. Both sides know the start and the active steps of each client, which determine
+the layout. The tensors of a start are those that the client may send.
 
-Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847): what
-rounding lost is added to the client's next difference, so that losses do not add up over rounds.
+Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847): the quantization error of a
+client's update is added to its next one, so that errors do not accumulate over rounds.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 
 from copra_fl.adapters.state import Adapter, Layout, Update, difference, trained
 
-#: what travels, by name: ``values``, and for int8 the ``scales``
+#: arrays of a message by name: ``values``, and for int8 ``scales``
 Arrays = dict[str, Tensor]
 
-#: client -> the tensors that it may send, as they were before its training
+#: client -> the tensors that it may send, before its training
 Starts = Mapping[int, Adapter]
 
-#: uplinks with error feedback: a node keeps what was lost of its clients
+#: values of uplink-dtype with error feedback: nodes store the quantization error of each client
 FEEDBACK = {"int8"}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Flat values to arrays and back.
+    """Encoding of flat values as arrays, and its inverse.
 
     Attributes:
         encode: (values, values of the start, length of each tensor) -> arrays
         decode: (arrays, values of the start, length of each tensor) -> values in float32;
-            raises ValueError for arrays of another dtype or length
+            raises ValueError for arrays of a wrong dtype or length
     """
 
     encode: Callable[[Tensor, Tensor, Sequence[int]], Arrays]
@@ -46,12 +46,12 @@ class Codec:
 
 
 def take(arrays: Arrays, name: str, dtype: torch.dtype, size: int) -> Tensor:
-    """``arrays[name]``. Raises ValueError unless it is a row of `size` values of type `dtype`."""
-    got = arrays.get(name)
-    if got is None or got.dtype != dtype or got.shape != (size,):
-        what = "missing" if got is None else f"{got.dtype} of shape {tuple(got.shape)}"
-        raise ValueError(f"{name} should be {size} values of {dtype} in a row, but is {what}")
-    return got
+    """Return ``arrays[name]``. Raises ValueError unless it has shape (size,) and type `dtype`."""
+    array = arrays.get(name)
+    if array is None or array.dtype != dtype or array.shape != (size,):
+        actual = "missing" if array is None else f"{array.dtype} of shape {tuple(array.shape)}"
+        raise ValueError(f"{name} should be {size} values of {dtype} in a row, but is {actual}")
+    return array
 
 
 def _encode_float32(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
@@ -63,7 +63,7 @@ def _decode_float32(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tens
 
 
 def _encode_float16(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
-    """Values outside float16's range are clipped to it."""
+    """Clip values to float16's range and cast."""
     largest = torch.finfo(torch.float16).max
     return {"values": (values - start).clamp(-largest, largest).half()}
 
@@ -73,7 +73,7 @@ def _decode_float16(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tens
 
 
 def _encode_int8(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
-    """Off by at most half a scale; a tensor that has not moved has scale 0."""
+    """Round to multiples of the scale: the error is at most scale / 2. A tensor that has not moved has scale 0."""
     moved = values - start
     scales = torch.tensor([float(part.abs().max()) for part in moved.split(list(sizes))]) / 127
     codes = moved / _spread(scales.where(scales > 0, 1.0), sizes)
@@ -89,7 +89,7 @@ def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
     return scales.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
 
 
-#: uplink -> codec
+#: value of uplink-dtype -> codec
 CODECS = {
     "float32": Codec(_encode_float32, _decode_float32),
     "float16": Codec(_encode_float16, _decode_float16),
@@ -98,7 +98,7 @@ CODECS = {
 
 
 def encode(updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int], uplink: str) -> Arrays:
-    """The tensors of `updates` as one buffer, client by client."""
+    """Return the tensors of `updates` as one buffer, client by client."""
     layouts, start, sizes = _frame(updates, starts, group_of)
     values = torch.cat([layout.flatten(update.adapter) for layout, update in zip(layouts, updates, strict=True)])
     return CODECS[uplink].encode(values, start, sizes)
@@ -107,9 +107,9 @@ def encode(updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int
 def decode(
     arrays: Arrays, updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int], uplink: str
 ) -> list[Update]:
-    """`updates`, whose active steps are known, with the tensors that `encode` put into `arrays`.
+    """Return `updates` with the tensors that `encode` wrote into `arrays`; their active steps must be known.
 
-    Raises ValueError for arrays that are not what `encode` makes of such updates.
+    Raises ValueError for arrays that cannot be the result of `encode` for such updates.
     """
     layouts, start, sizes = _frame(updates, starts, group_of)
     rows = CODECS[uplink].decode(arrays, start, sizes).split([layout.size for layout in layouts])
@@ -124,28 +124,29 @@ def encode_with_feedback(
     starts: Starts,
     group_of: Mapping[str, int],
     uplink: str,
-    lost: Mapping[int, Adapter],
+    errors: Mapping[int, Adapter],
 ) -> tuple[Arrays, dict[int, Adapter]]:
-    """`encode`, with what was `lost` of each client so far added to it first; and what is lost now.
+    """Encode `updates` after adding the quantization errors so far; return the buffer and the new errors.
 
-    What is lost of a gate group waits until the client sends that group again.
+    `errors` and the result are client -> quantization error. The error of a gate group is kept until the client sends
+    that group again.
     """
-    wanted = [
-        replace(update, adapter={n: tensor + lost[update.client].get(n, 0) for n, tensor in update.adapter.items()})
+    corrected = [
+        replace(update, adapter={n: tensor + errors[update.client].get(n, 0) for n, tensor in update.adapter.items()})
         for update in updates
     ]
-    arrays = encode(wanted, starts, group_of, uplink)
-    arrived = decode(arrays, wanted, starts, group_of, uplink)
+    arrays = encode(corrected, starts, group_of, uplink)
+    decoded = decode(arrays, corrected, starts, group_of, uplink)
     return arrays, {
-        before.client: lost[before.client] | difference(before.adapter, after.adapter)
-        for before, after in zip(wanted, arrived, strict=True)
+        before.client: errors[before.client] | difference(before.adapter, after.adapter)
+        for before, after in zip(corrected, decoded, strict=True)
     }
 
 
 def _frame(
     updates: Sequence[Update], starts: Starts, group_of: Mapping[str, int]
 ) -> tuple[list[Layout], Tensor, list[int]]:
-    """A buffer of `updates`: each client's layout, its start's values in it, the length of each tensor."""
+    """Return the buffer's structure: the layout of each client, the start's values, the length of each tensor."""
     parts = [trained(starts[update.client], update.active_steps, group_of) for update in updates]
     layouts = [Layout.by_name(part) for part in parts]
     start = torch.cat([layout.flatten(part) for layout, part in zip(layouts, parts, strict=True)])

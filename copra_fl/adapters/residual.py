@@ -1,9 +1,9 @@
-"""What aggregation has added to the frozen weights W0 so far: kept beside them, never written into them.
+"""Residual: the sum of all additions of aggregation to the frozen weights W0, stored separately from W0.
 
-    y = x W0^T + s x A^T B^T + x D^T,    D (d, k) as one matrix, or as factors D = D_B D_A where they are smaller
+    y = x W0^T + s x A^T B^T + x D^T,    D (d, k) as one matrix, or as factors D = D_B D_A if they are smaller
 
-So a base can stay shared, mapped from disk or quantised, and the change travels by itself. By module ``M``:
-``M.residual`` (d, k), or ``M.residual_B`` (d, n) and ``M.residual_A`` (n, k); float32, scaling already in it.
+The base can therefore stay shared, memory-mapped or quantized, and only the residual travels. Its tensors for module
+``M`` are ``M.residual`` (d, k), or ``M.residual_B`` (d, n) and ``M.residual_A`` (n, k); float32, scaling included.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from copra_fl.adapters.state import Adapter
 
 
 def modules(residual: Adapter) -> list[str]:
-    """The modules that have changed, sorted."""
+    """Return the modules with a residual, sorted."""
     return sorted({name.partition(".residual")[0] for name in residual})
 
 
 def of(residual: Adapter, module: str) -> Tensor:
-    """D (d, k) of a module in float64."""
+    """Return D (d, k) of a module in float64."""
     if f"{module}.residual" in residual:
         return residual[f"{module}.residual"].double()
     return residual[f"{module}.residual_B"].double() @ residual[f"{module}.residual_A"].double()
 
 
 def matrices(residual: Adapter, module: str) -> tuple[Tensor, ...]:
-    """What x is multiplied by, one after the other, for x D^T: D, or D_A and D_B."""
+    """Return the matrices that x is multiplied by in turn to get x D^T: D, or D_A and D_B."""
     if f"{module}.residual" in residual:
         return (residual[f"{module}.residual"],)
     return residual[f"{module}.residual_A"], residual[f"{module}.residual_B"]
 
 
 def product(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-    """x D^T (..., d) of x (..., k) and a module's `matrices`."""
+    """Return x D^T (..., d) for x (..., k) and a module's `matrices`."""
     return reduce(F.linear, factors, x)
 
 
 def fold(adapter: Adapter, residual: Adapter, scaling: float) -> Adapter:
-    """The plain adapter, its scaling 1, that does what `adapter`, its core and `residual` do together.
+    """Return the plain adapter of scaling 1 that is equivalent to `adapter`, its matrix R and `residual` together.
 
-        B = [s B, D_B],  A = [R A; D_A]        a dense D is D I or I D, whichever is the smaller
+        B = [s B, D_B],  A = [R A; D_A]        a dense D is D I or I D, whichever is smaller
 
-    Float32, without the head; zeros bring all modules to one rank.
+    Float32, without the head. Modules of smaller rank are padded with zeros to the largest rank.
     """
     factors = {}
     for module in [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]:
@@ -64,7 +64,7 @@ def fold(adapter: Adapter, residual: Adapter, scaling: float) -> Adapter:
 
 
 def _factors(residual: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """D_B (d, n) and D_A (n, k) of a module in float64, also where D is held as one matrix."""
+    """Return D_B (d, n) and D_A (n, k) of a module in float64, also if D is stored as one matrix."""
     *smaller, last = (matrix.double() for matrix in matrices(residual, module))
     if smaller:
         return last, smaller[0]
@@ -73,11 +73,11 @@ def _factors(residual: Adapter, module: str) -> tuple[Tensor, Tensor]:
 
 
 def add(residual: Adapter, increment: Adapter) -> Adapter:
-    """The sum, sorted by name: factors side by side while they are smaller than their product, else the product."""
+    """Return the sum, sorted by name: factors side by side if they are smaller than their product, else the product."""
     total: Adapter = {}
     for module in modules(residual | increment):
-        held = [_only(each, module) for each in (residual, increment) if _only(each, module)]
-        total |= held[0] if len(held) == 1 else _sum(module, *held)
+        terms = [term for term in (_only(residual, module), _only(increment, module)) if term]
+        total |= terms[0] if len(terms) == 1 else _sum(module, *terms)
     return dict(sorted(total.items()))
 
 

@@ -1,21 +1,24 @@
-"""What the server carries from round to round: all of it is in each checkpoint."""
+"""The server's state between rounds, and its checkpoint file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
-class State:
-    """
+class ServerState:
+    """State that the server passes from round to round; each checkpoint contains all of it.
+
     Attributes:
-        adapter: the global adapter; with a personal rule only what is shared means anything.
-        residual: what aggregation has added to W0 so far (`copra_fl.adapters.residual`).
+        adapter: the global adapter; with a personal rule only the shared parts have a meaning.
+        residual: the sum of what aggregation has added to W0 (`copra_fl.adapters.residual`).
         control: the global control variate.
-        first_moment: of the server optimiser.
-        second_moment: of the server optimiser.
+        first_moment: of the server optimizer.
+        second_moment: of the server optimizer.
     """
 
     adapter: Adapter
@@ -24,16 +27,18 @@ class State:
     first_moment: Adapter = field(default_factory=dict)
     second_moment: Adapter = field(default_factory=dict)
 
-    def to_tensors(self) -> Adapter:
-        """All tensors by name: the adapter's under their own, the others after ``control/`` and so on."""
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
-        return self.adapter | {f"{kind}/{name}": t for kind, tensors in others.items() for name, t in tensors.items()}
+        prefixed = {f"{kind}/{name}": t for kind, tensors in others.items() for name, t in tensors.items()}
+        save_checkpoint(path, self.adapter | prefixed, metadata)
 
     @classmethod
-    def from_tensors(cls, tensors: Adapter) -> State:
-        """The inverse of `to_tensors`."""
+    def load(cls, path: Path) -> tuple[ServerState, dict[str, str]]:
+        """Read a checkpoint that `save` wrote: the state and the metadata."""
+        tensors, metadata = load_checkpoint(path)
         kinds: dict[str, Adapter] = {"adapter": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.rpartition("/")
-            kinds.setdefault(kind or "adapter", {})[rest] = tensor
-        return cls(**kinds)
+        for full_name, tensor in tensors.items():
+            kind, _, name = full_name.rpartition("/")
+            kinds.setdefault(kind or "adapter", {})[name] = tensor
+        return cls(**kinds), metadata

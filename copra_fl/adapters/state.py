@@ -1,8 +1,7 @@
-"""Adapter state: what travels between server and clients, as name -> tensor.
+"""Adapters and clients' updates as plain data: tensor name -> tensor.
 
-Names are PEFT's own (``base_model.model.encoder.layer.0...lora_A.weight``), plus
-``head.weight`` and ``head.bias`` where a task trains a head, and ``lora_R`` for the core of fed-sb. Tensors are float32
-on the CPU.
+Names are PEFT's (``base_model.model.encoder.layer.0...lora_A.weight``), plus ``head.weight`` and ``head.bias`` if the
+task trains a head, and ``lora_R`` for the matrix R of fed-sb. Tensors are float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ Adapter = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """What a client hands back after its local training.
+    """Result of a client's local training.
 
     Attributes:
-        client: its number.
-        adapter: its tensors after training. Gate groups that were never on have not moved and are left out.
-            Empty on the server where the client's tensors came in a pooled update.
-        num_examples: training examples it holds.
-        active_steps: per gate group, the optimiser steps in which it was on; in a pooled update their mean.
-        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of its change).
-        gradient: mean of its own gradients over the steps in which each tensor was on; with control variates only.
+        client: number of the client.
+        adapter: tensors after training, without the gate groups that were never on, which have not moved. Empty on the
+            server if the client's tensors are part of a pooled update.
+        num_examples: number of the client's training examples.
+        active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
+        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change).
+        gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
     """
 
     client: int
@@ -48,68 +47,68 @@ class Update:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of an adapter lies in one flat row, so that many adapters are one matrix."""
+    """Position of each tensor of an adapter in one flat row, so that several adapters form one matrix."""
 
     shapes: dict[str, torch.Size]
 
     @classmethod
     def of(cls, adapter: Adapter) -> Layout:
-        """The layout with `adapter`'s tensors in its order."""
+        """Return the layout with the tensors of `adapter` in their order."""
         return cls({name: tensor.shape for name, tensor in adapter.items()})
 
     @classmethod
     def by_name(cls, adapter: Adapter) -> Layout:
-        """The layout in alphabetical order: both ends of a wire agree, whatever the order of a model or a file."""
+        """Return the layout in alphabetical order, which does not depend on the order of tensors in a model or file."""
         return cls.of(dict(sorted(adapter.items())))
 
     @cached_property
     def spans(self) -> dict[str, slice]:
-        """The part of the row that belongs to each tensor."""
+        """The slice of the row for each tensor."""
         ends = np.cumsum([shape.numel() for shape in self.shapes.values()]).tolist()
         starts = [0, *ends[:-1]]
         return {name: slice(start, end) for name, start, end in zip(self.shapes, starts, ends, strict=True)}
 
     @property
     def size(self) -> int:
-        """Values in a row."""
+        """Number of values in a row."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     def flatten(self, adapter: Adapter) -> Tensor:
-        """The row (size,) of `adapter`."""
+        """Return `adapter` as a row (size,)."""
         return torch.cat([adapter[name].reshape(-1) for name in self.shapes] or [torch.empty(0)])
 
     def unflatten(self, row: Tensor) -> Adapter:
-        """The adapter whose row this is: views of it."""
+        """Return the adapter in `row` as views of it."""
         return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
 
 
 def part_of(name: str) -> str:
-    """Which part of the model the tensor `name` is: factor ``A`` or ``B``, core ``R``, or ``head``."""
+    """Return the part of the model that tensor `name` belongs to: factor ``A`` or ``B``, matrix ``R``, or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
 
 
 def by_number(name: str) -> list[tuple[bool, int | str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Return a sort key of names that sorts layer 10 after layer 9."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
-def parts(adapter: Adapter, wanted: Iterable[str]) -> Adapter:
-    """The tensors of `adapter` that are one of the `wanted` parts."""
-    return {name: tensor for name, tensor in adapter.items() if part_of(name) in wanted}
+def parts(adapter: Adapter, selected: Iterable[str]) -> Adapter:
+    """Return the tensors of `adapter` that belong to one of the `selected` parts."""
+    return {name: tensor for name, tensor in adapter.items() if part_of(name) in selected}
 
 
 def trained(adapter: Adapter, active_steps: Sequence[float], group_of: Mapping[str, int]) -> Adapter:
-    """The tensors that can have moved in a training with these active steps: the head, and groups that were on."""
+    """Return the tensors that training with these active steps can move: the head, and groups that were on."""
     return {name: tensor for name, tensor in adapter.items() if name not in group_of or active_steps[group_of[name]]}
 
 
 def complete(update: Update, global_adapter: Adapter) -> Adapter:
-    """The client's whole adapter: what it did not send is as it was in `global_adapter`."""
+    """Return the client's complete adapter: tensors that it did not send are those of `global_adapter`."""
     return global_adapter | update.adapter
 
 
 def draw(adapter: Adapter, stream: torch.Generator) -> Adapter:
-    """New factors of the same shapes, as PEFT draws them: A uniform within 1 / sqrt(columns), B = 0. No head."""
+    """Draw new factors of the same shapes as PEFT does: A uniform in +-1 / sqrt(columns), B = 0. No head."""
     factors = {}
     for name, tensor in parts(adapter, {"A", "B"}).items():
         bound = tensor.shape[1] ** -0.5 if part_of(name) == "A" else 0.0
@@ -118,23 +117,23 @@ def draw(adapter: Adapter, stream: torch.Generator) -> Adapter:
 
 
 def difference(a: Adapter, b: Adapter) -> Adapter:
-    """a - b, tensor by tensor."""
+    """Return a - b, tensor by tensor."""
     return {name: a[name] - b[name] for name in a}
 
 
 def norm(adapter: Adapter) -> float:
-    """Euclidean norm over all tensors, summed in float64."""
+    """Return the Euclidean norm over all tensors, summed in float64."""
     squares = [tensor.double().square().sum() for tensor in adapter.values()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
-    """Write `adapter` and `metadata` to a safetensors file that is either whole or not there."""
+    """Write `adapter` and `metadata` to a safetensors file atomically: the file is complete or does not exist."""
     tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
     atomic_write(path, save(tensors, dict(metadata) or None))  # safetensors cannot read back {} without tensors
 
 
 def load_checkpoint(path: Path) -> tuple[Adapter, dict[str, str]]:
-    """The adapter and the metadata of `save_checkpoint`."""
+    """Read the adapter and the metadata that `save_checkpoint` wrote."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

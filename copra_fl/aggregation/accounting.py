@@ -1,9 +1,9 @@
-"""What a run has told of its clients: client-level differential privacy, accounted.
+"""Client-level differential-privacy accounting.
 
-A round is the Gaussian mechanism on a Poisson sample (DP-FedAvg; McMahan et al., arXiv 1710.06963): every client is in
-with probability q, its change is clipped to norm C, and the sum gets noise of deviation z C. Neighbouring federations
-differ in one client being there or not, with all of its examples. Rounds are composed by their privacy loss
-distributions (Koskela et al., arXiv 1906.03049; dp-accounting), from above.
+A round is the Gaussian mechanism on a Poisson sample (DP-FedAvg; McMahan et al., arXiv 1710.06963): each client takes
+part with probability q, its change is clipped to norm C, and the sum gets noise of standard deviation z C. Neighbouring
+federations differ by one client with all of its examples. Rounds are composed by their privacy loss distributions
+(Koskela et al., arXiv 1906.03049; dp-accounting); the resulting epsilon is an upper bound.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from copra_fl.config import ConfigError
 
 @dataclass(frozen=True)
 class Release:
-    """A round whose result was seen: q and z."""
+    """A round with a published result.
+
+    Attributes:
+        sampling_rate: q.
+        noise_multiplier: z.
+    """
 
     sampling_rate: float
     noise_multiplier: float
 
 
 def epsilon(releases: Iterable[Release], delta: float) -> float:
-    """The epsilon at `delta` of all `releases` together. Raises ConfigError where the accountant is not installed."""
+    """Return the epsilon at `delta` of all `releases` together. Raises ConfigError if dp-accounting is missing."""
     try:
         import dp_accounting  # slow, and only private runs need it
         from dp_accounting.pld import PLDAccountant
     except ImportError:
-        raise ConfigError("dp-clip needs an accountant: pip install 'copra-fl[privacy]'") from None
+        raise ConfigError("dp-clip needs the package dp-accounting: pip install 'copra-fl[privacy]'") from None
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     for release, count in Counter(releases).items():
         gaussian = dp_accounting.GaussianDpEvent(release.noise_multiplier)

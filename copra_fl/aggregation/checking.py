@@ -1,7 +1,7 @@
-"""What an update must be before it is averaged.
+"""Checks of an update before it is averaged.
 
-A node checks each of its clients, so that one that diverged does not spoil the pooled update;
-the server checks whatever arrives.
+A node checks each of its clients, so that a diverged client does not spoil the pooled update. The server checks
+everything that it receives.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm, trained
 
-#: the scalars that clients report
+#: names of the metrics that clients report
 METRICS = {"loss", "steps", "seconds", "distance"}
 
 
 class BadUpdate(ValueError):
-    """An update that must not be averaged, with the reason."""
+    """An update that must not be averaged. The message names the client and the reason."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What can be known of a client's update before it is there.
+    """Known properties of a client's update before it arrives.
 
     Attributes:
-        num_groups: gate groups of the model.
-        num_examples: what the client had at the start.
-        num_steps: the optimiser steps that it makes in a round.
-        max_norm: longest change that is accepted; 0: any.
+        num_groups: number of gate groups of the model.
+        num_examples: number of training examples that the client reported at the start of the run.
+        num_steps: number of optimizer steps of the client in a round.
+        max_norm: largest accepted norm of the change; 0: no limit.
     """
 
     num_groups: int
@@ -40,13 +40,13 @@ class Expected:
 
 
 def check_update(update: Update, start: Adapter, group_of: Mapping[str, int], expected: Expected) -> None:
-    """Raise BadUpdate unless `update` is what a client that is as `expected` can have trained from `start`."""
+    """Raise BadUpdate unless a client with the properties `expected` can have trained `update` from `start`."""
     check_scalars(update, expected)
     check_tensors(update, start, group_of, expected.max_norm)
 
 
 def check_scalars(update: Update, expected: Expected) -> None:
-    """`check_update` of all but the tensors."""
+    """Check everything but the tensors, as `check_update` does."""
     who, num_groups = f"client {update.client}", expected.num_groups
     if update.num_examples <= 0 or update.num_examples != expected.num_examples:
         raise BadUpdate(f"{who} claims {update.num_examples} examples; at the start it had {expected.num_examples}")
@@ -54,31 +54,32 @@ def check_scalars(update: Update, expected: Expected) -> None:
         raise BadUpdate(f"{who} has active steps {update.active_steps}, not {num_groups} counts, one per gate group")
     if not all(steps <= expected.num_steps for steps in update.active_steps):
         raise BadUpdate(
-            f"{who} claims {max(update.active_steps)} active steps of a layer; a round has {expected.num_steps}"
+            f"{who} claims {max(update.active_steps)} active steps of a layer; a round has {expected.num_steps} steps"
         )
     if not math.isfinite(update.metrics.get("loss", math.nan)):
-        raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}")
+        raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}, which is not finite")
     if unknown := sorted(update.metrics.keys() - METRICS):
         raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")
     if bad := sorted(name for name, value in update.metrics.items() if not math.isfinite(value)):
-        raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}")
+        raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}, which is not finite")
 
 
 def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], max_norm: float = 0.0) -> None:
-    """`check_update` of the tensors alone; their active steps are taken to be good."""
+    """Check the tensors, as `check_update` does; the active steps must have passed `check_scalars`."""
     who = f"client {update.client}"
     expected = trained(start, update.active_steps, group_of)
     if update.adapter.keys() != expected.keys():
         unknown, missing = sorted(update.adapter.keys() - expected), sorted(expected.keys() - update.adapter)
         raise BadUpdate(f"{who}: tensors {missing[:3]} are missing and {unknown[:3]} are not known or not trained")
     for name, tensor in expected.items():
-        got = update.adapter[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+        sent = update.adapter[name]
+        if sent.shape != tensor.shape or sent.dtype != tensor.dtype:
             raise BadUpdate(
-                f"{who}: {name} is {got.dtype} of shape {tuple(got.shape)}, not {tensor.dtype} of {tuple(tensor.shape)}"
+                f"{who}: {name} is {sent.dtype} of shape {tuple(sent.shape)}, not {tensor.dtype} of "
+                f"{tuple(tensor.shape)}"
             )
-        if not torch.isfinite(got).all():
+        if not torch.isfinite(sent).all():
             raise BadUpdate(f"{who}: {name} has values that are not finite; a lower learning rate may help")
-    moved = norm(difference(update.adapter, expected)) if max_norm else 0.0
-    if moved > max_norm:
-        raise BadUpdate(f"{who} has moved by {moved:.4g}, more than max-update-norm = {max_norm:g}")
+    distance = norm(difference(update.adapter, expected)) if max_norm else 0.0
+    if distance > max_norm:
+        raise BadUpdate(f"{who} has moved by {distance:.4g}, more than max-update-norm = {max_norm:g}")

@@ -1,9 +1,9 @@
-"""One update in place of many, for rules that are linear in the updates.
+"""Pooled updates: one update in place of several, for rules that are linear in the updates.
 
     theta = sum_k w_k theta_k / sum_k w_k,    N = sum_k n_k,    a_l = sum_k n_k a_kl / N
 
-With w_k = n_k, or n_k a_kl where layers are weighted by activity, the pooled update weighs
-N, or N a_l = sum_k n_k a_kl: as much as all of its clients together.
+With w_k = n_k, or n_k a_kl if layers are weighted by activity, the weight of the pooled update is N, or
+N a_l = sum_k n_k a_kl: the same as the weight of all its clients together.
 """
 
 from __future__ import annotations
@@ -14,18 +14,34 @@ from dataclasses import replace
 import numpy as np
 
 from copra_fl.adapters.state import Adapter, Update, trained
+from copra_fl.aggregation.rules import find_rule
 from copra_fl.aggregation.rules.fedavg import weighted_average
+from copra_fl.config import Config
+
+
+def pools(config: Config) -> bool:
+    """Return whether nodes may send one pooled update in place of their clients' individual updates."""
+    federation, aggregation = config.federation, config.aggregation
+    return (
+        federation.updates == "pooled"
+        and find_rule(aggregation.rule).linear
+        and federation.uplink_dtype == "float32"
+        and aggregation.weighting != "equal"
+        and not aggregation.control_variates
+        and not aggregation.client_ranks
+        and len(config.data.datasets) < 2
+    )
 
 
 def pool(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Update:
-    """The update that changes a linear rule's result as much as all of `updates` do."""
+    """Return the update that has the same effect on the result of a linear rule as all of `updates`."""
     pooled = pool_scalars(updates)
     averaged = weighted_average(global_adapter, updates, weighting, group_of)
     return replace(pooled, adapter=trained(averaged, pooled.active_steps, group_of))
 
 
 def pool_scalars(updates: Sequence[Update]) -> Update:
-    """The pooled update of `updates` without its tensors; it goes by the lowest of their numbers."""
+    """Return the pooled update without its tensors; its client is the lowest of the clients' numbers."""
     weights = [update.num_examples for update in updates]
     active_steps = np.average([update.active_steps for update in updates], axis=0, weights=weights)
     loss = np.average([update.metrics["loss"] for update in updates], weights=weights)

@@ -2,10 +2,10 @@
 
     theta <- theta_0 + (sum_k min(1, C / ||d_k||) d_k + N(0, (z C)^2)) / n,    d_k = theta_k - theta_0
 
-n is the number of clients that a round has on average, not the number that came: one client more or less moves the sum
-by C at most, whatever the others do. Hence all clients weigh the same. In place of a linear rule's own average, which
-is the same without noise. The norm is over all that travels; every value that can travel gets noise, also where this
-round's clients happen not to have trained it, since otherwise the noise would say who was there.
+n is the expected number of clients in a round, not the number of replies: adding or removing one client moves the sum
+by at most C, whatever the others do. Hence all clients have the same weight. It replaces the average of a linear rule,
+which is the same without noise. The norm is over all tensors that travel. Every value that can travel gets noise, even
+if no client of this round trained it: otherwise the noise would reveal which clients took part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from copra_fl.aggregation.rule import Outcome, Round
 
 
 def clip(change: Adapter, bound: float) -> Adapter:
-    """`change`, at most `bound` long."""
+    """Return `change`, scaled down to the norm `bound` if it is longer."""
     share = min(1.0, bound / max(norm(change), 1e-300))
     return {name: share * tensor for name, tensor in change.items()}
 
@@ -27,12 +27,15 @@ def clip(change: Adapter, bound: float) -> Adapter:
 def private_average(
     round_: Round, travels: Iterable[str], clip_norm: float, noise_multiplier: float, num_wanted: int, noise: int
 ) -> Outcome:
-    """The private average of a round.
+    """Return the private average of a round.
 
     Args:
-        travels: parts (`adapter.part_of`) that clients train and send in this round.
+        round_: the round.
+        travels: parts (`adapters.state.part_of`) that clients train and send in this round.
+        clip_norm: C.
+        noise_multiplier: z.
         num_wanted: n.
-        noise: seed of the noise.
+        noise: random seed of the noise; it must be secret.
     """
     stream = torch.Generator().manual_seed(noise)
     before = {name: tensor.double() for name, tensor in sorted(parts(round_.before, travels).items())}

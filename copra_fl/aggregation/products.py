@@ -1,11 +1,11 @@
-"""The products s B A that adapters stand for: their ideal average, the best factors of it, and how far a rule misses.
+"""Products s B A of adapters: their ideal average, its best factors, and the aggregation error of a rule.
 
     ideal of a module   dW* = sum_i p_i s B_i A_i   (s B_i R_i A_i with a core), as stacked factors, never d x k:
                         [p_1 s B_1 ... p_K s B_K] (d, sum r) times [A_1; ...; A_K] (sum r, k)
-    norms and SVDs      L M = Q_L (T_L T_M^T) Q_M^T by two QRs: all is in the small core T_L T_M^T
+    norms and SVDs      L M = Q_L (T_L T_M^T) Q_M^T by two QRs: both can be read off the small core T_L T_M^T
 
-A difference of products is stacked too, [L_1, -L_2] [M_1; M_2], so that equal products differ by rounding of
-float64 alone; squared norms and traces, ||x||^2 - 2 <x, y> + ||y||^2, would stop at its square root, 1e-8.
+A difference of products is stacked too, [L_1, -L_2] [M_1; M_2], so that equal products differ by rounding errors of
+float64 only; squared norms and traces, ||x||^2 - 2 <x, y> + ||y||^2, would be limited to its square root, 1e-8.
 """
 
 from __future__ import annotations
@@ -25,53 +25,56 @@ Factors = tuple[Tensor, Tensor]
 
 
 def modules(adapter: Adapter) -> list[str]:
-    """The modules that have an adapter, sorted."""
+    """Return the modules that have an adapter, sorted."""
     return sorted(name.partition(".lora_")[0] for name in adapter if ".lora_B." in name)
 
 
 def names(adapter: Adapter, module: str) -> list[str]:
-    """The tensors of a module."""
+    """Return the names of a module's tensors."""
     return [name for name in adapter if name.startswith(f"{module}.lora_")]
 
 
 def trained_modules(round_: Round) -> list[str]:
-    """The modules that some client sent; all others stay as they are."""
+    """Return the modules that at least one client sent; all others stay unchanged."""
     sent = {name for update in round_.updates for name in update.adapter}
     return [module for module in modules(round_.before) if not sent.isdisjoint(names(round_.before, module))]
 
 
 def a_of(module: str) -> str:
+    """Return the name of the module's A."""
     return f"{module}.lora_A.weight"
 
 
 def b_of(module: str) -> str:
+    """Return the name of the module's B."""
     return f"{module}.lora_B.weight"
 
 
 def factors(adapter: Adapter, module: str, scaling: float) -> Factors:
-    """s B (d, r), or s B R, and A (r, k)."""
+    """Return s B (d, r), or s B R, and A (r, k)."""
     b, core = scaling * adapter[b_of(module)].double(), adapter.get(f"{module}.lora_R.weight")
     return (b if core is None else b @ core.double()), adapter[a_of(module)].double()
 
 
 def stack(terms: Iterable[Factors]) -> Factors:
-    """Factors of the sum of products, side by side, without the columns that add nothing.
+    """Return the factors of the sum of products, side by side, without columns that contribute nothing.
 
-    Those are what a smaller rank was padded with, and layers that are still 0.
+    Such columns come from padding a smaller rank, and from layers that are still 0.
     """
-    left, right = (torch.cat(each, dim) for dim, each in zip((1, 0), zip(*terms, strict=True), strict=True))
-    adds = left.any(dim=0) & right.any(dim=1)
-    return left[:, adds], right[adds]
+    lefts, rights = zip(*terms, strict=True)
+    left, right = torch.cat(lefts, dim=1), torch.cat(rights, dim=0)
+    contributes = left.any(dim=0) & right.any(dim=1)
+    return left[:, contributes], right[contributes]
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: np.ndarray, module: str, scaling: float) -> Factors:
-    """Factors of sum_i weights_i s B_i A_i."""
+    """Return the factors of sum_i weights_i s B_i A_i."""
     products = [factors(adapter, module, scaling) for adapter in adapters]
     return stack((float(weight) * b, a) for weight, (b, a) in zip(weights, products, strict=True))
 
 
 def ideal(round_: Round, module: str) -> Factors:
-    """Factors of sum_i p_i s B_i A_i; of the product from before where nobody trained the module."""
+    """Return the factors of sum_i p_i s B_i A_i, or of the old product if no client trained the module."""
     weights = round_.weights(b_of(module))
     if not weights.any():
         return stack([factors(round_.before, module, round_.scaling)])
@@ -79,16 +82,16 @@ def ideal(round_: Round, module: str) -> Factors:
 
 
 def frobenius(product: Factors) -> float:
-    """Norm of a product (d, n) (n, k)."""
+    """Return the Frobenius norm of a product (d, n) (n, k)."""
     left, right = product
-    t_left, t_right = (torch.linalg.qr(each, mode="r").R for each in (left, right.T))
+    t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
     return float(torch.linalg.matrix_norm(t_left @ t_right.T))
 
 
 def best_rank(product: Factors, rank: int) -> Factors:
-    """U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation; 0 past the rank that the product has.
+    """Return U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation, 0 past the product's rank.
 
-    The largest entry of each left vector is positive, so that the answer is one and the same everywhere.
+    The largest entry of each left singular vector is positive, so that the result is the same on every machine.
     """
     left, right = product
     (q_left, t_left), (q_right, t_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
@@ -104,7 +107,7 @@ def best_rank(product: Factors, rank: int) -> Factors:
 
 
 def as_residual(module: str, product: Factors) -> Adapter:
-    """Return a product as an addition to W0 (`adapters.residual`), in float32: as factors while they are smaller."""
+    """Return a product as a float32 residual (`adapters.residual`): as factors if they are smaller than the matrix."""
     left, right = product
     (d, n), k = left.shape, right.shape[1]
     if n == 0:
@@ -115,21 +118,22 @@ def as_residual(module: str, product: Factors) -> Adapter:
 
 
 def aggregation_error(round_: Round, outcome: Outcome) -> dict[str, Any]:
-    """||what the rule made of the round - dW*|| / ||dW*||: ``total``, and ``layers`` by module; 0 where dW* is 0.
+    """Return ||dW - dW*|| / ||dW*|| over all modules as ``total``, and by module as ``layers``; 0 if dW* is 0.
 
-    What a rule makes is s B A (s B R A) plus what it adds to W0. Float32 factors cannot do better than about 1e-8.
+    dW is the rule's result: s B A (s B R A) plus the addition to W0. With float32 factors the error is at least about
+    1e-8.
     """
-    missed, norms = {}, {}
+    errors, norms = {}, {}
     for module in modules(round_.before):
-        b, a = wanted = ideal(round_, module)
-        made = [factors(outcome.adapter, module, round_.scaling), *_added(outcome.residual, module)]
-        missed[module], norms[module] = frobenius(stack([*made, (-b, a)])), frobenius(wanted)
-    layers = {module: missed[module] / norms[module] if norms[module] else 0.0 for module in missed}
+        b, a = product = ideal(round_, module)
+        result = [factors(outcome.adapter, module, round_.scaling), *_residual_factors(outcome.residual, module)]
+        errors[module], norms[module] = frobenius(stack([*result, (-b, a)])), frobenius(product)
+    layers = {module: errors[module] / norms[module] if norms[module] else 0.0 for module in errors}
     total = np.linalg.norm(list(norms.values()))
-    return {"total": float(np.linalg.norm(list(missed.values())) / total) if total else 0.0, "layers": layers}
+    return {"total": float(np.linalg.norm(list(errors.values())) / total) if total else 0.0, "layers": layers}
 
 
-def _added(residual: Adapter, module: str) -> list[Factors]:
+def _residual_factors(residual: Adapter, module: str) -> list[Factors]:
     if f"{module}.residual" in residual:
         dense = residual[f"{module}.residual"].double()
         return [(dense, torch.eye(dense.shape[1], dtype=torch.float64))]

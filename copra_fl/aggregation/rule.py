@@ -1,4 +1,7 @@
-"""What an aggregation rule is: a pure function of a round, and what it asks of everybody else."""
+"""Interface of an aggregation rule: a pure function of a round, and its requirements on clients, transport and base.
+
+Each file of `copra_fl.aggregation.rules` ends in ``RULE = Rule(...)`` and is the one place for that rule.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,32 @@ import numpy as np
 
 from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation.weighting import tensor_weights
-from copra_fl.config import AggregationConfig
+from copra_fl.config import AggregationConfig, Key, keys_of
 
 #: adapters -> their metrics on the server's validation data, at least ``loss`` and ``accuracy``
 Score = Callable[[Sequence[Adapter]], Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
+class NoParameters:
+    """The parameters of a rule without parameters."""
+
+
+@dataclass(frozen=True)
 class Round:
-    """What a rule may look at.
+    """The inputs of a rule in one round.
 
     Attributes:
-        before: the global adapter that the clients started from.
-        updates: sorted by client, in whatever order they come; all of the rank and scaling of `before`, a smaller
-            adapter padded with zeros.
-        group_of: gate group of each adapter tensor; the head's have none.
+        before: the global adapter from which the clients started.
+        updates: the clients' updates, sorted by client. All have the rank and scaling of `before`; adapters of smaller
+            rank are padded with zeros.
+        group_of: adapter tensor -> index of its gate group; the head's tensors are not in it.
         scaling: s in W0 + s B A.
-        settings: of the run.
-        ranks: client -> rank of its adapter, before padding.
-        fresh: a newly drawn adapter (B = 0), another one in each round; without the head.
-        score: metrics of adapters on W0 as it is before the round.
+        settings: section ``aggregation`` of the run's configuration.
+        ranks: client -> rank of its adapter before padding.
+        fresh: return newly drawn factors (A random, B = 0, no head), different in each round.
+        score: return metrics of adapters on W0 as it was before the round.
+        parameters: an instance of the rule's `Rule.parameters`.
     """
 
     before: Adapter
@@ -41,28 +50,29 @@ class Round:
     ranks: Mapping[int, int]
     fresh: Callable[[], Adapter]
     score: Score
+    parameters: Any = NoParameters()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "updates", sorted(self.updates, key=lambda update: update.client))
 
     @cached_property
     def adapters(self) -> list[Adapter]:
-        """Each client's whole adapter after its training."""
+        """Each client's complete adapter after its training."""
         return [complete(update, self.before) for update in self.updates]
 
     def weights(self, name: str) -> np.ndarray:
-        """(clients,) float64: what each client's tensor `name` weighs; sums to 1, or is 0 where nobody trained it."""
+        """Return (clients,) float64 weights of the tensor `name`: they sum to 1, or are 0 if no client trained it."""
         return tensor_weights(name, self.updates, self.settings.weighting, self.group_of)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule makes of a round.
+    """The result of a rule in one round.
 
     Attributes:
         adapter: the next global adapter.
-        residual: what is added to W0, see `copra_fl.adapters.residual`.
-        notes: for the journal, plain data.
+        residual: addition to W0 (`copra_fl.adapters.residual`).
+        notes: plain data for the journal.
     """
 
     adapter: Adapter
@@ -74,28 +84,35 @@ ALL = frozenset({"A", "B", "R", "head"})
 
 
 def train_all(server_round: int) -> frozenset[str]:
+    """Return all parts of the model, in every round."""
     return ALL
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An aggregation rule and what it asks of everybody else.
+    """An aggregation rule and its requirements.
 
     Attributes:
-        aggregate: the rule itself.
-        trains: round -> parts (`adapter.part_of`) that clients train; the others stay as they are, bit by bit.
-        shares: parts that travel. What clients train besides is personal: it stays with them, and there is no
-            global model.
-        core: whether B and A are fixed by a first gradient, and an r x r matrix R between them is trained.
-        linear: whether the pooled update of some clients (`pooling.pool`) does as much as their own updates.
-        changes_base: whether W0 is changed, so that there is a residual.
-        unequal_ranks: whether clients' adapters may have different ranks.
-        averages: whether the next adapter is an average of the clients', which a server optimiser can take as a step.
-        needs_data: whether the server must have data to evaluate or to start on.
-        no_copra: why it does not combine with CopRA; empty where it does.
+        name: value of the configuration key ``rule``.
+        aggregate: the rule as a function.
+        parameters: dataclass of the rule's own parameters, declared with `config.option`.
+        trains: server round -> parts (`adapters.state.part_of`) that clients train; all others stay bitwise unchanged.
+        shares: parts that travel. Trained parts that do not travel are personal: they stay with the client, and there
+            is no global model.
+        core: B and A are fixed from the first gradient on, and an r x r matrix R between them is trained.
+        linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
+        changes_base: W0 changes, so that there is a residual.
+        unequal_ranks: the clients' adapters may have different ranks.
+        averages: the next adapter is an average of the clients' adapters, so a server optimizer can treat its change
+            as a gradient step.
+        needs_data: the server needs validation data.
+        no_copra: the reason why the rule does not combine with CopRA; empty if it does.
+        no_several_datasets: the reason why it does not combine with several data sets; empty if it does.
     """
 
+    name: str
     aggregate: Callable[[Round], Outcome]
+    parameters: type = NoParameters
     trains: Callable[[int], frozenset[str]] = train_all
     shares: frozenset[str] = ALL
     core: bool = False
@@ -105,17 +122,23 @@ class Rule:
     averages: bool = True
     needs_data: bool = False
     no_copra: str = ""
+    no_several_datasets: str = ""
+
+    @cached_property
+    def keys(self) -> dict[str, Key]:
+        """The configuration keys of the rule's parameters, RULE.KEY, by name."""
+        return keys_of(self.name, self.parameters, prefix=f"{self.name}.")
 
     def sends(self, server_round: int) -> frozenset[str]:
-        """The parts that travel to the server in a round."""
+        """Return the parts that clients send to the server in a round."""
         return self.trains(server_round) & self.shares
 
     @property
     def personal(self) -> bool:
-        """Whether a part of each client's model stays with the client."""
+        """True if a part of each client's model stays with the client."""
         return self.shares < ALL
 
     @property
-    def is_held(self) -> bool:
-        """Whether a part of the model stays as it is over a round, so that nodes had better hold on to it."""
+    def nodes_cache_state(self) -> bool:
+        """True if a part of the model is unchanged after a round, so that nodes should cache the server's state."""
         return self.personal or self.changes_base or any(self.trains(server_round) < ALL for server_round in (1, 2))

@@ -1,10 +1,11 @@
-"""SCAFFOLD (Karimireddy et al., arXiv 1910.06378): control variates against what clients differ in.
+"""SCAFFOLD: control variates against client drift (Karimireddy et al., arXiv 1910.06378).
 
-    client   g <- g + c - c_k in each local step;    c_k+ = mean of its own gradients g over the round's steps
+    client   g <- g + c - c_k in each local step;    c_k+ = mean of the client's gradients g over the round's steps
     server   c <- c + 1/N sum_k (c_k+ - c_k)
 
-c_k+ is measured along the local path, as in the paper's option I, and not derived from the distance walked (option II),
-so that it is right for any local optimiser. A tensor that was off or not trained keeps its control variate.
+c_k+ is the mean of measured gradients, similar to the paper's option I, and not derived from the change of the weights
+(option II), so that it is valid for every local optimizer. A tensor that was off or not trained keeps its control
+variate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from copra_fl.adapters.state import Adapter
 
 
 def next_control(control: Adapter, changes: Sequence[Adapter], num_clients: int) -> Adapter:
-    """The global control variate after a round; `changes` are c_k+ - c_k of its clients, of `num_clients` N in all."""
+    """Return the global control variate c after a round.
+
+    Args:
+        control: c before the round.
+        changes: c_k+ - c_k of the round's clients.
+        num_clients: N, the number of all clients.
+    """
     return {
         name: (old + sum(c[name].double() for c in changes if name in c) / num_clients).float()
         for name, old in control.items()

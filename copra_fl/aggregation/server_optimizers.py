@@ -1,4 +1,4 @@
-"""Server optimisers: the average of a round as a step from the old adapter (Reddi et al., arXiv 2003.00295).
+"""Server optimizers: treat the change of the average as a gradient step (Reddi et al., arXiv 2003.00295).
 
     g = average - old,    new = old + eta step(g)
 
@@ -8,9 +8,9 @@
     fedyogi      v <- v - (1 - beta2) g^2 sign(v - g^2)
     fedadam      v <- beta2 v + (1 - beta2) g^2
 
-m starts at 0 and v at tau^2; neither is corrected for its start, as in the paper. Its FedAdagrad has beta = 0.
-A tensor that nobody trained does not move, and its moments wait: a layer that is off gets no momentum's worth of
-steps. Traffic: none, the moments stay on the server.
+m starts at 0 and v at tau^2, without bias correction, as in the paper. The paper's FedAdagrad has beta = 0.
+A tensor that no client trained does not move and keeps its moments, so momentum does not move a layer that is off.
+Traffic: none, the moments stay on the server.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ SERVER_OPTIMIZERS: dict[str, Moment] = {
 def step(
     settings: AggregationConfig, before: Adapter, average: Adapter, first: Adapter, second: Adapter
 ) -> tuple[Adapter, Adapter, Adapter]:
-    """The next adapter and the moments after it; `first` and `second` are empty at the start of a run."""
+    """Return the next adapter and the next first and second moments.
+
+    Args:
+        settings: the run's settings, with server-optimizer other than ``none``.
+        before: the old global adapter.
+        average: the adapter that the rule returned.
+        first: first moments m; empty at the start of a run.
+        second: second moments v; empty at the start of a run.
+    """
     moment = SERVER_OPTIMIZERS[settings.server_optimizer]
     adapter, first, second = dict(before), dict(first), dict(second)
     for name, old in before.items():

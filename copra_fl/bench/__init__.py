@@ -1,20 +1,20 @@
-"""Whether our engine is fast: contestants that train the same clients to the same adapters, timed in one run.
+"""The benchmark of `copra-fl bench`: competitors train the same clients to the same adapters, and are timed.
 
-    sizes        what is trained: three sizes, a warm-up and two local trainings each
-    usual        the training loop with PEFT as its users write it
-    workers      contestants in processes of our own: the usual loop, our engine
-    simulations  contestants over Flower and Ray: ours, and experiments/bench
-    contest      who competes, the equality gate, the repeats, growth with more clients
-    sampling     CPU seconds and memory of a contestant's processes
-    flops        what a training step must compute
-    steps        what CopRA saves of a step over its schedule, measured and in closed form
-    findings     results to facts and tables, and to the targets that they meet or miss
-    summary      facts to the few numbers of --json, and to what was left out
-    figures      facts to charts
-    report       facts to a page
+    sizes          the workloads: three sizes, a warm-up and two local trainings each
+    peft_baseline  the training loop with PEFT as its users write it
+    workers        competitors in worker processes: the PEFT baseline and the engine of this package
+    simulations    competitors over Flower and Ray: the apps of this package, and experiments/bench
+    runner         the list of competitors, the equality check, the repeats, scaling with the number of clients
+    sampling       CPU seconds and memory of a competitor's processes
+    flops          floating point operations of a training step
+    steps          the share of a step that CopRA saves over its schedule, measured and in closed form
+    findings       results as plain data and tables, and the verdict on each target
+    summary        the numbers of --json, and the parts that were left out
+    figures        charts
+    report         the page
 
-Protocol: each contestant first runs once in every division of the cores (N workers of 1 thread, 1 worker of N), with
-memory watched and not timed for the record. Its final adapters must agree with those of the plain sequential
-reference, or the command ends with an error. Then all take turns, each in its faster division, as often as asked.
-Only ratios from one such run are worth quoting.
+Protocol: each competitor first runs once in every split of the cores (N workers of 1 thread, 1 worker of N threads);
+this run measures memory and not time. Its adapters must agree with those of the plain sequential reference, otherwise
+the command ends with an error. Then all competitors take turns, each in its faster split, for every repeat. Only ratios
+within one such run are meaningful.
 """

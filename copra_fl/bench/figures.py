@@ -1,6 +1,6 @@
-"""The charts of a benchmark's page, from its stored facts; empty lists where a run did not measure what they show.
+"""The charts of a benchmark's page, made from its stored facts; a chart without data is left out.
 
-Each caption ends with the machine, without which no number means anything.
+Each caption ends with the machine, since the numbers depend on it.
 """
 
 from __future__ import annotations
@@ -11,136 +11,140 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from copra_fl.bench.findings import FLAT, RATES, RATIOS, Facts, has_targets, machine, ratio
+from copra_fl.bench.findings import FLAT, RATES, RATIOS, BenchFacts, has_targets, machine, ratio
 from copra_fl.bench.sizes import TRAININGS
 from copra_fl.bench.steps import expected_blocks
 from copra_fl.reporting.html import STYLES, Figure, Style, empty_chart
 
-#: what a training is called on the page, and its style
+#: training -> its name on the page, and its style
 LABELS = {"lora": ("LoRA", STYLES[0]), "copra": ("CopRA", STYLES[1])}
 TARGET = {"symbol": "line-ns-open", "size": 22, "color": "#1f2933", "line": {"width": 3}}
 
 
-def speed(facts: Facts, name: str) -> list[Figure]:
-    """Clients per second of each contestant."""
-    contestants = facts["sizes"][name]["contestants"]
-    chart = _bars({"title": "clients / s"}, contestants)
+def speed(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return the chart of clients per second of each competitor."""
+    competitors = facts["sizes"][name]["competitors"]
+    chart = _bars({"title": "clients / s"}, competitors)
     for training in TRAININGS:
-        values = {letter: each["trainings"][training]["clients_per_second"] for letter, each in contestants.items()}
-        _add_bars(chart, training, _names(contestants), values.values())
+        values = [competitor["trainings"][training]["clients_per_second"] for competitor in competitors.values()]
+        _add_bars(chart, training, _names(competitors), values)
     repeats = facts["repeats"]
-    bars = f"medians; whiskers: lowest and highest of {repeats} repeats" if repeats > 1 else "one run, no repeats"
+    bars = f"medians; whiskers: minimum and maximum of {repeats} repeats" if repeats > 1 else "one run, no repeats"
     caption = f"More is better. Bars: {bars}."
     return [_figure(facts, "Clients per second", caption, chart)]
 
 
-def ratios(facts: Facts, name: str) -> list[Figure]:
-    """Clients per second by those of Flower with warm actors and of the PEFT loop, with the targets."""
+def ratios(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return charts of clients per second relative to Flower with warm actors and to the PEFT loop, with targets."""
     judged = has_targets(name, facts["sizes"][name])
-    contestants, found = facts["sizes"][name]["contestants"], []
+    competitors, figures = facts["sizes"][name]["competitors"], []
     for rival in "bc":
-        ours = {letter: each for letter, each in contestants.items() if letter in "defg"}
-        if rival not in contestants or not ours:
+        ours = {letter: competitor for letter, competitor in competitors.items() if letter in "defg"}
+        if rival not in competitors or not ours:
             continue
         chart = _bars({"title": "times as fast"}, ours)
         names = _names(ours)
         for training in TRAININGS:
-            values = [[ratio(contestants, letter, rival, training)] for letter in ours]
+            values = [[ratio(competitors, letter, rival, training)] for letter in ours]
             _add_bars(chart, training, names, values, "{:.2f}")
-        wanted = {letter: _factors(name, letter, rival, "e" not in contestants) for letter in ours if judged}
+        factors = {letter: _factors(name, letter, rival, "e" not in competitors) for letter in ours if judged}
         for training in TRAININGS:
-            _add_targets(chart, training, {names[letter]: of[training] for letter, of in wanted.items() if of})
+            targets = {names[letter]: by_training[training] for letter, by_training in factors.items() if by_training}
+            _add_targets(chart, training, targets)
         chart.add_vline(x=1, line={"color": "#52606d", "width": 1})
-        caption = (
-            f"Medians of clients per second by those of ({rival}), {contestants[rival]['name']}, in the same run."
-            + (" Upright strokes: targets." if judged else "")
-        )
-        found.append(_figure(facts, f"Against ({rival}) {contestants[rival]['name']}", caption, chart))
-    return found
+        rival_name = f"({rival}) {competitors[rival]['name']}"
+        caption = f"Median clients per second, divided by that of {rival_name} in the same run."
+        if judged:
+            caption += " Vertical strokes: targets."
+        figures.append(_figure(facts, f"Relative to {rival_name}", caption, chart))
+    return figures
 
 
-def matmul_share(facts: Facts, name: str) -> list[Figure]:
-    """Operations per second by what large matrix products reach."""
-    contestants = facts["sizes"][name]["contestants"]
-    chart = _bars({"title": "% of the matmul rate"}, contestants)
-    names = _names(contestants)
+def matmul_share(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return the chart of operations per second, relative to large matrix products."""
+    competitors = facts["sizes"][name]["competitors"]
+    chart = _bars({"title": "% of the matmul rate"}, competitors)
+    names = _names(competitors)
     for training in TRAININGS:
         values = [
-            [100 * share for share in each["trainings"][training]["share_of_matmul_rate"]]
-            for each in contestants.values()
+            [100 * share for share in competitor["trainings"][training]["share_of_matmul_rate"]]
+            for competitor in competitors.values()
         ]
         _add_bars(chart, training, names, values, "{:.0f} %")
     if name == "compute" and has_targets(name, facts["sizes"][name]):
-        _add_targets(chart, "lora", {names[letter]: 100 * least for letter, least in RATES if letter in names})
+        _add_targets(chart, "lora", {names[letter]: 100 * share for letter, share in RATES if letter in names})
     caption = (
-        "Floating point operations that the training needs, by what large matrix products do in the same time, dtype "
-        "and division of the cores."
+        "Floating point operations of the training, relative to large matrix products in the same time, with the same "
+        "dtype and split of the cores."
     )
     return [_figure(facts, "Share of the matmul rate", caption, chart)]
 
 
-def memory(facts: Facts, name: str) -> list[Figure]:
-    """Peak memory of all processes of a contestant, in each division of the cores."""
-    contestants = facts["sizes"][name]["contestants"]
-    chart = _bars({"title": "MB"}, contestants)
-    divisions = dict.fromkeys(division for each in contestants.values() for division in each["peak_memory"])
-    for division, style in zip(divisions, STYLES[2:], strict=False):
-        there = {letter: each for letter, each in contestants.items() if division in each["peak_memory"]}
-        megabytes = [1e-6 * each["peak_memory"][division] for each in there.values()]
-        _add_bar(chart, division, style, list(_names(there).values()), megabytes, [f"{peak:.0f}" for peak in megabytes])
+def memory(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return the chart of the peak memory of all processes of a competitor, for each split of the cores."""
+    competitors = facts["sizes"][name]["competitors"]
+    chart = _bars({"title": "MB"}, competitors)
+    splits = dict.fromkeys(split for competitor in competitors.values() for split in competitor["peak_memory"])
+    for split, style in zip(splits, STYLES[2:], strict=False):
+        measured = {
+            letter: competitor for letter, competitor in competitors.items() if split in competitor["peak_memory"]
+        }
+        megabytes = [1e-6 * competitor["peak_memory"][split] for competitor in measured.values()]
+        _add_bar(chart, split, style, list(_names(measured).values()), megabytes, [f"{peak:.0f}" for peak in megabytes])
     caption = "Peak of all processes together (proportional set size), by workers x threads. Less is better."
     return [_figure(facts, "Memory", caption, chart)]
 
 
-def scaling(facts: Facts, name: str) -> list[Figure]:
-    """Cost of a client and memory against the number of clients."""
-    found = facts["sizes"][name].get("scaling")
-    if not found:
+def scaling(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return charts of the cost per client and of memory over the number of clients."""
+    measured = facts["sizes"][name].get("scaling")
+    if not measured:
         return []
-    counts = [int(clients) for clients in found["seconds_per_client"]]
-    milliseconds = [[1e3 * second for second in seconds] for seconds in found["seconds_per_client"].values()]
+    counts = [int(clients) for clients in measured["seconds_per_client"]]
+    milliseconds = [[1e3 * second for second in seconds] for seconds in measured["seconds_per_client"].values()]
     axis = {"title": "clients", "type": "log", "tickvals": counts, "ticktext": list(map(str, counts))}
-    cost = empty_chart(axis, {"title": "ms a client and round", "rangemode": "tozero"})
-    least = min(map(median, milliseconds))
-    cost.add_hrect(y0=least, y1=least * (1 + FLAT), fillcolor="#8c8c8c", opacity=0.2, line={"width": 0})
-    _add_line(cost, "cost of a client", STYLES[0], counts, milliseconds)
+    cost = empty_chart(axis, {"title": "ms per client and round", "rangemode": "tozero"})
+    lowest = min(map(median, milliseconds))
+    cost.add_hrect(y0=lowest, y1=lowest * (1 + FLAT), fillcolor="#8c8c8c", opacity=0.2, line={"width": 0})
+    _add_line(cost, "cost per client", STYLES[0], counts, milliseconds)
     peaks = empty_chart(axis, {"title": "MB", "rangemode": "tozero"})
-    _add_line(peaks, "peak memory", STYLES[2], counts, [[1e-6 * peak] for peak in found["peak_memory"].values()])
+    _add_line(peaks, "peak memory", STYLES[2], counts, [[1e-6 * peak] for peak in measured["peak_memory"].values()])
     for chart in (cost, peaks):
         chart.update_layout(showlegend=False)
-    took = (
-        "Our engine in process: seconds of a round by the number of its clients, medians with lowest and highest. Flat "
-        f"would be inside the band of {FLAT:.0%} above the lowest."
+    cost_caption = (
+        "copra-fl engine in process: time of a round per client; medians with minimum and maximum. "
+        f"Target: within the band of {FLAT:.0%} above the lowest median."
     )
-    weighs = (
-        f"Our engine in process. Between the two largest numbers of clients one more takes "
-        f"{found['memory_per_extra_client'] / 1e3:.0f} kB; its adapter has {found['adapter_bytes'] / 1e3:.0f} kB."
+    extra_kb, adapter_kb = (measured[key] / 1e3 for key in ("memory_per_extra_client", "adapter_bytes"))
+    memory_caption = (
+        f"copra-fl engine in process. Between the two largest numbers of clients, each additional client takes "
+        f"{extra_kb:.0f} kB; its adapter has {adapter_kb:.0f} kB."
     )
     return [
-        _figure(facts, "Cost of a client with more clients", took, cost),
-        _figure(facts, "Memory with more clients", weighs, peaks),
+        _figure(facts, "Cost per client", cost_caption, cost),
+        _figure(facts, "Memory by number of clients", memory_caption, peaks),
     ]
 
 
-def schedule(facts: Facts, name: str) -> list[Figure]:
-    """Share of a LoRA step that CopRA saves: closed form, counted, measured."""
-    found = facts["sizes"][name].get("schedule")
-    if not found:
+def schedule(facts: BenchFacts, name: str) -> list[Figure]:
+    """Return the chart of the share of a LoRA step that CopRA saves: closed form, counted, measured."""
+    savings = facts["sizes"][name].get("schedule")
+    if not savings:
         return []
-    points, ramp = found["points"], found["ramp"]
+    points, ramp = savings["points"], savings["ramp"]
     chart = empty_chart({"title": "progress t of the training"}, {"title": "% of a LoRA step saved"})
     t = [ramp * step / 50 for step in range(51)]
-    curve = [100 * found["block_share"] * expected_blocks(time / ramp, found["layers"]) for time in t]
-    chart.add_scatter(x=[*t, 1], y=[*curve, 0], name="closed form", mode="lines", line={"color": STYLES[0].colour})
+    curve = [100 * savings["block_share"] * expected_blocks(time / ramp, savings["layers"]) for time in t]
+    chart.add_scatter(x=[*t, 1], y=[*curve, 0], name="closed form", mode="lines", line={"color": STYLES[0].color})
     counted = [[100 * share for share in point["counted"]] for point in points]
     measured = [[100 * share for share in point["measured"]] for point in points]
     times = [point["t"] for point in points]
     chart.add_scatter(
         x=times,
         y=[sum(shares) / len(shares) for shares in counted],
-        name="counted, of the masks drawn",
+        name="counted, for the drawn masks",
         mode="markers",
-        marker={"symbol": "diamond-open", "size": 11, "color": STYLES[2].colour},
+        marker={"symbol": "diamond-open", "size": 11, "color": STYLES[2].color},
         hovertemplate="%{y:.1f} % counted",
     )
     chart.add_scatter(
@@ -149,46 +153,53 @@ def schedule(facts: Facts, name: str) -> list[Figure]:
         error_y=_whiskers(measured),
         name="measured",
         mode="markers",
-        marker={"symbol": STYLES[1].symbol, "size": 9, "color": STYLES[1].colour},
+        marker={"symbol": STYLES[1].symbol, "size": 9, "color": STYLES[1].color},
         hovertemplate="%{y:.1f} % measured",
     )
     caption = (
-        f"How much cheaper a CopRA step is than a LoRA step; p rises to 1 at t = {ramp:g}. Over the whole schedule "
-        f"{found['expected']:.1%} in closed form, {median(found['measured']):.1%} measured. Our engine in process, "
-        f"{found['division']}; medians with lowest and highest of {len(found['measured'])} passes."
+        f"Share of a LoRA step that a CopRA step saves; p rises to 1 at t = {ramp:g}. Over the whole schedule: "
+        f"{savings['expected']:.1%} in closed form, {median(savings['measured']):.1%} measured. copra-fl engine in "
+        f"process, {savings['core_split']}; medians with minimum and maximum of {len(savings['measured'])} passes."
     )
-    return [_figure(facts, "CopRA against LoRA over the schedule", caption, chart)]
+    return [_figure(facts, "Savings of CopRA over the schedule", caption, chart)]
 
 
-def _figure(facts: Facts, title: str, caption: str, chart: go.Figure) -> Figure:
+def _figure(facts: BenchFacts, title: str, caption: str, chart: go.Figure) -> Figure:
     return Figure(title, f"{caption} {machine(facts)}.", chart)
 
 
-def _names(contestants: Mapping[str, Facts]) -> dict[str, str]:
-    """Letter -> what stands beside its bars."""
-    return {letter: f"({letter}) {each['name']}".replace(", ", ",<br>") for letter, each in contestants.items()}
+def _names(competitors: Mapping[str, BenchFacts]) -> dict[str, str]:
+    """Return the label of each competitor's bars, by letter."""
+    return {
+        letter: f"({letter}) {competitor['name']}".replace(", ", ",<br>") for letter, competitor in competitors.items()
+    }
 
 
-def _bars(x_axis: dict[str, Any], contestants: Mapping[str, Facts]) -> go.Figure:
-    """A chart for horizontal bars, the first contestant at the top."""
+def _bars(x_axis: dict[str, Any], competitors: Mapping[str, BenchFacts]) -> go.Figure:
+    """Return a chart for horizontal bars, with the first competitor at the top."""
     axis = {"type": "category", "autorange": "reversed", "ticklabelstandoff": 6}
     chart = empty_chart(x_axis | {"rangemode": "tozero"}, axis)
-    chart.update_layout(barmode="group", scattermode="group", height=110 + 60 * len(contestants))
+    chart.update_layout(barmode="group", scattermode="group", height=110 + 60 * len(competitors))
     return chart
 
 
-def _add_bars(chart: go.Figure, training: str, names: Mapping[str, str], values: Any, number: str = "{:.3g}") -> None:
-    """A bar for each list of `values`: its median, with whiskers where there are several."""
+def _add_bars(
+    chart: go.Figure,
+    training: str,
+    names: Mapping[str, str],
+    values: Sequence[Sequence[float]],
+    number: str = "{:.3g}",
+) -> None:
+    """Add a bar for each list of `values`: its median, with whiskers if it has several values."""
     label, style = LABELS[training]
-    values = list(values)
-    medians = [median(each) for each in values]
-    _add_bar(chart, label, style, list(names.values()), medians, map(number.format, medians))
-    if any(len(each) > 1 for each in values):
+    medians = list(map(median, values))
+    _add_bar(chart, label, style, list(names.values()), medians, [number.format(length) for length in medians])
+    if any(len(repeats) > 1 for repeats in values):
         chart.data[-1].error_x = _whiskers(values)
 
 
 def _add_bar(
-    chart: go.Figure, label: str, style: Style, names: Sequence[str], lengths: Sequence[float], texts: Any
+    chart: go.Figure, label: str, style: Style, names: Sequence[str], lengths: Sequence[float], texts: Sequence[str]
 ) -> None:
     chart.add_bar(
         orientation="h",
@@ -196,8 +207,8 @@ def _add_bar(
         x=lengths,
         name=label,
         offsetgroup=label,
-        marker={"color": style.colour},
-        text=list(texts),
+        marker={"color": style.color},
+        text=texts,
         textangle=0,
         insidetextanchor="start",
         hovertemplate="%{text}",
@@ -205,7 +216,7 @@ def _add_bar(
 
 
 def _add_targets(chart: go.Figure, training: str, targets: Mapping[str, float]) -> None:
-    """A stroke across the bar of `training` of each contestant that has a target."""
+    """Add a stroke across the bar of `training` for each competitor with a target."""
     label, _ = LABELS[training]
     if targets:
         chart.add_scatter(
@@ -224,32 +235,32 @@ def _add_targets(chart: go.Figure, training: str, targets: Mapping[str, float]) 
 def _add_line(chart: go.Figure, name: str, style: Style, x: Sequence[int], values: Sequence[Sequence[float]]) -> None:
     chart.add_scatter(
         x=x,
-        y=[median(each) for each in values],
+        y=list(map(median, values)),
         error_y=_whiskers(values),
         name=name,
         mode="lines+markers",
-        line={"color": style.colour},
+        line={"color": style.color},
         marker={"symbol": style.symbol, "size": 9},
         hovertemplate="%{x} clients: %{y:.3g}",
     )
 
 
 def _whiskers(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """From the lowest to the highest of each, about its median."""
+    """Return error bars from the minimum to the maximum of each list, around its median."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [max(each) - median(each) for each in values],
-        "arrayminus": [median(each) - min(each) for each in values],
+        "array": [max(repeats) - median(repeats) for repeats in values],
+        "arrayminus": [median(repeats) - min(repeats) for repeats in values],
         "thickness": 1.5,
         "color": "#1f2933",
     }
 
 
 def _factors(name: str, letter: str, rival: str, engine_for_cohorts: bool) -> dict[str, float]:
-    """Training -> the ratio to reach; empty where `letter` has no target against `rival`."""
-    wanted = "e" if letter == "g" and engine_for_cohorts else letter
-    for size, ours, other, *factors in RATIOS:
-        if (size, ours, other) == (name, wanted, rival):
+    """Return the target of each training's ratio; empty if `letter` has no target against `rival`."""
+    target_letter = "e" if letter == "g" and engine_for_cohorts else letter
+    for size, letter_with_target, target_rival, *factors in RATIOS:
+        if (size, letter_with_target, target_rival) == (name, target_letter, rival):
             return dict(zip(TRAININGS, factors, strict=True))
     return {}

@@ -1,23 +1,24 @@
-"""Results of a benchmark as plain data, as tables for people, and held against the targets."""
+"""Results of a benchmark: as plain data, as tables, and compared with the targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from copra_fl.adapters.state import Adapter
-from copra_fl.bench.contest import Result
+from copra_fl.bench.runner import CompetitorResult
 from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, Workload
 from copra_fl.bench.steps import expected_blocks, mean_expected_blocks
-from copra_fl.bench.workers import Run
+from copra_fl.bench.workers import TimedRun
+from copra_fl.reporting.tables import DataTable
 
-#: plain data, as it is written to JSON
-Facts = dict[str, Any]
+#: results as plain data, as they are written to NAME.json
+BenchFacts = dict[str, Any]
 
-#: size, contestant (g where e did not run), rival, factor for LoRA, factor for CopRA
+#: targets: size, competitor (g if e did not run), rival, factor for LoRA, factor for CopRA
 RATIOS = [
     ("overhead", "e", "b", 8.0, 8.0),
     ("overhead", "e", "c", 4.0, 4.0),
@@ -26,63 +27,57 @@ RATIOS = [
     ("compute", "e", "c", 2.0, 2.3),
     ("compute", "f", "c", 1.1, 1.2),
 ]
-#: contestant, share of the matmul rate, of the compute size's LoRA training
+#: targets: competitor, share of the matmul rate in LoRA training at size compute
 RATES = [("f", 0.8), ("g", 0.6)]
-FLAT, ADAPTERS, WORKER_BYTES, FIRST_ROUND_SECONDS = 0.15, 3.0, 400e6, 15.0
+#: target: largest relative spread of the cost per client over the numbers of clients
+FLAT = 0.15
+#: target: memory of an additional client, in adapters
+ADAPTERS = 3.0
+#: target: memory of a second worker
+WORKER_BYTES = 400e6
+#: target: seconds from the command copra-fl simulate to the end of its first round
+FIRST_ROUND_SECONDS = 15.0
 
 
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        return f"## {self.title}\n\n{body}\n\n{self.note}\n"
-
-
-def contestant_facts(result: Result) -> Facts:
-    """What one contestant did at one size; a list has one value a repeat."""
+def competitor_facts(result: CompetitorResult) -> BenchFacts:
+    """Return the results of one competitor at one size; lists have one value per repeat."""
     clients, rate = result.config.data.num_clients, result.matmul_rate
     trainings = {}
     for training in TRAININGS:
-        rounds = [each for run in result.runs for each in run.rounds[training]]
+        rounds = [timed for run in result.runs for timed in run.rounds[training]]
         trainings[training] = {
             "clients_per_second": [clients * STEADY_ROUNDS / run.seconds(training) for run in result.runs],
             "cpu_seconds_per_round": [run.cpu_seconds[training] / STEADY_ROUNDS for run in result.runs],
             "share_of_matmul_rate": [result.flops[training] / run.seconds(training) / rate for run in result.runs],
-            "bytes_down_per_round": mean(each.bytes_down for each in rounds),
-            "bytes_up_per_round": mean(each.bytes_up for each in rounds),
+            "bytes_down_per_round": mean(timed.bytes_down for timed in rounds),
+            "bytes_up_per_round": mean(timed.bytes_up for timed in rounds),
             "flops": result.flops[training],
             "error": result.errors[training],
         }
     return {
-        "name": result.contestant.name,
+        "name": result.competitor.name,
         "dtype": result.config.model.dtype,
         "attention": result.config.model.attention,
-        "division": str(result.share),
+        "core_split": str(result.core_split),
         "trainings": trainings,
         "first_round_seconds": [run.first_round for run in result.runs],
         "seconds_to_first_round": [run.to_first_round for run in result.runs],
-        "seconds_tried": {str(share): run.steady_seconds for share, run in result.trials.items()},
-        "peak_memory": {str(share): run.peak_memory for share, run in result.trials.items()},
-        "memory_per_extra_worker": _per_worker(result),
+        "trial_seconds": {str(split): run.steady_seconds for split, run in result.trials.items()},
+        "peak_memory": {str(split): run.peak_memory for split, run in result.trials.items()},
+        "memory_per_extra_worker": _memory_per_extra_worker(result),
         "matmul_rate": rate,
     }
 
 
-def _per_worker(result: Result) -> float | None:
-    """Bytes that each worker beyond the first takes."""
-    peaks = sorted((share.workers, run.peak_memory) for share, run in result.trials.items())
+def _memory_per_extra_worker(result: CompetitorResult) -> float | None:
+    """Return the bytes of each worker beyond the first; None for a single split of the cores."""
+    peaks = sorted((split.workers, run.peak_memory) for split, run in result.trials.items())
     (fewest, low), (most, high) = peaks[0], peaks[-1]
     return (high - low) / (most - fewest) if most > fewest else None
 
 
-def scaling_facts(runs: Mapping[int, Sequence[Run]], adapter: Adapter) -> Facts:
-    """Cost of a client and memory of our engine in process, with more and more clients."""
+def scaling_facts(runs: Mapping[int, Sequence[TimedRun]], adapter: Adapter) -> BenchFacts:
+    """Return cost per client and memory of the engine in process, for increasing numbers of clients."""
     rounds = STEADY_ROUNDS * len(TRAININGS)
     counts = sorted(runs)
     peaks = {clients: runs[clients][0].peak_memory for clients in counts}
@@ -96,124 +91,126 @@ def scaling_facts(runs: Mapping[int, Sequence[Run]], adapter: Adapter) -> Facts:
     }
 
 
-def size_facts(workload: Workload, results: Iterable[Result]) -> Facts:
-    contestants = {result.contestant.letter: contestant_facts(result) for result in results}
-    return {"size": asdict(workload.size), "model": Path(workload.model).name, "contestants": contestants}
+def size_facts(workload: Workload, results: Iterable[CompetitorResult]) -> BenchFacts:
+    """Return the results of all competitors at one size."""
+    competitors = {result.competitor.letter: competitor_facts(result) for result in results}
+    return {"size": asdict(workload.size), "model": Path(workload.model).name, "competitors": competitors}
 
 
-def machine(facts: Facts) -> str:
-    """Where it was measured, to stand beside every number."""
-    where = facts["machine"]
-    processors = [where[key] for key in ("gpu", "processor") if key in where]
-    return f"{', '.join(processors)}, {where['cores']} cores"
+def machine(facts: BenchFacts) -> str:
+    """Return processor and number of cores of the machine; every caption ends with it."""
+    hardware = facts["machine"]
+    processors = [hardware[key] for key in ("gpu", "processor") if key in hardware]
+    return f"{', '.join(processors)}, {hardware['cores']} cores"
 
 
-def tables(facts: Facts) -> list[Table]:
-    """Everything worth reading: who competed, the tables of each size, and the targets, if any was measured."""
-    found = [contestants(facts)]
+def tables(facts: BenchFacts) -> list[DataTable]:
+    """Return all tables: the competitors, those of each size, and the targets if any was measured."""
+    shown = [competitors(facts)]
     for name in facts["sizes"]:
-        found += size_tables(facts, name)
+        shown += size_tables(facts, name)
     verdicts = targets(facts)
-    return [*found, verdicts] if verdicts.rows else found
+    return [*shown, verdicts] if verdicts.rows else shown
 
 
-def size_tables(facts: Facts, name: str) -> list[Table]:
-    """Of one size: speed, work and cost; growth and what CopRA saves over its schedule, where they were measured."""
+def size_tables(facts: BenchFacts, name: str) -> list[DataTable]:
+    """Return the tables of one size: speed, work and cost; scaling and CopRA's savings if they were measured."""
     size = facts["sizes"][name]
-    found = [_speed(name, size), _work(name, size), _cost(name, size)]
+    shown = [_speed(name, size), _work(name, size), _cost(name, size)]
     if "scaling" in size:
-        found.append(_scaling(name, size["scaling"]))
+        shown.append(_scaling(name, size["scaling"]))
     if "schedule" in size:
-        found.append(_schedule(name, size["schedule"]))
-    return [replace(table, note=f"{table.note} {machine(facts)}.") for table in found]
+        shown.append(_schedule(name, size["schedule"]))
+    return [replace(table, caption=f"{table.caption} {machine(facts)}.") for table in shown]
 
 
-def contestants(facts: Facts) -> Table:
-    competed = {
-        letter: [f"({letter})", each["name"], f"{each['dtype']}, {each['attention']}"]
+def competitors(facts: BenchFacts) -> DataTable:
+    """Return the table of all competitors."""
+    rows = {
+        letter: [f"({letter})", competitor["name"], f"{competitor['dtype']}, {competitor['attention']}"]
         for size in facts["sizes"].values()
-        for letter, each in size["contestants"].items()
+        for letter, competitor in size["competitors"].items()
     }
-    return Table("Contestants", ["", "contestant", "base"], list(competed.values()))
+    return DataTable(["", "competitor", "base"], list(rows.values()), title="Competitors")
 
 
-def _speed(name: str, size: Facts) -> Table:
-    contestants, facts = size["contestants"], size["size"]
-    rivals = [letter for letter in "bc" if letter in contestants]
-    columns, rows = ["", "cores"], []
+def _speed(name: str, size: BenchFacts) -> DataTable:
+    competitors, dimensions = size["competitors"], size["size"]
+    rivals = [letter for letter in "bc" if letter in competitors]
+    header, rows = ["", "cores"], []
     for training in TRAININGS:
-        columns += [f"{training}: clients/s", *(f"/ ({rival})" for rival in rivals)]
-    for letter, each in contestants.items():
-        row = [f"({letter})", each["division"]]
+        header += [f"{training}: clients/s", *(f"/ ({rival})" for rival in rivals)]
+    for letter, competitor in competitors.items():
+        row = [f"({letter})", competitor["core_split"]]
         for training in TRAININGS:
-            ratios = [f"{ratio(contestants, letter, rival, training):.2f}" for rival in rivals]
-            row += [_spread(each["trainings"][training]["clients_per_second"]), *ratios]
+            ratios = [f"{ratio(competitors, letter, rival, training):.2f}" for rival in rivals]
+            row += [_spread(competitor["trainings"][training]["clients_per_second"]), *ratios]
         rows.append(row)
     title = (
-        f"{name}: {facts['clients']} clients, {facts['base']}, {facts['batch_size']} x {facts['tokens']} tokens, "
-        f"{facts['local_steps']} local steps"
+        f"{name}: {dimensions['clients']} clients, {dimensions['base']}, {dimensions['batch_size']} x "
+        f"{dimensions['tokens']} tokens, {dimensions['local_steps']} local steps"
     )
-    note = (
-        f"Clients by the seconds of all {STEADY_ROUNDS} steady rounds: median (minimum - maximum) over repeats. "
-        "Cores: workers x threads, the faster of the divisions tried."
+    caption = (
+        f"Clients trained per second in all {STEADY_ROUNDS} steady rounds: median (minimum - maximum) over repeats. "
+        "Cores: workers x threads, the faster of the splits tried. / (b), / (c): ratio to that competitor."
     )
-    return Table(title, columns, rows, note)
+    return DataTable(header, rows, caption, title)
 
 
-def _work(name: str, size: Facts) -> Table:
-    columns, rows = [""], []
+def _work(name: str, size: BenchFacts) -> DataTable:
+    header, rows = [""], []
     for training in TRAININGS:
-        columns += [f"{training}: CPU s", "of matmul rate", "kB down", "kB up"]
-    for letter, each in size["contestants"].items():
+        header += [f"{training}: CPU s", "of matmul rate", "kB down", "kB up"]
+    for letter, competitor in size["competitors"].items():
         row = [f"({letter})"]
         for training in TRAININGS:
-            facts = each["trainings"][training]
+            facts = competitor["trainings"][training]
             row += [f"{median(facts['cpu_seconds_per_round']):.2f}", f"{median(facts['share_of_matmul_rate']):.0%}"]
-            row += [f"{facts[way] / 1e3:.0f}" for way in ("bytes_down_per_round", "bytes_up_per_round")]
+            row += [f"{facts[key] / 1e3:.0f}" for key in ("bytes_down_per_round", "bytes_up_per_round")]
         rows.append(row)
-    note = (
-        "A round. CPU seconds of all processes of the contestant, in process of the workers alone. Matmul rate: "
-        "floating point operations that the training needs (copra_fl/bench/flops.py), by what large matrix products "
-        "in the same dtype and division of the cores would do in the round's seconds."
+    caption = (
+        "Per round. CPU s: CPU seconds of all processes of the competitor; in process, of the workers only. Of matmul "
+        "rate: floating point operations of the training (copra_fl/bench/flops.py) divided by those that large matrix "
+        "products with the same dtype and split of the cores do in the same time."
     )
-    return Table(f"{name}: work", columns, rows, note)
+    return DataTable(header, rows, caption, f"{name}: work")
 
 
-def _cost(name: str, size: Facts) -> Table:
-    columns = ["", "first round s", "to first round s", "peak MB", "an extra worker MB", "error: lora", "copra"]
+def _cost(name: str, size: BenchFacts) -> DataTable:
+    header = ["", "first round s", "to first round s", "peak MB", "extra worker MB", "error: lora", "copra"]
     rows = []
-    for letter, each in size["contestants"].items():
-        per_worker = each["memory_per_extra_worker"]
+    for letter, competitor in size["competitors"].items():
+        per_worker = competitor["memory_per_extra_worker"]
         rows.append(
             [
                 f"({letter})",
-                _spread(each["first_round_seconds"]),
-                _spread(each["seconds_to_first_round"]),
-                f"{each['peak_memory'][each['division']] / 1e6:.0f}",
+                _spread(competitor["first_round_seconds"]),
+                _spread(competitor["seconds_to_first_round"]),
+                f"{competitor['peak_memory'][competitor['core_split']] / 1e6:.0f}",
                 "-" if per_worker is None else f"{per_worker / 1e6:.0f}",
-                *(f"{each['trainings'][training]['error']:.1e}" for training in TRAININGS),
+                *(f"{competitor['trainings'][training]['error']:.1e}" for training in TRAININGS),
             ]
         )
-    note = (
-        "Memory: proportional set size of all processes together, sampled. Error: how far the final adapter is from "
-        "the reference's, by the change in training."
+    caption = (
+        "To first round: from the start of the command. Memory: sampled proportional set size of all processes "
+        "together. Error: distance of the final adapter from the reference's, relative to the change in training."
     )
-    return Table(f"{name}: cost", columns, rows, note)
+    return DataTable(header, rows, caption, f"{name}: cost")
 
 
-def _scaling(name: str, scaling: Facts) -> Table:
+def _scaling(name: str, scaling: BenchFacts) -> DataTable:
     rows = [
         [clients, _spread([1e3 * value for value in seconds]), f"{scaling['peak_memory'][clients] / 1e6:.0f}"]
         for clients, seconds in scaling["seconds_per_client"].items()
     ]
-    note = (
-        f"Our engine in process. From the last but one to the last row a client takes "
+    caption = (
+        "copra-fl engine in process. Between the last two rows, each additional client takes "
         f"{scaling['memory_per_extra_client'] / 1e3:.0f} kB; its adapter has {scaling['adapter_bytes'] / 1e3:.0f} kB."
     )
-    return Table(f"{name}: more clients", ["clients", "ms a client and round", "peak MB"], rows, note)
+    return DataTable(["clients", "ms per client and round", "peak MB"], rows, caption, f"{name}: more clients")
 
 
-def _schedule(name: str, savings: Facts) -> Table:
+def _schedule(name: str, savings: BenchFacts) -> DataTable:
     rows = [
         [
             f"{point['p']:g}",
@@ -229,89 +226,93 @@ def _schedule(name: str, savings: Facts) -> Table:
     blocks = mean_expected_blocks(savings["ramp"], savings["layers"])
     whole = [f"{savings['expected']:.1%}", f"{mean(savings['counted']):.1%}", _percent(savings["measured"])]
     rows.append(["whole schedule", "0 - 1", f"{blocks:.2f}", "", *whole])
-    note = (
-        "Share of a LoRA step that a CopRA step saves. In closed form: E[K] blocks below the lowest active adapter, "
-        f"each with {savings['block_share']:.1%} of a LoRA step's FLOPs in its backward pass (bench/steps.py has the "
-        "model). Counted: FLOPs, of the masks drawn. Measured: seconds of a step of all clients of our engine, "
-        f"{savings['division']}: median (minimum - maximum) of {len(savings['measured'])} passes with masks of their "
-        f"own. A LoRA step took {_spread(savings['lora_seconds'])} s."
+    caption = (
+        "Share of a LoRA step that a CopRA step saves. Closed form: E[K] blocks below the lowest active adapter, each "
+        f"with {savings['block_share']:.1%} of a LoRA step's FLOPs in its backward pass (copra_fl/bench/steps.py has "
+        "the model). Counted: FLOPs for the drawn masks. Measured: seconds of a step of all clients with the copra-fl "
+        f"engine, {savings['core_split']}: median (minimum - maximum) of {len(savings['measured'])} passes, each with "
+        f"its own masks. A LoRA step took {_spread(savings['lora_seconds'])} s."
     )
-    columns = ["p", "t", "E[K]", "K drawn", "closed form", "counted", "measured"]
-    return Table(f"{name}: what CopRA saves of a step over its schedule", columns, rows, note)
+    header = ["p", "t", "E[K]", "K drawn", "closed form", "counted", "measured"]
+    return DataTable(header, rows, caption, f"{name}: savings of CopRA over its schedule")
 
 
-def targets(facts: Facts) -> Table:
-    """Each target that was measured, with its verdict in the last column."""
-    rows = [[what, wanted, shown, "met" if met else "NOT met"] for what, wanted, shown, met in _checked_targets(facts)]
-    note = f"Of the sizes that ran. Ratios are of medians, within this run. {machine(facts)}."
-    return Table("Targets", ["target", "wanted", "measured", ""], rows, note)
+def targets(facts: BenchFacts) -> DataTable:
+    """Return the table of all measured targets, with the verdict in the last column."""
+    rows = [
+        [check.subject, check.target, check.measured, "met" if check.met else "NOT met"]
+        for check in _target_checks(facts)
+    ]
+    caption = f"Only of measured sizes. Ratios are of medians within this run. {machine(facts)}."
+    return DataTable(["subject", "target", "measured", "verdict"], rows, caption, "Targets")
 
 
-def has_targets(name: str, size: Facts) -> bool:
-    """The smoke size has none, nor has a size with fewer clients than it is defined with."""
+def has_targets(name: str, size: BenchFacts) -> bool:
+    """Return False for the smoke size and for a size with fewer clients than it is defined with."""
     return name != "smoke" and size["size"]["clients"] == SIZES[name].clients
 
 
-def _checked_targets(facts: Facts) -> Iterable[tuple[str, str, str, bool]]:
-    """Each target that was measured: what, wanted, measured, whether it is met."""
+@dataclass(frozen=True)
+class TargetCheck:
+    """A measured target, its values formatted for people."""
+
+    subject: str
+    target: str
+    measured: str
+    met: bool
+
+
+def _target_checks(facts: BenchFacts) -> Iterator[TargetCheck]:
     sizes = {name: size for name, size in facts["sizes"].items() if has_targets(name, size)}
-    for name, ours, rival, *factors in RATIOS:
-        contestants = sizes[name]["contestants"] if name in sizes else {}
-        letter = "g" if ours == "e" and "e" not in contestants else ours
-        if letter not in contestants or rival not in contestants:
+    for name, letter_with_target, rival, *factors in RATIOS:
+        competitors = sizes[name]["competitors"] if name in sizes else {}
+        letter = "g" if letter_with_target == "e" and "e" not in competitors else letter_with_target
+        if letter not in competitors or rival not in competitors:
             continue
         for training, factor in zip(TRAININGS, factors, strict=True):
-            reached = ratio(contestants, letter, rival, training)
-            what = f"{name}, {training}: clients/s of ({letter}) in {contestants[letter]['dtype']} / ({rival})"
-            yield what, f">= {factor:g}", f"{reached:.2f}", reached >= factor
-    for letter, least in RATES:
-        if contestant := sizes.get("compute", {}).get("contestants", {}).get(letter):
-            share = median(contestant["trainings"]["lora"]["share_of_matmul_rate"])
-            what = f"compute, lora: matmul rate of {contestant['dtype']} that ({letter}) reaches"
-            yield what, f">= {least:.0%}", f"{share:.0%}", share >= least
+            reached = ratio(competitors, letter, rival, training)
+            subject = f"{name}, {training}: clients/s of ({letter}) in {competitors[letter]['dtype']} / ({rival})"
+            yield TargetCheck(subject, f">= {factor:g}", f"{reached:.2f}", reached >= factor)
+    for letter, smallest_share in RATES:
+        if competitor := sizes.get("compute", {}).get("competitors", {}).get(letter):
+            share = median(competitor["trainings"]["lora"]["share_of_matmul_rate"])
+            subject = f"compute, lora: share of the matmul rate in {competitor['dtype']}, ({letter})"
+            yield TargetCheck(subject, f">= {smallest_share:.0%}", f"{share:.0%}", share >= smallest_share)
     for name, size in sizes.items():
         if "scaling" in size:
-            scaling = size["scaling"]
-            costs = [median(seconds) for seconds in scaling["seconds_per_client"].values()]
-            spread, grown = max(costs) / min(costs) - 1, scaling["memory_per_extra_client"] / scaling["adapter_bytes"]
-            counts = ", ".join(scaling["seconds_per_client"])
-            yield (
-                f"{name}: spread of the cost a client, {counts} clients",
-                f"<= {FLAT:.0%}",
-                f"{spread:.0%}",
-                (spread <= FLAT),
-            )
-            yield f"{name}: memory of an extra client", f"<= {ADAPTERS:g} adapters", f"{grown:.2f}", grown <= ADAPTERS
-        per_worker = size["contestants"].get("e", {}).get("memory_per_extra_worker")
+            yield from _scaling_checks(name, size["scaling"])
+        per_worker = size["competitors"].get("e", {}).get("memory_per_extra_worker")
         if per_worker is not None:
-            shown = f"{per_worker / 1e6:.0f} MB"
-            yield (
-                f"{name}: memory of a second worker (e)",
-                f"<= {WORKER_BYTES / 1e6:.0f} MB",
-                shown,
-                (per_worker <= WORKER_BYTES),
-            )
+            subject, target = f"{name}: memory of a second worker, (e)", f"<= {WORKER_BYTES / 1e6:.0f} MB"
+            yield TargetCheck(subject, target, f"{per_worker / 1e6:.0f} MB", per_worker <= WORKER_BYTES)
         if "simulate_first_round" in size:
             seconds = median(size["simulate_first_round"])
-            yield (
-                f"{name}: copra-fl simulate, command to first finished round",
-                f"<= {FIRST_ROUND_SECONDS:g} s",
-                (f"{seconds:.1f} s"),
-                seconds <= FIRST_ROUND_SECONDS,
-            )
+            subject = f"{name}: copra-fl simulate, from the command to the end of the first round"
+            met = seconds <= FIRST_ROUND_SECONDS
+            yield TargetCheck(subject, f"<= {FIRST_ROUND_SECONDS:g} s", f"{seconds:.1f} s", met)
 
 
-def ratio(contestants: Facts, letter: str, other: str, training: str) -> float:
-    """Clients per second of one contestant by those of another, medians."""
-    ours, theirs = (median(contestants[each]["trainings"][training]["clients_per_second"]) for each in (letter, other))
-    return ours / theirs
+def _scaling_checks(name: str, scaling: BenchFacts) -> Iterator[TargetCheck]:
+    costs = [median(seconds) for seconds in scaling["seconds_per_client"].values()]
+    spread = max(costs) / min(costs) - 1
+    subject = f"{name}: spread of the cost per client, {', '.join(scaling['seconds_per_client'])} clients"
+    yield TargetCheck(subject, f"<= {FLAT:.0%}", f"{spread:.0%}", spread <= FLAT)
+    num_adapters = scaling["memory_per_extra_client"] / scaling["adapter_bytes"]
+    subject, target = f"{name}: memory of an additional client", f"<= {ADAPTERS:g} adapters"
+    yield TargetCheck(subject, target, f"{num_adapters:.2f}", num_adapters <= ADAPTERS)
+
+
+def ratio(competitors: BenchFacts, letter: str, rival: str, training: str) -> float:
+    """Return the median clients per second of one competitor, divided by those of a rival."""
+    medians = [median(competitors[name]["trainings"][training]["clients_per_second"]) for name in (letter, rival)]
+    return medians[0] / medians[1]
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Median, minimum and maximum."""
+    """Return median, minimum and maximum."""
     return f"{median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def _percent(values: Sequence[float]) -> str:
-    """The same of shares."""
+    """Return median, minimum and maximum of shares in percent."""
     return f"{median(values):.1%} ({min(values):.1%} - {max(values):.1%})"

@@ -1,6 +1,6 @@
-"""The page of a benchmark, from stored facts alone: of one run, or of several beside each other.
+"""The page of one or several benchmarks, made from their stored facts.
 
-Ratios are within a run; runs are not mixed, so a size that two runs measured is there twice.
+Ratios are within a run. Runs are not mixed: a size that two runs measured has two sections.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from copra_fl.bench import figures, findings
-from copra_fl.bench.findings import Facts, Table
+from copra_fl.bench.findings import BenchFacts
 from copra_fl.bench.summary import left_out
 from copra_fl.reporting import html
-from copra_fl.reporting.html import DataTable, Section
+from copra_fl.reporting.html import Section
+from copra_fl.reporting.tables import DataTable
 
 CHARTS = (
     figures.speed,
@@ -23,8 +24,8 @@ CHARTS = (
 )
 
 
-def render(runs: Sequence[Facts]) -> str:
-    """The page, as HTML. `runs` are what the command wrote to NAME.json files."""
+def render(runs: Sequence[BenchFacts]) -> str:
+    """Return the page as HTML. `runs` are the contents of the NAME.json files of `copra-fl bench`."""
     verdicts = [findings.targets(facts) for facts in runs]
     judged = [row for table in verdicts for row in table.rows]
     met = sum(row[-1] == "met" for row in judged)
@@ -33,24 +34,24 @@ def render(runs: Sequence[Facts]) -> str:
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
         warnings=list(_warnings(runs)),
-        results=[_data_table(table) for table in verdicts if table.rows],
+        results=[table for table in verdicts if table.rows],
         sections=[section for facts in runs for section in _sections(facts, dated=len(runs) > 1)],
     )
 
 
-def _warnings(runs: Sequence[Facts]) -> Iterator[str]:
-    """What each run leaves out."""
+def _warnings(runs: Sequence[BenchFacts]) -> Iterator[str]:
+    """Yield the parts that each run left out."""
     for facts in runs:
-        if said := " ".join(left_out(facts)):
-            yield f"{facts['date']}: {said}"
+        if sentences := " ".join(left_out(facts)):
+            yield f"{facts['date']}: {sentences}"
 
 
-def _sections(facts: Facts, dated: bool) -> Iterator[Section]:
+def _sections(facts: BenchFacts, dated: bool) -> Iterator[Section]:
     for name in facts["sizes"]:
         tables = findings.size_tables(facts, name)
         charts = [figure for chart in CHARTS for figure in chart(facts, name)]
         title = f"{tables[0].title}, {facts['date']}" if dated else tables[0].title
-        yield Section(title, charts, [_data_table(table) for table in tables])
+        yield Section(title, charts, tables)
     origin = {
         "command": facts["command"],
         "date": facts["date"],
@@ -59,9 +60,5 @@ def _sections(facts: Facts, dated: bool) -> Iterator[Section]:
         **facts["versions"],
     }
     provenance = DataTable(["", "value"], [[key, str(value)] for key, value in origin.items()])
-    title = f"Who competed, and where, {facts['date']}"
-    yield Section(title, tables=[_data_table(findings.contestants(facts)), provenance], collapsed=True)
-
-
-def _data_table(table: Table) -> DataTable:
-    return DataTable(table.columns, table.rows, table.note, table.title)
+    title = f"Competitors and machine, {facts['date']}"
+    yield Section(title, tables=[findings.competitors(facts), provenance], collapsed=True)

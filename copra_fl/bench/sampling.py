@@ -1,4 +1,4 @@
-"""CPU seconds and memory of a group of processes, sampled from outside while they work."""
+"""Sample CPU seconds and memory of a group of processes while they work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
-#: seconds between two looks at CPU times, at memory, and for new processes
+#: seconds between two samples of CPU times, of memory, and between two searches for new processes
 CPU_SECONDS, MEMORY_SECONDS, SEARCH_SECONDS = 0.05, 0.2, 1.0
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round: when it began and ended (seconds of `time.time`), and the bytes that went to the clients and back."""
+class TimedRound:
+    """One round: start and end (seconds of `time.time`), and the bytes sent to the clients and back."""
 
     start: float
     end: float
@@ -31,16 +31,16 @@ class Round:
 
 
 class Sampler:
-    """Watches the processes that `find` returns, while its block runs.
+    """Samples the processes that `find_processes` returns, within a `with` block.
 
     Attributes:
-        peak: the most memory they had together at one time, in bytes: proportional set size, in which pages that k
-            processes share count a k-th in each (where a system does not tell: unique set size). 0 unless `memory`,
-            which costs a few percent of a core.
+        peak: largest sum of the processes' memory at one time, in bytes. Proportional set size, in which a page that
+            k processes share counts 1/k in each; unique set size on systems without it. 0 unless `memory`, whose
+            sampling costs a few percent of a core.
     """
 
-    def __init__(self, find: Callable[[], list[psutil.Process]], memory: bool) -> None:
-        self._find, self._memory = find, memory
+    def __init__(self, find_processes: Callable[[], list[psutil.Process]], memory: bool) -> None:
+        self._find_processes, self._memory = find_processes, memory
         self._processes: list[psutil.Process] = []
         self._cpu: dict[int, float] = {}
         self._curve: list[tuple[float, float]] = []
@@ -56,33 +56,33 @@ class Sampler:
         self._stop.set()
         self._thread.join()
 
-    def cpu_seconds(self, rounds: list[Round]) -> float:
-        """CPU seconds that were spent in `rounds`."""
+    def cpu_seconds(self, rounds: list[TimedRound]) -> float:
+        """Return the CPU seconds that were spent in `rounds`."""
         times, seconds = zip(*self._curve, strict=True)
         spent = [np.diff(np.interp([r.start, r.end], times, seconds)) for r in rounds]
         return float(np.sum(spent))
 
     def _run(self) -> None:
-        searched = weighed = 0.0
+        last_search = last_memory = 0.0
         done = False
         while not done:
             done = self._stop.wait(CPU_SECONDS)
             now = time.time()
-            if now > searched + SEARCH_SECONDS:
-                self._processes, searched = self._find(), now
-            if self._memory and now > weighed + MEMORY_SECONDS:
-                self.peak, weighed = max(self.peak, sum(map(_memory, self._processes))), now
+            if now > last_search + SEARCH_SECONDS:
+                self._processes, last_search = self._find_processes(), now
+            if self._memory and now > last_memory + MEMORY_SECONDS:
+                self.peak, last_memory = max(self.peak, sum(map(_memory, self._processes))), now
             self._cpu |= dict(map(_cpu, self._processes))
             self._curve.append((now, sum(self._cpu.values())))
 
 
-def families(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """The processes `roots` and all that descend from them, those that are left."""
-    found = []
+def with_descendants(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes `roots` and their descendants that are still running."""
+    processes = []
     for root in roots:
         with suppress(psutil.Error):
-            found += [root, *root.children(recursive=True)]
-    return found
+            processes += [root, *root.children(recursive=True)]
+    return processes
 
 
 def _cpu(process: psutil.Process) -> tuple[int, float]:

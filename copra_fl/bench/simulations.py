@@ -1,7 +1,7 @@
-"""Contestants over Flower and Ray: our apps, and the baselines of experiments/bench.
+"""Competitors over Flower and Ray: the apps of this package, and the baselines of experiments/bench.
 
-Both get the same folder: ``comparison.toml`` names the phases, each phase has its ``config.toml``. One Flower run goes
-through them in turn.
+Both use the same folder: ``comparison.toml`` names the phases, each phase has its ``config.toml``. One Flower run
+trains the phases in turn.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ import psutil
 from rich.console import Console
 
 from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
-from copra_fl.bench.sampling import Round, Sampler, families
+from copra_fl.bench.sampling import Sampler, TimedRound, with_descendants
 from copra_fl.bench.sizes import WARM_UP
-from copra_fl.bench.workers import Run, Share
+from copra_fl.bench.workers import CoreSplit, TimedRun
 from copra_fl.config import Config, Value
 from copra_fl.simulation.progress import watch
 from copra_fl.simulation.superlink import RunFailed, Workers, app_directory, copy_app, superlink
 
 
-def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, one_client_a_node: bool) -> Run:
-    """Our apps, a node for each worker or for each client; they draw `start` themselves."""
-    nodes = _num_clients(configs) if one_client_a_node else share.workers
+def run_copra_fl(
+    configs: dict[str, Config], start: Adapter, split: CoreSplit, memory: bool, *, one_client_per_node: bool
+) -> TimedRun:
+    """Run the apps of this package with one node per worker or per client; they draw `start` themselves."""
+    nodes = _num_clients(configs) if one_client_per_node else split.workers
     with _folder() as folder:
         _write_configs(configs, folder)
         run_config: dict[str, Value] = {"output": str(folder), "resume": False}
-        started, sampler = _simulate(folder, run_config, copy_app, len(configs), share, nodes, memory)
-        rounds: dict[str, list[Round]] = {}
+        started, sampler = _simulate(folder, run_config, copy_app, len(configs), split, nodes, memory)
+        rounds: dict[str, list[TimedRound]] = {}
         adapters = {}
         for phase in configs:
             directory = _phase_folder(folder, phase)
@@ -45,37 +47,37 @@ def run_ours(configs: dict[str, Config], start: Adapter, share: Share, memory: b
             checkpoints = sorted((directory / "checkpoints").iterdir())
             ends = [checkpoint.stat().st_mtime for checkpoint in checkpoints]
             rounds[phase] = [
-                Round(end - row["seconds"], end, row["bytes_down"], row["bytes_up"])
+                TimedRound(end - row["seconds"], end, row["bytes_down"], row["bytes_up"])
                 for end, row in zip(ends, rows, strict=True)
             ]
             adapters[phase] = [load_checkpoint(checkpoint)[0] for checkpoint in checkpoints]
-    return Run.watched(started, rounds, adapters, sampler)
+    return TimedRun.sampled(started, rounds, adapters, sampler)
 
 
-def run_baseline(configs: dict[str, Config], start: Adapter, share: Share, memory: bool, *, warm: bool) -> Run:
-    """The baselines' app, a node for each client; `warm`: its actors keep model and data between messages."""
+def run_baseline(configs: dict[str, Config], start: Adapter, split: CoreSplit, memory: bool, *, warm: bool) -> TimedRun:
+    """Run the app of the baselines with one node per client; if `warm`, its actors keep model and data in memory."""
     copy = partial(shutil.copytree, app_directory() / "experiments" / "bench")
     with _folder() as folder:
         _write_configs(configs, folder)
         save_checkpoint(folder / "start.safetensors", start, {})
         run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
-        started, sampler = _simulate(folder, run_config, copy, 1, share, _num_clients(configs), memory)
-        noted = json.loads((folder / "rounds.json").read_text("utf-8"))
-        rounds = {phase: [Round(**row) for row in rows] for phase, rows in noted.items()}
+        started, sampler = _simulate(folder, run_config, copy, 1, split, _num_clients(configs), memory)
+        recorded = json.loads((folder / "rounds.json").read_text("utf-8"))
+        rounds = {phase: [TimedRound(**row) for row in rows] for phase, rows in recorded.items()}
         adapters = {
             phase: [load_checkpoint(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
-            for phase, rows in noted.items()
+            for phase, rows in recorded.items()
         }
-    return Run.watched(started, rounds, adapters, sampler)
+    return TimedRun.sampled(started, rounds, adapters, sampler)
 
 
-def first_round_of_simulate(config: Config, share: Share) -> float:
-    """Seconds from the start of the command `copra-fl simulate` to its first finished round."""
+def first_round_of_simulate(config: Config, split: CoreSplit) -> float:
+    """Return the seconds from the start of the command `copra-fl simulate` to the end of its first round."""
     with _folder() as folder:
         recipe, output = folder / "simulate.toml", folder / "run"
         recipe.write_text(config.to_toml(), "utf-8")
         command = [sys.executable, "-c", "from copra_fl.cli import main; main()", "simulate", "--recipe", str(recipe)]
-        command += ["--output", str(output), "--workers", str(share.workers)]
+        command += ["--output", str(output), "--workers", str(split.workers)]
         started = time.time()
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
@@ -85,7 +87,7 @@ def first_round_of_simulate(config: Config, share: Share) -> float:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder for one run; where the run fails it stays, for its log."""
+    """Yield a folder for one run; it is kept if the run fails, for its log."""
     folder = Path(tempfile.mkdtemp(prefix="copra-fl-bench-"))
     yield folder
     shutil.rmtree(folder)
@@ -112,19 +114,19 @@ def _simulate(
     run_config: dict[str, Value],
     copy: Callable[[Path], object],
     num_runs: int,
-    share: Share,
+    split: CoreSplit,
     nodes: int,
     memory: bool,
 ) -> tuple[float, Sampler]:
-    """Run the app that `copy` gives until it has told the end of `num_runs` runs.
+    """Run the app that `copy` writes until it has reported the end of `num_runs` runs.
 
-    Returns when the command began, and what was seen of its processes. Raises RunFailed.
+    Returns the start of the command (seconds of `time.time`) and the samples of its processes. Raises RunFailed.
     """
     started = time.time()
-    workers = replace(Workers.share(share.workers, num_clients=share.workers), cpus=share.threads, nodes=nodes)
+    workers = replace(Workers.share(split.workers, num_clients=split.workers), cpus=split.threads, nodes=nodes)
     with superlink(folder / "flower.log") as link:
         command = link.start_run(run_config, workers, copy)
         roots = [psutil.Process(link.guard.pid), psutil.Process(command.pid)]
-        with Sampler(partial(families, roots), memory) as sampler:
+        with Sampler(partial(with_descendants, roots), memory) as sampler:
             watch(link, command, num_runs, Console(quiet=True))
     return started, sampler

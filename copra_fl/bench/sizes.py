@@ -1,20 +1,20 @@
-"""What the contestants train.
+"""The workloads of the benchmark.
 
-    overhead   100 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    all that is not arithmetic
-    small      100 clients, MiniLM,                     4 x 16 tokens    small clients on a real base
+    overhead   100 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    everything except arithmetic
+    small      100 clients, MiniLM,                     4 x 16 tokens    small clients on a real base model
     compute      8 clients, MiniLM,                    16 x 64 tokens    arithmetic
-    smoke        4 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    to see that the command works
+    smoke        4 clients, BERT of 6 layers, 64 wide,  4 x 16 tokens    a test of the command
 
-`QUICK_SIZES` are the first three with fewer clients, in one division of the cores.
+`QUICK_SIZES` are the first three with fewer clients and one split of the cores.
 
-Every text is at least as long as max-length, so that no contestant gains or loses by padding. A client holds as many
-examples as it trains on in a round.
+Every text has at least max-length tokens, so padding gives no competitor an advantage. A client has as many examples as
+it trains on in a round.
 
-A contestant goes through three phases without stopping: one round to warm up, `STEADY_ROUNDS` rounds of LoRA,
-`STEADY_ROUNDS` rounds of CopRA, each phase from the same start. CopRA's savings depend on the progress of the
-schedule, so a few rounds must stand for a whole training: their steps are at evenly spread points of it. Step i of n is
-at t = i/n, the start of its share; p0 and ramp are shifted so that it trains as the middle of its share would with the
-default schedule, p(t) = min(1, (t + 1/2n) / ramp). CopRA is therefore timed by all its steady rounds together.
+A run has three phases without a pause: one round to warm up, `STEADY_ROUNDS` rounds of LoRA and `STEADY_ROUNDS` rounds
+of CopRA, each phase from the same start. CopRA's savings depend on the progress of the schedule, so these few rounds
+must represent a whole training: their steps are at evenly spread points of the schedule. Step i of n begins at t = i/n;
+p0 and ramp are shifted so that it trains with the default schedule's probability in the middle of its interval,
+p(t) = min(1, (t + 1/2n) / ramp). CopRA is therefore timed over all its steady rounds together.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from copra_fl.config import Config, CopraConfig, Value
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import cache_dir
-from copra_fl.models.build import build_model, load_processor, model_source, resolve_compute
+from copra_fl.models.build import build_model, load_processor, model_source, resolve_config
 from copra_fl.seeding import generator
 from copra_fl.sources.assets import ASSETS
-from copra_fl.tasks.text_classification import LabelledTexts
+from copra_fl.tasks.text_classification import LabeledTexts
 
 STEADY_ROUNDS = 3
 WARM_UP = "warm-up"
-#: the phases that are timed
+#: the timed phases
 TRAININGS = ("lora", "copra")
 NUM_LABELS = 16
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = SPECIAL + [f"w{number}" for number in range(1000)]
-#: name of a data set of random tokens that is made in memory; where Flower runs there are texts in a file instead
+#: name of a data set of random tokens in memory; competitors over Flower get a file of texts instead
 SYNTHETIC = "synthetic"
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,12 +69,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """
+    """The size of a workload.
+
     Attributes:
-        base: a shape of `SHAPES`; one that is also an asset comes with its trained weights.
-        scaling: numbers of clients at which our engine's cost per client is compared.
-        schedule: whether CopRA's steps are measured over its schedule.
-        divided: whether every division of the cores is tried; else a worker a core is all.
+        clients: number of clients.
+        base: a shape of `SHAPES`; a shape that is also the name of an asset has the asset's trained weights.
+        tokens: tokens of each text.
+        scaling: numbers of clients at which the engine's cost per client is compared.
+        schedule: measure CopRA's steps over its schedule.
+        all_core_splits: try every split of the cores; otherwise only one worker per core.
     """
 
     name: str
@@ -85,7 +88,7 @@ class Size:
     local_steps: int = 2
     scaling: tuple[int, ...] = ()
     schedule: bool = False
-    divided: bool = True
+    all_core_splits: bool = True
 
 
 SIZES = {
@@ -98,22 +101,22 @@ SIZES = {
     )
 }
 QUICK_SIZES = {
-    "overhead": replace(SIZES["overhead"], clients=20, scaling=(10, 100), divided=False),
-    "small": replace(SIZES["small"], clients=8, divided=False),
-    "compute": replace(SIZES["compute"], clients=2, divided=False),
+    "overhead": replace(SIZES["overhead"], clients=20, scaling=(10, 100), all_core_splits=False),
+    "small": replace(SIZES["small"], clients=8, all_core_splits=False),
+    "compute": replace(SIZES["compute"], clients=2, all_core_splits=False),
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A size, with the base and the data set that it is run on."""
+    """A size with its base model and data set, both as names or paths."""
 
     size: Size
     model: str
     dataset: str
 
     def configs(self, dtype: str, attention: str, engine: str = "stacked") -> dict[str, Config]:
-        """Phase -> configuration, dtype and attention made plain. Evaluated are two examples at the end of a phase."""
+        """Return the configuration of each phase, with dtype and attention resolved. A phase evaluates two examples."""
         size, steps = self.size, STEADY_ROUNDS * self.size.local_steps
         p0 = 0.5 / steps / CopraConfig.ramp
         flat: dict[str, Value] = {
@@ -141,24 +144,20 @@ class Workload:
             "lora": {"local-training": "lora"},
             "copra": {"local-training": "copra", "p0": p0, "ramp": CopraConfig.ramp * (1 - p0)},
         }
-        configs = {phase: Config.from_flat(flat | settings) for phase, settings in phases.items()}
-        compute = resolve_compute(configs["lora"].model, size.tokens)
-        return {
-            phase: config.changed(dtype=compute.dtype, attention=compute.attention) for phase, config in configs.items()
-        }
+        return {phase: resolve_config(Config.from_flat(flat | settings)) for phase, settings in phases.items()}
 
 
 def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
-    """The workload of `size`; what has to be on disk for it is made in the cache or fetched, before anybody is timed.
+    """Return the workload of `size`. All its files are created or fetched in the cache now, before anything is timed.
 
-    `as_file`: Flower's workers need the data set as a file. Raises AssetError where the base cannot be had.
+    Competitors over Flower need the data set as a file (`as_file`). Raises AssetError if the base cannot be fetched.
     """
     model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
     cache.mkdir(exist_ok=True)
     if random_base or model not in ASSETS:
-        model = str(_made(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
+        model = str(_made_once(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
-        dataset = str(_made(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
+        dataset = str(_made_once(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
     workload = Workload(size, model_source(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]
@@ -167,17 +166,17 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     return workload
 
 
-def _made(place: Path, make: Callable[[Path], None]) -> Path:
-    """`place`, made if it is not there; one that is half made is never taken for it."""
-    if not place.exists():
-        partly = place.with_name(f"{place.stem}-{os.getpid()}{place.suffix}")
-        make(partly)
-        partly.rename(place)
-    return place
+def _made_once(path: Path, make: Callable[[Path], None]) -> Path:
+    """Return `path`, after making it if it does not exist. It is renamed when it is complete."""
+    if not path.exists():
+        unfinished = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
+        make(unfinished)
+        unfinished.rename(path)
+    return path
 
 
 def write_base(directory: Path, shape: dict[str, Any]) -> None:
-    """A BERT of that shape with random weights, and a tokenizer that knows `VOCABULARY`."""
+    """Write a BERT of `shape` with random weights, and a tokenizer of `VOCABULARY`."""
     words = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -189,7 +188,7 @@ def write_base(directory: Path, shape: dict[str, Any]) -> None:
 
 
 def write_texts(path: Path, size: Size) -> None:
-    """A file of random texts, each of as many words as max-length has tokens, and two more to hold out."""
+    """Write a file of random texts, each with as many words as max-length has tokens, and two more to hold out."""
     rng = generator(0, "bench", "texts")
     with path.open("w", encoding="utf-8") as file:
         for number in range(size.clients * size.batch_size * size.local_steps + 2):
@@ -198,37 +197,30 @@ def write_texts(path: Path, size: Size) -> None:
 
 
 def open_data(config: Config) -> FederatedData:
-    """The clients' examples: from the token cache, or random ones."""
+    """Return the clients' examples: from the token cache, or random ones."""
     if config.data.dataset == SYNTHETIC:
         return synthetic(config)
     return load_data(config, load_processor(config.model))
 
 
 def synthetic(config: Config) -> FederatedData:
-    """Random tokens and labels: the same number for each client, none held out."""
+    """Return random tokens and labels: the same number for each client, none held out."""
     clients, tokens = config.data.num_clients, config.data.max_length
-    each = config.training.batch_size * config.training.local_steps
-    number, rng = clients * each, generator(0, "bench", "tokens")
-    examples = LabelledTexts(
+    examples_per_client = config.training.batch_size * config.training.local_steps
+    number, rng = clients * examples_per_client, generator(0, "bench", "tokens")
+    examples = LabeledTexts(
         input_ids=torch.from_numpy(rng.integers(len(SPECIAL), len(VOCABULARY), number * tokens, np.int32)),
         offsets=torch.arange(number + 1) * tokens,
         labels=torch.from_numpy(rng.integers(0, NUM_LABELS, number)),
         pad_id=0,
         max_length=tokens,
     )
-    nothing = np.zeros(0, int)
     return FederatedData(
         examples=examples,
         label_names=[str(label) for label in range(NUM_LABELS)],
         client_names=[str(client) for client in range(clients)],
         train=np.split(np.arange(number), clients),
-        validation=[nothing] * clients,
-        server_validation=nothing,
-        test=nothing,
-        skipped=[],
-        unassigned=0,
-        dropped_duplicates=0,
-        dropped_empty=0,
+        validation=[np.zeros(0, int)] * clients,
         digest=SYNTHETIC,
         tokens_digest=SYNTHETIC,
     )

@@ -1,8 +1,8 @@
-"""Contestants without Flower and Ray: worker processes that share the clients out among themselves.
+"""Competitors without Flower and Ray: worker processes that divide the clients among themselves.
 
-Each worker trains its clients and answers with their average; averaging the workers' averages ends the round. Workers
-are forked from a server process that has imported everything and computed nothing, so they start in no time. No flwr,
-no ray: this runs on a machine that has torch, transformers and peft alone.
+Each worker trains its clients and returns their average; the average of the workers' averages ends the round. Workers
+are forked from a server process that has imported everything and computed nothing, so they start fast. This module
+needs neither flwr nor ray: it runs with torch, transformers and peft only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from copra_fl.adapters.state import Adapter, Layout, Update
 from copra_fl.aggregation.rules.fedavg import weighted_average
-from copra_fl.bench import usual
-from copra_fl.bench.sampling import Round, Sampler
+from copra_fl.bench import peft_baseline
+from copra_fl.bench.sampling import Sampler, TimedRound
 from copra_fl.bench.sizes import NUM_LABELS, TRAININGS, WARM_UP, open_data
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
@@ -30,7 +30,7 @@ from copra_fl.models.build import build_model, choose_device
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.engine import open_engine
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -40,8 +40,8 @@ MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Share:
-    """How a contestant uses the machine's cores."""
+class CoreSplit:
+    """The division of the machine's cores into worker processes and threads of each."""
 
     workers: int
     threads: int
@@ -51,45 +51,45 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one run of a contestant gave, phase by phase.
+class TimedRun:
+    """One run of a competitor; dictionaries are by phase.
 
     Attributes:
-        started: when its command began, seconds of `time.time`.
+        started: start of its command, in seconds of `time.time`.
         adapters: the global adapter after each round.
-        peak_memory: of all its processes together (0 where it was not watched), and of GPUs, in bytes.
+        peak_memory: bytes of all its processes together (0 if not measured) and of GPUs.
     """
 
     started: float
-    rounds: dict[str, list[Round]]
+    rounds: dict[str, list[TimedRound]]
     adapters: dict[str, list[Adapter]]
     cpu_seconds: dict[str, float]
     peak_memory: int
 
     @classmethod
-    def watched(
+    def sampled(
         cls,
         started: float,
-        rounds: dict[str, list[Round]],
+        rounds: dict[str, list[TimedRound]],
         adapters: dict[str, list[Adapter]],
         sampler: Sampler,
         on_device: int = 0,
-    ) -> Run:
-        """A run whose processes `sampler` has watched, and that took `on_device` bytes of GPUs."""
-        cpu_seconds = {phase: sampler.cpu_seconds(each) for phase, each in rounds.items()}
+    ) -> TimedRun:
+        """Return a run with the CPU seconds and memory of `sampler`, and `on_device` bytes of GPUs."""
+        cpu_seconds = {phase: sampler.cpu_seconds(timed) for phase, timed in rounds.items()}
         return cls(started, rounds, adapters, cpu_seconds, sampler.peak + on_device)
 
     def seconds(self, phase: str) -> float:
-        return sum(r.seconds for r in self.rounds[phase])
+        return sum(timed.seconds for timed in self.rounds[phase])
 
     @property
     def steady_seconds(self) -> float:
-        """Seconds of all rounds that are timed."""
+        """Seconds of all rounds but the warm-up."""
         return sum(map(self.seconds, TRAININGS))
 
     @property
     def first_round(self) -> float:
-        """Seconds of the first round, in which much is opened that stays warm."""
+        """Seconds of the first round, which also loads model and data."""
         return self.rounds[WARM_UP][0].seconds
 
     @property
@@ -98,82 +98,84 @@ class Run:
         return self.rounds[WARM_UP][0].end - self.started
 
 
-#: the updates of a plan's clients, from the global adapter
+#: trains the clients of a plan from the global adapter
 Train = Callable[[Plan, Adapter], list[Update]]
-#: opens in a worker what a contestant trains with
-Opener = Callable[[Config, FederatedData], Train]
+#: loads a competitor's model in a worker process
+OpenTrain = Callable[[Config, FederatedData], Train]
 
 
-def open_ours(config: Config, data: FederatedData) -> Train:
-    """The engine that `config` names, used as clients/node.py uses it."""
+def open_copra_fl(config: Config, data: FederatedData) -> Train:
+    """Open the engine that `config` names, used as the ClientApp uses it."""
     engine = open_engine(config.training.engine, config.model, config.copra.gate_group, NUM_LABELS, seed=0)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
-        parts = engine.slices(data, plan)
-        starts = dict.fromkeys(plan.clients, adapter)
-        return [u for part in parts for u in engine.train(data, plan, part, starts, lambda number: None, {})]
+        starts = dict.fromkeys(plan.clients, Start(adapter))
+        updates: list[Update] = []
+        for part in engine.slices(data, plan):
+            updates += engine.train(data, plan, part, starts, lambda number: None)
+        return updates
 
     return train
 
 
-def open_usual(config: Config, data: FederatedData) -> Train:
-    """One PEFT model for all clients, one after the other."""
-    model = usual.Classifier(config.model, NUM_LABELS)
+def open_peft_baseline(config: Config, data: FederatedData) -> Train:
+    """Open one PEFT model that trains all clients, one after the other."""
+    model = peft_baseline.Classifier(config.model, NUM_LABELS)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
         updates = []
         for client in plan.clients:
             steps = plan_steps(plan, data, client, len(model.layers))
             model.write(adapter)
-            loss = usual.train(model, data, steps, plan.config.training)
+            loss = peft_baseline.train(model, data, steps, plan.config.training)
             updates.append(Update(client, model.read(), len(data.train[client]), (), {"loss": loss}))
         return updates
 
     return train
 
 
-def run(opener: Opener, configs: dict[str, Config], start: Adapter, share: Share, memory: bool) -> Run:
-    """All phases of `configs`, each from `start`, in `share.workers` processes."""
+def run(open_train: OpenTrain, configs: dict[str, Config], start: Adapter, split: CoreSplit, memory: bool) -> TimedRun:
+    """Run all phases of `configs`, each from `start`, in `split.workers` processes."""
     started = time.time()
-    rounds: dict[str, list[Round]] = {}
+    rounds: dict[str, list[TimedRound]] = {}
     adapters: dict[str, list[Adapter]] = {}
     layout = Layout.by_name(start)
-    with crew(opener, configs[WARM_UP], layout, share) as (processes, pipes):
+    with worker_pool(open_train, configs[WARM_UP], layout, split) as (processes, pipes):
         with Sampler(lambda: processes, memory) as sampler:
             for phase, config in configs.items():
                 row, rounds[phase], adapters[phase] = layout.flatten(start).numpy(), [], []
                 for server_round in range(1, config.federation.num_rounds + 1):
-                    begun = time.time()
+                    begin = time.time()
                     row = train_round(pipes, config, server_round, row)
-                    rounds[phase].append(Round(begun, time.time()))
+                    rounds[phase].append(TimedRound(begin, time.time()))
                     adapters[phase].append(layout.unflatten(torch.from_numpy(row)))
         for pipe in pipes:
             pipe.send(None)
         on_device = sum(pipe.recv() for pipe in pipes)
-    return Run.watched(started, rounds, adapters, sampler, on_device)
+    return TimedRun.sampled(started, rounds, adapters, sampler, on_device)
 
 
 @contextmanager
-def crew(
-    opener: Opener, config: Config, layout: Layout, share: Share
+def worker_pool(
+    open_train: OpenTrain, config: Config, layout: Layout, split: CoreSplit
 ) -> Iterator[tuple[list[psutil.Process], list[Connection]]]:
-    """The processes to watch (the workers, and the server they were forked from) and a pipe to each worker."""
+    """Start the workers; yield the processes to sample (workers and their fork server) and a pipe to each worker."""
     workers, pipes = [], []
-    for number in range(share.workers):
-        ours, theirs = PROCESSES.Pipe()
-        clients = tuple(range(number, config.data.num_clients, share.workers))
+    for number in range(split.workers):
+        pipe, worker_end = PROCESSES.Pipe()
+        clients = tuple(range(number, config.data.num_clients, split.workers))
         worker = PROCESSES.Process(
-            target=_work, args=(theirs, opener, config, layout, clients, share.threads), daemon=True
+            target=_worker_main, args=(worker_end, open_train, config, layout, clients, split.threads), daemon=True
         )
         worker.start()
-        theirs.close()
+        worker_end.close()
         workers.append(worker)
-        pipes.append(ours)
-    watched = [psutil.Process(worker.pid) for worker in workers]
+        pipes.append(pipe)
+    processes = [psutil.Process(worker.pid) for worker in workers]
     try:
-        yield [psutil.Process(watched[0].ppid()), *watched], pipes
+        yield [psutil.Process(processes[0].ppid()), *processes], pipes
     except EOFError:
-        raise RunFailed("a worker process of the benchmark failed; its error is above") from None
+        raise RunFailed("a worker process of the benchmark failed; see its error above") from None
     finally:
         for worker in workers:
             worker.join(timeout=1)
@@ -181,26 +183,26 @@ def crew(
 
 
 def start_adapter(config: Config) -> Adapter:
-    """The adapter that a federation of `config` starts from: what `copra_fl.models.adapted.build` draws."""
+    """Return the adapter from which a federation of `config` starts, as `build_model` draws it."""
     model = config.changed(device="cpu").model
     return build_model(model, config.copra.gate_group, NUM_LABELS, config.federation.seed).read_adapter()
 
 
 def train_round(pipes: list[Connection], config: Config, server_round: int, row: np.ndarray) -> np.ndarray:
-    """A round of all workers of a `crew`, from the adapter `row`; returns the next one."""
+    """Train one round in all workers of a `worker_pool`, from the adapter `row`; return the next adapter."""
     for pipe in pipes:
         pipe.send((config, server_round, row))
     averages, weights = zip(*(pipe.recv() for pipe in pipes), strict=True)
     return np.average(averages, axis=0, weights=weights).astype(np.float32)
 
 
-def _work(
-    pipe: Connection, opener: Opener, config: Config, layout: Layout, clients: tuple[int, ...], threads: int
+def _worker_main(
+    pipe: Connection, open_train: OpenTrain, config: Config, layout: Layout, clients: tuple[int, ...], threads: int
 ) -> None:
-    """A worker's life: rounds until there is no other, then how much memory it took on the GPU."""
+    """Train rounds until the pipe sends None, then send the peak memory on the GPU."""
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(threads)
-    train = opener(config, open_data(config))
+    train = open_train(config, open_data(config))
     with suppress(EOFError, BrokenPipeError):  # the benchmark was stopped
         while (job := pipe.recv()) is not None:
             config, server_round, row = job
@@ -211,21 +213,21 @@ def _work(
         pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
-def matmul_rate(share: Share, dtype: str, device: str) -> float:
-    """Floating point operations per second of large square matrix products, all workers multiplying at once."""
-    with PROCESSES.Pool(share.workers) as pool:
-        return sum(pool.starmap(_multiply, [(share.threads, dtype, device)] * share.workers, chunksize=1))
+def matmul_rate(split: CoreSplit, dtype: str, device: str) -> float:
+    """Return floating point operations per second of large square matrix products, in all workers at the same time."""
+    with PROCESSES.Pool(split.workers) as pool:
+        return sum(pool.starmap(_multiply, [(split.threads, dtype, device)] * split.workers, chunksize=1))
 
 
 def _multiply(threads: int, dtype: str, device: str) -> float:
     torch.set_num_threads(threads)
-    where = choose_device(device)
-    side = MATMUL_SIDE[where.type]
-    matrix = torch.randn(side, side, device=where).to(getattr(torch, dtype))
+    torch_device = choose_device(device)
+    side = MATMUL_SIDE[torch_device.type]
+    matrix = torch.randn(side, side, device=torch_device).to(getattr(torch, dtype))
     rates: list[float] = []
     deadline = time.perf_counter() + MATMUL_SECONDS
     while not rates or time.perf_counter() < deadline:
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         (matrix @ matrix).flatten()[0].item()  # waits for a GPU
-        rates.append(2 * side**3 / (time.perf_counter() - begun))
+        rates.append(2 * side**3 / (time.perf_counter() - begin))
     return float(np.median(rates))

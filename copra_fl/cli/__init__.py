@@ -14,8 +14,10 @@ from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.chat import chat
 from copra_fl.cli.compare import compare
+from copra_fl.cli.config import config
 from copra_fl.cli.probe_prune import prune
 from copra_fl.cli.probe_shapley import shapley
+from copra_fl.cli.recipes import recipes
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
 from copra_fl.cli.study import study
@@ -54,6 +56,8 @@ app.command()(study)
 app.command()(report)
 app.command()(track)
 app.command()(bench)
+app.command()(config)
+app.command()(recipes)
 app.command()(chat)
 probe.app.command()(prune)
 probe.app.command()(shapley)

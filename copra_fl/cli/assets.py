@@ -20,7 +20,7 @@ def list_assets() -> None:
     table = Table("name", "kind", Column("what", overflow="fold"), "license", Column("MB", justify="right"), "fetched")
     for asset in ASSETS.values():
         fetched = "yes" if is_fetched(asset.name) else "no"
-        table.add_row(asset.name, asset.kind, asset.what, asset.licence, f"{asset.size / 1e6:.1f}", fetched)
+        table.add_row(asset.name, asset.kind, asset.what, asset.license, f"{asset.size / 1e6:.1f}", fetched)
     Console().print(table)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import table as rich_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,8 +21,8 @@ from copra_fl import provenance, startup
 from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
-    from copra_fl.bench.findings import Table
     from copra_fl.bench.sizes import Size
+    from copra_fl.reporting.tables import DataTable
 
 
 class SizeName(StrEnum):
@@ -33,7 +32,7 @@ class SizeName(StrEnum):
     SMOKE = "smoke"
 
 
-#: of `bench.contest.CONTESTANTS`, which is slow to import
+#: of `bench.runner.COMPETITORS`, which is slow to import
 LETTERS = "abcdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
@@ -44,7 +43,7 @@ SizeOption = Annotated[
     list[SizeName] | None, typer.Option("--size", help="Size of the work. May be repeated. Default: all but smoke.")
 ]
 RepeatsOption = Annotated[
-    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each contestant. Default: {DEFAULT_REPEATS}.")
+    int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each competitor. Default: {DEFAULT_REPEATS}.")
 ]
 EngineOnlyOption = Annotated[
     bool, typer.Option("--engine-only", help="Leave out Flower and Ray, which need not be installed then.")
@@ -52,9 +51,9 @@ EngineOnlyOption = Annotated[
 RandomBaseOption = Annotated[
     bool, typer.Option("--random-base", help="Use random weights with the shapes of MiniLM instead of MiniLM.")
 ]
-ContestantsOption = Annotated[
+CompetitorsOption = Annotated[
     str | None,
-    typer.Option("--contestants", help="Their letters, for example bce; the tables say who they are. Default: all."),
+    typer.Option("--competitors", help="Their letters, for example bce; the tables say who they are. Default: all."),
 ]
 QuickOption = Annotated[
     bool,
@@ -68,7 +67,7 @@ JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="Print medians as JSON on standard output, tables on standard error. Contestants are naive, tuned, loop, "
+        help="Print medians as JSON on standard output, tables on standard error. Competitors are naive, tuned, loop, "
         "node, cohort, engine_float32, engine: (a) to (g). overhead and small are clients per second of LoRA, compute "
         "of lora and copra; null is what did not run.",
     ),
@@ -93,7 +92,7 @@ OutputOption = Annotated[
 def bench(
     size: SizeOption = None,
     repeats: RepeatsOption = None,
-    contestants: ContestantsOption = None,
+    competitors: CompetitorsOption = None,
     engine_only: EngineOnlyOption = False,
     random_base: RandomBaseOption = False,
     quick: QuickOption = False,
@@ -103,18 +102,18 @@ def bench(
 ) -> None:
     """Time the stacked engine and its competitors on equal work; write tables, a page and a verdict on each target.
 
-    No time counts unless all contestants end with the adapters that plain PEFT trains. Wants an idle machine.
+    No time counts unless all competitors end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
-        if any((size, repeats, contestants, engine_only, random_base, quick, as_json)):
+        if any((size, repeats, competitors, engine_only, random_base, quick, as_json)):
             raise ConfigError("--page measures nothing and can be combined with --output only")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
-    if quick and (size or repeats or contestants):
-        raise ConfigError("--quick chooses sizes, contestants and repeats; leave it out to choose them yourself")
-    if strangers := set(contestants or "") - set(LETTERS):
-        raise ConfigError(f"--contestants {contestants!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
-    startup.prepare()  # for all contestants alike: their processes inherit this environment
+    if quick and (size or repeats or competitors):
+        raise ConfigError("--quick chooses sizes, competitors and repeats; leave it out to choose them yourself")
+    if strangers := set(competitors or "") - set(LETTERS):
+        raise ConfigError(f"--competitors {competitors!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
+    startup.prepare()  # for all competitors alike: their processes inherit this environment
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # Transformers warns of its own attributes, and breaks the progress bar
@@ -125,9 +124,9 @@ def bench(
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
     chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in size or DEFAULT_SIZES]
-    letters = QUICK_LETTERS if quick else contestants or LETTERS
+    letters = QUICK_LETTERS if quick else competitors or LETTERS
     repeats = 1 if quick else repeats or DEFAULT_REPEATS
-    facts: findings.Facts = {
+    facts: findings.BenchFacts = {
         "command": shlex.join(["copra-fl", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": _machine(),
@@ -153,13 +152,9 @@ def bench(
         print(json.dumps(summary.summary(facts), indent=2))
 
 
-def _print_tables(tables: list[Table], left_out: list[str], console: Console) -> None:
+def _print_tables(tables: list[DataTable], left_out: list[str], console: Console) -> None:
     for table in tables:
-        columns = [rich_table.Column(column, overflow="fold") for column in table.columns]
-        shown = rich_table.Table(*columns, title=table.title, caption=table.note)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(table.rich())
     for sentence in left_out:
         console.print(sentence, highlight=False)
 
@@ -195,18 +190,20 @@ def _measure(
     """Measure one size; return its results."""
     import torch
 
-    from copra_fl.bench import contest, findings, simulations, sizes, steps, workers
+    from copra_fl.bench import findings, runner, simulations, sizes, steps, workers
 
     name, gpu = size.name, torch.cuda.is_available()
-    contestants = [
-        each for each in contest.CONTESTANTS if each.letter in letters and not (engine_only and each.on_flower)
+    competitors = [
+        competitor
+        for competitor in runner.COMPETITORS
+        if competitor.letter in letters and not (engine_only and competitor.on_flower)
     ]
     workload = sizes.prepare(size, random_base, as_file=not engine_only)
     cores = os.cpu_count() or 1
-    shares = contest.divisions(cores, size.clients, gpu)[: None if size.divided else 1]
+    splits = runner.core_splits(cores, size.clients, gpu)[: None if size.all_core_splits else 1]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        total = contest.num_runs(contestants, shares, repeats, size) + size.schedule * steps.num_runs(repeats)
+        total = runner.num_runs(competitors, splits, repeats, size) + size.schedule * steps.num_runs(repeats)
         task = progress.add_task(name, total=total)
 
         def show(what: str) -> None:
@@ -214,21 +211,21 @@ def _measure(
             if not console.is_terminal:
                 console.print(f"{name}: {what}", highlight=False, soft_wrap=True)
 
-        results = contest.race(workload, contestants, shares, repeats, show)
+        results = runner.run_all(workload, competitors, splits, repeats, show)
         facts = findings.size_facts(workload, results)
-        by_letter = {result.contestant.letter: result for result in results}
+        by_letter = {result.competitor.letter: result for result in results}
         if size.scaling and "g" in by_letter:
-            runs = contest.scale(workload, by_letter["g"], repeats, show)
+            runs = runner.scale(workload, by_letter["g"], repeats, show)
             adapter = workers.start_adapter(by_letter["g"].config)
             facts["scaling"] = findings.scaling_facts(runs, adapter)
             if "e" in by_letter:
                 show("copra-fl simulate, first round")
                 result = by_letter["e"]
                 facts["simulate_first_round"] = [
-                    simulations.first_round_of_simulate(result.config, result.share) for _ in range(repeats)
+                    simulations.first_round_of_simulate(result.config, result.core_split) for _ in range(repeats)
                 ]
         if size.schedule and "g" in by_letter:
-            whole = workers.Share(1, cores)
+            whole = workers.CoreSplit(1, cores)
             facts["schedule"] = asdict(steps.measure(workload, by_letter["g"], whole, repeats, show))
     return facts
 
@@ -239,7 +236,7 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[Table], left_out: list[str]) -> str:
+def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str]) -> str:
     from copra_fl.bench import findings
 
     origin = [

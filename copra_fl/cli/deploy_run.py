@@ -10,12 +10,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.cli.report import show_results
-from copra_fl.config import Config
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
@@ -77,36 +75,38 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
             json.dumps({"nodes": None if listed is None else [vars(node) for node in listed], "runs": runs}, indent=2)
         )
         return
+    from copra_fl.reporting.tables import DataTable  # slow to import
+
     console = Console()
     if listed is None:
         console.print(f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}", soft_wrap=True)
     else:
         rows = [[node.name, node.status, node.since] for node in listed]
-        console.print(as_table(["node", "status", "since (UTC)"], rows))
+        console.print(DataTable(["node", "status", "since (UTC)"], rows).rich())
     columns = ["run", "round", "clients", "missing", "accuracy", "finished"]
-    console.print(as_table(columns, [[str(run[column]) for column in columns] for run in runs]))
+    console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]).rich())
 
 
 def read_runs(layout: DeploymentLayout) -> Iterator[dict[str, Any]]:
-    """Yield the progress of each run, read from its journal; the oldest run first."""
+    """Yield the progress of each run from its journal, the oldest first; of an unreadable run only its name."""
+    from copra_fl.reporting.results import ResultsError, load_run
+
     for path in sorted(layout.runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime):
-        directory = path.parent
-        journal = directory / "journal.jsonl"
-        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-        last: dict[str, Any] = json.loads(lines[-1]) if lines else {"round": 0, "clients": [], "missing": []}
-        accuracy = last.get("validation", {}).get("accuracy")
-        yield {
-            "run": directory.name,
-            "round": f"{last['round']}/{Config.from_toml(path).federation.num_rounds}",
-            "clients": len(last["clients"]),
-            "missing": ", ".join(str(each["client"]) for each in last["missing"]),
-            "accuracy": "" if accuracy is None else round(accuracy, 4),
-            "finished": (directory / "summary.json").exists(),
+        row = {"run": path.parent.name, "round": "", "clients": 0, "missing": "", "accuracy": "", "finished": False}
+        try:
+            run = load_run(path.parent)
+        except ResultsError:  # damaged, or of another version of copra-fl
+            yield row | {"round": "unreadable"}
+            continue
+        row |= {
+            "round": f"{len(run.journal)}/{run.config.federation.num_rounds}",
+            "finished": run.summary is not None,
         }
-
-
-def as_table(columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+        if run.journal:
+            last = run.journal[-1]
+            row |= {
+                "clients": len(last.clients),
+                "missing": ", ".join(str(client.client) for client in last.missing),
+                "accuracy": round(last.validation.accuracy, 4) if last.validation else "",
+            }
+        yield row

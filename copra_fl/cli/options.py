@@ -9,9 +9,9 @@ import typer
 
 from copra_fl import trackers
 from copra_fl.simulation import ray_cluster
-from copra_fl.simulation.recipes import carried_recipes
+from copra_fl.simulation.recipes import built_in_recipes
 
-RECIPE_HELP = f"Recipe: a TOML file, or the name of a built-in recipe ({', '.join(carried_recipes())})."
+RECIPE_HELP = f"Recipe: a TOML file, or the name of a built-in recipe ({', '.join(built_in_recipes())})."
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
 SetOption = Annotated[
     list[str] | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,6 @@ import typer
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
 from copra_fl.config import ConfigError
 
@@ -74,10 +74,10 @@ def connectivity(
     numbers = parse_numbers("--clients", clients), parse_numbers("--rounds", rounds)
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import connectivity as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, *numbers, max_clients)
-        findings = probe.probe(chosen, split.value, points, triangle, progress)
+        members = select_members(opened_runs, progress, round_, *numbers, max_clients)
+        findings = probe.probe(members, split.value, points, triangle, progress)
     leave(findings, output or runs[0])
 
 
@@ -103,10 +103,10 @@ def merge(
     """
     with opened(runs) as opened_runs, progress_bar() as progress:
         from copra_fl.probes import merge as probe
-        from copra_fl.probes.members import members
+        from copra_fl.probes.members import select_members
 
-        chosen = members(opened_runs, progress, round_, parse_numbers("--clients", clients))
-        findings = probe.probe(chosen, split.value, scale, density, seed, progress)
+        members = select_members(opened_runs, progress, round_, parse_numbers("--clients", clients))
+        findings = probe.probe(members, split.value, scale, density, seed, progress)
     leave(findings, output or runs[0])
 
 
@@ -152,15 +152,11 @@ def progress_bar() -> Iterator[Progress]:
 
 def leave(findings: Findings, directory: Path) -> None:
     """Print the results; write page and JSON file to `directory`."""
-    from copra_fl.probes.findings import write
+    from copra_fl.probes.findings import write_findings
 
-    columns = [Column(name, justify="right" if i else "left") for i, name in enumerate(findings.results.header)]
-    table = Table(*columns, title=findings.setting, caption=findings.results.caption)
-    for row in findings.results.rows:
-        table.add_row(*row)
     console = Console()
-    console.print(table)
+    console.print(replace(findings.results, title=findings.setting).rich())
     for warning in findings.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     console.print(findings.verdict, highlight=False, soft_wrap=True)
-    console.print(f"page: {write(findings, directory.absolute())}", soft_wrap=True)
+    console.print(f"page: {write_findings(findings, directory.absolute())}", soft_wrap=True)

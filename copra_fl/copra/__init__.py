@@ -1,1 +1,1 @@
-"""CopRA itself: the schedule of gates, the gates of a model, and a callback for Transformers' Trainer."""
+"""CopRA: the schedule of gates, the gates of a model, and a callback for the Trainer of Transformers."""

@@ -1,13 +1,12 @@
-"""Switch a model's LoRA adapters on and off, layer by layer.
+"""Switch a model's LoRA adapters on and off, one gate per layer or module.
 
-An adapter that is off is not computed at all: no forward, no gradient, no optimiser step.
-Multiplying its output by 0 instead would be another algorithm, since Adam would move it
-by its momentum.
+An adapter that is off is not computed: no forward pass, no gradient, no optimizer step. Multiplying its output by 0
+would be a different algorithm, because Adam would still move it by its momentum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,7 +14,7 @@ from torch import nn
 
 
 def group_name(module_name: str, group: str) -> str:
-    """The gate group of a LoRA module: its transformer block, or the module itself.
+    """Return the gate group of a LoRA module: its transformer block, or with `group` "module" the module itself.
 
     >>> group_name("encoder.layer.3.attention.self.query", "layer")
     'encoder.layer.3'
@@ -26,12 +25,11 @@ def group_name(module_name: str, group: str) -> str:
 
 
 class Gates:
-    """The gate groups of `model`, in forward order, all on at first.
+    """The gate groups of `model`, in forward order, initially all on.
 
     Attributes:
         names: one name per group.
         group_of: LoRA module name -> index of its group.
-        frozen: adapter tensors that get no gradient, though PEFT gives one to whatever is switched on.
     """
 
     def __init__(self, model: nn.Module, group: str) -> None:
@@ -39,11 +37,15 @@ class Gates:
         self.names = list(dict.fromkeys(group_name(name, group) for name in modules))
         self.group_of = {name: self.names.index(group_name(name, group)) for name in modules}
         self._modules = [[modules[name] for name, g in self.group_of.items() if g == i] for i in range(len(self.names))]
-        self.frozen: list[torch.Tensor] = []
         self._state = [(True, 1.0)] * len(self.names)
+        self._frozen: list[torch.Tensor] = []
+
+    def freeze(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Keep `tensors` of adapters without a gradient from now on; PEFT gives one to all that is switched on."""
+        self._frozen = list(tensors)
 
     def set(self, mask: Sequence[bool], scale: float = 1.0) -> None:
-        """Switch group l on where ``mask[l]``; what is on is multiplied by `scale` besides alpha / r."""
+        """Switch group l on where ``mask[l]``, with `scale` as a factor in addition to alpha / r."""
         for index, on in enumerate(mask):
             state = (bool(on), scale if on else 1.0)
             if state == self._state[index]:
@@ -54,9 +56,9 @@ class Gates:
                     for adapter in module.active_adapters:
                         module.set_scale(adapter, state[1])
             self._state[index] = state
-        for tensor in self.frozen:
+        for tensor in self._frozen:
             tensor.requires_grad_(False)
 
     def open(self) -> None:
-        """Every group on, unscaled: how models are evaluated, whatever the phase."""
+        """Switch every group on, unscaled, as for evaluation."""
         self.set([True] * len(self.names))

@@ -1,10 +1,10 @@
-"""When a layer's adapter is on: the CopRA schedule and its masks, as pure functions.
+"""The schedule and the masks of CopRA as pure functions.
 
     p(t) = min(1, p0 + (1 - p0) t / ramp),    delta_l ~ Bernoulli(p(t)), independent per layer
 
-(CopRA, arXiv 2410.22911.) It may rise to p1 instead of 1; with p0 = p1 it is stochastic depth at a fixed rate. Progress
-t in [0, 1) runs over the whole federation, so that the schedule goes on where the last round left it instead of
-restarting in each.
+(CopRA, arXiv 2410.22911.) delta_l = 1 means that the adapter of layer l is on. p can rise to p1 instead of 1; p0 = p1
+is stochastic depth at a fixed rate. Progress t in [0, 1) runs over the whole federation, so the schedule continues from
+round to round instead of restarting.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from copra_fl.seeding import generator
 
 
 def probability(t: float, p0: float, ramp: float, p1: float = 1.0) -> float:
-    """p(t): the probability that a layer is on at progress `t`."""
+    """Return p(t), the probability that a layer is on at progress `t`."""
     return min(p1, p0 + (p1 - p0) * t / ramp)
 
 
 def progress(copra: CopraConfig, step: int, num_steps: int, server_round: int, num_rounds: int) -> float:
-    """t in [0, 1) at local step `step` (from 0) of round `server_round` (from 1).
+    """Return t in [0, 1) at local step `step` (from 0) of round `server_round` (from 1).
 
-    With ``mask-scope = "round"`` a mask holds for the whole round: t is the middle of the round.
+    With ``mask-scope = "round"`` a mask holds for the whole round, and t is the middle of the round.
     """
     within = 0.5 if copra.mask_scope == "round" else step / num_steps
     return within if copra.schedule_progress == "local" else (server_round - 1 + within) / num_rounds
 
 
 def inclusion(p: float, num_groups: int, min_active: int) -> float:
-    """The probability that one given group is on, under the law that `sample_mask` draws from.
+    """Return the probability that a given group is on in a mask of `sample_mask`.
 
-    Given that at least one is on: p / (1 - (1-p)^L) = 1 / sum_{i<L} (1-p)^i, which is 1/L as p -> 0.
+    With min_active = 1: p / (1 - (1-p)^L) = 1 / sum_{i<L} (1-p)^i, which tends to 1/L as p -> 0.
     """
     return p if min_active == 0 else 1.0 / float(np.sum((1.0 - p) ** np.arange(num_groups)))
 
 
 def sample_mask(p: float, num_groups: int, min_active: int, rng: np.random.Generator) -> np.ndarray:
-    """One mask: bool of shape (num_groups,). Always draws `num_groups` uniforms from `rng`.
+    """Draw one mask: bool of shape (num_groups,). Always draws `num_groups` uniforms from `rng`.
 
-    ``min_active = 1`` draws from the exact law conditioned on at least one group being on,
-    also at p = 0: the first active group is i with probability proportional to (1-p)^(i-1),
-    the groups after it are independent.
+    ``min_active = 1`` draws from the exact distribution conditioned on at least one group being on, also at p = 0: the
+    first active group is i with probability proportional to (1-p)^(i-1), the groups after it are independent.
     """
     uniforms = rng.random(num_groups)
     mask = uniforms < p
@@ -55,21 +54,24 @@ def sample_mask(p: float, num_groups: int, min_active: int, rng: np.random.Gener
 
 
 def scales(copra: CopraConfig, masks: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """(steps,) what is on in each step of `client_masks` is multiplied by: 1, with ``rescale`` 1 / its probability."""
-    factors, given = np.ones(len(masks)), masks.any(axis=1)
+    """Return (steps,) the factor of active adapters in each step of `client_masks`.
+
+    It is 1, or with ``rescale`` 1 / `inclusion`.
+    """
+    factors, has_active = np.ones(len(masks)), masks.any(axis=1)
     if copra.rescale:
-        factors[given] = [1 / inclusion(p, masks.shape[1], copra.min_active) for p in probabilities[given]]
+        factors[has_active] = [1 / inclusion(p, masks.shape[1], copra.min_active) for p in probabilities[has_active]]
     return factors
 
 
 def client_masks(
     copra: CopraConfig, seed: int, client: int, num_steps: int, num_groups: int, server_round: int, num_rounds: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The masks of one client's round, and the probabilities they were drawn with.
+    """Draw the masks of one client in one round, and return them with the probabilities used.
 
-    Returns bool of shape (num_steps, num_groups) and float of shape (num_steps,). Plain LoRA is
-    p = 1 throughout, training the head alone is p = 0. Masks come from their own streams: of the
-    client and round, or, with ``mask-scope = "shared"``, of the round alone.
+    The masks are bool of shape (num_steps, num_groups), the probabilities float of shape (num_steps,). Plain LoRA is
+    p = 1 throughout, training the head alone is p = 0. Masks have their own random stream for each client and round, or
+    with ``mask-scope = "shared"`` for each round.
     """
     if copra.local_training != "copra":
         p = 1.0 if copra.local_training == "lora" else 0.0

@@ -1,1 +1,1 @@
-"""Federated data: encode a data set once, hold out test and validation sets, partition the rest over clients."""
+"""Federated data: encode examples once, hold out test and validation sets, partition the rest over clients."""

@@ -1,4 +1,4 @@
-"""Cache of computed tensors and facts: computed once by one process, read by all others."""
+"""Cache of computed tensors: one process computes them, all others read them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from copra_fl.files import atomic_write, cache_dir
 
+#: values that are stored with tensors, as JSON
 Facts = dict[str, Any]
 Stored = tuple[dict[str, Tensor], Facts]
 
 
 def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
-    """The tensors and facts kept under `digest`, mapped into memory; built first, by one process, if not there."""
+    """Return the tensors (mapped into memory) and facts stored under `digest`; one process builds them if needed."""
     path = cache_dir() / kind / f"{digest}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

@@ -1,362 +1,239 @@
-"""From a table of examples to tensors: what each client holds, what the server holds out.
+"""Load a federation's data: the tensors of all examples, the clients' subsets and the held-out sets.
 
-    table  ->  test | server validation | pool        fixed by the data alone, never by the seed
-               held_out: clients that are held out whole, where they are wanted; then all is cut to chosen clients
-    pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded
+    table  ->  test | server validation | pool        by the data alone, never by the seed (`held_out`)
+               held_out: clients that are held out whole, with held-out-clients
+    pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded (`partition`)
     client ->  train | validation                     shuffled, seeded
 
-Several data sets are each loaded like that, as if it were the only one, and then joined (`several`).
-With ``partitioner = own`` the table is the server's, all of it held out, and clients have their own (`own_data`).
+Of several data sets, each is loaded as if it were alone; then they are joined (`multi`).
+With ``partitioner = own`` the table is the server's and is held out entirely; clients load their own files (`local`).
 
-The held-out sets are the same for every seed, so that what is tuned on validation data with one seed was never test
-data with another. What a task makes of the examples, and partitions, are computed once, by one process, and kept in the
-cache; from then on `load` maps them into memory and imports none of the libraries that made them.
+Encoded examples and partitions are computed once, by one process, and kept in the cache; from then on `load_data` maps
+them into memory and imports none of the libraries that made them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from copra_fl.config import Config, ConfigError, DataConfig
-from copra_fl.data.cache import Stored, cached
-from copra_fl.data.multi import DataSet, JoinedExamples, deal, in_turn
-from copra_fl.data.partition import largest, partition, split_clients
+from copra_fl.data.cache import cached
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key
+from copra_fl.data.multi import DatasetRanges, MultiDatasetExamples, consecutive_ranges, split_evenly
+from copra_fl.data.partition import partition, split_clients
 from copra_fl.files import digest_of
-from copra_fl.seeding import generator
-from copra_fl.sources.tables import Table, called, codes, find_tables, read_examples
+from copra_fl.sources.tables import dataset_name, find_tables
 from copra_fl.tasks import Examples, Task, find_task
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
-    import pandas as pd
-
-#: Changes whenever the same inputs would give other held-out sets or partitions.
-CACHE_VERSION = 3
-HELD_OUT_ROOT = 0
-#: what the cache keeps beside what a task has made of the examples
+#: tensors of the cache that are subsets, and not the task's encoding of the examples
 SUBSETS = {"test", "held_out", "server_validation", "pool", "clients"}
 
 
+def _no_indices() -> np.ndarray:
+    return np.zeros(0, int)
+
+
 @dataclass(frozen=True)
-class FederatedData:
-    """A data set in a federation. Subsets are int64 arrays of indices into `examples`; no two overlap.
+class Dropped:
+    """Numbers of examples that are not used.
 
     Attributes:
-        label_names: name of each label, in order; empty for a task without.
-        client_names: value of the client column where that decides, else the client's number.
-        train: what each client trains on.
-        validation: what each client keeps for validation; none for a client with too few examples for its share.
-        server_validation, test: what no client sees, nor any example equal to one that a client holds.
-        held_out: the same of the `held_out_names`, whose examples no client holds.
-        held_out_names: values of the client column that are held out whole.
-        skipped: clients without training examples. They keep their numbers.
         unassigned: examples that the partitioner gave to no client.
-        dropped_duplicates: held-out examples dropped since an equal one is also in the pool (test, held_out: or in
-            validation).
-        dropped_empty: rows dropped since content, label or client is missing.
-        digest: names content, encoding, held-out sets and partition; equal on every machine that has the same.
+        duplicates: held-out examples with an equal one in the pool; of test and held_out also in server_validation.
+        empty: rows without content, label or client.
+    """
+
+    unassigned: int = 0
+    duplicates: int = 0
+    empty: int = 0
+
+    def __add__(self, other: Dropped) -> Dropped:
+        return Dropped(self.unassigned + other.unassigned, self.duplicates + other.duplicates, self.empty + other.empty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedData:
+    """The data of a federation. Subsets are int64 arrays of indices into `examples`; no two overlap.
+
+    Attributes:
+        examples: all examples, encoded.
+        label_names: name of each label, in order; empty for a task without labels.
+        client_names: values of the client column with ``partitioner = natural``, else the clients' numbers.
+        train: training examples of each client.
+        validation: validation examples of each client; none for a client with too few examples.
+        server_validation, test: held-out examples; no client has an equal one.
+        held_out: test examples of the clients `held_out_names`; no other client has an equal one.
+        held_out_names: values of the client column whose clients are held out whole.
+        skipped: clients without training examples. They keep their numbers.
+        dropped: numbers of examples that are not used.
+        digest: digest of content, encoding, held-out sets and partition; equal on all machines with the same data.
         tokens_digest: the same without the partition.
-        datasets: the data sets, where there are several.
+        datasets: ranges of each data set, if there are several; else empty.
     """
 
     examples: Examples
     label_names: list[str]
-    client_names: list[str]
-    train: list[np.ndarray]
-    validation: list[np.ndarray]
-    server_validation: np.ndarray
-    test: np.ndarray
-    skipped: list[int]
-    unassigned: int
-    dropped_duplicates: int
-    dropped_empty: int
     digest: str
     tokens_digest: str
-    held_out: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    client_names: list[str] = field(default_factory=list)
+    train: list[np.ndarray] = field(default_factory=list)
+    validation: list[np.ndarray] = field(default_factory=list)
+    server_validation: np.ndarray = field(default_factory=_no_indices)
+    test: np.ndarray = field(default_factory=_no_indices)
+    held_out: np.ndarray = field(default_factory=_no_indices)
     held_out_names: list[str] = field(default_factory=list)
-    datasets: list[DataSet] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    dropped: Dropped = Dropped()
+    datasets: list[DatasetRanges] = field(default_factory=list)
 
     @property
     def head_sizes(self) -> list[int]:
-        """Rows of the head that each data set has; none where there is one data set."""
+        """Number of the head's rows for each data set; empty with one data set."""
         return [len(dataset.labels) for dataset in self.datasets]
 
     def dataset_of(self, client: int) -> int | None:
-        """Which of `datasets` the client has; None where there is one data set."""
+        """Return the index into `datasets` of the client's data set; None with one data set."""
         return next((number for number, dataset in enumerate(self.datasets) if client in dataset.clients), None)
 
     def among(self, indices: np.ndarray, numbers: Collection[int | None]) -> np.ndarray:
-        """Those of `indices` that are of one of these `datasets`; all of them where there is one data set."""
+        """Return those of `indices` that belong to the data sets `numbers`; all of them with one data set."""
         parts = [self.datasets[number].among(indices) for number in sorted({n for n in numbers if n is not None})]
         return np.concatenate(parts) if parts else indices
 
 
 def load_data(config: Config, processor: Any) -> FederatedData:
-    """The data of `config`, encoded by its task with `processor`, partitioned by the run's seed.
+    """Load the data of `config`, encoded by its task with `processor` and partitioned by the run's seed.
 
-    The first call does the work and fills the cache; calls in other processes wait for it and then only read.
-    ``num-clients`` must be known, except for ``partitioner = natural``, where 0 means every value of the client column,
-    and for ``own``, where it does not matter: there are no clients' examples here.
+    The first call computes and fills the cache; calls in other processes wait for it and then only read.
+    ``num-clients`` must be resolved, except for ``partitioner = natural``, where 0 means all values of the client
+    column, and for ``own``, where clients load their own data.
 
-    Raises ConfigError where data, columns or the wanted split cannot be had, AssetError where an asset cannot.
+    Raises ConfigError for data, columns or a split that are missing or impossible, AssetError for an asset that cannot
+    be fetched.
     """
     data, task = config.data, find_task(config.model.task)
-    is_known = data.num_clients or data.partitioner in ("natural", "own")
-    assert is_known, "num-clients = 0 is for the caller to resolve"
+    is_resolved = data.num_clients or data.partitioner in ("natural", "own")
+    assert is_resolved, "num-clients = 0 must be resolved by the caller"
+    names = [dataset_name(dataset) for dataset in data.datasets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"dataset = {data.dataset!r}: data sets must have different names, not {', '.join(names)}")
     if not data.dataset:
-        task.processor_digest(processor)
-        return _nothing(task, data, processor)
-    shares = deal(data.num_clients, len(data.datasets))
+        return _empty(task, data, processor)
+    shares = split_evenly(data.num_clients, len(data.datasets))
     loaded, encoded = {}, []
-    for source, clients in zip(data.datasets, shares, strict=True):
-        alone = replace(data, dataset=source, num_clients=clients)
+    for source, num_clients in zip(data.datasets, shares, strict=True):
+        alone = replace(data, dataset=source, num_clients=num_clients)
         try:
-            found, tensors = _load(task, alone, config.federation.seed, processor)
+            federated, tensors = _load(task, alone, config.federation.seed, processor)
         except ConfigError as error:
             if len(shares) == 1:
                 raise
             raise ConfigError(f"dataset {source!r}: {error}") from error
-        loaded[called(source)] = found
+        loaded[dataset_name(source)] = federated
         encoded.append(tensors)
     if len(loaded) == 1:
-        return found
-    labels = in_turn([len(each.label_names) for each in loaded.values()])
-    for tensors, own in zip(encoded, labels, strict=True):
-        tensors["labels"] = tensors["labels"] + own.start
+        return federated
+    labels = consecutive_ranges([len(part.label_names) for part in loaded.values()])
+    for tensors, dataset_labels in zip(encoded, labels, strict=True):
+        tensors["labels"] = tensors["labels"] + dataset_labels.start
     examples = task.examples(task.join(encoded), processor, data)
-    return _joined(JoinedExamples.of(examples, labels), loaded, labels)
+    return _join(MultiDatasetExamples.of(examples, labels), loaded, labels)
 
 
-def _joined(examples: Examples, loaded: Mapping[str, FederatedData], labels: Sequence[range]) -> FederatedData:
-    """The data sets in `loaded`, by name, as one federation's."""
+def _join(examples: Examples, loaded: Mapping[str, FederatedData], labels: Sequence[range]) -> FederatedData:
+    """Join the data sets `loaded`, by name, to the data of one federation."""
     names, parts = list(loaded), list(loaded.values())
-    indices = in_turn([len(each.examples) for each in parts])
-    clients = in_turn([len(each.train) for each in parts])
-    datasets = [DataSet(*each) for each in zip(names, labels, indices, clients, strict=True)]
+    indices = consecutive_ranges([len(part.examples) for part in parts])
+    clients = consecutive_ranges([len(part.train) for part in parts])
+    ranges = zip(names, labels, indices, clients, strict=True)
 
-    def held(kind: str) -> np.ndarray:
-        return np.concatenate([getattr(each, kind) + own.start for each, own in zip(parts, indices, strict=True)])
-
-    def each_client(kind: str) -> list[np.ndarray]:
+    def join_subsets(kind: str) -> np.ndarray:
         pairs = zip(parts, indices, strict=True)
-        return [subset + own.start for each, own in pairs for subset in getattr(each, kind)]
+        return np.concatenate([getattr(part, kind) + part_indices.start for part, part_indices in pairs])
+
+    def join_clients(kind: str) -> list[np.ndarray]:
+        pairs = zip(parts, indices, strict=True)
+        return [subset + part_indices.start for part, part_indices in pairs for subset in getattr(part, kind)]
 
     return FederatedData(
         examples=examples,
-        label_names=[f"{name}/{label}" for name, each in loaded.items() for label in each.label_names],
-        client_names=[f"{name}/{client}" for name, each in loaded.items() for client in each.client_names],
-        train=each_client("train"),
-        validation=each_client("validation"),
-        server_validation=held("server_validation"),
-        test=held("test"),
-        skipped=[own.start + client for each, own in zip(parts, clients, strict=True) for client in each.skipped],
-        unassigned=sum(each.unassigned for each in parts),
-        dropped_duplicates=sum(each.dropped_duplicates for each in parts),
-        dropped_empty=sum(each.dropped_empty for each in parts),
-        digest=digest_of(names, [each.digest for each in parts]),
-        tokens_digest=digest_of(names, [each.tokens_digest for each in parts]),
-        datasets=datasets,
+        label_names=[f"{name}/{label}" for name, part in loaded.items() for label in part.label_names],
+        client_names=[f"{name}/{client}" for name, part in loaded.items() for client in part.client_names],
+        train=join_clients("train"),
+        validation=join_clients("validation"),
+        server_validation=join_subsets("server_validation"),
+        test=join_subsets("test"),
+        skipped=[
+            part_clients.start + client
+            for part, part_clients in zip(parts, clients, strict=True)
+            for client in part.skipped
+        ],
+        dropped=sum((part.dropped for part in parts), start=Dropped()),
+        digest=digest_of(names, [part.digest for part in parts]),
+        tokens_digest=digest_of(names, [part.tokens_digest for part in parts]),
+        datasets=[DatasetRanges(*dataset_ranges) for dataset_ranges in ranges],
     )
 
 
 def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[FederatedData, dict[str, Tensor]]:
-    """One data set, and what its task has made of it."""
-    encoding = encoding_of(task, data, processor)
+    """Load one data set; return it with the tensors that its task encoded it to."""
+    encoding = encoding_key(task, data, processor)
     train, test = find_tables(data)
     content = (train.digest, test.digest if test else None)
     sizes = (data.server_validation_examples, data.test_examples)
-    whole = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
-    own = data.partitioner == "own"
-    tokens_digest = digest_of(CACHE_VERSION, content, encoding, data.client_column, sizes, whole, own)
-    tokens, facts = cached("tokens", tokens_digest, lambda: _encode(task, data, processor, train, test))
-    everything = FederatedData(
+    held_out_clients = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
+    clients_elsewhere = data.partitioner == "own"
+    tokens_digest = digest_of(
+        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere
+    )
+    tokens, facts = cached("tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test))
+    unpartitioned = FederatedData(
         examples=task.examples(tokens, processor, data),
         label_names=facts["label_names"],
-        client_names=[],
-        train=[],
-        validation=[],
         server_validation=tokens["server_validation"].numpy(),
         test=tokens["test"].numpy(),
-        skipped=[],
-        unassigned=0,
-        dropped_duplicates=facts["dropped_duplicates"],
-        dropped_empty=facts["dropped_empty"],
-        digest=tokens_digest,
-        tokens_digest=tokens_digest,
         held_out=tokens["held_out"].numpy(),
         held_out_names=facts["held_out_names"],
+        dropped=Dropped(duplicates=facts["dropped_duplicates"], empty=facts["dropped_empty"]),
+        digest=tokens_digest,
+        tokens_digest=tokens_digest,
     )
     encoded = {name: tensor for name, tensor in tokens.items() if name not in SUBSETS}
-    if own:
-        return everything, encoded
+    if clients_elsewhere:
+        return unpartitioned, encoded
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
     digest = digest_of(tokens_digest, split, seed)
-    dealt, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
+    partitioned, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
 
-    pool, client_names = tokens["pool"].numpy(), owners["client_names"]
-    train_sets, validation_sets = split_clients(
-        pool, dealt["owner"].numpy(), len(client_names), data.validation_fraction, seed
-    )
+    pool, owner, client_names = tokens["pool"].numpy(), partitioned["owner"].numpy(), owners["client_names"]
+    train_sets, validation_sets = split_clients(pool, owner, len(client_names), data.validation_fraction, seed)
     skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
     if skipped and data.empty_clients == "refuse":
         names = ", ".join(client_names[client] for client in skipped)
         raise ConfigError(f"empty-clients = 'refuse', and these clients have no training examples: {names}")
     federated = replace(
-        everything,
+        unpartitioned,
         client_names=client_names,
         train=train_sets,
         validation=validation_sets,
         skipped=skipped,
-        unassigned=int((dealt["owner"] < 0).sum()),
+        dropped=unpartitioned.dropped + Dropped(unassigned=int((owner < 0).sum())),
         digest=digest,
     )
     return federated, encoded
 
 
-def encoding_of(task: Task, data: DataConfig, processor: Any) -> list[Any]:
-    """All that decides what tensors a table gives. Raises ConfigError for a processor that cannot be used."""
-    columns = list(columns_of(task, data).values())
-    return [task.name, task.version, columns, data.labels, data.max_length, task.processor_digest(processor)]
-
-
-def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
-    """Configuration key -> column for what `task` reads of a table."""
-    known = {key: getattr(data, key.replace("-", "_")) for key in (*task.columns, *task.optional_columns)}
-    return {key: column for key, column in known.items() if column or key in task.columns}
-
-
-def _nothing(task: Task, data: DataConfig, processor: Any) -> FederatedData:
-    """The data of a server that has none: labels alone."""
+def _empty(task: Task, data: DataConfig, processor: Any) -> FederatedData:
+    """Return FederatedData without examples, for a server without data: it has the labels only."""
     import pandas as pd
 
+    task.processor_digest(processor)  # refuses a processor that the task cannot use
     rows = pd.DataFrame({key: pd.Series(dtype="string") for key in columns_of(task, data)})
     examples = task.examples(task.encode(rows, data.label_list, processor, data), processor, data)
-    nobody, digest = np.zeros(0, int), digest_of(data.labels)
-    return FederatedData(examples, data.label_list, [], [], [], nobody, nobody, [], 0, 0, 0, digest, digest)
-
-
-def _encode(task: Task, data: DataConfig, processor: Any, train: Table, test: Table | None) -> Stored:
-    """What the cache keeps of a data set: what the task makes of all examples, their clients, and who sees which."""
-    import pandas as pd
-
-    columns, content = columns_of(task, data), task.columns[0]
-    own = {"client-column": data.client_column} if data.client_column else {}
-    rows, dropped_empty = read_examples(train, columns | own, {content: task.content})
-    there = labels_in(task, rows)
-    label_names = (data.label_list or _in_order(there)) if task.labels != "none" else []
-    if len(label_names) == 1:
-        raise ConfigError(
-            f"{train.where} has one label only, {label_names[0]!r}, in {data.label_column!r}: there is nothing to learn"
-        )
-    if new := there - set(label_names):
-        raise ConfigError(
-            f"{train.where} has labels that are not in labels = {data.labels!r}: {', '.join(_in_order(new))}"
-        )
-    held_out_names: list[str] = []
-    if data.held_out_clients:
-        rows, held_out_names = _choose_clients(data, rows)
-    num_train = len(rows)
-    if test is not None:
-        test_rows, dropped = read_examples(test, columns, {content: task.content})
-        dropped_empty += dropped
-        if new := labels_in(task, test_rows) - set(label_names):
-            raise ConfigError(
-                f"{test.where} has labels that {train.where} has not: {', '.join(_in_order(new))}. "
-                f"Labels there: {', '.join(label_names)}"
-            )
-        rows = pd.concat([rows, test_rows], ignore_index=True)
-    of_held_out = rows["client-column"].isin(held_out_names).to_numpy() if own else np.zeros(len(rows), bool)
-    subsets, dropped_duplicates = _hold_out(data, rows[content], num_train, np.flatnonzero(of_held_out))
-
-    tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
-    client_names: list[str] = []
-    if own:
-        client_names = _in_order(set(rows["client-column"].dropna()) - set(held_out_names))
-        tensors["clients"] = codes(rows["client-column"], client_names)
-    tensors |= task.encode(rows, label_names, processor, data)
-    facts = {
-        "label_names": label_names,
-        "client_names": client_names,
-        "held_out_names": held_out_names,
-        "dropped_duplicates": dropped_duplicates,
-        "dropped_empty": dropped_empty,
-    }
-    return tensors, facts
-
-
-def labels_in(task: Task, rows: pd.DataFrame) -> set[str]:
-    """The labels that `rows` have; none for a task without."""
-    if task.labels == "none":
-        return set()
-    return {label for entry in rows["label-column"].unique() for label in task.labels_of(entry)}
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Sorted, by value where all are whole numbers."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names
-
-
-def _choose_clients(data: DataConfig, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of the ``num-clients + held-out-clients`` clients with the most, and which of these are the unseen.
-
-    With ``num-clients = 0`` of all clients. Which are held out is drawn, by the data alone.
-    """
-    names = _in_order(rows["client-column"].unique())
-    if max(1, data.num_clients) + data.held_out_clients > len(names):
-        raise ConfigError(
-            f"num-clients = {data.num_clients} and held-out-clients = {data.held_out_clients} need more than the "
-            f"{len(names)} values of the client column"
-        )
-    wanted = data.num_clients and data.num_clients + data.held_out_clients
-    chosen = [names[client] for client in largest(codes(rows["client-column"], names).numpy(), names, wanted)]
-    drawn = generator(HELD_OUT_ROOT, "unseen-clients").permutation(len(chosen))[: data.held_out_clients]
-    kept = rows[rows["client-column"].isin(chosen)].reset_index(drop=True)
-    return kept, [chosen[client] for client in np.sort(drawn)]
-
-
-def _hold_out(
-    data: DataConfig, contents: pd.Series, num_train: int, of_held_out: np.ndarray
-) -> tuple[dict[str, np.ndarray], int]:
-    """Indices of ``test``, ``server_validation``, ``held_out`` and ``pool``, and how many duplicates were dropped.
-
-    `contents` are those of `num_train` training examples and then of the test set, if the data has its own.
-    `of_held_out` are the examples of clients that are held out whole.
-    """
-    test = np.arange(num_train, len(contents))
-    carve_test = 0 if len(test) else data.test_examples
-    carved = carve_test + data.server_validation_examples
-    own = data.partitioner == "own"
-    seen = np.setdiff1d(np.arange(num_train), of_held_out)
-    if carved > len(seen) or (2 * carved > len(seen) and not own):
-        wanted = [f"test-examples = {carve_test}"] if carve_test else []
-        wanted.append(f"server-validation-examples = {data.server_validation_examples}")
-        raise ConfigError(
-            f"{' and '.join(wanted)} would take {carved} of {len(seen)} examples"
-            + ("" if own else " from the clients; at most half may go")
-        )
-    order = generator(HELD_OUT_ROOT, "held-out").permutation(seen)
-    if carve_test:
-        test = order[:carve_test]
-    validation, pool = order[carve_test:carved], order[carved:carved] if own else order[carved:]
-    held_out_test = generator(HELD_OUT_ROOT, "unseen").permutation(of_held_out)[: data.test_examples]
-    held_out = {"test": test, "held_out": held_out_test, "server_validation": validation}
-    subsets, dropped = {"pool": pool}, 0
-    for name, indices in held_out.items():
-        others = pool if name == "server_validation" else np.concatenate([validation, pool])
-        subsets[name] = indices[~contents.iloc[indices].isin(contents.iloc[others]).to_numpy()]
-        dropped += len(indices) - len(subsets[name])
-        if len(indices) and not len(subsets[name]):
-            called = {
-                "test": "test set",
-                "held_out": "held-out clients",
-                "server_validation": "server's validation set",
-            }
-            raise ConfigError(f"nothing is left of the {called[name]}: all of it is also among the other examples")
-    return {name: np.sort(indices) for name, indices in subsets.items()}, dropped
+    digest = digest_of(data.labels)
+    return FederatedData(examples=examples, label_names=data.label_list, digest=digest, tokens_digest=digest)

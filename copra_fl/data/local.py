@@ -1,9 +1,9 @@
-"""A node's own examples: one CSV, JSONL or Parquet file of its site, which makes the node one client.
+"""Load the data file of a node, which makes the node one client: a CSV, JSONL or Parquet file or an image folder.
 
     file  ->  client's train | validation        encoded in the node's cache, readable by its owner only
 
-Nothing of the file leaves the node but the number of examples. What is wrong with it is a `TableError`, whose
-outline names settings of the run and counts, never a column, a label or a text of the file.
+Only the number of examples leaves the node. A file that cannot be used raises a `TableError`, whose public message
+names settings of the run and counts, never a column, a label or a text of the file.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import numpy as np
 
 from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
-from copra_fl.data.federated import CACHE_VERSION, FederatedData, columns_of, encoding_of
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, encoding_key
+from copra_fl.data.federated import Dropped, FederatedData
 from copra_fl.data.partition import split_client
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import Table, TableError, file_table, read_examples
 from copra_fl.tasks import Task, find_task
 
 
-def load_own(config: Config, processor: Any, path: str, client: int, num_clients: int) -> FederatedData:
-    """The examples in the file `path` as those of `client`; all others of the `num_clients` have none here.
+def load_local_data(config: Config, processor: Any, path: str, client: int, num_clients: int) -> FederatedData:
+    """Load the file `path` as the examples of `client`; the other of `num_clients` clients have none here.
 
-    For a task with labels ``labels`` must be known: the server fills it in. Raises TableError for a file that cannot be
-    used, ConfigError as `data.load` does.
+    For a task with labels ``labels`` must be resolved: the server fills it in. Raises TableError for a file that cannot
+    be used, ConfigError as `load_data` does.
     """
     data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
-    assert data.labels or task.labels == "none", "labels = '' is for the server to resolve"
+    assert data.labels or task.labels == "none", "labels = '' must be resolved by the server"
     table = file_table("data-path", Path(path))
-    digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_of(task, data, processor))
+    digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_key(task, data, processor))
     tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table))
     examples = task.examples(tokens, processor, data)
     indices = np.arange(len(examples))
@@ -43,24 +44,19 @@ def load_own(config: Config, processor: Any, path: str, client: int, num_clients
         client_names=[str(number) for number in range(num_clients)],
         train=[*nobody[:client], train, *nobody[client + 1 :]],
         validation=[*nobody[:client], validation, *nobody[client + 1 :]],
-        server_validation=indices[:0],
-        test=indices[:0],
-        skipped=[],
-        unassigned=0,
-        dropped_duplicates=0,
-        dropped_empty=facts["dropped_empty"],
+        dropped=Dropped(empty=facts["dropped_empty"]),
         digest=digest,
         tokens_digest=digest,
     )
 
 
 def _encode(task: Task, data: DataConfig, processor: Any, table: Table) -> Stored:
-    """What the cache keeps of the file."""
-    rows, dropped = read_examples(table, columns_of(task, data), {task.columns[0]: task.content})
+    """Encode the examples of the file. Raises TableError for labels that are not in ``labels``."""
+    rows, num_dropped = read_examples(table, columns_of(task, data), {task.columns[0]: task.content})
     if task.labels != "none":
         entries, known = rows["label-column"], set(data.label_list)
         new = entries[[not known.issuperset(task.labels_of(entry)) for entry in entries]]
         if len(new):
-            told = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
-            raise TableError(f"{table.where}: {told}: {', '.join(map(repr, new.unique()[:5]))}", told)
-    return task.encode(rows, data.label_list, processor, data), {"dropped_empty": dropped}
+            reason = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
+            raise TableError(f"{table.where}: {reason}: {', '.join(map(repr, new.unique()[:5]))}", reason)
+    return task.encode(rows, data.label_list, processor, data), {"dropped_empty": num_dropped}

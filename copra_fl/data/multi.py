@@ -1,10 +1,10 @@
-"""Several data sets in one federation: each is learnt as a task of its own, on one base; a client has one of them.
+"""Several data sets in one federation: each is a task of its own on the common base, and a client has one of them.
 
-    examples    those of data set 0 | of data set 1 | ...      and clients and labels in the same order
-    logits      (targets, all labels), -inf where a label is not of the example's data set (`models.own_outputs`)
+    examples    of data set 0 | of data set 1 | ...      clients and labels likewise
+    logits      (targets, all labels), -inf for labels of other data sets (`models.adapted.mask_other_datasets`)
 
-So loss, accuracy and prediction look at the labels of one data set, and on all other rows of the head the gradient is
-exactly 0. What the server makes of the rows is in `aggregation.heads`.
+Loss, accuracy and prediction therefore use the labels of one data set, and the gradient of all other rows of the head
+is exactly 0. `aggregation.heads` aggregates these rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from copra_fl.tasks import Examples
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """One of several.
+class DatasetRanges:
+    """The labels, examples and clients of one of several data sets.
 
     Attributes:
-        name: what it is called (`tables.called`).
+        name: name of the data set (`tables.dataset_name`).
         labels: its rows of the head.
-        examples: its indices among all examples.
-        clients: those that have it.
+        examples: its indices into all examples.
+        clients: its clients.
     """
 
     name: str
@@ -36,37 +36,46 @@ class DataSet:
     clients: range
 
     def among(self, indices: np.ndarray) -> np.ndarray:
-        """Those of `indices` that are of this data set."""
+        """Return those of `indices` that belong to this data set."""
         return indices[(indices >= self.examples.start) & (indices < self.examples.stop)]
 
 
-def deal(num_clients: int, number: int) -> list[int]:
-    """How many clients each of `number` data sets gets: as many as another, the first ones one more."""
-    return [num_clients // number + (place < num_clients % number) for place in range(number)]
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Split `total` into `parts` sizes that differ by at most 1; the first ones get the remainder.
+
+    >>> split_evenly(5, 2)
+    [3, 2]
+    """
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def in_turn(sizes: Sequence[int]) -> list[range]:
-    """Ranges of these sizes, one after the other."""
+def consecutive_ranges(sizes: Sequence[int]) -> list[range]:
+    """Return ranges of these sizes, each starting where the previous one ends.
+
+    >>> consecutive_ranges([3, 2])
+    [range(0, 3), range(3, 5)]
+    """
     ends = np.cumsum(sizes).tolist()
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
-class JoinedExamples:
+class MultiDatasetExamples:
     """`Examples` of several data sets, with one label each.
 
     Attributes:
-        examples: all of them, ``labels`` being places in the list of all labels.
-        outputs: (L, L) bool: the labels of the data set that each label is of.
+        examples: the examples of all data sets; ``labels`` are indices into the list of all labels.
+        outputs: (L, L) bool: row l marks the labels of the data set that label l belongs to.
     """
 
     examples: Examples
     outputs: Tensor
 
     @classmethod
-    def of(cls, examples: Examples, labels: Sequence[range]) -> JoinedExamples:
-        """`labels` are those of each data set."""
-        return cls(examples, torch.block_diag(*(torch.ones(len(own), len(own)) for own in labels)).bool())
+    def of(cls, examples: Examples, labels: Sequence[range]) -> MultiDatasetExamples:
+        """Return `examples` of data sets with these ranges of labels."""
+        blocks = [torch.ones(len(dataset_labels), len(dataset_labels)) for dataset_labels in labels]
+        return cls(examples, torch.block_diag(*blocks).bool())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -84,6 +93,6 @@ class JoinedExamples:
         return len(self.examples)
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """As of `examples`, and ``outputs`` (B, L) bool: the labels of each example's own data set."""
+        """Return the batch of `examples`, and ``outputs`` (B, L) bool: the labels of each example's data set."""
         batch = self.examples.batch(indices, device)
         return batch | {"outputs": self.outputs.to(device)[batch["labels"]]}

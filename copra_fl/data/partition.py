@@ -1,6 +1,6 @@
-"""Who gets which examples: the pool dealt out to clients, and each client's own cut into training and validation.
+"""Partition the pool over clients, and split each client's examples into training and validation.
 
-By a partitioner of flwr-datasets, seeded. What a partitioner makes is kept in the cache (`copra_fl.data.federated`).
+The partitioners are those of flwr-datasets, seeded. Partitions are kept in the cache (`copra_fl.data.federated`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from copra_fl.seeding import derive, generator
 def partition(
     data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_names: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``owner``, (pool,) int32: the client of each example of the pool, -1 for none; and the clients' names."""
+    """Return ``owner``, (pool,) int32: the client of each example of the pool, -1 for none; and the clients' names.
+
+    `natural_names` are the values of the client column. Raises ConfigError if the data cannot be partitioned as asked.
+    """
     from datasets import Dataset
 
     pool = tokens["pool"].numpy()
-    # Partitioners cut the table in its own order, which can be one of time or of source.
+    # Partitioners split the table in its own order, which can be one of time or of source.
     order = generator(seed, "partition", "order").permutation(len(pool))
     columns = {"position": order}
     if data.partitioner in BY_LABEL:
@@ -42,7 +45,8 @@ def partition(
     partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
     owner = np.full(len(pool), -1, np.int32)
     try:
-        # One of them draws a progress bar, another warns of classes nobody has: those are counted as unassigned.
+        # Partitioners print progress bars and warnings of unused classes to stderr; we count unassigned examples
+        # instead.
         with redirect_stderr(io.StringIO()):
             for number in range(partitioner.num_partitions):
                 part = partitioner.load_partition(number)[:]
@@ -54,19 +58,22 @@ def partition(
     return {"owner": torch.from_numpy(owner)}, {"client_names": names}
 
 
-def largest(clients: np.ndarray, names: list[str], wanted: int) -> np.ndarray:
-    """The `wanted` clients with the most examples, in the order of their names; all for 0."""
-    if wanted > len(names):
-        raise ConfigError(f"num-clients = {wanted} is more than the {len(names)} values of the client column")
+def largest(clients: np.ndarray, names: list[str], number: int) -> np.ndarray:
+    """Return the `number` clients with the most examples, in the order of their names; all clients if it is 0.
+
+    `clients` is the client of each example. Raises ConfigError for more clients than `names`.
+    """
+    if number > len(names):
+        raise ConfigError(f"num-clients = {number} is more than the {len(names)} values of the client column")
     counts = np.bincount(clients, minlength=len(names))
-    return np.sort(np.argsort(-counts, kind="stable")[: wanted or len(names)])
+    return np.sort(np.argsort(-counts, kind="stable")[: number or len(names)])
 
 
 def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray]) -> Any:
-    """The partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than there are."""
+    """Return the partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than exist."""
     from flwr_datasets import partitioner
 
-    clients, each, number = data.num_clients, data.classes_per_client, len(columns["position"])
+    clients, per_client, number = data.num_clients, data.classes_per_client, len(columns["position"])
     if clients > number:
         raise ConfigError(f"num-clients = {clients} is more than the {number} examples that are left for clients")
     match data.partitioner:
@@ -76,16 +83,16 @@ def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray
             return partitioner.DirichletPartitioner(clients, "label", data.alpha, min_partition_size=0, seed=seed)
         case "pathological":
             classes = len(np.unique(columns["label"]))
-            if each > classes:
-                raise ConfigError(f"classes-per-client = {each} is more than the {classes} classes of the data")
-            return partitioner.PathologicalPartitioner(clients, "label", each, "first-deterministic", seed=seed)
+            if per_client > classes:
+                raise ConfigError(f"classes-per-client = {per_client} is more than the {classes} classes of the data")
+            return partitioner.PathologicalPartitioner(clients, "label", per_client, "first-deterministic", seed=seed)
         case "shards":
-            if clients * each > number:
+            if clients * per_client > number:
                 raise ConfigError(
-                    f"num-clients = {clients} with classes-per-client = {each} shards is {clients * each} shards, "
-                    f"more than the {number} examples that are left for clients"
+                    f"num-clients = {clients} with classes-per-client = {per_client} shards is {clients * per_client} "
+                    f"shards, more than the {number} examples that are left for clients"
                 )
-            return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=each, seed=seed)
+            return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=per_client, seed=seed)
         case _:
             return partitioner.NaturalIdPartitioner("client")
 
@@ -93,21 +100,22 @@ def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray
 def split_clients(
     pool: np.ndarray, owner: np.ndarray, num_clients: int, validation_fraction: float, seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """`split_client` of each client; who has an example at all has one to train on."""
+    """Return the training and validation examples of each client (`split_client`)."""
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(num_clients + 1))
     train, validation = [], []
     for client in range(num_clients):
-        own, held = split_client(pool[order[bounds[client] : bounds[client + 1]]], client, validation_fraction, seed)
-        train.append(own)
-        validation.append(held)
+        indices = pool[order[bounds[client] : bounds[client + 1]]]
+        client_train, client_validation = split_client(indices, client, validation_fraction, seed)
+        train.append(client_train)
+        validation.append(client_validation)
     return train, validation
 
 
 def split_client(
     indices: np.ndarray, client: int, validation_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Train and validation part of the examples `indices` of one client."""
+    """Split one client's examples `indices` into training and validation. One example is a training example."""
     shuffled = generator(seed, "partition", "client", client).permutation(indices)
-    held = int(len(shuffled) * validation_fraction)
-    return shuffled[held:], shuffled[:held]
+    num_validation = int(len(shuffled) * validation_fraction)
+    return shuffled[num_validation:], shuffled[:num_validation]

@@ -1,7 +1,7 @@
-"""What a deployment's operator watches, for Prometheus: who is connected, and how every run goes.
+"""Prometheus metrics of a deployment: connected nodes, and the progress of every run.
 
-Read at each scrape from where it lies anyhow: runs from their journals, nodes from Flower. It is served on a port of
-its own, never on that of the Fleet API: accuracies and who is missing are the operator's to know.
+They are read at each scrape, runs from their journals and nodes from Flower. They have a port of their own, never that
+of the Fleet API: accuracies and missing clients are for the operator only.
 """
 
 from __future__ import annotations
@@ -16,42 +16,64 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from copra_fl.config import ConfigError
 from copra_fl.deployment import nodes, registration
+from copra_fl.records import Evaluation, PrivacySpent
 from copra_fl.reporting.results import ResultsError, Run, load_run
 
 log = logging.getLogger(__name__)
 
-Figure = Callable[[Run], float | None]
+Measure = Callable[[Run], float | None]
 
-#: name, help and value of what is said of a run; None is left out
-GAUGES: dict[str, tuple[str, Figure]] = {
-    "round": ("Rounds done.", lambda run: len(run.journal)),
-    "rounds_wanted": ("Rounds that the run is to have.", lambda run: run.config.federation.num_rounds),
+#: name, help text and measure of each metric of a run; a run without a value (None) is left out
+GAUGES: dict[str, tuple[str, Measure]] = {
+    "round": ("Finished rounds.", lambda run: len(run.journal)),
+    "num_rounds": ("Configured rounds of the run.", lambda run: run.config.federation.num_rounds),
     "finished": ("1 once the run has its results.", lambda run: run.summary is not None),
-    "last_round_timestamp_seconds": ("When the last round ended.", lambda run: _last_round_at(run)),
-    "round_seconds": ("Seconds that the last round took.", lambda run: _last(run, "seconds")),
-    "train_loss": ("Mean loss of the clients in the last round.", lambda run: _last(run, "train_loss")),
-    "validation_loss": ("Loss on validation data, newest.", lambda run: _newest(run, "validation", "loss")),
-    "validation_accuracy": ("Accuracy on validation data, newest.", lambda run: _newest(run, "validation", "accuracy")),
-    "privacy_epsilon": ("Epsilon spent so far.", lambda run: _newest(run, "privacy", "epsilon")),
-    "clients_trained": ("Clients whose training counted in the last round.", lambda run: _last_count(run, "clients")),
-    "clients_missing": ("Clients that were missing in the last round.", lambda run: _last_count(run, "missing")),
+    "last_round_timestamp_seconds": ("Time at which the last round ended.", lambda run: _last_round_at(run)),
+    "round_seconds": ("Duration of the last round.", lambda run: run.journal[-1].seconds if run.journal else None),
+    "train_loss": (
+        "Mean loss of the clients in the last round.",
+        lambda run: run.journal[-1].train_loss if run.journal else None,
+    ),
+    "validation_loss": (
+        "Loss on validation data, last evaluation.",
+        lambda run: evaluation.loss if (evaluation := _last_validation(run)) else None,
+    ),
+    "validation_accuracy": (
+        "Accuracy on validation data, last evaluation.",
+        lambda run: evaluation.accuracy if (evaluation := _last_validation(run)) else None,
+    ),
+    "privacy_epsilon": (
+        "Epsilon spent so far.",
+        lambda run: privacy.epsilon if (privacy := _privacy_spent(run)) else None,
+    ),
+    "clients_trained": (
+        "Clients with a valid update in the last round.",
+        lambda run: len(run.journal[-1].clients) if run.journal else None,
+    ),
+    "clients_missing": (
+        "Clients without a valid update in the last round.",
+        lambda run: len(run.journal[-1].missing) if run.journal else None,
+    ),
 }
-COUNTERS: dict[str, tuple[str, Figure]] = {
-    "absences": ("Clients missing, over all rounds.", lambda run: sum(len(row["missing"]) for row in run.journal)),
-    "bytes_up": ("Bytes from clients to the server.", lambda run: sum(row["bytes_up"] for row in run.journal)),
-    "bytes_down": ("Bytes from the server to clients.", lambda run: sum(row["bytes_down"] for row in run.journal)),
+COUNTERS: dict[str, tuple[str, Measure]] = {
+    "missing_updates": (
+        "Missing updates of clients over all rounds.",
+        lambda run: sum(len(record.missing) for record in run.journal),
+    ),
+    "bytes_up": ("Bytes from clients to the server.", lambda run: sum(record.bytes_up for record in run.journal)),
+    "bytes_down": ("Bytes from the server to clients.", lambda run: sum(record.bytes_down for record in run.journal)),
 }
 
 
 def serve(port: int, runs: Path) -> None:
-    """Serve the metrics of this machine's SuperLink and of the runs below `runs` over HTTP, in threads of their own."""
+    """Start threads that serve the metrics of this machine's SuperLink and of the runs below `runs` over HTTP."""
     registry = CollectorRegistry()
     registry.register(Deployment(runs))
     start_http_server(port, registry=registry)
 
 
 class Deployment:
-    """What is to be said of a deployment whose runs lie below `runs`."""
+    """Collector of the metrics of the deployment with runs below the folder `runs`."""
 
     def __init__(self, runs: Path) -> None:
         self._runs = runs
@@ -70,36 +92,32 @@ class Deployment:
 
 
 def of_runs(runs: list[Run]) -> Iterator[Metric]:
-    """A metric for each figure, labelled ``run`` (the run's folder)."""
-    for kind, figures in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
-        for name, (words, figure) in figures.items():
-            family = kind(f"copra_fl_{name}", words, labels=["run"])
+    """Yield one metric for each of `GAUGES` and `COUNTERS`, with the label ``run``: the name of the run's folder."""
+    for kind, measures in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+        for name, (help_text, measure) in measures.items():
+            family = kind(f"copra_fl_{name}", help_text, labels=["run"])
             for run in runs:
-                if (value := figure(run)) is not None:
+                if (value := measure(run)) is not None:
                     family.add_metric([run.directory.name], float(value))
             yield family
 
 
-def of_nodes(found: list[nodes.Node] | None) -> Iterator[Metric]:
-    """Whether the SuperLink answers, and which of its nodes are online; `found` is None where it does not."""
-    yield GaugeMetricFamily("copra_fl_superlink_up", "1 if the SuperLink answers.", value=found is not None)
+def of_nodes(known: list[nodes.Node] | None) -> Iterator[Metric]:
+    """Yield whether the SuperLink answers, and which nodes are online; `known` is None if it does not answer."""
+    yield GaugeMetricFamily("copra_fl_superlink_up", "1 if the SuperLink answers.", value=known is not None)
     online = GaugeMetricFamily("copra_fl_node_online", "1 while a node is connected.", labels=["node"])
-    for node in found or []:
+    for node in known or []:
         online.add_metric([node.name], node.status == "online")
     yield online
 
 
-def _last(run: Run, name: str) -> float | None:
-    return run.journal[-1][name] if run.journal else None
+def _last_validation(run: Run) -> Evaluation | None:
+    """Return the newest evaluation: not every round has one."""
+    return next((record.validation for record in reversed(run.journal) if record.validation), None)
 
 
-def _last_count(run: Run, name: str) -> float | None:
-    return len(run.journal[-1][name]) if run.journal else None
-
-
-def _newest(run: Run, part: str, name: str) -> float | None:
-    """The value in the newest round that has one: not every round is evaluated."""
-    return next((row[part][name] for row in reversed(run.journal) if row.get(part)), None)
+def _privacy_spent(run: Run) -> PrivacySpent | None:
+    return run.journal[-1].privacy if run.journal else None
 
 
 def _last_round_at(run: Run) -> float | None:

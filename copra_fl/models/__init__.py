@@ -1,1 +1,1 @@
-"""The adapted model: a frozen base, LoRA adapters in it, a task head on top; built, saved and sized."""
+"""The adapted model: a frozen base with LoRA adapters and a task head; how it is built, saved and sized."""

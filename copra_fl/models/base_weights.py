@@ -1,8 +1,8 @@
-"""The frozen base, on disk in the dtype that it computes in, and mapped into memory from there.
+"""Open the frozen base from a file in its compute dtype, mapped into memory.
 
-Processes that map one file share its pages, so that a further worker costs its adapter and its activations. To
-convert while loading would give every process a copy of its own. A base stored in another dtype is therefore
-converted once and kept:
+Processes that map one file share its pages, so that another worker costs only its adapter and its activations.
+Converting while loading would give every process its own copy. A base stored in another dtype is therefore converted
+once and kept:
 
     CACHE/bases/DIGEST/           a folder that Transformers' from_pretrained opens
     CACHE/bases/DIGEST.sha256     `weights_digest`; a model's own folder need not be writable
@@ -25,16 +25,15 @@ from copra_fl.files import CacheError, atomic_write, build_once, cache_dir, dige
 
 transformers_logging.disable_progress_bar()
 
-#: where Transformers looks for weights, in its order; an index names the files of which they are made up
+#: files in which Transformers looks for weights, in its order; an index lists the files of sharded weights
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreTrainedModel:
-    """The model in the folder or of the hub name `source`, with weights in `dtype` that no process owns.
+    """Open the model `source`, a folder or a name on the hub, with weights in `dtype` that all processes share.
 
-    `model_class` is the Transformers class that opens it, `attention` eager or sdpa; a model that has no sdpa computes
-    with eager.
-    Raises OSError or ValueError where there is no model, CacheError where it cannot be stored in `dtype`.
+    `model_class` is the Transformers class that opens it. `attention` is eager or sdpa; a model without sdpa uses
+    eager. Raises OSError or ValueError if there is no such model, CacheError if it cannot be stored in `dtype`.
     """
     converted = cache_dir() / "bases" / digest_of(_identity(source), dtype, model_class.__name__)
     if not converted.exists():
@@ -43,33 +42,33 @@ def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreT
             return base
         _convert(source, dtype, model_class, converted)
     base = _open(str(converted), dtype, attention, model_class)
-    base.name_or_path = base.config.name_or_path = source  # what PEFT writes beside an adapter
+    base.name_or_path = base.config.name_or_path = source  # the name that PEFT writes to an adapter folder
     return base
 
 
-def open_quantised(source: str, dtype: str, attention: str, model_class: Any, device: torch.device) -> PreTrainedModel:
-    """The same with its linear layers in 4 bits on `device`, computing in `dtype`, each process with its own copy.
+def open_quantized(source: str, dtype: str, attention: str, model_class: Any, device: torch.device) -> PreTrainedModel:
+    """Open the model `source` with linear layers in 4 bits on `device`, computing in `dtype`; each process has a copy.
 
-    Quantised while it loads, as in QLoRA (Dettmers et al., arXiv:2305.14314): NF4, its constants quantised again.
+    It is quantized while it loads, as in QLoRA (Dettmers et al., arXiv:2305.14314): NF4 with double quantization.
     """
-    quantised = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    settings = {"quantization_config": quantised, "device_map": {"": device}}
+    settings = {"quantization_config": quantization, "device_map": {"": device}}
     base = _open(source, dtype, attention, model_class, **settings)
     _keep_unpacked(base)
     return base
 
 
 def _keep_unpacked(base: PreTrainedModel) -> None:
-    """Make the 4-bit layers of `base` compute with their weights as they were quantised, on every CPU.
+    """Make the 4-bit layers of `base` compute with their weights as they were quantized, on every CPU.
 
     On a CPU with AVX512-BF16, the first evaluation would make bitsandbytes (0.50.2) repack a layer's weights for a
-    fused kernel for good. That kernel has no gradient, so that the next training fails; it rounds to bfloat16 whatever
-    `dtype` is; and the packing itself fails where a layer's inputs are no multiple of 64 or its outputs none of 32.
+    fused kernel for good. That kernel has no gradient, so the next training would fail; it rounds to bfloat16 whatever
+    `dtype` is; and packing fails unless a layer's inputs are a multiple of 64 and its outputs a multiple of 32.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -79,13 +78,13 @@ def _keep_unpacked(base: PreTrainedModel) -> None:
 
 
 def _open(source: str, dtype: str, attention: str, model_class: Any, **settings: Any) -> PreTrainedModel:
-    # Asked for sdpa by name, Transformers raises where a model has none; not asked at all, it takes sdpa if it can.
-    wanted = None if attention == "sdpa" else attention
-    return model_class.from_pretrained(source, dtype=dtype, attn_implementation=wanted, **settings)
+    # With "sdpa" Transformers raises for a model without sdpa; with None it uses sdpa if the model has it.
+    implementation = None if attention == "sdpa" else attention
+    return model_class.from_pretrained(source, dtype=dtype, attn_implementation=implementation, **settings)
 
 
 def _identity(source: str) -> list[object]:
-    """Changes when the model does: a hub snapshot's folder is named by its commit, other folders by their files."""
+    """Return values that change when the model changes: the commit of a hub snapshot, or files."""
     folder = Path(str(cached_file(source, "config.json"))).parent
     if not Path(source).is_dir():
         return [str(folder)]
@@ -94,9 +93,9 @@ def _identity(source: str) -> list[object]:
 
 
 def weights_digest(source: str) -> str:
-    """SHA-256 of the weights of the model `source`; of several files that of their digests, one a line.
+    """Return the SHA-256 of the weights of the model `source`; for several files, that of their digests, one per line.
 
-    Computed once and kept, for as long as the files stay as they are. Raises OSError where there are none.
+    It is computed once and kept until the files change. Raises OSError for a model without weights.
     """
     kept = cache_dir() / "bases" / f"{digest_of(_identity(source))}.sha256"
     if not kept.exists():
@@ -108,11 +107,11 @@ def weights_digest(source: str) -> str:
 
 
 def _weights(source: str) -> list[Path]:
-    """The files with the weights, sorted by name."""
-    found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHTS)
-    path = next((Path(str(name)) for name in found if name), None)
+    """Return the files with the weights, sorted by name."""
+    files = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in WEIGHTS)
+    path = next((Path(str(file)) for file in files if file), None)
     if path is None:
-        raise OSError(f"{source!r} has none of {', '.join(WEIGHTS)}")
+        raise OSError(f"{source!r} has no weights: none of {', '.join(WEIGHTS)}")
     if path.suffix != ".json":
         return [path]
     shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
@@ -120,7 +119,7 @@ def _weights(source: str) -> list[Path]:
 
 
 def _convert(source: str, dtype: str, model_class: Any, place: Path) -> None:
-    """Store the base in `dtype`; one process does it, and one that is killed leaves nothing at `place`."""
+    """Store the base in `dtype` at `place`; one process does it, and leaves nothing there if it is killed."""
 
     def build(scratch: Path) -> Path:
         model_class.from_pretrained(source, dtype=dtype).save_pretrained(scratch / "base")
@@ -129,5 +128,5 @@ def _convert(source: str, dtype: str, model_class: Any, place: Path) -> None:
     try:
         build_once(place, build)
     except (OSError, SafetensorError) as error:
-        message = f"cannot store {source!r} in {dtype} in {place.parent}: {error}. COPRA_FL_CACHE names another folder"
+        message = f"cannot store {source!r} in {dtype} in {place.parent}: {error}. Set COPRA_FL_CACHE to another folder"
         raise CacheError(message) from error

@@ -1,4 +1,4 @@
-"""Build the model of a configuration: base, adapters and head, or say in words why it cannot be built."""
+"""Build the model of a configuration: base, adapters and head; or raise a ConfigError with the reason."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from copra_fl.config import ConfigError, DataConfig, ModelConfig
+from copra_fl.aggregation.compatibility import with_explicit_parameters
+from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
 from copra_fl.models.adapted import AdaptedModel, lora_layers
-from copra_fl.models.base_weights import open_base, open_quantised
+from copra_fl.models.base_weights import open_base, open_quantized
 from copra_fl.seeding import torch_stream
 from copra_fl.sources import assets
 from copra_fl.tasks import Task, find_task
 
-#: tokens from which on sdpa trains faster than eager on a CPU in float32; in bfloat16 it does not up to 512
+#: number of tokens from which sdpa trains faster than eager on a CPU in float32; in bfloat16 eager is faster up to 512
 #: (experiments/LOG.md)
 SDPA_TOKENS = 128
 
 
 def model_source(model: str) -> str:
-    """What Transformers can open: an asset's folder (fetched if missing), else the name or path as it is."""
+    """Return the path or name that Transformers opens: an asset's folder (fetched if missing), else `model` itself."""
     return str(assets.fetch(model)) if model in assets.ASSETS else model
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """What the task encodes examples with: tokenizer or image processor. Raises ConfigError where there is none."""
+    """Load the tokenizer or image processor of the model. Raises ConfigError if there is none."""
     task = find_task(config.task)
     try:
         return task.processor_class.from_pretrained(model_source(config.model))
@@ -43,16 +44,17 @@ def load_processor(config: ModelConfig) -> Any:
 def _not_found(model: str, error: Exception) -> str:
     names = ", ".join(name for name, asset in assets.ASSETS.items() if asset.kind == "model")
     return (
-        f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be "
-        f"had from the Hugging Face hub: {str(error).splitlines()[0]} To use a model of the hub without a network, run "
-        f"`hf download {model} --local-dir FOLDER` where there is one, bring the folder here and set model to its path"
+        f"model = {model!r} is not an asset ({names}), not a folder with a Transformers model, and could not be loaded "
+        f"from the Hugging Face hub: {str(error).splitlines()[0]} To use a model of the hub without a network, run "
+        f"`hf download {model} --local-dir FOLDER` on a machine with a network, copy the folder here and set model to "
+        "its path"
     )
 
 
 def check_weights(config: ModelConfig) -> str:
-    """SHA-256 of the base's weights (`bases.weights_digest`).
+    """Return the SHA-256 of the base's weights (`base_weights.weights_digest`).
 
-    Raises ConfigError where there is no such model, or ``model-sha256`` names other weights.
+    Raises ConfigError for an unknown model, or if ``model-sha256`` is the digest of other weights.
     """
     try:
         digest = base_weights.weights_digest(model_source(config.model))
@@ -67,16 +69,27 @@ def check_weights(config: ModelConfig) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for cuda without one."""
+    """Return the device; `auto` is CUDA if available. Raises ConfigError for cuda without a CUDA device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device here; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
-    """`config` with dtype and attention made plain for texts of up to `max_length` tokens on this machine's device.
+def resolve_config(config: Config) -> Config:
+    """Return `config` with dtype, attention and the rule's parameters explicit.
 
-    Done once for a run, so that all its processes compute alike. Raises ConfigError as `choose_device` does.
+    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device` and
+    `aggregation.compatibility.parameters_of` do.
+    """
+    model = resolve_compute(config.model, config.data.max_length)
+    return with_explicit_parameters(replace(config, model=model))
+
+
+def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
+    """Return `config` with ``auto`` replaced in dtype and attention, for texts of up to `max_length` tokens.
+
+    The choice depends on this machine's device. It is made once per run, so that all processes compute alike. Raises
+    ConfigError as `choose_device` does.
     """
     device = choose_device(config.device)
     dtype, attention = config.dtype, config.attention
@@ -89,7 +102,7 @@ def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies matrices in bfloat16 itself, and torch makes use of it."""
+    """Return whether `device` has instructions for bfloat16 matrix products that torch uses."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = torch.cpu.get_capabilities()
@@ -99,7 +112,7 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
 
 
 def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
-    """`target_modules` as PEFT takes it. Raises ConfigError naming a target that matches no linear module."""
+    """Return `target_modules` in PEFT's form. Raises ConfigError for a target that matches no linear module."""
     if target_modules == "all-linear":
         return target_modules
     kinds = nn.Linear, Conv1D  # GPT-2's Conv1D is a linear layer too
@@ -107,12 +120,15 @@ def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
     targets = [target.strip() for target in target_modules.split(",")]
     for target in targets:
         if target not in linear:
-            raise ConfigError(f"target-modules: {target!r} matches no linear module of the model; there are {linear}")
+            raise ConfigError(
+                f"target-modules: {target!r} matches no linear module of the model; its linear modules are "
+                f"{', '.join(linear)}"
+            )
     return targets
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise ConfigError for what `build` would raise, without reading any weights."""
+    """Raise the ConfigError that `build_model` would raise, without reading any weights."""
     choose_device(config.device)
     check_quantization(config.quantization)
     try:
@@ -124,7 +140,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
-    """PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
+    """Return PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
     return LoraConfig(
         task_type=find_task(config.task).peft_type,
         r=config.rank,
@@ -136,11 +152,16 @@ def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
 
 
 def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> AdaptedModel:
-    """The model at its common start: base from disk, adapter and head initialised from `seed`'s ``init`` stream.
+    """Build the initial model of a run: base from disk, adapter and head drawn from the ``init`` stream of `seed`.
 
-    `num_labels` is how many labels the task's data has. With `core` there is a matrix R (r, r), at first 0, between the
-    factors: W0 + s B R A.
-    Raises ConfigError for an unknown model, a target that matches nothing, a device that is not there.
+    Args:
+        config: model, adapters, device.
+        group: unit of a gate, "layer" or "module".
+        num_labels: number of labels of the task's data.
+        seed: seed of the run.
+        core: whether to insert a matrix R (r, r), initially 0, between the factors: W0 + s B R A.
+
+    Raises ConfigError for an unknown model, a target that matches no module, or a missing device.
     """
     task, device = find_task(config.task), choose_device(config.device)
     config = resolve_compute(config, DataConfig.max_length)
@@ -160,16 +181,18 @@ def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, cor
     return model
 
 
-def open_model(source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device) -> Any:
-    """The base in full or in 4 bits. Raises ConfigError where bitsandbytes is missing."""
+def open_model(
+    source: str, dtype: str, attention: str, quantization: str, task: Task, device: torch.device
+) -> PreTrainedModel:
+    """Open the base unquantized or in 4 bits. Raises ConfigError if bitsandbytes is needed and missing."""
     if quantization == "none":
         return open_base(source, dtype, attention, task.model_class)
     check_quantization(quantization)
-    return open_quantised(source, dtype, attention, task.model_class, device)
+    return open_quantized(source, dtype, attention, task.model_class, device)
 
 
 def check_quantization(quantization: str) -> None:
-    """Raise ConfigError where what quantises is not installed."""
+    """Raise ConfigError if a package that `quantization` needs is not installed."""
     missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
     if quantization != "none" and missing:
         raise ConfigError(
@@ -178,7 +201,7 @@ def check_quantization(quantization: str) -> None:
 
 
 def _insert_cores(peft: PeftModel, rank: int) -> None:
-    """Give each LoRA layer a ``lora_R`` (r, r) of zeros, through which the output of its A goes."""
+    """Give each LoRA layer a ``lora_R`` (r, r) of zeros that is applied to the output of its A."""
     for layer in lora_layers(peft):
         core = nn.Linear(rank, rank, bias=False)
         nn.init.zeros_(core.weight)

@@ -15,18 +15,18 @@ from torch import nn
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.models.adapted import AdaptedModel
-from copra_fl.models.build import (
-    choose_device,
-    open_model,
-)
+from copra_fl.models.build import choose_device, open_model
 from copra_fl.tasks import find_task
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model opened from a folder: `model(**processor(...))` gives logits, one for each of `labels` where there are.
+    """A model opened from an adapter folder: `model(**processor(...))` returns logits.
 
-    `processor` is the tokenizer or image processor of the base.
+    Attributes:
+        model: the base with adapter and head.
+        processor: the tokenizer or image processor of the base.
+        labels: the label of each logit, in order; empty for a task without labels.
     """
 
     model: AdaptedModel
@@ -35,10 +35,10 @@ class SavedModel:
 
 
 def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
-    """Write adapter (PEFT's own format), what else the task needs (``task.json``) and head to `directory`.
+    """Write `model` to `directory`: the adapter in PEFT's format, ``task.json``, and a trained head.
 
-    The head, where one is trained, is in ``head.safetensors``. A core and a `residual` are folded into one plain
-    adapter of a higher rank, so that stock PEFT opens it.
+    The head is in ``head.safetensors``. A core and a `residual` are folded into one plain adapter of a higher rank, so
+    that PEFT alone can open it.
     """
     model.gates.open()
     adapter = model.read_adapter()
@@ -70,7 +70,10 @@ def _save_folded(model: AdaptedModel, adapter: Adapter, residual: Adapter, direc
 
 
 def load(directory: str | Path, device: str = "auto") -> SavedModel:
-    """Open what `save` wrote, on the base that the adapter names. Raises ConfigError for a task that is not here."""
+    """Open a model that `save` wrote, on the base that its adapter names; `device` is auto, cpu or cuda.
+
+    Raises ConfigError for an unknown task, and for cuda without a CUDA device.
+    """
     directory = Path(directory)
     description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     task = find_task(description["task"])

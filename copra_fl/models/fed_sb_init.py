@@ -1,9 +1,9 @@
-"""The fixed factors of Fed-SB (arXiv 2502.15436), found as LoRA-SB does (arXiv 2411.19557).
+"""Initial factors of Fed-SB (arXiv 2502.15436), computed as in LoRA-SB (arXiv 2411.19557).
 
     W0 + s B R A,    G = U S V^T the gradient of the loss with respect to W0,    B = U_r,    A = V_r^T,    R = 0
 
-So W0 + s B R A can take the best approximation of rank r of a step of full fine-tuning. LoRA-SB starts from that step;
-here R starts at 0, so that the first round starts from W0.
+With these factors, W0 + s B R A can represent the best approximation of rank r of a step of full fine-tuning. LoRA-SB
+starts from that step; here R starts at 0, so the first round starts from W0.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.adapters.state import Adapter
+from copra_fl.aggregation import find_rule
+from copra_fl.config import Config
+from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.tasks import Examples
 
 
 def core_start(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> Adapter:
-    """The adapter to start from, its head `model`'s own, by the gradient on the examples `indices`."""
+    """Return the initial adapter, with factors from the gradient on the examples `indices` and the head of `model`."""
     adapter = model.read_adapter()
     for module, gradient in base_gradients(model, examples, indices, batch_size).items():
         core = adapter[f"{module}.lora_R.weight"]
@@ -31,9 +34,9 @@ def core_start(model: AdaptedModel, examples: Examples, indices: np.ndarray, bat
 
 
 def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray, batch_size: int) -> dict[str, Tensor]:
-    """Adapted module -> gradient (d, k) of the mean loss over `indices` with respect to its W0, adapters off.
+    """Return adapted module -> gradient (d, k) of the mean loss over `indices` with respect to W0, with adapters off.
 
-    Summed over batches in float32 at least. The base is frozen afterwards as before, and every gate open.
+    Gradients are summed over batches in float32 or wider. Afterwards the base is frozen again and every gate is open.
     """
     weights = {name: linear.weight for name, linear in model.linears.items()}
     totals = {
@@ -58,8 +61,21 @@ def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray,
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first `rank` left (d, r) and right (r, k) singular vectors, each left one's largest entry positive."""
+    """Return the first `rank` left (d, r) and right (r, k) singular vectors of `matrix`.
+
+    Signs are such that the largest entry of each left vector is positive.
+    """
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     left, right = left[:, :rank], right[:rank]
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return (left * signs).contiguous(), (right * signs.T).contiguous()
+
+
+def initial_adapter(model: AdaptedModel, data: FederatedData, config: Config) -> Adapter:
+    """Return the adapter that a federation of `config` starts from: `model`'s own; for rules with a core, `core_start`.
+
+    `model` is new; the validation examples of the server's `data` give the gradient.
+    """
+    if not find_rule(config.aggregation.rule).core:
+        return model.read_adapter()
+    return core_start(model, data.examples, data.server_validation, config.evaluation.eval_batch_size)

@@ -1,4 +1,7 @@
-"""What `copra-fl probe` measures on finished runs, a file a probe; `opening` and `page` are for all of them.
+"""Probes: the measurements of `copra-fl probe` on finished runs.
 
-Each probe is a function from opened runs to `page.Findings`; its mathematics are pure functions beside it.
+A module named as a command is the command: its function `probe` takes opened runs and returns `findings.Findings`. The
+mathematics stand beside it as pure functions of adapters: `merging` for `merge`, `shapley_values` for `shapley`,
+`pruned_adapters` for `prune`, `copra_fl.adapters.interpolation` for `connectivity`. All probes share `open_run`,
+`members`, `exported`, `charts` and `findings`.
 """

@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from copra_fl.adapters.interpolation import Path
+from copra_fl.adapters.interpolation import LossPath
+from copra_fl.reporting.figures.lines import add_lines
 from copra_fl.reporting.html import STYLES, Figure, empty_chart
 
-#: white is nothing
+#: color scale from 0 (white) upwards
 BLUES = [[0, "#ffffff"], [1, "#0072B2"]]
-#: how a number is called and shown: its name on an axis, and the factor to the unit shown
+#: metric -> name on an axis, and factor to the unit shown
 UNITS = {"loss": ("loss", 1), "accuracy": ("accuracy, %", 100)}
 
 
-def along_lines(paths: Mapping[str, Mapping[str, Path]], told: str) -> list[Figure]:
-    """Loss and accuracy along the lines of each kind of path: pairs thin, their mean thick."""
+def along_lines(paths: Mapping[str, Mapping[str, LossPath]], setting: str) -> list[Figure]:
+    """Return charts of loss and accuracy along the lines of each kind of path: pairs thin, their mean thick."""
     return [
-        _along_lines(paths, "loss", f"A bump is a barrier. Thin: pairs; thick: their mean. {told}"),
-        _along_lines(paths, "accuracy", f"A dip is a barrier. Thin: pairs; thick: their mean. {told}"),
+        _along_lines(paths, "loss", f"A rise between the ends is a barrier. Thin: pairs; thick: mean. {setting}"),
+        _along_lines(paths, "accuracy", f"A dip between the ends is a barrier. Thin: pairs; thick: mean. {setting}"),
     ]
 
 
-def _along_lines(paths: Mapping[str, Mapping[str, Path]], metric: str, caption: str) -> Figure:
+def _along_lines(paths: Mapping[str, Mapping[str, LossPath]], metric: str, caption: str) -> Figure:
     unit, scale = UNITS[metric]
     chart = empty_chart({"title": "u"}, {"title": unit})
-    for (kind, found), style in zip(paths.items(), STYLES, strict=False):
-        values = {pair: scale * np.array(getattr(path, metric)) for pair, path in found.items()}
-        grid = next(iter(found.values())).u
-        common: dict[str, Any] = {"x": grid, "name": f"{kind} path", "legendgroup": kind, "mode": "lines"}
-        for pair, each in values.items() if len(values) > 1 else []:
-            line = {"color": style.colour, "width": 1}
-            chart.add_scatter(
-                **common, y=each, line=line, opacity=0.5, showlegend=False, hovertemplate=f"{pair}: %{{y:.4g}}"
-            )
-        line = {"color": style.colour, "width": 4, "dash": style.dash}
-        mean = np.mean(list(values.values()), axis=0)
-        chart.add_scatter(**common, y=mean, line=line, hovertemplate="u = %{x:.2f}: %{y:.4g}")
+    for (kind, path_by_pair), style in zip(paths.items(), STYLES, strict=False):
+        curves = {pair: [scale * value for value in getattr(path, metric)] for pair, path in path_by_pair.items()}
+        add_lines(chart, f"{kind} path", style, next(iter(path_by_pair.values())).u, curves)
     return Figure(f"{metric.capitalize()} on the line", caption, chart)
 
 
-def barriers(matrices: Mapping[str, np.ndarray], names: Sequence[str], told: str) -> list[Figure]:
-    """The barrier of each pair as a heat map, one for each kind of path, in the same colours."""
+def barriers(matrices: Mapping[str, np.ndarray], names: Sequence[str], setting: str) -> list[Figure]:
+    """Return a heat map of the pairs' barriers for each kind of path, all on one color scale."""
     highest = max(float(np.nanmax(cells)) for cells in matrices.values())
     figures = []
     for kind, cells in matrices.items():
@@ -60,20 +51,20 @@ def barriers(matrices: Mapping[str, np.ndarray], names: Sequence[str], told: str
             hovertemplate="%{y} – %{x}: %{z:.4g}<extra></extra>",
         )
         chart.update_layout(height=180 + 36 * len(names), margin={"t": 10}, showlegend=False)
-        caption = f"White: no barrier. Barrier (Entezari) in loss on the {kind} path between each pair. {told}"
+        caption = f"Barrier (Entezari) of the loss on the {kind} path between each pair; white: none. {setting}"
         figures.append(Figure(f"Barriers, {kind} path", caption, chart))
     return figures
 
 
 def planes(
-    values: Mapping[str, Sequence[Sequence[float]]], lattice: Sequence[float], names: Sequence[str], told: str
+    values: Mapping[str, Sequence[Sequence[float]]], lattice: Sequence[float], names: Sequence[str], setting: str
 ) -> list[Figure]:
-    """Contours of each number on the plane through three adapters."""
-    return [_plane(metric, cells, lattice, names, told) for metric, cells in values.items()]
+    """Return contours of each metric on the plane through three adapters."""
+    return [_plane(metric, cells, lattice, names, setting) for metric, cells in values.items()]
 
 
 def _plane(
-    metric: str, cells: Sequence[Sequence[float]], lattice: Sequence[float], names: Sequence[str], told: str
+    metric: str, cells: Sequence[Sequence[float]], lattice: Sequence[float], names: Sequence[str], setting: str
 ) -> Figure:
     a, b, c = names
     unit, scale = UNITS[metric]
@@ -87,23 +78,23 @@ def _plane(
         line={"width": 0.5},
         hovertemplate="u = %{x:.2f}, v = %{y:.2f}: %{z:.4g}<extra></extra>",
     )
-    look = {"color": "#000000", "size": 9}
+    marker = {"color": "#000000", "size": 9}
     chart.add_scatter(
-        x=[0, 1, 0, 0], y=[0, 0, 1, 0], mode="lines+markers", line={"color": "#000000"}, marker=look, hoverinfo="skip"
+        x=[0, 1, 0, 0], y=[0, 0, 1, 0], mode="lines+markers", line={"color": "#000000"}, marker=marker, hoverinfo="skip"
     )
-    chart.add_scatter(x=[1 / 3], y=[1 / 3], mode="markers", marker=look | {"symbol": "x"}, hoverinfo="skip")
+    chart.add_scatter(x=[1 / 3], y=[1 / 3], mode="markers", marker=marker | {"symbol": "x"}, hoverinfo="skip")
     for name, u, v in zip(names, (0, 1, 0), (0, 0, 1), strict=True):
         chart.add_annotation(x=u, y=v, text=name, bgcolor="rgba(255, 255, 255, 0.8)", showarrow=False, yshift=16)
     chart.update_layout(height=440, margin={"t": 10}, showlegend=False)
     caption = (
-        f"The plane a + u (b - a) + v (c - a), factors and head alike; inside the triangle all weights 1 - u - v, u, v "
-        f"are positive, × is the mean of the three. {told}"
+        f"The plane a + u (b - a) + v (c - a), for factors and head. Inside the triangle the weights 1 - u - v, u and "
+        f"v are all positive; × is the mean of the three. {setting}"
     )
     return Figure(f"{metric.capitalize()} on the plane through three", caption, chart)
 
 
-def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float, told: str) -> list[Figure]:
-    """Accuracy of each model before and after merging; a line at the mean of those before."""
+def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float, setting: str) -> list[Figure]:
+    """Return a bar chart of accuracy before and after merging, with a line at the mean before."""
     chart = empty_chart({"title": "accuracy, %"}, {"type": "category", "autorange": "reversed"})
     for name, values, style in (("before", before, STYLES[1]), ("merged", after, STYLES[0])):
         chart.add_bar(
@@ -111,10 +102,10 @@ def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float,
             x=[100 * value for value in values.values()],
             y=list(values),
             name=name,
-            marker={"color": style.colour},
+            marker={"color": style.color},
             hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
         )
     chart.add_vline(x=100 * mean, line={"dash": "dash", "width": 1})
     chart.update_layout(height=140 + 26 * (len(before) + len(after)), barmode="overlay")
-    caption = f"Right of the dashed line, merging gave more than its parts have in the mean. {told}"
+    caption = f"Dashed line: mean accuracy of the models before merging; a merge to its right is better. {setting}"
     return [Figure("Accuracy before and after merging", caption, chart, wide=True)]

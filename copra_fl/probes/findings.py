@@ -1,4 +1,4 @@
-"""What a probe found: a JSON file for programs, and a page of the report's kind for people."""
+"""Results of a probe: a JSON file for programs, and a page in the style of the report for people."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 
 from copra_fl.files import atomic_write
 from copra_fl.probes.open_run import OpenRun, Split
-from copra_fl.reporting.html import DataTable, Section, pack, render
+from copra_fl.reporting.html import Section, pack, render
+from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
 
 @dataclass(frozen=True)
 class Findings:
-    """
+    """Everything that a probe reports.
+
     Attributes:
-        probe: its name: ``connectivity``.
+        probe: name of the probe: ``connectivity``.
         title: of the page.
-        setting: one line: runs, split, grid, seeds (see `setting`).
-        verdict: the answer in a sentence.
-        results: the table that is also printed.
+        setting: one line with runs, split, grid and seeds (see `setting_line`).
+        verdict: the answer in one sentence.
+        results: the main table, which is also printed.
         facts: all numbers, as plain data.
         sections: figures and further tables.
-        warnings: what could not be measured, and why.
+        warnings: what was not measured, and why.
     """
 
     probe: str
@@ -39,15 +41,15 @@ class Findings:
     warnings: Sequence[str] = field(default_factory=list)
 
 
-def write(findings: Findings, directory: Path) -> Path:
-    """Write ``probe-NAME.json`` and ``probe-NAME.html`` to `directory`; returns the page.
+def write_findings(findings: Findings, directory: Path) -> Path:
+    """Write ``probe-NAME.json`` and ``probe-NAME.html`` to `directory`; return the path of the page.
 
-    ``probe-NAME.figures.json`` is for the report of the run (`reporting.report`), which shows the same figures.
+    ``probe-NAME.figures.json`` holds the figures for the report of the run (`reporting.report`).
     """
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / f"probe-{findings.probe}"
-    told = {"probe": findings.probe, "setting": findings.setting, "verdict": findings.verdict}
-    facts = _finite(told | {"warnings": list(findings.warnings)} | dict(findings.facts))
+    summary = {"probe": findings.probe, "setting": findings.setting, "verdict": findings.verdict}
+    facts = _without_infinities(summary | {"warnings": list(findings.warnings)} | dict(findings.facts))
     atomic_write(stem.with_suffix(".json"), json.dumps(facts, indent=2, allow_nan=False) + "\n")
     figures = {"title": findings.title, "figures": pack(findings.sections)}
     atomic_write(stem.with_suffix(".figures.json"), json.dumps(figures) + "\n")
@@ -58,16 +60,19 @@ def write(findings: Findings, directory: Path) -> Path:
     return stem.with_suffix(".html")
 
 
-def setting(runs: Sequence[OpenRun], split: Split, *more: str) -> str:
-    """``lora-seed0 (seed 0) and copra-seed0 (seed 0) · minilm on health-tweets · 500 examples (server-validation)``."""
+def setting_line(runs: Sequence[OpenRun], split: Split, *details: str) -> str:
+    """Return the setting of a probe in one line.
+
+    ``lora-seed0 (seed 0) and copra-seed0 (seed 0) · minilm on health-tweets · 500 examples (server-validation)``
+    """
     first = runs[0].config
-    named = join_words(f"{run.name} (seed {run.config.federation.seed})" for run in runs)
+    names = join_words(f"{run.name} (seed {run.config.federation.seed})" for run in runs)
     held_out = f"{len(runs[0].indices(split))} examples ({split})"
-    return " · ".join((named, f"{first.model.model} on {first.data.dataset}", held_out, *more))
+    return " · ".join((names, f"{first.model.model} on {first.data.dataset}", held_out, *details))
 
 
-def origin(runs: Sequence[OpenRun], split: Split) -> dict[str, Any]:
-    """What `setting` says, as facts."""
+def setting_facts(runs: Sequence[OpenRun], split: Split) -> dict[str, Any]:
+    """Return runs, split and number of examples as plain data."""
     return {
         "runs": [
             {"name": run.name, "directory": str(run.directory), "seed": run.config.federation.seed} for run in runs
@@ -77,10 +82,10 @@ def origin(runs: Sequence[OpenRun], split: Split) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None for every number that JSON does not have."""
+def _without_infinities(value: Any) -> Any:
+    """Replace infinities and NaN, which JSON does not have, by None."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): _without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

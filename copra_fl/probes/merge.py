@@ -1,4 +1,4 @@
-"""What becomes of adapters that are merged after training, in all the usual ways."""
+"""`copra-fl probe merge`: merge trained adapters with each of PEFT's methods, and score them before and after."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from copra_fl.adapters.state import Adapter, parts
+from copra_fl.adapters.state import Adapter
 from copra_fl.probes import charts
-from copra_fl.probes.findings import Findings, origin, setting
+from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.members import Members
-from copra_fl.probes.merging import MERGES, merge
-from copra_fl.probes.open_run import Metrics, Progress, Split
-from copra_fl.reporting.html import DataTable, Section
-from copra_fl.reporting.tables import Column
+from copra_fl.probes.merging import MERGE_METHODS, merge
+from copra_fl.probes.open_run import Metrics, Progress, Split, rank_of
+from copra_fl.reporting.html import Section
+from copra_fl.reporting.tables import Column, DataTable
 from copra_fl.training.evaluation import merge_gap_each
 
 ACCURACY = Column("accuracy, %", "accuracy", scale=100)
 COLUMNS = (
     Column("loss", "loss", spec=".3f"),
     ACCURACY,
-    Column("to the mean, points", "gap", scale=100, spec="+.1f"),
+    Column("gap, points", "gap", scale=100, spec="+.1f"),
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model before or after merging. `gap`: its accuracy minus the weighted mean of those before.
+class ScoredModel:
+    """A model before or after merging, with its scores.
 
-    With several data sets `datasets` has what it is evaluated on, each with its metrics: for a client its own, for a
-    merge those of its members. Loss, accuracy and gap are means over these.
+    With several data sets, `loss`, `accuracy` and `gap` are means over the data sets on which the model is evaluated.
+
+    Attributes:
+        name: a member, or a merge method.
+        kind: PEFT's combination type; an en dash before merging.
+        rank: largest rank of its modules.
+        gap: accuracy minus the weighted mean accuracy of the members.
+        datasets: with several data sets: metrics by data set; a client has its own, a merge those of all its members.
     """
 
     name: str
@@ -42,86 +48,94 @@ class Row:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """Name and scores as plain data."""
         return {name: value for name, value in vars(self).items() if name != "datasets" or value}
 
 
 def probe(members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress) -> Findings:
-    """The members by themselves, and merged in each way that they can be."""
-    adapters, scorer = members.plain(split)
-    factors_differ, warnings = members.factors_differ, []
-    ways = {name: how for name, how in MERGES.items() if not (how.of_factors and factors_differ)}
-    if factors_differ:
-        warnings.append(f"No merge of factors apart: {factors_differ}.")
-    before: list[Metrics] = []
+    """Score the members by themselves, and merged by each method that their factors allow."""
+    adapters, mismatch, warnings = members.plain_adapters, members.factor_mismatch, []
+    methods = {name: method for name, method in MERGE_METHODS.items() if not (method.of_factors and mismatch)}
+    if mismatch:
+        warnings.append(f"Merges of factors are left out: {mismatch}.")
+    member_metrics: list[Metrics] = []
     for member, adapter in enumerate(adapters):
-        before += scorer([member])([adapter])
+        member_metrics += members.score_plain([member], [adapter], split)
         progress("before", 1, len(adapters))
 
-    def row(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> Row:
-        rank = max(len(tensor) for tensor in parts(adapter, {"A"}).values())
-        gap = merge_gap_each(metrics, before, members.weights)["accuracy"]
-        return Row(name, kind, rank, metrics["loss"], metrics["accuracy"], gap, metrics.get("datasets", {}))
+    def scored(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> ScoredModel:
+        gap = merge_gap_each(metrics, member_metrics, members.weights)["accuracy"]
+        datasets = metrics.get("datasets", {})
+        return ScoredModel(name, kind, rank_of(adapter), metrics["loss"], metrics["accuracy"], gap, datasets)
 
-    own = [row(*each) for each in zip(members.names, ["–"] * len(before), adapters, before, strict=True)]
-    merged, score = [], scorer(range(len(adapters)))
-    for name, how in ways.items():
-        adapter = merge(adapters, how, members.weights, scale, density, seed)
-        merged.append(row(name, how.kind, adapter, score([adapter])[0]))
-        progress("merged", 1, len(ways))
-    told = setting(
-        members.runs, split, members.what, f"task arithmetic: scale {scale:g}", f"TIES and DARE: density {density:g}",
+    before = [
+        scored(name, "–", adapter, metrics)
+        for name, adapter, metrics in zip(members.names, adapters, member_metrics, strict=True)
+    ]
+    merged = []
+    for name, method in methods.items():
+        adapter = merge(adapters, method, members.weights, scale, density, seed)
+        (metrics,) = members.score_plain(range(len(adapters)), [adapter], split)
+        merged.append(scored(name, method.kind, adapter, metrics))
+        progress("merged", 1, len(methods))
+    setting = setting_line(
+        members.runs,
+        split,
+        members.description,
+        f"task arithmetic: scale {scale:g}",
+        f"TIES and DARE: density {density:g}",
         f"DARE: seed {seed}",
-    )  # fmt: skip
+    )
     mean = merged[0].accuracy - merged[0].gap
     return Findings(
         probe="merge",
-        title=f"Merging {members.what}",
-        setting=told,
+        title=f"Merging {members.description}",
+        setting=setting,
         verdict=_verdict(merged, mean),
-        results=_results(own, merged),
-        facts=origin(members.runs, split)
+        results=_results(before, merged),
+        facts=setting_facts(members.runs, split)
         | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
-        | {"before": [each.facts for each in own], "mean_accuracy_before": mean}
-        | {"merged": [each.facts for each in merged]},
-        sections=[Section("Before and after", charts.merges(_accuracies(own), _accuracies(merged), mean, told))],
+        | {"before": [model.facts for model in before], "mean_accuracy_before": mean}
+        | {"merged": [model.facts for model in merged]},
+        sections=[Section("Before and after", charts.merges(_accuracies(before), _accuracies(merged), mean, setting))],
         warnings=warnings,
     )
 
 
-def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
-    return {row.name: row.accuracy for row in rows}
+def _accuracies(models: Sequence[ScoredModel]) -> dict[str, float]:
+    return {model.name: model.accuracy for model in models}
 
 
-def _verdict(merged: Sequence[Row], mean: float) -> str:
-    best = max(merged, key=lambda row: row.accuracy)
+def _verdict(merged: Sequence[ScoredModel], mean: float) -> str:
+    best = max(merged, key=lambda model: model.accuracy)
     return (
-        f"Before, accuracy is {100 * mean:.1f} % in the mean. The best of {len(merged)} merges on these examples is "
-        f"{best.name}, with {100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
+        f"The mean accuracy before merging is {100 * mean:.1f} %. The best of {len(merged)} merges on these examples "
+        f"is {best.name}, with {100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
     ).replace("(-", "(−")
 
 
-def _results(own: Sequence[Row], merged: Sequence[Row]) -> DataTable:
+def _results(before: Sequence[ScoredModel], merged: Sequence[ScoredModel]) -> DataTable:
     names = list(merged[0].datasets)
     caption = (
-        "PEFT: its combination type. To the mean: accuracy minus the mean of those before, weighted as in the merge: "
-        "by training examples for clients, unless their run weighs them alike, else alike. Heads are averaged."
+        "PEFT: its combination type. Gap: accuracy minus the mean accuracy before merging, weighted as in the merge. "
+        "Clients are weighted by their training examples, or equally if their run does so; runs and rounds equally. "
+        "Heads are averaged."
     )
     if names:
         caption += (
-            " A client is evaluated on its own data set, a merge on those of all clients; loss, accuracy and "
-            "distance to the mean are means over data sets, and a data set's rows of the head its own clients' alone."
+            " A client is evaluated on its own data set, a merge on the data sets of all its clients; loss, accuracy "
+            "and gap are means over data sets. In the head, the rows of a data set are averaged over its own clients."
         )
 
-    def cells(row: Row) -> list[str]:
-        each = [row.datasets[name]["accuracy"] if name in row.datasets else None for name in names]
+    def cells(model: ScoredModel) -> list[str]:
+        by_dataset = [model.datasets[name]["accuracy"] if name in model.datasets else None for name in names]
         return [
-            *(column.format(getattr(row, column.metric)) for column in COLUMNS),
-            *(ACCURACY.format(value) for value in each),
+            *(column.format(getattr(model, column.metric)) for column in COLUMNS),
+            *(ACCURACY.format(accuracy) for accuracy in by_dataset),
         ]
 
     return DataTable(
         ["model", "PEFT", "rank", *(column.heading for column in COLUMNS), *(f"{name}, %" for name in names)],
-        [[row.name, row.kind, str(row.rank), *cells(row)] for row in (*own, *merged)],
+        [[model.name, model.kind, str(model.rank), *cells(model)] for model in (*before, *merged)],
         caption,
     )

@@ -1,7 +1,7 @@
-"""Finished runs, opened for a closer look: their adapters of any round, scored on held-out data.
+"""Open finished runs and score their adapters of any round on held-out data.
 
-A run keeps only the global state of each round. What its clients made of it is trained again: every random
-stream is derived from seed, round and client, so that the same adapters come out.
+A run stores only the global state of each round. The adapters of its clients are trained again: every random stream is
+derived from seed, round and client, so the same adapters result.
 """
 
 from __future__ import annotations
@@ -16,38 +16,104 @@ from typing import Any, Literal
 import numpy as np
 
 from copra_fl.adapters.residual import fold
-from copra_fl.adapters.state import Adapter, complete, load_checkpoint, parts
+from copra_fl.adapters.server_state import ServerState
+from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.ranks import pad
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
-from copra_fl.models.build import load_processor, resolve_compute
-from copra_fl.models.fed_sb_init import core_start
+from copra_fl.models.build import load_processor, resolve_config
+from copra_fl.models.fed_sb_init import initial_adapter
+from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
 from copra_fl.training.evaluation import evaluate_each
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.wording import join_words
 
 Split = Literal["server-validation", "test"]
-#: what `evaluate_each` tells of an adapter
+#: metrics of one adapter, as `evaluate_each` returns them
 Metrics = dict[str, Any]
-#: called with what is being done, how much of it since the last call, and how much of it there is in all
+#: called with the name of a step, the amount done since the last call, and the total amount
 Progress = Callable[[str, float, float], None]
 
-RESIDUAL = "residual/"
 
-
-def silent(what: str, done: float, of: float) -> None:
-    """Progress that nobody sees."""
+def no_progress(step: str, done: float, total: float) -> None:
+    """Ignore reports of progress."""
 
 
 @dataclass(frozen=True)
-class State:
-    """A global model: its `adapter` on W0 + `residual` (`copra_fl.adapters.residual`)."""
+class Limitation:
+    """A configuration that probes do not support.
 
-    adapter: Adapter
-    residual: Adapter = field(default_factory=dict)
+    Attributes:
+        prevents: opening the run, or training its clients again.
+        key: the configuration key that causes it.
+        applies: whether a configuration has this limitation.
+        reason: why the value of `key` prevents it.
+    """
+
+    prevents: Literal["opening", "retraining"]
+    key: str
+    applies: Callable[[Config], bool]
+    reason: str
+
+
+#: every configuration that a finished run may have and probes do not support
+LIMITATIONS = (
+    Limitation(
+        "opening",
+        "rule",
+        lambda config: find_rule(config.aggregation.rule).personal,
+        "each client keeps a part of its model, so there is no complete global adapter to probe",
+    ),
+    Limitation(
+        "opening",
+        "partitioner",
+        lambda config: config.data.partitioner == "own",
+        "the clients' data is only on their own nodes",
+    ),
+    Limitation(
+        "opening",
+        "num-clients",
+        lambda config: config.data.num_clients == 0 and config.data.partitioner != "natural",
+        "the number of clients depended on the nodes that were connected",
+    ),
+    Limitation(
+        "retraining",
+        "client-ranks",
+        lambda config: bool(config.aggregation.client_ranks),
+        "the clients' adapters have unequal ranks",
+    ),
+    Limitation(
+        "retraining",
+        "control-variates",
+        lambda config: config.aggregation.control_variates,
+        "the control variate of each client is only on its node",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class PlainEngines:
+    """Engines for plain adapters (scaling 1, no core): one per rank, opened on first use.
+
+    Attributes:
+        config: the run's configuration; rank and scaling are replaced.
+        num_labels: number of classes.
+    """
+
+    config: Config
+    num_labels: int
+    _by_rank: dict[int, Engine] = field(default_factory=dict, init=False)
+
+    def of_rank(self, rank: int) -> Engine:
+        """Return the engine for plain adapters of `rank`."""
+        if rank not in self._by_rank:
+            model = replace(self.config.model, rank=rank, lora_alpha=float(rank), lora_scaling="standard")
+            kind, group = self.config.training.engine, self.config.copra.gate_group
+            self._by_rank[rank] = open_engine(kind, model, group, self.num_labels, seed=0)
+        return self._by_rank[rank]
 
 
 @dataclass(frozen=True)
@@ -55,23 +121,24 @@ class OpenRun:
     """A finished run with its data and its model.
 
     Attributes:
-        directory: its folder.
-        config: its configuration, with nothing left open.
-        data: what its clients trained on, and what the server holds out.
-        engine: its model.
-        journal: a dict a round.
+        directory: folder of the run.
+        config: its configuration, with dtype, attention and the number of clients resolved.
+        data: the clients' training data and the server's held-out data.
+        engine: evaluates and trains adapters of the run's rank, scaling and core.
+        plain_engines: evaluate plain adapters of any rank; runs of one base may share them.
+        journal: one record per round.
     """
 
     directory: Path
     config: Config
     data: FederatedData
     engine: Engine
-    journal: Sequence[dict[str, Any]]
-    _engines: dict[int, Engine] = field(default_factory=dict)
+    plain_engines: PlainEngines
+    journal: Sequence[RoundRecord]
 
     @property
     def name(self) -> str:
-        """What it is called: its folder's name."""
+        """The name of the run's folder."""
         return self.directory.name
 
     @property
@@ -84,8 +151,8 @@ class OpenRun:
         return self.config.model.scaling(self.config.model.rank)
 
     @cached_property
-    def final(self) -> State:
-        """The global model after the last round."""
+    def final(self) -> ServerState:
+        """The global state after the last round."""
         return self.state(self.num_rounds)
 
     @property
@@ -95,42 +162,35 @@ class OpenRun:
 
     @property
     def residual(self) -> Adapter:
-        """What the run has added to W0."""
+        """The final residual: what aggregation has added to W0."""
         return self.final.residual
 
-    def state(self, server_round: int) -> State:
-        """The global model after a round; 0 is the start.
+    def state(self, server_round: int) -> ServerState:
+        """Return the global state after a round; round 0 is the start.
 
-        Raises ResultsError for a round that the run does not have, or whose checkpoint is gone.
+        Raises ResultsError for a round that the run does not have, and for one without a checkpoint.
         """
         if not 0 <= server_round <= self.num_rounds:
             raise ResultsError(f"{self.directory} has no round {server_round}; its rounds are 0 to {self.num_rounds}")
         if server_round == 0:
-            return State(self._start)
+            return ServerState(self._initial_adapter)
         path = self.directory / "checkpoints" / f"round-{server_round:05d}.safetensors"
         if not path.exists():
-            raise ResultsError(f"there is no checkpoint {path}: the global adapter of round {server_round} is gone")
-        tensors, _ = load_checkpoint(path)
-        return State(
-            {name: tensor for name, tensor in tensors.items() if "/" not in name},
-            {name.removeprefix(RESIDUAL): t for name, t in tensors.items() if name.startswith(RESIDUAL)},
-        )
+            raise ResultsError(f"{path} does not exist: the global adapter of round {server_round} was not kept")
+        state, _ = ServerState.load(path)
+        return state
 
     @cached_property
-    def _start(self) -> Adapter:
-        rule, seed = find_rule(self.config.aggregation.rule), self.config.federation.seed
-        model = _open_engine(self.config, len(self.data.label_names), seed).model
-        if rule.core:
-            held_out, batch_size = self.data.server_validation, self.config.evaluation.eval_batch_size
-            return core_start(model, self.data.examples, held_out, batch_size)
-        return model.read_adapter()
+    def _initial_adapter(self) -> Adapter:
+        engine = _open_engine(self.config, len(self.data.label_names), self.config.federation.seed)
+        return initial_adapter(engine.model, self.data, self.config)
 
     def indices(self, split: Split, datasets: Collection[int | None] = ()) -> np.ndarray:
-        """The examples of a held-out split; those of `datasets`, or else of all."""
+        """Return the indices of a held-out split's examples: of `datasets` only, or of all data sets by default."""
         return self.data.among(self.data.test if split == "test" else self.data.server_validation, datasets)
 
     def examples(self, clients: Sequence[int]) -> list[int]:
-        """How many training examples each client has."""
+        """Return the number of training examples of each client."""
         return [len(self.data.train[client]) for client in clients]
 
     def score(
@@ -140,9 +200,9 @@ class OpenRun:
         residual: Adapter | None = None,
         datasets: Collection[int | None] = (),
     ) -> list[Metrics]:
-        """Loss, accuracy and number of examples of each adapter, all at once, beside `residual`, or else the final.
+        """Return loss, accuracy and number of examples of each adapter on W0 plus a residual, evaluated together.
 
-        On `datasets`, or else on all that there are.
+        `residual` is the final one by default. Only `datasets` are evaluated, or all by default.
         """
         return self._score(
             self.engine, adapters, self.indices(split, datasets), self.residual if residual is None else residual
@@ -155,15 +215,11 @@ class OpenRun:
         residual: Adapter | None = None,
         datasets: Collection[int | None] = (),
     ) -> list[Metrics]:
-        """`score` of plain adapters: any rank, scaling 1, no core, with head. Without `residual` on W0 alone."""
-        ranks = [max(len(tensor) for tensor in parts(adapter, {"A"}).values()) for adapter in adapters]
-        rank = max(ranks)
-        if rank not in self._engines:
-            model = replace(self.config.model, rank=rank, lora_alpha=float(rank), lora_scaling="standard")
-            labels, kind, group = len(self.data.label_names), self.config.training.engine, self.config.copra.gate_group
-            self._engines[rank] = open_engine(kind, model, group, labels, seed=0)
-        padded = [_padded(adapter, rank) for adapter in adapters]
-        return self._score(self._engines[rank], padded, self.indices(split, datasets), residual or {})
+        """`score` for plain adapters: any rank, scaling 1, no core, with head. The default residual is none."""
+        rank = max(map(rank_of, adapters))
+        padded = [pad(adapter, rank) if rank_of(adapter) < rank else adapter for adapter in adapters]
+        engine = self.plain_engines.of_rank(rank)
+        return self._score(engine, padded, self.indices(split, datasets), residual or {})
 
     def _score(
         self, engine: Engine, adapters: Sequence[Adapter], indices: np.ndarray, residual: Adapter
@@ -172,79 +228,76 @@ class OpenRun:
         return evaluate_each(engine, adapters, self.data, indices, self.config.evaluation.eval_batch_size)
 
     def sampled(self, server_round: int) -> list[int]:
-        """The clients whose training went into a round. Raises ResultsError for a round that there is not."""
+        """Return the clients whose updates were aggregated in a round.
+
+        Raises ResultsError for a round that the run does not have.
+        """
         if not 1 <= server_round <= self.num_rounds:
             raise ResultsError(f"{self.directory} has no round {server_round}; its rounds are 1 to {self.num_rounds}")
-        return [client["client"] for client in self.journal[server_round - 1]["clients"]]
+        return [client.client for client in self.journal[server_round - 1].clients]
 
-    def clients(self, server_round: int, progress: Progress = silent, only: Collection[int] = ()) -> dict[int, Adapter]:
-        """Each client's own adapter after its training in a round, beside the residual of the round before.
+    def clients(
+        self, server_round: int, progress: Progress = no_progress, only: Collection[int] = ()
+    ) -> dict[int, Adapter]:
+        """Return each client's adapter after its training in a round, to be used with the residual before that round.
 
-        Trained again, all of them or `only` some. Raises ResultsError for clients that the round did not have, and
-        where it takes more than the checkpoint of the round before.
+        The clients are trained again: all clients of the round, or `only` these. Raises ResultsError for clients that
+        were not in the round, and for a configuration whose training cannot be repeated (`LIMITATIONS`).
         """
         sampled = self.sampled(server_round)
-        for reason in _not_repeatable(self.config):
-            raise ResultsError(f"{self.directory}: the clients of a round cannot be trained again: {reason}")
-        if strangers := sorted(set(only) - set(sampled)):
+        _check_supported(self.config, self.directory, "retraining")
+        if absent := sorted(set(only) - set(sampled)):
             raise ResultsError(
-                f"clients {join_words(strangers)} did not train in round {server_round}; {join_words(sampled)} did"
+                f"clients {join_words(absent)} did not train in round {server_round}; choose from {join_words(sampled)}"
             )
         chosen = [client for client in sampled if client in (only or sampled)]
         before = self.state(server_round - 1)
-        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, before.adapter)
+        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, Start(before.adapter))
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:
             progress("training clients again", done, len(chosen))
 
         slices = self.engine.slices(self.data, plan)
-        updates = chain.from_iterable(self.engine.train(self.data, plan, some, starts, report, {}) for some in slices)
+        updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report) for part in slices)
         adapters = {update.client: complete(update, before.adapter) for update in updates}
         return {client: adapters[client] for client in chosen}
 
 
 def open_run(directory: Path) -> OpenRun:
-    """The finished run in `directory`, on the machine's own device and with its data.
+    """Open the finished run in `directory` on this machine's device, with its data.
 
-    Raises ResultsError for what cannot be probed, with the reason; ConfigError as `data.load` and `models.build` do.
+    Raises ResultsError with the reason for a run that cannot be probed; ConfigError as `load_data` and `open_engine`.
     """
     if not (directory / "config.toml").exists():
-        hint = "; it is a comparison, so name a run in it" if (directory / "comparison.toml").exists() else ""
-        raise ResultsError(f"{directory} is no folder of a run: it has no config.toml{hint}")
+        hint = ". It is a comparison: name one of the runs in it" if (directory / "comparison.toml").exists() else ""
+        raise ResultsError(f"{directory} is not the folder of a run: it has no config.toml{hint}")
     run = load_run(directory)
     if run.summary is None:
-        rounds = run.config.federation.num_rounds
-        raise ResultsError(f"{directory} is not finished: {len(run.journal)} of {rounds} rounds; --resume goes on")
+        progress = f"{len(run.journal)} of {run.config.federation.num_rounds} rounds"
+        raise ResultsError(f"{directory} is not finished ({progress}): continue it with --resume")
     config = run.config
-    if find_rule(config.aggregation.rule).personal:
-        rule = config.aggregation.rule
-        raise ResultsError(
-            f"{directory}: rule = {rule!r} leaves a part of each model with its client, so that there is no whole "
-            "global adapter to probe"
-        )
-    if config.data.partitioner == "own":
-        raise ResultsError(f"{directory}: its clients' data is on their own nodes, and only there")
-    if config.data.num_clients == 0 and config.data.partitioner != "natural":
-        raise ResultsError(f"{directory}: num-clients = 0, so its clients depended on the nodes that were connected")
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(dtype=compute.dtype, attention=compute.attention)
+    _check_supported(config, directory, "opening")
+    config = resolve_config(config)
     federated = load_data(config, load_processor(config.model))
-    if federated.digest != run.provenance.get("data_digest", federated.digest):
-        raise ResultsError(f"{directory}: its data, {config.data.dataset}, is no longer what the run was trained on")
+    if run.provenance and federated.digest != run.provenance.start.data_digest:
+        raise ResultsError(
+            f"{directory}: {config.data.dataset} does not give the data that the run was trained on; it has changed"
+        )
     config = config.changed(num_clients=len(federated.train))
-    engine = _open_engine(config, len(federated.label_names), config.federation.seed)
-    return OpenRun(directory, config, federated, engine, run.journal)
+    num_labels = len(federated.label_names)
+    engine = _open_engine(config, num_labels, config.federation.seed)
+    return OpenRun(directory, config, federated, engine, PlainEngines(config, num_labels), run.journal)
 
 
 def open_runs(directories: Sequence[Path]) -> list[OpenRun]:
-    """Several runs whose adapters fit one base and are scored on the same data.
+    """Open several runs whose adapters fit one base and are scored on the same data.
 
-    Raises ResultsError as `open_run` does, and where they do not go together.
+    Raises ResultsError as `open_run` does, and for runs that do not fit together.
     """
     first, *others = runs = [open_run(directory) for directory in directories]
     for other in others:
-        for what, ours, theirs in (
+        for subject, value, other_value in (
             ("the task", first.config.model.task, other.config.model.task),
             ("the base model", first.config.model.model, other.config.model.model),
             ("the pooling", first.config.model.pooling, other.config.model.pooling),
@@ -252,19 +305,20 @@ def open_runs(directories: Sequence[Path]) -> list[OpenRun]:
             ("the data", first.data.tokens_digest, other.data.tokens_digest),
             ("the adapted modules", *(sorted(run.engine.model.linears) for run in (first, other))),
         ):
-            if ours != theirs:
-                both = f"{_short(ours)} and {_short(theirs)}"
-                raise ResultsError(f"{first.directory} and {other.directory} do not share {what}: {both}")
+            if value != other_value:
+                values = f"{_shortened(value)} and {_shortened(other_value)}"
+                raise ResultsError(f"{first.directory} and {other.directory} differ in {subject}: {values}")
     return runs
 
 
-def plain(states: Sequence[State], scalings: Sequence[float]) -> tuple[list[Adapter], Adapter]:
-    """The models as plain adapters with their heads, scaling 1 and no core, and what residual they are all beside.
+def plain_adapters(states: Sequence[ServerState], scalings: Sequence[float]) -> tuple[list[Adapter], Adapter]:
+    """Return global states as plain adapters with their heads (scaling 1, no core), and the residual that they share.
 
-    Residuals that are not the same for all go into the adapters as more columns (`residual.fold`).
+    Unequal residuals are folded into the adapters as further columns (`residual.fold`); the shared residual is empty
+    then.
     """
     common = states[0].residual
-    shared = all(_same(common, state.residual) for state in states)
+    shared = all(_equal(common, state.residual) for state in states)
     adapters = [
         fold(state.adapter, {} if shared else state.residual, scaling) | parts(state.adapter, {"head"})
         for state, scaling in zip(states, scalings, strict=True)
@@ -272,31 +326,31 @@ def plain(states: Sequence[State], scalings: Sequence[float]) -> tuple[list[Adap
     return adapters, common if shared else {}
 
 
-def factors_differ(states: Sequence[State], scalings: Sequence[float]) -> str:
-    """Why the factors of these models cannot be averaged apart; empty where they can."""
-    first = {name: tensor.shape for name, tensor in states[0].adapter.items()}
-    if any({name: tensor.shape for name, tensor in state.adapter.items()} != first for state in states):
-        return "their adapters have unequal ranks"
+def factor_mismatch(states: Sequence[ServerState], scalings: Sequence[float]) -> str:
+    """Return the reason why the factors A and B of these states cannot be averaged separately; empty if they can."""
+    shapes = {name: tensor.shape for name, tensor in states[0].adapter.items()}
+    if any({name: tensor.shape for name, tensor in state.adapter.items()} != shapes for state in states):
+        return "the adapters have unequal ranks"
     if len(set(scalings)) > 1:
-        return f"their adapters are scaled by {' and '.join(f'{scaling:g}' for scaling in sorted(set(scalings)))}"
-    if not all(_same(states[0].residual, state.residual) for state in states):
-        return "they are beside frozen weights that are not the same: the runs' rule changes W0"
+        values = join_words(f"{scaling:g}" for scaling in sorted(set(scalings)))
+        return f"the adapters have different scalings: {values}"
+    if not all(_equal(states[0].residual, state.residual) for state in states):
+        return "the adapters belong to different frozen weights, because the aggregation rule changes W0"
     return ""
 
 
-def _short(value: object) -> str:
+def rank_of(adapter: Adapter) -> int:
+    """Return the largest rank of an adapter's modules."""
+    return max(len(tensor) for tensor in parts(adapter, {"A"}).values())
+
+
+def _shortened(value: object) -> str:
     text = str(value)
     return text if len(text) < 100 else f"{text[:100]}..."
 
 
-def _same(a: Adapter, b: Adapter) -> bool:
+def _equal(a: Adapter, b: Adapter) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-def _padded(adapter: Adapter, rank: int) -> Adapter:
-    """`adapter` with zeros up to `rank`."""
-    own = max(len(tensor) for tensor in parts(adapter, {"A"}).values())
-    return pad(adapter, rank) if own < rank else adapter
 
 
 def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
@@ -304,11 +358,13 @@ def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
     return open_engine(config.training.engine, config.model, config.copra.gate_group, num_labels, seed, core)
 
 
-def _not_repeatable(config: Config) -> list[str]:
-    """Why local training depends on what no checkpoint has."""
-    reasons = []
-    if config.aggregation.client_ranks:
-        reasons.append(f"client-ranks = {config.aggregation.client_ranks!r}: their adapters have unequal ranks")
-    if config.aggregation.control_variates:
-        reasons.append("control-variates: each client's own is on its node's disk")
-    return reasons
+def _check_supported(config: Config, directory: Path, action: Literal["opening", "retraining"]) -> None:
+    """Raise ResultsError for the first of `LIMITATIONS` that prevents `action`."""
+    for limitation in LIMITATIONS:
+        if limitation.prevents == action and limitation.applies(config):
+            problem = {
+                "opening": "the run cannot be probed",
+                "retraining": "the clients of a round cannot be trained again",
+            }[action]
+            value = config.to_flat()[limitation.key]
+            raise ResultsError(f"{directory}: {problem}: {limitation.key} = {value!r}: {limitation.reason}")

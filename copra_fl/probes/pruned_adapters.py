@@ -1,7 +1,8 @@
-"""Pruned adapters: what is left when layers, modules or small values are taken away.
+"""Prune adapters: switch off layers or modules, or set small values to zero.
 
-A module is off when its B is zero: then so is its product B A, and adapters of any pruning can be evaluated stacked.
-After CoTo (arXiv 2506.05713), which keeps every other layer, thirds of the layers, or large values only.
+A module is switched off by B = 0, so that B A = 0 and the adapters of all prunings have the same shapes and can be
+evaluated together. The prunings are those of CoTo (arXiv 2506.05713): every other layer, thirds of the layers, large
+values only.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import torch
 from copra_fl.adapters.state import Adapter, by_number, part_of, parts
 from copra_fl.copra.gates import group_name
 
-#: shares of the adapter's values that are set to zero
+#: shares of the adapter's values that magnitude pruning sets to zero
 SPARSITIES = tuple(tenth / 10 for tenth in range(1, 10))
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """
+    """A pruned adapter. Its head is always kept.
+
     Attributes:
-        family: how it was pruned: ``ends``, ``layers``, ``module``, ``Shapley order`` or ``magnitude``.
-        name: what is kept.
-        kept: share of the values of A, B and R that are kept; the head always is and does not count.
+        family: the kind of pruning: ``ends``, ``layers``, ``module``, ``Shapley order`` or ``magnitude``.
+        name: the part that is kept.
+        kept: share of the values of A, B and R that are kept; the head does not count.
     """
 
     family: str
@@ -34,21 +36,21 @@ class Pruned:
     kept: float
 
 
-def modules(adapter: Adapter) -> list[str]:
-    """The adapted modules, blocks in the order of their numbers."""
+def adapted_modules(adapter: Adapter) -> list[str]:
+    """Return the adapted modules, blocks in the order of their numbers."""
     return sorted((name.partition(".lora_B")[0] for name in parts(adapter, {"B"})), key=by_number)
 
 
 def layers(adapter: Adapter) -> dict[str, list[str]]:
-    """Layer -> its modules, in order; a module outside the blocks is a layer of its own."""
-    found: dict[str, list[str]] = {}
-    for module in modules(adapter):
-        found.setdefault(group_name(module, "layer"), []).append(module)
-    return found
+    """Return the modules of each layer, in order; a module outside the blocks is a layer by itself."""
+    modules_by_layer: dict[str, list[str]] = {}
+    for module in adapted_modules(adapter):
+        modules_by_layer.setdefault(group_name(module, "layer"), []).append(module)
+    return modules_by_layer
 
 
 def kind(module: str) -> str:
-    """Which of its layer's modules it is.
+    """Return the name of a module within its layer.
 
     >>> kind("base_model.model.encoder.layer.3.attention.self.query")
     'attention.self.query'
@@ -57,15 +59,15 @@ def kind(module: str) -> str:
 
 
 def keep(adapter: Adapter, kept: Collection[str]) -> Adapter:
-    """`adapter` with only the modules `kept` on: the B of all others is zero."""
-    off = {f"{module}.lora_B.weight" for module in modules(adapter) if module not in kept}
+    """Return `adapter` with only the modules `kept` active: B of all others is zero."""
+    off = {f"{module}.lora_B.weight" for module in adapted_modules(adapter) if module not in kept}
     return {name: torch.zeros_like(tensor) if name in off else tensor for name, tensor in adapter.items()}
 
 
 def by_magnitude(adapter: Adapter, sparsity: float) -> Adapter:
-    """`adapter` with this share of its values, those smallest in magnitude over all of A, B and R, set to zero.
+    """Set a share `sparsity` of an adapter's values to zero: the smallest in magnitude over all of A, B and R.
 
-    The number is exact: of equal values the first go.
+    The number of zeros is exact: among equal values the first ones are set to zero.
     """
     factors = parts(adapter, "ABR")
     values = torch.cat([tensor.flatten() for tensor in factors.values()])
@@ -76,13 +78,13 @@ def by_magnitude(adapter: Adapter, sparsity: float) -> Adapter:
 
 
 def ends(adapter: Adapter) -> Iterator[Pruned]:
-    """Nothing and everything pruned."""
-    yield Pruned("ends", "everything", dict(adapter), 1.0)
-    yield Pruned("ends", "head alone", keep(adapter, ()), 0.0)
+    """Yield the adapter unpruned, and without any module."""
+    yield Pruned("ends", "whole adapter", dict(adapter), 1.0)
+    yield Pruned("ends", "head only", keep(adapter, ()), 0.0)
 
 
 def layer_sets(adapter: Adapter) -> Iterator[Pruned]:
-    """Every other layer, and each third of the layers."""
+    """Yield the adapter with every other layer, and with each third of the layers; empty sets are left out."""
     names = list(layers(adapter))
     low, middle, high = (list(third) for third in np.array_split(names, 3))
     sets = {
@@ -98,25 +100,25 @@ def layer_sets(adapter: Adapter) -> Iterator[Pruned]:
 
 
 def single_modules(adapter: Adapter) -> Iterator[Pruned]:
-    """Only one of the target modules, in all layers; nothing where there is but one."""
+    """Yield the adapter with one of its target modules, in all layers; nothing if it has only one."""
     kinds: dict[str, list[str]] = {}
-    for module in modules(adapter):
+    for module in adapted_modules(adapter):
         kinds.setdefault(kind(module), []).append(module)
     if len(kinds) > 1:
         for name, chosen in kinds.items():
-            yield Pruned("module", f"{name} alone", keep(adapter, chosen), _share(adapter, chosen))
+            yield Pruned("module", f"{name} only", keep(adapter, chosen), _share(adapter, chosen))
 
 
 def in_order(adapter: Adapter, values: Mapping[str, float]) -> Iterator[Pruned]:
-    """The layers of the largest `values` (layer -> Shapley value), from all but one down to one."""
+    """Yield the adapter with its layers of largest `values` (layer -> Shapley value), from all but one down to one."""
     best = sorted(values, key=lambda layer: -values[layer])
     for count in range(len(best) - 1, 0, -1):
-        name = f"{count} {'layer' if count == 1 else 'layers'} of the largest value"
+        name = f"{count} {'layer' if count == 1 else 'layers'} of largest value"
         yield _with_layers(adapter, "Shapley order", name, best[:count])
 
 
 def magnitudes(adapter: Adapter) -> Iterator[Pruned]:
-    """The largest values over the whole adapter, from 90 % of them to 10 %."""
+    """Yield the adapter with its largest values in magnitude, from 90 % of them down to 10 %."""
     for sparsity in SPARSITIES:
         yield Pruned("magnitude", f"largest {1 - sparsity:.0%}", by_magnitude(adapter, sparsity), 1 - sparsity)
 
@@ -128,6 +130,6 @@ def _with_layers(adapter: Adapter, family: str, name: str, chosen: Sequence[str]
 
 
 def _share(adapter: Adapter, kept: Collection[str]) -> float:
-    """The share of the values of A, B and R that belong to the modules `kept`."""
+    """Return the share of the values of A, B and R that belong to the modules `kept`."""
     sizes = {name: tensor.numel() for name, tensor in adapter.items() if part_of(name) != "head"}
     return sum(size for name, size in sizes.items() if name.partition(".lora_")[0] in kept) / sum(sizes.values())

@@ -1,4 +1,4 @@
-"""`copra-fl probe shapley`: how evenly a run's accuracy is spread over its layers."""
+"""`copra-fl probe shapley`: Shapley values of the layers or modules of adapters, and their concentration."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import plotly.graph_objects as go
 from copra_fl.adapters.state import Adapter
 from copra_fl.copra.gates import group_name
 from copra_fl.probes import pruned_adapters
-from copra_fl.probes.exported import METRICS, Game, solve, wholes
-from copra_fl.probes.findings import Findings, origin, setting
+from copra_fl.probes.exported import METRICS, Game, export_runs, solve
+from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.open_run import OpenRun, Progress, Split
-from copra_fl.probes.shapley_values import MAX_EXACT, Shapley, gini, top_third
+from copra_fl.probes.shapley_values import MAX_EXACT, ShapleyValues, gini, top_third
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import HEIGHT, DataTable, Figure, Section, empty_chart
+from copra_fl.reporting.html import HEIGHT, Figure, Section, empty_chart
+from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
-#: metric -> how it is called, its unit, and what it is multiplied by to be shown
+#: metric -> name, unit, and factor to the unit shown
 SHOWN = {"accuracy": ("accuracy", "points", 100.0), "loss": ("minus loss", "nats", 1.0)}
 
 
 @dataclass(frozen=True)
-class Worth:
-    """The Shapley values of a run's `players` (``layer`` or ``module``), by metric."""
+class RunValues:
+    """The Shapley values of a run's players, which are its layers or its modules, by metric."""
 
     run: str
     players: list[str]
-    by_metric: dict[str, Shapley]
+    by_metric: dict[str, ShapleyValues]
 
 
 def probe(
@@ -42,133 +43,143 @@ def probe(
     seed: int,
     progress: Progress,
 ) -> Findings:
-    """Shapley values of each run's layers, and where `modules` is wanted of its single modules too."""
-    kinds = {"layer": pruned_adapters.layers, **({"module": _single} if modules else {})}
-    found: dict[str, list[Worth]] = {}
-    for kind, players_of in kinds.items():
-        for whole in wholes(runs):
-            players = players_of(whole.adapter)
-            game = Game(whole, list(players.values()), split, progress)
-            found.setdefault(kind, []).append(
-                Worth(whole.run.name, [short(name) for name in players], solve(game, standard_error, max_pairs, seed))
+    """Compute the Shapley values of each run's layers and, with `modules`, of its single modules too."""
+    players_by_kind = {"layer": pruned_adapters.layers, **({"module": _single_modules} if modules else {})}
+    values_by_kind: dict[str, list[RunValues]] = {}
+    for kind, players_of in players_by_kind.items():
+        for exported in export_runs(runs):
+            players = players_of(exported.adapter)
+            game = Game(exported, list(players.values()), split, progress)
+            solved = solve(game, standard_error, max_pairs, seed)
+            values_by_kind.setdefault(kind, []).append(
+                RunValues(exported.run.name, [short_name(name) for name in players], solved)
             )
-    how = {kind: _how(worths, seed) for kind, worths in found.items()}
-    sections = [section for kind, worths in found.items() for section in _sections(kind, worths, how[kind])]
-    facts = {"seed": seed, "wanted_standard_error": standard_error} | {
-        f"{kind}s": [_facts(worth) for worth in worths] for kind, worths in found.items()
+    evaluated = {kind: _evaluated(values, seed) for kind, values in values_by_kind.items()}
+    sections = [
+        section for kind, values in values_by_kind.items() for section in _sections(kind, values, evaluated[kind])
+    ]
+    facts = {"seed": seed, "requested_standard_error": standard_error} | {
+        f"{kind}s": [_facts(run_values) for run_values in values] for kind, values in values_by_kind.items()
     }
     return Findings(
         probe="shapley",
-        title=f"What each layer is worth: {join_words(run.name for run in runs)}",
-        setting=setting(runs, split, *dict.fromkeys(f"{kind}s: {text}" for kind, text in how.items())),
-        verdict=_verdict(found["layer"]),
-        results=_results(found),
-        facts=origin(runs, split) | facts,
+        title=f"Shapley values: {join_words(run.name for run in runs)}",
+        setting=setting_line(runs, split, *(f"{kind}s: {text}" for kind, text in evaluated.items())),
+        verdict=_verdict(values_by_kind["layer"]),
+        results=_results(values_by_kind),
+        facts=setting_facts(runs, split) | facts,
         sections=sections,
-        warnings=list(_warnings(runs, found, standard_error)),
+        warnings=_warnings(runs, values_by_kind, standard_error),
     )
 
 
-def short(module: str) -> str:
-    """The name of a layer or module without PEFT's prefix."""
+def short_name(module: str) -> str:
+    """Return the name of a layer or module without PEFT's prefix."""
     return module.removeprefix("base_model.model.")
 
 
-def _single(adapter: Adapter) -> dict[str, list[str]]:
-    return {module: [module] for module in pruned_adapters.modules(adapter)}
+def _single_modules(adapter: Adapter) -> dict[str, list[str]]:
+    return {module: [module] for module in pruned_adapters.adapted_modules(adapter)}
 
 
-def _how(worths: Sequence[Worth], seed: int) -> str:
+def _evaluated(values: Sequence[RunValues], seed: int) -> str:
+    """Return the coalitions or orders from which the values were computed, for people."""
     counts = dict.fromkeys(
-        f"{2 * len(worth.by_metric['accuracy'].orders)} orders, seed {seed}"
-        if len(worth.by_metric["accuracy"].orders)
-        else f"all {2 ** len(worth.players)} coalitions"
-        for worth in worths
+        f"{2 * len(run_values.by_metric['accuracy'].orders)} orders, seed {seed}"
+        if len(run_values.by_metric["accuracy"].orders)
+        else f"all {2 ** len(run_values.players)} coalitions"
+        for run_values in values
     )
     return join_words(counts)
 
 
-def _verdict(worths: Sequence[Worth]) -> str:
-    first = worths[0].by_metric["accuracy"].values
-    even = -(-len(first) // 3) / len(first)
-    shares = [f"{worth.run} {top_third(worth.by_metric['accuracy'].values):.0%}" for worth in worths]
+def _verdict(values: Sequence[RunValues]) -> str:
+    num_layers = len(values[0].players)
+    even = -(-num_layers // 3) / num_layers
+    shares = [f"{run_values.run} {top_third(run_values.by_metric['accuracy'].values):.0%}" for run_values in values]
     return (
-        f"Share of accuracy's Shapley mass in the top third of layers: {join_words(shares)}; "
-        f"spread evenly it is {even:.0%}."
+        f"Share of the Shapley mass of accuracy in the third of layers with the largest values: {join_words(shares)}; "
+        f"{even:.0%} if all layers have the same value."
     )
 
 
-def _results(found: dict[str, list[Worth]]) -> DataTable:
-    header = ["run", "players", "metric", "none", "all", "top 1/3, %", "Gini"]
+def _results(values_by_kind: dict[str, list[RunValues]]) -> DataTable:
+    header = ["run", "players", "metric", "none", "all", "top third, %", "Gini"]
     rows = []
-    for kind, worths in found.items():
+    for kind, values in values_by_kind.items():
         for metric, (name, _, scale) in SHOWN.items():
-            for worth in worths:
-                solved = worth.by_metric[metric]
-                rows.append([
-                    worth.run,
-                    f"{len(worth.players)} {kind}s",
-                    f"{name}{', %' if scale > 1 else ''}",
-                    f"{scale * solved.nothing:.3g}",
-                    f"{scale * solved.everything:.3g}",
-                    f"{100 * top_third(solved.values):.1f}",
-                    f"{gini(solved.values):.2f}",
-                ])  # fmt: skip
+            for run_values in values:
+                solved = run_values.by_metric[metric]
+                rows.append(
+                    [
+                        run_values.run,
+                        f"{len(run_values.players)} {kind}s",
+                        f"{name}{', %' if scale > 1 else ''}",
+                        f"{scale * solved.empty:.3g}",
+                        f"{scale * solved.grand:.3g}",
+                        f"{100 * top_third(solved.values):.1f}",
+                        f"{gini(solved.values):.2f}",
+                    ]
+                )
     caption = (
-        "None, all: with no adapter on, with all; the head always is. Top 1/3: the share of these players in the mass, "
-        "which is the sum of absolute Shapley values. Gini: 0 where all are worth the same, near 1 where one is worth "
-        "all. The noise of sampled values makes both a little too high."
+        "None, all: the metric with no adapter active and with all; the head is always active. Top third: share of the "
+        "third of players with the largest values in the mass, the sum of absolute Shapley values. Gini: 0 if all "
+        "players have the same value, near 1 if one player has all. Sampling noise raises both slightly."
     )
     return DataTable(header, rows, caption)
 
 
-def _sections(kind: str, worths: Sequence[Worth], how: str) -> list[Section]:
-    bars = [_bars(kind, worths, metric, how) for metric in METRICS]
-    maps = [each for metric in METRICS for each in _heat_maps(worths, metric, how)] if kind == "module" else []
+def _sections(kind: str, values: Sequence[RunValues], evaluated: str) -> list[Section]:
+    figures = [_bars(kind, values, metric, evaluated) for metric in METRICS]
+    if kind == "module":
+        figures += [heat_map for metric in METRICS for heat_map in _heat_maps(values, metric, evaluated)]
+    tables = [_values(kind, values, metric) for metric in METRICS]
     return [
-        Section(f"What each {kind} is worth", [*bars, *maps]),
-        Section(f"Shapley values of {kind}s", tables=[_values(kind, worths, metric) for metric in METRICS],
-                collapsed=True),
-    ]  # fmt: skip
+        Section(f"Shapley values of {kind}s", figures),
+        Section(f"Shapley values of {kind}s as tables", tables=tables, collapsed=True),
+    ]
 
 
-def _bars(kind: str, worths: Sequence[Worth], metric: str, how: str) -> Figure:
+def _bars(kind: str, values: Sequence[RunValues], metric: str, evaluated: str) -> Figure:
     name, unit, scale = SHOWN[metric]
     chart = empty_chart({"title": f"{name}, {unit}"}, {"type": "category"})
-    chart.update_layout(height=max(HEIGHT, 100 + len(worths[0].players) * (12 + 14 * len(worths))))
-    looks = styles(worth.run for worth in worths)
-    for worth in worths:
-        solved = worth.by_metric[metric]
+    chart.update_layout(height=max(HEIGHT, 100 + len(values[0].players) * (12 + 14 * len(values))))
+    run_styles = styles(run_values.run for run_values in values)
+    for run_values in values:
+        solved = run_values.by_metric[metric]
         chart.add_bar(
             orientation="h",
             x=scale * solved.values,
-            y=worth.players,
-            name=worth.run,
-            marker={"color": looks[worth.run].colour},
+            y=run_values.players,
+            name=run_values.run,
+            marker={"color": run_styles[run_values.run].color},
             error_x={"type": "data", "array": scale * solved.errors, "visible": bool(solved.errors.any())},
             hovertemplate=f"%{{y}}: %{{x:.3g}} {unit}",
         )
     caption = (
-        f"Shapley value: what having the {kind}'s adapter on adds to {name}, mean over all orders of switching on "
-        f"({how}). All values together are {name} with every adapter on minus {name} of the head alone. "
-        "Error bars: standard errors of the sampling of orders, if any; not of the held-out examples."
+        f"Shapley value: the increase of {name} when the {kind}'s adapter is switched on, averaged over all orders of "
+        f"switching on ({evaluated}). The values sum to the difference between all adapters and the head only. Error "
+        "bars, for sampled orders: standard errors of the sampling, not of the held-out examples."
     )
     return Figure(f"Shapley values, {name}", caption, chart)
 
 
-def _heat_maps(worths: Sequence[Worth], metric: str, how: str) -> list[Figure]:
-    """Layer by module, a map a run, all in the same colours."""
+def _heat_maps(values: Sequence[RunValues], metric: str, evaluated: str) -> list[Figure]:
+    """Return one map of layers by modules per run, all on one color scale."""
     name, unit, scale = SHOWN[metric]
-    largest = scale * max(float(np.abs(worth.by_metric[metric].values).max()) for worth in worths)
-    caption = f"Shapley value of each module in {name}, {unit}; layers from below ({how}). All maps have one scale."
+    largest = scale * max(float(np.abs(run_values.by_metric[metric].values).max()) for run_values in values)
+    caption = (
+        f"Shapley value of each module in {name}, {unit}; lowest layer at the bottom ({evaluated}). All maps have one "
+        "color scale."
+    )
     maps = []
-    for worth in worths:
-        values = dict(zip(worth.players, scale * worth.by_metric[metric].values, strict=True))
-        layers = list(dict.fromkeys(group_name(player, "layer") for player in values))
-        kinds = list(dict.fromkeys(pruned_adapters.kind(player) for player in values))
+    for run_values in values:
+        value_of = dict(zip(run_values.players, scale * run_values.by_metric[metric].values, strict=True))
+        layers = list(dict.fromkeys(group_name(player, "layer") for player in value_of))
+        kinds = list(dict.fromkeys(pruned_adapters.kind(player) for player in value_of))
         cells = {
             (group_name(player, "layer"), pruned_adapters.kind(player)): float(value)
-            for player, value in values.items()
+            for player, value in value_of.items()
         }
         chart = empty_chart({"type": "category"}, {"type": "category"})
         heat = go.Heatmap(
@@ -182,50 +193,50 @@ def _heat_maps(worths: Sequence[Worth], metric: str, how: str) -> list[Figure]:
             hovertemplate=f"%{{y}}, %{{x}}: %{{z:.3g}} {unit}<extra></extra>",
         )
         chart.add_trace(heat)
-        maps.append(Figure(f"Layers and modules of {worth.run}, {name}", caption, chart))
+        maps.append(Figure(f"Layers and modules of {run_values.run}, {name}", caption, chart))
     return maps
 
 
-def _values(kind: str, worths: Sequence[Worth], metric: str) -> DataTable:
+def _values(kind: str, values: Sequence[RunValues], metric: str) -> DataTable:
     name, unit, scale = SHOWN[metric]
-    cells = {
-        worth.run: {
+    cells: dict[str, dict[str, str]] = {}
+    for run_values in values:
+        solved = run_values.by_metric[metric]
+        cells[run_values.run] = {
             player: f"{scale * value:+.3f}" + (f" ± {scale * error:.3f}" if error else "")
-            for player, value, error in zip(worth.players, solved.values, solved.errors, strict=True)
+            for player, value, error in zip(run_values.players, solved.values, solved.errors, strict=True)
         }
-        for worth in worths
-        if (solved := worth.by_metric[metric])
-    }
-    players = dict.fromkeys(player for worth in worths for player in worth.players)
+    players = dict.fromkeys(player for run_values in values for player in run_values.players)
     rows = [[player, *(by_player.get(player, "–") for by_player in cells.values())] for player in players]
-    return DataTable([f"{kind} ({name}, {unit})", *cells], rows, "±: one standard error, where orders were sampled.")
+    return DataTable([f"{kind} ({name}, {unit})", *cells], rows, "±: one standard error, for sampled orders.")
 
 
-def _warnings(runs: Sequence[OpenRun], found: dict[str, list[Worth]], standard_error: float) -> list[str]:
-    warnings = [folded(run) for run in runs if run.residual]
-    for kind, worths in found.items():
-        for worth in worths:
-            if (error := float(worth.by_metric["accuracy"].errors.max())) > standard_error:
+def _warnings(runs: Sequence[OpenRun], values_by_kind: dict[str, list[RunValues]], standard_error: float) -> list[str]:
+    warnings = [folded_residual_warning(run) for run in runs if run.residual]
+    for kind, values in values_by_kind.items():
+        for run_values in values:
+            if (error := float(run_values.by_metric["accuracy"].errors.max())) > standard_error:
                 warnings.append(
-                    f"{worth.run}, {kind}s: the standard error of accuracy is {100 * error:.2g} points, more than the "
-                    f"{100 * standard_error:.2g} wanted; --max-pairs allows more orders"
+                    f"{run_values.run}, {kind}s: the standard error of accuracy is {100 * error:.2g} points, above the "
+                    f"requested {100 * standard_error:.2g}; allow more orders with --max-pairs"
                 )
     return warnings
 
 
-def folded(run: OpenRun) -> str:
-    """What to know where aggregation has changed W0."""
+def folded_residual_warning(run: OpenRun) -> str:
+    """Return the note on a run whose aggregation rule has changed W0."""
     rule = run.config.aggregation.rule
-    return f"{run.name}: rule = {rule!r} has changed W0 beside the adapter; it is taken as the one adapter it exports"
+    return f"{run.name}: rule = {rule!r} has changed W0; the change is folded into the adapter, as in the exported one"
 
 
-def _facts(worth: Worth) -> dict[str, Any]:
-    facts: dict[str, Any] = {"run": worth.run, "players": worth.players, "exact": len(worth.players) <= MAX_EXACT}
-    for metric, solved in worth.by_metric.items():
-        plain = {key: value.tolist() for key, value in asdict(solved).items() if key in ("values", "errors")}
-        facts[metric if metric == "accuracy" else "minus_loss"] = plain | {
-            "nothing": solved.nothing,
-            "everything": solved.everything,
+def _facts(run_values: RunValues) -> dict[str, Any]:
+    players = run_values.players
+    facts: dict[str, Any] = {"run": run_values.run, "players": players, "exact": len(players) <= MAX_EXACT}
+    for metric, solved in run_values.by_metric.items():
+        arrays = {key: value.tolist() for key, value in asdict(solved).items() if key in ("values", "errors")}
+        facts[metric if metric == "accuracy" else "minus_loss"] = arrays | {
+            "empty": solved.empty,
+            "grand": solved.grand,
             "orders": 2 * len(solved.orders),
             "efficiency_error": solved.efficiency_error,
             "top_third": top_third(solved.values),

@@ -1,1 +1,1 @@
-"""Results of runs read back, summarized over seeds, and shown as tables, figures and a page."""
+"""Load the results of runs, summarize them over seeds, and show them as tables, figures and a page."""

@@ -1,7 +1,7 @@
-"""What a self-contained page is made of: figures in one style, tables, sections; and the page itself.
+"""Self-contained HTML pages of figures and tables.
 
-`render` puts them into ``html.html.j2`` with plotly.js inline. The page needs no network, and its content security
-policy makes the browser refuse to use one.
+`render` fills ``html.html.j2`` and puts plotly.js inline. The page needs no network, and its content security policy
+makes the browser refuse to use one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from copra_fl.reporting.tables import DataTable
+
 HEIGHT = 340
 
 
 @dataclass(frozen=True)
 class Style:
-    colour: str
+    color: str
     symbol: str
     dash: str
 
 
-#: Okabe and Ito's colours: people with any colour vision can tell them apart. Symbol and dash say it again in print.
+#: Okabe and Ito's colors, distinct with any color vision; symbol and dash distinguish the styles in print
 STYLES = (
     Style("#0072B2", "circle", "solid"),
     Style("#D55E00", "square", "dash"),
@@ -40,7 +42,11 @@ STYLES = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and the line under it: what to see, and what it was seen on. A `wide` one has a row to itself."""
+    """A chart with a title, and a caption that says how to read it and on which data it was measured.
+
+    Attributes:
+        wide: it takes the whole width of the page.
+    """
 
     title: str
     caption: str
@@ -49,18 +55,8 @@ class Figure:
 
     @property
     def json(self) -> str:
-        """Data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
+        """Return data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
         return self.chart.to_json().replace("<", "\\u003c")
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """Cells as text; the first cell of a row names it. `caption` says how to read it."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,19 +69,19 @@ class Section:
     collapsed: bool = False
 
 
-def pack(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """The figures of `sections` as plain data, from which `unpack` makes them again for another page."""
+def pack(sections: Sequence[Section]) -> list[dict[str, object]]:
+    """Return the figures of `sections` as plain data for `unpack`, so that another page can show them."""
     figures = [figure for section in sections for figure in section.figures]
     return [vars(figure) | {"chart": json.loads(figure.chart.to_json())} for figure in figures]
 
 
 def unpack(packed: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The figures that `pack` has packed."""
+    """Return the figures from the output of `pack`."""
     return [Figure(**{**figure, "chart": go.Figure(figure["chart"])}) for figure in packed]
 
 
-def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
-    """A chart in the page's style with nothing in it yet; the axes as plotly's layout takes them."""
+def empty_chart(x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> go.Figure:
+    """Return a chart without data in the page's style; the axes are arguments of plotly's layout."""
     chart = go.Figure()
     chart.update_layout(
         template="plotly_white",
@@ -96,11 +92,17 @@ def empty_chart(x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
         showlegend=True,
         hoverlabel={"namelength": -1},
     )
-    chart.update_xaxes(automargin=True, **x_axis)
-    chart.update_yaxes(automargin=True, **y_axis)
+    defaults: dict[str, object] = {"automargin": True, "ticklabelstandoff": 4}
+    chart.update_xaxes(**(defaults | dict(x_axis)))
+    chart.update_yaxes(**(defaults | dict(y_axis)))
     for axis in (chart.layout.xaxis, chart.layout.yaxis):
         axis.title.update(font={"size": 14}, standoff=8)
     return chart
+
+
+def colorbar(title: str) -> dict[str, object]:
+    """Return the color bar of a heat map in the page's style."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 14}}, "thickness": 12}
 
 
 def render(
@@ -111,7 +113,7 @@ def render(
     results: Sequence[DataTable],
     sections: Sequence[Section],
 ) -> str:
-    """The page, as HTML: `results` are at its top, `sections` below."""
+    """Return the page as HTML: verdict, warnings and `results` first, then `sections`."""
     template = Path(__file__).with_name("html.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

@@ -1,4 +1,4 @@
-"""One self-contained page that shows what a run or a comparison found.
+"""The report of a run or a comparison: one self-contained page.
 
 `write` reads a folder, `sections` arranges figures and tables, `render` makes the page of them.
 """
@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
+from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenance
 from copra_fl.reporting import html
 from copra_fl.reporting.figures import averaging, clients, cost, learning
-from copra_fl.reporting.html import DataTable, Section
+from copra_fl.reporting.html import Section
 from copra_fl.reporting.results import Comparison, load_comparison
-from copra_fl.reporting.statistics import metrics, partition_settings, summarize
+from copra_fl.reporting.statistics import Value, metrics, partition_settings, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
     CLIENT_ACCURACY,
     COST,
     MERGE_GAP,
+    NO_VALUE,
     TEST_ACCURACY,
     TEST_LOSS,
     Column,
-    also_measured,
-    by_dataset,
-    header_and_rows,
-    note,
+    DataTable,
+    dataset_tables,
+    optional_columns,
+    results_table,
     rows,
 )
 from copra_fl.reporting.verdict import verdict
@@ -55,33 +57,33 @@ RUN_COLUMNS = (
 MAX_IN_TITLE = 3
 
 
-def write(directory: Path) -> dict[str, Any]:
-    """Write ``report.html``, and for a comparison ``summary.json``, from what is in `directory`.
+def write(directory: Path) -> ComparisonSummary:
+    """Write ``report.html`` of the run or comparison in `directory`, and ``summary.json`` of a comparison.
 
-    Returns the summary (see `results.summarise`). Raises ResultsError and ConfigError as `load_comparison` does.
+    Raises ResultsError and ConfigError as `load_comparison` does.
     """
     comparison = load_comparison(directory)
     summary = summarize(comparison)
-    if not comparison.is_single_run:  # whose summary.json is the run's own
-        atomic_write(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    if not comparison.is_single_run:  # the folder of a run has the run's own summary.json
+        atomic_write(directory / "summary.json", summary.to_json(indent=2) + "\n")
     atomic_write(directory / "report.html", render(comparison, summary))
     return summary
 
 
-def render(comparison: Comparison, summary: Mapping[str, Any]) -> str:
-    """The page, as HTML."""
+def render(comparison: Comparison, summary: ComparisonSummary) -> str:
+    """Return the page as HTML."""
     return html.render(
         title=_title(summary),
         setting=_setting(comparison, summary),
         verdict=verdict(summary),
         warnings=list(_warnings(comparison, summary)),
-        results=[_results(summary), *_by_dataset(summary)],
+        results=[_results(summary), *dataset_tables(summary)],
         sections=sections(comparison, summary),
     )
 
 
-def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section]:
-    """Everything below the results, in reading order. What the runs did not record is left out."""
+def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section]:
+    """Return everything below the results, in reading order, without the sections that the runs have no data for."""
     arranged = [
         Section("Learning", learning.learning(comparison)),
         Section(
@@ -95,30 +97,31 @@ def sections(comparison: Comparison, summary: Mapping[str, Any]) -> list[Section
         Section(
             "On the line between two clients", averaging.connectivity(comparison), _connectivity(comparison, summary)
         ),
-        Section("Adapters switched on", [*learning.schedule(comparison), *learning.activity_maps(comparison)]),
+        Section("Layers switched on", [*learning.schedule(comparison), *learning.activity_maps(comparison)]),
         Section("Clients", [*clients.client_accuracy(comparison), *clients.client_examples(comparison)]),
         Section("Cost", [*cost.accuracy_for_bytes(comparison), *cost.traffic_and_time(comparison)]),
         *_probes(comparison),
-        Section("Each run", tables=_each_run(comparison, also_measured(summary)), collapsed=True),
+        Section("Results of each run", tables=_each_run(comparison, optional_columns(summary)), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
-        Section("What the rules noted", tables=_notes(comparison), collapsed=True),
+        Section("Notes of the aggregation rules", tables=_notes(comparison), collapsed=True),
         Section("Failures and data left out", tables=_failures(comparison), collapsed=True),
     ]
     return [section for section in arranged if section.figures or section.tables]
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    baseline, others = summary["baseline"], list(summary["differences"])
+def _title(summary: ComparisonSummary) -> str:
+    baseline, others = summary.baseline, list(summary.differences)
     if not others:
         return baseline
-    return f"{baseline} against {join_words(others) if len(others) < MAX_IN_TITLE else f'{len(others)} other methods'}"
+    return f"{join_words(others) if len(others) < MAX_IN_TITLE else f'{len(others)} methods'} against {baseline}"
 
 
-def _setting(comparison: Comparison, summary: Mapping[str, Any]) -> str:
-    """One line for the page's head: model, data, split, length."""
-    settings = {key: "varying" for key in summary["settings"]["differing"]} | summary["settings"]["common"]
-    clients = f"{settings['num-clients']} clients" if settings["num-clients"] else "a client per node"
+def _setting(comparison: Comparison, summary: ComparisonSummary) -> str:
+    """Return model, data, split and length of the runs in one line."""
+    settings: dict[str, ConfigValue] = dict.fromkeys(summary.settings.differing, "varying")
+    settings |= summary.settings.common
+    num_clients = f"{settings['num-clients']} clients" if settings["num-clients"] else "one client per node"
     split = f"{settings['partitioner']} split"
     if settings["partitioner"] == "dirichlet":
         split += f", alpha {settings['alpha']}"
@@ -126,167 +129,175 @@ def _setting(comparison: Comparison, summary: Mapping[str, Any]) -> str:
     unit = "local-epochs" if settings["local-epochs"] else "local-steps"
     length = f"{settings[unit]} {unit.replace('-', ' ')}"
     return (
-        f"{settings['model']} on {settings['dataset']} · {clients}, {split} · "
+        f"{settings['model']} on {settings['dataset']} · {num_clients}, {split} · "
         f"{rounds} of {length} · {comparison.named_seeds}"
     )
 
 
-def _warnings(comparison: Comparison, summary: Mapping[str, Any]) -> Iterator[str]:
-    begun = [run for run in summary["unfinished"] if run["rounds"]]
-    if begun:
-        unfinished = [f"{run['method']} seed {run['seed']} ({run['rounds']} rounds done)" for run in begun]
-        yield f"Not finished, and so only in the figures by round: {join_words(unfinished)}."
-    if waiting := len(summary["unfinished"]) - len(begun):
-        yield f"Runs that have not finished a round: {waiting}."
-    missing = sum(len(row["missing"]) for _, run in comparison.runs for row in run.journal)
+def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[str]:
+    started = [run for run in summary.unfinished if run.rounds]
+    if started:
+        names = join_words(f"{run.method} seed {run.seed} ({run.rounds} rounds finished)" for run in started)
+        yield f"Unfinished runs, shown only in the charts by round: {names}."
+    if not_started := len(summary.unfinished) - len(started):
+        yield f"Runs without a finished round: {not_started}."
+    missing = sum(len(record.missing) for _, run in comparison.runs for record in run.journal)
     if missing:
         yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
 
 
-def _results(summary: Mapping[str, Any]) -> DataTable:
+def _results(summary: ComparisonSummary) -> DataTable:
     accuracy, *others = RESULT_COLUMNS
-    also = also_measured(summary)
-    held_out = "; held-out clients took no part" if any(column.metric.startswith("held_out") for column in also) else ""
+    optional = optional_columns(summary)
+    has_held_out = any(column.metric.startswith("held_out") for column in optional)
     caption = (
-        "After the last round. Test data is seen by no client; the clients' own data are their validation data"
-        f"{held_out}. Aggregation error: what the new global adapter misses of the average of the clients' products, "
-        f"mean over rounds. {note(summary)}"
+        "After the last round. No client has seen the test data. Client accuracy: on the clients' validation data. "
+        f"{'Held-out clients took no part in training. ' if has_held_out else ''}Aggregation error: relative error of "
+        "the new global adapter against the average of the clients' products, mean over rounds."
     )
-    return DataTable(*header_and_rows(summary, (accuracy, *also, *others)), caption)
+    return results_table(summary, (accuracy, *optional, *others), caption)
 
 
-def _by_dataset(summary: Mapping[str, Any]) -> list[DataTable]:
-    header, cells = by_dataset(summary)
-    caption = "The same test, on each data set by itself: above are means over data sets, each counting as much."
-    return [DataTable(header, cells, caption)] if cells else []
-
-
-def _connectivity(comparison: Comparison, summary: Mapping[str, Any]) -> list[DataTable]:
-    if not any(end["paths"] for method in comparison.methods for _, end in comparison.finished(method)):
+def _connectivity(comparison: Comparison, summary: ComparisonSummary) -> list[DataTable]:
+    if not any(finished.paths for method in comparison.methods for _, finished in comparison.finished(method)):
         return []
     caption = (
-        "Entezari: highest loss above the straight line between the ends' losses. Frankle: highest loss above the mean "
-        "of the ends. Midpoint gap: accuracy at u = 0.5 minus the mean of the ends. Mean over pairs, then over seeds."
+        "Entezari: highest loss above the straight line between the losses of the ends. Frankle: highest loss above "
+        "the mean of the ends. Midpoint gap: accuracy at u = 0.5 minus the mean of the ends. Means over pairs of "
+        "clients, then over seeds."
     )
-    return [
-        DataTable(
-            ["method", *(column.heading for column in CONNECTIVITY_COLUMNS)],
-            rows(summary, CONNECTIVITY_COLUMNS),
-            caption,
-        )
-    ]
+    headings = [column.heading for column in CONNECTIVITY_COLUMNS]
+    return [DataTable(["method", *headings], rows(summary, CONNECTIVITY_COLUMNS), caption)]
 
 
 def _probes(comparison: Comparison) -> Iterator[Section]:
-    """What `copra-fl probe` has left in the folder and in those of its runs."""
+    """Yield the figures that `copra-fl probe` has written to the folder and to those of its runs."""
     folders = dict.fromkeys([comparison.directory, *(run.directory for _, run in comparison.runs)])
     for path in (path for folder in folders for path in sorted(folder.glob("probe-*.figures.json"))):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        yield Section(found["title"], html.unpack(found["figures"]))
+        probe = json.loads(path.read_text(encoding="utf-8"))
+        yield Section(probe["title"], html.unpack(probe["figures"]))
 
 
-def _each_run(comparison: Comparison, also: list[Column]) -> list[DataTable]:
-    columns = (*RUN_COLUMNS, *also)
-    finished = [(method, seed, end) for method in comparison.methods for seed, end in comparison.finished(method)]
+def _each_run(comparison: Comparison, optional: list[Column]) -> list[DataTable]:
+    columns = (*RUN_COLUMNS, *optional)
+    finished = [
+        (method, seed, summary) for method in comparison.methods for seed, summary in comparison.finished(method)
+    ]
     runs = [
-        [method, str(seed), *(column.format(metrics(end)[column.metric]) for column in columns)]
-        for method, seed, end in finished
+        [method, str(seed), *(column.format(values[column.metric]) for column in columns)]
+        for method, seed, summary in finished
+        for values in [metrics(summary)]
     ]
     pairs = [
-        [
-            method,
-            str(seed),
-            join_words(path["clients"]),
-            *(column.format(path[column.metric]) for column in CONNECTIVITY_COLUMNS),
-        ]
-        for method, seed, end in finished
-        for path in end["paths"]
+        [method, str(seed), join_words(path.clients), *_path_cells(path)]
+        for method, seed, summary in finished
+        for path in summary.paths
     ]
-    found = [
+    tables = [
         DataTable(["method", "seed", *(column.heading for column in columns)], runs),
         DataTable(["method", "seed", "clients", *(column.heading for column in CONNECTIVITY_COLUMNS)], pairs),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in tables if table.rows]
 
 
-def _settings(summary: Mapping[str, Any]) -> list[DataTable]:
-    settings = summary["settings"]
-    return [*_differing(settings["differing"], toml_value), _common(settings["common"], toml_value)]
+def _path_cells(path: LinePath) -> list[str]:
+    values = (path.barrier_entezari, path.barrier_frankle, path.midpoint_gap)
+    return [column.format(value) for column, value in zip(CONNECTIVITY_COLUMNS, values, strict=True)]
+
+
+def _settings(summary: ComparisonSummary) -> list[DataTable]:
+    return _partitioned("setting", "method", summary.settings.common, summary.settings.differing, toml_value)
 
 
 def _provenance(comparison: Comparison) -> list[DataTable]:
     common, differing = partition_settings(
-        {f"{method}, seed {run.seed}": dict(_flat(run.provenance)) for method, run in comparison.runs}
+        {
+            f"{method}, seed {run.seed}": dict(_provenance_fields(run.provenance))
+            for method, run in comparison.runs
+            if run.provenance
+        }
     )
-    return [_common(common, str), *_differing(differing, str)]
+    return _partitioned("field", "run", common, differing, str)
 
 
-def _common(common: Mapping[str, Any], text: Callable[[Any], str]) -> DataTable:
-    return DataTable(["common", "value"], [[key, text(value)] for key, value in common.items()])
+def _partitioned(
+    kind: str,
+    owner_kind: str,
+    common: Mapping[str, Value],
+    differing: Mapping[str, Mapping[str, Value | None]],
+    to_text: Callable[[Value], str],
+) -> list[DataTable]:
+    """Return a table of the differing values by owner, if there are any, and one of the common values."""
 
+    def text(value: Value | None) -> str:
+        return NO_VALUE if value is None else to_text(value)
 
-def _differing(differing: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str]) -> list[DataTable]:
-    """What differs: a row a key, or a row an owner where there are more of these."""
+    equal = DataTable([kind, "value"], [[key, text(value)] for key, value in common.items()])
     if not differing:
-        return []
+        return [equal]
     owners = list(next(iter(differing.values())))
-    cells = {(key, owner): text(values[owner]) for key, values in differing.items() for owner in owners}
-    if len(owners) > len(differing):
-        return [
-            DataTable(
-                ["differing", *differing], [[owner, *(cells[key, owner] for key in differing)] for owner in owners]
-            )
-        ]
-    return [DataTable(["differing", *owners], [[key, *(cells[key, owner] for owner in owners)] for key in differing])]
+    if len(owners) <= len(differing):
+        header, cells = [kind, *owners], [[key, *map(text, values.values())] for key, values in differing.items()]
+    else:
+        header = [owner_kind, *differing]
+        cells = [[owner, *(text(values[owner]) for values in differing.values())] for owner in owners]
+    different = DataTable(header, cells, title=f"Different between {owner_kind}s")
+    return [different, replace(equal, title=f"Equal in all {owner_kind}s")]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _provenance_fields(provenance: Provenance) -> Iterator[tuple[str, object]]:
+    yield "run id", provenance.run
+    yield "seed", provenance.seed
+    starts = {"start": provenance.start} | {f"resume {n}": o for n, o in enumerate(provenance.resumes, start=1)}
+    for name, origin in starts.items():
+        for field, value in origin.model_dump().items():
+            if isinstance(value, dict):
+                yield from ((f"{name}, {field}: {key}", detail) for key, detail in value.items())
+            else:
+                yield f"{name}, {field.replace('_', ' ')}", value
 
 
 def _notes(comparison: Comparison) -> list[DataTable]:
-    noted = [
-        [method, str(run.seed), str(row["round"]), json.dumps(row["notes"])]
+    notes = [
+        [method, str(run.seed), str(record.round), json.dumps(record.notes)]
         for method, run in comparison.runs
-        for row in run.journal
-        if row.get("notes")
+        for record in run.journal
+        if record.notes
     ]
-    return [DataTable(["method", "seed", "round", "note"], noted)] if noted else []
-
-
-LEFT_OUT = (
-    "clients skipped (no training data)",
-    "examples with no client",
-    "held-out texts dropped (clients hold them too)",
-    "rows dropped (no text, label or client)",
-)
+    return [DataTable(["method", "seed", "round", "note"], notes)] if notes else []
 
 
 def _failures(comparison: Comparison) -> list[DataTable]:
     missing = [
-        [method, str(run.seed), str(row["round"]), str(client["client"]), client["reason"]]
+        [method, str(run.seed), str(record.round), str(client.client), client.reason]
         for method, run in comparison.runs
-        for row in run.journal
-        for client in row["missing"]
+        for record in run.journal
+        for client in record.missing
     ]
     left_out = [
         [
             method,
             str(seed),
-            ", ".join(map(str, end["skipped_clients"])) or "none",
-            str(end["unassigned_examples"]),
-            str(end["dropped_duplicates"]),
-            str(end["dropped_empty"]),
+            ", ".join(map(str, summary.skipped_clients)) or "none",
+            str(summary.unassigned_examples),
+            str(summary.dropped_duplicates),
+            str(summary.dropped_empty),
         ]
         for method in comparison.methods
-        for seed, end in comparison.finished(method)
+        for seed, summary in comparison.finished(method)
     ]
-    found = [
-        DataTable(["method", "seed", "round", "client", "why its reply is missing"], missing),
-        DataTable(["method", "seed", *LEFT_OUT], left_out),
+    tables = [
+        DataTable(["method", "seed", "round", "client", "reason of the missing reply"], missing),
+        DataTable(
+            [
+                "method",
+                "seed",
+                "clients without training data",
+                "examples without a client",
+                "held-out examples that a client has too",
+                "rows without content, label or client",
+            ],
+            left_out,
+        ),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in tables if table.rows]

@@ -1,36 +1,41 @@
-"""What runs left behind, read back and summarised: one number a seed, then mean and interval.
+"""Load the folders of runs and comparisons.
 
-A run is one method with one seed. Methods are compared **paired by seed**: runs with the
-same seed share partitions, initial adapters and data order, so the difference of a pair
-has less noise than either run. With n seeds, mean m and standard deviation s (n - 1), the
-95 % interval is Student's: m ± t(0.975, n - 1) s / sqrt(n). One seed has no interval.
+A run is one method with one seed. A comparison is a folder with ``comparison.toml`` and a run for each method and seed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from copra_fl.config import Config, read_toml
+from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary
 from copra_fl.wording import join_words
+
+RecordType = TypeVar("RecordType", bound=Record)
 
 
 class ResultsError(ValueError):
-    """A folder that holds no readable run or comparison. The message names the file and what is wrong."""
+    """A folder without a readable run or comparison. The message names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `summary` is None until the run has finished; `journal` has a dict a round."""
+    """One run folder.
+
+    Attributes:
+        journal: its finished rounds.
+        summary: None until the run has finished.
+        provenance: None until the run has started.
+    """
 
     directory: Path
     config: Config
-    journal: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    provenance: dict[str, Any]
+    journal: list[RoundRecord]
+    summary: RunSummary | None
+    provenance: Provenance | None
 
     @property
     def seed(self) -> int:
@@ -61,7 +66,7 @@ class Comparison:
 
     @property
     def is_single_run(self) -> bool:
-        """Whether this is the folder of one run, and not one with a run a method and seed."""
+        """True for the folder of one run, False for a folder with a run for each method and seed."""
         return any(run.directory == self.directory for _, run in self.runs)
 
     @property
@@ -69,8 +74,13 @@ class Comparison:
         """``seed 0``, or ``seeds 0, 1 and 2``."""
         return f"seed{'s' if len(self.seeds) > 1 else ''} {join_words(self.seeds)}"
 
-    def finished(self, method: str) -> list[tuple[int, dict[str, Any]]]:
-        """(seed, summary) of each run of `method` that has finished."""
+    @property
+    def mean_over_seeds(self) -> str:
+        """``mean over seeds 0 and 1``, or ``seed 0``."""
+        return f"mean over {self.named_seeds}" if len(self.seeds) > 1 else self.named_seeds
+
+    def finished(self, method: str) -> list[tuple[int, RunSummary]]:
+        """Return (seed, summary) of each run of `method` that has finished."""
         return [(run.seed, run.summary) for run in self.methods[method] if run.summary is not None]
 
     def rounds_done(self, method: str, seed: int) -> int:
@@ -78,30 +88,25 @@ class Comparison:
 
 
 def load_run(directory: Path) -> Run:
-    """The run in `directory`, finished or not.
+    """Load the run in `directory`, finished or not.
 
-    Raises ResultsError where a file is damaged, ConfigError where there is no valid ``config.toml``.
+    Raises ResultsError for a file that is damaged or of another version, ConfigError without a valid ``config.toml``.
     """
-    summary = directory / "summary.json"
-    provenance = directory / "provenance.json"
-    return Run(
-        directory=directory,
-        config=Config.from_toml(directory / "config.toml"),
-        journal=_read_journal(directory / "journal.jsonl"),
-        summary=_parse_json(summary.read_text(encoding="utf-8"), summary) if summary.exists() else None,
-        provenance=_parse_json(provenance.read_text(encoding="utf-8"), provenance) if provenance.exists() else {},
-    )
+    provenance = _read(Provenance, directory / "provenance.json")  # first: another version has other settings, too
+    summary = _read(RunSummary, directory / "summary.json")
+    journal = _read_journal(directory / "journal.jsonl")
+    return Run(directory, Config.from_toml(directory / "config.toml"), journal, summary, provenance)
 
 
 def load_comparison(directory: Path) -> Comparison:
-    """The comparison in `directory`; the folder of a single run is a comparison of one method.
+    """Load the comparison in `directory`; the folder of a single run is a comparison of one method.
 
-    Raises ResultsError where it is neither, or no run in it has finished a round.
+    Raises ResultsError if it is neither, if a file is damaged or of another version, or if no run has a finished round.
     """
     if (directory / "comparison.toml").exists():
         plan = read_toml(directory / "comparison.toml")
         if not plan.get("methods") or not plan.get("seeds"):
-            raise ResultsError(f"{directory / 'comparison.toml'} does not name methods and seeds")
+            raise ResultsError(f"{directory / 'comparison.toml'} must have non-empty lists `methods` and `seeds`")
         folders = {method: [directory / f"{method}-seed{seed}" for seed in plan["seeds"]] for method in plan["methods"]}
         methods = {
             method: [load_run(folder) for folder in started if (folder / "config.toml").exists()]
@@ -112,33 +117,34 @@ def load_comparison(directory: Path) -> Comparison:
         run = load_run(directory)
         comparison = Comparison(directory, {method_name(run.config): [run]}, [run.seed])
     else:
-        raise ResultsError(f"{directory} is no run and no comparison: it has no config.toml and no comparison.toml")
+        raise ResultsError(f"{directory} is not the folder of a run or comparison: no config.toml, no comparison.toml")
     if not any(run.journal for _, run in comparison.runs):
         raise ResultsError(f"{directory} has no finished round to report")
     return comparison
 
 
 def method_name(config: Config) -> str:
-    """What a single run's method is called, as `compare` would call it: ``copra``, ``flora``, ``flora+copra``."""
+    """Return the name that `compare` gives to the method of `config`: ``copra``, ``flora``, ``flora+copra``."""
     rule, training = config.aggregation.rule, config.copra.local_training
     if rule == "fedavg":
         return training
     return rule if training == "lora" else f"{rule}+{training}"
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def _read_journal(path: Path) -> list[RoundRecord]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
     whole_lines = text[: text.rfind("\n") + 1]  # a run killed while writing leaves half a line
-    return [_parse_json(line, path) for line in whole_lines.splitlines()]
+    return [_parse(RoundRecord, line, path) for line in whole_lines.splitlines()]
 
 
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
+def _read(record_type: type[RecordType], path: Path) -> RecordType | None:
+    return _parse(record_type, path.read_text(encoding="utf-8"), path) if path.exists() else None
+
+
+def _parse(record_type: type[RecordType], text: str, path: Path) -> RecordType:
     try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ResultsError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ResultsError(f"{path} holds {parsed!r} where an object was expected")
-    return parsed
+        return record_type.from_json(text)
+    except RecordError as error:
+        raise ResultsError(f"{path}: {error}") from None

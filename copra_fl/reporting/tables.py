@@ -1,27 +1,107 @@
-"""What a comparison says, in words and in cells: the verdict, the results of two methods, the ranking of many."""
+"""Tables: `DataTable` for any rows, `Column` for the format of one metric, and the result tables of a comparison.
+
+A `DataTable` is the one form of every table: of reports (`reporting.html`), terminals (`rich`) and documents
+(`markdown`).
+"""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
-from copra_fl.reporting.statistics import Estimate
+from copra_fl.records import ComparisonSummary, Estimate
 from copra_fl.wording import join_words
 
-#: more methods than this are ranked, and compared with the first in a column, not in a row each
+#: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
+#: a cell without a value
+NO_VALUE = "–"
+#: a cell that counts as a number when a column is aligned
+NUMBER = re.compile(rf"[+−-]?\.?\d[\d.,]*(e[+−-]?\d+)?[%/]?\d*( .*)?|none|{NO_VALUE}|")
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """A table of text; the first cell of a row names it.
+
+    Attributes:
+        caption: explains the columns.
+        dividers: numbers of the rows, from 1, that are followed by a line on a terminal.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    title: str = ""
+    dividers: Collection[int] = ()
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Return for each column True if all its cells are numbers; these columns are right-aligned."""
+        return [
+            bool(self.rows) and all(NUMBER.fullmatch(row[index]) for row in self.rows)
+            for index in range(len(self.header))
+        ]
+
+    def rich(self) -> Table:
+        """Return the table for a terminal; headings are wrapped so that a column is as narrow as its cells."""
+        table = Table(
+            title=escape(self.title) or None,
+            caption=escape(self.caption) or None,
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for index, (heading, numeric) in enumerate(zip(self.header, self.numeric, strict=True)):
+            width = max(map(len, (*heading.split(), *(row[index] for row in self.rows))), default=1)
+            table.add_column(
+                escape("\n".join(textwrap.wrap(heading, width))),
+                justify="right" if numeric else "left",
+                vertical="bottom",
+                no_wrap=numeric,
+                overflow="fold",
+                min_width=width if numeric else None,
+            )
+        for number, row in enumerate(self.rows, start=1):
+            table.add_row(*map(escape, row), end_section=number in self.dividers)
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as Markdown: title, table, caption."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        title = f"## {self.title}\n\n" if self.title else ""
+        caption = f"\n{self.caption}\n" if self.caption else ""
+        return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
+
+
+def with_minus(value: float, spec: str) -> str:
+    """Return `value` in the Python format `spec`, with a true minus sign (U+2212).
+
+    >>> with_minus(-0.5, ".1f")
+    '−0.5'
+    """
+    return f"{value:{spec}}".replace("-", "−")
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one of `results.metrics` is shown: its heading, the factor to the unit shown, and the digits."""
+    """Heading and format of one of `statistics.metrics`.
+
+    Attributes:
+        scale: factor to the unit shown.
+        spec: Python format of the number.
+        interval: show the 95 % interval after the mean.
+    """
 
     heading: str
     metric: str
@@ -30,21 +110,21 @@ class Column:
     interval: bool = True
 
     def format(self, value: float | None) -> str:
-        """`value` in the unit shown; an en dash where there is none."""
-        return "–" if value is None else f"{self.scale * value:{self.spec}}".replace("-", "−")
+        """Return `value` in the unit shown; an en dash for None."""
+        return NO_VALUE if value is None else with_minus(self.scale * value, self.spec)
 
-    def show(self, found: Estimate | None) -> str:
-        """``mean [low, high]``."""
-        if found is None or not (self.interval and found["interval"]):
-            return self.format(found and found["mean"])
-        low, high = found["interval"]
-        return f"{self.format(found['mean'])} [{self.format(low)}, {self.format(high)}]"
+    def show(self, estimate: Estimate) -> str:
+        """Return ``mean [low, high]``, or the mean alone."""
+        if not (self.interval and estimate.interval):
+            return self.format(estimate.mean)
+        low, high = estimate.interval
+        return f"{self.format(estimate.mean)} [{self.format(low)}, {self.format(high)}]"
 
 
 TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
 TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
-CLIENT_ACCURACY = Column("clients' own data, %", "client_accuracy", scale=100)
+CLIENT_ACCURACY = Column("client accuracy, %", "client_accuracy", scale=100)
 AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
 MERGE_GAP = Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f")
 COST = (
@@ -52,136 +132,127 @@ COST = (
     Column("MB down", "bytes_down", scale=1e-6, interval=False),
     Column("seconds", "seconds", spec=".0f", interval=False),
 )
-#: what only some tasks and splits have; ppl: perplexity
-OF_SOME = (
+#: shown only if measured: not every task and split has them
+OPTIONAL_COLUMNS = (
     Column("held-out clients, %", "held_out_accuracy", scale=100),
-    Column("test ppl", "test_perplexity", spec=".2f"),
-    Column("held-out ppl", "held_out_perplexity", spec=".2f"),
+    Column("test perplexity", "test_perplexity", spec=".2f"),
+    Column("held-out perplexity", "held_out_perplexity", spec=".2f"),
 )
-#: what fits a terminal
+#: fits a terminal
 COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_ERROR, *COST)
 
 
-def also_measured(summary: Mapping[str, Any]) -> list[Column]:
-    """Those of `OF_SOME` that a method has."""
-    methods = summary["methods"].values()
-    return [
-        column for column in OF_SOME if any(any(found.get(column.metric, {}).get("values", ())) for found in methods)
-    ]
+def table(summary: ComparisonSummary) -> Group:
+    """Return the results for a terminal: a table of the methods, and with several data sets one by data set."""
+    accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
+    optional = [replace(column, interval=False) for column in optional_columns(summary)]
+    columns = (accuracy, *optional, *(COST if optional else COLUMNS[1:]))
+    return Group(*(shown.rich() for shown in (results_table(summary, columns), *dataset_tables(summary))))
 
 
-def by_dataset(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what is told of each of several data sets; no rows where there is one."""
+def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMNS, caption: str = "") -> DataTable:
+    """Return one row per method: up to two methods in their order with their difference, more methods ranked.
+
+    `columns` begins with the test accuracy, which the ranking follows.
+    """
+    headings = [column.heading for column in columns]
+    if not is_ranked(summary):
+        dividers = [len(summary.methods)] if summary.differences else []
+        cells = rows(summary, columns)
+        return DataTable(["method", *headings], cells, f"{caption} {note(summary, cells)}".lstrip(), dividers=dividers)
+    header = ["", "method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
+    narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
+    points = replace(POINTS, interval=columns[0].interval)
+    ranked = []
+    for place, method in ranking(summary):
+        name, accuracy, *others = _cells(summary, method, narrow)
+        difference = "" if method == summary.baseline else points.show(summary.differences[method].get(POINTS.metric))
+        ranked.append([NO_VALUE if place is None else str(place), name, accuracy, difference, *others])
+    return DataTable(header, ranked, f"{caption} {note(summary, ranked)}".lstrip())
+
+
+def dataset_tables(summary: ComparisonSummary) -> list[DataTable]:
+    """Return a table with the test on each of several data sets; an empty list for one data set."""
     prefix = f"{TEST_ACCURACY.metric}/"
     names = dict.fromkeys(
         metric.removeprefix(prefix)
-        for found in summary["methods"].values()
-        for metric in found
+        for estimates in summary.methods.values()
+        for metric in estimates.metrics
         if metric.startswith(prefix)
     )
     columns = {
         name: [replace(column, metric=f"{column.metric}/{name}") for column in (TEST_ACCURACY, TEST_LOSS)]
         for name in names
     }
-    told = [[name, *row] for name in names for row in rows(summary, columns[name])]
-    return ["data set", "method", TEST_ACCURACY.heading, TEST_LOSS.heading], told
+    cells = [[name, *row] for name in names for row in rows(summary, columns[name])]
+    if not cells:
+        return []
+    dividers = [number for number, (row, next_row) in enumerate(pairwise(cells), start=1) if row[0] != next_row[0]]
+    header = ["data set", "method", TEST_ACCURACY.heading, TEST_LOSS.heading]
+    caption = "Each data set by itself; the table above has means over data sets, all with equal weight."
+    return [DataTable(header, cells, caption, dividers=dividers)]
 
 
-def is_ranked(summary: Mapping[str, Any]) -> bool:
-    """Whether there are so many methods that they are shown as a ranking."""
-    return len(summary["methods"]) > MAX_ROWS_OF_DIFFERENCES
+def optional_columns(summary: ComparisonSummary) -> list[Column]:
+    """Return those of `OPTIONAL_COLUMNS` that at least one method has."""
+    return [
+        column
+        for column in OPTIONAL_COLUMNS
+        if any(
+            value is not None for estimates in summary.methods.values() for value in estimates.get(column.metric).values
+        )
+    ]
 
 
-def ranking(summary: Mapping[str, Any]) -> list[tuple[int | None, str]]:
-    """(place, method), by test accuracy. Without a place, at the end: no test accuracy (yet), no global model."""
+def is_ranked(summary: ComparisonSummary) -> bool:
+    """Return True if there are so many methods that they are shown as a ranking."""
+    return len(summary.methods) > MAX_ROWS_OF_DIFFERENCES
+
+
+def ranking(summary: ComparisonSummary) -> list[tuple[int | None, str]]:
+    """Return (place, method), by test accuracy. Last and without a place: methods that have no test accuracy (yet)."""
 
     def mean(method: str, metric: str) -> float:
-        found = summary["methods"][method].get(metric)
-        return -1.0 if found is None or found["mean"] is None else found["mean"]
+        value = summary.methods[method].get(metric).mean
+        return -1.0 if value is None else value
 
     def order(method: str) -> tuple[bool, float, float]:
-        return method in summary["personal"], -mean(method, "test_accuracy"), -mean(method, "client_accuracy")
+        return method in summary.personal, -mean(method, "test_accuracy"), -mean(method, "client_accuracy")
 
-    ordered = sorted(summary["methods"], key=order)
+    ordered = sorted(summary.methods, key=order)
     return [
         (place if mean(method, "test_accuracy") >= 0 else None, method) for place, method in enumerate(ordered, start=1)
     ]
 
 
-def header_and_rows(
-    summary: Mapping[str, Any], columns: Sequence[Column] = COLUMNS
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the methods as they were given with their differences, or many methods ranked."""
-    headings = [column.heading for column in columns]
-    if not is_ranked(summary):
-        return ["method", *headings], rows(summary, columns)
-    baseline = summary["baseline"]
-    header = ["", "method", headings[0], f"minus {baseline}, points", *headings[1:]]
-    narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
-    ranked = []
-    for place, method in ranking(summary):
-        name, accuracy, *others = _cells(summary, method, narrow)
-        shown = replace(POINTS, interval=columns[0].interval)
-        difference = "" if method == baseline else shown.show(summary["differences"][method].get(POINTS.metric))
-        ranked.append(["–" if place is None else str(place), name, accuracy, difference, *others])
-    return header, ranked
-
-
-def rows(summary: Mapping[str, Any], columns: Sequence[Column]) -> list[list[str]]:
-    """A row a method; with two, a row for the second minus the first."""
+def rows(summary: ComparisonSummary, columns: Sequence[Column]) -> list[list[str]]:
+    """Return one row per method; for two methods also a row for the second minus the first."""
     signed = [replace(column, spec="+" + column.spec.lstrip("+")) for column in columns]
-    differences = {} if is_ranked(summary) else summary["differences"]
-    return [_cells(summary, method, columns) for method in summary["methods"]] + [
-        [f"{method} − {summary['baseline']}", *(column.show(found.get(column.metric)) for column in signed)]
-        for method, found in differences.items()
+    differences = {} if is_ranked(summary) else summary.differences
+    return [_cells(summary, method, columns) for method in summary.methods] + [
+        [f"{method} − {summary.baseline}", *(column.show(estimates.get(column.metric)) for column in signed)]
+        for method, estimates in differences.items()
     ]
 
 
-def _cells(summary: Mapping[str, Any], method: str, columns: Sequence[Column]) -> list[str]:
-    """The method, with its seeds where some have not finished, and its numbers."""
-    found = summary["methods"][method]
-    done, asked = len(found["seeds"]), len(summary["seeds"])
-    cells = {column.metric: column.show(found.get(column.metric)) for column in columns}
-    if method in summary["personal"] and TEST_ACCURACY.metric in cells:
+def _cells(summary: ComparisonSummary, method: str, columns: Sequence[Column]) -> list[str]:
+    """Return the method's name, with the number of seeds if some have not finished, and its numbers."""
+    estimates = summary.methods[method]
+    finished, planned = len(estimates.seeds), len(summary.seeds)
+    cells = {column.metric: column.show(estimates.get(column.metric)) for column in columns}
+    if method in summary.personal and TEST_ACCURACY.metric in cells:
         cells[TEST_ACCURACY.metric] = "none"
-    return [method if done == asked else f"{method} ({done} of {asked} seeds)", *cells.values()]
+    return [method if finished == planned else f"{method} ({finished} of {planned} seeds)", *cells.values()]
 
 
-def table(summary: Mapping[str, Any]) -> Group:
-    """The results for a terminal: of the methods, and where there are several data sets of each of these."""
-    accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
-    also = [replace(column, interval=False) for column in also_measured(summary)]
-    header, cells = header_and_rows(summary, (accuracy, *also, *(COST if also else COLUMNS[1:])))
-    shown = [_table(header, cells, note(summary), ends=[len(summary["methods"])])]
-    header, cells = by_dataset(summary)
-    if cells:
-        last = [place for place, (one, other) in enumerate(pairwise(cells), start=1) if one[0] != other[0]]
-        shown.append(_table(header, cells, "", last))
-    return Group(*shown)
-
-
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]], caption: str, ends: Collection[int]) -> Table:
-    """Headings are broken so that a column is as narrow as its cells; a line after the rows `ends`, from 1."""
-    shown = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=caption, caption_justify="left")
-    for heading, column in zip(header, zip(*cells, strict=True), strict=True):
-        width = max(map(len, (*heading.split(), *column)), default=1)
-        shown.add_column(
-            "\n".join(textwrap.wrap(heading, width)),
-            justify="left" if heading in ("method", "data set") else "right",
-            vertical="bottom",
-            no_wrap=True,
-            min_width=width,
-        )
-    for index, row in enumerate(cells, start=1):
-        shown.add_row(*row, end_section=index in ends)
-    return shown
-
-
-def note(summary: Mapping[str, Any]) -> str:
-    """How to read the results."""
-    seeds = summary["seeds"]
-    spread = "; in brackets the 95 % t-interval; differences are paired by seed" if len(seeds) > 1 else ""
-    text = f"Means over seed{'s' if len(seeds) > 1 else ''} {join_words(seeds)}{spread}."
-    if summary["personal"]:
-        text += " No global model: each client keeps its own, and is measured with it on its own data."
-    return text
+def note(summary: ComparisonSummary, cells: Sequence[Sequence[str]]) -> str:
+    """Return the seeds, the meaning of the brackets in `cells`, and the reason of a missing test accuracy."""
+    seeds = summary.seeds
+    text = f"Means over seeds {join_words(seeds)}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    if any(" [" in cell for row in cells for cell in row):
+        text += "; in brackets: 95 % t-interval"
+    if len(seeds) > 1:
+        text += "; differences are paired by seed"
+    if summary.personal:
+        text += ". Test accuracy none: there is no global model, each client keeps its own"
+    return f"{text}."

@@ -12,7 +12,7 @@ from rich.console import Console
 from copra_fl.config import Config, ConfigError
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, carried_methods, method_settings
+from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
 from copra_fl.simulation.run_folder import create_output, write_config
 from copra_fl.simulation.superlink import superlink
 
@@ -75,17 +75,16 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
     from copra_fl import startup
 
     startup.prepare()
-    from copra_fl import tasks
-    from copra_fl.aggregation import check
+    from copra_fl.aggregation import compatibility
+    from copra_fl.tasks import find_task
 
     methods: dict[Config, str] = {}
     left_out = {}
-    for name in sorted(carried_methods(), key=lambda name: (name != "fedavg", name)):
+    for name in sorted(built_in_methods(), key=lambda name: (name != "fedavg", name)):
         for method in (name, f"{name}+copra") if "rule" in method_settings(name) else (name,):
             config = recipe.config(method)
             try:
-                check(config)
-                tasks.check(config)
+                compatibility.check(config, find_task(config.model.task))
             except ConfigError as error:
                 left_out[method] = str(error)
             else:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
-from copra_fl.sources.assets import ASSETS, fetch, find, is_fetched
+from copra_fl.sources.assets import ASSETS, fetch, find_asset, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
@@ -30,13 +30,12 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     from copra_fl import startup
 
     startup.prepare()
-    from copra_fl import tasks
-    from copra_fl.aggregation import check as check_rule
+    from copra_fl.aggregation import compatibility
+    from copra_fl.tasks import find_task
 
     configs = list(configs)
     for config in configs:
-        check_rule(config)
-        tasks.check(config)
+        compatibility.check(config, find_task(config.model.task))
     names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
     fetch_with_progress(sorted(names & ASSETS.keys()), console)
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
@@ -52,7 +51,7 @@ def fetch_with_progress(names: Iterable[str], console: Console) -> None:
 
     Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
     """
-    missing = [find(name) for name in dict.fromkeys(names) if not is_fetched(name)]
+    missing = [find_asset(name) for name in dict.fromkeys(names) if not is_fetched(name)]
     if not missing:
         return
     columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -69,9 +68,8 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """Return the resolved configuration, and notes about its data for the user."""
-    from copra_fl.aggregation import check as check_rule
     from copra_fl.models import memory_plan
-    from copra_fl.models.build import resolve_compute
+    from copra_fl.models.build import resolve_config
 
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
@@ -85,11 +83,9 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
         )
-    compute = resolve_compute(config.model, config.data.max_length)
-    config = config.changed(num_clients=num_clients, dtype=compute.dtype, attention=compute.attention)
-    check_rule(config)  # again: client-ranks must match the number of clients, which is known only now
+    config = resolve_config(config.changed(num_clients=num_clients))
     size = len(federated.label_names), federated.examples.max_length
-    config = memory_plan.fitted(config, memory_plan.plan(config, *size))
+    config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
 
@@ -112,14 +108,14 @@ def _prepare(config: Config) -> FederatedData:
 
 def _notes(federated: FederatedData, seed: int) -> list[str]:
     notes = []
-    if federated.dropped_empty:
-        notes.append(f"{federated.dropped_empty} rows without content, label or client are left out")
-    if federated.dropped_duplicates:
-        notes.append(f"{federated.dropped_duplicates} held-out examples are left out: clients have the same examples")
+    if federated.dropped.empty:
+        notes.append(f"{federated.dropped.empty} rows without content, label or client are left out")
+    if federated.dropped.duplicates:
+        notes.append(f"{federated.dropped.duplicates} held-out examples are left out: clients have the same examples")
     if federated.held_out_names:
         notes.append(f"held-out clients: {', '.join(federated.held_out_names)}")
-    if federated.unassigned:
-        notes.append(f"seed {seed}: the partitioner assigned {federated.unassigned} examples to no client")
+    if federated.dropped.unassigned:
+        notes.append(f"seed {seed}: the partitioner assigned {federated.dropped.unassigned} examples to no client")
     if federated.skipped:
         names = ", ".join(federated.client_names[client] for client in federated.skipped)
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")

@@ -1,13 +1,18 @@
-"""From recipe, method and ``--set`` to configurations; and the checks before anything starts.
+"""Recipes and methods: from ``--recipe``, ``--methods`` and ``--set`` to configurations.
 
-A method is one name or several with ``+`` between them: ``flora+copra`` is flora.toml overlaid by copra.toml. A name
-is a file that comes along (``experiments/methods/NAME.toml``), a TOML file of one's own, or a method that the recipe
-itself makes with a table ``[methods.NAME]``.
+A recipe is a TOML file of settings. A method is one name or several joined by ``+``: ``flora+copra`` is flora.toml
+overlaid by copra.toml. A name is a built-in method (``experiments/methods/NAME.toml``), your own TOML file, or a method
+that the recipe defines in a table ``[methods.NAME]``.
 
-Precedence, weakest first: the defaults; the recipe; its table ``[methods.T]``, where T is what the method trains
-(local-training: copra, lora or head), so that ``flora`` gets the learning rate that a recipe has for lora and
-``flora+copra`` that for copra; the method's files from left to right; the recipe's ``[methods.NAME]`` for its other
-names, from left to right; ``--set``.
+Settings, in order of precedence, lowest first:
+
+    1  the defaults
+    2  the recipe
+    3  the recipe's table ``[methods.T]`` with T = local-training of the method (copra, lora or head), so that ``flora``
+       gets the recipe's learning rate for lora, and ``flora+copra`` its learning rate for copra
+    4  the method's files, from left to right
+    5  the recipe's tables ``[methods.NAME]`` for the method's other names, from left to right
+    6  ``--set``
 """
 
 from __future__ import annotations
@@ -17,14 +22,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import Config, ConfigError, CopraConfig, Value, parse_override, read_toml
+from copra_fl.config import Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to run: settings for every method, and settings of single methods; `study` is for cli/study.py."""
+    """Settings of one or several runs.
+
+    Attributes:
+        settings: settings for all methods.
+        methods: method -> settings for this method alone.
+        overrides: settings that override all others.
+        study: the recipe's table ``[study]``, for cli/study.py.
+    """
 
     settings: dict[str, Any]
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,20 +45,22 @@ class Recipe:
 
     @classmethod
     def read(cls, name: str, overrides: Iterable[str]) -> Recipe:
-        """The recipe in the file `name`, or one that comes with copra-fl (``demo``, ``smoke``, ``base``)."""
-        path = Path(name)
-        carried = carried_recipes()
+        """Read the recipe file `name`, or the built-in recipe of that name; `overrides` are ``key=value`` texts.
+
+        Raises ConfigError for an unknown name, a file that is not TOML, and an override without ``=``.
+        """
+        path, built_in = Path(name), built_in_recipes()
         if not path.exists():
-            if name not in carried:
-                raise ConfigError(f"no recipe file {name!r}. Recipes that come with copra-fl: {', '.join(carried)}")
-            path = carried[name]
+            if name not in built_in:
+                raise ConfigError(f"no recipe file {name!r}. Built-in recipes: {', '.join(built_in)}")
+            path = built_in[name]
         settings = read_toml(path)
-        methods = settings.pop("methods", {})
+        methods = {method: flatten(table) for method, table in settings.pop("methods", {}).items()}
         study = settings.pop("study", {})
-        return cls(settings, methods, dict(parse_override(text) for text in overrides), study)
+        return cls(flatten(settings), methods, dict(parse_override(text) for text in overrides), study)
 
     def config(self, method: str | None = None, seed: int | None = None) -> Config:
-        """The configuration of one run. Raises ConfigError for whatever is wrong in it."""
+        """Return the configuration of one run. Raises ConfigError that lists everything wrong with it."""
         flat = (self.settings if method is None else self._with_method(method)) | self.overrides
         return Config.from_flat(flat if seed is None else flat | {"seed": seed})
 
@@ -56,7 +70,10 @@ class Recipe:
         overlaid = {key: value for settings in files.values() for key, value in settings.items()}
         for name, settings in files.items():
             if not any(overlaid[key] == value for key, value in settings.items()):
-                raise ConfigError(f"method {method!r}: nothing is left of {name!r}, since later names win")
+                raise ConfigError(
+                    f"method {method!r}: {name!r} has no effect, because later names override all of its settings; "
+                    "remove it or change the order"
+                )
         training = (self.settings | overlaid | self.overrides).get("local-training", CopraConfig.local_training)
         flat = self.settings | self.methods.get(training, {}) | overlaid
         for name in names:
@@ -65,28 +82,34 @@ class Recipe:
         return flat
 
     def _method_settings(self, name: str) -> dict[str, Any]:
-        return self.methods[name] if name in self.methods.keys() - carried_methods() else method_settings(name)
+        return self.methods[name] if name in self.methods.keys() - built_in_methods() else method_settings(name)
 
 
 def short_name(method: str) -> str:
-    """What a method is called in tables and folders: ``flora+mine`` for ``flora+some/where/mine.toml``."""
+    """Return a method's name in tables and folders: ``flora+mine`` for ``flora+path/to/mine.toml``."""
     return "+".join(Path(name).stem for name in method.split("+"))
 
 
-def carried_recipes() -> dict[str, Path]:
-    """The recipes that come with copra-fl, by name."""
+def built_in_recipes() -> dict[str, Path]:
+    """Return the recipes of copra-fl, by name."""
     return {path.stem: path for path in sorted((app_directory() / "experiments").glob("*.toml"))}
 
 
-def carried_methods() -> dict[str, Path]:
-    """The methods that come with copra-fl, by name."""
+def built_in_methods() -> dict[str, Path]:
+    """Return the methods of copra-fl, by name."""
     return {path.stem: path for path in sorted((app_directory() / "experiments" / "methods").glob("*.toml"))}
 
 
 def method_settings(method: str) -> dict[str, Any]:
-    """The settings of one name: a method that comes with copra-fl, or a TOML file of one's own."""
-    carried = carried_methods()
-    path = carried.get(method, Path(method))
+    """Return the settings of a built-in method or of your own TOML file. Raises ConfigError for an unknown name."""
+    built_in = built_in_methods()
+    path = built_in.get(method, Path(method))
     if not path.is_file():
-        raise ConfigError(unknown_name("method", method, carried))
-    return read_toml(path)
+        raise ConfigError(unknown_name("method", method, built_in))
+    return flatten(read_toml(path))
+
+
+def summary_line(path: Path) -> str:
+    """Return the first comment line of a recipe or method file: its description in one line."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()

@@ -113,12 +113,11 @@ def sample_configs(cell: StudyCell) -> Iterator[Config]:
 
     Raises ConfigError for a rule without a global model, which has no validation accuracy to choose a rate by.
     """
-    from copra_fl.aggregation import find_rule
+    from copra_fl.aggregation.compatibility import require_global_model
 
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
-        if find_rule(cell.config(method, rate, cell.seeds[0]).aggregation.rule).personal:
-            raise ConfigError(f"{method!r} has no global model, so it has no validation accuracy to choose a rate by")
+        require_global_model(cell.config(method, rate, cell.seeds[0]), f"by which {method!r} could choose its rate")
         yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
         yield cell.config(method, rate, cell.seeds[0])
 

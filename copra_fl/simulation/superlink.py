@@ -166,8 +166,9 @@ def worker_variables() -> dict[str, str]:
 def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
-    Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default
-    niceness of 15, anything else on the machine would starve them. In a cluster, its owners decide that.
+    Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default of 15
+    any other process on the machine would starve them, and the user asked for the simulation. Workers of a cluster
+    have the priority that the cluster was started with.
     Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a submitted job.
     """
     if address is None:

@@ -1,1 +1,1 @@
-"""Where models and examples come from: packaged assets, files, image folders, the Hugging Face hub."""
+"""Sources of models and examples: packaged assets, files, image folders, the Hugging Face hub."""

@@ -1,6 +1,6 @@
-"""Where examples come from: an asset, a user's CSV, JSONL or Parquet file or image folder, a Hugging Face data set.
+"""Tables of examples: an asset, a CSV, JSONL or Parquet file, an image folder, or a data set of the Hugging Face hub.
 
-Each source is a `Table` that knows a digest of its content and is read only when somebody needs its texts.
+Each source is a `Table`, which has a digest of its content and is read only when its examples are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from copra_fl.files import digest_of, sha256
 from copra_fl.sources.assets import ASSETS, fetch
 from copra_fl.wording import unknown_name
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import datasets
     import pandas as pd
 
@@ -30,12 +30,13 @@ IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 class TableError(ConfigError):
     """A file of examples that cannot be used.
 
-    `outline` is the message without what only who has the file may know: its name, its columns, its values.
+    Attributes:
+        public_message: the message without names, columns and values of the file, which may be private.
     """
 
-    def __init__(self, message: str, outline: str) -> None:
+    def __init__(self, message: str, public_message: str) -> None:
         super().__init__(message)
-        self.outline = outline
+        self.public_message = public_message
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Table:
     """A table of examples.
 
     Attributes:
-        where: it is, for messages.
-        digest: of its content.
-        read: reads it.
-        folder: that relative paths in it are from.
+        where: its path or name, for messages.
+        digest: digest of its content.
+        read: function that reads it.
+        folder: folder that relative paths in the table start from.
     """
 
     where: str
@@ -55,14 +56,17 @@ class Table:
     folder: Path = Path()
 
 
-def called(dataset: str) -> str:
-    """What a data set is called beside others: a file or image folder by its name, a file's without ending."""
+def dataset_name(dataset: str) -> str:
+    """Return the short name of a data set: for a file its name without suffix, for a folder its name."""
     path = Path(dataset)
     return path.stem if path.suffix.lower() in FORMATS or path.is_dir() else dataset
 
 
 def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
-    """The training table and, where there is one, the test table."""
+    """Return the training table, and the test table if there is one.
+
+    Raises ConfigError for a data set that does not exist or cannot be read, AssetError as `fetch` does.
+    """
     test = file_table("test-file", Path(data.test_file)) if data.test_file else None
     known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
     if data.dataset in known:
@@ -81,17 +85,17 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
         return file_table("dataset", path), test
     if "/" not in data.dataset:
         raise ConfigError(
-            f"{unknown_name('data set', data.dataset, known)}. It is no file in {Path.cwd()} either. "
-            "A Hugging Face data set is written with its owner, as in stanfordnlp/imdb"
+            f"{unknown_name('data set', data.dataset, known)}. It is not a file in {Path.cwd()} either. "
+            "Write a Hugging Face data set with its owner, as in stanfordnlp/imdb"
         )
-    train, own_test = _hub_tables(data.dataset, data.label_column)
-    return train, test or own_test
+    train, hub_test = _hub_tables(data.dataset, data.label_column)
+    return train, test or hub_test
 
 
 def file_table(key: str, path: Path) -> Table:
-    """The table in the file or image folder `path`, which the setting `key` names.
+    """Return the table in the file or image folder `path`, the value of the setting `key`.
 
-    Raises TableError where there is none.
+    Raises TableError for a path that does not exist or has another format.
     """
     path = path.expanduser().absolute()
     if path.is_dir():
@@ -101,21 +105,21 @@ def file_table(key: str, path: Path) -> Table:
     if path.suffix.lower() not in FORMATS:
         known = ", ".join(FORMATS)
         raise TableError(
-            f"{key}: {path} ends in {path.suffix!r}, which is none of {known}",
-            f"{key}: its file ends in none of {known}",
+            f"{key}: {path} ends in {path.suffix!r}; supported formats are {known}",
+            f"{key}: the format of its file is not supported; supported formats are {known}",
         )
     return Table(str(path), _sha256(key, path), lambda: _read_file(key, path), path.parent)
 
 
 def image_folder(key: str, path: Path) -> Table:
-    """The images in the subfolders of `path`, each of which is a label: columns ``image`` and ``label``.
+    """Return the table of the images in the subfolders of `path`, one subfolder per label.
 
-    Raises TableError where there are none.
+    Its columns are ``image`` and ``label``. Raises TableError for a folder without images.
     """
     files = _images(path)
     if not files:
         raise TableError(
-            f"{key}: the folder {path} has no images. It must have a subfolder for each label, with its images "
+            f"{key}: the folder {path} has no images. It must have one subfolder per label, with the label's images "
             f"({', '.join(IMAGES)}) in it",
             f"{key}: the folder has no images",
         )
@@ -131,7 +135,7 @@ def image_folder(key: str, path: Path) -> Table:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images in the subfolders of `folder`; none where it is no folder."""
+    """Return the images in the subfolders of `folder`; none if it is not a folder."""
     return sorted(file for file in folder.glob("*/**/*") if file.suffix.lower() in IMAGES)
 
 
@@ -151,21 +155,27 @@ def _read_file(key: str, path: Path) -> pd.DataFrame:
         if not path.stat().st_size:
             return pd.DataFrame()
         match path.suffix.lower():
-            case ".csv":  # with pandas' own defaults, labels and texts such as "NA" or "null" count as missing
+            case ".csv":  # by default pandas reads texts such as "NA" or "null" as missing
                 return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
             case ".parquet":
                 return pd.read_parquet(path)
             case _:
                 return pd.read_json(path, lines=True, dtype=False)
     except (ValueError, OSError) as error:
-        kind = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(path.suffix.lower(), "JSON, one object a line")
+        format_name = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(
+            path.suffix.lower(), "JSON with one object per line"
+        )
         raise TableError(
-            f"{key}: {path} cannot be read as {kind}: {error}", f"{key}: its file cannot be read as {kind}"
+            f"{key}: {path} cannot be read as {format_name}: {error}",
+            f"{key}: its file cannot be read as {format_name}",
         ) from error
 
 
 def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
-    """A data set of the Hugging Face hub, or of its cache without a network; ``owner/name:subset`` for a subset."""
+    """Return the tables of a data set of the Hugging Face hub, or of the hub's cache without a network.
+
+    ``owner/name:subset`` is a subset. Raises ConfigError for a data set that cannot be loaded.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -174,14 +184,14 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
         builder = datasets.load_dataset_builder(path, subset or None)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    except Exception as error:  # every kind of error from network, cache, and a foreign data set's files
+    except Exception as error:  # network, cache and the data set's own files raise errors of many types
         known = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "data")
-        called = ", ".join(repr(part) for part in (path, subset) if part)
+        arguments = ", ".join(repr(part) for part in (path, subset) if part)
         raise ConfigError(
-            f"dataset = {name!r} is no asset ({known}) and no file in {Path.cwd()}, and it could not be had from the "
-            f"Hugging Face hub: {error}. To use a data set of the hub without a network, run "
-            f"`datasets.load_dataset({called}, split='train').to_parquet('train.parquet')` where there is one, bring "
-            "the file here and set dataset to its path"
+            f"dataset = {name!r} is not an asset ({known}), not a file in {Path.cwd()}, and could not be loaded from "
+            f"the Hugging Face hub: {error}. To use a data set of the hub without a network, run "
+            f"`datasets.load_dataset({arguments}, split='train').to_parquet('train.parquet')` on a machine with a "
+            "network, copy the file here and set dataset to its path"
         ) from error
     if "train" not in splits:
         raise ConfigError(f"dataset = {name!r} has no split 'train'; it has {', '.join(splits)}")
@@ -190,14 +200,14 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
         digest = digest_of(builder.hash, builder.config_id, split)
         return Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
 
-    # A test set whose labels are kept secret, as GLUE's, has -1 for all of them.
+    # A test set with secret labels, as GLUE's, has the label -1 everywhere.
     test = splits.get("test")
-    hidden = test is None or (label_column in test.features and test.unique(label_column) == [-1])
-    return table("train"), None if hidden else table("test")
+    is_hidden = test is None or (label_column in test.features and test.unique(label_column) == [-1])
+    return table("train"), None if is_hidden else table("test")
 
 
 def _read_split(split: datasets.Dataset) -> pd.DataFrame:
-    """A split as a table, with labels' names for their numbers."""
+    """Return a split as a table, with label names in place of label numbers."""
     table = split.to_pandas()
     for column, feature in split.features.items():
         if hasattr(feature, "names"):
@@ -208,10 +218,10 @@ def _read_split(split: datasets.Dataset) -> pd.DataFrame:
 def read_examples(
     table: Table, columns: Mapping[str, str], readers: Mapping[str, Callable[[pd.Series, Path], pd.Series]]
 ) -> tuple[pd.DataFrame, int]:
-    """The wanted columns under their configuration keys, and how many rows were dropped for lacking one.
+    """Return `columns` of `table` under their configuration keys, and the number of dropped incomplete rows.
 
-    As texts, but where `readers` have another way for a key, which gets the table's folder too, and gives NA for what
-    is missing.
+    Values are texts, unless `readers` has a function for the key: from the column and the table's folder to values,
+    with NA for missing ones. Raises TableError for a table without examples or without one of the columns.
     """
     import pandas as pd
 
@@ -220,9 +230,9 @@ def read_examples(
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     for key, column in columns.items():
         if column not in rows:
-            there = ", ".join(map(str, rows.columns))
+            known = ", ".join(map(str, rows.columns))
             raise TableError(
-                f"{key} = {column!r} is not a column of {table.where}; there are: {there}",
+                f"{key} = {column!r} is not a column of {table.where}; its columns are {known}",
                 f"{key} = {column!r} is not a column of its file",
             )
     read = pd.DataFrame(
@@ -233,17 +243,17 @@ def read_examples(
     )
     complete = read.notna().all(axis=1)
     if not complete.any():
-        wanted = ", ".join(map(repr, columns.values()))
+        names = ", ".join(map(repr, columns.values()))
         raise TableError(
-            f"{table.where} has no example with all of {wanted}", f"its file has no example with all of {wanted}"
+            f"{table.where} has no example with all of {names}", f"its file has no example with all of {names}"
         )
     return read[complete].reset_index(drop=True), int((~complete).sum())
 
 
 def as_text(column: pd.Series) -> pd.Series:
-    """Texts, the same from every format: whole numbers with gaps, which pandas reads as floats, lose their .0.
+    """Return `column` as texts, equal for all formats; blank texts count as missing.
 
-    Blank ones count as missing.
+    Integers with gaps, which pandas reads as floats, lose their ".0".
     """
     if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
         column = column.astype("Int64")
@@ -252,7 +262,7 @@ def as_text(column: pd.Series) -> pd.Series:
 
 
 def codes(column: pd.Series, names: list[str]) -> Tensor:
-    """(N,) int64: where each text is in `names`; -1 for a missing one."""
+    """Return (N,) int64: the index of each text in `names`; -1 for a missing one."""
     import pandas as pd
 
-    return torch.from_numpy(pd.Categorical(column, categories=names).codes.astype(np.int64))
+    return torch.from_numpy(pd.Index(names, dtype="string").get_indexer(pd.Index(column)).astype(np.int64))

@@ -1,11 +1,11 @@
-"""The next token, by the base's own frozen output layer: of whole texts, or of the responses to prompts.
+"""Causal language modeling with the base's own frozen output layer: of whole texts, or of responses to prompts.
 
-    plain text        BOS | text EOS               learnt: the text, and where it ends
-    with a prompt     prompt | response EOS        learnt: the response; the prompt is only read
+    plain text        BOS | text EOS               targets: the text and EOS
+    with a prompt     prompt | response EOS        targets: the response and EOS; the prompt is only read
 
-With ``prompt-column`` set, the tokenizer's chat template writes prompt and response as turns of user and assistant; a
-tokenizer without one gets BOS, the prompt, a line break, the response, EOS. Logits are computed where something is
-learnt and nowhere else: a vocabulary is large.
+With ``prompt-column`` set, the tokenizer's chat template renders prompt and response as turns of user and assistant;
+without a template the input is BOS, the prompt, a line break, the response, EOS. Because vocabularies are large, logits
+are computed for targets only.
 """
 
 from __future__ import annotations
@@ -25,48 +25,50 @@ from transformers import AutoModelForCausalLM
 from copra_fl.config import ConfigError, DataConfig
 from copra_fl.files import digest_of
 from copra_fl.tasks.task import Inputs, Task
-from copra_fl.tasks.texts import Texts, join_tokens, tokenise, vocabulary_digest
+from copra_fl.tasks.texts import Texts, join_tokens, tokenize, vocabulary_digest
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-#: the label of a token that is not learnt, as in Transformers
-NOT_LEARNT = -100
+#: the label of a token that is not a target, as in Transformers
+NO_TARGET = -100
 
-#: from here on exp overflows a float
+#: losses are cut to this before exp, which overflows a float at 710
 LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
 class Continuations(Texts):
-    """
+    """Tokenized texts whose last tokens are targets.
+
     Attributes:
-        learnt_from: (N,) int64, the first token of each example that is learnt, at least 1: none comes before token 0.
+        targets_from: (N,) int64, index of the first target token of each example; at least 1, because token 0 has no
+            predecessor.
     """
 
-    learnt_from: Tensor
+    targets_from: Tensor
 
     @cached_property
     def num_targets(self) -> np.ndarray:
-        """(N,) tokens that are learnt of each example, one or more."""
-        return self.lengths - self.learnt_from.numpy()
+        """(N,) number of target tokens of each example, at least 1."""
+        return self.lengths - self.targets_from.numpy()
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The examples `indices`, padded on the right to the longest of them.
+        """Return the examples `indices`, padded on the right to the longest of them, on `device`.
 
-        Returns ``input_ids``, ``attention_mask`` and ``labels``, all (B, T) int64, on `device`. Labels are the tokens
-        themselves, not shifted, or NOT_LEARNT, as Transformers' causal models take them.
+        The tensors are ``input_ids``, ``attention_mask`` and ``labels``, all (B, T) int64. Labels are the target
+        tokens, not shifted, or NO_TARGET, as Transformers' causal models expect them.
         """
         batch = self.inputs(indices)
         places = torch.arange(batch["input_ids"].shape[1])
-        learnt = (places >= self.learnt_from[torch.as_tensor(indices), None]) & (batch["attention_mask"] > 0)
-        batch["labels"] = batch["input_ids"].where(learnt, NOT_LEARNT)
+        is_target = (places >= self.targets_from[torch.as_tensor(indices), None]) & (batch["attention_mask"] > 0)
+        batch["labels"] = batch["input_ids"].where(is_target, NO_TARGET)
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """All that comes before the response to `prompt`."""
+    """Return the text before the response to `prompt`."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
@@ -74,14 +76,14 @@ def opening(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What comes before a plain text: BOS, where the tokenizer has it."""
+    """Return the text before a plain text: BOS, or nothing if the tokenizer has no BOS."""
     return tokenizer.bos_token or ""
 
 
 def response(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
-    """What comes after `opening` where `text` is the response, up to the end of its turn.
+    """Return the text after `opening` for the response `text`, up to the end of its turn.
 
-    Raises ConfigError for a chat template that does not write a response after its own opening.
+    Raises ConfigError for a chat template that renders a response differently from its own generation prompt.
     """
     if not tokenizer.chat_template:
         return text + tokenizer.eos_token
@@ -89,19 +91,19 @@ def response(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
     whole, before = str(tokenizer.apply_chat_template(turns, tokenize=False)), opening(tokenizer, prompt)
     if not whole.startswith(before):
         raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path!r} opens a response with {before!r}, but writes the whole "
-            f"conversation as {whole!r}: which part is the response cannot be told"
+            f"the chat template of {tokenizer.name_or_path!r} opens a response with {before!r} but renders the whole "
+            f"conversation as {whole!r}: cannot locate the response in it; use a tokenizer with a consistent template"
         )
     return whole[len(before) :].rstrip()
 
 
-def cut(before: list[int], learnt: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    """Both cut to `max_length` tokens together: `before` loses its first ones, `learnt` its last ones.
+def truncate(before: list[int], targets: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    """Truncate both parts to `max_length` tokens together: `before` loses its first tokens, `targets` its last ones.
 
-    What is learnt keeps half of them at least, where it has as many.
+    Targets keep at least half of `max_length` tokens, if they have that many.
     """
-    learnt = learnt[: max_length - min(len(before), max_length // 2)]
-    return before[max(0, len(before) + len(learnt) - max_length) :], learnt
+    targets = targets[: max_length - min(len(before), max_length // 2)]
+    return before[max(0, len(before) + len(targets) - max_length) :], targets
 
 
 class CausalLM(Task):
@@ -111,12 +113,13 @@ class CausalLM(Task):
     trains_head = False
     model_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
+    version = 2
 
     def processor_digest(self, processor: Any) -> str:
         if processor.eos_token is None:
-            raise ConfigError(f"the tokenizer of {processor.name_or_path!r} must have a token that ends a text")
-        marks = processor.chat_template, processor.bos_token, processor.eos_token
-        return digest_of(vocabulary_digest(processor), marks)
+            raise ConfigError(f"the tokenizer of {processor.name_or_path!r} needs a token that ends a text (EOS)")
+        special = processor.chat_template, processor.bos_token, processor.eos_token
+        return digest_of(vocabulary_digest(processor), special)
 
     def encode(self, rows: pd.DataFrame, labels: list[str], processor: Any, data: DataConfig) -> dict[str, Tensor]:
         texts = rows["text-column"].tolist()
@@ -127,35 +130,35 @@ class CausalLM(Task):
         else:
             befores = [beginning(processor)] * len(texts)
             texts = [text + processor.eos_token for text in texts]
-        tokens = (tokenise(processor, some, add_special_tokens=False) for some in (befores, texts))
-        pairs = [cut(before, learnt, data.max_length) for before, learnt in zip(*tokens, strict=True)]
-        learnt_from = torch.tensor([max(1, len(before)) for before, _ in pairs], dtype=torch.int64)
-        return join_tokens(before + learnt for before, learnt in pairs) | {"learnt_from": learnt_from}
+        tokens = (tokenize(processor, part, add_special_tokens=False) for part in (befores, texts))
+        pairs = [truncate(before, targets, data.max_length) for before, targets in zip(*tokens, strict=True)]
+        targets_from = torch.tensor([max(1, len(before)) for before, _ in pairs], dtype=torch.int64)
+        return join_tokens(before + targets for before, targets in pairs) | {"targets_from": targets_from}
 
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> Continuations:
         tokens = tensors["input_ids"], tensors["offsets"]
-        return Continuations(*tokens, int(processor.eos_token_id), data.max_length, tensors["learnt_from"])
+        return Continuations(*tokens, int(processor.eos_token_id), data.max_length, tensors["targets_from"])
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
         return super().inputs(batch) | {"use_cache": False}
 
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
-        return output.last_hidden_state[:, :-1][batch["labels"][:, 1:] != NOT_LEARNT]
+        return output.last_hidden_state[:, :-1][batch["labels"][:, 1:] != NO_TARGET]
 
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return F.cross_entropy(logits, _learnt(batch), reduction="none")
+        return F.cross_entropy(logits, _targets(batch), reduction="none")
 
     def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return logits.argmax(1) == _learnt(batch)
+        return logits.argmax(1) == _targets(batch)
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, LARGEST_LOSS))}
 
 
-def _learnt(batch: Inputs) -> Tensor:
-    """(targets,) the tokens that are learnt; each is predicted at the place before it."""
+def _targets(batch: Inputs) -> Tensor:
+    """Return (targets,) the target tokens; each is predicted at the position before it."""
     labels = batch["labels"][:, 1:]
-    return labels[labels != NOT_LEARNT]
+    return labels[labels != NO_TARGET]
 
 
 TASK = CausalLM()

@@ -1,4 +1,4 @@
-"""One label an example, by a linear head on what is pooled of the base: logits = head(pool(hidden states))."""
+"""Classification with one label per example: logits = head(pool(hidden states)), with a linear head."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from copra_fl.tasks.task import Inputs, Task
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str, pooler_output: Tensor | None) -> Tensor:
-    """(B, T, D) hidden states to (B, D) features, in float32 at least; `mean` runs over real tokens only.
+    """Pool (B, T, D) hidden states to (B, D) features, in float32 or wider.
 
-    Without a mask all tokens are real. Raises ConfigError for a pooler that is not there.
+    `mean` averages over the tokens of `attention_mask`, or over all tokens without a mask. Raises ConfigError for
+    `pooler` if the model has no pooler.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if pooling == "mean":
@@ -26,11 +27,13 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str, pooler_out
     if pooling == "cls":
         return hidden[:, 0].to(dtype)
     if pooler_output is None:
-        raise ConfigError("pooling = 'pooler' needs a model with a pooler, this one has none; use mean or cls")
+        raise ConfigError("pooling = 'pooler', but the model has no pooler; use mean or cls")
     return pooler_output.to(dtype)
 
 
 class Classification(Task):
+    """Classification of examples with one label, by cross-entropy. Subclasses define the content."""
+
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
         pooler_output = getattr(output, "pooler_output", None)
         return pool(output.last_hidden_state, batch.get("attention_mask"), pooling, pooler_output)

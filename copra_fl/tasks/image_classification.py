@@ -1,4 +1,4 @@
-"""One label for each image: logits = head(pool(encoder(patches)))."""
+"""Image classification with one label per image: logits = head(pool(encoder(patches)))."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from copra_fl.sources.tables import codes
 from copra_fl.tasks.classification import Classification
 from copra_fl.tasks.images import ImageProcessor, Images, encode_images, read_images
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
 

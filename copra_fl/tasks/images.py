@@ -1,8 +1,8 @@
-"""Images as pixels: what tasks on images have in common.
+"""Images as pixels: the common base of tasks on images.
 
-    file  --decode, resize-->  uint8, kept in the cache  --normalise-->  pixel_values, what the base sees
+    file  --decode, resize-->  uint8, kept in the cache  --normalize-->  pixel_values, the input of the base
 
-The model's own image processor does both parts, always its Pillow version: others resize to other pixels.
+The model's own image processor does both parts, always in its Pillow version: other versions resize to other pixels.
 """
 
 from __future__ import annotations
@@ -24,76 +24,79 @@ from copra_fl.config import ConfigError
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import TableError
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
+#: images that are resized in one call
 IMAGES_PER_CALL = 256
 
 
 class ImageProcessor:
-    """A model's image processor, in its two parts.
+    """A model's image processor, split into resizing and normalizing.
 
     Attributes:
-        num_tokens: hidden states that the model has of an image.
+        num_tokens: number of hidden states of the model for an image.
     """
 
     def __init__(self, source: str) -> None:
-        """Raises OSError where there is none, ConfigError for a model that does not see an image as a row of tokens."""
+        """Raises OSError if the model has no image processor, ConfigError if it does not map an image to tokens."""
         self.num_tokens = _num_tokens(source)
-        self._whole = AutoImageProcessor.from_pretrained(source, backend="pil")
+        self._processor = AutoImageProcessor.from_pretrained(source, backend="pil")
 
     @classmethod
     def from_pretrained(cls, source: str) -> ImageProcessor:
         return cls(source)
 
     def __call__(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        """``pixel_values`` (N, C, H, W) float32 of `images`."""
-        return {"pixel_values": self.normalise(self.resize(images))}
+        """Return ``pixel_values`` (N, C, H, W) float32 of `images`."""
+        return {"pixel_values": self.normalize(self.resize(images))}
 
     @property
     def mode(self) -> str:
-        """What images are converted to: grey for a model of one channel, else RGB."""
-        return "L" if len(self._whole.image_mean) == 1 else "RGB"
+        """Pillow's mode of the images: grayscale for a model with one channel, else RGB."""
+        return "L" if len(self._processor.image_mean) == 1 else "RGB"
 
     @property
     def digest(self) -> str:
-        """Names all that decides what pixels an image gives, and how many tokens."""
-        return digest_of(json.loads(self._whole.to_json_string()), self.num_tokens)
+        """Digest of everything that affects an image's pixels and number of tokens."""
+        return digest_of(json.loads(self._processor.to_json_string()), self.num_tokens)
 
     def resize(self, images: list[Image.Image]) -> Tensor:
-        """(N, C, H, W) uint8."""
+        """Return (N, C, H, W) uint8 pixels of `images`, converted and resized."""
         converted = [image.convert(self.mode) for image in images]
-        resized = self._whole(converted, do_rescale=False, do_normalize=False, return_tensors="pt")
+        resized = self._processor(converted, do_rescale=False, do_normalize=False, return_tensors="pt")
         return resized["pixel_values"].to(torch.uint8)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (N, C, H, W) as the base takes them, in float32."""
-        mean, deviation = (torch.tensor(x)[:, None, None] for x in (self._whole.image_mean, self._whole.image_std))
-        return (pixels * self._whole.rescale_factor - mean) / deviation
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return the base's input (N, C, H, W) float32 from uint8 pixels."""
+        statistics = self._processor.image_mean, self._processor.image_std
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in statistics)
+        return (pixels * self._processor.rescale_factor - mean) / deviation
 
 
 def _num_tokens(source: str) -> int:
-    """Found by running the model on torch's meta device, which computes shapes and no numbers."""
+    """Return the number of tokens of an image, from a run on torch's meta device, which computes shapes only."""
     with torch.device("meta"):
         base = AutoModel.from_config(AutoConfig.from_pretrained(source)).eval()
         if base.main_input_name != "pixel_values":
-            raise ConfigError(f"model = {source!r} takes {base.main_input_name}, no images")
+            raise ConfigError(f"model = {source!r} expects {base.main_input_name}, so it is not an image model")
         shape = base(**blank_images(base, 1)).last_hidden_state.shape
     if len(shape) != 3:
         raise ConfigError(
-            f"model = {source!r} makes hidden states of shape {tuple(shape)} of an image; it must make (1, tokens, "
-            "width), as ViT and DINOv2 do"
+            f"model = {source!r} gives hidden states of shape {tuple(shape)} for one image; (1, tokens, width) is "
+            "needed, as ViT and DINOv2 give"
         )
     return shape[1]
 
 
 @dataclass(frozen=True)
 class Images:
-    """
+    """Images with one label each.
+
     Attributes:
         pixels: (N, C, H, W) uint8.
-        labels: (N,) int64, its label's place in the list.
-        processor: what makes of pixels what the base sees.
+        labels: (N,) int64, index of the label in the list.
+        processor: the image processor that normalizes pixels.
     """
 
     pixels: Tensor
@@ -105,12 +108,12 @@ class Images:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(N,) tokens of an image, the same for all."""
+        """(N,) number of tokens, the same for all images."""
         return np.full(len(self), self.max_length)
 
     @cached_property
     def num_targets(self) -> np.ndarray:
-        """(N,) ones: an image is one target."""
+        """(N,) ones: each image is one target."""
         return np.ones(len(self), int)
 
     @property
@@ -118,17 +121,17 @@ class Images:
         return self.processor.num_tokens
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """``pixel_values`` (B, C, H, W) float32 and ``labels`` (B,) int64 of `indices`, on `device`."""
+        """Return ``pixel_values`` (B, C, H, W) float32 and ``labels`` (B,) int64 of `indices`, on `device`."""
         chosen = torch.as_tensor(indices)
-        batch = {"pixel_values": self.processor.normalise(self.pixels[chosen]), "labels": self.labels[chosen]}
+        batch = {"pixel_values": self.processor.normalize(self.pixels[chosen]), "labels": self.labels[chosen]}
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def read_images(column: pd.Series, folder: Path) -> pd.Series:
-    """The bytes of each image's file, NA for what is missing.
+    """Return the bytes of each image file, with NA for missing ones.
 
-    An entry is a path, from `folder` on; the bytes; or, as Hugging Face data sets write it, a dict of both.
-    Raises TableError for a file that cannot be read.
+    An entry is a path relative to `folder`, the bytes, or a dict of both as in Hugging Face data sets. Raises
+    TableError for a file that cannot be read.
     """
     import pandas as pd
 
@@ -152,7 +155,7 @@ def _bytes_of(entry: Any, folder: Path) -> bytes | None:
 
 
 def encode_images(processor: ImageProcessor, files: pd.Series) -> dict[str, Tensor]:
-    """``pixels`` (N, C, H, W) uint8 of the images in `files`, bytes. Raises TableError for one that is no image."""
+    """Return ``pixels`` (N, C, H, W) uint8 of image files, given as bytes. Raises TableError for an invalid image."""
     parts = []
     for start in range(0, len(files), IMAGES_PER_CALL):
         images = [_decode(file, start + i) for i, file in enumerate(files.iloc[start : start + IMAGES_PER_CALL])]
@@ -164,14 +167,16 @@ def _decode(file: bytes, number: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(file))
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that are no images, or broken
-        told = f"image number {number} (from 0; rows without image or label not counted) is none: {error}"
-        raise TableError(told, "an image of its file cannot be decoded") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for invalid or broken files
+        raise TableError(
+            f"image {number} (counted from 0, without rows that lack image or label) cannot be decoded: {error}",
+            "an image of its file cannot be decoded",
+        ) from error
     return image
 
 
 def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
-    """Black images, as the model `base` of images takes them."""
+    """Return `number` black images as inputs of the image model `base`."""
     size, channels = base.config.image_size, base.config.num_channels
     shape = (size, size) if isinstance(size, int) else tuple(size)
     return {"pixel_values": torch.zeros(number, channels, *shape, dtype=base.dtype, device=base.device)}

@@ -1,11 +1,11 @@
-"""What a task is: how rows of a table become batches, what is predicted of them, and how good that is.
+"""The interface of a task: from rows of a table to batches, and from hidden states to losses and metrics.
 
-The unit of loss is a target: one an example in classification, many an example in language modelling.
+The unit of loss is a target: one per example in classification, many per example in language modeling.
 
     rows  --encode-->  tensors, kept in the cache  --examples-->  batches: a model's inputs, and `labels`
     batch  --base-->  hidden states  --features-->  (targets, D)  --head-->  logits  --losses-->  (targets,)
 
-Everything else (who holds which examples, adapters, gates, training, aggregation) is the same for every task.
+Everything else (the clients' examples, adapters, gates, training, aggregation) is the same for every task.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformers import AutoModel, AutoTokenizer
 from copra_fl.config import DataConfig
 from copra_fl.sources.tables import as_text
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
-#: a model's inputs and, where there are any, ``labels``: by name; rows are examples. With several data sets there is
-#: ``outputs`` (B, L) bool besides: the labels of each example's own data set
+#: a model's inputs by name, and ``labels`` for tasks that have them; rows are examples. With several data sets also
+#: ``outputs`` (B, L) bool: the labels of each example's data set
 Inputs = Mapping[str, Tensor]
 
 
@@ -35,9 +35,9 @@ class Examples(Protocol):
     """All examples of a data set, encoded; subsets are arrays of indices into them.
 
     Attributes:
-        lengths: (N,) tokens of each example: what computing it costs.
-        num_targets: (N,) targets of each example.
-        max_length: tokens of the longest example that there can be.
+        lengths: (N,) number of tokens of each example.
+        num_targets: (N,) number of targets of each example.
+        max_length: maximum number of tokens of an example.
     """
 
     @property
@@ -52,24 +52,27 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The examples `indices` as the base's inputs, by name, and ``labels``; a row each, on `device`."""
+        """Return the examples `indices`, one row each, on `device`: the base's inputs by name, and ``labels``."""
 
 
 class Task(ABC):
-    """A subclass fills in what is abstract, and changes what is not as for text classification.
+    """A task; the concrete methods and attributes are those of text classification.
+
+    A subclass implements the abstract methods and overrides those concrete ones that differ. A `processor` is an
+    instance of its `processor_class`.
 
     Attributes:
-        columns: configuration keys of the columns that are read of a table; first the content, what examples are told
-            apart by.
-        optional_columns: keys of columns that are read too where they are set.
-        labels: what an example has in its ``label-column``: none, one, or several of a list of labels, which all nodes
-            agree on. With one, partitioners can deal examples out by it.
-        trains_head: whether a linear layer is trained on the features; otherwise the base's own output layer makes
-            logits of them, frozen.
+        columns: configuration keys of the table's columns that are read. The first is the content: examples with equal
+            content are duplicates.
+        optional_columns: keys of columns that are read if they are set.
+        labels: number of labels of an example in the ``label-column``: none, one, or several of a list of labels, which
+            is the same on all nodes. With one, partitioners can split examples by label.
+        trains_head: whether a linear layer is trained on the features; otherwise the base's own output layer, frozen,
+            gives the logits.
         model_class: the Transformers class that opens the base.
-        processor_class: the Transformers class of what `encode` needs besides: a tokenizer, an image processor.
-        peft_type: PEFT's name for such a model (`peft.TaskType`), written beside an adapter.
-        version: to be raised whenever `encode` would give other tensors for the same rows.
+        processor_class: the Transformers class of the tokenizer or image processor that `encode` uses.
+        peft_type: PEFT's name of the task (`peft.TaskType`), written to adapter folders.
+        version: number to raise whenever `encode` would return other tensors for the same rows.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("text-column", "label-column")
@@ -83,67 +86,67 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """What `find_task` finds it by."""
+        """The name of the task in a configuration (`find_task`)."""
         package, _, module = type(self).__module__.rpartition(".")
         return module.replace("_", "-") if package == __package__ else f"{package}.{module}"
 
     # Rows to tensors.
 
     def content(self, column: pd.Series, folder: Path) -> pd.Series:
-        """The content column as values that can be compared, NA for what is missing. Here texts.
+        """Return the content column as values that can be compared, with NA for missing ones. By default texts.
 
-        Relative paths in it are from `folder` on, where the table lies.
+        Relative paths in it start from `folder`, the table's folder.
         """
         return as_text(column)
 
     def labels_of(self, entry: str) -> list[str]:
-        """The labels that an entry of the label column names."""
+        """Return the labels in an entry of the label column."""
         return [entry]
 
     @abstractmethod
     def processor_digest(self, processor: Any) -> str:
-        """Names all that decides how `processor` encodes. Raises ConfigError for one that cannot be used."""
+        """Return a digest of all that affects encoding in `processor`. Raises ConfigError if it cannot be used."""
 
     @abstractmethod
     def encode(self, rows: pd.DataFrame, labels: list[str], processor: Any, data: DataConfig) -> dict[str, Tensor]:
-        """What the cache keeps of `rows`, whose columns are called as in `columns`; `labels` is the list of them all.
+        """Encode `rows`, whose columns are named as in `columns`, to the tensors that the cache keeps.
 
-        With one label an example, ``labels`` (N,) int64 is its place in the list.
+        `labels` is the list of all labels. With one label per example, the tensor ``labels`` (N,) int64 has its index.
         """
 
     @abstractmethod
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> Examples:
-        """What `encode` has made, as examples."""
+        """Return the tensors of `encode` as examples."""
 
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What `encode` has made of several tables, as of one that has all their rows. Here tensors have a row each."""
+        """Join the encoded tensors of several tables into those of one table with all their rows, in order."""
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    # Batches to losses. Targets come in the order of the rows that they belong to.
+    # Batches to losses. Targets are in the order of their rows.
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
-        """What the base is called with."""
+        """Return the arguments of the base's forward pass."""
         return {name: tensor for name, tensor in batch.items() if name not in ("labels", "outputs")}
 
     @abstractmethod
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
-        """(targets, D), what the head sees, of the base's `output`; in float32 at least where a head is trained.
+        """Return (targets, D) the features of the base's `output`; in float32 or wider if a head is trained.
 
-        Raises ConfigError for a pooling that the base has not.
+        Raises ConfigError for a pooling that the base does not have.
         """
 
     def head(self, width: int, num_labels: int) -> nn.Linear:
-        """The head on features of `width`, where one is trained, as torch draws it; who calls sets the stream."""
+        """Return a new head on features of `width`, drawn from torch's global generator, which the caller seeds."""
         return nn.Linear(width, num_labels)
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
-        """(targets, outputs) logits to the loss of each target (targets,)."""
+        """Return (targets,) the loss of each target from (targets, outputs) logits."""
 
     @abstractmethod
     def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
-        """(targets, outputs) logits to how right each target is (targets,): 0 to 1, or a bool."""
+        """Return (targets,) the score of each target from (targets, outputs) logits: 0 to 1, or a bool."""
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
-        """What else is told of an evaluation, from its mean loss and accuracy."""
+        """Return further metrics of an evaluation, from its mean loss and accuracy."""
         return {}

@@ -1,4 +1,4 @@
-"""One label for each text: logits = head(pool(encoder(tokens)))."""
+"""Text classification with one label per text: logits = head(pool(encoder(tokens)))."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from copra_fl.sources.tables import codes
 from copra_fl.tasks.classification import Classification
 from copra_fl.tasks.texts import Texts, encode_texts, tokenizer_digest
 
-if TYPE_CHECKING:  # slow to import, and needed only where the cache is empty
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
 
 @dataclass(frozen=True)
-class LabelledTexts(Texts):
-    """
+class LabeledTexts(Texts):
+    """Texts with labels.
+
     Attributes:
-        labels: (N, ...) what is learnt of each text; here its label's place in the list, (N,) int64.
+        labels: (N, ...) the label of each text; for one label per text its index in the list, (N,) int64.
     """
 
     labels: Tensor
 
     @cached_property
     def num_targets(self) -> np.ndarray:
-        """(N,) ones: a text is one target."""
+        """(N,) ones: each text is one target."""
         return np.ones(len(self), int)
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The texts `indices`, padded on the right to the longest of them.
+        """Return the texts `indices`, padded on the right to the longest of them, on `device`.
 
-        Returns ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64, ``labels`` (B, ...), on `device`.
+        The tensors are ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64 and ``labels`` (B, ...).
         """
         batch = self.inputs(indices) | {"labels": self.labels[torch.as_tensor(indices)]}
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -52,9 +53,9 @@ class TextClassification(Classification):
         tokens = encode_texts(processor, rows["text-column"], data.max_length)
         return {"labels": codes(rows["label-column"], labels), **tokens}
 
-    def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabelledTexts:
+    def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> LabeledTexts:
         tokens = tensors["input_ids"], tensors["offsets"]
-        return LabelledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
+        return LabeledTexts(*tokens, int(processor.pad_token_id), data.max_length, tensors["labels"])
 
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         lengths = torch.cat([part["offsets"].diff() for part in parts])

@@ -1,7 +1,7 @@
-"""Runs in the trackers that people have already: TensorBoard, MLflow, Weights & Biases; one file each.
+"""Trackers: runs in TensorBoard, MLflow and Weights & Biases, one file each.
 
-A tracker is fed from a run's folder and nothing else (feed.py), so that a run is tracked as it goes (`--track`) or
-afterwards (`copra-fl track`) by the same code, and none of its processes knows of it.
+A tracker reads only a run's folder (feed.py). So the same code tracks a run in progress (`--track`) and a finished one
+(`copra-fl track`), and the processes of the run do not depend on it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from copra_fl.config import ConfigError
 from copra_fl.wording import unknown_name
 
-#: each is a file here, an extra of copra-fl, and the package that this extra installs
+#: each is a module of this package, an extra of copra-fl, and the package that this extra installs
 NAMES = ("tensorboard", "mlflow", "wandb")
 
 
 def checked(names: Iterable[str] | None) -> list[str]:
-    """`names` as a list. Raises ConfigError for a tracker that there is none of, or whose package is not installed."""
+    """Return `names` as a list. Raises ConfigError for an unknown tracker or a missing package."""
     names = list(names or [])
     for name in names:
         if name not in NAMES:

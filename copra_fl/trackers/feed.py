@@ -1,6 +1,6 @@
-"""From run folders into trackers: what a tracker gets of a run, and when.
+"""Read run folders and send their rounds and results to trackers.
 
-It always gets the run from its first round; one that has those rounds already (MLflow, after a resume) says so.
+A tracker gets the run from its first round, or after a resume from the round that it does not have yet (MLflow).
 """
 
 from __future__ import annotations
@@ -8,32 +8,33 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
+from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import load_run
 from copra_fl.reporting.statistics import metrics
 
 
 class Tracker(Protocol):
-    """One run in one tracker; each tracker's file has `track(run)`, which opens it.
+    """One run in one tracker; the module of each tracker has `track(run)`, which opens it.
 
     Attributes:
-        rounds: how many of the run's rounds are in it already.
+        rounds: number of the run's rounds that it already has.
     """
 
     rounds: int
 
     def log(self, number: int, scalars: Mapping[str, float]) -> None:
-        """The figures of round `number`."""
+        """Store the scalars of round `number`."""
 
     def close(self, results: Mapping[str, float] | None) -> None:
-        """The end: with the results of a run that has finished, with None where it stands still."""
+        """Store the results of a finished run; None for a run that has stopped without results."""
 
 
 class Feed:
-    """Follows the run in `directory` into the tracker `name`."""
+    """Sends the run in `directory` to the tracker `name`."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
@@ -42,18 +43,18 @@ class Feed:
         self._finished = False
 
     def update(self) -> None:
-        """Hand on what is new in the run's journal, and its results once it has them."""
+        """Send the new rounds of the run's journal, and its results once the run has finished."""
         if self._finished or not (self.directory / "provenance.json").exists():
             return
         run = load_run(self.directory)
         if self._tracker is None:
             self._tracker = importlib.import_module(f"copra_fl.trackers.{self.name}").track(run)
-        for row in run.journal[self._tracker.rounds :]:
-            self._tracker.log(row["round"], scalars(row))
+        for record in run.journal[self._tracker.rounds :]:
+            self._tracker.log(record.round, scalars(record))
         self._tracker.rounds = len(run.journal)
         if run.summary is not None:
             self._finished = True
-            self._tracker.close(_numbers(metrics(run.summary)))
+            self._tracker.close(_measured(metrics(run.summary)))
 
     def close(self) -> None:
         if self._tracker is not None and not self._finished:
@@ -61,9 +62,9 @@ class Feed:
 
 
 class Tracking:
-    """The runs in `directories`, followed into the trackers `names`.
+    """Sends the runs in `directories` to the trackers `names`.
 
-    One that fails gets nothing more, of which the user is told on `console`; the run and the others go on.
+    A tracker that raises is dropped with a warning on `console`; the run and the other trackers continue.
     """
 
     def __init__(self, names: Iterable[str], directories: Iterable[Path], console: Console) -> None:
@@ -81,42 +82,38 @@ class Tracking:
     def _try(self, feed: Feed, step: Callable[[], None]) -> None:
         try:
             step()
-        except Exception as error:  # whatever it is, the run is worth more than its tracker
-            self._feeds = [each for each in self._feeds if each.name != feed.name]
-            note = f"note: {feed.name} failed and gets nothing more: {error}"
-            self._console.print(note, highlight=False, markup=False, soft_wrap=True)
+        except Exception as error:  # a tracker's bug must not stop a run
+            self._feeds = [other for other in self._feeds if other.name != feed.name]
+            warning = f"warning: {feed.name} failed and is no longer used: {error}"
+            self._console.print(warning, highlight=False, markup=False, soft_wrap=True)
 
 
-def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a journal line, as trackers name and group them; those that the round does not have are left out.
+def scalars(record: RoundRecord) -> dict[str, float]:
+    """Return the numbers of a round under the names that trackers group by; those not measured are left out.
 
     Losses in nats, accuracies in [0, 1], bytes and seconds of the round, epsilon of all rounds so far.
     """
-    validation, gap, error, privacy = (
-        row.get(part) or {} for part in ("validation", "merge_gap", "aggregation_error", "privacy")
-    )
-    return _numbers(
+    validation, gap = record.validation, record.merge_gap
+    datasets = validation.datasets if validation else {}
+    return _measured(
         {
-            "train/loss": row["train_loss"],
-            "validation/loss": validation.get("loss"),
-            "validation/accuracy": validation.get("accuracy"),
-            "merge_gap/loss": gap.get("loss"),
-            "merge_gap/accuracy": gap.get("accuracy"),
-            "aggregation_error": error.get("total"),
-            "privacy/epsilon": privacy.get("epsilon"),
-            "clients/trained": len(row["clients"]),
-            "clients/missing": len(row["missing"]),
-            "bytes/up": row["bytes_up"],
-            "bytes/down": row["bytes_down"],
-            "seconds": row["seconds"],
+            "train/loss": record.train_loss,
+            "validation/loss": validation.loss if validation else None,
+            "validation/accuracy": validation.accuracy if validation else None,
+            "merge_gap/loss": gap.loss if gap else None,
+            "merge_gap/accuracy": gap.accuracy if gap else None,
+            "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
+            "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
+            "clients/trained": len(record.clients),
+            "clients/missing": len(record.missing),
+            "bytes/up": record.bytes_up,
+            "bytes/down": record.bytes_down,
+            "seconds": record.seconds,
         }
-        | {
-            f"validation/{name}/{metric}": own[metric]
-            for name, own in validation.get("datasets", {}).items()
-            for metric in ("loss", "accuracy")
-        }
+        | {f"validation/{name}/loss": evaluation.loss for name, evaluation in datasets.items()}
+        | {f"validation/{name}/accuracy": evaluation.accuracy for name, evaluation in datasets.items()}
     )
 
 
-def _numbers(figures: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float(value) for name, value in figures.items() if value is not None}
+def _measured(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None}

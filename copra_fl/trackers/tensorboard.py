@@ -1,6 +1,6 @@
 """TensorBoard: event files in the run's folder, so that `tensorboard --logdir runs/NAME` shows a comparison's runs.
 
-Settings and results are its hyperparameters, one row a run.
+Settings and results are in its tab HPARAMS, one row per run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TensorBoard:
 
     def __init__(self, run: Run) -> None:
         directory = run.directory / FOLDER
-        shutil.rmtree(directory, ignore_errors=True)  # earlier events would be shown beside these
+        shutil.rmtree(directory, ignore_errors=True)  # TensorBoard shows all event files of a folder
         self._settings = run.config.to_flat()
         self._writer = SummaryWriter(str(directory))
 

@@ -1,6 +1,7 @@
-"""Weights & Biases, offline unless WANDB_MODE says otherwise: a folder ``wandb`` in the run's, for ``wandb sync``.
+"""Weights & Biases, by default offline: a folder ``wandb`` in the run's folder, for ``wandb sync``.
 
-Project: WANDB_PROJECT, else ``copra-fl``. W&B's run has the id of ours, so that what is synced twice is one run.
+Mode: WANDB_MODE; project: WANDB_PROJECT, by default ``copra-fl``. The W&B run has the id of the run, so that syncing
+it twice does not duplicate it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ class WeightsAndBiases:
     rounds = 0
 
     def __init__(self, run: Run) -> None:
+        assert run.provenance is not None, "a run in progress has provenance"
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.directory.name,
             group=run.comparison,
-            id=run.provenance["run"],
+            id=run.provenance.run,
             resume="allow",
-            reinit="create_new",  # the runs of a comparison follow each other in one process
+            reinit="create_new",  # one process tracks all runs of a comparison
             mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),
             dir=run.directory,
             config=run.config.to_flat(),

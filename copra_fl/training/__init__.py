@@ -1,1 +1,1 @@
-"""Local training and evaluation of clients: one by one with plain PEFT, or a cohort stacked on one base."""
+"""Local training and evaluation: clients one after the other with plain PEFT, or a cohort stacked on one base."""

@@ -1,4 +1,4 @@
-"""The steps of a client's round: batches, masks and learning-rate progress, drawn from named streams."""
+"""Draw the steps of a client's round from named random streams: batches, masks, progress for the learning rate."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def data_order(
     rng: np.random.Generator,
     buckets: np.random.Generator,
 ) -> Iterator[list[np.ndarray]]:
-    """The micro-batches of each optimiser step: arrays of example indices.
+    """Yield the micro-batches of each optimizer step: arrays of example indices.
 
-    Examples come in shuffled passes, one after the other. With local-epochs the last
-    step is short; with local-steps every batch is full and passes run into each other.
-    With bucket-batches = k, every k batches are sorted by length (`lengths`, of all examples)
-    before they are cut, and come in an order drawn from `buckets`, the same for all clients.
+    Passes over the examples follow each other, each shuffled by `rng`. With local-epochs the last step is short; with
+    local-steps every batch is full and can span two passes.
+    With bucket-batches = k, the examples of every k batches are sorted by length (`lengths`, of all examples) before
+    they are cut into batches again, in an order drawn from `buckets`, which is the same for all clients.
     """
     total = num_trained(training, len(indices))
     passes = [rng.permutation(indices) for _ in range(-(-total // len(indices)))]
@@ -40,7 +40,7 @@ def data_order(
 
 
 def _bucket(batches: list[np.ndarray], lengths: np.ndarray, window: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """The same examples in batches of like length, `window` batches at a time; a short batch stays the last."""
+    """Return the same examples in batches of similar length, `window` batches at a time; a short batch stays last."""
     bucketed: list[np.ndarray] = []
     for start in range(0, len(batches), window):
         part = batches[start : start + window]
@@ -55,13 +55,13 @@ def _bucket(batches: list[np.ndarray], lengths: np.ndarray, window: int, rng: np
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """What one client does in a round, drawn from its streams before it begins.
+    """The steps of one client in one round, drawn before the training begins.
 
     Attributes:
-        batches: the micro-batches of each optimiser step: arrays of example indices.
-        masks: (steps, groups) bool, which gate groups are on.
-        scales: (steps,) what is on is multiplied by besides the scaling of the server's rank.
-        t: (steps,) progress of the federation.
+        batches: the micro-batches of each optimizer step: arrays of example indices.
+        masks: (steps, groups) bool, the gate groups that are on.
+        scales: (steps,) factor of the adapters that are on, in addition to the scaling alpha / r of the server's rank.
+        t: (steps,) progress of the federation, in [0, 1).
     """
 
     client: int
@@ -75,7 +75,7 @@ class LocalSteps:
 
 
 def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) -> LocalSteps:
-    """The steps of `client` in the plan's round."""
+    """Draw the steps of `client` in the round of `plan`."""
     config, seed, server_round = plan.config, plan.config.federation.seed, plan.server_round
     copra, rounds = config.copra, config.federation.num_rounds
     indices = data.train[client]

@@ -1,7 +1,8 @@
-"""What trains and evaluates in a process: all clients of a slice stacked, or one after the other with plain PEFT.
+"""The two engines that train and evaluate in a process: ``stacked`` and ``peft``.
 
-Both give the same adapters up to float rounding. `stacked` is fast; `peft` is what it is checked against, and takes
-every model that PEFT takes, also in place of `stacked` where that cannot.
+`StackedEngine` trains all clients of a slice together, `PeftEngine` one after the other with plain PEFT. Both give the
+same adapters up to floating-point rounding. `stacked` is fast; `peft` is its reference and takes every model that PEFT
+takes, so it also replaces `stacked` for models that cannot be stacked.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from copra_fl.models.build import build_model
 from copra_fl.tasks import Task
 from copra_fl.training.cohort import slices, train_cohort
 from copra_fl.training.evaluation import Predict
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 
-#: called with how many clients' worth of training was done since the last call
-Progress = Callable[[float], None]
+#: called with the number of clients' worth of training since the last call
+OnTrained = Callable[[float], None]
 
 
 class Engine(Protocol):
-    """
+    """Training and evaluation of clients on one model.
+
     Attributes:
-        model: the plain PEFT model: names of tensors and gate groups, start values, saving.
-        task: what it learns.
-        device: where it computes.
-        note: what a user should know of the choice of engine; mostly empty.
+        model: the plain PEFT model: tensor names, gate groups, initial values, saving.
+        task: the task of the model.
+        device: the device of the model.
+        note: a remark for the user on the choice of engine; usually empty.
     """
 
     model: AdaptedModel
@@ -45,18 +47,17 @@ class Engine(Protocol):
     def predictor(self, adapters: Sequence[Adapter]) -> Predict: ...
 
     def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
-        """The plan's clients in parts that `train` takes."""
+        """Return the plan's clients in the slices that `train` takes."""
 
     def train(
         self,
         data: FederatedData,
         plan: Plan,
         clients: Sequence[int],
-        starts: Mapping[int, Adapter],
-        progress: Progress,
-        corrections: Mapping[int, Adapter],
+        starts: Mapping[int, Start],
+        progress: OnTrained,
     ) -> list[Update]:
-        """The updates of `clients`, each from its own of `starts`; `corrections` are SCAFFOLD's c - c_k, or empty."""
+        """Train a slice of clients, each from its entry of `starts`, and return their updates."""
 
 
 class PeftEngine:
@@ -75,13 +76,12 @@ class PeftEngine:
         data: FederatedData,
         plan: Plan,
         clients: Sequence[int],
-        starts: Mapping[int, Adapter],
-        progress: Progress,
-        corrections: Mapping[int, Adapter],
+        starts: Mapping[int, Start],
+        progress: OnTrained,
     ) -> list[Update]:
         updates = []
         for client in clients:
-            updates.append(train_client(self.model, data, plan, client, starts[client], corrections.get(client)))
+            updates.append(train_client(self.model, data, plan, client, starts[client]))
             progress(1)
         return updates
 
@@ -95,7 +95,7 @@ class StackedEngine:
         self.device = model.device
         self.stacked = StackedModel(model)
         self.predictor = self.stacked.predictor
-        self._prefix_of = ""
+        self._cache_key = ""
 
     def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
         return slices(plan.config, data, plan.clients)
@@ -105,29 +105,29 @@ class StackedEngine:
         data: FederatedData,
         plan: Plan,
         clients: Sequence[int],
-        starts: Mapping[int, Adapter],
-        progress: Progress,
-        corrections: Mapping[int, Adapter],
+        starts: Mapping[int, Start],
+        progress: OnTrained,
     ) -> list[Update]:
-        self._keep_prefixes(data, plan.config)
-        return train_cohort(self.stacked, data, plan, clients, starts, corrections, progress)
+        self._set_cache(data, plan.config)
+        return train_cohort(self.stacked, data, plan, clients, starts, progress)
 
-    def _keep_prefixes(self, data: FederatedData, config: Config) -> None:
-        """A cache of the wanted size for these tokens, if it is not there already."""
+    def _set_cache(self, data: FederatedData, config: Config) -> None:
+        """Make a hidden-state cache of the configured size for these examples, unless it exists already."""
         megabytes, tokens = config.training.hidden_state_cache_mb, data.examples.max_length
-        wanted = f"{data.tokens_digest} {megabytes}" if megabytes else ""
-        if wanted != self._prefix_of:
+        key = f"{data.tokens_digest} {megabytes}" if megabytes else ""
+        if key != self._cache_key:
             width, dtype = self.model.base.config.hidden_size, self.model.base.dtype
-            self.stacked.present.prefix = (
-                PrefixCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
+            self.stacked.context.cache = (
+                HiddenStateCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
             )
-            self._prefix_of = wanted
+            self._cache_key = key
 
 
 def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
-    """The engine of that kind, its model at the common start of the run's seed; `core` as in `models.build`.
+    """Return the engine of `kind` with its model at the common start; arguments as in `build.build_model`.
 
-    A model that cannot be stacked gets the other engine, whose `note` says why. Raises ConfigError as `models.build`.
+    A model that cannot be stacked gets a `PeftEngine`, with the reason as its `note`. Raises ConfigError as
+    `build_model` does.
     """
     model = build_model(config, group, num_labels, seed, core)
     if kind == "peft":

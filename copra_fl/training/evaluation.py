@@ -1,4 +1,4 @@
-"""Loss, accuracy and a task's own metrics of adapters, every gate open."""
+"""Evaluate adapters with every gate open: loss, accuracy and the task's own metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Predict = Callable[[Inputs], Tensor]
 
 
 class Predictor(Protocol):
-    """What can be evaluated: `AdaptedModel` takes adapters one after the other, `StackedModel` all at once."""
+    """A model to evaluate adapters with: `AdaptedModel` computes them one after the other, `StackedModel` together."""
 
     task: Task
     device: torch.device
@@ -31,41 +31,49 @@ class Predictor(Protocol):
 def evaluate_each(
     model: Predictor, adapters: Sequence[Adapter], data: FederatedData, indices: np.ndarray, batch_size: int
 ) -> list[dict[str, Any]]:
-    """`evaluate` on held-out examples of `data`; where there are several data sets, on each that `indices` are of.
+    """Evaluate each adapter on the held-out examples `indices` of `data`.
 
-    Then what is told is the mean over data sets, each counting as much as another, and ``datasets``: each one's own.
+    With several data sets, the adapter is evaluated on each data set that `indices` belong to. The metrics are then the
+    unweighted means over these data sets, and ``datasets`` has the metrics of each.
     """
     if not data.datasets:
         return list(evaluate(model, adapters, data.examples, indices, batch_size))
-    by_dataset = {each.name: own for each in data.datasets if len(own := each.among(indices))}
-    found = {name: evaluate(model, adapters, data.examples, own, batch_size) for name, own in by_dataset.items()}
-    return [mean_over({name: metrics[number] for name, metrics in found.items()}) for number in range(len(adapters))]
+    by_dataset = {dataset.name: dataset.among(indices) for dataset in data.datasets}
+    results = {
+        name: evaluate(model, adapters, data.examples, dataset_indices, batch_size)
+        for name, dataset_indices in by_dataset.items()
+        if len(dataset_indices)
+    }
+    return [mean_over({name: metrics[number] for name, metrics in results.items()}) for number in range(len(adapters))]
 
 
 def mean_over(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Metrics by data set as their means, how many ``examples`` they are in all, and as they are in ``datasets``."""
-    each = list(datasets.values())
-    means = {name: fmean(metrics[name] for metrics in each) for name in each[0]}
+    """Return the means of metrics by data set, the total of ``examples``, and the given metrics as ``datasets``."""
+    by_dataset = list(datasets.values())
+    means = {name: fmean(metrics[name] for metrics in by_dataset) for name in by_dataset[0]}
     if "examples" in means:
-        means["examples"] = sum(metrics["examples"] for metrics in each)
+        means["examples"] = sum(metrics["examples"] for metrics in by_dataset)
     return {**means, "datasets": dict(datasets)}
 
 
 def merge_gap_each(
     average: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], num_examples: Sequence[float]
 ) -> dict[str, Any]:
-    """`merge_gap`; with several data sets on each by those clients that were evaluated on it, and the mean of these."""
+    """Return the `merge_gap`; with several data sets the mean of the gaps on each data set, which are in ``datasets``.
+
+    The gap on a data set is over the clients that were evaluated on it.
+    """
     if "datasets" not in average:
         return dict(merge_gap(dict(average), [dict(metrics) for metrics in clients], num_examples))
     gaps = {}
     for name, metrics in average["datasets"].items():
-        own = [
+        evaluated = [
             (client["datasets"][name], number)
             for client, number in zip(clients, num_examples, strict=True)
             if name in client["datasets"]
         ]
-        if own:
-            gaps[name] = merge_gap(metrics, *zip(*own, strict=True))
+        if evaluated:
+            gaps[name] = merge_gap(metrics, *zip(*evaluated, strict=True))
     return mean_over(gaps)
 
 
@@ -73,10 +81,10 @@ def merge_gap_each(
 def evaluate(
     model: Predictor, adapters: Sequence[Adapter], examples: Examples, indices: np.ndarray, batch_size: int
 ) -> list[dict[str, float]]:
-    """For each adapter its mean loss and accuracy over the targets of `indices`, and how many examples they are.
+    """Return for each adapter its mean ``loss`` and ``accuracy`` over the targets of `indices`, and ``examples``.
 
-    Besides, what else the task tells (`Task.metrics`). Examples are taken in order of length, so that little is spent
-    on padding, and at most `batch_size` of them at once, counted once for each adapter.
+    Further metrics are those of `Task.metrics`. Examples are batched in order of length to save padding; a batch has at
+    most `batch_size` rows, one for each pair of adapter and example.
     """
     predict, task = model.predictor(adapters), model.task
     by_length = indices[np.argsort(examples.lengths[indices], kind="stable")]
@@ -85,10 +93,10 @@ def evaluate(
     for start in range(0, len(by_length), at_once):
         batch = examples.batch(by_length[start : start + at_once], model.device)
         logits = predict(batch)
-        loss += torch.stack([task.losses(own, batch) for own in logits]).sum(1)
-        correct += torch.stack([task.correct(own, batch) for own in logits]).sum(1)
+        loss += torch.stack([task.losses(adapter_logits, batch) for adapter_logits in logits]).sum(1)
+        correct += torch.stack([task.correct(adapter_logits, batch) for adapter_logits in logits]).sum(1)
     means = (torch.stack([loss, correct]) / examples.num_targets[indices].sum()).T.tolist()
     return [
-        {"loss": mean, "accuracy": right, "examples": len(indices), **task.metrics(mean, right)}
-        for mean, right in means
+        {"loss": mean_loss, "accuracy": accuracy, "examples": len(indices), **task.metrics(mean_loss, accuracy)}
+        for mean_loss, accuracy in means
     ]

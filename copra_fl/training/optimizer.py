@@ -14,15 +14,18 @@ from copra_fl.config import TrainingConfig
 def make_optimizer(
     training: TrainingConfig, adapters: Iterable[Tensor], heads: Iterable[Tensor], many: bool = False
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser: clients start each round without momentum, as in FedAvg. `many`: hundreds of tensors."""
+    """Return a new optimizer: as in FedAvg, clients start each round without momentum.
+
+    `many` selects torch's implementation for hundreds of tensors.
+    """
     groups, decay = [{"params": list(adapters)}, {"params": list(heads)}], training.weight_decay
-    if training.optimizer == "sgd":  # torch's fused one cannot take parameters that were on at different steps
+    if training.optimizer == "sgd":  # fused SGD cannot take parameters whose gradients are set at different steps
         return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, weight_decay=decay, foreach=many)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=many)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, training: TrainingConfig, t: float) -> None:
-    """The rates of adapters and head at progress `t` of the federation."""
+    """Set the learning rates of adapters and head for progress `t` of the federation."""
     factor = 0.5 * (1 + math.cos(math.pi * t)) if training.lr_schedule == "cosine" else 1.0
     for group, rate in zip(optimizer.param_groups, (training.learning_rate, training.head_learning_rate), strict=True):
         group["lr"] = rate * factor

@@ -1,10 +1,11 @@
-"""The plan of a cohort's round: clients, configuration, amount of work."""
+"""The plan of one round of local training: clients, configuration, starting points, amount of work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from copra_fl.adapters.compression import FEEDBACK
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import Expected
 from copra_fl.config import Config, TrainingConfig
@@ -12,28 +13,42 @@ from copra_fl.config import Config, TrainingConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What the server tells a cohort.
+    """The instructions of the server to a cohort.
 
     Attributes:
         server_round: the round, from 1.
         clients: the cohort.
         config: the run's configuration.
-        keep: those of `clients` whose own adapters the server wants; the others' may come as one pooled update.
+        inspected: those of `clients` whose own adapters the server needs; the others may send one pooled update.
     """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
-    keep: tuple[int, ...] = ()
+    inspected: tuple[int, ...] = ()
 
     @property
     def trained_parts(self) -> frozenset[str]:
-        """The parts (`adapter.part_of`) that clients train in this round; all else stays bit by bit."""
+        """The parts (`adapters.state.part_of`) that clients train in this round; all others stay bitwise the same."""
         return find_rule(self.config.aggregation.rule).trains(self.server_round)
 
 
+@dataclass(frozen=True)
+class Start:
+    """The state from which one client trains.
+
+    Attributes:
+        adapter: the client's adapter and head before training.
+        correction: c - c_k of SCAFFOLD, added to each gradient (`training.local_terms`); empty without control
+            variates.
+    """
+
+    adapter: Adapter
+    correction: Adapter = field(default_factory=dict)
+
+
 def leaves_state(config: Config) -> bool:
-    """Whether clients leave anything behind for their next round; they must then be trained where it lies."""
+    """Return whether clients keep state between rounds, so that each must train on the node that stores its state."""
     aggregation = config.aggregation
     return (
         find_rule(aggregation.rule).personal
@@ -43,7 +58,7 @@ def leaves_state(config: Config) -> bool:
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
-    """Optimiser steps of one client in one round."""
+    """Return the number of optimizer steps of a client with `num_examples` examples in one round."""
     if training.local_epochs == 0:
         return training.local_steps
     per_step = training.batch_size * training.gradient_accumulation
@@ -51,15 +66,15 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
 
 
 def expected_update(config: Config, num_groups: int, num_examples: int) -> Expected:
-    """What must be true of the update of a client with `num_examples` examples."""
+    """Return the properties that the update of a client with `num_examples` examples must have."""
     steps = num_steps(config.training, num_examples)
     return Expected(num_groups, num_examples, steps, config.federation.max_update_norm)
 
 
 def num_trained(training: TrainingConfig, num_examples: int) -> int:
-    """Examples that one client trains on in one round, each pass counted: its expected work.
+    """Return the number of examples that a client trains on in one round, counting each pass: its expected work.
 
-    With local-steps every batch is full, also of a client with fewer examples than a batch.
+    With local-steps every batch is full, even if the client has fewer examples than a batch.
     """
     per_step = training.batch_size * training.gradient_accumulation
     return num_examples * training.local_epochs or training.local_steps * per_step

@@ -1,4 +1,4 @@
-"""The update of a client after local training."""
+"""Build the update that a client sends after local training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def make_update(
     num_examples: int,
     metrics: dict[str, float],
 ) -> Update:
-    """The client's update: of its `adapter` what was trained, in gate groups that were on, and what is told of it.
+    """Return the client's update: the trained tensors of `adapter` whose gate groups were on, with its metrics.
 
-    `gradients` are summed over the steps; empty where there are no control variates.
+    `gradients` are summed over the steps; empty without control variates.
     """
     active_steps = tuple(steps.masks.sum(0).tolist())
     sent = trained(parts(adapter, plan.trained_parts), active_steps, group_of)

@@ -1,7 +1,7 @@
 """A ClientApp as Flower's users write it: each node is one client, each message one local training with PEFT.
 
-`warm = false` opens model and data in every message, as Flower's own example of LLM fine-tuning does; `warm = true`
-keeps both in the actor, and only the adapter is swapped. The training loop is copra_fl/bench/usual.py.
+With `warm = false` every message loads model and data, as in Flower's example of LLM fine-tuning; with `warm = true`
+both stay in the actor, and only the adapter is replaced. The training loop is copra_fl/bench/peft_baseline.py.
 """
 
 from functools import lru_cache
@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from copra_fl.bench.usual import Classifier, train
+from copra_fl.bench.peft_baseline import Classifier, train
 from copra_fl.config import Config, ModelConfig
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.models.build import load_processor

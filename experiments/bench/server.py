@@ -1,7 +1,7 @@
 """A ServerApp as Flower's users write it: Flower's FedAvg over all nodes, once for each phase of the benchmark.
 
-`output` is a folder with ``comparison.toml`` (the phases), a ``config.toml`` for each, and ``start.safetensors``.
-Left behind: ``rounds.json`` (times and bytes of each round) and the adapter after each, ``PHASE-ROUND.safetensors``.
+`output` is a folder with ``comparison.toml`` (the phases), a ``config.toml`` for each, and ``start.safetensors``. The
+app writes ``rounds.json`` (times and bytes of each round) and the adapter after each, ``PHASE-ROUND.safetensors``.
 """
 
 import json
@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from copra_fl.adapters.state import load_checkpoint, save_checkpoint
-from copra_fl.bench.sampling import Round
+from copra_fl.bench.sampling import TimedRound
 from copra_fl.config import Config, read_toml
 from copra_fl.events import emit
 from copra_fl.wire import num_bytes
@@ -25,11 +25,11 @@ app = ServerApp()
 
 
 class TimedFedAvg(FedAvg):
-    """FedAvg that notes what its rounds took, and stops where a client failed instead of averaging the others."""
+    """FedAvg that records time and bytes of its rounds, and stops if a client fails instead of averaging the others."""
 
     def __init__(self, num_clients: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=num_clients, min_available_nodes=num_clients)
-        self.rounds: list[Round] = []
+        self.rounds: list[TimedRound] = []
         self.adapters: list[dict[str, Tensor]] = []
         self._start, self._bytes_down = 0.0, 0
 
@@ -50,7 +50,7 @@ class TimedFedAvg(FedAvg):
                 raise RuntimeError(f"a client failed: {reply.error.reason}")
         arrays, metrics = super().aggregate_train(server_round, replies)
         bytes_up = sum(num_bytes(reply.content) for reply in replies)
-        self.rounds.append(Round(self._start, time.time(), self._bytes_down, bytes_up))
+        self.rounds.append(TimedRound(self._start, time.time(), self._bytes_down, bytes_up))
         self.adapters.append(arrays.to_torch_state_dict())
         return arrays, metrics
 
@@ -72,6 +72,6 @@ def main(grid: Grid, context: Context) -> None:
         )
         for number, adapter in enumerate(strategy.adapters, start=1):
             save_checkpoint(folder / f"{phase}-{number}.safetensors", adapter, {})
-        rounds[phase] = [asdict(each) for each in strategy.rounds]
+        rounds[phase] = [asdict(timed) for timed in strategy.rounds]
     (folder / "rounds.json").write_text(json.dumps(rounds), encoding="utf-8")
     emit("finished", accuracy=None)

@@ -1,4 +1,4 @@
-"""Open a page in headless Chromium, and say what a person would not see: errors and requests."""
+"""Open a page in headless Chromium and report errors and network requests, which a reader would not see."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tests.support.real_runs import HANG_SECONDS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 
 
 def check_page(path: Path, num_figures: int) -> None:
     """Assert that `path` opens from ``file://`` with all its figures drawn, no console message and no request."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        dom, complaints = _open(path.resolve().as_uri(), Path(scratch))
-    assert not complaints, "\n".join(complaints)
+        dom, problems = _open(path.resolve().as_uri(), Path(scratch))
+    assert not problems, "\n".join(problems)
     drawn = len(re.findall(r'<div class="plot-container', dom))
     assert drawn == num_figures, f"{drawn} of {num_figures} figures are drawn"
 
 
 def _open(url: str, scratch: Path) -> tuple[str, list[str]]:
-    """The page's elements after its scripts have run, and what it logged and requested."""
+    """Return the page's HTML after its scripts have run, and its console messages and requests."""
     assert CHROMIUM is not None
     net_log = scratch / "net-log.json"
     browser = subprocess.run(
@@ -56,17 +56,17 @@ def _open(url: str, scratch: Path) -> tuple[str, list[str]]:
         timeout=HANG_SECONDS,
         check=True,
     )
-    complaints = [line for line in browser.stderr.splitlines() if "CONSOLE" in line]
-    complaints += [f"requested {url}" for url in _requested(net_log)]
-    return browser.stdout, complaints
+    problems = [line for line in browser.stderr.splitlines() if "CONSOLE" in line]
+    problems += [f"requested {url}" for url in _requested(net_log)]
+    return browser.stdout, problems
 
 
 def _requested(net_log: Path) -> set[str]:
-    """The http, https and web socket addresses that the page asked for, from Chromium's network log."""
+    """Return the http, https and web socket addresses that the page requested, from Chromium's network log."""
     events = [event.get("params", {}) for event in json.loads(net_log.read_text())["events"]]
     return {
         event["url"]
         for event in events
         if event.get("url", "").startswith(("http", "ws"))
-        and event.get("initiator", "not an origin") != "not an origin"  # that is Chromium's own housekeeping
+        and event.get("initiator", "not an origin") != "not an origin"  # Chromium's own requests
     }

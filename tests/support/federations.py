@@ -1,4 +1,4 @@
-"""Federations run in one process: their adapters and journals, and a grid that stops in the middle."""
+"""Results of federations that ran in this process, and a grid that stops a run in the middle."""
 
 from __future__ import annotations
 
@@ -15,38 +15,43 @@ from tests.support.tiny import Settings
 
 
 def final_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of the last checkpoint."""
     return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Compare names and values, bit by bit."""
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
 
 def journal(directory: Path) -> list[dict]:
+    """Return the journal as plain JSON, so that a test also sees a change of the schema."""
     return [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
 
 
 class Stop(Exception):
-    """Stands for a kill: raised out of the federation after a given number of training messages."""
+    """Simulates a kill: leaves the federation after a given number of training messages."""
 
 
 class StoppingGrid(LocalGrid):
+    """Raises `Stop` in place of the answer to training message number `messages` + 1."""
+
     def __init__(self, num_nodes: int, messages: int) -> None:
         super().__init__(num_nodes)
-        self.left = messages
+        self.remaining = messages
 
     def answer(self, message: Message) -> Message:
         if message.metadata.message_type == "train":
-            self.left -= 1
-            if self.left < 0:
+            self.remaining -= 1
+            if self.remaining < 0:
                 raise Stop
         return super().answer(message)
 
 
 def finished_run(flat: Settings, directory: Path) -> Path:
-    """The folder of a finished run, as `copra-fl simulate` leaves it."""
+    """Run the federation of `flat` and return its folder, with config.toml as `copra-fl simulate` writes it."""
     run_federation(flat, directory)
     (directory / "config.toml").write_text(Config.from_flat(flat).to_toml())
     return directory

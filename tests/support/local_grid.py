@@ -1,6 +1,6 @@
-"""Runs the real Flower apps in this process: a grid that calls the ClientApp for each message.
+"""The real Flower apps in this process: a grid that calls the ClientApp for each message.
 
-The one place that touches Flower's private TaskIdentity, which messages need for their run id.
+The grid sets Flower's private TaskIdentity, which messages need for their run id.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from server import federation
 
 
 class LocalGrid(Grid):
-    """`num_nodes` nodes that all run `app`; node i has partition-id i, and `own[i]` in its node config too."""
+    """`num_nodes` nodes that run `app`. Node 100 + i has partition-id i, and `node_configs[i]` in addition."""
 
     def __init__(
-        self, num_nodes: int, app: ClientApp = client_app, own: Sequence[Mapping[str, str | int]] | None = None
+        self,
+        num_nodes: int,
+        app: ClientApp = client_app,
+        node_configs: Sequence[Mapping[str, str | int]] | None = None,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app = app
         self.replies: dict[str, Message] = {}
         self.contexts = {
-            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes} | extra, RecordDict(), {})
-            for i, extra in enumerate(own or [{}] * num_nodes)
+            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": num_nodes} | config, RecordDict(), {})
+            for i, config in enumerate(node_configs or [{}] * num_nodes)
         }
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Every message is answered at once."""
+        """Send messages, each of which is answered at once."""
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
             self.replies[message.metadata.message_id] = self.answer(message)
@@ -49,7 +52,7 @@ class LocalGrid(Grid):
     def answer(self, message: Message) -> Message:
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # as Flower does it
+        except Exception as error:  # as Flower does
             return Message(Error(code=0, reason=str(error)), reply_to=message)
 
     def set_run(self, run: object) -> None: ...
@@ -60,7 +63,7 @@ class LocalGrid(Grid):
 
 
 def run_federation(flat: dict[str, object], directory: Path, num_nodes: int = 2, grid: Grid | None = None) -> Path:
-    """The whole federation of `flat` through the real apps; returns its folder."""
+    """Run the federation of `flat` with the real apps, and return its folder."""
     directory.mkdir(exist_ok=True)
     federation.run(grid or LocalGrid(num_nodes), Config.from_flat(flat), directory)
     return directory

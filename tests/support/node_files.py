@@ -1,9 +1,10 @@
-"""Data files of nodes, and a search for their contents in all messages of a run."""
+"""Data files of nodes, and a search for their content in all messages of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -19,12 +20,11 @@ from tests.support.tiny import TOPICS, WORDS
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
-
 NAMES = [f"ward-{number}-admissions{suffix}" for number, suffix in enumerate(SUFFIXES)]
 
 
 def rows_of(site: int, number: int = 40) -> pd.DataFrame:
-    """Texts of known words, each with a word of its own that no other text in the world has."""
+    """Return texts of known words; each also has a unique word, ``patient<site>x<number>``."""
     rng = np.random.default_rng(1000 + site)
     labels = [TOPICS[(site + i) % 2] for i in range(number)]
     texts = [f"patient{site}x{i} {' '.join(rng.choice(WORDS, 7))}" for i in range(number)]
@@ -42,8 +42,18 @@ def write(rows: pd.DataFrame, path: Path) -> Path:
     return path
 
 
-class Wire(LocalGrid):
-    """Keeps every message as the bytes that go over the wire, and its numbers."""
+class Traffic(Protocol):
+    """Recorded traffic of a run: bytes, and lists of numbers that are packed in them."""
+
+    @property
+    def seen(self) -> bytes: ...
+
+    @property
+    def numbers(self) -> Iterable[Sequence[int | float]]: ...
+
+
+class RecordingGrid(LocalGrid):
+    """A grid of nodes with these files, which records all messages."""
 
     def __init__(self, files: list[Path], app: ClientApp = client_app) -> None:
         super().__init__(len(files), app, [{"data-path": str(path)} for path in files])
@@ -56,30 +66,31 @@ class Wire(LocalGrid):
 
     @property
     def seen(self) -> bytes:
+        """All messages as the bytes that go over the wire."""
         return b"".join(message_to_proto(message).SerializeToString() for message in self.messages)
 
     @property
     def numbers(self) -> Iterator[list[int | float]]:
-        """The lists of numbers in records: protobuf packs them, so that they are no plain bytes."""
+        """The lists of numbers in records, which protobuf packs, so that they are not searchable in `seen`."""
         for message in self.messages:
             if message.has_content():
                 for record in [*message.content.metric_records.values(), *message.content.config_records.values()]:
                     yield from (value for value in record.values() if isinstance(value, list))
 
 
-def leaks(grid: Wire, config: Config, files: list[Path]) -> list[str]:
-    """What of the nodes' files was seen: names, words that only one text has, runs of 6 tokens of an example."""
+def find_leaks(traffic: Traffic, config: Config, files: list[Path]) -> list[str]:
+    """Return the content of the nodes' files in the traffic: file names, unique words, runs of 6 tokens of a text."""
     tokenizer = load_processor(config.model)
-    seen, found = grid.seen, []
-    numbers = [
-        " ".join(map(str, map(int, values))) for values in grid.numbers if set(map(type, values)) <= {int, float}
+    seen, leaks = traffic.seen, []
+    lists = [
+        " ".join(map(str, map(int, values))) for values in traffic.numbers if set(map(type, values)) <= {int, float}
     ]
     for site, path in enumerate(files):
-        found += [path.name] if path.stem.encode() in seen else []
+        leaks += [path.name] if path.stem.encode() in seen else []
         for text in rows_of(site)["note"]:
             word, tokens = text.split()[0], tokenizer(text)["input_ids"][2:8]
-            found += [word] if word.encode() in seen else []
-            forms = [np.array(tokens, kind).tobytes() for kind in (np.int32, np.int64, np.float32, np.int16, np.uint8)]
-            if any(form in seen for form in forms) or any(" ".join(map(str, tokens)) in line for line in numbers):
-                found.append(f"tokens of {word}")
-    return found
+            leaks += [word] if word.encode() in seen else []
+            encoded = [np.array(tokens, t).tobytes() for t in (np.int32, np.int64, np.float32, np.int16, np.uint8)]
+            if any(form in seen for form in encoded) or any(" ".join(map(str, tokens)) in line for line in lists):
+                leaks.append(f"tokens of {word}")
+    return leaks

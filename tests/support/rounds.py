@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from copra_fl.adapters.state import Adapter, Update
-from copra_fl.aggregation.rule import Outcome, Round, Score
+from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.rule import NoParameters, Outcome, Round, Score
 from copra_fl.config import AggregationConfig
 
 D, K, R, S = 7, 5, 2, 1.5
@@ -55,9 +57,18 @@ def make_round(
     scaling: float = S,
     score: Score = no_score,
     fresh: Callable[[], Adapter] = fresh,
+    parameters: object = NoParameters(),
     **settings: float | str,
 ) -> Round:
-    return Round(before, updates, GROUP_OF, scaling, AggregationConfig(**settings), ranks or {}, fresh, score)
+    return Round(
+        before, updates, GROUP_OF, scaling, AggregationConfig(**settings), ranks or {}, fresh, score, parameters
+    )
+
+
+def aggregate(name: str, round_: Round, **parameters: float) -> Outcome:
+    """Apply the rule called `name` with these parameters, defaults for the others."""
+    rule = find_rule(name)
+    return rule.aggregate(replace(round_, parameters=rule.parameters(**parameters)))
 
 
 def random_round(clients: int = 3, core: bool = False, **settings: float | str) -> Round:

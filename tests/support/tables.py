@@ -15,7 +15,7 @@ CLASSES = ("air", "fire", "sea", "soil")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each digit and class. Padding is not token 0, so that it cannot be right by accident."""
+    """Return a tokenizer with a word for each digit and class. Padding is not token 0, so a wrong id cannot pass."""
     vocabulary = ["[UNK]", "[CLS]", "[SEP]", *CLASSES, "[PAD]", *map(str, range(10))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -25,7 +25,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_rows(number: int = 600) -> pd.DataFrame:
-    """A text of 2 to 13 words, a label, one of 12 owners of unequal size."""
+    """Return unique texts of 2 to 13 words with a label and one of 12 owners of unequal size."""
     rows = []
     for i in range(number):
         label = CLASSES[i % len(CLASSES)]

@@ -11,17 +11,19 @@ import pytest
 #: a flat configuration, as in a recipe
 Settings = dict[str, object]
 
+#: the vocabulary of the tiny data set
 WORDS = [f"{topic}{i}" for topic in ("sea", "sky", "sand") for i in range(12)]
 
 
 TOPICS = ("sea", "sky", "sand")
 
 
+#: blocks of the tiny models
 NUM_LAYERS = 3
 
 
 def make_texts(path: Path, num_examples: int = 600, seed: int = 0) -> Path:
-    """A CSV whose label is the topic of most of a text's words; `owner` is one of 6 people."""
+    """Write a CSV whose labels are the topic of most words of a text; `owner` is one of 6 people."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(num_examples):
@@ -33,6 +35,6 @@ def make_texts(path: Path, num_examples: int = 600, seed: int = 0) -> Path:
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give pip a package index that does not answer."""
+    """Set a package index for pip that does not answer."""
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("PIP_RETRIES", "0")

@@ -1,4 +1,4 @@
-"""A small world to train in: data, one model in both engines, a plan; and comparisons of updates."""
+"""A small training setup: data, one model in both engines, a plan; and comparisons of updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.training.cohort import train_cohort
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked import StackedModel
 from tests.support.tiny import Settings
@@ -28,20 +28,20 @@ CASES: dict[str, Settings] = {
     "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
     "shared masks": {"mask-scope": "shared"},
     "masks for a round": {"mask-scope": "round", "p0": 0.3},
-    "a gate a module": {"gate-group": "module"},
+    "a gate per module": {"gate-group": "module"},
     "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
     "cls": {"pooling": "cls"},
     "micro-batches": {"gradient-accumulation": 3, "lora-dropout": 0.2},
     "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
                                                   "lr-schedule": "cosine", "lora-dropout": 0.2, "batch-size": 7},
     "bucketed": {"bucket-batches": 4},
-    "prefix cache": {"hidden-state-cache-mb": 5},
-    "prefix cache with room for 50 states": {"hidden-state-cache-mb": 1},
+    "hidden-state cache": {"hidden-state-cache-mb": 5},
+    "hidden-state cache with room for 50 states": {"hidden-state-cache-mb": 1},
 }  # fmt: skip
 
 
 class World:
-    """What it takes to train: data, model both ways, plan, where each client starts and what SCAFFOLD tells it."""
+    """A training setup: data, the model for both engines, a plan, the clients' starting points and corrections."""
 
     def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
@@ -57,14 +57,20 @@ class World:
         self.plan = Plan(server_round, tuple(range(6)), self.config)
 
     def alone(self, client: int) -> Update:
-        return train_client(self.plain, self.data, self.plan, client, self.starts[client], self.corrections.get(client))
+        """Train `client` by itself with plain PEFT."""
+        return train_client(self.plain, self.data, self.plan, client, self._start(client))
 
     def together(self, *clients: int) -> list[Update]:
-        return train_cohort(self.stacked, self.data, self.plan, clients, self.starts, self.corrections)
+        """Train `clients` as one cohort with the stacked engine."""
+        starts = {client: self._start(client) for client in clients}
+        return train_cohort(self.stacked, self.data, self.plan, clients, starts)
+
+    def _start(self, client: int) -> Start:
+        return Start(self.starts[client], self.corrections.get(client, {}))
 
 
 def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
-    """`adapter` with normal noise of this size on every value."""
+    """Return `adapter` with normal noise of standard deviation `size` on every value."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor + size * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
@@ -73,7 +79,7 @@ def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
 
 
 def relative_error(got: Adapter, expected: Adapter) -> float:
-    """||got - expected|| / ||expected|| over the whole adapter."""
+    """Return ||got - expected|| / ||expected|| over the whole adapter."""
     error, norm = (
         torch.stack([(t.double() ** 2).sum() for t in tensors]).sum().sqrt()
         for tensors in ([got[name] - expected[name] for name in expected], expected.values())
@@ -82,6 +88,7 @@ def relative_error(got: Adapter, expected: Adapter) -> float:
 
 
 def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
+    """Assert that two updates of a client agree up to a relative error of `tolerance`."""
     assert (got.client, got.num_examples, got.active_steps) == (
         expected.client,
         expected.num_examples,
@@ -93,14 +100,14 @@ def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
 
 
+#: two texts of 8 and 5 tokens
 BATCH = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3])}
-
 
 QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 
 
 def random_residual(model: adapted.AdaptedModel, dense: bool, size: float = 0.1) -> Adapter:
-    """For all adapted modules but one; in factors of rank 3 unless `dense`."""
+    """Return a residual of all adapted modules but one, dense or in factors of rank 3."""
     stream = torch.Generator().manual_seed(7)
     drawn: Adapter = {}
     for name in sorted(model.linears)[1:]:

@@ -1,1 +1,52 @@
-"""One aggregation rule per file, named as its paper names it."""
+"""Aggregation rules: one file per rule, named as its paper names it. Each ends in ``RULE = Rule(...)``."""
+
+from __future__ import annotations
+
+from copra_fl.aggregation.rule import Rule
+from copra_fl.aggregation.rules import (
+    connectivity,
+    fed_sb,
+    fedavg,
+    fedex_lora,
+    fedrot_lora,
+    fedsa_lora,
+    ffa_lora,
+    flexlora,
+    flora,
+    hetlora,
+    lora_fair,
+    median,
+    norm_clipped,
+    rolora,
+    trimmed_mean,
+    zero_pad,
+)
+from copra_fl.config import ConfigError
+from copra_fl.wording import unknown_name
+
+RULES: tuple[Rule, ...] = (
+    fedavg.RULE,
+    ffa_lora.RULE,
+    rolora.RULE,
+    fedsa_lora.RULE,
+    zero_pad.RULE,
+    hetlora.RULE,
+    flora.RULE,
+    flexlora.RULE,
+    fedex_lora.RULE,
+    lora_fair.RULE,
+    fedrot_lora.RULE,
+    fed_sb.RULE,
+    connectivity.RULE,
+    trimmed_mean.RULE,
+    median.RULE,
+    norm_clipped.RULE,
+)
+
+
+def find_rule(name: str) -> Rule:
+    """Return the rule called `name`. Raises ConfigError with the known names for an unknown one."""
+    for rule in RULES:
+        if rule.name == name:
+            return rule
+    raise ConfigError(unknown_name("rule", name, [rule.name for rule in RULES]))

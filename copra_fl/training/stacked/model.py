@@ -1,4 +1,4 @@
-"""The model that many clients train at once: base, stacked adapters, heads."""
+"""The model that trains many clients at once: base, stacked adapters, heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from copra_fl.adapters.state import Adapter, Layout, part_of
 from copra_fl.copra.gates import group_name
-from copra_fl.models.adapted import AdaptedModel, own_head, own_outputs
+from copra_fl.models.adapted import AdaptedModel, frozen_head_logits, mask_other_datasets
 from copra_fl.tasks import Inputs
 from copra_fl.training.stacked.chain import NotStackable, find_chain
 from copra_fl.training.stacked.linear import StackedLinear
-from copra_fl.training.stacked.step import Present, Stack, Step, by_client, places
+from copra_fl.training.stacked.step import ClientRows, ForwardContext, Stack, Step, by_client, places
 from copra_fl.training.stacked.trunk import Trunk
 
 
@@ -26,18 +26,19 @@ class StackedModel:
     """An `AdaptedModel` for many clients at once, on the same base tensors.
 
     Attributes:
-        layout: a client's adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
-        num_groups: how many gate groups there are.
+        layout: an adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
+        num_groups: number of gate groups.
         blocks: the base's blocks, in order.
-        present: what its layers share.
+        context: state that the layers share.
     """
 
     def __init__(self, model: AdaptedModel) -> None:
+        """Raises NotStackable if the architecture of `model` cannot be stacked."""
         self.device = model.device
         self.task = model.task
         self.group_of = model.group_of
         self.pooling = model.pooling
-        self.present = Present()
+        self.context = ForwardContext()
         adapter, group_of = model.read_adapter(), model.group_of
         self._floats = next(iter(adapter.values())).numpy().dtype
         self.num_groups = len(model.gates.names)
@@ -47,7 +48,7 @@ class StackedModel:
         self._tree, self.blocks, self._block_of = self._build(model)
 
     def spans(self, parts: Collection[str]) -> list[tuple[int, slice]]:
-        """Where the `parts` lie in the row, neighbours together, each with its gate group; the head's: num_groups."""
+        """Return the gate group and span of the `parts` in a row, neighbors joined; the head's group is num_groups."""
         spans: list[tuple[int, slice]] = []
         for name, span in self.layout.spans.items():
             group = self.group_of.get(name, self.num_groups)
@@ -59,7 +60,7 @@ class StackedModel:
         return spans
 
     def _build(self, model: AdaptedModel) -> tuple[nn.Module, list[nn.Module], np.ndarray]:
-        """The base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
+        """Return the base with stacked linear layers and a trunk, its blocks, and the block of each gate group."""
         base = model.base
         shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
         tree = copy.deepcopy(base, shared)
@@ -67,17 +68,18 @@ class StackedModel:
         for name, group in model.gates.group_of.items():
             module: Any = base.get_submodule(name)
             _check(name, module)
-            linear = StackedLinear(f"base_model.model.{name}", module, group, self.present, model.beside)
+            full_name = f"base_model.model.{name}"
+            linear = StackedLinear(full_name, module, group, self.context, model.residual_factors)
             tree.set_submodule(name, linear)
             blocks.append(group_name(name, "layer"))
         inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
-        trunks = {block.rpartition(".")[0] for block in inside}
-        if len(trunks) != 1:
-            raise NotStackable(f"its blocks are in {len(trunks)} lists: {', '.join(sorted(trunks))}")
-        (trunk,) = trunks
-        modules = list(tree.get_submodule(trunk).children())
-        whole = Trunk(modules, find_chain(base, trunk), self.present, model.recomputes)
-        tree.set_submodule(trunk, nn.ModuleList([whole]))
+        block_lists = {block.rpartition(".")[0] for block in inside}
+        if len(block_lists) != 1:
+            raise NotStackable(f"its blocks are in {len(block_lists)} lists: {', '.join(sorted(block_lists))}")
+        (path,) = block_lists
+        modules = list(tree.get_submodule(path).children())
+        trunk = Trunk(modules, find_chain(base, path), self.context, model.recomputes_blocks)
+        tree.set_submodule(path, nn.ModuleList([trunk]))
         first = blocks.index(inside[0])
         block_of = np.zeros(len(model.gates.names), dtype=int)
         for position, (block, group) in enumerate(zip(blocks, model.gates.group_of.values(), strict=True)):
@@ -86,13 +88,13 @@ class StackedModel:
         return tree.eval(), modules, block_of
 
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
-        """`values` on this device, in the adapters' dtype, or int64 where they are whole numbers."""
+        """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
         array = np.asarray(values)
         array = array if array.dtype.kind == "i" else array.astype(self._floats)
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Inputs], Tensor]:
-        """What gives (adapters, targets, outputs) logits for a batch, every gate open."""
+        """Return a function from a batch to (adapters, targets, outputs) logits, with every gate open."""
         number = len(adapters)
         on = np.ones((number, self.num_groups), dtype=bool)
         rows = torch.stack([self.layout.flatten(adapter) for adapter in adapters]).to(self.device)
@@ -107,30 +109,40 @@ class StackedModel:
         return predict
 
     def depth(self, on: np.ndarray) -> np.ndarray:
-        """(c,) blocks below the lowest active adapter of each row of `on` (c, groups); all where none is."""
+        """Return (c,) the number of blocks below the lowest active adapter of each row of `on` (c, groups).
+
+        Without an active adapter it is the number of all blocks.
+        """
         return np.where(on, self._block_of, len(self.blocks)).min(axis=1, initial=len(self.blocks))
 
-    def __call__(self, step: Step, batch: Inputs) -> Tensor:
-        """A batch to (targets, outputs) logits, in float32 at least. Each client of the step has as many rows."""
-        self.present.step, step.live = step, len(step.clients)
-        output = self._tree.base_model(**self.task.inputs(batch))
-        del self.present.step
-        features = self.task.features(output, batch, self.pooling)
-        logits = self._heads(step, features) if self.task.trains_head else own_head(self._tree, features)
-        return own_outputs(logits, batch)
+    def __call__(self, step: Step, batch: Inputs, rows: ClientRows | None = None) -> Tensor:
+        """Return the (targets, outputs) logits of a batch, in float32 or wider.
 
-    def _heads(self, step: Step, features: Tensor) -> Tensor:
-        """Each client's own head on its targets."""
+        Each client of the step has equally many rows. `rows` is needed for dropout, for a hidden-state cache, and if
+        clients have different numbers of targets.
+        """
+        rows = rows or ClientRows()
+        with self.context.forward(step, rows, live=len(step.clients)):
+            output = self._tree.base_model(**self.task.inputs(batch))
+        features = self.task.features(output, batch, self.pooling)
+        if self.task.trains_head:
+            logits = self._heads(step, features, rows.targets)
+        else:
+            logits = frozen_head_logits(self._tree, features)
+        return mask_other_datasets(logits, batch)
+
+    def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:
+        """Apply each client's head to the features of its targets."""
         clients = self.tensor(step.clients)
         weight = step.stack.tensors["head.weight"].index_select(0, clients)
         bias = step.stack.tensors["head.bias"].index_select(0, clients)
-        counts = np.full(len(clients), len(features) // len(clients)) if step.targets is None else step.targets
+        counts = np.full(len(clients), len(features) // len(clients)) if targets is None else targets
         logits = torch.baddbmm(bias[:, None], by_client(features, counts), weight.mT)
         return logits.flatten(0, 1).index_select(0, places(counts, self.device))
 
 
 def _check(name: str, module: Any) -> None:
-    """Raise NotStackable for a module of PEFT's that is more than an unquantised linear layer with plain LoRA."""
+    """Raise NotStackable unless PEFT's `module` is an unquantized linear layer with plain LoRA."""
     base = module.get_base_layer()
     if type(module) is not lora.Linear or type(base) is not nn.Linear:
         raise NotStackable(f"{name} is a {type(base).__name__} in PEFT's {type(module).__name__}, not a plain Linear")

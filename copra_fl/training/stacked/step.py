@@ -1,8 +1,9 @@
-"""What one forward of the stacked model has to know: the adapters, and which clients' are on where."""
+"""Inputs of the stacked model's forward pass in addition to the batch: adapters, clients, active gates, rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor
 
 from copra_fl.adapters.state import Layout, part_of
-from copra_fl.training.stacked.hidden_state_cache import PrefixCache
+from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 
 
 class Stack:
-    """The adapters of C clients, a row each.
+    """The adapters of C clients, one row each.
 
     Attributes:
         values: (C, P) float32.
-        grads: (C, P), summed over backwards.
-        tensors: adapter tensor name -> (C, *shape), views of `values`; those of the `trained` parts want a gradient.
+        grads: (C, P), summed over backward passes.
+        tensors: adapter tensor name -> (C, *shape), views of `values`; those of the `trained` parts require a gradient.
     """
 
     def __init__(self, layout: Layout, values: Tensor, trained: Collection[str] = ()) -> None:
@@ -31,11 +32,11 @@ class Stack:
         self._totals = [_view(self.grads, layout, name) for name in names]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to `grads`; there are none where nothing is on and no head is trained."""
+        """Add the gradients of `loss` to `grads`. Without an active adapter and a trained head there are none."""
         if not loss.requires_grad:
             return
-        found = torch.autograd.grad(loss, self._trained, allow_unused=True)
-        for total, grad in zip(self._totals, found, strict=True):
+        grads = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        for total, grad in zip(self._totals, grads, strict=True):
             if grad is not None:
                 total += grad
 
@@ -44,21 +45,17 @@ def _view(matrix: Tensor, layout: Layout, name: str) -> Tensor:
     return matrix[:, layout.spans[name]].unflatten(1, layout.shapes[name])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """What one forward has to know. Clients are sorted by `depth`, and their rows with them.
+    """The adapters of one optimizer step. Clients are sorted by `depth`, and so are their rows of a batch.
 
     Attributes:
         stack: the adapters.
-        clients: (c,) the stack's row of each client that takes part.
-        on: (c, groups) whether a client's adapters of a gate group are on.
-        depth: (c,) how many blocks are below the client's lowest active adapter.
-        scale: (c,) what active adapters are multiplied by besides the model's scaling.
-        dropout: one generator a client, where there is dropout.
-        shapes: rows and tokens of each client's batch by itself, which is what dropout is drawn for.
-        samples: (rows,) what the prefix cache knows each row by.
-        targets: (c,) how many targets each client's rows have; None where all have as many.
-        live: how many clients, from the first, are in the graph where the forward is now.
+        clients: (c,) row of each participating client in the stack.
+        on: (c, groups) bool, whether the client's adapters of a gate group are on.
+        depth: (c,) number of blocks below the client's lowest active adapter.
+        scale: (c,) factor of active adapters, in addition to the scaling of the model.
+        dropout: one generator per client; empty without dropout.
     """
 
     stack: Stack
@@ -67,29 +64,25 @@ class Step:
     depth: np.ndarray
     scale: Tensor
     dropout: Sequence[torch.Generator] = ()
-    shapes: Sequence[tuple[int, int]] = ()
-    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
-    targets: np.ndarray | None = None
-    live: int = 0
     _routes: dict[tuple[int, int], Route | None] = field(default_factory=dict)
 
-    def route(self, group: int) -> Route | None:
-        """The live clients whose `group` is on; None if there is none."""
-        key = group, self.live
+    def route(self, group: int, live: int) -> Route | None:
+        """Return the clients among the first `live` whose gate `group` is on; None if there are none."""
+        key = group, live
         if key not in self._routes:
-            positions = np.flatnonzero(self.on[: self.live, group])
-            self._routes[key] = Route.to(self, positions) if len(positions) else None
+            positions = np.flatnonzero(self.on[:live, group])
+            self._routes[key] = Route.to(self, positions, live) if len(positions) else None
         return self._routes[key]
 
 
 @dataclass(frozen=True)
 class Route:
-    """Clients that an adapter product is for.
+    """The clients that an adapter product is computed for.
 
     Attributes:
-        positions: where they are among the step's clients.
-        places: the same as a tensor; None where it is all that are live.
-        rows: their rows of the stack; None where it is all of them in order.
+        positions: their indices among the step's clients.
+        places: the same as a tensor; None if these are all live clients.
+        rows: their rows of the stack; None if these are all rows in order.
         scale: (c, 1, 1).
     """
 
@@ -99,43 +92,73 @@ class Route:
     scale: Tensor
 
     @classmethod
-    def to(cls, step: Step, positions: np.ndarray) -> Route:
+    def to(cls, step: Step, positions: np.ndarray, live: int) -> Route:
+        """Return the route to the clients of `step` at `positions`, all of which are among the first `live`."""
         device = step.scale.device
         places = torch.from_numpy(positions).to(device, non_blocking=True)
         clients = step.clients[positions]
-        whole = np.array_equal(clients, np.arange(len(step.stack.values)))
+        whole_stack = np.array_equal(clients, np.arange(len(step.stack.values)))
         return cls(
             positions,
-            None if len(positions) == step.live else places,
-            None if whole else torch.from_numpy(clients).to(device, non_blocking=True),
+            None if len(positions) == live else places,
+            None if whole_stack else torch.from_numpy(clients).to(device, non_blocking=True),
             step.scale[places][:, None, None],
         )
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The rows of a stacked tensor that belong to these clients."""
+    def select(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a stacked tensor that belong to these clients."""
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
 
-@dataclass
-class Present:
-    """What the layers of a stacked model share.
+@dataclass(frozen=True)
+class ClientRows:
+    """The rows of one batch, client after client, each client with equally many.
 
     Attributes:
-        step: the one that is being made, during a forward.
-        prefix: hidden states kept for rows that no adapter has touched, if wanted.
+        samples: (rows,) index of each row's example, the key of the hidden-state cache.
+        shapes: rows and tokens of each client's batch without padding, for which dropout is drawn.
+        targets: (c,) number of targets in each client's rows; None if all clients have equally many.
     """
 
-    step: Step = field(init=False)
-    prefix: PrefixCache | None = None
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    shapes: Sequence[tuple[int, int]] = ()
+    targets: np.ndarray | None = None
+
+
+class ForwardContext:
+    """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
+
+    Attributes:
+        step: the step that is computed.
+        rows: the rows of its batch.
+        live: number of clients, from the first, whose rows are in the autograd graph at the current block.
+        cache: hidden states of rows that no adapter has changed; None without a cache.
+    """
+
+    step: Step
+    rows: ClientRows
+    live: int
+
+    def __init__(self) -> None:
+        self.cache: HiddenStateCache | None = None
+
+    @contextmanager
+    def forward(self, step: Step, rows: ClientRows, live: int) -> Iterator[None]:
+        """Compute `step` on `rows` inside the block, starting with `live` clients in the graph."""
+        self.step, self.rows, self.live = step, rows, live
+        try:
+            yield
+        finally:
+            del self.step, self.rows, self.live
 
 
 def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
-    """(targets, ...), the first counts[0] of them the first client's and so on, as (c, most, ...) padded with zeros."""
+    """Return (targets, ...) as (c, max(counts), ...), padded with zeros; the first counts[0] are the first client's."""
     shape = len(counts), int(counts.max())
     padded = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
     return padded.index_copy(0, places(counts, values.device), values).unflatten(0, shape)
 
 
 def places(counts: np.ndarray, device: torch.device) -> Tensor:
-    """(targets,) where each target is among the (c * most) rows of `by_client`."""
+    """Return (targets,) the index of each target among the c * max(counts) rows of `by_client`."""
     return torch.from_numpy(np.flatnonzero(np.arange(counts.max()) < counts[:, None])).to(device, non_blocking=True)

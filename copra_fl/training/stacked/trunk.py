@@ -1,12 +1,11 @@
-"""Truncated backward: nothing below a client's lowest active adapter is in the graph.
+"""Truncated backward pass: blocks below a client's lowest active adapter are not in the autograd graph.
 
     block 2    [ c0 c0 | c1 c1 | c2 c2 ]   all in the graph
-    block 1    [ c0 c0 | c1 c1 ]  c2 c2    c2's adapters begin in block 2: its rows pass without a graph
+    block 1    [ c0 c0 | c1 c1 ]  c2 c2    the lowest active adapter of c2 is in block 2: its rows pass without a graph
     block 0    [ c0 c0 ]  c1 c1   c2 c2
 
-Rows are sorted by that depth, so those in the graph are always the first ones. Those that are not
-yet pass through the plain base, which stores nothing for a backward pass and whose results can be
-kept from step to step (`prefix`).
+Rows are sorted by that depth, so the rows in the graph always come first. The others pass through the plain base, which
+stores nothing for a backward pass and whose results can be kept from step to step (`hidden_state_cache`).
 """
 
 from __future__ import annotations
@@ -21,27 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from copra_fl.training.stacked.chain import Chain
-from copra_fl.training.stacked.step import Present, Step
+from copra_fl.training.stacked.step import ClientRows, ForwardContext, Step
 
-#: what a block gets besides its hidden states, by place (from 1 on) or name
+#: inputs of a block after the hidden states, by position (from 1 on) or name
 Inputs = dict[Any, Any]
 
 
 class Trunk(nn.Module):
-    """Stands for the base's blocks: runs each row without a graph up to the depth where its client joins.
+    """Replacement for the base's blocks that runs each row without a graph up to the depth at which its client joins.
 
-    `recomputed`: the blocks are computed again in the backward pass (`AdaptedModel.recompute_blocks`).
+    With `recomputed`, the backward pass computes the blocks again (`AdaptedModel.recompute_blocks`).
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, present: Present, recomputed: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], chain: Chain, context: ForwardContext, recomputed: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.chain = chain
-        self.present = present
+        self.context = context
         self.recomputed = recomputed
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        step, num_rows = self.present.step, len(hidden)
+        context, num_rows = self.context, len(hidden)
+        step = context.step
         inputs: Inputs = {**dict(enumerate(args, start=1)), **kwargs}
         per_client = num_rows // len(step.clients)
         live, frozen = hidden[:0], hidden
@@ -51,43 +51,42 @@ class Trunk(nn.Module):
             live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
             first = joined * per_client
             if len(frozen):
-                step.live = 0
+                context.live = 0
                 with torch.no_grad():
                     frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
             if len(live):
-                step.live = joined
+                context.live = joined
                 live = self._live(block, live, self._rows(inputs, slice(0, first), num_rows))
-        step.live = len(step.clients)
+        context.live = len(step.clients)
         hidden = _append(live, frozen)
         return hidden if self.chain.extras is None else (hidden, *self.chain.extras)
 
     def _live(self, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """`block` on the rows that are in the graph."""
+        """Run `block` on the rows in the graph."""
         if not self.recomputed:
             return _run(block, hidden, inputs)
-        step = self.present.step
-        streams = [stream.get_state() for stream in step.dropout]
-        contexts = nullcontext(), self._again(step, step.live, streams)
+        context = self.context
+        streams = [stream.get_state() for stream in context.step.dropout]
+        contexts = nullcontext(), self._again(context.step, context.rows, context.live, streams)
         return _run(partial(block, context_fn=lambda: contexts, preserve_rng_state=False), hidden, inputs)
 
     @contextmanager
-    def _again(self, step: Step, live: int, streams: Sequence[Tensor]) -> Iterator[None]:
-        """What a block must find when it is computed again: the step as it was there, the same dropout."""
+    def _again(self, step: Step, rows: ClientRows, live: int, streams: Sequence[Tensor]) -> Iterator[None]:
+        """Restore the step and its dropout streams for a block that the backward pass computes again."""
         later = [stream.get_state() for stream in step.dropout]
-        self.present.step, step.live = step, live
         _set_states(step.dropout, streams)
         try:
-            yield
+            with self.context.forward(step, rows, live):
+                yield
         finally:
             _set_states(step.dropout, later)
-            del self.present.step
 
     def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """The plain base's `block` on rows that no adapter has touched: from the cache, where it is there."""
-        cache, step = self.present.prefix, self.present.step
+        """Run the plain base's `block` on rows that no adapter has changed, or take its output from the cache."""
+        cache = self.context.cache
         if cache is None:
             return _run(block, hidden, inputs)
-        samples = step.samples[-len(hidden) :]
+        samples = self.context.rows.samples[-len(hidden) :]
         slots = cache.find(samples, depth)
         missing = np.flatnonzero(slots < 0)
         output = cache.load(slots, hidden.shape[1])
@@ -99,7 +98,7 @@ class Trunk(nn.Module):
         return output
 
     def _rows(self, inputs: Inputs, chosen: slice | Tensor, num_rows: int) -> Inputs:
-        """`inputs` with those that have a row for each of `num_rows` cut to the `chosen` ones."""
+        """Return `inputs`, where inputs with a row for each of `num_rows` examples are cut to the `chosen` rows."""
         with_rows = self.chain.with_rows
         return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
 
@@ -122,7 +121,7 @@ def _append(rows: Tensor, more: Tensor) -> Tensor:
 
 
 def _rows(value: Any, chosen: slice | Tensor, num_rows: int) -> Any:
-    """The `chosen` rows of an input; a tensor in it that is the same for all of `num_rows` has one row, and stays."""
+    """Return the `chosen` rows of an input. A tensor that all `num_rows` examples share has one row and stays whole."""
     if isinstance(value, Tensor):
         return value[chosen] if len(value) == num_rows else value
     return type(value)(_rows(item, chosen, num_rows) for item in value) if isinstance(value, tuple | list) else value

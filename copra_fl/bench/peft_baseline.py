@@ -1,8 +1,8 @@
-"""Local training with PEFT as its users write it: float32, Transformers' default attention, AdamW, one batch a step.
+"""Local training with PEFT as its users write it: float32, Transformers' default attention, AdamW, one batch per step.
 
-What the baselines run, in process and over Flower. It shares nothing with our engine but what must be equal for the
-results to be equal: the batches and masks (`training.plan_steps`) and the data. CopRA is a switch on each layer's
-adapters before each step.
+The baselines use it in process and over Flower. It shares with our engine only what must be equal for equal results:
+the data, and the batches and masks (`training.batches.plan_steps`). CopRA switches each layer's adapters on or off
+before a step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Classifier(nn.Module):
     """A PEFT model on a frozen encoder, mean pooling, a linear head.
 
     Attributes:
-        trainable: what is trained and travels, by PEFT's names.
+        trainable: the trained parameters, by PEFT's names.
         layers: the LoRA modules of each transformer block.
     """
 
@@ -49,31 +49,31 @@ class Classifier(nn.Module):
         self.layers = [[module for module in block.modules() if isinstance(module, LoraLayer)] for block in blocks]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) tokens to (B, classes) logits."""
+        """Map (B, T) tokens to (B, classes) logits."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1))
 
     @torch.no_grad()
     def write(self, adapter: dict[str, Tensor]) -> None:
-        """Take over an adapter. PEFT's set_peft_model_state_dict does the same in many times the time."""
+        """Load an adapter. PEFT's set_peft_model_state_dict does the same, but takes many times as long."""
         for name, parameter in self.trainable.items():
             parameter.copy_(adapter[name])
 
     def read(self) -> dict[str, Tensor]:
-        """A copy of the adapter on the CPU."""
+        """Return a copy of the adapter on the CPU."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.trainable.items()}
 
     def switch(self, mask: list[bool]) -> None:
-        """Adapters on in the layers where `mask` says so."""
-        for modules, on in zip(self.layers, mask, strict=True):
+        """Switch the adapters of each layer on or off; `mask` is True for layers that are on."""
+        for modules, is_on in zip(self.layers, mask, strict=True):
             for module in modules:
-                if module.disable_adapters == on:
-                    module.enable_adapters(on)
+                if module.disable_adapters == is_on:
+                    module.enable_adapters(is_on)
 
 
 def train(model: Classifier, data: FederatedData, steps: LocalSteps, training: TrainingConfig) -> float:
-    """Train `model` on one client's batches; returns the mean loss."""
+    """Train `model` on one client's batches; return the mean loss."""
     parameters = list(model.trainable.values())
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     losses = []

@@ -1,0 +1,114 @@
+"""Encode the tables of a data set with a task: the tensors and facts that the cache keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from copra_fl.config import ConfigError, DataConfig
+from copra_fl.data.cache import Stored
+from copra_fl.data.held_out import choose_clients, hold_out
+from copra_fl.sources.tables import Table, codes, read_examples
+from copra_fl.tasks import Task
+
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
+    import pandas as pd
+
+#: Raise it whenever the same inputs would give other held-out sets or partitions.
+CACHE_VERSION = 3
+
+
+def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
+    """Return all values that decide which tensors a table is encoded to; part of the cache's digest.
+
+    Raises ConfigError for a processor that the task cannot use.
+    """
+    columns = list(columns_of(task, data).values())
+    return [task.name, task.version, columns, data.labels, data.max_length, task.processor_digest(processor)]
+
+
+def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
+    """Return configuration key -> column for the columns of a table that `task` reads."""
+    known = {key: getattr(data, key.replace("-", "_")) for key in (*task.columns, *task.optional_columns)}
+    return {key: column for key, column in known.items() if column or key in task.columns}
+
+
+def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, test: Table | None) -> Stored:
+    """Encode all examples of a data set, and assign them to the held-out sets or the pool of the clients.
+
+    Raises ConfigError for tables that lack columns, labels or enough examples.
+    """
+    import pandas as pd
+
+    columns, content = columns_of(task, data), task.columns[0]
+    client_column = {"client-column": data.client_column} if data.client_column else {}
+    rows, dropped_empty = read_examples(train, columns | client_column, {content: task.content})
+    label_names = _label_names(task, data, train, rows)
+    held_out_names: list[str] = []
+    if data.held_out_clients:
+        rows, held_out_names = choose_clients(data, rows, sort_names(rows["client-column"].unique()))
+    num_train = len(rows)
+    if test is not None:
+        test_rows, dropped = read_examples(test, columns, {content: task.content})
+        dropped_empty += dropped
+        if new := labels_in(task, test_rows) - set(label_names):
+            raise ConfigError(
+                f"{test.where} has labels that do not occur in {train.where}: {', '.join(sort_names(new))}. "
+                f"Labels of the training data: {', '.join(label_names)}"
+            )
+        rows = pd.concat([rows, test_rows], ignore_index=True)
+    is_held_out = np.zeros(len(rows), bool)
+    if client_column:
+        is_held_out = rows["client-column"].isin(held_out_names).to_numpy()
+    subsets, dropped_duplicates = hold_out(data, rows[content], num_train, np.flatnonzero(is_held_out))
+
+    tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
+    client_names: list[str] = []
+    if client_column:
+        client_names = sort_names(set(rows["client-column"].dropna()) - set(held_out_names))
+        tensors["clients"] = codes(rows["client-column"], client_names)
+    tensors |= task.encode(rows, label_names, processor, data)
+    facts = {
+        "label_names": label_names,
+        "client_names": client_names,
+        "held_out_names": held_out_names,
+        "dropped_duplicates": dropped_duplicates,
+        "dropped_empty": dropped_empty,
+    }
+    return tensors, facts
+
+
+def _label_names(task: Task, data: DataConfig, train: Table, rows: pd.DataFrame) -> list[str]:
+    """Return the labels in order: those of the configuration, or else those of the training data; none without labels.
+
+    Raises ConfigError for a single label, and for labels in the data that the configuration does not list.
+    """
+    labels = labels_in(task, rows)
+    label_names = (data.label_list or sort_names(labels)) if task.labels != "none" else []
+    if len(label_names) == 1:
+        raise ConfigError(
+            f"{train.where} has one label only, {label_names[0]!r}, in column {data.label_column!r}; "
+            "classification needs at least two"
+        )
+    if new := labels - set(label_names):
+        raise ConfigError(
+            f"{train.where} has labels that labels = {data.labels!r} does not list: {', '.join(sort_names(new))}"
+        )
+    return label_names
+
+
+def labels_in(task: Task, rows: pd.DataFrame) -> set[str]:
+    """Return the labels that occur in `rows`; none for a task without labels."""
+    if task.labels == "none":
+        return set()
+    return {label for entry in rows["label-column"].unique() for label in task.labels_of(entry)}
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Return `names` sorted, by value if all are integers."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else names

@@ -1,0 +1,122 @@
+"""Aggregation of a round: the rule or the private average, then the next state of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from copra_fl.adapters.residual import add
+from copra_fl.adapters.server_state import ServerState
+from copra_fl.adapters.state import Adapter, Update, draw
+from copra_fl.aggregation import client_ranks, heads, pools, scaffold, server_optimizers
+from copra_fl.aggregation.compatibility import parameters_of
+from copra_fl.aggregation.private import private_average
+from copra_fl.aggregation.products import aggregation_error
+from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.records import AggregationError
+from copra_fl.seeding import derive
+from server import sampling
+from server.run_context import RunContext
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Result of the aggregation of a round.
+
+    Attributes:
+        state: the server's next state.
+        residual: what this round adds to W0.
+        notes: of the rule, for the journal.
+        error: aggregation error (`products.aggregation_error`); None if it cannot be computed.
+    """
+
+    state: ServerState
+    residual: Adapter
+    notes: dict[str, Any]
+    error: AggregationError | None
+
+
+def aggregate(
+    run: RunContext,
+    server_round: int,
+    state: ServerState,
+    updates: Sequence[Update],
+    controls: Sequence[Adapter],
+    num_eligible: int,
+) -> Aggregate:
+    """Aggregate the `updates` of a round.
+
+    Args:
+        state: before the round.
+        updates: individual or pooled.
+        controls: change of each client's control variate; empty without control variates.
+        num_eligible: number of clients that have training examples.
+    """
+    round_ = rule_round(run, server_round, state, updates)
+    is_private = bool(run.config.privacy.dp_clip)
+    outcome = average_privately(run, round_, server_round, num_eligible) if is_private else run.rule.aggregate(round_)
+    error = None
+    if not (pools(run.config) or run.rule.personal or is_private):
+        error = AggregationError(**aggregation_error(round_, outcome))
+    next_state = state_after(run, state, outcome, controls, num_eligible)
+    return Aggregate(next_state, outcome.residual, outcome.notes, error)
+
+
+def rule_round(run: RunContext, server_round: int, state: ServerState, updates: Sequence[Update]) -> Round:
+    """Return the input of the rule; with several data sets the head is in parts (`aggregation.heads`)."""
+    config, before = run.config, heads.split(state.adapter, run.head_sizes)
+    stream = torch.Generator().manual_seed(derive(config.federation.seed, "init", server_round))
+    ranks = client_ranks(config, config.data.num_clients)
+    return Round(
+        before=before,
+        updates=sorted((without_other_heads(run, update) for update in updates), key=lambda update: update.client),
+        group_of=run.group_of,
+        scaling=config.model.scaling(config.model.rank),
+        settings=config.aggregation,
+        ranks={update.client: ranks[update.client] for update in updates},
+        fresh=lambda: draw(before, stream),
+        score=lambda adapters: run.score([heads.join(adapter) for adapter in adapters], state.residual),
+        parameters=parameters_of(config),
+    )
+
+
+def without_other_heads(run: RunContext, update: Update) -> Update:
+    """Return `update` without the parts of the head that belong to other data sets than the client's."""
+    for number, dataset in enumerate(run.datasets):
+        if update.client in dataset.clients:
+            adapter = heads.split(update.adapter, run.head_sizes)
+            return replace(update, adapter=heads.without_others(adapter, number))
+    return update
+
+
+def average_privately(run: RunContext, round_: Round, server_round: int, num_eligible: int) -> Outcome:
+    """Return the average with differential privacy, with noise from the run's secret."""
+    config = run.config
+    travels = run.rule.sends(server_round)
+    if config.copra.local_training == "head":
+        travels &= {"head"}
+    number = sampling.num_wanted(config.federation, num_eligible)
+    noise_seed = derive(run.secret, "dp-noise", server_round)
+    privacy = config.privacy
+    return private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number, noise_seed)
+
+
+def state_after(
+    run: RunContext, state: ServerState, outcome: Outcome, controls: Sequence[Adapter], num_eligible: int
+) -> ServerState:
+    """Return the server's next state: the server optimizer's step, the residual and the control variate."""
+    settings = run.config.aggregation
+    adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
+    if settings.server_optimizer != "none":
+        before = heads.split(state.adapter, run.head_sizes)
+        adapter, first, second = server_optimizers.step(settings, before, adapter, first, second)
+    return ServerState(
+        adapter=heads.join(adapter),
+        residual=add(state.residual, outcome.residual),
+        control=scaffold.next_control(state.control, controls, num_eligible),
+        first_moment=first,
+        second_moment=second,
+    )

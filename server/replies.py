@@ -1,0 +1,164 @@
+"""Replies of nodes: read, decode and check. A node can send anything; an invalid reply costs only its own clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import INFO
+from math import isfinite
+from typing import TypeVar
+
+from flwr.app import Message
+from flwr.common.logger import log
+
+from copra_fl import wire
+from copra_fl.adapters.compression import decode
+from copra_fl.adapters.state import Adapter, Update
+from copra_fl.aggregation.checking import METRICS, BadUpdate, check_scalars, check_tensors
+from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.ranks import as_global
+from copra_fl.config import Config
+from copra_fl.records import ClientEvaluation
+from copra_fl.training.plan import expected_update
+from server.errors import FederationError
+from server.round_request import RoundRequest
+from server.run_context import RunContext
+
+Result = TypeVar("Result")
+#: (clients of a node that did not fail, content of its reply) -> result; raises an error for an invalid reply
+Decoder = Callable[[Sequence[int], wire.RecordDict], Result]
+
+#: bytes of a client's scalars or error message and of the headers of its tensors; far more than they need
+REPORT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """The decoded reply of one node to a training message.
+
+    Attributes:
+        updates: of every client that it trained; pooled ones have no tensors.
+        averaged: input of the rule: the inspected clients' updates, and one pooled update of all the others.
+        controls: change of each client's control variate; empty without control variates.
+    """
+
+    updates: list[Update]
+    averaged: list[Update]
+    controls: list[Adapter]
+
+
+def read_replies(
+    run: RunContext, request: RoundRequest, replies: Sequence[Message], decode_reply: Decoder[Result]
+) -> tuple[dict[int, Result], dict[int, str]]:
+    """Decode each node's reply.
+
+    Returns node -> result, and missing client -> reason: the clients that failed, and all clients of nodes whose reply
+    did not come or was rejected.
+    """
+    contents, errors = {}, {}
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            errors[node] = f"its node failed: {reply.error.reason}"
+        else:
+            contents[node] = reply.content
+    no_reply = f"no reply within round-timeout-s = {run.config.federation.round_timeout_s:g} s"
+    if request.enough(replies):
+        no_reply = f"not among the first {request.num_wanted} clients"
+    results: dict[int, Result] = {}
+    missing: dict[int, str] = {}
+    for node, cohort in request.cohorts.items():
+        if node not in contents:
+            missing |= dict.fromkeys(cohort, errors.get(node, no_reply))
+            continue
+        try:
+            wire.check_reply(contents[node], run.run, request.server_round, max_bytes(request, cohort))
+            failures = wire.unpack_failures(contents[node])
+            missing |= {client: failures[client] for client in cohort if client in failures}
+            results[node] = decode_reply([client for client in cohort if client not in failures], contents[node])
+        except Exception as error:  # a node can have sent anything; other nodes' clients must not suffer for it
+            missing = dict.fromkeys(cohort, f"its node's reply was rejected: {error}") | missing
+    return results, dict(sorted(missing.items()))
+
+
+def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
+    """Return an upper limit for the size of a reply: tensors in float32, twice with control variates, and reports."""
+    starts = [request.starts.get(client, {}) for client in cohort]
+    num_values = sum(tensor.numel() for start in starts for tensor in start.values())
+    return 4 * num_values * (2 if request.has_control else 1) + REPORT_BYTES * len(cohort)
+
+
+def decode_updates(
+    run: RunContext,
+    request: RoundRequest,
+    num_examples: Mapping[int, int],
+    clients: Sequence[int],
+    content: wire.RecordDict,
+) -> TrainReply:
+    """Decode the updates of `clients` of one node. Raises ValueError for an update that must not be averaged."""
+    updates = [wire.unpack_scalars(content, client) for client in clients]
+    for update in updates:
+        check_scalars(update, expected_update(run.config, run.num_groups, num_examples[update.client]))
+        if unreported := sorted(METRICS - update.metrics.keys()):
+            raise BadUpdate(f"client {update.client} does not report {', '.join(unreported)}")
+    inspected = [update for update in updates if update.client in request.inspected]
+    others = [update for update in updates if update.client not in request.inspected]
+
+    def decode_buffer(name: str, of: list[Update], uplink: str, max_norm: float) -> list[Update]:
+        decoded = decode(wire.unpack_arrays(content, name), of, request.starts, run.group_of, uplink)
+        for update in decoded:
+            check_tensors(update, request.starts[update.client], run.group_of, max_norm)
+        return decoded
+
+    federation = run.config.federation
+    individual, pooled, controls = list[Update](), list[Update](), list[Update]()
+    if inspected:
+        individual = decode_buffer("adapters", inspected, federation.uplink_dtype, federation.max_update_norm)
+    if others:
+        pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
+    if inspected and request.has_control:
+        controls = decode_buffer("controls", inspected, "float32", 0.0)
+    individual = [as_global(run.config, update) for update in individual]
+    return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+
+
+def decode_evaluations(
+    config: Config, num_validation: Mapping[int, int], clients: Sequence[int], content: wire.RecordDict
+) -> list[ClientEvaluation]:
+    """Decode the evaluations of `clients` of one node. Raises ValueError for impossible values."""
+    evaluations = []
+    for client in clients:
+        metrics = wire.unpack_evaluation(content, client)
+        examples = min(num_validation[client], config.evaluation.client_eval_examples)
+        if metrics["examples"] != examples:
+            raise ValueError(f"client {client} claims {metrics['examples']} validation examples; it has {examples}")
+        if not (isfinite(metrics["loss"]) and 0 <= metrics["accuracy"] <= 1):
+            raise ValueError(f"client {client} has a loss of {metrics['loss']}, an accuracy of {metrics['accuracy']}")
+        evaluations.append(
+            ClientEvaluation(client=client, loss=metrics["loss"], accuracy=metrics["accuracy"], examples=examples)
+        )
+    return evaluations
+
+
+def check_missing(config: Config, request: RoundRequest, missing: Mapping[int, str], num_valid: int, step: str) -> None:
+    """Log the missing clients. Raise FederationError if they must stop the run.
+
+    Args:
+        num_valid: number of clients with a valid reply.
+        step: what the round was doing, for the message.
+    """
+    federation = config.federation
+    if missing and federation.failures == "strict":
+        client, reason = min(missing.items())
+        others = f" ({len(missing)} clients in all)" if len(missing) > 1 else ""
+        raise FederationError(f"client {client} failed in {step}{others}: {reason}")
+    for client, reason in sorted(missing.items()):
+        log(INFO, "client %s is missing in %s: %s", client, step, reason)
+    needed = federation.min_replies
+    if config.privacy.dp_clip:  # a Poisson sample can be small or empty
+        needed = min(needed, len(request.clients))
+    if num_valid < needed:
+        reasons = "; ".join(f"{client}: {reason.strip().splitlines()[-1]}" for client, reason in missing.items())
+        raise FederationError(
+            f"{step}: {num_valid} valid replies, min-replies = {federation.min_replies}; missing clients: {reasons}"
+        )

@@ -1,0 +1,86 @@
+"""Records of a round and of a finished run, from their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from copra_fl.aggregation import find_rule
+from copra_fl.records import (
+    ClientEvaluation,
+    ClientRecord,
+    Evaluation,
+    MissingClient,
+    PrivacySpent,
+    RoundRecord,
+    RunSummary,
+)
+from server.evaluator import Evaluator
+from server.rounds import RoundEvaluation, RoundTraining
+
+
+def round_record(
+    training: RoundTraining, layers: Sequence[str], evaluation: RoundEvaluation, privacy: PrivacySpent | None
+) -> RoundRecord:
+    """Return the journal line of a round. `layers` are the names of the gate groups."""
+    result = training.result
+    return RoundRecord(
+        round=training.request.server_round,
+        seconds=training.seconds,
+        bytes_down=training.bytes_down,
+        bytes_up=training.bytes_up,
+        train_loss=result.loss,
+        layers=tuple(layers),
+        clients=tuple(
+            ClientRecord(client=u.client, examples=u.num_examples, active_steps=u.active_steps, **u.metrics)
+            for u in result.updates
+        ),
+        missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
+        aggregation_error=result.error,
+        notes=result.notes,
+        validation=evaluation.validation,
+        merge_gap=evaluation.merge_gap,
+        paths=evaluation.paths,
+        privacy=privacy,
+    )
+
+
+def log_fields(record: RoundRecord) -> dict[str, Any]:
+    """Return the numbers of a round for a log line in JSON."""
+    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation"}
+    return {**record.model_dump(mode="json", include=names), "clients": len(record.clients)}
+
+
+def summarize(
+    records: Sequence[RoundRecord],
+    evaluator: Evaluator,
+    clients: Sequence[ClientEvaluation],
+    test: Evaluation | None,
+    held_out: Evaluation | None,
+) -> RunSummary:
+    """Return the summary of a run from its rounds and its final evaluations."""
+    config, data, last = evaluator.config, evaluator.data, records[-1]
+    errors = [record.aggregation_error.total for record in records if record.aggregation_error]
+    return RunSummary(
+        method=config.copra.local_training,
+        rule=config.aggregation.rule,
+        personal=find_rule(config.aggregation.rule).personal,
+        seed=config.federation.seed,
+        rounds=len(records),
+        test=test,
+        held_out=held_out,
+        validation=last.validation,
+        merge_gap=last.merge_gap,
+        privacy=last.privacy,
+        aggregation_error=fmean(errors) if errors else None,
+        bytes_up=sum(record.bytes_up for record in records),
+        bytes_down=sum(record.bytes_down for record in records),
+        seconds=sum(record.seconds for record in records),
+        clients=tuple(clients),
+        paths=last.paths,
+        skipped_clients=tuple(data.skipped),
+        unassigned_examples=data.dropped.unassigned,
+        dropped_duplicates=data.dropped.duplicates,
+        dropped_empty=data.dropped.empty,
+    )

@@ -1,0 +1,42 @@
+"""Sampling of the clients of a round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from copra_fl.config import Config, FederationConfig
+from copra_fl.seeding import generator
+
+
+def eligible(num_examples: Mapping[int, int]) -> list[int]:
+    """Return the clients that have training examples."""
+    return sorted(client for client, count in num_examples.items() if count > 0)
+
+
+def num_wanted(federation: FederationConfig, num_eligible: int) -> int:
+    """Return the number of clients whose updates make up a round, without over-sampling."""
+    number = federation.clients_per_round or max(1, round(federation.fraction_clients * num_eligible))
+    return min(number, num_eligible)
+
+
+def rate(federation: FederationConfig, num_eligible: int) -> float:
+    """Return the probability that a given client is in a round."""
+    return num_wanted(federation, num_eligible) / num_eligible
+
+
+def sample(config: Config, clients: Sequence[int], server_round: int, secret: int) -> list[int]:
+    """Return the clients of a round, drawn from the eligible `clients` with the stream ``sampling``.
+
+    In a private run each client is drawn independently with probability `rate`, from a stream of the run's `secret`
+    (Poisson sampling, as the accountant assumes).
+    """
+    federation = config.federation
+    if config.privacy.dp_clip:
+        draws = generator(secret, "sampling", server_round).random(len(clients))
+        threshold = rate(federation, len(clients))
+        return [client for client, draw in zip(clients, draws, strict=True) if draw < threshold]
+    number = num_wanted(federation, len(clients))
+    number = min(number + math.ceil(federation.over_sample * number), len(clients))
+    chosen = generator(federation.seed, "sampling", server_round).choice(clients, size=number, replace=False)
+    return sorted(int(client) for client in chosen)

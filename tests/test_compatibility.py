@@ -1,0 +1,161 @@
+"""Settings that do not combine, and the rules' own parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from copra_fl.aggregation import RULES, Rule, compatibility, find_rule
+from copra_fl.aggregation.compatibility import parameters_of, require_global_model, with_explicit_parameters
+from copra_fl.config import Config, ConfigError
+from copra_fl.tasks import find_task
+from tests.support.compatibility import check
+
+Settings = dict[str, Any]
+
+LORA = {"local-training": "lora"}
+PRIVATE = {"dp-clip": 1.0, "weighting": "equal"}
+TWO = {"dataset": "a.csv, b.csv", "num-clients": 4}
+NO_DATA = {"dataset": "", "partitioner": "own", "labels": "a,b"}
+CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
+
+#: for each row of the table: settings that do not combine, settings that remedy it, the reason
+CONFLICTS: list[tuple[Settings, Settings, str]] = [
+    ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
+    ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
+    (NO_DATA | {"rule": "connectivity"}, {"dataset": "a.csv"}, "validation data on the server"),
+    (
+        {"rule": "median", "client-ranks": "8,4"},
+        {"rule": "flexlora"},
+        "rules for unequal ranks are zero-pad, hetlora, flora, flexlora$",
+    ),
+    ({"rule": "flexlora", "server-optimizer": "fedadam"}, {"server-optimizer": "none"}, "no step to take"),
+    ({"rule": "flora", "control-variates": True}, {"control-variates": False}, "keep their meaning over rounds"),
+    (
+        {"rule": "zero-pad", "client-ranks": "8,4", "control-variates": True},
+        {"control-variates": False},
+        "client-ranks = '8,4' does not combine with control-variates",
+    ),
+    ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
+    (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
+    (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
+    (
+        PRIVATE | {"over-sample": 0.5, "failures": "tolerant"},
+        {"over-sample": 0.0},
+        "another would take its place; use over-sample = 0",
+    ),
+    (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
+    (NO_DATA | {"labels": ""}, {"labels": "a,b"}, "need the list of labels; set labels"),
+    (CAUSAL | {"local-training": "head"}, {"local-training": "copra"}, "the task has no head to train"),
+    (TWO | LORA | {"rule": "fedsa-lora"}, {"rule": "fedavg"}, "no global model to test on each data set"),
+    (TWO | {"control-variates": True}, {"control-variates": False}, "rows of the head that a client does not train"),
+    (TWO | PRIVATE, {"dp-clip": 0.0}, "dp-clip = 1: it divides by the number of all clients"),
+    (TWO | CAUSAL, {"task": "text-classification"}, "does not have exactly one label per example"),
+    (TWO | {"num-clients": 1}, {"num-clients": 2}, "set num-clients to 2 or more"),
+    (TWO | {"partitioner": "own"}, {"partitioner": "iid"}, "where each node has its own file"),
+    (TWO | {"labels": "a,b"}, {"labels": ""}, "leave labels empty"),
+    (TWO | {"test-file": "test.csv"}, {"test-file": ""}, "leave test-file empty"),
+    (
+        TWO | {"partitioner": "natural", "client-column": "owner", "held-out-clients": 1},
+        {"held-out-clients": 0},
+        "not supported with several data sets",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "remedy", "reason"), CONFLICTS)
+def test_a_conflict_is_refused_with_its_reason_and_the_remedy_works(
+    settings: Settings, remedy: Settings, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        check(Config.from_flat(settings))
+    assert len(str(caught.value).splitlines()) == 1, "one conflict, one line"
+    check(Config.from_flat(settings | remedy))
+
+
+def test_the_cases_above_cover_every_row_of_the_table() -> None:
+    config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
+    rows = [
+        *compatibility._rule_conflicts(config, rule),
+        *compatibility._privacy_conflicts(config, rule),
+        *compatibility._task_conflicts(config, task),
+        *compatibility._several_datasets_conflicts(config, rule, task),
+    ]
+    assert len(CONFLICTS) == len(rows)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_every_rule_runs_with_its_defaults(rule: Rule) -> None:
+    check(Config().changed(rule=rule.name, local_training="lora" if rule.no_copra else "copra"))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> None:
+    for settings, reason in (({}, rule.no_copra), (TWO | LORA, rule.no_several_datasets)):
+        config = Config.from_flat(settings | {"rule": rule.name})
+        if reason:
+            with pytest.raises(ConfigError, match=reason):
+                check(config)
+        else:
+            check(config)
+
+
+def test_all_conflicts_are_listed() -> None:
+    config = Config.from_flat({"rule": "flora", "server-optimizer": "fedadam", "dp-clip": 1.0})
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_unknown_rule_is_named_with_the_closest() -> None:
+    with pytest.raises(ConfigError, match="unknown rule 'fedavgg'. Did you mean 'fedavg'"):
+        check(Config().changed(rule="fedavgg"))
+
+
+def test_parameters_are_given_ones_and_defaults() -> None:
+    assert parameters_of(Config().changed(rule="trimmed-mean")).trim_fraction == 0.2
+    given = Config.from_flat({"rule": "trimmed-mean", "trimmed-mean.trim-fraction": 0})
+    assert parameters_of(given).trim_fraction == 0.0 and isinstance(parameters_of(given).trim_fraction, float)
+    assert parameters_of(given.changed(rule="norm-clipped")).clip_norm == 0.0
+    assert vars(parameters_of(given.changed(rule="median"))) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"trimmed-mean.trim-fractoin": 0.1},
+            "unknown rule parameter 'trimmed-mean.trim-fractoin'. Did you mean 'trimmed-mean.trim-fraction'",
+        ),
+        ({"trimed-mean.trim-fraction": 0.1}, "Did you mean 'trimmed-mean.trim-fraction'"),
+        ({"median.trim-fraction": 0.1}, "unknown rule parameter 'median.trim-fraction'"),
+        ({"trimmed-mean.trim-fraction": 0.5}, "trimmed-mean.trim-fraction = 0.5 must be at least 0 and at most 0.49"),
+        ({"trimmed-mean.trim-fraction": "half"}, "trimmed-mean.trim-fraction = 'half' must be a number"),
+        ({"lora-fair.regularization": 0.0}, "lora-fair.regularization = 0.0 must be more than 0"),
+        ({"connectivity.bound": float("nan")}, "connectivity.bound = nan must be"),
+    ],
+)
+def test_a_wrong_rule_parameter_is_named_whatever_the_rule(settings: Settings, message: str) -> None:
+    for rule in ("fedavg", "trimmed-mean"):
+        with pytest.raises(ConfigError, match=message):
+            check(Config.from_flat(settings | {"rule": rule}))
+
+
+def test_explicit_parameters_make_configurations_comparable() -> None:
+    """Flower passes every default, the command line only what was set: both must describe the same run."""
+    passed = {name: key.default for name, key in compatibility.parameter_keys().items()}
+    by_flower = Config.from_flat({"rule": "norm-clipped"} | passed)
+    by_command_line = Config.from_flat({"rule": "norm-clipped"})
+    assert by_flower != by_command_line
+    assert with_explicit_parameters(by_flower) == with_explicit_parameters(by_command_line)
+    assert with_explicit_parameters(by_flower).rule_parameters == (("norm-clipped.clip-norm", 0.0),)
+    assert with_explicit_parameters(Config()).rule_parameters == ()
+
+
+def test_personal_rules_have_no_global_model() -> None:
+    require_global_model(Config(), "to test")
+    with pytest.raises(ConfigError, match="rule = 'fedsa-lora' .* no global model to test$"):
+        require_global_model(Config().changed(rule="fedsa-lora"), "to test")
