@@ -224,7 +224,9 @@ def test_a_run_over_two_nodes_ends_in_an_adapter_that_peft_opens(cold: Path, tin
 
 
 def test_metrics_and_log_agree_with_the_journal(deployment: Processes, cold: Path) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=60) as response:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{deployment.metrics_port}/metrics", timeout=HANG_SECONDS
+    ) as response:
         families = text_string_to_metric_families(response.read().decode())
     samples = [sample for family in families for sample in family.samples]
     metrics = {(sample.name, *sample.labels.values()): sample.value for sample in samples}

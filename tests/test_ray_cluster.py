@@ -80,6 +80,7 @@ def test_an_address_of_another_form_is_rejected(address: str) -> None:
 
 
 def test_an_address_without_a_cluster_is_rejected_before_anything_starts(tmp_path: Path) -> None:
+    """The command itself tries the address first: Ray would try for two minutes."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{reserved.getsockname()[1]}"

@@ -92,8 +92,8 @@ def test_a_killed_worker_ends_the_run_with_one_message_and_all_checkpoints(long:
     assert len(list((directory / "checkpoints").glob("*.safetensors"))) == num_rounds(directory) >= 1
 
 
-def test_the_niceness_of_workers_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the command's environment; a cluster has its own."""
+def test_a_given_niceness_of_workers_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RAY_worker_niceness in the command's environment counts; a cluster has its own."""
     monkeypatch.setenv("RAY_worker_niceness", "15")
     assert ray_variables(tmp_path, None)["RAY_worker_niceness"] == "15"
     assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379")

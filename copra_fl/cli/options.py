@@ -26,7 +26,7 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         help="Methods, separated by commas: built-in names or TOML files. flora+copra combines two methods, the later "
-        "one wins; all stands for every built-in method.",
+        "one wins; all means every built-in method.",
     ),
 ]
 SeedsOption = Annotated[

@@ -57,8 +57,8 @@ def connectivity(
         str, typer.Option("--rounds", metavar="N,N,...", help="Compare global adapters of these rounds (0 = initial).")
     ] = "",
     points: Annotated[int, typer.Option("--points", min=3, help="Number of points on each line, ends included.")] = 21,
-    most: Annotated[
-        int, typer.Option("--most", min=2, help="Maximum number of clients, if --clients is not given.")
+    max_clients: Annotated[
+        int, typer.Option("--max-clients", min=2, help="Maximum number of clients, if --clients is not given.")
     ] = 6,
     triangle: Annotated[
         bool, typer.Option("--triangle/--no-triangle", help="Also evaluate the plane through the first 3 adapters.")
@@ -76,7 +76,7 @@ def connectivity(
         from copra_fl.probes import connectivity as probe
         from copra_fl.probes.members import select_members
 
-        members = select_members(opened_runs, progress, round_, *numbers, most)
+        members = select_members(opened_runs, progress, round_, *numbers, max_clients)
         findings = probe.probe(members, split.value, points, triangle, progress)
     leave(findings, output or runs[0])
 

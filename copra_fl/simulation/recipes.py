@@ -35,7 +35,7 @@ class Recipe:
         settings: settings for all methods.
         methods: method -> settings for this method alone.
         overrides: settings that override all others.
-        study: the recipe's table ``[study]``, for cli/study.py.
+        study: the recipe's table ``[study]``, for simulation/study.py.
     """
 
     settings: dict[str, Any]

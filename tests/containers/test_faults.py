@@ -1,4 +1,7 @@
-"""Faults of a deployment in real containers: killed processes, a cut network, a full disk (docs, reliability)."""
+"""Faults of a deployment in real containers: killed processes, a cut network, a full disk.
+
+docs/explanations/reliability.md describes their effects.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes with data files of their own, in real containers, set in the deployment's .env (docs/how-to/deploy.md)."""
+"""Nodes with data files of their own, in real containers, set in .env as docs/how-to/deploy.md describes."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ class RealRun:
         )  # fmt: skip
 
     def finish(self, code: int = 0) -> tuple[str, str]:
-        """Wait for the end; standard output and error. Fails unless the exit code is `code` and nothing is left."""
+        """Wait for the end; return standard output and error.
+
+        Fails unless the exit code is `code` and all processes have ended.
+        """
         out, err = self.process.communicate(timeout=HANG_SECONDS)
         assert self.process.returncode == code, f"exit code {self.process.returncode}\n{out}\n{err}"
         self.wait_until(lambda: not self.processes(), "no process left")
