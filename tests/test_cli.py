@@ -67,7 +67,7 @@ def files(tmp_path: Path) -> Path:
         ({"dataset": "one-class.csv"}, "has one label only"),
         ({"dataset": "small.csv", "num-clients": 50}, "50"),
         ({"target-modules": "query,valeu"}, "target-modules: 'valeu' matches no linear module"),
-        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` where there is one"),
+        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` on a machine with a network"),
         ({"num-clients": 0}, "num-clients = 0: say how many clients to simulate"),
         ({"device": "cuda"}, "torch sees no CUDA device"),
         ({"empty-clients": "refuse", "partitioner": "dirichlet", "alpha": 0.01}, "have no training examples"),

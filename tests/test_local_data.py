@@ -200,7 +200,10 @@ def test_a_file_that_cannot_be_used_is_refused_at_hello_and_not_quoted(
 
 def test_a_file_of_another_kind_is_refused_without_its_name(own: Settings, files: list[Path], tmp_path: Path) -> None:
     files[0] = files[0].rename(files[0].with_suffix(".patient1x1"))
-    with pytest.raises(FederationError, match=r"its file ends in none of .csv, .json, .jsonl, .parquet$"):
+    with pytest.raises(
+        FederationError,
+        match=r"the format of its file is not supported; supported formats are .csv, .json, .jsonl, .parquet$",
+    ):
         run_federation(own, tmp_path / "run", grid=nodes(files))
 
 
