@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"dataset": "one-class.csv"}, "has one label only"),
         ({"dataset": "small.csv", "num-clients": 50}, "num-clients = 50"),
         ({"target-modules": "query,valeu"}, "target-modules: 'valeu' matches no linear module"),
-        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` where there is one"),
+        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` on a machine with a network"),
         ({"num-clients": 0}, "num-clients = 0: set the number of clients to simulate"),
         ({"partitioner": "own"}, "partitioner = 'own' needs nodes with data files of their own"),
         ({"device": "cuda"}, "torch sees no CUDA device"),

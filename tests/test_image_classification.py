@@ -237,7 +237,7 @@ def test_errors_name_the_image_or_folder(images: Settings, photos: Path, tiny_mo
     with pytest.raises(ConfigError, match=r"cannot read the image .*broken/bars/gone.png: No such file"):
         load_images(images | {"dataset": str(folder / "paths.csv")})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"the folder .*empty has no images. It must have a subfolder for each label"):
+    with pytest.raises(ConfigError, match=r"the folder .*empty has no images. It must have one subfolder per label"):
         file_table("data-path", tmp_path / "empty")
     with pytest.raises(ConfigError, match="model = .* expects input_ids, so it is not an image model"):
         load_images(images | {"model": tiny_model})

@@ -197,7 +197,10 @@ def test_an_unusable_file_is_rejected_at_the_handshake_and_not_quoted(
 
 def test_a_file_of_unknown_format_is_not_quoted(own: Settings, files: list[Path], tmp_path: Path) -> None:
     files[0] = files[0].rename(files[0].with_suffix(".patient1x1"))
-    with pytest.raises(FederationError, match=r"its file ends in none of .csv, .json, .jsonl, .parquet$"):
+    with pytest.raises(
+        FederationError,
+        match=r"the format of its file is not supported; supported formats are .csv, .json, .jsonl, .parquet$",
+    ):
         run_federation(own, tmp_path / "run", grid=grid_of(files))
 
 
