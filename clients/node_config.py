@@ -67,7 +67,8 @@ class NodeConfig:
     def open_data(self, config: Config) -> FederatedData:
         """Load the examples of the clients that this node can host.
 
-        Raises Rejected if the run needs the node's own data and the node has none, or the other way round.
+        Raises Rejected if the run needs the node's own data and the node has no file, or if the node has a file and
+        the run uses other data.
         """
         if config.data.partitioner == "own":
             if not self.data_path:

@@ -17,7 +17,7 @@ from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import lend
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
-from copra_fl.models.fed_sb_init import core_start
+from copra_fl.models.fed_sb_init import initial_adapter
 from copra_fl.records import Evaluation, LinePath, MergeGap
 from copra_fl.seeding import generator
 from copra_fl.training.engine import open_engine
@@ -55,12 +55,9 @@ class Evaluator:
 
     def start_state(self) -> ServerState:
         """Return the state before the first round."""
-        adapter, config = self.model.read_adapter(), self.config
-        if find_rule(config.aggregation.rule).core:
-            indices, batch_size = self.data.server_validation, config.evaluation.eval_batch_size
-            adapter = core_start(self.model, self.data.examples, indices, batch_size)
+        adapter = initial_adapter(self.model, self.data, self.config)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
-        return ServerState(adapter, control=zeros if config.aggregation.control_variates else {})
+        return ServerState(adapter, control=zeros if self.config.aggregation.control_variates else {})
 
     def round_metrics(
         self, state: ServerState, before: ServerState, updates: Sequence[Update]

@@ -41,12 +41,12 @@ class Journal:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a summary."""
+        """True if the run has a summary."""
         return (self.directory / "summary.json").exists()
 
     @property
     def begun(self) -> bool:
-        """Whether a run has started in the folder."""
+        """True if a run has started in the folder."""
         return self._checkpoints.exists()
 
     @cached_property

@@ -41,5 +41,5 @@ class RoundRequest:
         return sum(len(cohort) for node, cohort in self.cohorts.items() if node in nodes)
 
     def enough(self, replies: Iterable[Message]) -> bool:
-        """Return whether `replies` without an error cover as many clients as are wanted, so that the wait can end."""
+        """Return whether `replies` without an error cover as many clients as are required, so that the wait can end."""
         return self.num_answered(reply for reply in replies if reply.has_content()) >= self.num_wanted

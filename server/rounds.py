@@ -67,7 +67,7 @@ class RoundEvaluation:
 def evaluate_round(
     grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, before: ServerState, training: RoundTraining
 ) -> RoundEvaluation:
-    """Evaluate a round: on the server's data, or on the clients' if the server has none.
+    """Evaluate a round: on the server's data, or on the clients' if the server has no data.
 
     `before` is the state before the round.
     """

@@ -99,7 +99,7 @@ def test_a_residual_is_added_in_the_dtype_of_the_base(quantised: Settings) -> No
 
 def test_a_federation_ends_in_an_adapter_for_the_same_base(quantised: Settings, tmp_path: Path) -> None:
     folder = run_federation(quantised, tmp_path / "run")
-    note = json.loads((folder / "provenance.json").read_text())["engine"]
+    note = json.loads((folder / "provenance.json").read_text())["start"]["engine"]
     assert "engine = 'stacked' cannot take this model" in note and "Linear4bit" in note
     saved = load(folder / "adapter", "cpu")
     assert any(isinstance(module, Linear4bit) for module in saved.model.base.modules())

@@ -254,7 +254,7 @@ def has_targets(name: str, size: BenchFacts) -> bool:
 
 @dataclass(frozen=True)
 class TargetCheck:
-    """A measured target, its values formatted for people."""
+    """A measured target, its values formatted for tables."""
 
     subject: str
     target: str

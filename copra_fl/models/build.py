@@ -33,7 +33,7 @@ def model_source(model: str) -> str:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """Load the tokenizer or image processor of the model. Raises ConfigError if there is none."""
+    """Load the tokenizer or image processor of the model. Raises ConfigError if the model has no processor."""
     task = find_task(config.task)
     try:
         return task.processor_class.from_pretrained(model_source(config.model))

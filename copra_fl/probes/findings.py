@@ -1,4 +1,4 @@
-"""Results of a probe: a JSON file for programs, and a page in the style of the report for people."""
+"""Results of a probe: a JSON file for programs, and a page in the style of the report for users."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Members:
     """Adapters that are compared with each other, all scored with the first run's model and data.
 
     Attributes:
-        description: for people: ``clients 0, 1 and 2 of round 3``.
+        description: for the page: ``clients 0, 1 and 2 of round 3``.
         names: one per member.
         states: adapter and residual of each member.
         scalings: s in W0 + s B A of each member.

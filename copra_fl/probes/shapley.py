@@ -83,7 +83,7 @@ def _single_modules(adapter: Adapter) -> dict[str, list[str]]:
 
 
 def _evaluated(values: Sequence[RunValues], seed: int) -> str:
-    """Return the coalitions or orders from which the values were computed, for people."""
+    """Return the coalitions or orders from which the values were computed, for the page."""
     counts = dict.fromkeys(
         f"{2 * len(run_values.by_metric['accuracy'].orders)} orders, seed {seed}"
         if len(run_values.by_metric["accuracy"].orders)

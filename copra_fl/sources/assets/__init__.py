@@ -35,7 +35,7 @@ __all__ = [
 
 
 def find_asset(name: str) -> Asset:
-    """Return the asset called `name`. Raises UnknownAssetError if there is none."""
+    """Return the asset called `name`. Raises UnknownAssetError for an unknown name."""
     if name not in ASSETS:
         raise UnknownAssetError(unknown_name("asset", name, ASSETS))
     return ASSETS[name]

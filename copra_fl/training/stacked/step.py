@@ -32,7 +32,7 @@ class Stack:
         self._totals = [_view(self.grads, layout, name) for name in names]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to `grads`. Without an active adapter and a trained head there are none."""
+        """Add the gradients of `loss` to `grads`. Without an active adapter and a trained head they are zero."""
         if not loss.requires_grad:
             return
         grads = torch.autograd.grad(loss, self._trained, allow_unused=True)
@@ -67,7 +67,7 @@ class Step:
     _routes: dict[tuple[int, int], Route | None] = field(default_factory=dict)
 
     def route(self, group: int, live: int) -> Route | None:
-        """Return the clients among the first `live` whose gate `group` is on; None if there are none."""
+        """Return the clients among the first `live` whose gate `group` is on; None if it is off for all."""
         key = group, live
         if key not in self._routes:
             positions = np.flatnonzero(self.on[:live, group])
