@@ -17,7 +17,7 @@ __all__ = ["Examples", "Inputs", "Task", "find_task"]
 
 
 def find_task(name: str) -> Task:
-    """Return the task called `name`. Raises ConfigError if there is none."""
+    """Return the task called `name`. Raises ConfigError for an unknown name."""
     module = name if "." in name else f"{__name__}.{name.replace('-', '_')}"
     try:
         task = getattr(import_module(module), "TASK", None)
