@@ -65,12 +65,12 @@ class Key:
 
     @property
     def type_name(self) -> str:
-        """The type of the values, in words."""
+        """The type of the values, as a phrase for messages."""
         return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[type(self.default)]
 
     @property
     def limits(self) -> str:
-        """The allowed range of numbers, in words; empty where every finite number is allowed."""
+        """The allowed range of numbers as a phrase; empty if every finite number is allowed."""
         limits = [f"more than {self.above:g}"] if self.above > -math.inf else []
         limits += [f"at least {self.low:g}"] if self.low > -math.inf else []
         limits += [f"at most {self.high:g}"] if self.high < math.inf else []
@@ -78,7 +78,7 @@ class Key:
 
     @property
     def allowed(self) -> str:
-        """The allowed values, in words."""
+        """The allowed values as a phrase."""
         if self.choices:
             return " | ".join(self.choices)
         return f"{self.type_name}, {self.limits}" if self.limits else self.type_name
@@ -420,9 +420,9 @@ class EvaluationConfig:
         200, "maximum number of its validation examples that each client evaluates at the end", low=1
     )
     merge_gap_clients: int = option(
-        4, "clients whose adapters are evaluated on their own for the merge gap; 0: no merge gap", low=0
+        4, "clients to evaluate with their own adapters for the merge gap; 0: no merge gap", low=0
     )
-    path_pairs: int = option(2, "pairs of clients whose connecting line is evaluated in the last round", low=0)
+    path_pairs: int = option(2, "pairs of clients to evaluate the connecting line of in the last round", low=0)
     path_points: int = option(11, "points on each line, including both ends", low=3)
     path_examples: int = option(200, "validation examples per point of a line", low=1)
 
@@ -483,7 +483,7 @@ class Config:
         return Config.from_flat(self.to_flat() | {kebab(key): value for key, value in flat.items()})
 
     def differences(self, other: Config) -> list[str]:
-        """Return the keys whose values differ, as ``key: value here -> value in other``."""
+        """Return the keys with different values, as ``key: value here -> value in other``."""
         ours, theirs = ({key: repr(value) for key, value in config.to_flat().items()} for config in (self, other))
         return [
             f"{key}: {ours.get(key, 'not set')} -> {theirs.get(key, 'not set')}"

@@ -56,7 +56,7 @@ class PrivacyBudget:
 
 
 def open_secret(directory: Path) -> int:
-    """Return the secret of the run in `directory`; draw it if the file is missing. Only the file's owner can read it."""
+    """Return the secret of the run in `directory`; draw it if the file is missing. Only the owner can read it."""
     path = directory / SECRET
     if not path.exists():
         atomic_write(path, secrets.token_hex(32), mode=0o600)

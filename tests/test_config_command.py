@@ -24,7 +24,7 @@ def test_config_lists_every_key_below_its_section_or_rule() -> None:
     for title, key, meaning in (
         ("section data", "num-clients = 0", "number of clients"),
         ("section aggregation", 'rule = "fedavg"', "aggregation rule"),
-        ("rule trimmed-mean", "trimmed-mean.trim-fraction = 0.2", "share beta of the clients"),
+        ("rule trimmed-mean", "trimmed-mean.trim-fraction = 0.2", "share beta of the clients' values"),
     ):
         titles = [line for line in lines[: next(i for i, line in enumerate(lines) if line.startswith(key))]
                   if line.startswith(("section ", "rule ")) and "=" not in line]  # fmt: skip
@@ -57,7 +57,7 @@ def test_config_for_machines_has_the_same_keys() -> None:
         "minimum": 0,
         "maximum": 0.49,
         "exclusive_minimum": None,
-        "meaning": "share beta of the clients whose values are dropped at each end",
+        "meaning": "share beta of the clients' values to drop at each end",
     }
 
 

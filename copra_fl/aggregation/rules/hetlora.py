@@ -4,7 +4,7 @@
     A <- sum_i p_i [A_i; 0],    B <- sum_i p_i [B_i 0]
 
 The paper's sparsity-weighted average: the norms replace the numbers of examples. The head has no product and is
-weighted by `weighting`. A client without a weight for a layer has no weight here either. The paper's self-pruning of ranks
+weighted by `weighting`. A client of weight 0 for a layer has weight 0 here too. The paper's self-pruning of ranks
 is not implemented. Traffic, up and down: r_i (d + k) per module; the adapter is cut to r_i on the way down.
 """
 

@@ -2,8 +2,8 @@
 
     theta_j <- mean of theta_1j ... theta_Kj without the floor(beta K) largest and smallest
 
-beta is the parameter ``trim-fraction``. Unweighted: a hostile client may claim any number of examples. A client whose
-weight for a layer is 0 has no value there. The head is trimmed too. Traffic, up and down: r (d + k) per module.
+beta is the parameter ``trim-fraction``. Unweighted: a hostile client may claim any number of examples. A client of
+weight 0 for a layer has no value there. The head is trimmed too. Traffic, up and down: r (d + k) per module.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from copra_fl.config import option
 
 @dataclass(frozen=True)
 class Parameters:
-    trim_fraction: float = option(
-        0.2, "share beta of the clients whose values are dropped at each end", low=0, high=0.49
-    )
+    trim_fraction: float = option(0.2, "share beta of the clients' values to drop at each end", low=0, high=0.49)
 
 
 def trimmed_mean(round_: Round) -> Outcome:
