@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"dataset": "one-class.csv"}, "has one label only"),
         ({"dataset": "small.csv", "num-clients": 50}, "num-clients = 50"),
         ({"target-modules": "query,valeu"}, "target-modules: 'valeu' matches no linear module"),
-        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` where there is one"),
+        ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` on a machine with a network"),
         ({"num-clients": 0}, "num-clients = 0: set the number of clients to simulate"),
         ({"partitioner": "own"}, "partitioner = 'own' needs nodes with data files of their own"),
         ({"device": "cuda"}, "torch sees no CUDA device"),
@@ -84,12 +84,12 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["compare", "--seeds", "1,1"], "--seeds '1,1' names a seed twice"),
         (["simulate", "--recipe", "nothing.toml"], "no recipe file 'nothing.toml'"),
         (["simulate", "--recipe", "bad.toml"], "is not valid TOML"),
-        (["simulate", "--set", "rank"], "not of the form KEY=VALUE"),
+        (["simulate", "--set", "rank"], "--set 'rank' must have the form KEY=VALUE"),
         (["simulate", "--nonsense"], "No such option"),
         (["simulate", "--track", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
-        (["report", "."], "no config.toml and no comparison.toml"),
-        (["track", ".", "--to", "tensorboard"], "no config.toml and no comparison.toml"),
-        (["probe", "shapley", "."], "is no folder of a run"),
+        (["report", "."], "is not the folder of a run or comparison"),
+        (["track", ".", "--to", "tensorboard"], "is not the folder of a run or comparison"),
+        (["probe", "shapley", "."], "is not the folder of a run"),
         (["chat", "."], "cannot read"),
         (["assets", "path", "mini-lm"], "unknown asset 'mini-lm'. Did you mean 'minilm'?"),
     ],
@@ -107,7 +107,7 @@ def test_a_failure_that_is_not_the_user_s_is_exit_code_1(folder: Path, empty_cac
 def test_methods_that_exclude_each_other_are_rejected_with_the_reason(folder: Path, tiny: Settings) -> None:
     methods = ["--methods", "fedavg,fedsa-lora+copra"]
     output = run_command("compare", *settings(tiny), *methods, "--output", "both", code=2)
-    assert "rule = 'fedsa-lora' does not combine with local-training = 'copra': a client keeps its own B" in (
+    assert "rule = 'fedsa-lora' does not combine with local-training = 'copra': each client keeps its own B" in (
         output.message
     )
     assert not list(folder.iterdir())
