@@ -117,7 +117,7 @@ def sample_configs(cell: StudyCell) -> Iterator[Config]:
 
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
-        require_global_model(cell.config(method, rate, cell.seeds[0]), f"by which {method!r} could choose its rate")
+        require_global_model(cell.config(method, rate, cell.seeds[0]), f"to choose the learning rate of {method!r} by")
         yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
         yield cell.config(method, rate, cell.seeds[0])
 
