@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The releases in constraints.txt, for the build backend too: older pips read one variable, newer ones the other.
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo test test-slow test-containers check lint types imports docs constraints clean
+.PHONY: help demo test test-slow test-containers check lint types imports docs defaults constraints clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ imports: .venv/developed  ## who may import whom
 
 docs: .venv/developed  ## build the documentation site into site/ (needs no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+defaults: .venv/developed  ## renew the defaults in pyproject.toml, which Flower reads, from the configuration keys
+	$(BIN)/python -m tests.support.defaults
 
 constraints:  ## renew constraints.txt: newest releases that pyproject.toml allows, in a new .venv that passes `check`
 	rm -rf .venv

@@ -176,6 +176,13 @@ def test_waiting_for_nodes_ends_with_the_reason(tmp_path: Path) -> None:
             wait_until_online(compose_command, 2, timeout_s=0)
 
 
+def test_settings_that_do_not_combine_are_rejected_before_a_run_is_submitted(tmp_path: Path) -> None:
+    init(tmp_path / "d")
+    refused = run_command("deploy", "run", "smoke", tmp_path / "d", "--set", "dp-clip=1", code=2)
+    assert "dp-clip = 1 needs weighting = 'equal', not 'examples'" in refused.message
+    assert not list((tmp_path / "d" / "runs").iterdir())
+
+
 def test_a_run_has_a_plain_name_and_is_never_started_twice(tmp_path: Path) -> None:
     init(tmp_path / "d")
     layout = DeploymentLayout.open(tmp_path / "d")

@@ -14,6 +14,7 @@ from rich.console import Console
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.cli.report import show_results
+from copra_fl.config import Config
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
@@ -41,6 +42,7 @@ def run(
         config = config.changed(num_clients=0)
         if config.federation.failures == "strict" and "min-nodes" not in chosen.overrides:
             config = config.changed(min_nodes=compose.num_clients(layout))  # each node has a client of its own
+    check_combinations(config)
     run_folder = layout.runs / choose_name(layout, output, resume)
     sets = [word for text in set_ or [] for word in ("--set", text)]
     resume_command = shlex.join(
@@ -64,6 +66,19 @@ def run(
             f"{resume_command}"
         )
     show_results(run_folder, console, as_json)
+
+
+def check_combinations(config: Config) -> None:
+    """Check that the settings combine, before anything starts. Raises ConfigError.
+
+    A user's own task may be installed in the containers only; then the server checks.
+    """
+    if "." in config.model.task:
+        return
+    from copra_fl.aggregation import compatibility  # slow to import
+    from copra_fl.tasks import find_task
+
+    compatibility.check(config, find_task(config.model.task))
 
 
 def status(directory: Directory, as_json: JsonOption = False) -> None:
