@@ -25,7 +25,6 @@ from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose_command import ComposeFailed
 from copra_fl.files import CacheError
-from copra_fl.reporting.results import ResultsError
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import AssetError, UnknownAssetError
 
@@ -72,13 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command in `arguments` (default: those of the process) and exit with an `ExitCode`."""
     try:
         code = app(arguments, prog_name="copra-fl", standalone_mode=False)
-    except (ConfigError, ResultsError, UnknownAssetError) as error:
+    except (ConfigError, UnknownAssetError) as error:
         fail(str(error), ExitCode.USAGE)
     except (RunFailed, AssetError, CacheError, ComposeFailed) as error:
         fail(str(error), ExitCode.FAILED)
     except click.ClickException as error:  # exit_code is USAGE for click's own errors
         error.show()
         sys.exit(error.exit_code)
+    except ValueError as error:
+        from copra_fl.reporting.results import ResultsError  # slow to import
+
+        if not isinstance(error, ResultsError):
+            raise
+        fail(str(error), ExitCode.USAGE)
     if code == ExitCode.INTERRUPTED:
         fail(
             "stopped. To continue after the last finished round, repeat the command with --resume "

@@ -17,16 +17,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from copra_fl.config import Config, ConfigError
-from copra_fl.reporting.results import Comparison, load_comparison
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, short_name
 from copra_fl.wording import unknown_name
+
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.reporting.results import Comparison
 
 TUNING_KEYS = ("seeds", "learning-rates", "settings")
 GRID_KEYS = ("methods", "seeds", "splits", "regimes")
@@ -127,6 +129,7 @@ def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str,
 
     `copra_fl.reporting.study.rates_to_try` chooses the rates of each comparison from the results of the one before.
     """
+    from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.reporting.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
 
     seeds = cell.tuning["seeds"]
@@ -151,6 +154,7 @@ def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str,
 
 def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, request: WorkerRequest) -> Comparison:
     """Run the methods at their learning rates with the grid's seeds; return the comparison."""
+    from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.reporting.study import TEST
 
     configs = {
