@@ -142,8 +142,8 @@ def test_a_run_exports_an_adapter_that_peft_alone_opens(settings: Settings, tmp_
         assert summary[name]["examples"] == len(indices)
 
     (run / "config.toml").write_text(Config.from_flat(settings).to_toml())
-    found = report.write(run)
-    results = results_table(found, optional_columns(found))
+    compared = report.write(run)
+    results = results_table(compared, optional_columns(compared))
     (row,) = results.rows
     shown = dict(zip(results.header, row, strict=True))
     assert shown["held-out perplexity"] == f"{summary['held_out']['metrics']['perplexity']:.2f}"

@@ -107,10 +107,10 @@ class Processes:
         environment = os.environ | {"FLWR_HOME": str(self.layout.flower_home)}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def residents(self, name: str) -> list[int]:
-        """The process ids of the residents that have answered on a node, in their order."""
-        found = re.findall(r"warm process (\d+): \w+", self.log(name).read_text(errors="replace"))
-        return list(dict.fromkeys(map(int, found)))
+    def warm_processes(self, name: str) -> list[int]:
+        """The process ids of the warm processes that have answered on a node, in their order."""
+        processes = re.findall(r"warm process (\d+): \w+", self.log(name).read_text(errors="replace"))
+        return list(dict.fromkeys(map(int, processes)))
 
     def logged(self, name: str, text: str) -> bool:
         return text in self.log(name).read_text(errors="replace")
@@ -245,23 +245,23 @@ def test_metrics_and_log_agree_with_the_journal(deployment: Processes, cold: Pat
     ]
 
 
-def test_a_resident_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
+def test_a_warm_process_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
     deployment: Processes, settings: dict[str, object], cold: Path, tmp_path: Path
 ) -> None:
-    """Node 0's dies after the first round; the adapter is the cold run's all the same, and residents end with nodes."""
+    """Node 0's is killed after the first round; the adapter equals the cold run's. Each ends with its node."""
     deployment.start_nodes(keep_warm=600)
     output = deployment.layout.runs / "warm"
     run = deployment.start_run(tmp_path, settings | {"output": str(output)})
     deployment.wait(lambda: (output / "journal.jsonl").exists(), "the first round")
-    os.kill(deployment.residents("node-0")[0], signal.SIGKILL)
+    os.kill(deployment.warm_processes("node-0")[0], signal.SIGKILL)
     printed, _ = run.communicate(timeout=HANG_SECONDS)
     assert (output / "summary.json").exists(), printed
-    residents = [deployment.residents(f"node-{number}") for number in range(2)]
-    assert [len(those) for those in residents] == [2, 1], printed
+    first, second = [deployment.warm_processes(f"node-{number}") for number in range(2)]
+    assert (len(first), len(second)) == (2, 1), printed
     adapters = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (cold, output)]
     assert adapters[0] == adapters[1]
     deployment.start_nodes(keep_warm=0)
-    deployment.wait(lambda: not any(map(psutil.pid_exists, (residents[0][1], residents[1][0]))), "residents end")
+    deployment.wait(lambda: not any(map(psutil.pid_exists, (first[1], second[0]))), "the end of warm processes")
 
 
 def test_removing_a_key_ends_its_node_only(deployment: Processes) -> None:

@@ -33,7 +33,7 @@ def violations(name: str, content: bytes) -> list[str]:
         reasons.append(f"has {len(content)} bytes, more than {MAX_FILE_BYTES}")
     if _is_binary(content) and path.suffix not in PICTURES and not is_weights:
         reasons.append("is binary")
-    reasons += [f"names a path of one machine: {found.decode()}" for found in MACHINE_PATH.findall(content)]
+    reasons += [f"names a path of one machine: {match.decode()}" for match in MACHINE_PATH.findall(content)]
     if name == "LICENSE" and not content.strip().startswith(b"Apache License"):
         reasons.append("does not begin with the title of the license")
     return [f"{name} {reason}" for reason in reasons]

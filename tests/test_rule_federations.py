@@ -148,7 +148,7 @@ def test_fedsa_keeps_b_and_head_with_each_client_and_has_no_global_model(tiny: S
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) == (part_of(name) != "A"), name
     alone = run_federation(tiny | {"local-training": "lora", "local-steps": 20}, tmp_path / "alone")
-    rows = [journal(each)[-1] for each in (directory, alone)]
+    rows = [journal(folder)[-1] for folder in (directory, alone)]
     assert rows[0]["bytes_up"] < 0.6 * rows[1]["bytes_up"], "half of the factors, and no head"
 
 
@@ -187,10 +187,10 @@ def test_clients_of_unequal_rank(tiny: Settings, rule: str, tmp_path: Path) -> N
     whole = resumes_bitwise(flat, tmp_path)
     alone = run_federation(flat | {"engine": "peft"}, tmp_path / "alone", num_nodes=1)
     equal = run_federation(tiny | settings_of(rule) | {"rank": 4, "local-training": "lora"}, tmp_path / "equal")
-    up, full = (journal(each)[0]["bytes_up"] for each in (whole, equal))
+    up, full = (journal(folder)[0]["bytes_up"] for folder in (whole, equal))
     bytes_a_rank = 4 * 6 * 2 * 32
     assert full - up == pytest.approx(bytes_a_rank * (6 * 4 - 12), rel=0.01)
-    ends = [json.loads((each / "summary.json").read_text())["clients"] for each in (whole, alone)]
+    ends = [json.loads((folder / "summary.json").read_text())["clients"] for folder in (whole, alone)]
     losses = [[client["loss"] for client in clients] for clients in ends]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), (
         "a node whose own clients have a small rank evaluates the whole adapter too"

@@ -69,7 +69,7 @@ class Containers:
         subprocess.run(["kill", "-9", pid], check=True)
 
     def num_unanswered(self, service: str) -> int:
-        """How many trainings a client's container has begun without sending a reply; it stays behind when killed."""
+        """Number of trainings that a client's container began without a reply; a kill leaves it higher."""
         assert ENGINE is not None
         ran = subprocess.run([ENGINE, "logs", self.container(service)], capture_output=True, text=True, check=True)
         log = ran.stdout + ran.stderr

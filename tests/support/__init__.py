@@ -1,1 +1,1 @@
-"""What several test modules share: federations in one process, hand-made rounds, run folders, a browser."""
+"""Shared support of the tests: federations in one process, hand-made rounds, run folders, a browser."""
