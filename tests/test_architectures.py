@@ -289,7 +289,7 @@ def test_a_run_that_cannot_stack_notes_it_and_trains_with_plain_peft(
     monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
     runs = [run_federation(gpt2 | {"engine": engine}, tmp_path / engine) for engine in ("stacked", "peft")]
     line = "clients train one by one: engine = 'stacked' cannot take this model: h.0.attn.c_attn is a Conv1D"
-    noted, plain = (json.loads((run / "provenance.json").read_text())["engine"] for run in runs)
+    noted, plain = (json.loads((run / "provenance.json").read_text())["start"]["engine"] for run in runs)
     assert noted.startswith(line) and plain == "peft"
     sent = [json.loads(event) for event in (tmp_path / "events").read_text().splitlines()]
     assert [event["text"] for event in sent if event["event"] == "note"] == [noted]

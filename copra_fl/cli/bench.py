@@ -134,8 +134,10 @@ def bench(
         "repeats": repeats,
         "sizes": {},
     }
-    for size in chosen:
-        facts["sizes"][size.name] = _measure(size, repeats, letters, engine_only or quick, random_base, console)
+    for chosen_size in chosen:
+        facts["sizes"][chosen_size.name] = _measure(
+            chosen_size, repeats, letters, engine_only or quick, random_base, console
+        )
         tables = findings.tables(facts)  # written after each size, because the next one can take an hour
         left_out = list(summary.left_out(facts))
         write_json(stem.with_suffix(".json"), facts)
