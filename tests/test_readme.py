@@ -64,8 +64,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def marked(command: str) -> Any:
-    """A study takes minutes."""
-    return pytest.param(command, marks=pytest.mark.slow) if "copra-fl study" in command else command
+    """Mark the commands that take minutes; shorter tests cover the same code."""
+    is_slow = any(f"copra-fl {name}" in command for name in ("study", "probe shapley", "probe prune"))
+    return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in commands()])
