@@ -155,7 +155,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def api() -> str:
     """Return the mkdocstrings blocks of what `copra_fl` exports."""
-    exported = [getattr(copra_fl, public) for public in PUBLIC if hasattr(copra_fl, public)]
+    exported = [getattr(copra_fl, public) for public in PUBLIC]
     return "\n\n".join(block(identifier(thing)) for thing in exported)
 
 

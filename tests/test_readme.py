@@ -1,7 +1,7 @@
 """README and guides do what they say: their commands and snippets, in a copy of the repository.
 
-The commands that name .venv/bin run, page by page in the order of `PAGES`, since later ones use the results of earlier
-ones. All others are parsed in tests/test_docs.py.
+The commands that name .venv/bin run, each once; a command that uses a run runs the command of that run first. All
+others are parsed in tests/test_docs.py.
 """
 
 from __future__ import annotations
@@ -41,9 +41,38 @@ def commands() -> list[str]:
     return list(dict.fromkeys(listed))
 
 
+class Reader:
+    """A reader of the pages, who runs their commands in the folder `directory`, each once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._done: set[str] = set()
+
+    def run(self, command: str) -> None:
+        """Run `command` after the commands of the runs that it uses."""
+        if command in self._done:
+            return
+        own = re.search(r"--output (runs/[\w-]+)", command)
+        for folder in sorted(set(re.findall(r"runs/[\w-]+", command)) - {own and own[1]}):
+            self.provide(folder)
+        self._done.add(command)
+        line = re.sub(r"^make ", "make --dry-run ", command)
+        line = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), line)
+        result = subprocess.run(
+            line, shell=True, cwd=self.directory, capture_output=True, text=True, timeout=HANG_SECONDS
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    def provide(self, folder: str) -> Path:
+        """Return the run folder, made by the command whose --output it is."""
+        (command,) = (command for command in commands() if re.search(rf"--output {folder}( |$)", command))
+        self.run(command)
+        return self.directory / folder
+
+
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The files that git tracks or would, in a folder of their own; Flower's local SuperLink ends with it."""
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """A reader with the files that git tracks or would; Flower's local SuperLink ends with the tests."""
     directory = tmp_path_factory.mktemp("clone")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -53,7 +82,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             (directory / name).write_bytes((ROOT / name).read_bytes())
     home = str(directory / "flower-home")
     os.environ["FLWR_HOME"] = home
-    yield directory
+    yield Reader(directory)
     del os.environ["FLWR_HOME"]
     for process in psutil.process_iter():
         try:
@@ -70,32 +99,34 @@ def marked(command: str) -> Any:
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in commands()])
-def test_command(clone: Path, command: str) -> None:
-    """Make targets are only looked up here: `make test` is what runs this, `make demo` is tests/test_demo.py."""
-    command = re.sub(r"^make ", "make --dry-run ", command)
-    command = re.sub(r"(\$PWD/)?\.venv/bin", str(Path(sys.executable).parent), command)
-    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_command(reader: Reader, command: str) -> None:
+    """Make targets are only looked up: `make test` is what runs this, `make demo` is tests/test_demo.py."""
+    reader.run(command)
     if "flwr run" in command:  # exits 0 also when the run failed
-        (directory,) = (path.parent for path in clone.glob("runs/*/summary.json") if path.parent.name.isdigit())
+        runs = reader.directory.glob("runs/*/summary.json")
+        (directory,) = (path.parent for path in runs if path.parent.name.isdigit())
         assert json.loads((directory / "summary.json").read_text())["rounds"] == 1
 
 
 @pytest.mark.parametrize(
-    ("page", "adapter"),
-    [("README.md", "runs/notes/copra-seed0/adapter"), ("docs/tutorials/simulate-and-compare.md", "runs/smoke/adapter")],
+    ("page", "run", "adapter", "num_labels"),
+    [
+        ("README.md", "runs/notes", "copra-seed0/adapter", 3),
+        ("docs/tutorials/simulate-and-compare.md", "runs/smoke", "adapter", 16),
+    ],
 )
-def test_snippet(clone: Path, page: str, adapter: str) -> None:
-    """Needs the runs that commands of the same page left. The snippet of how-to/trainer.md: tests/test_callback.py."""
+def test_snippet(reader: Reader, page: str, run: str, adapter: str, num_labels: int) -> None:
+    """The snippet of how-to/trainer.md is in tests/test_callback.py."""
     (snippet,) = blocks(page, "python")
-    result = subprocess.run([sys.executable, "-c", snippet], cwd=clone, capture_output=True, text=True, check=True)
-    labels = json.loads((clone / adapter / "task.json").read_text())["labels"]
-    assert result.stdout.strip() in labels and len(labels) == {"README.md": 3}.get(page, 16)
+    folder = reader.provide(run)
+    printed = subprocess.check_output([sys.executable, "-c", snippet], cwd=reader.directory, text=True)
+    labels = json.loads((folder / adapter / "task.json").read_text())["labels"]
+    assert printed.strip() in labels and len(labels) == num_labels
 
 
 @needs_chromium
-@pytest.mark.parametrize("run", ["smoke", "compare"])
-def test_reports_open_in_a_browser(clone: Path, run: str) -> None:
-    folder = clone / "runs" / run
-    report.write(folder)  # again: the probes have left figures since
+@pytest.mark.parametrize("run", ["runs/smoke", "runs/compare"])
+def test_reports_open_in_a_browser(reader: Reader, run: str) -> None:
+    folder = reader.provide(run)
+    report.write(folder)  # again, because probes may have added figures
     check_page(folder / "report.html", num_figures(folder))
