@@ -6,7 +6,6 @@ A page marks a place with ``<!-- generated: NAME -->``; the function of that nam
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator
@@ -58,11 +57,7 @@ def allowed(key: Key) -> str:
     """Return the values that a key accepts."""
     if key.choices:
         return ", ".join(f"`{choice}`" for choice in key.choices)
-    kind = {bool: "`true`, `false`", int: "whole number", float: "number", str: "string"}[type(key.default)]
-    limits = [f"> {key.above:g}"] if key.above > -math.inf else []
-    limits += [f"≥ {key.low:g}"] if key.low > -math.inf else []
-    limits += [f"≤ {key.high:g}"] if key.high < math.inf else []
-    return ", ".join([kind, *limits])
+    return key.allowed
 
 
 def commands() -> str:

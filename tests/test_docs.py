@@ -17,10 +17,9 @@ from urllib.parse import unquote, urlsplit
 
 import click
 import pytest
-import typer.main
 
-from copra_fl.cli import app
 from copra_fl.cli.config import all_keys
+from tests.support.command_line import all_commands, root_command
 from tests.support.documents import ROOT, blocks
 from tests.support.real_runs import HANG_SECONDS
 
@@ -129,7 +128,7 @@ def page_named(site: dict[Path, Page], name: str) -> Page:
 
 def test_the_reference_has_every_key_and_command(site: dict[Path, Page]) -> None:
     assert page_named(site, "configuration").anchors >= KEYS
-    headings = {" ".join(words).replace(" ", "-") for words, _ in commands(root_command(), ["copra-fl"])}
+    headings = {" ".join(words).replace(" ", "-") for words in runnable_commands()}
     assert headings <= page_named(site, "commands").anchors
 
 
@@ -257,18 +256,10 @@ def lines(page: str) -> Iterator[str]:
 COMMANDS = sorted({(page, line) for page in map(named, [*PAGES, *ROOT_PAGES]) for line in lines(page)})
 
 
-def root_command() -> click.Group:
-    command = typer.main.get_command(app)
-    assert isinstance(command, click.Group)
-    return command
-
-
-def commands(group: click.Group, words: list[str]) -> Iterator[tuple[list[str], click.Command]]:
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, [*words, name])
-        else:
-            yield [*words, name], command
+def runnable_commands() -> list[list[str]]:
+    """Return the words of every command that runs something, which groups of commands do not."""
+    commands = all_commands(root_command(), ["copra-fl"])
+    return [words for words, command in commands if not isinstance(command, click.Group)]
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
@@ -293,7 +284,7 @@ def test_commands_can_be_parsed(page: str, line: str) -> None:
 
 
 def test_commands_in_sentences_exist() -> None:
-    known = {words[1] for words, _ in commands(root_command(), ["copra-fl"])}
+    known = {words[1] for words in runnable_commands()}
     for page in WRITTEN:
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         named_in_page = set(re.findall(r"`copra-fl ([a-z]+)", text))

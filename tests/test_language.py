@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 import pytest
-import typer.main
 
-from copra_fl.cli import app
+from tests.support.command_line import all_commands, root_command
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("copra_fl", "clients", "server") for path in (ROOT / folder).rglob("*.py"))
@@ -75,13 +74,6 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
                 yield node.body[0].lineno, docstring
 
 
-def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    """Yield all commands below `command` with their full names."""
-    yield name, command
-    for child_name, child in getattr(command, "commands", {}).items():
-        yield from commands(child, f"{name} {child_name}")
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_banned_phrase(path: Path) -> None:
     matches = [
@@ -102,7 +94,9 @@ def test_no_docstring_opens_with_a_riddle(path: Path) -> None:
     assert not riddles, "\n".join(riddles)
 
 
-@pytest.mark.parametrize(("name", "command"), list(commands(typer.main.get_command(app), "copra-fl")))
+@pytest.mark.parametrize(
+    ("name", "command"), [(" ".join(words), command) for words, command in all_commands(root_command(), ["copra-fl"])]
+)
 def test_every_command_and_option_has_a_help_text(name: str, command: click.Command) -> None:
     """A command's text begins with a capital; both are sentences or noun phrases with a full stop."""
     summary = (command.help or "").split("\n\n")[0].strip()

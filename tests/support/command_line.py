@@ -1,15 +1,18 @@
-"""Run a command of copra-fl in the process of the test, as the console script does."""
+"""The command line of copra-fl in the process of the test: run a command, list all commands."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 from unittest import mock
 
+import click
 import pytest
+import typer.main
 
-from copra_fl.cli import main
+from copra_fl.cli import app, main
 
 
 class Output(NamedTuple):
@@ -40,3 +43,18 @@ def run_command(*arguments: object, code: int = 0, stdin: str = "") -> Output:
     assert exit_.value.code == code, f"exit code {exit_.value.code}\n{output.out}\n{output.err}"
     assert "Traceback" not in output.err
     return output
+
+
+def root_command() -> click.Group:
+    """Return the command line as click sees it."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, click.Group)
+    return command
+
+
+def all_commands(command: click.Command, words: list[str]) -> Iterator[tuple[list[str], click.Command]]:
+    """Yield `command` and all commands below it, with the words that call them."""
+    yield words, command
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from all_commands(child, [*words, name])
