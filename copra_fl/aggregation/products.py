@@ -88,6 +88,17 @@ def frobenius(product: Factors) -> float:
     return float(torch.linalg.matrix_norm(t_left @ t_right.T))
 
 
+def rank_of_energy(product: Factors, share: float) -> int:
+    """Return the smallest rank at which the best approximation has this share of the squared Frobenius norm.
+
+    With a share of 1 it is the rank of the product, and for a product of 0 it is 0.
+    """
+    left, right = product
+    t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
+    energy = torch.linalg.svdvals(t_left @ t_right.T).square().cumsum(0)
+    return int((energy < share * energy[-1:]).sum()) + 1 if energy.any() else 0
+
+
 def best_rank(product: Factors, rank: int) -> Factors:
     """Return U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation, 0 past the product's rank.
 
