@@ -22,6 +22,7 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 
 #: for each row of the table: settings that do not combine, settings that remedy it, the reason
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
+    ({"rule": "ravan", "rank": 6}, {"ravan.heads": 3}, "rank = 6: ravan.heads = 4 does not divide it"),
     ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
     ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
@@ -101,6 +102,11 @@ def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> Non
                 check(config)
         else:
             check(config)
+
+
+def test_scales_that_start_anew_in_each_round_have_no_control_variates() -> None:
+    with pytest.raises(ConfigError, match="'ravan' does not combine with control-variates = true"):
+        check(Config().changed(rule="ravan", control_variates=True))
 
 
 def test_all_conflicts_are_listed() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.rule import Outcome, Round
 
@@ -52,8 +53,8 @@ def b_of(module: str) -> str:
 
 def factors(adapter: Adapter, module: str, scaling: float) -> Factors:
     """Return s B (d, r), or s B R, and A (r, k)."""
-    b, core = scaling * adapter[b_of(module)].double(), adapter.get(f"{module}.lora_R.weight")
-    return (b if core is None else b @ core.double()), adapter[a_of(module)].double()
+    b, core = scaling * adapter[b_of(module)].double(), core_matrix(adapter, module)
+    return (b if core is None else b @ core), adapter[a_of(module)].double()
 
 
 def stack(terms: Iterable[Factors]) -> Factors:

@@ -91,8 +91,7 @@ class StackedLinear(nn.Module):
             return self.base(x)
         a = route.select(step.stack.tensors[f"{self.name}.lora_A.weight"])
         b = route.select(step.stack.tensors[f"{self.name}.lora_B.weight"]).to(x.dtype)
-        core = step.stack.tensors.get(f"{self.name}.lora_R.weight")
-        a = (a if core is None else torch.bmm(route.select(core), a)).to(x.dtype)
+        a = self._times_core(a, route).to(x.dtype)
         by_client = x.reshape(live, -1, x.shape[-1])
         noise = self._noise(route, x) if step.dropout and self.dropout else None
         scale = (self.scaling * route.scale).to(x.dtype)
@@ -100,6 +99,18 @@ class StackedLinear(nn.Module):
         if self.name in self.residual_factors:
             y = y + residual.product(by_client, self.residual_factors[self.name])
         return y.view(*x.shape[:-1], -1)
+
+    def _times_core(self, a: Tensor, route: Route) -> Tensor:
+        """Return R A (c, r, in) of the route's clients, block by block (`adapters.core`); A if there is no R."""
+        tensors = self.context.step.stack.tensors
+        core, scales = (tensors.get(f"{self.name}.lora_{part}.weight") for part in "RS")
+        if core is None:
+            return a
+        size = core.shape[-1]
+        blocks = route.select(core).reshape(-1, size, size)
+        if scales is not None:
+            blocks = blocks * route.select(scales).reshape(-1, 1, 1)
+        return torch.bmm(blocks, a.reshape(-1, size, a.shape[-1])).view_as(a)
 
     def _noise(self, route: Route, x: Tensor) -> Tensor:
         """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""
