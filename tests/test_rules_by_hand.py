@@ -186,6 +186,28 @@ def test_lora_fair_without_regularization_is_least_squares() -> None:
     assert np.allclose(adapter[B].numpy(), best, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("regularization", [1e-4, 0.01, 1.0])
+def test_lora_fair_by_cosine_minimizes_the_objective_of_the_paper(regularization: float) -> None:
+    """Oracle: torch's L-BFGS on 1 - cos(dW*, (B + dB) A) + lambda ||dB||^2, as dense matrices."""
+    round_ = random_round(4)
+    b, a = (aggregate("fedavg", round_).adapter[name].double() for name in (B, A))
+    ideal = torch.from_numpy(dense_ideal(round_, M))
+    change = torch.zeros_like(b, requires_grad=True)
+    solver = torch.optim.LBFGS([change], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        cosine = torch.cosine_similarity(((b + change) @ a).flatten(), ideal.flatten(), dim=0)
+        value = 1 - cosine + regularization * change.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    adapter = aggregate("lora-fair", round_, similarity="cosine", regularization=regularization).adapter
+    assert torch.allclose(adapter[B].double(), (b + change).detach(), atol=1e-5)
+    assert values(adapter[A]) == a.flatten().tolist()
+
+
 def test_fedrot_turns_signs_back() -> None:
     """Rank 1: Q = -1 for client 1, whose factors are both negated. B_ref = [1, 1], A_ref = [1, 1, 1]."""
     round_ = two_clients(lora([1, 1], [1, 1, 1]), [CLIENTS[0], lora([0, -2], [0, -2, -4], head=8)])
