@@ -39,6 +39,16 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "client-ranks = '8,4' does not combine with control-variates",
     ),
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    ({"rule": "flexlora", "optimizer-state": "client"}, {"optimizer-state": "fresh"}, "do not fit them"),
+    (LORA | {"rule": "fedsa-lora", "optimizer-state": "shared"}, {"optimizer-state": "client"}, "so must its moments"),
+    ({"optimizer": "sgd", "optimizer-state": "client"}, {"momentum": 0.9}, "has no effect with optimizer = 'sgd'"),
+    (
+        {"rule": "zero-pad", "client-ranks": "8,4", "optimizer-state": "shared"},
+        {"optimizer-state": "client"},
+        "moments of unequal ranks cannot be averaged",
+    ),
+    (PRIVATE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments travel without clipping"),
+    (TWO | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "a client has no moments for the rows"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
@@ -80,6 +90,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
     config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
     rows = [
         *compatibility._rule_conflicts(config, rule),
+        *compatibility._optimizer_conflicts(config),
         *compatibility._privacy_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
         *compatibility._several_datasets_conflicts(config, rule, task),

@@ -39,7 +39,12 @@ def check(config: Config, task: TaskTraits) -> None:
     """
     rule = find_rule(config.aggregation.rule)
     parameters_of(config)
-    tables = (_rule_conflicts(config, rule), _privacy_conflicts(config, rule), _task_conflicts(config, task))
+    tables = (
+        _rule_conflicts(config, rule),
+        _optimizer_conflicts(config),
+        _privacy_conflicts(config, rule),
+        _task_conflicts(config, task),
+    )
     reasons = [reason for table in tables for applies, reason in table if applies]
     if len(config.data.datasets) > 1:
         reasons += [reason for applies, reason in _several_datasets_conflicts(config, rule, task) if applies]
@@ -83,6 +88,7 @@ def require_global_model(config: Config, purpose: str) -> None:
 
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
+    moments = training.optimizer_state
     it = f"rule = {rule.name!r} does not combine with"
     return [
         (
@@ -124,9 +130,36 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "need factors that all clients share and that keep their meaning over rounds; use control-variates = false",
         ),
         (
+            moments != "fresh" and not rule.keeps_factors,
+            f"{it} optimizer-state = {moments!r}: it draws or recomputes the factors in each round, so moments of "
+            "earlier rounds do not fit them; use optimizer-state = 'fresh'",
+        ),
+        (
+            moments == "shared" and rule.personal,
+            f"{it} optimizer-state = 'shared': a part of each model stays with its client, and so must its moments; "
+            "use optimizer-state = 'client'",
+        ),
+        (
             training.hidden_state_cache_mb > 0 and rule.changes_base,
             f"{it} hidden-state-cache-mb = {training.hidden_state_cache_mb}: it changes W0, and the cache holds hidden "
             "states of the old W0; use hidden-state-cache-mb = 0",
+        ),
+    ]
+
+
+def _optimizer_conflicts(config: Config) -> Conflicts:
+    training = config.training
+    it = f"optimizer-state = {training.optimizer_state!r}"
+    return [
+        (
+            training.optimizer_state != "fresh" and training.optimizer == "sgd" and training.momentum == 0,
+            f"{it} has no effect with optimizer = 'sgd' and momentum = 0, which has no state; set momentum, or use "
+            "optimizer-state = 'fresh'",
+        ),
+        (
+            training.optimizer_state == "shared" and bool(config.aggregation.client_ranks),
+            f"{it} does not combine with client-ranks = {config.aggregation.client_ranks!r}: moments of unequal ranks "
+            "cannot be averaged; use optimizer-state = 'client'",
         ),
     ]
 
@@ -149,6 +182,11 @@ def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
             private and settings.control_variates,
             f"{it} does not combine with control-variates = true: control variates travel without clipping and noise; "
             "use control-variates = false",
+        ),
+        (
+            private and config.training.optimizer_state == "shared",
+            f"{it} does not combine with optimizer-state = 'shared': moments travel without clipping and noise; use "
+            "optimizer-state = 'client'",
         ),
         (
             private and over_sample > 0,
@@ -188,6 +226,10 @@ def _several_datasets_conflicts(config: Config, rule: Rule, task: TaskTraits) ->
         (
             settings.control_variates,
             f"{it} control-variates = true: they would move the rows of the head that a client does not train",
+        ),
+        (
+            config.training.optimizer_state == "shared",
+            f"{it} optimizer-state = 'shared': a client has no moments for the rows of the head that it does not train",
         ),
         (
             config.privacy.dp_clip > 0,

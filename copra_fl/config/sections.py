@@ -156,6 +156,12 @@ class TrainingConfig:
     )
     weight_decay: float = option(0.0, "weight decay: decoupled in adamw, L2 in sgd", low=0)
     momentum: float = option(0.0, "sgd: momentum", low=0, high=1)
+    optimizer_state: str = option(
+        "fresh",
+        "moments and step counts of the local optimizer when a round starts; fresh: none, client: those of the client "
+        "after its last round, shared: the average over the clients of earlier rounds, kept by the server",
+        choices=("fresh", "client", "shared"),
+    )
     batch_size: int = option(16, "examples per micro-batch", low=1)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step", low=1)
     local_steps: int = option(10, "optimizer steps per client and round", low=1)
