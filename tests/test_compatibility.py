@@ -48,6 +48,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "another would take its place; use over-sample = 0",
     ),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
+    (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
     (NO_DATA | {"labels": ""}, {"labels": "a,b"}, "need the list of labels; set labels"),
     (CAUSAL | {"local-training": "head"}, {"local-training": "copra"}, "the task has no head to train"),
     (TWO | LORA | {"rule": "fedsa-lora"}, {"rule": "fedavg"}, "no global model to test on each data set"),

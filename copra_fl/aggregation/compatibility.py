@@ -167,6 +167,11 @@ def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
             "per example; use natural, iid or own",
         ),
         (
+            data.shots > 0 and task.labels != "one",
+            f"shots = {data.shots} counts examples by label, but {it} does not have exactly one label per example; use "
+            "client-examples",
+        ),
+        (
             not (data.dataset or data.labels) and task.labels != "none",
             f"dataset = '' (a server without data) and {it} need the list of labels; set labels",
         ),

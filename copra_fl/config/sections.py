@@ -53,6 +53,16 @@ class DataConfig:
         "skip", "clients without training examples: leave them out, or refuse to run", choices=("skip", "refuse")
     )
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
+    client_examples: int = option(
+        0,
+        "maximum number of training examples per client, drawn at random from its own; 0: no limit",
+        low=0,
+    )
+    shots: int = option(
+        0,
+        "few-shot: maximum number of training examples of each label per client, drawn likewise; 0: no limit",
+        low=0,
+    )
     server_validation_examples: int = option(500, "validation examples on the server", low=1)
     test_examples: int = option(2000, "examples held out for the test where the data set has no test set", low=1)
     max_length: int = option(64, "tokens per text, longer texts are cut; images: ignored, the model decides", low=4)
