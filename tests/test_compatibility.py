@@ -49,6 +49,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
     (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
+    ({"task": "image-classification", "duplicates": "near"}, {"duplicates": "exact"}, "compares texts"),
     (NO_DATA | {"labels": ""}, {"labels": "a,b"}, "need the list of labels; set labels"),
     (CAUSAL | {"local-training": "head"}, {"local-training": "copra"}, "the task has no head to train"),
     (TWO | LORA | {"rule": "fedsa-lora"}, {"rule": "fedavg"}, "no global model to test on each data set"),

@@ -241,6 +241,20 @@ def test_duplicates_are_dropped_from_the_held_out_sets(
     assert not held[0] & held[1] and not held[0] & pool and not held[1] & pool
 
 
+def test_near_duplicates_are_dropped_if_asked_for(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Three test texts get a near-duplicate in the pool, and a fourth one that differs in a word."""
+    before = load_rows(rows)
+    tests, pooled = (texts_of(before, indices[:4], tokenizer) for indices in (before.test, before.train[0]))
+    edited = [tests[0].upper(), f"#{tests[1]}!?", f"{tests[2].replace(' ', ', ')} https://t.co/A1", f"{tests[3]} 7"]
+    rows["text"] = rows["text"].replace(dict(zip(pooled, edited, strict=True)))
+    exact, near = load_rows(rows), load_rows(rows, duplicates="near")
+    assert np.array_equal(exact.test, before.test) and exact.dropped.duplicates == 0
+    assert near.test.tolist() == before.test[3:].tolist() and near.dropped.duplicates == 3
+    assert all(map(np.array_equal, exact.train, near.train))
+
+
 def test_a_test_file_is_the_test_set_without_examples_of_the_training_data(
     rows: pd.DataFrame, load_rows: Load, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -25,6 +25,9 @@ class TaskTraits(Protocol):
     def name(self) -> str: ...
 
     @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
     def labels(self) -> str: ...
 
     @property
@@ -170,6 +173,11 @@ def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
             data.shots > 0 and task.labels != "one",
             f"shots = {data.shots} counts examples by label, but {it} does not have exactly one label per example; use "
             "client-examples",
+        ),
+        (
+            data.duplicates == "near" and task.columns[0] != "text-column",
+            f"duplicates = 'near' compares texts, but the content of {it} is its {task.columns[0]}; use duplicates = "
+            "'exact'",
         ),
         (
             not (data.dataset or data.labels) and task.labels != "none",

@@ -65,6 +65,12 @@ class DataConfig:
     )
     server_validation_examples: int = option(500, "validation examples on the server", low=1)
     test_examples: int = option(2000, "examples held out for the test where the data set has no test set", low=1)
+    duplicates: str = option(
+        "exact",
+        "held-out examples that are dropped because a client has the same one; exact: equal content, near: also texts "
+        "that differ in case, punctuation and links alone",
+        choices=("exact", "near"),
+    )
     max_length: int = option(64, "tokens per text, longer texts are cut; images: ignored, the model decides", low=4)
 
     @property

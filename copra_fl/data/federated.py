@@ -190,8 +190,9 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     sizes = (data.server_validation_examples, data.test_examples)
     held_out_clients = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
     clients_elsewhere = data.partitioner == "own"
+    comparison = () if data.duplicates == "exact" else (data.duplicates,)
     tokens_digest = digest_of(
-        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere
+        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere, *comparison
     )
     tokens, facts = cached("tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test))
     unpartitioned = FederatedData(
