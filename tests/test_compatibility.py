@@ -56,6 +56,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     (TWO | {"control-variates": True}, {"control-variates": False}, "rows of the head that a client does not train"),
     (TWO | PRIVATE, {"dp-clip": 0.0}, "dp-clip = 1: it divides by the number of all clients"),
     (TWO | CAUSAL, {"task": "text-classification"}, "does not have exactly one label per example"),
+    (TWO | {"task": "label-words"}, {"task": "text-classification"}, "no head with rows for the labels"),
     (TWO | {"num-clients": 1}, {"num-clients": 2}, "set num-clients to 2 or more"),
     (TWO | {"partitioner": "own"}, {"partitioner": "iid"}, "where each node has its own file"),
     (TWO | {"labels": "a,b"}, {"labels": ""}, "leave labels empty"),

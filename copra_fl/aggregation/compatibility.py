@@ -209,6 +209,10 @@ def _several_datasets_conflicts(config: Config, rule: Rule, task: TaskTraits) ->
         ),
         (task.labels != "one", f"{it} task = {task.name!r}, which does not have exactly one label per example"),
         (
+            task.labels == "one" and not task.trains_head,
+            f"{it} task = {task.name!r}, which has no head with rows for the labels of each data set",
+        ),
+        (
             data.num_clients < len(data.datasets),
             f"{it} num-clients = {data.num_clients}: each data set needs at least one client; set num-clients to "
             f"{len(data.datasets)} or more",
