@@ -25,6 +25,9 @@ class TaskTraits(Protocol):
     def name(self) -> str: ...
 
     @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
     def labels(self) -> str: ...
 
     @property
@@ -205,6 +208,16 @@ def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
             "per example; use natural, iid or own",
         ),
         (
+            data.shots > 0 and task.labels != "one",
+            f"shots = {data.shots} counts examples by label, but {it} does not have exactly one label per example; use "
+            "client-examples",
+        ),
+        (
+            data.duplicates == "near" and task.columns[0] != "text-column",
+            f"duplicates = 'near' compares texts, but the content of {it} is its {task.columns[0]}; use duplicates = "
+            "'exact'",
+        ),
+        (
             not (data.dataset or data.labels) and task.labels != "none",
             f"dataset = '' (a server without data) and {it} need the list of labels; set labels",
         ),
@@ -237,6 +250,10 @@ def _several_datasets_conflicts(config: Config, rule: Rule, task: TaskTraits) ->
             "them train a given row of the head",
         ),
         (task.labels != "one", f"{it} task = {task.name!r}, which does not have exactly one label per example"),
+        (
+            task.labels == "one" and not task.trains_head,
+            f"{it} task = {task.name!r}, which has no head with rows for the labels of each data set",
+        ),
         (
             data.num_clients < len(data.datasets),
             f"{it} num-clients = {data.num_clients}: each data set needs at least one client; set num-clients to "
