@@ -135,7 +135,7 @@ class StackedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def _frozen(self, dtype: torch.dtype) -> FrozenProduct | None:
-        """Return the product of the step's `Fallback` for the clients whose adapter is off; None if there is none."""
+        """Return the product of the step's `Fallback` for clients whose adapter is off; None without such a client."""
         step = self.context.step
         route = step.route(self.group, self.context.clients, on=False) if step.fallback else None
         if step.fallback is None or route is None:

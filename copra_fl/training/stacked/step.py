@@ -87,7 +87,7 @@ class Step:
     _routes: dict[tuple[int, range, bool], Route | None] = field(default_factory=dict)
 
     def route(self, group: int, clients: range, on: bool = True) -> Route | None:
-        """Return those of the step's `clients` whose gate `group` is `on` (or off); None if there are none."""
+        """Return those of the step's `clients` whose gate `group` is `on` (or off); None if it is for no client."""
         key = group, clients, on
         if key not in self._routes:
             positions = clients.start + np.flatnonzero(self.on[clients.start : clients.stop, group] == on)
