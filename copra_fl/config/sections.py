@@ -153,6 +153,12 @@ class CopraConfig:
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)
     ramp: float = option(0.75, "share of training over which the probability rises from p0 to p1", above=0, high=1)
+    off: str = option(
+        "base",
+        "what a layer that is off computes; base: the frozen base alone, global: the base with the adapter that the "
+        "client starts the round from, which is not trained there",
+        choices=("base", "global"),
+    )
     min_active: int = option(0, "minimum number of layers that are on in each step", low=0, high=1)
     gate_group: str = option("layer", "modules that are switched together", choices=("layer", "module"))
     schedule_progress: str = option(

@@ -23,7 +23,7 @@ from copra_fl.training.local_terms import StackedLocalTerms
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start, num_steps
 from copra_fl.training.stacked import StackedModel
-from copra_fl.training.stacked.step import ClientRows, Stack, Step, by_client
+from copra_fl.training.stacked.step import ClientRows, Fallback, Stack, Step, by_client, views
 from copra_fl.training.update import make_update
 
 
@@ -61,6 +61,7 @@ def train_cohort(
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
+    fallback = _fallback_tensors(model, start_values) if plan.config.copra.off == "global" else {}
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     for index in range(lengths.max()):
@@ -72,7 +73,9 @@ def train_cohort(
         scale = model.tensor([cohort[row].scales[index] for row in rows])
         seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
         streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-        step = Step(stack, rows, on, depth, scale, streams)
+        rank_scale = model.tensor([cohort[row].rank_scale for row in rows])
+        off = Fallback(fallback, rank_scale) if fallback else None
+        step = Step(stack, rows, on, depth, scale, streams, off)
         batches = [cohort[row].batches[index] for row in rows]
         for micro_batch in range(max(map(len, batches))):
             losses[index, model.tensor(rows)] += _backward(model, data, step, batches, micro_batch)
@@ -99,6 +102,13 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     if all(adapter is adapters[0] for adapter in adapters):
         return model.layout.flatten(adapters[0]).to(model.device).expand(len(adapters), -1)
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
+
+
+def _fallback_tensors(model: StackedModel, start_values: Tensor) -> dict[str, Tensor]:
+    """Return the adapters in `start_values` by tensor name, as matrices if all clients start from the same."""
+    tensors = views(start_values, model.layout)
+    shared = start_values.stride(0) == 0
+    return {name: tensor[0] for name, tensor in tensors.items()} if shared else tensors
 
 
 def _backward(

@@ -39,19 +39,21 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     optimizer = make_optimizer(training, adapters, heads)
     write_state(optimizer, parameters, start.optimizer)
     losses, gradient_sums = [], dict[str, Tensor]()
-    for step, micro_batches in enumerate(steps.batches):
-        set_learning_rates(optimizer, training, steps.t[step])
-        model.gates.set(steps.masks[step], steps.scales[step])
-        with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
-            losses.append(_accumulate_gradients(model, data, micro_batches))
-        grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        if aggregation.control_variates:
-            gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
-        add_local_terms(grads, parameters, start, aggregation.proximal_mu)
-        if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    off = start.adapter if plan.config.copra.off == "global" else {}
+    with model.fallback(off, steps.rank_scale):
+        for step, micro_batches in enumerate(steps.batches):
+            set_learning_rates(optimizer, training, steps.t[step])
+            model.gates.set(steps.masks[step], steps.scales[step])
+            with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
+                losses.append(_accumulate_gradients(model, data, micro_batches))
+            grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+            if aggregation.control_variates:
+                gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
+            add_local_terms(grads, parameters, start, aggregation.proximal_mu)
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     adapter = model.read_adapter()
     metrics = {
         "loss": float(torch.stack(losses).mean()),

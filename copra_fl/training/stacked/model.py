@@ -122,7 +122,7 @@ class StackedModel:
         clients have different numbers of targets.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, live=len(step.clients)):
+        with self.context.forward(step, rows, range(len(step.clients))):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:
