@@ -33,7 +33,7 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate is included.
+        and the control variate and the shared moments of the optimizers are included.
         """
         since, all_parts = self._cached.get(node, -1), {part_of(name) for name in state.adapter}
         sent_parts, residual = all_parts, state.residual
@@ -49,7 +49,12 @@ class StateSync:
         return wire.pack_plan(
             plan,
             wire.StateDelta(self._run.run, number, since, tuple(sorted(sent_parts)), rank),
-            wire.Payload(cut(parts(state.adapter, sent_parts), rank), residual, state.control if is_training else {}),
+            wire.Payload(
+                cut(parts(state.adapter, sent_parts), rank),
+                residual,
+                state.control if is_training else {},
+                {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
+            ),
         )
 
     def acknowledge(self, node: int) -> None:

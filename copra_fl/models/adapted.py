@@ -81,7 +81,9 @@ class AdaptedModel(nn.Module):
         """Return the (targets, outputs) logits of a batch of the task's examples, in float32 or wider."""
         output = self.base.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
-        logits = self.head(features) if self.head is not None else frozen_head_logits(self.base, features)
+        logits = (
+            self.head(features) if self.head is not None else frozen_head_logits(self.task, self.base, features, batch)
+        )
         return mask_other_datasets(logits, batch)
 
     def losses(self, batch: Inputs) -> Tensor:
@@ -188,9 +190,9 @@ def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[
     return output + residuals.product(inputs[0], matrices)
 
 
-def frozen_head_logits(base: PreTrainedModel, features: Tensor) -> Tensor:
+def frozen_head_logits(task: Task, base: PreTrainedModel, features: Tensor, batch: Inputs) -> Tensor:
     """Return the logits of the base's own output layer, in float32 or wider."""
-    logits = base.get_output_embeddings()(features)
+    logits = task.frozen_logits(base.get_output_embeddings(), features, batch)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -18,7 +18,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
-from copra_fl.training.optimizer import make_optimizer, set_learning_rates
+from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.update import make_update
 
@@ -37,6 +37,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     heads = [parameter for name, parameter in parameters.items() if part_of(name) == "head"]
     adapters = [parameter for name, parameter in parameters.items() if part_of(name) != "head"]
     optimizer = make_optimizer(training, adapters, heads)
+    write_state(optimizer, parameters, start.optimizer)
     losses, gradient_sums = [], dict[str, Tensor]()
     off = start.adapter if plan.config.copra.off == "global" else {}
     with model.fallback(off, steps.rank_scale):
@@ -60,7 +61,8 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "distance": norm(difference(adapter, start.adapter)),
     }
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
-    return make_update(plan, steps, adapter, gradient_sums, model.group_of, len(data.train[client]), metrics)
+    state = read_state(optimizer, parameters) if training.optimizer_state != "fresh" else {}
+    return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, len(data.train[client]), metrics)
 
 
 def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> Tensor:

@@ -128,7 +128,7 @@ class StackedModel:
         if self.task.trains_head:
             logits = self._heads(step, features, rows.targets)
         else:
-            logits = frozen_head_logits(self._tree, features)
+            logits = frozen_head_logits(self.task, self._tree, features, batch)
         return mask_other_datasets(logits, batch)
 
     def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:
