@@ -49,11 +49,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ),
     (PRIVATE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments travel without clipping"),
     (TWO | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "a client has no moments for the rows"),
-    (
-        {"off": "global", "hidden-state-cache-mb": 64},
-        {"off": "base"},
-        "layers that are off use the adapter of the round",
-    ),
+    ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),

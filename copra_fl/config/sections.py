@@ -147,8 +147,9 @@ class CopraConfig:
 
     local_training: str = option(
         "copra",
-        "local training; copra: adapters on with a rising probability, lora: always on, head: the task head alone",
-        choices=("copra", "lora", "head"),
+        "local training; copra: adapters on with a rising probability, lora: always on, line: always on, each step at "
+        "a random point of the line from the round's start to the client's adapter, head: the task head alone",
+        choices=("copra", "lora", "line", "head"),
     )
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)
@@ -273,6 +274,9 @@ class AggregationConfig:
         choices=("listed", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
+    gucci_beta: float = option(
+        0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
+    )
     control_variates: bool = option(False, "SCAFFOLD: correct local gradients by control variates")
     server_optimizer: str = option(
         "none",
@@ -285,6 +289,11 @@ class AggregationConfig:
     server_tau: float = option(
         1e-3, "fedadam, fedyogi, fedadagrad: adaptivity constant; smaller values adapt more", above=0
     )
+
+    @property
+    def passes_per_step(self) -> int:
+        """The number of forward and backward passes that a client computes for each example of an optimizer step."""
+        return 2 if self.gucci_beta else 1
 
     @property
     def rank_list(self) -> list[int]:

@@ -62,6 +62,8 @@ class LocalSteps:
         masks: (steps, groups) bool, the gate groups that are on.
         scales: (steps,) factor of the adapters that are on, in addition to the scaling alpha / r of the server's rank.
         rank_scale: the part of `scales` that is due to the client's rank.
+        positions: (steps,) position of the adapters on the line from the start of the round to the client's own, 1
+            unless ``local-training = "line"`` (`training.points`).
         t: (steps,) progress of the federation, in [0, 1).
     """
 
@@ -70,6 +72,7 @@ class LocalSteps:
     masks: np.ndarray
     scales: np.ndarray
     rank_scale: float
+    positions: np.ndarray
     t: np.ndarray
 
     def __len__(self) -> int:
@@ -87,5 +90,7 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
     rank_scale = relative_scaling(config, ranks[client]) if ranks else 1.0
     scales = rank_scale * schedule.scales(copra, masks, probabilities)
+    on_line = copra.local_training == "line"
+    positions = generator(seed, "line", server_round, client).random(len(batches)) if on_line else np.ones(len(batches))
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
-    return LocalSteps(client, batches, masks, scales, rank_scale, t)
+    return LocalSteps(client, batches, masks, scales, rank_scale, positions, t)

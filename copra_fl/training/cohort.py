@@ -22,6 +22,7 @@ from copra_fl.training.batches import LocalSteps, plan_steps
 from copra_fl.training.local_terms import StackedLocalTerms
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start, num_steps
+from copra_fl.training.points import StackedPoints, step_points
 from copra_fl.training.stacked import StackedModel
 from copra_fl.training.stacked.step import ClientRows, Fallback, Stack, Step, by_client, views
 from copra_fl.training.update import make_update
@@ -62,6 +63,7 @@ def train_cohort(
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
     fallback = _fallback_tensors(model, start_values) if plan.config.copra.off == "global" else {}
+    points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     for index in range(lengths.max()):
@@ -77,8 +79,13 @@ def train_cohort(
         off = Fallback(fallback, rank_scale) if fallback else None
         step = Step(stack, rows, on, depth, scale, streams, off)
         batches = [cohort[row].batches[index] for row in rows]
-        for micro_batch in range(max(map(len, batches))):
-            losses[index, model.tensor(rows)] += _backward(model, data, step, batches, micro_batch)
+        by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
+        for number, client_points in enumerate(zip(*by_client_points, strict=True)):
+            with points.moved(step, client_points) as moved_step:
+                for micro_batch in range(max(map(len, batches))):
+                    part = _backward(model, data, moved_step, batches, micro_batch)
+                    if number == 0:
+                        losses[index, model.tensor(rows)] += part
         terms.add(rows, on)
         optimizer.step(rows, on, index)
         progress(float((1 / lengths[rows]).sum()))

@@ -7,10 +7,11 @@ on and that the round's aggregation rule trains. The mask holds for all micro-ba
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from copra_fl.adapters.state import Update, difference, norm, part_of
 from copra_fl.data.federated import FederatedData
@@ -20,6 +21,7 @@ from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start
+from copra_fl.training.points import Point, moved, step_points
 from copra_fl.training.update import make_update
 
 
@@ -45,7 +47,8 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
             set_learning_rates(optimizer, training, steps.t[step])
             model.gates.set(steps.masks[step], steps.scales[step])
             with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
-                losses.append(_accumulate_gradients(model, data, micro_batches))
+                points = step_points(plan.config, steps.positions[step])
+                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points))
             grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
             if aggregation.control_variates:
                 gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
@@ -63,6 +66,29 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
     state = read_state(optimizer, parameters) if training.optimizer_state != "fresh" else {}
     return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, len(data.train[client]), metrics)
+
+
+def _add_up_points(
+    model: AdaptedModel,
+    data: FederatedData,
+    micro_batches: list[np.ndarray],
+    parameters: Mapping[str, nn.Parameter],
+    start: Start,
+    points: Sequence[Point],
+) -> Tensor:
+    """Set the gradients of `parameters` to those of the losses at all `points`, and return the loss at the first."""
+    losses, totals = [], dict[str, Tensor]()
+    for point in points:
+        with moved(parameters, start.adapter, point):
+            losses.append(_accumulate_gradients(model, data, micro_batches))
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                grad = point.weight * point.position(name) * parameter.grad
+                totals[name] = totals[name] + grad if name in totals else grad
+                parameter.grad = None
+    for name, total in totals.items():
+        parameters[name].grad = total
+    return losses[0]
 
 
 def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> Tensor:
