@@ -120,8 +120,8 @@ class CohortStrategy:
             [control for reply in node_replies for control in reply.controls],
             len(self.eligible),
         )
+        self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        self._sync.residual = aggregated.residual
         loss = pool_scalars(updates).metrics["loss"] if updates else None
         return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes)
 

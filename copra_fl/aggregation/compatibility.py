@@ -90,6 +90,15 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{it} local-training = 'copra': {rule.no_copra}; use local-training = 'lora'",
         ),
         (
+            bool(rule.no_copra) and config.copra.layers_per_round > 0,
+            f"{it} layers-per-round = {config.copra.layers_per_round}: {rule.no_copra}; use layers-per-round = 0",
+        ),
+        (
+            config.copra.layers_per_round > 0 and config.copra.local_training == "head",
+            f"layers-per-round = {config.copra.layers_per_round} does not combine with local-training = 'head', which "
+            "trains no layer; use layers-per-round = 0",
+        ),
+        (
             rule.name != "fedavg" and config.copra.local_training == "head",
             f"{it} local-training = 'head', which has no adapters to aggregate; use rule = 'fedavg'",
         ),

@@ -142,6 +142,20 @@ class CopraConfig:
         choices=("step", "shared", "round"),
     )
     rescale: bool = option(False, "divide the output of active adapters by their probability")
+    layers_per_round: int = option(
+        0,
+        "number of layers that a client trains and sends in a round, the others stay off; 0: all (use weighting = "
+        "activity, which averages a layer over the clients that trained it)",
+        low=0,
+    )
+    layer_selection: str = option(
+        "random",
+        "layers-per-round; random: layers drawn for each client and round, cycle: the same layers for all clients, "
+        "from the bottom of the model to its top",
+        choices=("random", "cycle"),
+    )
+    rounds_per_layer: int = option(1, "cycle: consecutive rounds that train the same layers", low=1)
+    full_rounds: int = option(0, "cycle: rounds of all layers before each pass through the model", low=0)
 
 
 @dataclass(frozen=True)

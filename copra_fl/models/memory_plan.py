@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
+from copra_fl.copra.gates import group_name
 from copra_fl.models.build import lora_config, model_source
 from copra_fl.tasks import find_task
 from copra_fl.tasks.images import blank_images
@@ -85,12 +87,19 @@ class ModelMemory:
         adapter: number of values in one adapter, without the head.
         width: width of its hidden states.
         row: bytes that autograd keeps for a row.
+        modules: names of the modules with an adapter, in forward order.
     """
 
     base: int
     adapter: int
     width: int
     row: int
+    modules: tuple[str, ...]
+
+
+def num_groups(config: Config, tokens: int) -> int:
+    """Return the number of gate groups of the model of `config`, without reading any weights."""
+    return len({group_name(module, config.copra.gate_group) for module in measure(config.model, tokens).modules})
 
 
 def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
@@ -129,7 +138,8 @@ def measure(config: ModelConfig, num_tokens: int) -> ModelMemory:
     frozen = sum(parameter.nbytes for parameter in adapted.parameters() if id(parameter) not in trained)
     if config.quantization == "4bit":
         frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
-    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one)
+    modules = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one, modules)
 
 
 def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:

@@ -68,6 +68,7 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """Return the resolved configuration, and notes about its data for the user."""
+    from copra_fl.copra.layers import check_layers
     from copra_fl.models import memory_plan
     from copra_fl.models.build import resolve_config
 
@@ -85,6 +86,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         )
     config = resolve_config(config.changed(num_clients=num_clients))
     size = len(federated.label_names), federated.examples.max_length
+    check_layers(config, memory_plan.num_groups(config, federated.examples.max_length))
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]

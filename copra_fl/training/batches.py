@@ -10,6 +10,7 @@ import numpy as np
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import TrainingConfig
 from copra_fl.copra import schedule
+from copra_fl.copra.layers import trained_layers
 from copra_fl.data.federated import FederatedData
 from copra_fl.seeding import generator
 from copra_fl.training.plan import Plan, num_trained
@@ -81,9 +82,12 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     indices = data.train[client]
     order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
-    masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
+    trained = trained_layers(config, num_groups, server_round, client)
+    among, probabilities = schedule.client_masks(copra, seed, client, len(batches), len(trained), server_round, rounds)
+    masks = np.zeros((len(batches), num_groups), dtype=bool)
+    masks[:, trained] = among
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
     relative = relative_scaling(config, ranks[client]) if ranks else 1.0
-    scales = relative * schedule.scales(copra, masks, probabilities)
+    scales = relative * schedule.scales(copra, among, probabilities)
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
     return LocalSteps(client, batches, masks, scales, t)

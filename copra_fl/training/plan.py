@@ -9,6 +9,7 @@ from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import Expected
 from copra_fl.config import Config, TrainingConfig
+from copra_fl.copra.layers import trains_subset
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def leaves_state(config: Config) -> bool:
         or aggregation.control_variates
         or config.federation.uplink_dtype in FEEDBACK
     )
+
+
+def caches_state(config: Config) -> bool:
+    """Return whether nodes cache the server's state, because a part of it may be unchanged after a round."""
+    return find_rule(config.aggregation.rule).nodes_cache_state or trains_subset(config)
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:

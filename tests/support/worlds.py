@@ -28,6 +28,8 @@ CASES: dict[str, Settings] = {
     "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
     "shared masks": {"mask-scope": "shared"},
     "masks for a round": {"mask-scope": "round", "p0": 0.3},
+    "two of three layers": {"layers-per-round": 2, "rescale": True, "min-active": 1, "p0": 0.2},
+    "one of three layers, always on": {"layers-per-round": 1, "local-training": "lora", "lora-dropout": 0.2},
     "a gate per module": {"gate-group": "module"},
     "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
     "cls": {"pooling": "cls"},
