@@ -72,7 +72,7 @@ def run_round(
     training = train_round(grid, strategy, server_round)
     privacy = budget.spend(strategy.sampling_rate) if budget else None
     evaluation = evaluate_round(grid, strategy, evaluator, before, training)
-    return round_record(training, evaluator.model.gates.names, evaluation, privacy)
+    return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
 
 
 def settle(config: Config) -> Config:

@@ -18,6 +18,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import client_starts
+from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
 from server import sampling
@@ -76,8 +77,8 @@ class CohortStrategy:
 
     @property
     def eligible(self) -> list[int]:
-        """Clients that have training examples."""
-        return sampling.eligible(self.num_examples)
+        """Clients that have training examples, and that ``min-depth`` admits."""
+        return deep_enough(self.run.config, sampling.eligible(self.num_examples))
 
     @property
     def sampling_rate(self) -> float:

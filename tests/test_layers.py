@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from copra_fl.config import Config, ConfigError
-from copra_fl.copra.layers import check_layers, trained_layers
+from copra_fl.copra.layers import by_depth, check_layers, client_depths, deep_enough, trained_layers
 
 
 def layers(server_round: int, client: int = 0, num_groups: int = 6, **flat: object) -> list[int]:
@@ -52,5 +52,41 @@ def test_shared_masks_have_shared_layers() -> None:
 def test_more_layers_than_the_model_has_are_refused() -> None:
     config = Config.from_flat({"layers-per-round": 7})
     check_layers(config, 7)
-    with pytest.raises(ConfigError, match="layers-per-round = 7 is more than the 6 layers of the model"):
+    with pytest.raises(ConfigError, match="layers-per-round = 7 asks for 7 layers, but the model has 6"):
         check_layers(config, 6)
+    with pytest.raises(ConfigError, match="client-depths = '2,7' asks for 7 layers, but the model has 6"):
+        check_layers(Config.from_flat({"client-depths": "2,7"}), 6)
+
+
+TIERS = {"client-depths": "2,2,2,2,2,2,3,3,3,6", "depth-assignment": "drawn", "num-clients": 400, "seed": 5}
+
+
+def test_a_client_trains_its_last_layers() -> None:
+    for client, expected in enumerate([[5], [3, 4, 5], [0, 1, 2, 3, 4, 5]]):
+        for server_round in (1, 2):
+            assert layers(server_round, client, client_depths="1,3,6") == expected
+
+
+def test_allocated_layers_are_drawn_anew_for_each_client_and_round() -> None:
+    drawn = [[layers(r, c, client_depths="1,3,6", depth_allocation="random") for c in range(3)] for r in range(40)]
+    assert all([len(chosen) for chosen in clients] == [1, 3, 6] for clients in drawn)
+    assert len({tuple(clients[1]) for clients in drawn}) > 8
+    assert {clients[0][0] for clients in drawn} == set(range(6)), "the weakest clients reach every layer"
+
+
+def test_depths_are_drawn_in_the_proportions_of_the_list() -> None:
+    config = Config.from_flat(TIERS)
+    tiers = by_depth(config, range(400))
+    assert list(tiers) == [2, 3, 6] and sorted(sum(tiers.values(), [])) == list(range(400))
+    assert [len(clients) / 400 for clients in tiers.values()] == pytest.approx([0.6, 0.3, 0.1], abs=0.06)
+    assert by_depth(Config.from_flat({"num-clients": 3}), [2, 0]) == {0: [2, 0]}
+
+
+def test_min_depth_leaves_weak_clients_out() -> None:
+    config = Config.from_flat(TIERS | {"min-depth": 3})
+    admitted = deep_enough(config, range(400))
+    assert admitted == [client for client, depth in enumerate(client_depths(config)) if depth >= 3]
+    assert deep_enough(Config(), [4, 2]) == [4, 2]
+    nobody = Config.from_flat(TIERS | {"min-depth": 6, "num-clients": 2})
+    with pytest.raises(ConfigError, match="min-depth = 6 leaves all 2 clients out: they drew the depths"):
+        check_layers(nobody, 6)

@@ -31,6 +31,7 @@ LOCAL_TERMS = [
     {"proximal-mu": 0.1},
     {"layers-per-round": 2, "weighting": "activity", "updates": "pooled"},
     {"layers-per-round": 1, "layer-selection": "cycle", "full-rounds": 1},
+    {"client-depths": "1,1,2,2,3,3", "weighting": "activity", "fraction-clients": 0.5},
     {"control-variates": True},
     {"control-variates": True, "rule": "rolora", "fraction-clients": 0.5},
     {"uplink-dtype": "int8"},
@@ -197,6 +198,20 @@ def test_a_layer_is_averaged_over_the_clients_that_trained_it(tiny: Settings, tm
         total = sum(examples for examples, _ in sent)
         terms = [examples / total * tensor.double() for examples, tensor in sent] or [old.double()]
         assert torch.allclose(after[name].double(), torch.stack(terms).sum(0), atol=1e-7), name
+
+
+def test_the_journal_has_seconds_and_memory_of_each_depth(tiny: Settings, tmp_path: Path) -> None:
+    """Client 0, of depth 1, is left out; clients of smaller depth send less and keep less for the backward pass."""
+    flat = tiny | {"local-training": "lora", "weighting": "activity", "num-rounds": 1, "max-length": 8}
+    depths = {"client-depths": "1,2,2,2,2,3", "min-depth": 2}
+    directory = run_federation(flat | depths, tmp_path / "run", num_nodes=1)
+    (row,), (layer, head) = journal(directory), (4 * 2 * 2 * 2 * 32, 4 * (3 * 32 + 3))
+    assert [(tier["depth"], tier["clients"]) for tier in row["tiers"]] == [(2, [1, 2, 3, 4]), (3, [5])]
+    assert [client["active_steps"] for client in row["clients"]] == [[0, 3, 3]] * 4 + [[3, 3, 3]]
+    assert row["bytes_up"] == pytest.approx((4 * 2 + 3) * layer + 5 * head, abs=5 * 300)
+    weak, strong = row["tiers"]
+    assert 0 < weak["memory"] < 0.8 * strong["memory"]
+    assert weak["seconds"] == pytest.approx(sum(client["seconds"] for client in row["clients"][:4]) / 4)
 
 
 class ForgetfulGrid(LocalGrid):

@@ -15,6 +15,16 @@ from copra_fl.config.keys import ConfigError, option
 BY_LABEL = ("dirichlet", "pathological", "shards")
 
 
+def _whole_numbers(key: str, text: str) -> list[int]:
+    """Return the numbers in the comma-separated value `text` of `key`. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"{key} = {text!r} must be a comma-separated list of whole numbers, for example 8,4,2"
+        ) from None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Examples and their split over clients."""
@@ -156,6 +166,32 @@ class CopraConfig:
     )
     rounds_per_layer: int = option(1, "cycle: consecutive rounds that train the same layers", low=1)
     full_rounds: int = option(0, "cycle: rounds of all layers before each pass through the model", low=0)
+    client_depths: str = option(
+        "",
+        "number of layers that each client trains, comma-separated (docs/how-to/weak-clients.md); empty: all layers",
+    )
+    depth_assignment: str = option(
+        "listed",
+        "client-depths; listed: one depth per client, drawn: each client draws one of the depths at random",
+        choices=("listed", "drawn"),
+    )
+    depth_allocation: str = option(
+        "top",
+        "client-depths; top: a client trains its last layers, which saves memory and time, random: layers drawn in "
+        "each round, as FedRA allocates them",
+        choices=("top", "random"),
+    )
+    min_depth: int = option(0, "client-depths: clients of a smaller depth take no part in training", low=0)
+
+    @property
+    def trains_subset(self) -> bool:
+        """True if clients train only some of the layers in a round."""
+        return self.layers_per_round > 0 or bool(self.client_depths)
+
+    @property
+    def depth_list(self) -> list[int]:
+        """The depths in `client_depths`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
+        return _whole_numbers("client-depths", self.client_depths)
 
 
 @dataclass(frozen=True)
@@ -266,13 +302,7 @@ class AggregationConfig:
     @property
     def rank_list(self) -> list[int]:
         """The ranks in `client_ranks`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
-        try:
-            return [int(rank) for rank in self.client_ranks.split(",")] if self.client_ranks else []
-        except ValueError:
-            raise ConfigError(
-                f"client-ranks = {self.client_ranks!r} must be a comma-separated list of whole numbers, for example "
-                "8,4,2"
-            ) from None
+        return _whole_numbers("client-ranks", self.client_ranks)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import Expected
 from copra_fl.config import Config, TrainingConfig
-from copra_fl.copra.layers import trains_subset
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def leaves_state(config: Config) -> bool:
 
 def caches_state(config: Config) -> bool:
     """Return whether nodes cache the server's state, because a part of it may be unchanged after a round."""
-    return find_rule(config.aggregation.rule).nodes_cache_state or trains_subset(config)
+    return find_rule(config.aggregation.rule).nodes_cache_state or config.copra.trains_subset
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
