@@ -26,7 +26,11 @@ def generator(root: int, *names: str | int) -> np.random.Generator:
 
 
 def assign(values: Sequence[int], assignment: str, num_clients: int, root: int, name: str) -> list[int]:
-    """Return the value of each client: `values` as ``listed``, or for each client one ``drawn`` from stream `name`."""
+    """Return the value of each client: `values` as ``listed``, ``repeated`` until there is one for each client, or
+    ``drawn`` from `values` with stream `name`.
+    """
+    if assignment == "repeated":
+        return [values[client % len(values)] for client in range(num_clients)]
     if assignment == "drawn":
         return [int(value) for value in generator(root, name).choice(values, num_clients)]
     return list(values)

@@ -11,7 +11,7 @@ import torch
 
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import Adapter, parts
 from copra_fl.aggregation import client_ranks
 from copra_fl.aggregation.ranks import cut
 from copra_fl.training.plan import Plan, caches_state
@@ -38,7 +38,7 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate is included.
+        and the control variate and the shared moments of the optimizers are included.
         """
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
@@ -51,7 +51,12 @@ class StateSync:
         return wire.pack_plan(
             plan,
             wire.StateDelta(self._run.run, number, since, tensors, rank),
-            wire.Payload(cut(adapter, rank), residual, state.control if is_training else {}),
+            wire.Payload(
+                cut(adapter, rank),
+                residual,
+                state.control if is_training else {},
+                {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
+            ),
         )
 
     def _missing(self, state: ServerState, number: int, rank: int, node: int) -> tuple[int, set[str], Adapter]:

@@ -18,6 +18,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import client_starts
+from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
@@ -98,6 +99,7 @@ class CohortStrategy:
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
+            moments=moment_kinds(config.training) if self.state.optimizer else (),
         )
         return request, self.messages(request, server_round - 1, MessageType.TRAIN)
 

@@ -5,7 +5,7 @@
         cycle    the same m layers for all clients: turn k trains k m, ..., k m + m - 1 (mod L), from bottom to top, for
                  `rounds-per-layer` rounds. One pass has ceil(L / m) turns. `full-rounds` rounds of all layers come
                  before each pass
-    client-depths = d_1, d_2, ..., depth-allocation =
+    client-depths = d_1, d_2, ... (a depth above L is L), depth-allocation =
         top      the last d_c layers of the model: nothing below them is in the backward pass
         random   d_c of the L layers, drawn without replacement for each client and round
 
@@ -65,7 +65,7 @@ def trained_layers(config: Config, num_groups: int, server_round: int, client: i
         return cycle(copra, num_groups, server_round)
     number = copra.layers_per_round or client_depths(config)[client]
     if copra.client_depths and copra.depth_allocation == "top":
-        return np.arange(num_groups - number, num_groups)
+        return np.arange(max(0, num_groups - number), num_groups)
     names = ("layers", server_round) if copra.mask_scope == "shared" else ("layers", server_round, client)
     return np.sort(generator(config.federation.seed, *names).permutation(num_groups)[:number])
 
@@ -81,21 +81,17 @@ def cycle(copra: CopraConfig, num_groups: int, server_round: int) -> np.ndarray:
 
 
 def check_layers(config: Config, num_groups: int) -> None:
-    """Check the numbers of layers against the model's, and that a client is deep enough to train.
+    """Check layers-per-round against the model's number of layers, and that a client is deep enough to train.
 
-    Raises ConfigError if the model has fewer gate groups than the configuration asks for, or if no client drew a depth
-    of at least ``min-depth``.
+    Raises ConfigError if the model has fewer gate groups than ``layers-per-round``, or if no client drew a depth of at
+    least ``min-depth``.
     """
     copra = config.copra
-    for setting, number in (
-        (f"layers-per-round = {copra.layers_per_round}", copra.layers_per_round),
-        (f"client-depths = {copra.client_depths!r}", max(copra.depth_list, default=0)),
-    ):
-        if number > num_groups:
-            raise ConfigError(
-                f"{setting} asks for {number} layers, but the model has {num_groups} (gate-group = "
-                f"{copra.gate_group!r}); use at most {num_groups}"
-            )
+    if copra.layers_per_round > num_groups:
+        raise ConfigError(
+            f"layers-per-round = {copra.layers_per_round} is more than the {num_groups} layers of the model "
+            f"(gate-group = {copra.gate_group!r}); use at most {num_groups}, or 0 for all"
+        )
     if copra.min_depth and not deep_enough(config, range(config.data.num_clients)):
         raise ConfigError(
             f"min-depth = {copra.min_depth} leaves all {config.data.num_clients} clients out: they drew the depths "
