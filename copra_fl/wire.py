@@ -22,7 +22,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from copra_fl.adapters.compression import Arrays, take
-from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, parts, split_names
+from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, split_names
 from copra_fl.aggregation.ranks import cut
 from copra_fl.config import Config
 from copra_fl.training.plan import Plan
@@ -66,14 +66,14 @@ class StateDelta:
         number: number of the state: the rounds that led to it.
         since: number of the state that the node has cached and that the message adds to; -1: the message carries
             the whole state.
-        parts: parts of the adapter (`adapters.state.part_of`) that the message carries.
+        tensors: the adapter's tensors that the message carries: indices in the alphabetical order of all names.
         rank: rank to which A and B are cut.
     """
 
     run: str
     number: int
     since: int
-    parts: tuple[str, ...]
+    tensors: tuple[int, ...]
     rank: int
 
 
@@ -82,7 +82,7 @@ class Payload:
     """The part of the server's state that a message carries.
 
     Attributes:
-        adapter: the parts that the `StateDelta` names, cut to its rank.
+        adapter: the tensors that the `StateDelta` names, cut to its rank.
         residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
         optimizer: the shared state of the local optimizers for the parts that the round trains; else empty.
@@ -149,7 +149,7 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     content = RecordDict(
         {
             "plan": record,
-            "state-delta": ConfigRecord(asdict(delta) | {"parts": list(delta.parts)}),
+            "state-delta": ConfigRecord(asdict(delta) | {"tensors": list(delta.tensors)}),
             "adapter": _pack_flat(payload.adapter),
         }
     )
@@ -170,7 +170,7 @@ def unpack_plan(content: RecordDict) -> Plan:
 
 def unpack_delta(content: RecordDict) -> StateDelta:
     record: dict[str, Any] = dict(content.config_records["state-delta"])
-    return StateDelta(**record | {"parts": tuple(record["parts"])})
+    return StateDelta(**record | {"tensors": tuple(record["tensors"])})
 
 
 def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, moments: OptimizerState) -> Payload:
@@ -179,7 +179,8 @@ def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, mo
 
     Raises ValueError if the server's model has another size.
     """
-    expected = cut(parts(template, delta.parts), delta.rank)
+    sent = {name: template[name] for index, name in enumerate(sorted(template)) if index in delta.tensors}
+    expected = cut(sent, delta.rank)
     return Payload(
         _unpack_flat(content, "adapter", expected),
         unpack_arrays(content, "residual") if "residual" in content else {},
