@@ -95,6 +95,7 @@ class ClientRecord(Record):
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
+        staleness: age in rounds of the global adapter that it started from; 0: the newest.
     """
 
     client: int
@@ -104,6 +105,7 @@ class ClientRecord(Record):
     steps: float
     seconds: float
     distance: float
+    staleness: int = 0
 
 
 class MissingClient(Record):

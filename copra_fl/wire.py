@@ -2,6 +2,7 @@
 
     to a node    plan: configuration, round, clients     state-delta: which part of the server's state follows
                  adapter: the global adapter             residual, control: only if the rule has them
+                 stale: an older global adapter, for stale clients only
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
@@ -67,6 +68,7 @@ class StateDelta:
             the whole state.
         parts: parts of the adapter (`adapters.state.part_of`) that the message carries.
         rank: rank to which A and B are cut.
+        stale_parts: parts of the older global adapter that the message carries for stale clients.
     """
 
     run: str
@@ -74,6 +76,7 @@ class StateDelta:
     since: int
     parts: tuple[str, ...]
     rank: int
+    stale_parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,13 @@ class Payload:
         adapter: the parts that the `StateDelta` names, cut to its rank.
         residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
+        stale: parts of the older global adapter, cut to the same rank; empty without stale clients.
     """
 
     adapter: Adapter
     residual: Adapter
     control: Adapter
+    stale: Adapter = field(default_factory=dict)
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -146,7 +151,9 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     content = RecordDict(
         {
             "plan": record,
-            "state-delta": ConfigRecord(asdict(delta) | {"parts": list(delta.parts)}),
+            "state-delta": ConfigRecord(
+                asdict(delta) | {"parts": list(delta.parts), "stale_parts": list(delta.stale_parts)}
+            ),
             "adapter": _pack_flat(payload.adapter),
         }
     )
@@ -154,6 +161,8 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
         content["residual"] = _pack_arrays(payload.residual)
     if payload.control:
         content["control"] = _pack_flat(payload.control)
+    if payload.stale:
+        content["stale"] = _pack_flat(payload.stale)
     return content
 
 
@@ -165,7 +174,7 @@ def unpack_plan(content: RecordDict) -> Plan:
 
 def unpack_delta(content: RecordDict) -> StateDelta:
     record: dict[str, Any] = dict(content.config_records["state-delta"])
-    return StateDelta(**record | {"parts": tuple(record["parts"])})
+    return StateDelta(**record | {"parts": tuple(record["parts"]), "stale_parts": tuple(record["stale_parts"])})
 
 
 def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter) -> Payload:
@@ -173,11 +182,12 @@ def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter) ->
 
     Raises ValueError if the server's model has another size.
     """
-    expected = cut(parts(template, delta.parts), delta.rank)
+    expected, stale = (cut(parts(template, names), delta.rank) for names in (delta.parts, delta.stale_parts))
     return Payload(
         _unpack_flat(content, "adapter", expected),
         unpack_arrays(content, "residual") if "residual" in content else {},
         _unpack_flat(content, "control", template) if "control" in content else {},
+        _unpack_flat(content, "stale", stale),
     )
 
 

@@ -107,8 +107,9 @@ def average_privately(run: RunContext, round_: Round, server_round: int, num_eli
 def state_after(
     run: RunContext, state: ServerState, outcome: Outcome, controls: Sequence[Adapter], num_eligible: int
 ) -> ServerState:
-    """Return the server's next state: the server optimizer's step, the residual and the control variate."""
-    settings = run.config.aggregation
+    """Return the server's next state: the server optimizer's step, residual, control variate, earlier adapters."""
+    settings, federation = run.config.aggregation, run.config.federation
+    num_earlier = federation.staleness if federation.stale_clients else 0
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
         before = heads.split(state.adapter, run.head_sizes)
@@ -119,4 +120,5 @@ def state_after(
         control=scaffold.next_control(state.control, controls, num_eligible),
         first_moment=first,
         second_moment=second,
+        earlier=(state.adapter, *state.earlier)[:num_earlier],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO
 from math import isfinite
 from typing import TypeVar
@@ -118,8 +118,18 @@ def decode_updates(
         pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
     if inspected and request.has_control:
         controls = decode_buffer("controls", inspected, "float32", 0.0)
-    individual = [as_global(run.config, update) for update in individual]
+    individual = [as_global(run.config, completed(request, update)) for update in individual]
     return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+
+
+def completed(request: RoundRequest, update: Update) -> Update:
+    """Return `update` with the tensors that its client has not trained, if it did not start from the global adapter.
+
+    Otherwise a rule takes those from the global adapter.
+    """
+    if update.client not in request.apart:
+        return update
+    return replace(update, adapter=request.starts[update.client] | update.adapter)
 
 
 def decode_evaluations(

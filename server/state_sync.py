@@ -3,6 +3,9 @@
 With most rules the whole adapter changes in every round. If a part of it does not change, or W0 does, nodes cache what
 they received (`Rule.nodes_cache_state`), and a node that answered the last round gets only that round's changes. A node
 that failed or joined late, and every node after a resume, gets the whole state.
+
+A node that trains stale clients also gets the older global adapter that they start from, in every round and without the
+parts that never change.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, part_of, parts
 from copra_fl.aggregation import client_ranks
 from copra_fl.aggregation.ranks import cut
+from copra_fl.aggregation.starts import ages
 from copra_fl.training.plan import Plan
 from server.run_context import RunContext
 
@@ -33,7 +37,7 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate is included.
+        and the control variate is included, and for stale clients the older adapter.
         """
         since, all_parts = self._cached.get(node, -1), {part_of(name) for name in state.adapter}
         sent_parts, residual = all_parts, state.residual
@@ -45,11 +49,18 @@ class StateSync:
             since = -1
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
+        age = max(ages(self._run.config, number, plan.clients).values()) if is_training else 0
+        stale_parts = self._run.rule.sends(1) | self._run.rule.sends(2) if age else frozenset[str]()
         self._sent[node] = number
         return wire.pack_plan(
             plan,
-            wire.StateDelta(self._run.run, number, since, tuple(sorted(sent_parts)), rank),
-            wire.Payload(cut(parts(state.adapter, sent_parts), rank), residual, state.control if is_training else {}),
+            wire.StateDelta(self._run.run, number, since, tuple(sorted(sent_parts)), rank, tuple(sorted(stale_parts))),
+            wire.Payload(
+                adapter=cut(parts(state.adapter, sent_parts), rank),
+                residual=residual,
+                control=state.control if is_training else {},
+                stale=cut(parts(state.of_age(age), stale_parts), rank),
+            ),
         )
 
     def acknowledge(self, node: int) -> None:

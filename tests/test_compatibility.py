@@ -39,6 +39,24 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "client-ranks = '8,4' does not combine with control-variates",
     ),
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    (
+        {"rule": "ffa-lora", "start": "own"},
+        {"rule": "fedavg"},
+        "under an A that all clients share; use start = 'common'",
+    ),
+    (
+        {"start": "own", "server-optimizer": "fedavgm"},
+        {"server-optimizer": "none"},
+        "average of random factors is no gradient step",
+    ),
+    ({"rule": "flora", "stale-clients": 0.5}, {"rule": "flexlora"}, "an old adapter belongs to an old W0"),
+    ({"rule": "rolora", "stale-clients": 0.5}, {"rule": "ffa-lora"}, "rule = 'rolora' .* one factor a round"),
+    (
+        {"stale-clients": 0.5, "control-variates": True},
+        {"control-variates": False},
+        "control-variates = true does not combine with stale-clients = 0.5: .* use control-variates = false or stale-",
+    ),
+    (PRIVATE | {"start": "own"}, {"start": "common"}, "dp-clip = 1 does not combine with start = 'own'"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
@@ -80,6 +98,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
     config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
     rows = [
         *compatibility._rule_conflicts(config, rule),
+        *compatibility._start_conflicts(config, rule),
         *compatibility._privacy_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
         *compatibility._several_datasets_conflicts(config, rule, task),

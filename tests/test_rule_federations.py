@@ -31,6 +31,7 @@ LOCAL_TERMS = [
     {"control-variates": True},
     {"control-variates": True, "rule": "rolora", "fraction-clients": 0.5},
     {"uplink-dtype": "int8"},
+    {"uplink-dtype": "int8", "start": "own", "stale-clients": 0.5},
     {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
 ]
 

@@ -31,7 +31,9 @@ def make_adapter(value: float) -> Adapter:
 
 def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     residual = {"x.residual_B": torch.ones(4, 1), "x.residual_A": torch.ones(1, 3)}
-    state = ServerState(make_adapter(1), residual, make_adapter(2), make_adapter(3), make_adapter(4))
+    state = ServerState(
+        make_adapter(1), residual, make_adapter(2), make_adapter(3), make_adapter(4), (make_adapter(5), make_adapter(6))
+    )
     journal = Journal(tmp_path)
     assert journal.resume() is None
     journal.record(ROUND, state)
@@ -39,8 +41,13 @@ def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     loaded = resumed.resume()
     assert loaded is not None and resumed.records == [ROUND]
     for kind, expected in vars(state).items():
-        tensors = getattr(loaded, kind)
-        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected), kind
+        pairs = (
+            zip(getattr(loaded, kind), expected, strict=True)
+            if kind == "earlier"
+            else [(getattr(loaded, kind), expected)]
+        )
+        for tensors, values in pairs:
+            assert tensors.keys() == values.keys() and all(torch.equal(tensors[n], values[n]) for n in values), kind
 
 
 def test_a_run_keeps_its_id_over_reads_and_resumes(tmp_path: Path) -> None:
@@ -124,6 +131,8 @@ def test_which_settings_leave_state_with_the_clients(flat: dict[str, object], ex
         ({"uplink-dtype": "float16"}, False),
         ({"control-variates": True}, False),
         ({"client-ranks": "1,2", "rank-assignment": "drawn", "rule": "zero-pad"}, False),
+        ({"start": "own"}, False),
+        ({"stale-clients": 0.1}, False),
     ],
 )
 def test_which_settings_let_nodes_pool(flat: dict[str, object], expected: bool) -> None:

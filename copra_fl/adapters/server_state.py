@@ -19,6 +19,7 @@ class ServerState:
         control: the global control variate.
         first_moment: of the server optimizer.
         second_moment: of the server optimizer.
+        earlier: the global adapters before `adapter`, newest first, as many as stale clients need.
     """
 
     adapter: Adapter
@@ -26,10 +27,16 @@ class ServerState:
     control: Adapter = field(default_factory=dict)
     first_moment: Adapter = field(default_factory=dict)
     second_moment: Adapter = field(default_factory=dict)
+    earlier: tuple[Adapter, ...] = ()
+
+    def of_age(self, age: int) -> Adapter:
+        """Return the global adapter of `age` rounds before the newest."""
+        return self.earlier[age - 1] if age else self.adapter
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
-        others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
+        others = {kind: tensors for kind, tensors in vars(self).items() if kind not in ("adapter", "earlier")}
+        others |= {f"earlier-{age}": tensors for age, tensors in enumerate(self.earlier, start=1)}
         prefixed = {f"{kind}/{name}": t for kind, tensors in others.items() for name, t in tensors.items()}
         save_checkpoint(path, self.adapter | prefixed, metadata)
 
@@ -41,4 +48,6 @@ class ServerState:
         for full_name, tensor in tensors.items():
             kind, _, name = full_name.rpartition("/")
             kinds.setdefault(kind or "adapter", {})[name] = tensor
-        return cls(**kinds), metadata
+        num_earlier = sum(kind.startswith("earlier-") for kind in kinds)
+        earlier = tuple(kinds.pop(f"earlier-{age}") for age in range(1, num_earlier + 1))
+        return cls(**kinds, earlier=earlier), metadata

@@ -29,6 +29,8 @@ def pools(config: Config) -> bool:
         and aggregation.weighting != "equal"
         and not aggregation.control_variates
         and not aggregation.client_ranks
+        and federation.start == "common"
+        and not federation.stale_clients
         and len(config.data.datasets) < 2
     )
 
