@@ -156,7 +156,8 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     test, held_out = evaluator.test(state)
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
-        save(evaluator.model, journal.directory / "adapter", evaluator.data.label_names, state.residual)
+        data = evaluator.config.data
+        save(evaluator.model, journal.directory / "adapter", evaluator.data.label_names, data, state.residual)
     journal.write_summary(summarize(journal.records, evaluator, clients, test, held_out))
     remove_secret(journal.directory)
     emit("finished", accuracy=test.accuracy if test else None)

@@ -37,7 +37,8 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate is included, and for stale clients the older adapter.
+        and the control variate and the shared moments of the optimizers are included, and for stale clients the older
+        adapter.
         """
         since, all_parts = self._cached.get(node, -1), {part_of(name) for name in state.adapter}
         sent_parts, residual = all_parts, state.residual
@@ -56,10 +57,11 @@ class StateSync:
             plan,
             wire.StateDelta(self._run.run, number, since, tuple(sorted(sent_parts)), rank, tuple(sorted(stale_parts))),
             wire.Payload(
-                adapter=cut(parts(state.adapter, sent_parts), rank),
-                residual=residual,
-                control=state.control if is_training else {},
-                stale=cut(parts(state.of_age(age), stale_parts), rank),
+                cut(parts(state.adapter, sent_parts), rank),
+                residual,
+                state.control if is_training else {},
+                {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
+                cut(parts(state.of_age(age), stale_parts), rank),
             ),
         )
 

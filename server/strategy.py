@@ -17,6 +17,7 @@ from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.aggregation.starts import ages, client_starts, has_own_start
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
@@ -100,6 +101,7 @@ class CohortStrategy:
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
+            moments=moment_kinds(config.training) if self.state.optimizer else (),
             ages=ages_of,
             apart=frozenset(client for client in clients if ages_of[client] or has_own_start(config, number)),
         )

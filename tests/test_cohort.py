@@ -81,15 +81,15 @@ class Recorder:
             )
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("off", "cached"), [("base", False), ("base", True), ("global", False)])
 def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
-    tiny: Settings, cached: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, off: str, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks.
 
     In the second training the cache has every state that is not in the graph.
     """
-    world = World(tiny | {"local-steps": 1})
+    world = World(tiny | {"local-steps": 1, "off": off})
     if cached:
         world.stacked.context.cache = HiddenStateCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}

@@ -30,7 +30,7 @@ from copra_fl.config.sections import (
     PrivacyConfig,
     TrainingConfig,
 )
-from copra_fl.config.toml import csv_line, flatten, parse_override, read_toml, toml_value
+from copra_fl.config.toml import csv_line, csv_list, flatten, parse_override, read_toml, toml_value
 
 __all__ = [
     "BY_LABEL",
@@ -49,6 +49,7 @@ __all__ = [
     "TrainingConfig",
     "Value",
     "csv_line",
+    "csv_list",
     "flatten",
     "kebab",
     "keys_of",

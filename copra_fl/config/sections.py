@@ -5,11 +5,11 @@ The parameters of aggregation rules are declared in the rules' files.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 
 from copra_fl.config.keys import ConfigError, option
+from copra_fl.config.toml import csv_list
 
 #: partitioners that split examples by their labels
 BY_LABEL = ("dirichlet", "pathological", "shards")
@@ -28,6 +28,15 @@ class DataConfig:
     test_file: str = option("", "file with the test set; empty: the data set's own test set, else held-out examples")
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with the prompt that the text responds to; empty: no prompts")
+    prompt_template: str = option(
+        "{text}\nLabel:",
+        "label-words: prompt, with {text} in place of the text; the label's word follows after a space",
+    )
+    label_words: str = option(
+        "",
+        "label-words: a word for each label, in order, as a line of CSV; they must begin with different tokens; empty: "
+        "the labels themselves",
+    )
     image_column: str = option("image", "image-classification: column with the image, or with the path of its file")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "partitioner = natural: column with the client id of each example")
@@ -53,19 +62,35 @@ class DataConfig:
         "skip", "clients without training examples: leave them out, or refuse to run", choices=("skip", "refuse")
     )
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
+    client_examples: int = option(
+        0,
+        "maximum number of training examples per client, drawn at random from its own; 0: no limit",
+        low=0,
+    )
+    shots: int = option(
+        0,
+        "few-shot: maximum number of training examples of each label per client, drawn likewise; 0: no limit",
+        low=0,
+    )
     server_validation_examples: int = option(500, "validation examples on the server", low=1)
     test_examples: int = option(2000, "examples held out for the test where the data set has no test set", low=1)
+    duplicates: str = option(
+        "exact",
+        "held-out examples that are dropped because a client has the same one; exact: equal content, near: also texts "
+        "that differ in case, punctuation and links alone",
+        choices=("exact", "near"),
+    )
     max_length: int = option(64, "tokens per text, longer texts are cut; images: ignored, the model decides", low=4)
 
     @property
     def datasets(self) -> list[str]:
         """The data sets named in `dataset`; empty where it is empty."""
-        return [name.strip() for name in next(csv.reader([self.dataset], skipinitialspace=True), [])]
+        return [name.strip() for name in csv_list(self.dataset)]
 
     @property
     def label_list(self) -> list[str]:
         """The labels in `labels`; empty where it is empty."""
-        return next(csv.reader([self.labels], skipinitialspace=True), [])
+        return csv_list(self.labels)
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,12 @@ class CopraConfig:
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)
     ramp: float = option(0.75, "share of training over which the probability rises from p0 to p1", above=0, high=1)
+    off: str = option(
+        "base",
+        "what a layer that is off computes; base: the frozen base alone, global: the base with the adapter that the "
+        "client starts the round from, which is not trained there",
+        choices=("base", "global"),
+    )
     min_active: int = option(0, "minimum number of layers that are on in each step", low=0, high=1)
     gate_group: str = option("layer", "modules that are switched together", choices=("layer", "module"))
     schedule_progress: str = option(
@@ -156,6 +187,12 @@ class TrainingConfig:
     )
     weight_decay: float = option(0.0, "weight decay: decoupled in adamw, L2 in sgd", low=0)
     momentum: float = option(0.0, "sgd: momentum", low=0, high=1)
+    optimizer_state: str = option(
+        "fresh",
+        "moments and step counts of the local optimizer when a round starts; fresh: none, client: those of the client "
+        "after its last round, shared: the average over the clients of earlier rounds, kept by the server",
+        choices=("fresh", "client", "shared"),
+    )
     batch_size: int = option(16, "examples per micro-batch", low=1)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step", low=1)
     local_steps: int = option(10, "optimizer steps per client and round", low=1)

@@ -92,6 +92,12 @@ LIMITATIONS = (
         lambda config: config.aggregation.control_variates,
         "the control variate of each client is only on its node",
     ),
+    Limitation(
+        "retraining",
+        "optimizer-state",
+        lambda config: config.training.optimizer_state == "client",
+        "the moments of each client's optimizer are only on its node",
+    ),
 )
 
 
@@ -257,7 +263,7 @@ class OpenRun:
         old = self.state(number - age).adapter
         global_starts = client_starts(self.config, number, before.adapter, old, chosen)
         plan = Plan(server_round, tuple(chosen), self.config)
-        starts = {client: Start(adapter) for client, adapter in global_starts.items()}
+        starts = {client: Start(adapter, optimizer=before.optimizer) for client, adapter in global_starts.items()}
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:

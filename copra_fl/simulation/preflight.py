@@ -116,6 +116,8 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
         notes.append(f"held-out clients: {', '.join(federated.held_out_names)}")
     if federated.dropped.unassigned:
         notes.append(f"seed {seed}: the partitioner assigned {federated.dropped.unassigned} examples to no client")
+    if federated.dropped.limited:
+        notes.append(f"seed {seed}: client-examples and shots leave out {federated.dropped.limited} training examples")
     if federated.skipped:
         names = ", ".join(federated.client_names[client] for client in federated.skipped)
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")

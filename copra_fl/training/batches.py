@@ -61,6 +61,7 @@ class LocalSteps:
         batches: the micro-batches of each optimizer step: arrays of example indices.
         masks: (steps, groups) bool, the gate groups that are on.
         scales: (steps,) factor of the adapters that are on, in addition to the scaling alpha / r of the server's rank.
+        rank_scale: the part of `scales` that is due to the client's rank.
         t: (steps,) progress of the federation, in [0, 1).
     """
 
@@ -68,6 +69,7 @@ class LocalSteps:
     batches: list[list[np.ndarray]]
     masks: np.ndarray
     scales: np.ndarray
+    rank_scale: float
     t: np.ndarray
 
     def __len__(self) -> int:
@@ -83,7 +85,7 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
     masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
-    relative = relative_scaling(config, ranks[client]) if ranks else 1.0
-    scales = relative * schedule.scales(copra, masks, probabilities)
+    rank_scale = relative_scaling(config, ranks[client]) if ranks else 1.0
+    scales = rank_scale * schedule.scales(copra, masks, probabilities)
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
-    return LocalSteps(client, batches, masks, scales, t)
+    return LocalSteps(client, batches, masks, scales, rank_scale, t)

@@ -18,7 +18,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
-from copra_fl.training.optimizer import make_optimizer, set_learning_rates
+from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.update import make_update
 
@@ -37,20 +37,23 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     heads = [parameter for name, parameter in parameters.items() if part_of(name) == "head"]
     adapters = [parameter for name, parameter in parameters.items() if part_of(name) != "head"]
     optimizer = make_optimizer(training, adapters, heads)
+    write_state(optimizer, parameters, start.optimizer)
     losses, gradient_sums = [], dict[str, Tensor]()
-    for step, micro_batches in enumerate(steps.batches):
-        set_learning_rates(optimizer, training, steps.t[step])
-        model.gates.set(steps.masks[step], steps.scales[step])
-        with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
-            losses.append(_accumulate_gradients(model, data, micro_batches))
-        grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-        if aggregation.control_variates:
-            gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
-        add_local_terms(grads, parameters, start, aggregation.proximal_mu)
-        if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    off = start.adapter if plan.config.copra.off == "global" else {}
+    with model.fallback(off, steps.rank_scale):
+        for step, micro_batches in enumerate(steps.batches):
+            set_learning_rates(optimizer, training, steps.t[step])
+            model.gates.set(steps.masks[step], steps.scales[step])
+            with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
+                losses.append(_accumulate_gradients(model, data, micro_batches))
+            grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+            if aggregation.control_variates:
+                gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
+            add_local_terms(grads, parameters, start, aggregation.proximal_mu)
+            if training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     adapter = model.read_adapter()
     metrics = {
         "loss": float(torch.stack(losses).mean()),
@@ -58,7 +61,8 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "distance": norm(difference(adapter, start.adapter)),
     }
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
-    return make_update(plan, steps, adapter, gradient_sums, model.group_of, len(data.train[client]), metrics)
+    state = read_state(optimizer, parameters) if training.optimizer_state != "fresh" else {}
+    return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, len(data.train[client]), metrics)
 
 
 def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> Tensor:

@@ -122,13 +122,13 @@ class StackedModel:
         clients have different numbers of targets.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, live=len(step.clients)):
+        with self.context.forward(step, rows, range(len(step.clients))):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:
             logits = self._heads(step, features, rows.targets)
         else:
-            logits = frozen_head_logits(self._tree, features)
+            logits = frozen_head_logits(self.task, self._tree, features, batch)
         return mask_other_datasets(logits, batch)
 
     def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:
