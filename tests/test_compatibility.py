@@ -42,6 +42,28 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "client-ranks = '8,4' does not combine with control-variates",
     ),
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    (
+        {"rule": "ffa-lora", "start": "own"},
+        {"rule": "fedavg"},
+        "under an A that all clients share; use start = 'common'",
+    ),
+    (
+        {"start": "own", "server-optimizer": "fedavgm"},
+        {"server-optimizer": "none"},
+        "average of random factors is no gradient step",
+    ),
+    ({"rule": "flora", "stale-clients": 0.5}, {"rule": "flexlora"}, "an old adapter belongs to an old W0"),
+    (
+        {"rule": "rolora", "stale-clients": 0.5},
+        {"rule": "ffa-lora"},
+        "rule = 'rolora' .* and stale clients have an old one",
+    ),
+    (
+        {"stale-clients": 0.5, "control-variates": True},
+        {"control-variates": False},
+        "control-variates = true does not combine with stale-clients = 0.5: .* use control-variates = false or stale-",
+    ),
+    (PRIVATE | {"start": "own"}, {"start": "common"}, "dp-clip = 1 does not combine with start = 'own'"),
     ({"rule": "flexlora", "optimizer-state": "client"}, {"optimizer-state": "fresh"}, "do not fit them"),
     (LORA | {"rule": "fedsa-lora", "optimizer-state": "shared"}, {"optimizer-state": "client"}, "so must its moments"),
     ({"optimizer": "sgd", "optimizer-state": "client"}, {"momentum": 0.9}, "has no effect with optimizer = 'sgd'"),
@@ -97,6 +119,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
     config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
     rows = [
         *compatibility._rule_conflicts(config, rule),
+        *compatibility._start_conflicts(config, rule),
         *compatibility._optimizer_conflicts(config),
         *compatibility._privacy_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),

@@ -30,7 +30,8 @@ class Round:
     """The inputs of a rule in one round.
 
     Attributes:
-        before: the global adapter from which the clients started.
+        before: the global adapter from which the clients started. With own starts or stale clients
+            (`aggregation.starts`) a client's whole adapter is in its update, in place of the tensors that it trained.
         updates: the clients' updates, sorted by client. All have the rank and scaling of `before`; adapters of smaller
             rank are padded with zeros.
         group_of: adapter tensor -> index of its gate group; the head's tensors are not in it.

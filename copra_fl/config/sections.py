@@ -275,6 +275,15 @@ class FederationConfig:
     num_rounds: int = option(3, "number of rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled per round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled per round; 0: use fraction-clients", low=0)
+    start: str = option(
+        "common",
+        "adapters before the first round; common: the same for all clients, own: each client draws its own A",
+        choices=("common", "own"),
+    )
+    stale_clients: float = option(
+        0.0, "share of the clients, drawn once, that always train from an old global adapter", low=0, high=1
+    )
+    staleness: int = option(1, "stale-clients: age of that adapter, in rounds before the newest", low=1)
     updates: str = option(
         "individual",
         "updates that nodes send; individual: one per client, pooled: the average over a node's clients if the rule is "
