@@ -40,7 +40,7 @@ class StateSync:
         if since == number:
             sent_parts, residual = set(), {}
         elif since >= 0 and since == number - 1:
-            sent_parts, residual = all_parts & self._run.rule.sends(number), self.residual
+            sent_parts, residual = all_parts & self._run.rule.changes(number), self.residual
         else:
             since = -1
         is_training = number < plan.server_round

@@ -10,15 +10,18 @@ from copra_fl.aggregation.rules import (
     fedex_lora,
     fedrot_lora,
     fedsa_lora,
+    fedsvd,
     ffa_lora,
     flexlora,
     flora,
     hetlora,
     lora_fair,
     median,
+    median_product,
     norm_clipped,
     rolora,
     trimmed_mean,
+    trimmed_mean_product,
     zero_pad,
 )
 from copra_fl.config import ConfigError
@@ -27,6 +30,7 @@ from copra_fl.wording import unknown_name
 RULES: tuple[Rule, ...] = (
     fedavg.RULE,
     ffa_lora.RULE,
+    fedsvd.RULE,
     rolora.RULE,
     fedsa_lora.RULE,
     zero_pad.RULE,
@@ -40,6 +44,8 @@ RULES: tuple[Rule, ...] = (
     connectivity.RULE,
     trimmed_mean.RULE,
     median.RULE,
+    trimmed_mean_product.RULE,
+    median_product.RULE,
     norm_clipped.RULE,
 )
 
