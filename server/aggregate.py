@@ -18,7 +18,6 @@ from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
-from server import sampling
 from server.run_context import RunContext
 
 
@@ -98,7 +97,7 @@ def average_privately(run: RunContext, round_: Round, server_round: int, num_eli
     travels = run.rule.sends(server_round)
     if config.copra.local_training == "head":
         travels &= {"head"}
-    number = sampling.num_wanted(config.federation, num_eligible)
+    number = config.federation.round_size(num_eligible)
     noise_seed = derive(run.secret, "dp-noise", server_round)
     privacy = config.privacy
     outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number, noise_seed)

@@ -162,10 +162,10 @@ def test_flexlora_has_the_smallest_error_of_its_rank() -> None:
 
 
 @pytest.mark.parametrize("rule", UNEQUAL)
-@pytest.mark.parametrize("scaling", ["standard", "rslora", "constant"])
+@pytest.mark.parametrize("scaling", ["standard", "rslora", "sfed", "constant"])
 def test_unequal_ranks_are_averaged_at_the_scaling_of_the_server(rule: str, scaling: str) -> None:
     """Clients of rank 1 and 2 train W0 + s_i B_i A_i; the server's factors are for s = s_2."""
-    config = Config().changed(rank=2, lora_alpha=3.0, lora_scaling=scaling)
+    config = Config().changed(rank=2, lora_alpha=3.0, lora_scaling=scaling, scaling_clients=4)
     adapters = {i: random_adapter(i, rank=rank) for i, rank in enumerate((1, 2))}
     up = {i: pad(rescale(adapter, relative_scaling(config, i + 1)), 2) for i, adapter in adapters.items()}
     s = config.model.scaling(2)

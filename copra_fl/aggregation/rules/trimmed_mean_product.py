@@ -10,11 +10,18 @@ Traffic, up and down: r_i (d + k) per module.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from copra_fl.aggregation.rule import Outcome, Round, Rule
 from copra_fl.aggregation.rules.median_product import factors_of_products
-from copra_fl.aggregation.rules.trimmed_mean import Parameters, trimmed, trimmed_mean
+from copra_fl.aggregation.rules.trimmed_mean import trimmed, trimmed_mean
+from copra_fl.config import option
+
+
+@dataclass(frozen=True)
+class Parameters:
+    trim_fraction: float = option(0.2, "share beta of the products' values to drop at each end", low=0, high=0.49)
 
 
 def trimmed_mean_product(round_: Round) -> Outcome:
