@@ -141,7 +141,10 @@ def _train_clients(
     data: FederatedData,
     starts: Mapping[int, Start],
 ) -> tuple[list[Update], dict[int, str]]:
-    """Return the valid updates of the plan's clients, and the error messages of the other clients."""
+    """Return the valid updates of the plan's clients, sorted by client, and the error messages of the other clients.
+
+    The server reads buffers in this order, whatever the order in which an engine trains.
+    """
     updates: list[Update] = []
     failures: dict[int, str] = {}
 
@@ -159,7 +162,7 @@ def _train_clients(
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
-    return updates, failures
+    return sorted(updates, key=lambda update: update.client), failures
 
 
 def _updated(before: OptimizerState, after: OptimizerState) -> OptimizerState:

@@ -33,7 +33,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     (
         {"rule": "median", "client-ranks": "8,4"},
         {"rule": "flexlora"},
-        "rules for unequal ranks are zero-pad, hetlora, flora, florist, flexlora$",
+        "rules for unequal ranks are zero-pad, hetlora, flora, florist, flexlora, trimmed-mean-product, median-pr",
     ),
     ({"rule": "flexlora", "server-optimizer": "fedadam"}, {"server-optimizer": "none"}, "no step to take"),
     ({"rule": "flora", "control-variates": True}, {"control-variates": False}, "keep their meaning over rounds"),

@@ -93,6 +93,17 @@ def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_pat
         assert torch.allclose(tensor, peft[name], atol=1e-4, rtol=1e-3), name
 
 
+def test_clients_with_unequal_steps_keep_their_own_adapters(tiny: Settings, tmp_path: Path) -> None:
+    """The stacked engine trains clients in order of their steps, plain PEFT in order of their numbers."""
+    flat = tiny | {"local-training": "lora", "num-rounds": 1, "optimizer": "sgd", "learning-rate": 0.1}
+    flat |= {"local-epochs": 1, "alpha": 0.3, "path-pairs": 0, "merge-gap-clients": 0}
+    stacked, peft = (
+        final_adapter(run_federation(flat | {"engine": engine}, tmp_path / engine, num_nodes=1))
+        for engine in ("stacked", "peft")
+    )
+    assert norm(difference(stacked, peft)) < 1e-4 * norm(peft)
+
+
 @pytest.mark.parametrize(
     ("rule", "frozen"),
     [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"]), ("ravan", ["AB", "AB"])],

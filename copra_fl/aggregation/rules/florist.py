@@ -39,4 +39,4 @@ def florist(round_: Round) -> Outcome:
     return Outcome(adapter, residual, notes={"ranks": ranks})
 
 
-RULE = Rule("florist", florist, Parameters, changes_base=True, unequal_ranks=True, averages=False)
+RULE = Rule("florist", florist, Parameters, changes_base=True, unequal_ranks=True, averages=False, keeps_factors=False)
