@@ -114,14 +114,18 @@ class MissingClient(Record):
 
 
 class AggregationError(Record):
-    """Relative Frobenius error of the new global adapter against the average of products (`products`).
+    """Frobenius error of the new global adapter against the average of products (`products.aggregation_error`).
 
     Attributes:
+        total: relative to the average of products.
         layers: the same by adapted module.
+        of_change: relative to the change of the average of products in the round; None in journals from before it was
+            measured.
     """
 
     total: float
     layers: dict[str, float]
+    of_change: float | None = None
 
 
 class LinePath(Record):
