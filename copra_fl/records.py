@@ -95,6 +95,7 @@ class ClientRecord(Record):
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
+        flops: estimated floating point operations (`models.flops`); None in journals from before it was counted.
     """
 
     client: int
@@ -104,6 +105,7 @@ class ClientRecord(Record):
     steps: float
     seconds: float
     distance: float
+    flops: float | None = None
 
 
 class MissingClient(Record):

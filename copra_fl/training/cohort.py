@@ -17,6 +17,7 @@ from torch import Tensor
 from copra_fl.adapters.state import Adapter, Update
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data.federated import FederatedData
+from copra_fl.models.flops import local_flops
 from copra_fl.seeding import derive
 from copra_fl.training.batches import LocalSteps, plan_steps
 from copra_fl.training.local_terms import StackedLocalTerms
@@ -83,7 +84,12 @@ def train_cohort(
     gradient_sums = terms.gradient_sums()
     updates = []
     for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
+        metrics = {
+            "loss": float(loss[: len(steps)].mean()),
+            "seconds": seconds,
+            "distance": distances[row],
+            "flops": local_flops(model.size, steps.batches, steps.masks, data.examples),
+        }
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
         updates.append(make_update(plan, steps, adapter, gradient_sums[row], model.group_of, num_examples, metrics))
     return updates

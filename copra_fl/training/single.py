@@ -15,6 +15,7 @@ from torch import Tensor
 from copra_fl.adapters.state import Update, difference, norm, part_of
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.flops import local_flops
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
@@ -56,6 +57,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "loss": float(torch.stack(losses).mean()),
         "seconds": time.perf_counter() - started,
         "distance": norm(difference(adapter, start.adapter)),
+        "flops": local_flops(model.size, steps.batches, steps.masks, data.examples),
     }
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
     return make_update(plan, steps, adapter, gradient_sums, model.group_of, len(data.train[client]), metrics)
