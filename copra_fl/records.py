@@ -164,6 +164,7 @@ class RoundRecord(Record):
         notes: of the rule, plain data.
         validation: of the new global adapter; None in rounds without evaluation.
         merge_gap, paths, privacy: None or empty where not measured.
+        ended_early: the reason why the run ended with this round, though it is not the last of num-rounds.
     """
 
     round: int
@@ -180,6 +181,7 @@ class RoundRecord(Record):
     merge_gap: MergeGap | None = None
     paths: tuple[LinePath, ...] = ()
     privacy: PrivacySpent | None = None
+    ended_early: str | None = None
 
 
 class ClientEvaluation(Record):
@@ -201,6 +203,7 @@ class RunSummary(Record):
         held_out: on the clients that are held out whole; None without such clients.
         aggregation_error: mean over the rounds in which it is known.
         clients: the final model on each client's own validation data.
+        ended_early: the reason why the run ended in round `rounds`; None after all of num-rounds.
         skipped_clients: clients without training examples.
         unassigned_examples: examples that the partitioner gave to no client.
         dropped_duplicates: held-out examples dropped because a client holds an equal one.
@@ -227,6 +230,7 @@ class RunSummary(Record):
     unassigned_examples: int
     dropped_duplicates: int
     dropped_empty: int
+    ended_early: str | None = None
 
 
 class Origin(Record):

@@ -43,12 +43,13 @@ def round_record(
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
         privacy=privacy,
+        ended_early=evaluation.ended_early,
     )
 
 
 def log_fields(record: RoundRecord) -> dict[str, Any]:
     """Return the numbers of a round for a log line in JSON."""
-    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation"}
+    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation", "ended_early"}
     return {**record.model_dump(mode="json", include=names), "clients": len(record.clients)}
 
 
@@ -68,6 +69,7 @@ def summarize(
         personal=find_rule(config.aggregation.rule).personal,
         seed=config.federation.seed,
         rounds=len(records),
+        ended_early=last.ended_early,
         test=test,
         held_out=held_out,
         validation=last.validation,
