@@ -16,6 +16,7 @@ from copra_fl.records import (
     RoundRecord,
     RunSummary,
 )
+from copra_fl.reporting import work
 from server.evaluator import Evaluator
 from server.rounds import RoundEvaluation, RoundTraining
 
@@ -70,6 +71,9 @@ def summarize(
         seed=config.federation.seed,
         rounds=len(records),
         ended_early=last.ended_early,
+        passes=work.passes(config, records),
+        flops=work.flops(records),
+        aggregation_error_of_change=work.error_of_change(records),
         test=test,
         held_out=held_out,
         validation=last.validation,

@@ -85,7 +85,7 @@ def _num_weights(linear: nn.Module) -> int:
     """Return the number of weights of a linear layer; a quantized one stores fewer numbers."""
     if isinstance(linear, nn.Linear):
         return linear.in_features * linear.out_features
-    return int(linear.weight.numel())  # type: ignore[operator,union-attr]
+    return int(linear.weight.numel())  # type: ignore[operator]
 
 
 def step_flops(
