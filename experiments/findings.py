@@ -92,7 +92,9 @@ def predictors(results: StudyResults) -> DataTable:
     rows = []
     for metric, name in METRICS.items():
         gains = figures.gains_against(results, metric)
-        correlation = figures.pearson(gains) if gains else None
+        if not gains:
+            continue
+        correlation = figures.pearson(gains)
         shown = "no spread" if correlation is None else with_minus(correlation, "+.2f")
         rows.append([name, shown, str(sum(map(len, gains.values())))])
     return DataTable(

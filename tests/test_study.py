@@ -98,9 +98,7 @@ def test_a_regime_has_settings_of_single_methods(tiny: Settings) -> None:
 
 def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
     (cell,) = cells(make_study(tiny | {"target-accuracy": 0.5}))
-    with pytest.raises(
-        ConfigError, match="= 0.5 ends the runs that choose .*; set target-accuracy = 0"
-    ):
+    with pytest.raises(ConfigError, match="= 0.5 ends the runs that choose .*; set target-accuracy = 0"):
         list(sample_configs(cell))
 
 

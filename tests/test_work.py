@@ -98,7 +98,7 @@ def test_the_tables_of_a_report(tmp_path: Path) -> None:
     assert summary.methods["lora"].get("passes_highest").values[0] == pytest.approx(7200 / 176)
     (target,) = target_table(summary)
     assert [row[:3] for row in target.rows] == [["lora", "2 of 2", "3"], ["copra", "2 of 2", "2"]]
-    assert "the accuracy that lora ends with, paired by seed" in target.caption
+    assert "the validation accuracy that lora ends with, paired by seed" in target.caption
     assert [figure.title for figure in accuracy_for_cost(summary)] == [
         "Accuracy against MB up", "Accuracy against MB up and down", "Accuracy against operations",
     ]  # fmt: skip
@@ -147,5 +147,7 @@ def test_limits_of_merge_gap_and_barrier_are_named() -> None:
         == " The merge gap is that of 2 of the 2 clients of a round."
     )
     assert merge_gap_note(settings | {"merge-gap-clients": 0}) == merge_gap_note({}) == ""
-    assert " of 5 points on 2 lines of a run, " in barrier_note({"path-pairs": 2, "path-points": 5})
+    assert " of 5 points of a line, ends included, so it is never below 0" in barrier_note(
+        {"path-pairs": 2, "path-points": 5}
+    )
     assert barrier_note({"path-pairs": 0, "path-points": 5}) == ""

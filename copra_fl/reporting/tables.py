@@ -136,8 +136,9 @@ COST = (
 )
 PASSES = Column("passes over own data", "passes", spec=".2f", interval=False)
 FLOPS = Column("TFLOPs of training", "flops", scale=1e-12, spec=".4g", interval=False)
+ROUNDS = Column("rounds", "rounds", spec=".4g", interval=False)
 WORK = (
-    Column("rounds", "rounds", spec=".4g", interval=False),
+    ROUNDS,
     Column("steps per client", "steps", spec=".4g", interval=False),
     PASSES,
     Column("lowest client", "passes_lowest", spec=".2f", interval=False),
@@ -244,20 +245,23 @@ def target_table(summary: ComparisonSummary) -> list[DataTable]:
     rows = []
     for method, cost in summary.to_target.items():
         reached = sum(number is not None for number in cost.rounds)
-        values = [
-            [scale * value for value in by_seed if value is not None]
-            for scale, by_seed in ((1, cost.rounds), (1e-6, cost.bytes_up), (1e-6, cost.bytes), (1e-12, cost.flops))
-        ]
-        means = [f"{fmean(known):.4g}" if known and len(known) == len(cost.seeds) else NO_VALUE for known in values]
+        values = [(ROUNDS, cost.rounds), (COST[0], cost.bytes_up), (COST[0], cost.bytes), (FLOPS, cost.flops)]
+        means = [column.format(_mean_of_all(by_seed)) for column, by_seed in values]
         rows.append([method, f"{reached} of {len(cost.seeds)}", *means])
     goals = {goal for cost in summary.to_target.values() for goal in cost.targets}
-    goal = f"{100 * goals.pop():.1f} %" if len(goals) == 1 else f"the accuracy that {summary.baseline} ends with"
-    caption = (
-        f"Up to the first evaluation with a validation accuracy of {goal}"
-        f"{'' if '%' in goal else ', paired by seed'}. Means over seeds, if all reached it."
-    )
+    if len(goals) == 1:
+        goal = f"a validation accuracy of {100 * goals.pop():.1f} %"
+    else:
+        goal = f"the validation accuracy that {summary.baseline} ends with, paired by seed"
+    caption = f"Up to the first evaluation that reaches {goal}. Means over seeds, if all reached it."
     header = ["method", "seeds that reached it", "rounds", "MB up", "MB up and down", "TFLOPs of training"]
     return [DataTable(header, rows, caption, title="Cost of a validation accuracy")]
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """Return the mean of `values`; None if one of them is None, or without values."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def early_ends(summary: ComparisonSummary) -> list[str]:
@@ -282,8 +286,8 @@ def barrier_note(settings: Mapping[str, ConfigValue]) -> str:
     if not (lines and points):
         return ""
     return (
-        f" A barrier is the highest of {points} points on {lines} line{'s' if int(lines) > 1 else ''} of a run, ends "
-        "included, so it is never below 0; heads move along the line with the adapters."
+        f" A barrier is the highest of {points} points of a line, ends included, so it is never below 0; heads move "
+        f"along the line with the adapters. It is the mean over {lines} line{'s' if int(lines) > 1 else ''} of a run."
     )
 
 

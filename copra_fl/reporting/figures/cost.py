@@ -118,6 +118,7 @@ def accuracy_for_bytes(comparison: Comparison) -> list[Figure]:
                 mode="markers+text",
                 text=[method if method in optimal else ""],
                 textposition="top center",
+                cliponaxis=False,
                 marker={"symbol": style.symbol, "size": 11, "color": style.color},
                 hovertemplate="%{y:.1f} % for %{x:.2f} MB",
             )
