@@ -23,11 +23,12 @@ from clients.warm_cache import open_engine
 from copra_fl import wire
 from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
 from copra_fl.adapters.residual import add
-from copra_fl.adapters.state import Adapter, Update, parts
+from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
 from copra_fl.aggregation import ALL, find_rule
 from copra_fl.aggregation.checking import BadUpdate, check_update
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.ranks import as_sent, client_starts, pad
+from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import FederatedData
 from copra_fl.events import emit
@@ -35,7 +36,7 @@ from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -87,7 +88,10 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
 
     global_starts = client_starts(config, server_state.adapter, plan.clients)
     adapters = _local_starts(config, global_starts, previous)
-    starts = {client: Start(adapter, corrections.get(client, {})) for client, adapter in adapters.items()}
+    starts = {
+        client: Start(adapter, corrections.get(client, {}), server_state.optimizer or previous[client].optimizer)
+        for client, adapter in adapters.items()
+    }
     updates, failures = _train_clients(node, plan, engine, data, starts)
 
     sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
@@ -97,13 +101,19 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
         changes = {update.client: _minus(update.gradient, previous[update.client].control) for update in updates}
         changed = [replace(update, adapter=changes[update.client]) for update in updates]
         buffers["controls"] = encode(changed, sent_starts, group_of, "float32")
+    if server_state.optimizer and updates:
+        for kind in moment_kinds(config.training):
+            moments = [replace(update, adapter=update.optimizer.get(kind, {})) for update in updates]
+            buffers[kind] = encode(moments, sent_starts, group_of, "float32")
     if leaves_state(config):
+        keeps_moments = config.training.optimizer_state == "client"
         for update in updates:
             before = previous[update.client]
             after = ClientState(
                 personal=before.personal | parts(update.adapter, ALL - rule.shares),
                 control=before.control | update.gradient,
                 quantization_error=errors.get(update.client, {}),
+                optimizer=_updated(before.optimizer, update.optimizer) if keeps_moments else {},
             )
             store.write(update.client, plan.server_round, after)
     return wire.echo(content, wire.pack_updates(updates, buffers, failures))
@@ -147,6 +157,11 @@ def _train_clients(
             except BadUpdate as error:
                 failures[update.client] = str(error)
     return updates, failures
+
+
+def _updated(before: OptimizerState, after: OptimizerState) -> OptimizerState:
+    """Return the state `before` a training with the tensors that have one `after` it."""
+    return {kind: before.get(kind, {}) | tensors for kind, tensors in after.items()} or before
 
 
 def _minus(a: Adapter, b: Adapter) -> Adapter:
@@ -229,7 +244,9 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
     than the cached one.
     """
     delta = wire.unpack_delta(content)
-    payload, cached = wire.unpack_payload(content, delta, template), wire.read_cached_state(node_state, delta.run)
+    moments = no_moments(plan.config.training, parts(template, plan.trained_parts))
+    payload = wire.unpack_payload(content, delta, template, moments)
+    cached = wire.read_cached_state(node_state, delta.run)
     adapter, residual = pad(payload.adapter, plan.config.model.rank), payload.residual
     if delta.since >= 0:
         if cached is None or cached.number != delta.since:
@@ -238,9 +255,9 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
                 "adds to; the next message will carry the whole state"
             )
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
-    if find_rule(plan.config.aggregation.rule).nodes_cache_state:
+    if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    return wire.Payload(adapter, residual, payload.control)
+    return replace(payload, adapter=adapter, residual=residual)
 
 
 def _report_progress(num_clients: float) -> None:

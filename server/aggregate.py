@@ -16,6 +16,7 @@ from copra_fl.aggregation.compatibility import parameters_of
 from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.shared_moments import average_moments
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
 from server import sampling
@@ -61,7 +62,7 @@ def aggregate(
     error = None
     if not (pools(run.config) or run.rule.personal or is_private):
         error = AggregationError(**aggregation_error(round_, outcome))
-    next_state = state_after(run, state, outcome, controls, num_eligible)
+    next_state = state_after(run, state, outcome, updates, controls, num_eligible)
     return Aggregate(next_state, outcome.residual, outcome.notes, error)
 
 
@@ -105,9 +106,14 @@ def average_privately(run: RunContext, round_: Round, server_round: int, num_eli
 
 
 def state_after(
-    run: RunContext, state: ServerState, outcome: Outcome, controls: Sequence[Adapter], num_eligible: int
+    run: RunContext,
+    state: ServerState,
+    outcome: Outcome,
+    updates: Sequence[Update],
+    controls: Sequence[Adapter],
+    num_eligible: int,
 ) -> ServerState:
-    """Return the server's next state: the server optimizer's step, the residual and the control variate."""
+    """Return the server's next state: the server optimizer's step, residual, control variate, shared moments."""
     settings = run.config.aggregation
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
@@ -119,4 +125,5 @@ def state_after(
         control=scaffold.next_control(state.control, controls, num_eligible),
         first_moment=first,
         second_moment=second,
+        optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
     )

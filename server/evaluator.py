@@ -15,6 +15,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.heads import lend
+from copra_fl.aggregation.shared_moments import no_moments
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.fed_sb_init import initial_adapter
@@ -57,7 +58,12 @@ class Evaluator:
         """Return the state before the first round."""
         adapter = initial_adapter(self.model, self.data, self.config)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
-        return ServerState(adapter, control=zeros if self.config.aggregation.control_variates else {})
+        training = self.config.training
+        return ServerState(
+            adapter,
+            control=zeros if self.config.aggregation.control_variates else {},
+            optimizer=no_moments(training, adapter) if training.optimizer_state == "shared" else {},
+        )
 
     def round_metrics(
         self, state: ServerState, before: ServerState, updates: Sequence[Update]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO
 from math import isfinite
 from typing import TypeVar
@@ -82,10 +82,10 @@ def read_replies(
 
 
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
-    """Return an upper limit for the size of a reply: tensors in float32, twice with control variates, and reports."""
+    """Return an upper limit for the size of a reply: tensors in float32, controls and moments, and reports."""
     starts = [request.starts.get(client, {}) for client in cohort]
     num_values = sum(tensor.numel() for start in starts for tensor in start.values())
-    return 4 * num_values * (2 if request.has_control else 1) + REPORT_BYTES * len(cohort)
+    return 4 * num_values * (1 + request.has_control + len(request.moments)) + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -118,8 +118,20 @@ def decode_updates(
         pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
     if inspected and request.has_control:
         controls = decode_buffer("controls", inspected, "float32", 0.0)
+    if inspected and request.moments:
+        moments = {kind: decode_buffer(kind, inspected, "float32", 0.0) for kind in request.moments}
+        individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
     individual = [as_global(run.config, update) for update in individual]
     return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+
+
+def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: int) -> Update:
+    """Return `update` with the moments in `row` of each kind. Raises BadUpdate for a negative second moment."""
+    state = {kind: decoded[row].adapter for kind, decoded in moments.items()}
+    for name, tensor in state.get("exp_avg_sq", {}).items():
+        if (tensor < 0).any():
+            raise BadUpdate(f"client {update.client}: the second moment of {name} has negative values")
+    return replace(update, optimizer=state)
 
 
 def decode_evaluations(

@@ -18,6 +18,8 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import client_starts
+from copra_fl.aggregation.shared_moments import moment_kinds
+from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
 from server import sampling
@@ -76,8 +78,8 @@ class CohortStrategy:
 
     @property
     def eligible(self) -> list[int]:
-        """Clients that have training examples."""
-        return sampling.eligible(self.num_examples)
+        """Clients that have training examples, and that ``min-depth`` admits."""
+        return deep_enough(self.run.config, sampling.eligible(self.num_examples))
 
     @property
     def sampling_rate(self) -> float:
@@ -97,6 +99,7 @@ class CohortStrategy:
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
+            moments=moment_kinds(config.training) if self.state.optimizer else (),
         )
         return request, self.messages(request, server_round - 1, MessageType.TRAIN)
 
@@ -120,8 +123,8 @@ class CohortStrategy:
             [control for reply in node_replies for control in reply.controls],
             len(self.eligible),
         )
+        self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        self._sync.residual = aggregated.residual
         loss = pool_scalars(updates).metrics["loss"] if updates else None
         return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes)
 

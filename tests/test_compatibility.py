@@ -23,6 +23,9 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 #: for each row of the table: settings that do not combine, settings that remedy it, the reason
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    ({"rule": "fed-sb", "layers-per-round": 3} | LORA, {"layers-per-round": 0}, "fixed by a first gradient"),
+    ({"client-depths": "1,2", "local-training": "head"}, {"client-depths": ""}, "client-depths = '1,2' does not .* no"),
+    ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
     ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
     (
@@ -45,6 +48,17 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "client-ranks = '8,4' does not combine with control-variates",
     ),
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    ({"rule": "flexlora", "optimizer-state": "client"}, {"optimizer-state": "fresh"}, "do not fit them"),
+    (LORA | {"rule": "fedsa-lora", "optimizer-state": "shared"}, {"optimizer-state": "client"}, "so must its moments"),
+    ({"optimizer": "sgd", "optimizer-state": "client"}, {"momentum": 0.9}, "has no effect with optimizer = 'sgd'"),
+    (
+        {"rule": "zero-pad", "client-ranks": "8,4", "optimizer-state": "shared"},
+        {"optimizer-state": "client"},
+        "moments of unequal ranks cannot be averaged",
+    ),
+    (PRIVATE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments travel without clipping"),
+    (TWO | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "a client has no moments for the rows"),
+    ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
@@ -54,12 +68,15 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "another would take its place; use over-sample = 0",
     ),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
+    (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
+    ({"task": "image-classification", "duplicates": "near"}, {"duplicates": "exact"}, "compares texts"),
     (NO_DATA | {"labels": ""}, {"labels": "a,b"}, "need the list of labels; set labels"),
     (CAUSAL | {"local-training": "head"}, {"local-training": "copra"}, "the task has no head to train"),
     (TWO | LORA | {"rule": "fedsa-lora"}, {"rule": "fedavg"}, "no global model to test on each data set"),
     (TWO | {"control-variates": True}, {"control-variates": False}, "rows of the head that a client does not train"),
     (TWO | PRIVATE, {"dp-clip": 0.0}, "dp-clip = 1: it divides by the number of all clients"),
     (TWO | CAUSAL, {"task": "text-classification"}, "does not have exactly one label per example"),
+    (TWO | {"task": "label-words"}, {"task": "text-classification"}, "no head with rows for the labels"),
     (TWO | {"num-clients": 1}, {"num-clients": 2}, "set num-clients to 2 or more"),
     (TWO | {"partitioner": "own"}, {"partitioner": "iid"}, "where each node has its own file"),
     (TWO | {"labels": "a,b"}, {"labels": ""}, "leave labels empty"),
@@ -86,6 +103,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
     config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
     rows = [
         *compatibility._rule_conflicts(config, rule),
+        *compatibility._optimizer_conflicts(config),
         *compatibility._privacy_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
         *compatibility._several_datasets_conflicts(config, rule, task),

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from copra_fl.models.flops import ModelSize, local_flops, step_flops
+from copra_fl.config import Config
+from copra_fl.models.flops import ModelSize, step_flops
+from copra_fl.training.batches import LocalSteps
+from copra_fl.training.operations import local_flops
 from tests.support.tiny import Settings
 from tests.support.worlds import World
 
@@ -29,21 +32,41 @@ SIZE = ModelSize(
 def test_a_step_by_hand(mask: list[int], forward: int, backward: int) -> None:
     """5 tokens, 2 targets, 2 operations per weight; the head: forward, its weights, and its input if a layer is on."""
     head = 2 * 2 * 7 * (3 if any(mask) else 2)
-    flops = step_flops(SIZE, np.array([mask], dtype=bool), np.array([5]), np.array([2]))
+    flops = step_flops(SIZE, np.array([mask], dtype=bool), np.array([5]), np.array([2]), falls_back=False)
     assert flops.tolist() == [2 * 5 * (forward + backward) + head]
 
 
+def test_a_frozen_adapter_in_place_of_one_that_is_off_by_hand() -> None:
+    """The second of three groups is on. Forward: 10 and 30 weights more; backward: the input of the third, 30."""
+    mask, tokens, targets = np.array([[False, True, False]]), np.array([5]), np.array([2])
+    with_base, with_global = (step_flops(SIZE, mask, tokens, targets, falls_back) for falls_back in (False, True))
+    assert (with_global - with_base).tolist() == [2 * 5 * (10 + 30 + 30)]
+    none = np.zeros((1, 3), dtype=bool)
+    with_base, with_global = (step_flops(SIZE, none, tokens, targets, falls_back) for falls_back in (False, True))
+    assert (with_global - with_base).tolist() == [2 * 5 * (10 + 20 + 30)], "no adapter is on: forward only"
+
+
+def drawn(batches: list[list[np.ndarray]], masks: np.ndarray) -> LocalSteps:
+    ones = np.ones(len(batches))
+    return LocalSteps(0, batches, masks, scales=ones, rank_scale=1.0, positions=ones, t=0 * ones)
+
+
+class Texts:
+    """Four texts; a mixture of lengths and numbers of targets."""
+
+    lengths, num_targets = np.array([7, 2, 3, 4]), np.array([1, 2, 3, 4])
+
+
 def test_tokens_are_rows_times_the_longest_text_of_a_micro_batch() -> None:
-    """Steps of 2 x 7 + 1 x 3 and of 2 x 4 tokens, all adapters off, no trained head: 2 x 600 and 2 x 7 per target."""
+    """Steps of 2 x 7 + 1 x 3 and of 2 x 4 tokens, all adapters off, no trained head: 2 x 600 and 2 x 7 per target.
 
-    class Texts:
-        lengths, num_targets = np.array([7, 2, 3, 4]), np.array([1, 2, 3, 4])
-
+    FedGuCci computes everything twice.
+    """
     frozen = ModelSize((600,), (10,), (0,), output=7, trains_output=False)
-    batches = [[np.array([0, 1]), np.array([2])], [np.array([3, 1])]]
-    flops = local_flops(frozen, batches, np.zeros((2, 1), dtype=bool), Texts())
-    assert flops == 2 * 600 * (17 + 8) + 2 * 7 * (6 + 6)
-    assert local_flops(frozen, batches, np.zeros((2, 1), dtype=bool), Texts(), passes=2) == 2 * flops
+    steps = drawn([[np.array([0, 1]), np.array([2])], [np.array([3, 1])]], np.zeros((2, 1), dtype=bool))
+    once = 2 * 600 * (17 + 8) + 2 * 7 * (6 + 6)
+    assert local_flops(Config(), frozen, steps, Texts()) == once
+    assert local_flops(Config().changed(gucci_beta=0.1), frozen, steps, Texts()) == 2 * once
 
 
 def test_the_estimate_differs_from_torchs_count_by_the_named_parts_only(tiny: Settings) -> None:
@@ -66,7 +89,7 @@ def test_the_estimate_differs_from_torchs_count_by_the_named_parts_only(tiny: Se
         above = len(mask) - 1 - mask.index(True)
         not_estimated = (4 * len(mask) + 8 * above + 6) * tokens * longest * width + 2 * rows * width * width
         too_high = 2 * tokens * (3 * width * width + 2 * rank * width)
-        estimated = local_flops(model.size, [[indices]], np.array([mask]), examples)
+        estimated = local_flops(world.config, model.size, drawn([[indices]], np.array([mask])), examples)
         assert counter.get_total_flops() == estimated + not_estimated - too_high, mask
 
 
@@ -75,11 +98,12 @@ def test_an_adapter_behind_the_blocks_needs_no_backward_pass_of_a_block(tiny: Se
     size = World(tiny | {"target-modules": "all-linear", "pooling": "pooler"}).plain.size
     assert size.first_block == (0, 1, 2, 3)
     mask = np.array([[False, False, False, True]])
-    flops = step_flops(size, mask, np.array([1]), np.array([0]))
+    flops = step_flops(size, mask, np.array([1]), np.array([0]), falls_back=False)
     assert flops.tolist() == [2 * (sum(size.blocks) + 3 * size.groups[3])]
 
 
 def test_a_frozen_output_layer_costs_no_gradient_of_its_weights() -> None:
     frozen = ModelSize(SIZE.blocks, SIZE.groups, SIZE.first_block, SIZE.output, trains_output=False)
     mask, tokens, targets = np.ones((1, 3), dtype=bool), np.array([5]), np.array([2])
-    assert step_flops(SIZE, mask, tokens, targets) - step_flops(frozen, mask, tokens, targets) == 2 * 2 * 7
+    trained_too, alone = (step_flops(size, mask, tokens, targets, falls_back=False) for size in (SIZE, frozen))
+    assert trained_too - alone == 2 * 2 * 7

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from copra_fl.adapters import residual
 from copra_fl.adapters.state import Adapter
-from copra_fl.config import Config
+from copra_fl.config import Config, DataConfig
 from copra_fl.models.build import build_model
 from copra_fl.models.export import load, save
 from copra_fl.tasks.classification import pool
@@ -116,7 +116,7 @@ def test_a_saved_model_gives_the_same_logits_in_peft_alone(
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))
     change = {} if dense is None else random_residual(model, dense)
     model.write_residual(change)
-    save(model, tmp_path, ["a", "b", "c"], change)
+    save(model, tmp_path, ["a", "b", "c"], DataConfig(), change)
     base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager")
     stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     head = load_file(tmp_path / "head.safetensors")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 from copra_fl.files import atomic_write
 
 Adapter = dict[str, Tensor]
+
+#: state of a local optimizer: torch's name (``exp_avg``, ``exp_avg_sq``, ``step``, ``momentum_buffer``) -> tensor
+#: name -> value
+OptimizerState = dict[str, Adapter]
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Update:
         num_examples: number of the client's training examples.
         active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
         metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds``, ``distance`` (norm of the change) and
-            ``flops`` (`models.flops`).
+            ``flops`` (`training.operations`); with client-depths also ``memory`` (largest number of bytes that autograd
+            kept in a step).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
+        optimizer: state of the local optimizer after the training; empty with ``optimizer-state = "fresh"``.
     """
 
     client: int
@@ -44,6 +51,7 @@ class Update:
     active_steps: tuple[float, ...]
     metrics: dict[str, float]
     gradient: Adapter = field(default_factory=dict)
+    optimizer: OptimizerState = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class Layout:
         starts = [0, *ends[:-1]]
         return {name: slice(start, end) for name, start, end in zip(self.shapes, starts, ends, strict=True)}
 
+    def within(self, span: slice) -> Layout:
+        """Return the layout of the tensors inside `span` of a row."""
+        return Layout({name: shape for name, shape in self.shapes.items() if _is_inside(self.spans[name], span)})
+
     @property
     def size(self) -> int:
         """Number of values in a row."""
@@ -81,6 +93,10 @@ class Layout:
     def unflatten(self, row: Tensor) -> Adapter:
         """Return the adapter in `row` as views of it."""
         return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
+
+
+def _is_inside(inner: slice, outer: slice) -> bool:
+    return bool(outer.start <= inner.start and inner.stop <= outer.stop)
 
 
 def part_of(name: str) -> str:
@@ -126,6 +142,27 @@ def norm(adapter: Adapter) -> float:
     """Return the Euclidean norm over all tensors, summed in float64."""
     squares = [tensor.double().square().sum() for tensor in adapter.values()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def join_names(tree: Mapping[str, Any]) -> Adapter:
+    """Return the tensors in nested dicts in one dict; a name is the path to the tensor, joined by ``/``."""
+    joined: Adapter = {}
+    for name, value in tree.items():
+        inner = join_names(value) if isinstance(value, dict) else {"": value}
+        joined |= {f"{name}/{path}" if path else name: tensor for path, tensor in inner.items()}
+    return joined
+
+
+def split_names(tensors: Adapter) -> dict[str, Any]:
+    """Return the nested dicts of which `join_names` made `tensors`."""
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *path, last = name.split("/")
+        branch = tree
+        for key in path:
+            branch = branch.setdefault(key, {})
+        branch[last] = tensor
+    return tree
 
 
 def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:

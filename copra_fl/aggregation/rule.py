@@ -105,6 +105,8 @@ class Rule:
         unequal_ranks: the clients' adapters may have different ranks.
         averages: the next adapter is an average of the clients' adapters, so a server optimizer can treat its change
             as a gradient step.
+        keeps_factors: the clients' factors keep their meaning from round to round, so that moments of an earlier round
+            fit them: the rule neither draws nor recomputes them.
         needs_data: the server needs validation data.
         no_copra: the reason why the rule does not combine with CopRA; empty if it does.
         no_several_datasets: the reason why it does not combine with several data sets; empty if it does.
@@ -120,6 +122,7 @@ class Rule:
     changes_base: bool = False
     unequal_ranks: bool = False
     averages: bool = True
+    keeps_factors: bool = True
     needs_data: bool = False
     no_copra: str = ""
     no_several_datasets: str = ""

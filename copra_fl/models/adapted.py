@@ -8,7 +8,8 @@ data and its named random streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -82,7 +84,9 @@ class AdaptedModel(nn.Module):
         """Return the (targets, outputs) logits of a batch of the task's examples, in float32 or wider."""
         output = self.base.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
-        logits = self.head(features) if self.head is not None else frozen_head_logits(self.base, features)
+        logits = (
+            self.head(features) if self.head is not None else frozen_head_logits(self.task, self.base, features, batch)
+        )
         return mask_other_datasets(logits, batch)
 
     def losses(self, batch: Inputs) -> Tensor:
@@ -136,6 +140,26 @@ class AdaptedModel(nn.Module):
         """Load `adapter`, which must have every name of `read_adapter`."""
         torch._foreach_copy_(list(self._trainable.values()), [adapter[name] for name in self._trainable])
 
+    @contextmanager
+    def fallback(self, adapter: Adapter, scale: float) -> Iterator[None]:
+        """Add the product of the frozen `adapter` to each module while its own adapter is off, inside the block.
+
+        It is scaled by `scale` in addition to alpha / r, and has no dropout. An empty `adapter` adds nothing.
+        """
+        hooks = []
+        for module in self.gates.group_of if adapter else ():
+            name = f"base_model.model.{module}"
+            a, b = (adapter[f"{name}.lora_{part}.weight"].to(self.device) for part in "AB")
+            core = adapter.get(f"{name}.lora_R.weight")
+            a = a if core is None else core.to(self.device) @ a
+            layer: Any = self.base.get_submodule(module)
+            hooks.append(layer.register_forward_hook(partial(_add_fallback, a, b, scale)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def write_residual(self, residual: Adapter) -> None:
         """Add `residual` (`copra_fl.adapters.residual`) to W0 in every forward pass, in W0's dtype, replacing any
         other.
@@ -157,13 +181,21 @@ class AdaptedModel(nn.Module):
         ]
 
 
+def _add_fallback(a: Tensor, b: Tensor, scale: float, layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    if not layer.disable_adapters:
+        return output
+    scale *= layer.scaling["default"]  # alpha / r, because an adapter that is off is not rescaled
+    product = F.linear(F.linear(inputs[0].to(a.dtype), a), b) * scale
+    return (output + product).to(output.dtype)
+
+
 def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return output + residuals.product(inputs[0], matrices)
 
 
-def frozen_head_logits(base: PreTrainedModel, features: Tensor) -> Tensor:
+def frozen_head_logits(task: Task, base: PreTrainedModel, features: Tensor, batch: Inputs) -> Tensor:
     """Return the logits of the base's own output layer, in float32 or wider."""
-    logits = base.get_output_embeddings()(features)
+    logits = task.frozen_logits(base.get_output_embeddings(), features, batch)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

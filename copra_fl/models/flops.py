@@ -1,11 +1,13 @@
 """Estimate the floating point operations of local training: 2 per weight and token, for the passes that are needed.
 
-With n tokens in a step (rows x the longest text of their micro-batch) and m targets:
+With n tokens in a step (rows x the longest text of their micro-batch) and m targets, in one pass:
 
     forward          2n W   of every block's frozen linear layers, W weights      in every step
                      2n a   of each gate group with a weights that is on
     backward         2n W   gradients of a block's inputs; the base is frozen     from the lowest active block on
                      4n a   gradients of an adapter's weights and inputs          of each gate group that is on
+    off = "global"   2n a   forward, and for its input from the lowest active     of each gate group that is off
+                            block on
     output layer     2m h   forward, h weights; as much for its weights if it is trained, and for its input if any
                             adapter is on
 
@@ -17,7 +19,7 @@ hidden-state cache are not counted. `bench.flops` counts a BERT step exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.copra.gates import Gates, group_name
-from copra_fl.tasks import Examples
 
 
 @dataclass(frozen=True)
@@ -89,41 +90,32 @@ def _num_weights(linear: nn.Module) -> int:
 
 
 def step_flops(
-    size: ModelSize, masks: npt.NDArray[np.bool_], tokens: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+    size: ModelSize,
+    masks: npt.NDArray[np.bool_],
+    tokens: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    falls_back: bool,
 ) -> npt.NDArray[np.float64]:
-    """Return (steps,) the operations of each step.
+    """Return (steps,) the operations of one forward and backward pass of each step.
 
     Args:
         size: of the model.
         masks: (steps, groups) gate groups that are on.
         tokens: (steps,) tokens, with padding.
         targets: (steps,) targets.
+        falls_back: whether groups that are off compute another, frozen adapter.
     """
+    first_block, groups, num_blocks = (
+        np.asarray(size.first_block),
+        np.asarray(size.groups, dtype=float),
+        len(size.blocks),
+    )
     from_block = np.append(np.cumsum(size.blocks[::-1])[::-1], 0)  # weights of this block and all above it
-    first = np.where(masks, np.asarray(size.first_block), len(size.blocks)).min(axis=1, initial=len(size.blocks))
-    adapters, any_on = masks @ np.asarray(size.groups, dtype=float), masks.any(axis=1)
+    first = np.where(masks, first_block, num_blocks).min(axis=1, initial=num_blocks)
+    any_on, adapters = masks.any(axis=1), masks @ groups
     forward = 2 * tokens * (sum(size.blocks) + adapters) + 2 * targets * size.output
     backward = 2 * tokens * (from_block[first] + 2 * adapters) + 2 * targets * size.output * any_on
+    if falls_back:
+        above = ~masks & (first_block >= first[:, None]) & any_on[:, None]
+        forward, backward = forward + 2 * tokens * (~masks @ groups), backward + 2 * tokens * (above @ groups)
     return np.asarray(forward + backward + 2 * targets * size.output * size.trains_output, dtype=float)
-
-
-def local_flops(
-    size: ModelSize,
-    batches: Sequence[Sequence[npt.NDArray[np.int64]]],
-    masks: npt.NDArray[np.bool_],
-    examples: Examples,
-    passes: int = 1,
-) -> float:
-    """Return the operations of one client's steps in a round.
-
-    Args:
-        size: of the model.
-        batches: the micro-batches of each step: arrays of indices into `examples`.
-        masks: (steps, groups) gate groups that are on.
-        examples: the client's and others' examples.
-        passes: forward and backward passes over each micro-batch; above 1 for a local loss with further models.
-    """
-    lengths, num_targets = examples.lengths, examples.num_targets
-    tokens = np.array([sum(len(indices) * int(lengths[indices].max()) for indices in step) for step in batches])
-    targets = np.array([sum(int(num_targets[indices].sum()) for indices in step) for step in batches])
-    return passes * float(step_flops(size, masks, tokens, targets).sum())

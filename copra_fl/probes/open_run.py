@@ -91,6 +91,12 @@ LIMITATIONS = (
         lambda config: config.aggregation.control_variates,
         "the control variate of each client is only on its node",
     ),
+    Limitation(
+        "retraining",
+        "optimizer-state",
+        lambda config: config.training.optimizer_state == "client",
+        "the moments of each client's optimizer are only on its node",
+    ),
 )
 
 
@@ -252,7 +258,10 @@ class OpenRun:
             )
         chosen = [client for client in sampled if client in (only or sampled)]
         before = self.state(server_round - 1)
-        plan, starts = Plan(server_round, tuple(chosen), self.config), dict.fromkeys(chosen, Start(before.adapter))
+        plan, starts = (
+            Plan(server_round, tuple(chosen), self.config),
+            dict.fromkeys(chosen, Start(before.adapter, optimizer=before.optimizer)),
+        )
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:

@@ -89,6 +89,10 @@ class StackedModel:
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
         return tree.eval(), modules, block_of
 
+    def base_tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers of the base."""
+        return [*self._tree.parameters(), *self._tree.buffers()]
+
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
         """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
         array = np.asarray(values)
@@ -124,13 +128,13 @@ class StackedModel:
         clients have different numbers of targets.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, live=len(step.clients)):
+        with self.context.forward(step, rows, range(len(step.clients))):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:
             logits = self._heads(step, features, rows.targets)
         else:
-            logits = frozen_head_logits(self._tree, features)
+            logits = frozen_head_logits(self.task, self._tree, features, batch)
         return mask_other_datasets(logits, batch)
 
     def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:
