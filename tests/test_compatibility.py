@@ -29,6 +29,12 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
     ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
+    (
+        LORA | {"rule": "fedsa-lora", "target-accuracy": 0.5},
+        {"target-accuracy": 0.0},
+        "no validation accuracy to reach",
+    ),
+    (LORA | {"rule": "fedsa-lora", "patience": 3}, {"patience": 0}, "no validation accuracy to improve"),
     (NO_DATA | {"rule": "connectivity"}, {"dataset": "a.csv"}, "validation data on the server"),
     (
         {"rule": "median", "client-ranks": "8,4"},

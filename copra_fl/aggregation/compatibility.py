@@ -134,6 +134,16 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "do not have; use quantization = 'none'",
         ),
         (
+            rule.personal and config.evaluation.target_accuracy > 0,
+            f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
+            "validation accuracy to reach; use target-accuracy = 0",
+        ),
+        (
+            rule.personal and config.evaluation.patience > 0,
+            f"{it} patience = {config.evaluation.patience}: it has no global model, so there is no validation accuracy "
+            "to improve; use patience = 0",
+        ),
+        (
             rule.needs_data and not data.dataset,
             f"{it} dataset = '' (a server without data): it needs validation data on the server; set dataset",
         ),

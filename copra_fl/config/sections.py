@@ -398,6 +398,12 @@ class EvaluationConfig:
     """Measurements during and after training."""
 
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
+    target_accuracy: float = option(
+        0.0, "validation accuracy, as a share, at which a run ends before num-rounds; 0: no target", low=0, high=1
+    )
+    patience: int = option(
+        0, "evaluations in a row without a new best validation accuracy after which a run ends; 0: no limit", low=0
+    )
     eval_batch_size: int = option(64, "examples per evaluation batch", low=1)
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1

@@ -105,7 +105,7 @@ def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
     )
     assert got.adapter.keys() == expected.adapter.keys()
     assert relative_error(got.adapter, expected.adapter) < tolerance
-    assert got.metrics["steps"] == expected.metrics["steps"]
+    assert [got.metrics[name] for name in ("steps", "flops")] == [expected.metrics[name] for name in ("steps", "flops")]
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
 
 
