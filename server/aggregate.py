@@ -113,8 +113,9 @@ def state_after(
     controls: Sequence[Adapter],
     num_eligible: int,
 ) -> ServerState:
-    """Return the server's next state: the server optimizer's step, residual, control variate, shared moments."""
-    settings = run.config.aggregation
+    """Return the server's next state: server optimizer's step, residual, control variate, moments, old adapters."""
+    settings, federation = run.config.aggregation, run.config.federation
+    num_earlier = federation.staleness if federation.stale_clients else 0
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
         before = heads.split(state.adapter, run.head_sizes)
@@ -126,4 +127,5 @@ def state_after(
         first_moment=first,
         second_moment=second,
         optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
+        earlier=(state.adapter, *state.earlier)[:num_earlier],
     )

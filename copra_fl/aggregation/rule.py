@@ -30,7 +30,8 @@ class Round:
     """The inputs of a rule in one round.
 
     Attributes:
-        before: the global adapter from which the clients started.
+        before: the global adapter from which the clients started. With own starts or stale clients
+            (`aggregation.starts`) a client's whole adapter is in its update, in place of the tensors that it trained.
         updates: the clients' updates, sorted by client. All have the rank and scaling of `before`; adapters of smaller
             rank are padded with zeros.
         group_of: adapter tensor -> index of its gate group; the head's tensors are not in it.
@@ -97,9 +98,11 @@ class Rule:
         aggregate: the rule as a function.
         parameters: dataclass of the rule's own parameters, declared with `config.option`.
         trains: server round -> parts (`adapters.state.part_of`) that clients train; all others stay bitwise unchanged.
+            The scales S of a core never travel: a client folds them into R.
         shares: parts that travel. Trained parts that do not travel are personal: they stay with the client, and there
             is no global model.
-        core: B and A are fixed from the first gradient on, and an r x r matrix R between them is trained.
+        core: B and A are fixed, and a matrix R between them is trained (`adapters.core`). ``gradient``: their values
+            come from the first gradient on the server's data, ``orthogonal``: they are random; empty: no core.
         linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
         changes_base: W0 changes, so that there is a residual.
         unequal_ranks: the clients' adapters may have different ranks.
@@ -117,7 +120,7 @@ class Rule:
     parameters: type = NoParameters
     trains: Callable[[int], frozenset[str]] = train_all
     shares: frozenset[str] = ALL
-    core: bool = False
+    core: str = ""
     linear: bool = False
     changes_base: bool = False
     unequal_ranks: bool = False
