@@ -86,16 +86,14 @@ def test_a_layer_that_no_client_trained_is_bitwise_unchanged(rule: str, weightin
 @EVERY
 @WEIGHTING
 def test_a_layer_that_one_of_five_clients_trained(rule: str, weighting: str) -> None:
-    """By activity the product is that client's; by examples a median or trimmed mean is the old value."""
+    """By activity the product is that client's; a median or trimmed mean asks nobody else by examples either."""
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
     updates = [update(i, random_adapter(i, core=core), 10, active=(1, int(i == 2))) for i in range(5)]
     round_ = make_round(before, updates, weighting=weighting)
     outcome = aggregate(rule, round_, **NEUTRAL.get(rule, {}))
     assert all(torch.isfinite(tensor).all() for tensor in outcome.adapter.values())
-    if weighting == "activity":
+    if weighting == "activity" or "median" in rule or "trimmed" in rule:
         assert relative(dense_made(round_, outcome, MODULES[1]), dense(updates[2].adapter, MODULES[1])) < 1e-6
-    elif rule in ("median", "trimmed-mean"):
-        assert all(torch.equal(outcome.adapter[name], old) for name, old in before.items() if MODULES[1] in name)
 
 
 @EVERY
@@ -129,15 +127,15 @@ def test_a_rule_is_pure_and_keeps_names_and_shapes(rule: str) -> None:
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_parts_that_clients_do_not_train_are_bitwise_unchanged(rule: str, server_round: int) -> None:
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
-    trains = find_rule(rule).trains(server_round)
-    frozen = {name: old for name, old in before.items() if (name.partition(".lora_")[2][:1] or "head") not in trains}
+    changes = find_rule(rule).changes(server_round) | find_rule(rule).trains(server_round)
+    frozen = {name: old for name, old in before.items() if (name.partition(".lora_")[2][:1] or "head") not in changes}
     updates = [update(i, random_adapter(i, core=core) | frozen, 10 + i) for i in range(3)]
     outcome = aggregate(rule, make_round(before, updates))
     assert len(frozen) == len(MODULES) * {"ffa-lora": 1, "rolora": 1, "fed-sb": 2, "ravan": 2}.get(rule, 0)
     assert all(torch.equal(outcome.adapter[name], old) for name, old in frozen.items())
 
 
-@pytest.mark.parametrize("rule", ["flora", "fedex-lora", "ffa-lora", "rolora", "fed-sb", "ravan"])
+@pytest.mark.parametrize("rule", ["flora", "fedex-lora", "ffa-lora", "fedsvd", "rolora", "fed-sb", "ravan"])
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_exact_rules_give_the_ideal_product(rule: str, server_round: int) -> None:
     core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
@@ -168,10 +166,10 @@ def test_flexlora_has_the_smallest_error_of_its_rank() -> None:
 
 
 @pytest.mark.parametrize("rule", UNEQUAL)
-@pytest.mark.parametrize("scaling", ["standard", "rslora", "constant"])
+@pytest.mark.parametrize("scaling", ["standard", "rslora", "sfed", "constant"])
 def test_unequal_ranks_are_averaged_at_the_scaling_of_the_server(rule: str, scaling: str) -> None:
     """Clients of rank 1 and 2 train W0 + s_i B_i A_i; the server's factors are for s = s_2."""
-    config = Config().changed(rank=2, lora_alpha=3.0, lora_scaling=scaling)
+    config = Config().changed(rank=2, lora_alpha=3.0, lora_scaling=scaling, scaling_clients=4)
     adapters = {i: random_adapter(i, rank=rank) for i, rank in enumerate((1, 2))}
     up = {i: pad(rescale(adapter, relative_scaling(config, i + 1)), 2) for i, adapter in adapters.items()}
     s = config.model.scaling(2)
@@ -244,7 +242,7 @@ def test_every_rule_has_its_own_file_with_source_and_traffic() -> None:
 def test_the_docs_have_a_row_for_every_rule_and_server_optimizer() -> None:
     text = (Path(__file__).parent.parent / "docs" / "explanations" / "aggregation.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
-    assert rows.keys() == {*NAMES, *SERVER_OPTIMIZERS}
+    assert {*NAMES, *SERVER_OPTIMIZERS} <= rows.keys()
     for rule in RULES:
         *_, kept, unequal, copra, _ = (cell.strip() for cell in rows[rule.name].split("|"))
         assert (kept, unequal, copra) == tuple(

@@ -10,8 +10,11 @@ dW* / s - B A     [[3/16, 0, -3/4], [-3/8, 0, 3/2]]
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm
@@ -22,12 +25,17 @@ from copra_fl.aggregation.rules.fedrot_lora import rotation
 from copra_fl.aggregation.rules.fedrpca import low_rank_part
 from tests.support.rounds import (
     MODULES,
+    D,
+    R,
+    S,
     aggregate,
+    dense,
     dense_ideal,
     dense_made,
     make_round,
     random_adapter,
     random_round,
+    relative,
     update,
 )
 
@@ -330,14 +338,68 @@ def test_median_of_odd_and_even() -> None:
     assert aggregate("median", scalars(0.0, [3.0, -100.0, 7.0, 1000.0])).adapter["head.bias"].item() == 5.0
 
 
-def test_median_and_trimmed_mean_ignore_clients_of_weight_zero() -> None:
-    """By activity the three clients that never trained the layer do not count; by examples they have the old value."""
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_only_clients_that_trained_a_layer_count_in_a_median_and_a_trimmed_mean(weighting: str) -> None:
+    """A majority of three never trained it, and does not hold it still."""
     before = lora([1, 1], [1, 1, 1])
     updates = [update(i, lora([2, 2 + i], [3, 3, 3 + i]), 10, active=(int(i < 2), 1)) for i in range(5)]
     for rule, parameters in (("median", {}), ("trimmed-mean", {"trim_fraction": 0.0})):
-        by_activity = aggregate(rule, make_round(before, updates, weighting="activity"), **parameters).adapter
-        assert values(by_activity[B]) == [2.0, 2.5] and values(by_activity[A]) == [3.0, 3, 3.5]
-    assert torch.equal(aggregate("median", make_round(before, updates)).adapter[B], before[B])
+        adapter = aggregate(rule, make_round(before, updates, weighting=weighting), **parameters).adapter
+        assert values(adapter[B]) == [2.0, 2.5] and values(adapter[A]) == [3.0, 3, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters", "center"),
+    [
+        ("median-product", {}, lambda products: np.median(products, axis=0)),
+        ("trimmed-mean-product", {"trim_fraction": 0.3}, lambda products: scipy.stats.trim_mean(products, 0.3, axis=0)),
+    ],
+)
+def test_a_median_and_a_trimmed_mean_of_products(rule: str, parameters: dict[str, float], center: Callable) -> None:
+    """Oracle: numpy and scipy on dense products, and the first r terms of numpy's SVD."""
+    round_ = random_round(5)
+    outcome = aggregate(rule, round_, **parameters)
+    for module in MODULES:
+        u, s, vt = np.linalg.svd(center(np.stack([dense(update.adapter, module) for update in round_.updates])))
+        assert relative(dense_made(round_, outcome, module), (u[:, :R] * s[:R]) @ vt[:R]) < 1e-6
+    of_factors = aggregate(rule.removesuffix("-product"), round_, **parameters)
+    assert torch.equal(outcome.adapter["head.weight"], of_factors.adapter["head.weight"])
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_equal_products_of_different_factors_count_as_equal(rule: str) -> None:
+    """Three clients have factors (B Q, Q^T A) of one product, two are hostile: the result is the majority's product."""
+    honest = random_adapter(0)
+    updates = [update(i, random_adapter(i, d=D), 10) for i in (3, 4)]
+    for i in range(3):
+        q = torch.linalg.qr(torch.randn(R, R, generator=torch.Generator().manual_seed(i))).Q
+        turned = {
+            name: tensor @ q if ".lora_B." in name else q.T @ tensor if ".lora_A." in name else tensor
+            for name, tensor in honest.items()
+        }
+        updates.append(update(i, turned, 10))
+    round_ = make_round(random_adapter(9), updates)
+    parameters = {"trim_fraction": 0.4} if rule == "trimmed-mean" else {}
+    of_factors, of_products = (aggregate(name, round_, **parameters) for name in (rule, f"{rule}-product"))
+    for module in MODULES:
+        assert relative(dense_made(round_, of_products, module), dense(honest, module)) < 1e-6
+        assert relative(dense_made(round_, of_factors, module), dense(honest, module)) > 0.1
+
+
+def test_fedsvd_has_an_a_with_orthonormal_rows_in_the_old_row_space() -> None:
+    """Oracle: numpy's SVD of the dense product of A with the average of the B's."""
+    before = random_adapter(9)
+    shared = {name: tensor for name, tensor in before.items() if ".lora_A." in name}
+    round_ = make_round(before, [update(i, random_adapter(i) | shared, 10 + 20 * i) for i in range(2)])
+    adapter = aggregate("fedsvd", round_).adapter
+    for module in MODULES:
+        b, a = (adapter[f"{module}.lora_{part}.weight"].double().numpy() for part in "BA")
+        old_a = before[f"{module}.lora_A.weight"].double().numpy()
+        u, s, vt = np.linalg.svd(dense_ideal(round_, module) / S)
+        assert a @ a.T == pytest.approx(np.eye(R), abs=1e-6)
+        assert np.abs(np.diag(a @ vt[:R].T)) == pytest.approx([1, 1], abs=1e-6), "the right singular vectors"
+        assert np.linalg.norm(b, axis=0) == pytest.approx(s[:R]) and s[R:] == pytest.approx(0, abs=1e-6)
+        assert a @ np.linalg.pinv(old_a) @ old_a == pytest.approx(a, abs=1e-6), "the row space of the old A"
 
 
 def test_norm_clipped_by_hand() -> None:

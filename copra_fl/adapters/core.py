@@ -3,8 +3,8 @@
     R = diag(s_1 H_1, ..., s_h H_h),    B R A = sum_i s_i B_i H_i A_i,    B = [B_1 ... B_h], A = [A_1; ...; A_h]
 
 Each of the h heads has r / h columns of B and rows of A. ``lora_R`` (r, r / h) has the blocks H_i one under the other,
-``lora_S`` (h, 1) their scales s_i. A single head has no scale: R is one full block, H_1. Scales belong to local training:
-they start at 1 in each round, and a client folds them into the blocks before it sends these.
+``lora_S`` (h, 1) their scales s_i. A single head has no scale: R is one full block, H_1. Scales belong to local
+training: they start at 1 in each round, and a client folds them into the blocks before it sends these.
 """
 
 from __future__ import annotations

@@ -79,13 +79,26 @@ def choose_device(device: str) -> torch.device:
 
 
 def resolve_config(config: Config) -> Config:
-    """Return `config` with dtype, attention and the rule's parameters explicit.
+    """Return `config` with dtype, attention, the number of clients in the scaling and the rule's parameters explicit.
 
-    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device` and
-    `aggregation.compatibility.parameters_of` do.
+    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device`, `scaling_clients`
+    and `aggregation.compatibility.parameters_of` do.
     """
-    model = resolve_compute(config.model, config.data.max_length)
+    model = replace(resolve_compute(config.model, config.data.max_length), scaling_clients=scaling_clients(config))
     return with_explicit_parameters(replace(config, model=model))
+
+
+def scaling_clients(config: Config) -> int:
+    """Return N of the scaling alpha sqrt(N / r); 0 with other scalings. Raises ConfigError if N is not known."""
+    if config.model.lora_scaling != "sfed":
+        return 0
+    number = config.model.scaling_clients or config.federation.round_size(config.data.num_clients)
+    if number == 0:
+        raise ConfigError(
+            "lora-scaling = 'sfed' needs the number of clients per round, and num-clients = 0 leaves it to the nodes; "
+            "set scaling-clients"
+        )
+    return number
 
 
 def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:

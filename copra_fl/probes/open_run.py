@@ -21,6 +21,7 @@ from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.ranks import pad
+from copra_fl.aggregation.starts import ages, client_starts
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.models.build import load_processor, resolve_config
@@ -258,11 +259,12 @@ class OpenRun:
                 f"clients {join_words(absent)} did not train in round {server_round}; choose from {join_words(sampled)}"
             )
         chosen = [client for client in sampled if client in (only or sampled)]
-        before = self.state(server_round - 1)
-        plan, starts = (
-            Plan(server_round, tuple(chosen), self.config),
-            dict.fromkeys(chosen, Start(before.adapter, optimizer=before.optimizer)),
-        )
+        number = server_round - 1
+        before, age = self.state(number), max(ages(self.config, number, chosen).values())
+        old = self.state(number - age).adapter
+        global_starts = client_starts(self.config, number, before.adapter, old, chosen)
+        plan = Plan(server_round, tuple(chosen), self.config)
+        starts = {client: Start(adapter, optimizer=before.optimizer) for client, adapter in global_starts.items()}
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:
@@ -270,7 +272,7 @@ class OpenRun:
 
         slices = self.engine.slices(self.data, plan)
         updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report) for part in slices)
-        adapters = {update.client: complete(update, before.adapter) for update in updates}
+        adapters = {update.client: complete(update, global_starts[update.client]) for update in updates}
         return {client: adapters[client] for client in chosen}
 
 

@@ -11,6 +11,7 @@ from copra_fl.aggregation.rules import (
     fedrot_lora,
     fedrpca,
     fedsa_lora,
+    fedsvd,
     ffa_lora,
     flexlora,
     flora,
@@ -18,10 +19,12 @@ from copra_fl.aggregation.rules import (
     hetlora,
     lora_fair,
     median,
+    median_product,
     norm_clipped,
     ravan,
     rolora,
     trimmed_mean,
+    trimmed_mean_product,
     zero_pad,
 )
 from copra_fl.config import ConfigError
@@ -30,6 +33,7 @@ from copra_fl.wording import unknown_name
 RULES: tuple[Rule, ...] = (
     fedavg.RULE,
     ffa_lora.RULE,
+    fedsvd.RULE,
     rolora.RULE,
     fedsa_lora.RULE,
     zero_pad.RULE,
@@ -46,6 +50,8 @@ RULES: tuple[Rule, ...] = (
     connectivity.RULE,
     trimmed_mean.RULE,
     median.RULE,
+    trimmed_mean_product.RULE,
+    median_product.RULE,
     norm_clipped.RULE,
 )
 

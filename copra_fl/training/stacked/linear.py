@@ -147,10 +147,9 @@ class StackedLinear(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, or R A, and B of the clients of `route`, and their scale (c, 1, 1)."""
         a, b = (route.select(tensors[f"{self.name}.lora_{part}.weight"]) for part in "AB")
-        a = self._times_core(a, tensors, route)
-        return a.to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
+        return self._times_core(tensors, a, route).to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
 
-    def _times_core(self, a: Tensor, tensors: Mapping[str, Tensor], route: Route) -> Tensor:
+    def _times_core(self, tensors: Mapping[str, Tensor], a: Tensor, route: Route) -> Tensor:
         """Return R A (c, r, in) of the route's clients, block by block (`adapters.core`); A if there is no R."""
         core, scales = (tensors.get(f"{self.name}.lora_{part}.weight") for part in "RS")
         if core is None:
