@@ -8,9 +8,10 @@ L has a low rank and holds what clients have in common. S is sparse and holds wh
 divides it by the number of clients, and beta, the parameter ``beta``, makes up for that. With beta = 1 this is FedAvg.
 
 Lambda is the value of Candes et al. (arXiv 0912.3599). The optimum is found by alternating directions: it does not
-depend on mu, the step of the method. The paper also chooses beta anew in each round; here it is fixed. The paper's mean
-over clients is weighted here, clients of weight 0 have no column, and with a single column, which has nothing in
-common with another, beta is 1. The head is averaged. Traffic, up and down: r (d + k) per module.
+depend on mu, the step of the method. We could read the paper's abstract and summaries, which mention a schedule for
+beta; here it is fixed. The mean over clients is weighted, clients of weight 0 have no column, and with a single column,
+which has nothing in common with another, beta is 1. The head is averaged.
+Traffic, up and down: r (d + k) per module.
 """
 
 from __future__ import annotations
