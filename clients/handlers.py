@@ -37,7 +37,7 @@ from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -257,9 +257,9 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
                 "adds to; the next message will carry the whole state"
             )
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
-    if find_rule(plan.config.aggregation.rule).nodes_cache_state:
+    if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    stale = adapter | pad(payload.stale, plan.config.model.rank) if payload.stale else {}
+    stale = adapter | pad(payload.stale, plan.config.model.rank)
     return replace(payload, adapter=adapter, residual=residual, stale=stale)
 
 

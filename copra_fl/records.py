@@ -95,6 +95,8 @@ class ClientRecord(Record):
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
+        memory: the largest number of bytes that autograd kept for the backward pass of one of its steps; clients that
+            trained together have equal shares. None without client-depths.
         staleness: age in rounds of the global adapter that it started from; 0: the newest.
     """
 
@@ -105,7 +107,23 @@ class ClientRecord(Record):
     steps: float
     seconds: float
     distance: float
+    memory: float | None = None
     staleness: int = 0
+
+
+class Tier(Record):
+    """The clients of one depth in one round (``client-depths``).
+
+    Attributes:
+        depth: number of layers that each client trains.
+        seconds: mean over clients of the seconds of training.
+        memory: mean over clients of `ClientRecord.memory`.
+    """
+
+    depth: int
+    clients: tuple[int, ...]
+    seconds: float
+    memory: float
 
 
 class MissingClient(Record):
@@ -157,6 +175,7 @@ class RoundRecord(Record):
         bytes_down, bytes_up: contents of all messages to and from the nodes.
         train_loss: mean over clients, weighted by examples; None if no client replied.
         layers: names of the gate groups, in the order of `ClientRecord.active_steps`.
+        tiers: the clients by depth, from the smallest; empty without client-depths.
         notes: of the rule, plain data.
         validation: of the new global adapter; None in rounds without evaluation.
         merge_gap, paths, privacy: None or empty where not measured.
@@ -171,6 +190,7 @@ class RoundRecord(Record):
     clients: tuple[ClientRecord, ...]
     missing: tuple[MissingClient, ...]
     aggregation_error: AggregationError | None = None
+    tiers: tuple[Tier, ...] = ()
     notes: dict[str, Any] = {}
     validation: Evaluation | None = None
     merge_gap: MergeGap | None = None

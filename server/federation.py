@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from copra_fl import provenance
 from copra_fl.aggregation import compatibility
 from copra_fl.config import Config, csv_line
+from copra_fl.copra.layers import check_layers
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
 from copra_fl.models.build import check_weights, load_processor, resolve_config
@@ -71,7 +72,7 @@ def run_round(
     training = train_round(grid, strategy, server_round)
     privacy = budget.spend(strategy.sampling_rate) if budget else None
     evaluation = evaluate_round(grid, strategy, evaluator, before, training)
-    return round_record(training, evaluator.model.gates.names, evaluation, privacy)
+    return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
 
 
 def settle(config: Config) -> Config:
@@ -86,8 +87,12 @@ def settle(config: Config) -> Config:
 
 
 def open_evaluator(config: Config) -> Evaluator:
-    """Load the server's data and model; tell the user if another engine than the configured one trains."""
+    """Load the server's data and model; tell the user if another engine than the configured one trains.
+
+    Raises ConfigError if the model has fewer layers than the configuration asks for.
+    """
     evaluator = Evaluator(config, load_data(config, load_processor(config.model)))
+    check_layers(config, len(evaluator.model.gates.names))
     if note := evaluator.engine.note:
         log(INFO, note)
         emit("note", text=note)

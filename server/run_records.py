@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from copra_fl.adapters.state import Update
 from copra_fl.aggregation import find_rule
+from copra_fl.config import Config
+from copra_fl.copra.layers import by_depth
 from copra_fl.records import (
     ClientEvaluation,
     ClientRecord,
@@ -15,13 +18,18 @@ from copra_fl.records import (
     PrivacySpent,
     RoundRecord,
     RunSummary,
+    Tier,
 )
 from server.evaluator import Evaluator
 from server.rounds import RoundEvaluation, RoundTraining
 
 
 def round_record(
-    training: RoundTraining, layers: Sequence[str], evaluation: RoundEvaluation, privacy: PrivacySpent | None
+    config: Config,
+    training: RoundTraining,
+    layers: Sequence[str],
+    evaluation: RoundEvaluation,
+    privacy: PrivacySpent | None,
 ) -> RoundRecord:
     """Return the journal line of a round. `layers` are the names of the gate groups."""
     result = training.result
@@ -44,11 +52,28 @@ def round_record(
         ),
         missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
         aggregation_error=result.error,
+        tiers=tiers(config, result.updates),
         notes=result.notes,
         validation=evaluation.validation,
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
         privacy=privacy,
+    )
+
+
+def tiers(config: Config, updates: Sequence[Update]) -> tuple[Tier, ...]:
+    """Return seconds and memory of the clients of each depth; nothing without client-depths."""
+    if not config.copra.client_depths:
+        return ()
+    metrics = {update.client: update.metrics for update in updates}
+    return tuple(
+        Tier(
+            depth=depth,
+            clients=tuple(clients),
+            seconds=fmean(metrics[client]["seconds"] for client in clients),
+            memory=fmean(metrics[client].get("memory", 0.0) for client in clients),
+        )
+        for depth, clients in by_depth(config, metrics).items()
     )
 
 

@@ -19,6 +19,7 @@ from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.aggregation.starts import ages, client_starts, has_own_start
+from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
 from server import sampling
@@ -77,8 +78,8 @@ class CohortStrategy:
 
     @property
     def eligible(self) -> list[int]:
-        """Clients that have training examples."""
-        return sampling.eligible(self.num_examples)
+        """Clients that have training examples, and that ``min-depth`` admits."""
+        return deep_enough(self.run.config, sampling.eligible(self.num_examples))
 
     @property
     def sampling_rate(self) -> float:
@@ -127,8 +128,8 @@ class CohortStrategy:
             [control for reply in node_replies for control in reply.controls],
             len(self.eligible),
         )
+        self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        self._sync.residual = aggregated.residual
         loss = pool_scalars(updates).metrics["loss"] if updates else None
         return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes)
 

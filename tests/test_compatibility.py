@@ -23,6 +23,9 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 #: for each row of the table: settings that do not combine, settings that remedy it, the reason
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    ({"rule": "fed-sb", "layers-per-round": 3} | LORA, {"layers-per-round": 0}, "fixed by a first gradient"),
+    ({"client-depths": "1,2", "local-training": "head"}, {"client-depths": ""}, "client-depths = '1,2' does not .* no"),
+    ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
     ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
     (NO_DATA | {"rule": "connectivity"}, {"dataset": "a.csv"}, "validation data on the server"),
@@ -71,11 +74,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ),
     (PRIVATE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments travel without clipping"),
     (TWO | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "a client has no moments for the rows"),
-    (
-        {"off": "global", "hidden-state-cache-mb": 64},
-        {"off": "base"},
-        "layers that are off use the adapter of the round",
-    ),
+    ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),

@@ -1,4 +1,4 @@
-"""Features of local training: trained parts, individual starts, ranks, layers that are off, FedProx, SCAFFOLD."""
+"""Features of local training: parts, starts, ranks, layers that are off, points of a line, FedProx, SCAFFOLD."""
 
 from __future__ import annotations
 
@@ -78,6 +78,8 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
     "off layers use starts of unequal ranks": ({"off": "global", "rescale": True, "min-active": 1} | RANKS, 2,
                                                (padded_starts,)),
     "off layers use R": ({"off": "global", "rule": "core-only"} | HARSH, 2, ()),
+    "on the line": ({"local-training": "line"} | HARSH, 2, (individual_starts,)),
+    "FedGuCci": ({"gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2, ()),
     "everything": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
                    "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
@@ -225,6 +227,54 @@ def test_a_layer_that_is_off_uses_the_adapter_of_the_start(tiny: Settings, monke
     for update in (world.alone(0), *world.together(0)):
         assert update.active_steps == (2, 2, 1)
         assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
+
+
+@pytest.mark.parametrize("changes", [{"local-training": "line"}, {"local-training": "lora", "gucci-beta": 0.7}])
+def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings) -> None:
+    """Oracle: autograd differentiates the losses of PEFT's model with parameters start + u (theta - start)."""
+    world = World(tiny | {"local-steps": 4, "max-grad-norm": 0.1, "weight-decay": 0.1} | changes, double=True)
+    plain = build_model(world.config.model, "layer", 3, seed=0).double()
+    plain.write_adapter(world.start)
+    names = {name.removeprefix("peft.").replace(".default.", "."): name for name, _ in plain.named_parameters()}
+    parameters = plain.train_only(ALL)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.1)
+    shuffled = generator(0, "order", 2, 0).permutation(world.data.train[0])
+    positions = generator(0, "line", 2, 0).random(4)
+    losses = []
+    for step in range(4):
+        batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
+
+        def loss_at(adapters: float, head: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+            moved = {}
+            for name, tensor in parameters.items():
+                u = head if part_of(name) == "head" else adapters
+                moved[names[name]] = (1 - u) * world.start[name] + u * tensor
+            return F.cross_entropy(torch.func.functional_call(plain, moved, kwargs=batch), batch["labels"])
+
+        if "gucci-beta" in changes:
+            loss = loss_at(1, 1)
+            (loss + 0.7 * loss_at(0.5, 0.5)).backward()
+        else:
+            loss = loss_at(positions[step], 1)
+            loss.backward()
+        losses.append(float(loss.detach()))
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for update in (world.alone(0), *world.together(0)):
+        assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
+        assert update.metrics["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["peft", "stacked"])
+def test_fedgucci_computes_every_step_twice(tiny: Settings, engine: str) -> None:
+    work = []
+    for beta in (0.0, 0.1):
+        world = World(tiny | {"local-training": "lora", "gucci-beta": beta})
+        with FlopCounterMode(display=False) as counter:
+            _ = world.alone(0) if engine == "peft" else world.together(0)
+        work.append(counter.get_total_flops() / world.config.aggregation.passes_per_step)
+    assert work[0] == work[1] > 0
 
 
 def test_from_a_start_without_a_product_nothing_changes(tiny: Settings) -> None:

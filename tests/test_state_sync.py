@@ -10,7 +10,7 @@ import torch
 from clients.client_state import ClientState, ClientStateStore
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter, join_names, part_of
+from copra_fl.adapters.state import Adapter, join_names
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
 from copra_fl.records import Origin, Provenance, RoundRecord
@@ -75,30 +75,53 @@ def test_a_client_continues_from_its_last_round_before_the_current_one() -> None
     assert store.read(4, before=2) == ClientState(), "the client has trained nothing"
 
 
-def delta_to_node(sync: StateSync, server_round: int, number: int) -> wire.StateDelta:
+def state_sync(flat: dict[str, object]) -> StateSync:
+    config = Config.from_flat({"rank": 2, "num-clients": 2} | flat)
+    return StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
+
+
+def delta_to_node(sync: StateSync, server_round: int, number: int, client: int = 0) -> wire.StateDelta:
     """Pack a message for node 100, before (number = round - 1) or after (number = round) a round; return its delta."""
-    config, state = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1}), ServerState(make_adapter(1))
-    return wire.unpack_delta(sync.pack(Plan(server_round, (0,), config), state, number, node=100))
+    plan, state = Plan(server_round, (client,), Config()), ServerState(make_adapter(1))
+    return wire.unpack_delta(sync.pack(plan, state, number, node=100))
+
+
+HEAD, EVERYTHING = (0,), (0, 1)
 
 
 def test_a_node_gets_what_has_changed_since_its_cached_state() -> None:
     """With ffa-lora A never changes."""
-    config = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1})
-    sync = StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
-    everything = tuple(sorted({part_of(name) for name in make_adapter(1)}))
+    sync = state_sync({"rule": "ffa-lora"})
     first = delta_to_node(sync, 1, 0)
-    assert (first.since, first.parts) == (-1, everything)
+    assert (first.since, first.tensors) == (-1, EVERYTHING)
+    sync.advance(ServerState(make_adapter(1) | {"head.bias": torch.zeros(4)}), ServerState(make_adapter(1)), {})
     assert delta_to_node(sync, 2, 1).since == -1, "the node has not answered"
     sync.acknowledge(100)
     next_round = delta_to_node(sync, 3, 2)
-    assert (next_round.since, next_round.parts) == (1, ("head",))
+    assert (next_round.since, next_round.tensors) == (1, HEAD)
     sync.acknowledge(100)
     evaluation = delta_to_node(sync, 2, 2)
-    assert (evaluation.since, evaluation.parts) == (2, ())
+    assert (evaluation.since, evaluation.tensors) == (2, ())
     later = delta_to_node(sync, 6, 5)
-    assert (later.since, later.parts) == (-1, everything), "the node was not in the rounds between"
+    assert (later.since, later.tensors) == (-1, EVERYTHING), "the node was not in the rounds between"
     sync.forget(100)
     assert delta_to_node(sync, 3, 2).since == -1
+
+
+def test_a_node_whose_cached_tensors_are_cut_to_a_smaller_rank_gets_everything() -> None:
+    """Client 0 has rank 1, client 1 rank 2. In a round of client 0 the node caches A cut to rank 1."""
+    sync = state_sync({"rule": "zero-pad", "client-ranks": "1,2", "layers-per-round": 1})
+    sync.advance(ServerState(make_adapter(1) | {"head.bias": torch.zeros(4)}), ServerState(make_adapter(1)), {})
+    delta_to_node(sync, 1, 0, client=0)
+    sync.acknowledge(100)
+    assert delta_to_node(sync, 2, 1, client=0).tensors == HEAD
+    larger = delta_to_node(sync, 2, 1, client=1)
+    assert (larger.since, larger.tensors, larger.rank) == (-1, EVERYTHING, 2)
+    sync.acknowledge(100)
+    smaller = delta_to_node(sync, 3, 2, client=0)
+    assert (smaller.since, smaller.tensors, smaller.rank) == (1, HEAD, 1)
+    sync.advance(ServerState(make_adapter(0)), ServerState(make_adapter(1)), {})
+    assert delta_to_node(sync, 3, 2, client=1).since == 1, "all tensors have changed"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class Update:
             server if the client's tensors are part of a pooled update.
         num_examples: number of the client's training examples.
         active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
-        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change).
+        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change); with
+            client-depths also ``memory`` (largest number of bytes that autograd kept in a step).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
         optimizer: state of the local optimizer after the training; empty with ``optimizer-state = "fresh"``.
     """

@@ -94,10 +94,25 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
     moments = training.optimizer_state
     it = f"rule = {rule.name!r} does not combine with"
+    copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
+    depths = f"client-depths = {copra.client_depths!r}"
+    subset, remedy = (depths, "client-depths = ''") if copra.client_depths else (per_round, "layers-per-round = 0")
     return [
         (
             bool(rule.no_copra) and config.copra.local_training == "copra",
             f"{it} local-training = 'copra': {rule.no_copra}; use local-training = 'lora'",
+        ),
+        (
+            bool(rule.no_copra) and copra.trains_subset,
+            f"{it} {subset}: {rule.no_copra}; use {remedy}",
+        ),
+        (
+            copra.trains_subset and copra.local_training == "head",
+            f"{subset} does not combine with local-training = 'head', which trains no layer; use {remedy}",
+        ),
+        (
+            copra.layers_per_round > 0 and bool(copra.client_depths),
+            f"{per_round} does not combine with {depths}: each says which layers a client trains; use {remedy}",
         ),
         (
             rule.name != "fedavg" and config.copra.local_training == "head",

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from copra_fl.adapters.state import Adapter, Update, part_of
 from copra_fl.config import Config
-from copra_fl.seeding import generator
+from copra_fl.seeding import assign
 
 
 def client_ranks(config: Config, num_clients: int) -> list[int]:
@@ -25,9 +25,7 @@ def client_ranks(config: Config, num_clients: int) -> list[int]:
     ranks = config.aggregation.rank_list
     if not ranks:
         return [config.model.rank] * num_clients
-    if config.aggregation.rank_assignment == "drawn":
-        return [int(rank) for rank in generator(config.federation.seed, "ranks").choice(ranks, num_clients)]
-    return ranks
+    return assign(ranks, config.aggregation.rank_assignment, num_clients, config.federation.seed, "ranks")
 
 
 def relative_scaling(config: Config, rank: int) -> float:

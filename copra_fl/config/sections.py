@@ -15,6 +15,16 @@ from copra_fl.config.toml import csv_list
 BY_LABEL = ("dirichlet", "pathological", "shards")
 
 
+def _whole_numbers(key: str, text: str) -> list[int]:
+    """Return the numbers in the comma-separated value `text` of `key`. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"{key} = {text!r} must be a comma-separated list of whole numbers, for example 8,4,2"
+        ) from None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Examples and their split over clients."""
@@ -147,8 +157,9 @@ class CopraConfig:
 
     local_training: str = option(
         "copra",
-        "local training; copra: adapters on with a rising probability, lora: always on, head: the task head alone",
-        choices=("copra", "lora", "head"),
+        "local training; copra: adapters on with a rising probability, lora: always on, line: always on, each step at "
+        "a random point of the line from the round's start to the client's adapter, head: the task head alone",
+        choices=("copra", "lora", "line", "head"),
     )
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)
@@ -173,6 +184,47 @@ class CopraConfig:
         choices=("step", "shared", "round"),
     )
     rescale: bool = option(False, "divide the output of active adapters by their probability")
+    layers_per_round: int = option(
+        0,
+        "number of layers that a client trains and sends in a round, the others stay off; 0: all (use weighting = "
+        "activity, which averages a layer over the clients that trained it)",
+        low=0,
+    )
+    layer_selection: str = option(
+        "random",
+        "layers-per-round; random: layers drawn for each client and round, cycle: the same layers for all clients, "
+        "from the bottom of the model to its top",
+        choices=("random", "cycle"),
+    )
+    rounds_per_layer: int = option(1, "cycle: consecutive rounds that train the same layers", low=1)
+    full_rounds: int = option(0, "cycle: rounds of all layers before each pass through the model", low=0)
+    client_depths: str = option(
+        "",
+        "largest number of layers that each client trains, comma-separated (docs/how-to/weak-clients.md); empty: all",
+    )
+    depth_assignment: str = option(
+        "listed",
+        "client-depths; listed: one depth per client, repeated: the list again and again until each client has a "
+        "depth, drawn: each client draws one of the depths at random",
+        choices=("listed", "repeated", "drawn"),
+    )
+    depth_allocation: str = option(
+        "top",
+        "client-depths; top: a client trains its last layers, which saves memory and time, random: layers drawn in "
+        "each round, as FedRA allocates them",
+        choices=("top", "random"),
+    )
+    min_depth: int = option(0, "client-depths: clients of a smaller depth take no part in training", low=0)
+
+    @property
+    def trains_subset(self) -> bool:
+        """True if clients train only some of the layers in a round."""
+        return self.layers_per_round > 0 or bool(self.client_depths)
+
+    @property
+    def depth_list(self) -> list[int]:
+        """The depths in `client_depths`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
+        return _whole_numbers("client-depths", self.client_depths)
 
 
 @dataclass(frozen=True)
@@ -278,10 +330,14 @@ class AggregationConfig:
     client_ranks: str = option("", "LoRA ranks of the clients, comma-separated, each at most rank; empty: all rank")
     rank_assignment: str = option(
         "listed",
-        "client-ranks; listed: one rank per client, drawn: each client draws one of the ranks at random",
-        choices=("listed", "drawn"),
+        "client-ranks; listed: one rank per client, repeated: the list again and again until each client has a rank, "
+        "drawn: each client draws one of the ranks at random",
+        choices=("listed", "repeated", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
+    gucci_beta: float = option(
+        0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
+    )
     control_variates: bool = option(False, "SCAFFOLD: correct local gradients by control variates")
     server_optimizer: str = option(
         "none",
@@ -296,15 +352,14 @@ class AggregationConfig:
     )
 
     @property
+    def passes_per_step(self) -> int:
+        """The number of forward and backward passes that a client computes for each example of an optimizer step."""
+        return 2 if self.gucci_beta else 1
+
+    @property
     def rank_list(self) -> list[int]:
         """The ranks in `client_ranks`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
-        try:
-            return [int(rank) for rank in self.client_ranks.split(",")] if self.client_ranks else []
-        except ValueError:
-            raise ConfigError(
-                f"client-ranks = {self.client_ranks!r} must be a comma-separated list of whole numbers, for example "
-                "8,4,2"
-            ) from None
+        return _whole_numbers("client-ranks", self.client_ranks)
 
 
 @dataclass(frozen=True)

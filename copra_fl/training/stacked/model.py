@@ -87,6 +87,10 @@ class StackedModel:
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
         return tree.eval(), modules, block_of
 
+    def base_tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers of the base."""
+        return [*self._tree.parameters(), *self._tree.buffers()]
+
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
         """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
         array = np.asarray(values)
