@@ -26,6 +26,7 @@ from copra_fl.adapters.residual import add
 from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
 from copra_fl.aggregation import ALL, find_rule
 from copra_fl.aggregation.checking import BadUpdate, check_update
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.ranks import as_sent, pad
 from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
@@ -140,7 +141,10 @@ def _train_clients(
     data: FederatedData,
     starts: Mapping[int, Start],
 ) -> tuple[list[Update], dict[int, str]]:
-    """Return the valid updates of the plan's clients, and the error messages of the other clients."""
+    """Return the valid updates of the plan's clients, sorted by client, and the error messages of the other clients.
+
+    The server reads buffers in this order, whatever the order in which an engine trains.
+    """
     updates: list[Update] = []
     failures: dict[int, str] = {}
 
@@ -158,7 +162,7 @@ def _train_clients(
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
-    return updates, failures
+    return sorted(updates, key=lambda update: update.client), failures
 
 
 def _updated(before: OptimizerState, after: OptimizerState) -> OptimizerState:
@@ -230,10 +234,9 @@ def _open(node: NodeConfig, content: RecordDict, context: Context) -> tuple[Plan
     """Return the plan in a message, the engine and data that it needs, and the server's state."""
     plan = wire.unpack_plan(content)
     plan = replace(plan, config=node.adapt(plan.config))
-    config, data, rule = plan.config, node.open_data(plan.config), find_rule(plan.config.aggregation.rule)
-    engine = open_engine(
-        config.training.engine, config.model, config.copra.gate_group, len(data.label_names), seed=0, core=rule.core
-    )
+    config, data = plan.config, node.open_data(plan.config)
+    kind, group, heads = config.training.engine, config.copra.gate_group, heads_of(config)
+    engine = open_engine(kind, config.model, group, len(data.label_names), seed=0, heads=heads)
     server_state = _receive_state(content, context.state, engine.model.read_adapter(), plan)
     engine.model.write_residual(server_state.residual)
     return plan, engine, data, server_state

@@ -20,6 +20,7 @@ from copra_fl.records import (
     RunSummary,
     Tier,
 )
+from copra_fl.reporting import work
 from server.evaluator import Evaluator
 from server.rounds import RoundEvaluation, RoundTraining
 
@@ -58,6 +59,7 @@ def round_record(
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
         privacy=privacy,
+        ended_early=evaluation.ended_early,
     )
 
 
@@ -79,7 +81,7 @@ def tiers(config: Config, updates: Sequence[Update]) -> tuple[Tier, ...]:
 
 def log_fields(record: RoundRecord) -> dict[str, Any]:
     """Return the numbers of a round for a log line in JSON."""
-    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation"}
+    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation", "ended_early"}
     return {**record.model_dump(mode="json", include=names), "clients": len(record.clients)}
 
 
@@ -99,6 +101,10 @@ def summarize(
         personal=find_rule(config.aggregation.rule).personal,
         seed=config.federation.seed,
         rounds=len(records),
+        ended_early=last.ended_early,
+        passes=work.passes(config, records),
+        flops=work.flops(records),
+        aggregation_error_of_change=work.error_of_change(records),
         test=test,
         held_out=held_out,
         validation=last.validation,

@@ -98,7 +98,7 @@ class CohortStrategy:
         request = RoundRequest(
             server_round,
             cohorts=place(work, self.hosts),
-            num_wanted=min(sampling.num_wanted(config.federation, len(eligible)), len(clients)),
+            num_wanted=min(config.federation.round_size(len(eligible)), len(clients)),
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),

@@ -144,6 +144,7 @@ def test_which_settings_leave_state_with_the_clients(flat: dict[str, object], ex
     [
         ({}, True),
         ({"rule": "ffa-lora"}, True),
+        ({"rule": "fedsvd"}, True),
         ({"rule": "median"}, False),
         ({"updates": "individual"}, False),
         ({"uplink-dtype": "float16"}, False),

@@ -15,7 +15,7 @@ import torch
 from copra_fl.adapters.state import Adapter, Update, difference, norm, trained
 
 #: names of the metrics that clients report
-METRICS = {"loss", "steps", "seconds", "distance"}
+METRICS = {"loss", "steps", "seconds", "distance", "flops"}
 #: names of the metrics that clients report with some settings only
 OPTIONAL_METRICS = {"memory"}
 

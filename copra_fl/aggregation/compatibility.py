@@ -71,6 +71,11 @@ def parameter_keys() -> dict[str, Key]:
     return {name: key for rule in RULES for name, key in rule.keys.items()}
 
 
+def heads_of(config: Config) -> int:
+    """Return the number of heads of the matrix R that the run's rule puts between B and A; 0 for a rule without."""
+    return getattr(parameters_of(config), "heads", 1) if find_rule(config.aggregation.rule).core else 0
+
+
 def with_explicit_parameters(config: Config) -> Config:
     """Return `config` with every parameter of its own rule, and none of other rules.
 
@@ -93,11 +98,16 @@ def require_global_model(config: Config, purpose: str) -> None:
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
     moments = training.optimizer_state
-    it = f"rule = {rule.name!r} does not combine with"
+    it, heads = f"rule = {rule.name!r} does not combine with", heads_of(config)
     copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
     depths = f"client-depths = {copra.client_depths!r}"
     subset, remedy = (depths, "client-depths = ''") if copra.client_depths else (per_round, "layers-per-round = 0")
     return [
+        (
+            heads > 1 and model.rank % heads > 0,
+            f"{it} rank = {model.rank}: {rule.name}.heads = {heads} does not divide it; set rank to a "
+            f"multiple of {heads}, or {rule.name}.heads to a divisor of {model.rank}",
+        ),
         (
             bool(rule.no_copra) and config.copra.local_training == "copra",
             f"{it} local-training = 'copra': {rule.no_copra}; use local-training = 'lora'",
@@ -119,9 +129,19 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{it} local-training = 'head', which has no adapters to aggregate; use rule = 'fedavg'",
         ),
         (
-            rule.core and model.quantization != "none",
+            rule.core == "gradient" and model.quantization != "none",
             f"{it} quantization = {model.quantization!r}: it needs gradients of the base weights, which 4-bit weights "
             "do not have; use quantization = 'none'",
+        ),
+        (
+            rule.personal and config.evaluation.target_accuracy > 0,
+            f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
+            "validation accuracy to reach; use target-accuracy = 0",
+        ),
+        (
+            rule.personal and config.evaluation.patience > 0,
+            f"{it} patience = {config.evaluation.patience}: it has no global model, so there is no validation accuracy "
+            "to improve; use patience = 0",
         ),
         (
             rule.needs_data and not data.dataset,
@@ -139,7 +159,7 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{_names(lambda other: other.averages)}",
         ),
         (
-            settings.control_variates and not rule.averages,
+            settings.control_variates and (not rule.averages or heads > 1),
             f"{it} control-variates = true: control variates need factors that keep their meaning over rounds; use "
             "control-variates = false",
         ),

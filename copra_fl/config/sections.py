@@ -122,8 +122,14 @@ class ModelConfig:
     lora_alpha: float = option(16.0, "LoRA alpha", above=0)
     lora_scaling: str = option(
         "standard",
-        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), constant: alpha",
-        choices=("standard", "rslora", "constant"),
+        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), sfed: alpha sqrt(N / r) for N "
+        "clients per round (docs/explanations/aggregation.md), constant: alpha",
+        choices=("standard", "rslora", "sfed", "constant"),
+    )
+    scaling_clients: int = option(
+        0,
+        "sfed: number N of clients; 0: those of a round, by num-clients and fraction-clients or clients-per-round",
+        low=0,
     )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
     dtype: str = option(
@@ -148,7 +154,13 @@ class ModelConfig:
 
     def scaling(self, rank: int) -> float:
         """Return the factor s in W0 + s B A for an adapter of this rank."""
-        return self.lora_alpha / {"standard": rank, "rslora": math.sqrt(rank), "constant": 1.0}[self.lora_scaling]
+        divisors = {
+            "standard": rank,
+            "rslora": math.sqrt(rank),
+            "sfed": math.sqrt(rank / max(self.scaling_clients, 1)),
+            "constant": 1.0,
+        }
+        return self.lora_alpha / divisors[self.lora_scaling]
 
 
 @dataclass(frozen=True)
@@ -315,6 +327,11 @@ class FederationConfig:
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
     node_timeout_s: float = option(120.0, "seconds to wait for min-nodes nodes at the start", above=0)
 
+    def round_size(self, num_clients: int) -> int:
+        """Return the number of clients whose updates make up a round, without over-sampling."""
+        number = self.clients_per_round or max(1, round(self.fraction_clients * num_clients))
+        return min(number, num_clients)
+
 
 @dataclass(frozen=True)
 class AggregationConfig:
@@ -381,6 +398,12 @@ class EvaluationConfig:
     """Measurements during and after training."""
 
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
+    target_accuracy: float = option(
+        0.0, "validation accuracy, as a share, at which a run ends before num-rounds; 0: no target", low=0, high=1
+    )
+    patience: int = option(
+        0, "evaluations in a row without a new best validation accuracy after which a run ends; 0: no limit", low=0
+    )
     eval_batch_size: int = option(64, "examples per evaluation batch", low=1)
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1

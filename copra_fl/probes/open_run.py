@@ -19,12 +19,13 @@ from copra_fl.adapters.residual import fold
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.ranks import pad
 from copra_fl.aggregation.starts import ages, client_starts
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.models.build import load_processor, resolve_config
-from copra_fl.models.fed_sb_init import initial_adapter
+from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
@@ -365,8 +366,8 @@ def _equal(a: Adapter, b: Adapter) -> bool:
 
 
 def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
-    core = find_rule(config.aggregation.rule).core
-    return open_engine(config.training.engine, config.model, config.copra.gate_group, num_labels, seed, core)
+    kind, group = config.training.engine, config.copra.gate_group
+    return open_engine(kind, config.model, group, num_labels, seed, heads_of(config))
 
 
 def _check_supported(config: Config, directory: Path, action: Literal["opening", "retraining"]) -> None:

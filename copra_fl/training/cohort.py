@@ -23,6 +23,7 @@ from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import derive
 from copra_fl.training.batches import LocalSteps, plan_steps
 from copra_fl.training.local_terms import StackedLocalTerms
+from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start, num_steps
 from copra_fl.training.points import StackedPoints, step_points
@@ -104,7 +105,12 @@ def train_cohort(
     states = optimizer.read_states() if plan.config.training.optimizer_state != "fresh" else [{}] * len(cohort)
     updates = []
     for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
+        metrics = {
+            "loss": float(loss[: len(steps)].mean()),
+            "seconds": seconds,
+            "distance": distances[row],
+            "flops": local_flops(plan.config, model.size, steps, data.examples),
+        }
         metrics |= {"memory": kept.peak} if kept else {}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
         update = make_update(

@@ -21,6 +21,7 @@ from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
+from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.points import Point, moved, step_points
@@ -65,6 +66,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "loss": float(torch.stack(losses).mean()),
         "seconds": time.perf_counter() - started,
         "distance": norm(difference(adapter, start.adapter)),
+        "flops": local_flops(plan.config, model.size, steps, data.examples),
     }
     metrics |= {"memory": kept.peak} if kept else {}
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
