@@ -95,6 +95,7 @@ class ClientRecord(Record):
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
+        staleness: age in rounds of the global adapter that it started from; 0: the newest.
         flops: estimated floating point operations (`models.flops`); None in journals from before it was counted.
         memory: the largest number of bytes that autograd kept for the backward pass of one of its steps; clients that
             trained together have equal shares. None without client-depths.
@@ -107,6 +108,7 @@ class ClientRecord(Record):
     steps: float
     seconds: float
     distance: float
+    staleness: int = 0
     flops: float | None = None
     memory: float | None = None
 

@@ -42,8 +42,14 @@ def round_record(
         train_loss=result.loss,
         layers=tuple(layers),
         clients=tuple(
-            ClientRecord(client=u.client, examples=u.num_examples, active_steps=u.active_steps, **u.metrics)
-            for u in result.updates
+            ClientRecord(
+                client=update.client,
+                examples=update.num_examples,
+                active_steps=update.active_steps,
+                staleness=training.request.ages.get(update.client, 0),
+                **update.metrics,
+            )
+            for update in result.updates
         ),
         missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
         aggregation_error=result.error,

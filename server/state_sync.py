@@ -3,6 +3,9 @@
 With most settings the whole adapter changes in every round. If a part of it may not change, or W0 changes, nodes cache
 what they received (`training.plan.caches_state`), and a node that answered the last round gets only the tensors that
 this round has changed. A node that failed or joined late, and every node after a resume, gets the whole state.
+
+A node that trains stale clients also gets the older global adapter that they start from, in every round and without the
+parts that never change.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, parts
 from copra_fl.aggregation import client_ranks
 from copra_fl.aggregation.ranks import cut
+from copra_fl.aggregation.starts import ages
 from copra_fl.training.plan import Plan, caches_state
 from server.run_context import RunContext
 
@@ -38,7 +42,8 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate and the shared moments of the optimizers are included.
+        and the control variate and the shared moments of the optimizers are included, and for stale clients the older
+        adapter.
         """
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
@@ -48,14 +53,17 @@ class StateSync:
         self._sent[node] = number, shared_rank if sent else cached_rank
         tensors = tuple(index for index, name in enumerate(sorted(state.adapter)) if name in sent)
         adapter = {name: tensor for name, tensor in state.adapter.items() if name in sent}
+        age = max(ages(self._run.config, number, plan.clients).values()) if is_training else 0
+        stale_parts = self._run.rule.sends(1) | self._run.rule.sends(2) if age else frozenset[str]()
         return wire.pack_plan(
             plan,
-            wire.StateDelta(self._run.run, number, since, tensors, rank),
+            wire.StateDelta(self._run.run, number, since, tensors, rank, tuple(sorted(stale_parts))),
             wire.Payload(
                 cut(adapter, rank),
                 residual,
                 state.control if is_training else {},
                 {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
+                cut(parts(state.of_age(age), stale_parts), rank),
             ),
         )
 

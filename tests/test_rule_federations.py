@@ -38,13 +38,15 @@ LOCAL_TERMS = [
     {"optimizer-state": "client", "optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "engine": "peft"},
     {"optimizer-state": "shared", "weighting": "activity"},
     {"uplink-dtype": "int8"},
+    {"uplink-dtype": "int8", "start": "own", "stale-clients": 0.5, "optimizer-state": "client"},
     {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
 ]
 
 
 def settings_of(rule: str) -> Settings:
-    """CopRA where the rule takes it, else LoRA."""
-    return {"rule": rule, "local-training": "lora" if find_rule(rule).no_copra else "copra", "p0": 0.3}
+    """CopRA where the rule takes it, else LoRA; two heads of rank 1."""
+    settings = {"rule": rule, "local-training": "lora" if find_rule(rule).no_copra else "copra", "p0": 0.3}
+    return settings | ({"ravan.heads": 2} if rule == "ravan" else {})
 
 
 def start(flat: Settings) -> Adapter:
@@ -66,7 +68,7 @@ def test_every_rule_runs_twice_and_resumes_bitwise_equal(
     tiny: Settings, rule: str, engine: str, tmp_path: Path
 ) -> None:
     flat = tiny | settings_of(rule) | {"engine": engine}
-    moved = parts(final_adapter(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "head"})
+    moved = parts(final_adapter(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "S", "head"})
     assert all(torch.isfinite(tensor).all() for tensor in moved.values())
 
 
@@ -91,14 +93,26 @@ def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_pat
         assert torch.allclose(tensor, peft[name], atol=1e-4, rtol=1e-3), name
 
 
+def test_clients_with_unequal_steps_keep_their_own_adapters(tiny: Settings, tmp_path: Path) -> None:
+    """The stacked engine trains clients in order of their steps, plain PEFT in order of their numbers."""
+    flat = tiny | {"local-training": "lora", "num-rounds": 1, "optimizer": "sgd", "learning-rate": 0.1}
+    flat |= {"local-epochs": 1, "alpha": 0.3, "path-pairs": 0, "merge-gap-clients": 0}
+    stacked, peft = (
+        final_adapter(run_federation(flat | {"engine": engine}, tmp_path / engine, num_nodes=1))
+        for engine in ("stacked", "peft")
+    )
+    assert norm(difference(stacked, peft)) < 1e-4 * norm(peft)
+
+
 @pytest.mark.parametrize(
-    ("rule", "frozen"), [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"])]
+    ("rule", "frozen"),
+    [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"]), ("ravan", ["AB", "AB"])],
 )
 def test_what_a_rule_freezes_is_bitwise_unchanged(tiny: Settings, rule: str, frozen: list[str], tmp_path: Path) -> None:
     """After round 1 and after round 2; and where clients share a factor, averages miss nothing."""
     directory = run_federation(tiny | settings_of(rule), tmp_path / "run")
     states = [load_file(path) for path in sorted((directory / "checkpoints").glob("*"))]
-    if rule != "fed-sb":
+    if not find_rule(rule).core:
         states.insert(0, start(tiny))
         for (before, after), still in zip(pairwise(states), frozen, strict=True):
             for name in parts(before, {"A", "B"}):
@@ -107,6 +121,7 @@ def test_what_a_rule_freezes_is_bitwise_unchanged(tiny: Settings, rule: str, fro
         first, second = states
         assert_equal(parts(first, {"A", "B"}), parts(second, {"A", "B"}))
         assert norm(parts(second, {"R"})) > 0
+        assert all((scales == 1).all() for scales in parts(second, {"S"}).values())
     assert all(row["aggregation_error"]["total"] < 1e-6 for row in journal(directory))
 
 

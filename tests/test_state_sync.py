@@ -10,7 +10,7 @@ import torch
 from clients.client_state import ClientState, ClientStateStore
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import Adapter, join_names
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
 from copra_fl.records import Origin, Provenance, RoundRecord
@@ -18,6 +18,7 @@ from copra_fl.training.plan import Plan, leaves_state
 from server.journal import Journal
 from server.run_context import RunContext
 from server.state_sync import StateSync
+from tests.support.federations import assert_equal
 
 ROUND = RoundRecord(round=1, seconds=1, bytes_down=2, bytes_up=3, train_loss=None, layers=(), clients=(), missing=())
 ORIGIN = Origin(
@@ -31,16 +32,17 @@ def make_adapter(value: float) -> Adapter:
 
 def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     residual = {"x.residual_B": torch.ones(4, 1), "x.residual_A": torch.ones(1, 3)}
-    state = ServerState(make_adapter(1), residual, make_adapter(2), make_adapter(3), make_adapter(4))
+    adapter, *kinds = (make_adapter(value) for value in range(5))
+    earlier = tuple(make_adapter(value) for value in range(5, 17))
+    state = ServerState(adapter, residual, *kinds[:3], optimizer={"exp_avg": kinds[3]}, earlier=earlier)
     journal = Journal(tmp_path)
     assert journal.resume() is None
     journal.record(ROUND, state)
     resumed = Journal(tmp_path)
     loaded = resumed.resume()
     assert loaded is not None and resumed.records == [ROUND]
-    for kind, expected in vars(state).items():
-        tensors = getattr(loaded, kind)
-        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected), kind
+    before, after = (join_names(vars(kept) | {"earlier": dict(enumerate(kept.earlier))}) for kept in (state, loaded))
+    assert_equal(after, before)
 
 
 def test_a_run_keeps_its_id_over_reads_and_resumes(tmp_path: Path) -> None:
@@ -142,11 +144,14 @@ def test_which_settings_leave_state_with_the_clients(flat: dict[str, object], ex
     [
         ({}, True),
         ({"rule": "ffa-lora"}, True),
+        ({"rule": "fedsvd"}, True),
         ({"rule": "median"}, False),
         ({"updates": "individual"}, False),
         ({"uplink-dtype": "float16"}, False),
         ({"control-variates": True}, False),
         ({"client-ranks": "1,2", "rank-assignment": "drawn", "rule": "zero-pad"}, False),
+        ({"start": "own"}, False),
+        ({"stale-clients": 0.1}, False),
     ],
 )
 def test_which_settings_let_nodes_pool(flat: dict[str, object], expected: bool) -> None:

@@ -1,7 +1,8 @@
 """Adapters and clients' updates as plain data: tensor name -> tensor.
 
 Names are PEFT's (``base_model.model.encoder.layer.0...lora_A.weight``), plus ``head.weight`` and ``head.bias`` if the
-task trains a head, and ``lora_R`` for the matrix R of fed-sb. Tensors are float32 on the CPU.
+task trains a head, and ``lora_R`` and ``lora_S`` for a matrix R between the factors (`copra_fl.adapters.core`). Tensors
+are float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _is_inside(inner: slice, outer: slice) -> bool:
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that tensor `name` belongs to: factor ``A`` or ``B``, matrix ``R``, or ``head``."""
+    """Return the part of the model that tensor `name` belongs to: ``A``, ``B``, ``R``, ``S`` or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
 
 

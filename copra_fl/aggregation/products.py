@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.rule import Outcome, Round
 
@@ -55,8 +56,8 @@ def b_of(module: str) -> str:
 
 def factors(adapter: Adapter, module: str, scaling: float) -> Factors:
     """Return s B (d, r), or s B R, and A (r, k)."""
-    b, core = scaling * adapter[b_of(module)].double(), adapter.get(f"{module}.lora_R.weight")
-    return (b if core is None else b @ core.double()), adapter[a_of(module)].double()
+    b, core = scaling * adapter[b_of(module)].double(), core_matrix(adapter, module)
+    return (b if core is None else b @ core), adapter[a_of(module)].double()
 
 
 def stack(terms: Iterable[Factors]) -> Factors:
@@ -89,6 +90,17 @@ def frobenius(product: Factors) -> float:
     left, right = product
     t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
     return float(torch.linalg.matrix_norm(t_left @ t_right.T))
+
+
+def rank_of_energy(product: Factors, share: float) -> int:
+    """Return the smallest rank at which the best approximation has this share of the squared Frobenius norm.
+
+    With a share of 1 it is the rank of the product, and for a product of 0 it is 0.
+    """
+    left, right = product
+    t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
+    energy = torch.linalg.svdvals(t_left @ t_right.T).square().cumsum(0)
+    return int((energy < share * energy[-1:]).sum()) + 1 if energy.any() else 0
 
 
 def best_rank(product: Factors, rank: int) -> Factors:

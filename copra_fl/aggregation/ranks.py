@@ -9,7 +9,7 @@ scaling   a client trains W0 + s_i B_i A_i with its own s_i = alpha / r_i. The s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -58,13 +58,14 @@ def rescale(adapter: Mapping[str, Tensor], factor: float) -> Adapter:
     return {name: tensor * factor if part_of(name) == "B" else tensor for name, tensor in adapter.items()}
 
 
-def client_starts(config: Config, adapter: Adapter, clients: Iterable[int]) -> dict[int, Adapter]:
-    """Return the start of each client: the global `adapter` cut to the client's rank, for the client's scaling."""
+def at_client_ranks(config: Config, adapters: Mapping[int, Adapter]) -> dict[int, Adapter]:
+    """Return the adapter of each client (at the global rank and scaling) at the client's own rank and scaling."""
     if not config.aggregation.client_ranks:
-        return dict.fromkeys(clients, adapter)
+        return dict(adapters)
     ranks = client_ranks(config, config.data.num_clients)
     return {
-        client: rescale(cut(adapter, ranks[client]), 1 / relative_scaling(config, ranks[client])) for client in clients
+        client: rescale(cut(adapter, ranks[client]), 1 / relative_scaling(config, ranks[client]))
+        for client, adapter in adapters.items()
     }
 
 

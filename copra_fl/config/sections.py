@@ -122,8 +122,14 @@ class ModelConfig:
     lora_alpha: float = option(16.0, "LoRA alpha", above=0)
     lora_scaling: str = option(
         "standard",
-        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), constant: alpha",
-        choices=("standard", "rslora", "constant"),
+        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), sfed: alpha sqrt(N / r) for N "
+        "clients per round (docs/explanations/aggregation.md), constant: alpha",
+        choices=("standard", "rslora", "sfed", "constant"),
+    )
+    scaling_clients: int = option(
+        0,
+        "sfed: number N of clients; 0: those of a round, by num-clients and fraction-clients or clients-per-round",
+        low=0,
     )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
     dtype: str = option(
@@ -148,7 +154,13 @@ class ModelConfig:
 
     def scaling(self, rank: int) -> float:
         """Return the factor s in W0 + s B A for an adapter of this rank."""
-        return self.lora_alpha / {"standard": rank, "rslora": math.sqrt(rank), "constant": 1.0}[self.lora_scaling]
+        divisors = {
+            "standard": rank,
+            "rslora": math.sqrt(rank),
+            "sfed": math.sqrt(rank / max(self.scaling_clients, 1)),
+            "constant": 1.0,
+        }
+        return self.lora_alpha / divisors[self.lora_scaling]
 
 
 @dataclass(frozen=True)
@@ -275,6 +287,15 @@ class FederationConfig:
     num_rounds: int = option(3, "number of rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled per round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled per round; 0: use fraction-clients", low=0)
+    start: str = option(
+        "common",
+        "adapters before the first round; common: the same for all clients, own: each client draws its own A",
+        choices=("common", "own"),
+    )
+    stale_clients: float = option(
+        0.0, "share of the clients, drawn once, that always train from an old global adapter", low=0, high=1
+    )
+    staleness: int = option(1, "stale-clients: age of that adapter, in rounds before the newest", low=1)
     updates: str = option(
         "individual",
         "updates that nodes send; individual: one per client, pooled: the average over a node's clients if the rule is "
@@ -305,6 +326,11 @@ class FederationConfig:
     round_timeout_s: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
     node_timeout_s: float = option(120.0, "seconds to wait for min-nodes nodes at the start", above=0)
+
+    def round_size(self, num_clients: int) -> int:
+        """Return the number of clients whose updates make up a round, without over-sampling."""
+        number = self.clients_per_round or max(1, round(self.fraction_clients * num_clients))
+        return min(number, num_clients)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class StudyCell:
         from copra_fl.reporting.study import rate_key  # slow to import
 
         config = self.recipe.config(self.methods[method], seed)
-        regime = self.of_method.get(method, {}) | self.recipe.overrides
+        regime = {**self.of_method.get(method, {}), **self.recipe.overrides}
         return Config.from_flat(config.to_flat() | regime | {rate_key(config): rate})
 
     def tuning_config(self, method: str, rate: float, seed: int) -> Config:

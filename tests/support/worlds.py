@@ -51,11 +51,11 @@ CASES: dict[str, Settings] = {
 class World:
     """A training setup: data, the model for both engines, a plan, the clients' starts, corrections and moments."""
 
-    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
+    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, heads: int = 0) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
         self.data = load_data(self.config, load_processor(self.config.model))
         num_labels = len(self.data.label_names) or 3
-        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, core=core)
+        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, heads=heads)
         if double:
             self.plain.double()
         self.stacked = StackedModel(self.plain)
