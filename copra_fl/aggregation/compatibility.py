@@ -174,7 +174,7 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "earlier rounds do not fit them; use optimizer-state = 'fresh'",
         ),
         (
-            moments == "shared" and rule.personal,
+            moments == "shared" and (rule.personal or heads > 1),
             f"{it} optimizer-state = 'shared': a part of each model stays with its client, and so must its moments; "
             "use optimizer-state = 'client'",
         ),
