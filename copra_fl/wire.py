@@ -5,6 +5,7 @@
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
+                 grams: Gram matrices, of the inspected clients and then of the pooled update
 
 Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):
 both sides derive the layout from what they know. Parts of the state that a node has cached are not sent again. Nothing
@@ -239,7 +240,7 @@ def check_reply(reply: RecordDict, run: str, server_round: int, max_bytes: int) 
 
 
 def pack_updates(updates: Iterable[Update], buffers: Mapping[str, Arrays], failures: Mapping[int, str]) -> RecordDict:
-    """Pack the scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``, ``controls``)."""
+    """Pack the scalars of `updates`, and their tensors in `buffers` (``adapters``, ``pooled``, ``controls``, ...)."""
     content = RecordDict({"failures": _pack_failures(failures)})
     for update in updates:
         content[f"metrics-{update.client}"] = MetricRecord(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO
 from math import isfinite
 from typing import TypeVar
@@ -14,7 +14,8 @@ from flwr.common.logger import log
 from copra_fl import wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update
-from copra_fl.aggregation.checking import METRICS, BadUpdate, check_scalars, check_tensors
+from copra_fl.aggregation.checking import METRICS, BadUpdate, check_grams, check_scalars, check_tensors
+from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import as_global
 from copra_fl.config import Config
@@ -82,10 +83,15 @@ def read_replies(
 
 
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
-    """Return an upper limit for the size of a reply: tensors in float32, twice with control variates, and reports."""
+    """Return an upper limit for the size of a reply.
+
+    It has tensors in float32, twice with control variates, Gram matrices, and reports.
+    """
     starts = [request.starts.get(client, {}) for client in cohort]
-    num_values = sum(tensor.numel() for start in starts for tensor in start.values())
-    return 4 * num_values * (2 if request.has_control else 1) + REPORT_BYTES * len(cohort)
+    num_values = sum(tensor.numel() for start in starts for tensor in start.values()) * (1 + request.has_control)
+    if request.has_grams:
+        num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
+    return 4 * num_values + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -110,6 +116,14 @@ def decode_updates(
             check_tensors(update, request.starts[update.client], run.group_of, max_norm)
         return decoded
 
+    def with_grams(averaged: list[Update]) -> list[Update]:
+        starts = {update.client: templates(request.starts[update.client]) for update in averaged}
+        decoded = decode(wire.unpack_arrays(content, "grams"), averaged, starts, run.group_of, "float32")
+        complete = [replace(update, grams=grams.adapter) for update, grams in zip(averaged, decoded, strict=True)]
+        for update in complete:
+            check_grams(update, request.starts[update.client], run.group_of)
+        return complete
+
     federation = run.config.federation
     individual, pooled, controls = list[Update](), list[Update](), list[Update]()
     if inspected:
@@ -118,8 +132,10 @@ def decode_updates(
         pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
     if inspected and request.has_control:
         controls = decode_buffer("controls", inspected, "float32", 0.0)
-    individual = [as_global(run.config, update) for update in individual]
-    return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+    averaged = [*(as_global(run.config, update) for update in individual), *pooled]
+    if averaged and request.has_grams:
+        averaged = with_grams(averaged)
+    return TrainReply(averaged[: len(individual)] + others, averaged, [change.adapter for change in controls])
 
 
 def decode_evaluations(

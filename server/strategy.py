@@ -97,6 +97,7 @@ class CohortStrategy:
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
+            has_grams=self.run.rule.sends_grams(server_round),
         )
         return request, self.messages(request, server_round - 1, MessageType.TRAIN)
 

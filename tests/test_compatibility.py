@@ -41,6 +41,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
+    (PRIVATE | {"rule": "ffa-lora-gram"}, {"rule": "ffa-lora"}, "Gram matrices travel without clipping and noise"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
     (
         PRIVATE | {"over-sample": 0.5, "failures": "tolerant"},

@@ -69,8 +69,8 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
     "SCAFFOLD": ({"control-variates": True}, 2, (individual_corrections,)),
     "SCAFFOLD in the first round": ({"control-variates": True, "gradient-accumulation": 2}, 1, ()),
     "unequal ranks": (RANKS | HARSH | {"rescale": True, "min-active": 1}, 2, (padded_starts,)),
-    "everything": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
-                   "max-grad-norm": 0.1} | RANKS | HARSH, 2,
+    "everything": ({"rule": "ffa-lora-gram", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1,
+                   "alpha": 0.3, "max-grad-norm": 0.1} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
 }  # fmt: skip
 

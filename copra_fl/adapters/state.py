@@ -35,6 +35,7 @@ class Update:
         active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
         metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
+        grams: name of each B in `adapter` -> its Gram matrix (`aggregation.grams`); only if the rule asks for them.
     """
 
     client: int
@@ -43,6 +44,7 @@ class Update:
     active_steps: tuple[float, ...]
     metrics: dict[str, float]
     gradient: Adapter = field(default_factory=dict)
+    grams: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Rule:
         shares: parts that travel. Trained parts that do not travel are personal: they stay with the client, and there
             is no global model.
         core: B and A are fixed from the first gradient on, and an r x r matrix R between them is trained.
+        grams: clients that train B but not A also send a Gram matrix per module (`aggregation.grams`).
         linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
         changes_base: W0 changes, so that there is a residual.
         unequal_ranks: the clients' adapters may have different ranks.
@@ -120,6 +121,7 @@ class Rule:
     shares: frozenset[str] = ALL
     refactor: Callable[[Adapter, Sequence[str]], Adapter] | None = None
     core: bool = False
+    grams: bool = False
     linear: bool = False
     changes_base: bool = False
     unequal_ranks: bool = False
@@ -136,6 +138,10 @@ class Rule:
     def sends(self, server_round: int) -> frozenset[str]:
         """Return the parts that clients send to the server in a round."""
         return self.trains(server_round) & self.shares
+
+    def sends_grams(self, server_round: int) -> bool:
+        """Return whether clients send Gram matrices in a round."""
+        return self.grams and "A" not in self.trains(server_round)
 
     def changes(self, server_round: int) -> frozenset[str]:
         """Return the shared parts that differ after a round: those that clients send, and refactored ones."""

@@ -253,6 +253,11 @@ class AggregationConfig:
         choices=("listed", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
+    gram_shrinkage: float = option(
+        100.0,
+        "ffa-lora-gram, rolora-gram: Gram matrices of T tokens are multiplied by T / (T + this) off their diagonal",
+        low=0,
+    )
     control_variates: bool = option(False, "SCAFFOLD: correct local gradients by control variates")
     server_optimizer: str = option(
         "none",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from copra_fl.adapters.state import Adapter, Update
 from copra_fl.config import Config, TrainingConfig
 from copra_fl.data.federated import FederatedData
 from copra_fl.seeding import derive
+from copra_fl.tasks import Inputs
 from copra_fl.training.batches import LocalSteps, plan_steps
+from copra_fl.training.grams import GramSums, tokens_of
 from copra_fl.training.local_terms import StackedLocalTerms
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
 from copra_fl.training.plan import Plan, Start, num_steps
@@ -62,6 +65,7 @@ def train_cohort(
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
+    gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
     for index in range(lengths.max()):
         rows = np.flatnonzero(lengths > index)
         on = np.stack([cohort[row].masks[index] for row in rows])
@@ -74,7 +78,7 @@ def train_cohort(
         step = Step(stack, rows, on, depth, scale, streams)
         batches = [cohort[row].batches[index] for row in rows]
         for micro_batch in range(max(map(len, batches))):
-            losses[index, model.tensor(rows)] += _backward(model, data, step, batches, micro_batch)
+            losses[index, model.tensor(rows)] += _backward(model, data, step, batches, micro_batch, gram_sums)
         terms.add(rows, on)
         optimizer.step(rows, on, index)
         progress(float((1 / lengths[rows]).sum()))
@@ -85,7 +89,10 @@ def train_cohort(
     for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
         metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
-        updates.append(make_update(plan, steps, adapter, gradient_sums[row], model.group_of, num_examples, metrics))
+        grams = gram_sums.matrices(row, plan.config.aggregation.gram_shrinkage) if gram_sums else {}
+        updates.append(
+            make_update(plan, steps, adapter, gradient_sums[row], model.group_of, num_examples, metrics, grams)
+        )
     return updates
 
 
@@ -97,13 +104,18 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _backward(
-    model: StackedModel, data: FederatedData, step: Step, batches: list[list[np.ndarray]], micro_batch: int
+    model: StackedModel,
+    data: FederatedData,
+    step: Step,
+    batches: list[list[np.ndarray]],
+    micro_batch: int,
+    gram_sums: GramSums | None,
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
 
     `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
     the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
-    others get more rows of their first example, with weight 0.
+    others get more rows of their first example, with weight 0. The inputs of adapters go into `gram_sums`.
     """
     examples = data.examples
     chosen = [parts[micro_batch] if micro_batch < len(parts) else parts[0][:0] for parts in batches]
@@ -116,11 +128,27 @@ def _backward(
     targets = examples.num_targets[samples].sum(1)
     rows = ClientRows(samples.ravel(), shapes, targets)
     batch = examples.batch(rows.samples, model.device)
-    target_losses = model.task.losses(model(step, batch, rows), batch)
+    record = partial(_record, gram_sums, step, _is_token(batch, shapes)) if gram_sums else None
+    target_losses = model.task.losses(model(step, batch, rows, record), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()
+
+
+def _is_token(batch: Inputs, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Return (clients, rows, tokens) bool: False for padding and for rows beyond the clients' own, as in `shapes`."""
+    by_client = tokens_of(batch).unflatten(0, (len(shapes), -1))
+    rows = torch.arange(by_client.shape[1], device=by_client.device)
+    numbers = torch.tensor([num_rows for num_rows, _ in shapes], device=by_client.device)
+    return by_client & (rows < numbers[:, None])[..., None]
+
+
+def _record(
+    gram_sums: GramSums, step: Step, is_token: Tensor, module: str, positions: np.ndarray, values: Tensor
+) -> None:
+    clients, places = (torch.from_numpy(index).to(values.device) for index in (step.clients[positions], positions))
+    gram_sums.add(module, clients, values, is_token[places])
 
 
 class StackedOptimizer:

@@ -7,6 +7,7 @@ on and that the round's aggregation rule trains. The mask holds for all micro-ba
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
+from copra_fl.training.grams import GramSums, recording
 from copra_fl.training.local_terms import add_local_terms
 from copra_fl.training.optimizer import make_optimizer, set_learning_rates
 from copra_fl.training.plan import Plan, Start
@@ -38,11 +40,12 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     adapters = [parameter for name, parameter in parameters.items() if part_of(name) != "head"]
     optimizer = make_optimizer(training, adapters, heads)
     losses, gradient_sums = [], dict[str, Tensor]()
+    gram_sums = GramSums(1) if plan.collects_grams else None
     for step, micro_batches in enumerate(steps.batches):
         set_learning_rates(optimizer, training, steps.t[step])
         model.gates.set(steps.masks[step], steps.scales[step])
         with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
-            losses.append(_accumulate_gradients(model, data, micro_batches))
+            losses.append(_accumulate_gradients(model, data, micro_batches, gram_sums))
         grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
         if aggregation.control_variates:
             gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
@@ -58,19 +61,24 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "distance": norm(difference(adapter, start.adapter)),
     }
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
-    return make_update(plan, steps, adapter, gradient_sums, model.group_of, len(data.train[client]), metrics)
+    grams = gram_sums.matrices(0, aggregation.gram_shrinkage) if gram_sums else {}
+    return make_update(plan, steps, adapter, gradient_sums, model.group_of, len(data.train[client]), metrics, grams)
 
 
-def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> Tensor:
+def _accumulate_gradients(
+    model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray], gram_sums: GramSums | None
+) -> Tensor:
     """Add up the gradients of the mean loss over all targets of the micro-batches, and return that loss.
 
     The result is as if the micro-batches were one batch. There are no gradients if every adapter is off and no head is
-    trained.
+    trained. The inputs of adapters go into `gram_sums`.
     """
     num_targets = int(data.examples.num_targets[np.concatenate(micro_batches)].sum())
     loss = torch.zeros((), device=model.device)
     for indices in micro_batches:
-        part = model.losses(data.examples.batch(indices, model.device)).sum() / num_targets
+        batch = data.examples.batch(indices, model.device)
+        with recording(model, gram_sums, batch) if gram_sums else nullcontext():
+            part = model.losses(batch).sum() / num_targets
         if part.requires_grad:
             part.backward()
         loss += part.detach()

@@ -94,6 +94,10 @@ class StackedLinear(nn.Module):
         core = step.stack.tensors.get(f"{self.name}.lora_R.weight")
         a = (a if core is None else torch.bmm(route.select(core), a)).to(x.dtype)
         by_client = x.reshape(live, -1, x.shape[-1])
+        if self.context.record is not None:
+            with torch.no_grad():
+                inputs = by_client if route.places is None else by_client.index_select(0, route.places)
+                self.context.record(self.name, route.positions, torch.bmm(inputs, a.mT))
         noise = self._noise(route, x) if step.dropout and self.dropout else None
         scale = (self.scaling * route.scale).to(x.dtype)
         y = AdapterProduct.apply(by_client, self.base.weight, self.base.bias, a, b, scale, route.places, noise)

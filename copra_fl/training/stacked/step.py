@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -125,6 +125,10 @@ class ClientRows:
     targets: np.ndarray | None = None
 
 
+#: module, positions of the clients in the step, A x (clients, N, r) of the inputs x of their adapters
+Record = Callable[[str, np.ndarray, Tensor], None]
+
+
 class ForwardContext:
     """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
 
@@ -132,24 +136,26 @@ class ForwardContext:
         step: the step that is computed.
         rows: the rows of its batch.
         live: number of clients, from the first, whose rows are in the autograd graph at the current block.
+        record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
         cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
     live: int
+    record: Record | None
 
     def __init__(self) -> None:
         self.cache: HiddenStateCache | None = None
 
     @contextmanager
-    def forward(self, step: Step, rows: ClientRows, live: int) -> Iterator[None]:
+    def forward(self, step: Step, rows: ClientRows, live: int, record: Record | None = None) -> Iterator[None]:
         """Compute `step` on `rows` inside the block, starting with `live` clients in the graph."""
-        self.step, self.rows, self.live = step, rows, live
+        self.step, self.rows, self.live, self.record = step, rows, live, record
         try:
             yield
         finally:
-            del self.step, self.rows, self.live
+            del self.step, self.rows, self.live, self.record
 
 
 def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
