@@ -1,4 +1,5 @@
-"""State of clients between rounds, on the node's disk: personal tensors, control variates, quantization errors.
+"""State of clients between rounds, on the node's disk: personal tensors, control variates, quantization errors, and
+the state of the local optimizer.
 
 It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has one file per
 round, and the two newest are kept: a run that resumes at round t needs the state from before t, also if the interrupted
@@ -10,7 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import (
+    Adapter,
+    OptimizerState,
+    join_names,
+    load_checkpoint,
+    save_checkpoint,
+    split_names,
+)
 from copra_fl.files import cache_dir
 
 
@@ -22,11 +30,13 @@ class ClientState:
         personal: the tensors that do not travel, after the last training.
         control: the client's control variate.
         quantization_error: the part of the client's changes that rounding has withheld from the server so far.
+        optimizer: moments and step counts of the local optimizer.
     """
 
     personal: Adapter = field(default_factory=dict)
     control: Adapter = field(default_factory=dict)
     quantization_error: Adapter = field(default_factory=dict)
+    optimizer: OptimizerState = field(default_factory=dict)
 
 
 class ClientStateStore:
@@ -41,19 +51,12 @@ class ClientStateStore:
         if not earlier:
             return ClientState()
         tensors, _ = load_checkpoint(earlier[-1])
-        kinds: dict[str, Adapter] = {}
-        for full_name, tensor in tensors.items():
-            kind, _, name = full_name.partition("/")
-            kinds.setdefault(kind, {})[name] = tensor
-        return ClientState(**kinds)
+        return ClientState(**split_names(tensors))
 
     def write(self, client: int, server_round: int, state: ClientState) -> None:
         """Write the state of `client` after a round, and remove all but the two newest."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{kind}/{name}": tensor for kind, adapter in vars(state).items() for name, tensor in adapter.items()
-        }
-        save_checkpoint(self._file(client, server_round), tensors, {})
+        save_checkpoint(self._file(client, server_round), join_names(vars(state)), {})
         current = [path for path in self._files(client) if path.name <= self._file(client, server_round).name]
         for path in current[:-2]:
             path.unlink()

@@ -16,6 +16,7 @@ from copra_fl.aggregation.compatibility import parameters_of
 from copra_fl.aggregation.private import private_average
 from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.shared_moments import average_moments
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
 from server.run_context import RunContext
@@ -60,7 +61,7 @@ def aggregate(
     error = None
     if not (pools(run.config) or run.rule.personal or is_private):
         error = AggregationError(**aggregation_error(round_, outcome))
-    next_state = state_after(run, state, outcome, controls, num_eligible)
+    next_state = state_after(run, state, outcome, updates, controls, num_eligible)
     return Aggregate(next_state, outcome.residual, outcome.notes, error)
 
 
@@ -107,10 +108,16 @@ def average_privately(run: RunContext, round_: Round, server_round: int, num_eli
 
 
 def state_after(
-    run: RunContext, state: ServerState, outcome: Outcome, controls: Sequence[Adapter], num_eligible: int
+    run: RunContext,
+    state: ServerState,
+    outcome: Outcome,
+    updates: Sequence[Update],
+    controls: Sequence[Adapter],
+    num_eligible: int,
 ) -> ServerState:
-    """Return the server's next state: the server optimizer's step, the residual and the control variate."""
-    settings = run.config.aggregation
+    """Return the server's next state: server optimizer's step, residual, control variate, moments, old adapters."""
+    settings, federation = run.config.aggregation, run.config.federation
+    num_earlier = federation.staleness if federation.stale_clients else 0
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
         before = heads.split(state.adapter, run.head_sizes)
@@ -121,4 +128,6 @@ def state_after(
         control=scaffold.next_control(state.control, controls, num_eligible),
         first_moment=first,
         second_moment=second,
+        optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
+        earlier=(state.adapter, *state.earlier)[:num_earlier],
     )

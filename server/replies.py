@@ -85,10 +85,11 @@ def read_replies(
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
     """Return an upper limit for the size of a reply.
 
-    It has tensors in float32, twice with control variates, Gram matrices, and reports.
+    It has tensors in float32, as many controls and moments, Gram matrices, and reports.
     """
     starts = [request.starts.get(client, {}) for client in cohort]
-    num_values = sum(tensor.numel() for start in starts for tensor in start.values()) * (1 + request.has_control)
+    num_values = sum(tensor.numel() for start in starts for tensor in start.values())
+    num_values *= 1 + request.has_control + len(request.moments)
     if request.has_grams:
         num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
     return 4 * num_values + REPORT_BYTES * len(cohort)
@@ -132,10 +133,34 @@ def decode_updates(
         pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
     if inspected and request.has_control:
         controls = decode_buffer("controls", inspected, "float32", 0.0)
-    averaged = [*(as_global(run.config, update) for update in individual), *pooled]
+    if inspected and request.moments:
+        moments = {kind: decode_buffer(kind, inspected, "float32", 0.0) for kind in request.moments}
+        individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
+    averaged = [*individual, *pooled]
     if averaged and request.has_grams:
         averaged = with_grams(averaged)
-    return TrainReply(averaged[: len(individual)] + others, averaged, [change.adapter for change in controls])
+    individual = [as_global(run.config, completed(request, update)) for update in averaged[: len(individual)]]
+    pooled = averaged[len(individual) :]
+    return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+
+
+def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: int) -> Update:
+    """Return `update` with the moments in `row` of each kind. Raises BadUpdate for a negative second moment."""
+    state = {kind: decoded[row].adapter for kind, decoded in moments.items()}
+    for name, tensor in state.get("exp_avg_sq", {}).items():
+        if (tensor < 0).any():
+            raise BadUpdate(f"client {update.client}: the second moment of {name} has negative values")
+    return replace(update, optimizer=state)
+
+
+def completed(request: RoundRequest, update: Update) -> Update:
+    """Return `update` with the tensors that its client has not trained, if it did not start from the global adapter.
+
+    Otherwise a rule takes those from the global adapter.
+    """
+    if update.client not in request.apart:
+        return update
+    return replace(update, adapter=request.starts[update.client] | update.adapter)
 
 
 def decode_evaluations(

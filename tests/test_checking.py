@@ -79,7 +79,7 @@ def test_a_gram_matrix_is_symmetric_without_negative_eigenvalues(grams: dict[str
         ),
         (replace(VALID, metrics={"loss": math.nan}), "loss of nan"),
         (replace(VALID, metrics={"loss": 1.0, "steps": math.inf}), "reports steps = inf"),
-        (replace(VALID, metrics={"loss": 1.0, "client": 3.0}), "reports client; known are distance, loss"),
+        (replace(VALID, metrics={"loss": 1.0, "client": 3.0}), "reports client; known are distance, flops, loss"),
         (replace(VALID, metrics={}), "loss of None"),
     ],
 )

@@ -16,6 +16,7 @@ from tests.support.worlds import World, relative_error
 
 CASES: dict[str, Settings] = {
     "masks": {"num-rounds": 4},
+    "off layers use the start": {"num-rounds": 4, "off": "global"},
     "dropout, micro-batches, unequal steps": {
         "lora-dropout": 0.3, "gradient-accumulation": 2, "local-epochs": 1, "local-training": "lora", "alpha": 0.5,
     },

@@ -81,15 +81,15 @@ class Recorder:
             )
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("off", "cached"), [("base", False), ("base", True), ("global", False)])
 def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
-    tiny: Settings, cached: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, off: str, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks.
 
     In the second training the cache has every state that is not in the graph.
     """
-    world = World(tiny | {"local-steps": 1})
+    world = World(tiny | {"local-steps": 1, "off": off})
     if cached:
         world.stacked.context.cache = HiddenStateCache(5, 16, 32, torch.float32, torch.device("cpu"))
     masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
@@ -120,6 +120,11 @@ def test_slices_bound_the_tokens_of_a_step_and_group_clients_with_similar_number
     assert [-(-size // 4) for size in sizes] == sorted((-(-size // 4) for size in sizes), reverse=True)
     assert [len(part) for part in slices(World(flat | {"step-tokens": 1}).config, world.data, range(6))] == [1] * 6
     assert len(slices(World(flat).config, world.data, range(6))) == 1
+
+
+def test_clients_of_one_depth_share_a_slice(tiny: Settings) -> None:
+    world = World(tiny | {"client-depths": "1,3,1,2,3,1"})
+    assert slices(world.config, world.data, range(6)) == [(0, 2, 5), (3,), (1, 4)]
 
 
 def test_many_adapters_evaluated_together_get_the_metrics_of_each_alone(tiny: Settings) -> None:

@@ -103,6 +103,29 @@ def test_partitions_are_disjoint_complete_and_seeded(
     assert states == global_generators()
 
 
+@pytest.mark.parametrize("split", PARTITIONERS, ids=lambda split: split["partitioner"])
+def test_limits_keep_the_first_training_examples_and_nothing_else_changes(
+    rows: pd.DataFrame, load_rows: Load, split: dict[str, Any]
+) -> None:
+    """Oracle: one pass over each client's examples that counts them."""
+    whole = load_rows(rows, **split)
+    labels = whole.examples.labels.tolist()
+    for limits in ({"client_examples": 11}, {"shots": 2}, {"client_examples": 11, "shots": 3}, {"shots": 500}):
+        data, expected = load_rows(rows, **split, **limits), []
+        for train in whole.train:
+            kept: list[int] = []
+            for example in train.tolist():
+                same_label = sum(labels[other] == labels[example] for other in kept)
+                if same_label < limits.get("shots", 600) and len(kept) < limits.get("client_examples", 600):
+                    kept.append(example)
+            expected.append(kept)
+        assert [train.tolist() for train in data.train] == expected
+        assert data.dropped.limited == sum(map(len, whole.train)) - sum(map(len, expected))
+        assert all(map(np.array_equal, data.validation, whole.validation))
+        assert np.array_equal(data.server_validation, whole.server_validation) and np.array_equal(data.test, whole.test)
+        assert data.tokens_digest == whole.tokens_digest and data.digest != whole.digest
+
+
 def test_unassigned_examples_are_counted(rows: pd.DataFrame, load_rows: Load) -> None:
     """Shards: 500 examples in 6 x 7 = 42 shards of 11 leave 38. Pathological: 2 clients with 1 of 4 classes each."""
     shards = load_rows(rows, partitioner="shards", classes_per_client=7)
@@ -216,6 +239,20 @@ def test_duplicates_are_dropped_from_the_held_out_sets(
     held = [set(texts_of(planted, indices, tokenizer)) for indices in (planted.test, planted.server_validation)]
     pool = set(texts_of(planted, np.concatenate(planted.train + planted.validation), tokenizer))
     assert not held[0] & held[1] and not held[0] & pool and not held[1] & pool
+
+
+def test_near_duplicates_are_dropped_if_asked_for(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Three test texts get a near-duplicate in the pool, and a fourth one that differs in a word."""
+    before = load_rows(rows)
+    tests, pooled = (texts_of(before, indices[:4], tokenizer) for indices in (before.test, before.train[0]))
+    edited = [tests[0].upper(), f"#{tests[1]}!?", f"{tests[2].replace(' ', ', ')} https://t.co/A1", f"{tests[3]} 7"]
+    rows["text"] = rows["text"].replace(dict(zip(pooled, edited, strict=True)))
+    exact, near = load_rows(rows), load_rows(rows, duplicates="near")
+    assert np.array_equal(exact.test, before.test) and exact.dropped.duplicates == 0
+    assert near.test.tolist() == before.test[3:].tolist() and near.dropped.duplicates == 3
+    assert all(map(np.array_equal, exact.train, near.train))
 
 
 def test_a_test_file_is_the_test_set_without_examples_of_the_training_data(

@@ -69,6 +69,14 @@ def test_a_file_of_any_format_is_read_completely(own: Settings, files: list[Path
     assert read == sorted(zip(known_words, rows["topic"], strict=True))
 
 
+def test_limits_hold_for_a_nodes_own_file(own: Settings, files: list[Path]) -> None:
+    """The first file has two labels: three examples of each, and of these six the first five."""
+    config = Config.from_flat(own | {"labels": "sky,sea,sand", "shots": 3, "client-examples": 5})
+    data = load_local_data(config, load_processor(config.model), str(files[0]), client=1, num_clients=3)
+    assert np.bincount(data.examples.labels[data.train[1]]).max() == 3
+    assert (len(data.train[1]), len(data.validation[1]), data.dropped.limited) == (5, 4, 31)
+
+
 def test_labels_are_one_line_of_csv() -> None:
     names = ["a, b", 'said "c"', "d"]
     assert Config.from_flat({"labels": csv_line(names)}).data.label_list == names
@@ -99,6 +107,9 @@ def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[
     assert all(row["validation"]["loss"] > 0 for row in journal(directory))
     with_data = run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=grid_of(files))
     assert_equal(*(load_file(run / "adapter" / "head.safetensors") for run in (directory, with_data)))
+    ended = run_federation(flat | {"target-accuracy": 1e-9}, tmp_path / "ended", grid=grid_of(files))
+    (row,) = journal(ended)
+    assert row["ended_early"] == "reached target-accuracy = 1e-09", "any accuracy of the clients reaches it"
 
 
 def test_what_needs_server_data_is_rejected_without_it(own: Settings) -> None:

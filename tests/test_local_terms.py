@@ -1,12 +1,15 @@
-"""Features of local training for aggregation rules: trained parts, individual starts, ranks, FedProx, SCAFFOLD."""
+"""Features of local training: parts, starts, ranks, layers that are off, points of a line, FedProx, SCAFFOLD."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +18,7 @@ from copra_fl.aggregation import ALL, RULES
 from copra_fl.aggregation.ranks import cut, pad
 from copra_fl.aggregation.rule import Rule
 from copra_fl.aggregation.rules.fedavg import fedavg
+from copra_fl.copra import schedule
 from copra_fl.models.build import build_model
 from copra_fl.seeding import generator
 from copra_fl.training import cohort, single
@@ -69,8 +73,16 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
     "SCAFFOLD": ({"control-variates": True}, 2, (individual_corrections,)),
     "SCAFFOLD in the first round": ({"control-variates": True, "gradient-accumulation": 2}, 1, ()),
     "unequal ranks": (RANKS | HARSH | {"rescale": True, "min-active": 1}, 2, (padded_starts,)),
+    "off layers use individual starts": ({"off": "global", "rule": "ffa-lora", "proximal-mu": 0.3} | HARSH, 2,
+                                         (individual_starts, residual(True))),
+    "off layers use starts of unequal ranks": ({"off": "global", "rescale": True, "min-active": 1} | RANKS, 2,
+                                               (padded_starts,)),
+    "off layers use R": ({"off": "global", "rule": "core-only"} | HARSH, 2, ()),
+    "on the line": ({"local-training": "line"} | HARSH, 2, (individual_starts,)),
+    "FedGuCci": ({"rule": "ffa-lora-gram", "gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2,
+                 ()),
     "everything": ({"rule": "ffa-lora-gram", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1,
-                   "alpha": 0.3, "max-grad-norm": 0.1} | RANKS | HARSH, 2,
+                   "alpha": 0.3, "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
 }  # fmt: skip
 
@@ -150,7 +162,7 @@ def test_the_adapter_product_computes_only_the_required_gradients(with_gradient:
     x, a, b = torch.randn(c, n, k), torch.randn(c, r, k), torch.randn(c, d, r)
     for name, tensor in {"x": x, "a": a, "b": b}.items():
         tensor.requires_grad_(name in with_gradient)
-    y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None)
+    y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None, None)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     products = {
@@ -187,6 +199,93 @@ def test_fedprox_is_the_gradient_of_the_penalty(tiny: Settings) -> None:
         assert update.metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5), (
             "the loss is reported without the penalty"
         )
+
+
+def test_a_layer_that_is_off_uses_the_adapter_of_the_start(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: PEFT with a second adapter, where each layer that is off has the second one active."""
+    masks = [[False, True, False], [True, False, True], [False, False, False], [True, True, False]]
+    monkeypatch.setattr(schedule, "client_masks", lambda *args, **kwargs: (np.array(masks), np.ones(4)))
+    world = World(tiny | {"off": "global", "local-steps": 4, "weight-decay": 0.1, "lora-dropout": 0.0}, double=True)
+    plain = build_model(world.config.model, "layer", 3, seed=0)
+    parameters = plain.train_only(ALL)
+    plain.peft.add_adapter("start", plain.peft.peft_config["default"])
+    plain.double().eval().write_adapter(world.start)
+    layers: dict[str, Any] = {name: module for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["start"].load_state_dict(factor["default"].state_dict())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.1)
+    shuffled = generator(0, "order", 2, 0).permutation(world.data.train[0])
+    for step, mask in enumerate(masks):
+        for name, layer in layers.items():
+            on = any(mask[number] and f".layer.{number}." in name for number in range(3))
+            layer.set_adapter("default" if on else "start", inference_mode=not on)
+        batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
+        F.cross_entropy(plain(**batch), batch["labels"]).backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for update in (world.alone(0), *world.together(0)):
+        assert update.active_steps == (2, 2, 1)
+        assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
+
+
+@pytest.mark.parametrize("changes", [{"local-training": "line"}, {"local-training": "lora", "gucci-beta": 0.7}])
+def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings) -> None:
+    """Oracle: autograd differentiates the losses of PEFT's model with parameters start + u (theta - start)."""
+    world = World(tiny | {"local-steps": 4, "max-grad-norm": 0.1, "weight-decay": 0.1} | changes, double=True)
+    plain = build_model(world.config.model, "layer", 3, seed=0).double()
+    plain.write_adapter(world.start)
+    names = {name.removeprefix("peft.").replace(".default.", "."): name for name, _ in plain.named_parameters()}
+    parameters = plain.train_only(ALL)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.1)
+    shuffled = generator(0, "order", 2, 0).permutation(world.data.train[0])
+    positions = generator(0, "line", 2, 0).random(4)
+    losses = []
+    for step in range(4):
+        batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
+
+        def loss_at(adapters: float, head: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+            moved = {}
+            for name, tensor in parameters.items():
+                u = head if part_of(name) == "head" else adapters
+                moved[names[name]] = (1 - u) * world.start[name] + u * tensor
+            return F.cross_entropy(torch.func.functional_call(plain, moved, kwargs=batch), batch["labels"])
+
+        if "gucci-beta" in changes:
+            loss = loss_at(1, 1)
+            (loss + 0.7 * loss_at(0.5, 0.5)).backward()
+        else:
+            loss = loss_at(positions[step], 1)
+            loss.backward()
+        losses.append(float(loss.detach()))
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for update in (world.alone(0), *world.together(0)):
+        assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
+        assert update.metrics["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["peft", "stacked"])
+def test_fedgucci_computes_every_step_twice(tiny: Settings, engine: str) -> None:
+    work = []
+    for beta in (0.0, 0.1):
+        world = World(tiny | {"local-training": "lora", "gucci-beta": beta})
+        with FlopCounterMode(display=False) as counter:
+            _ = world.alone(0) if engine == "peft" else world.together(0)
+        work.append(counter.get_total_flops() / world.config.aggregation.passes_per_step)
+    assert work[0] == work[1] > 0
+
+
+def test_from_a_start_without_a_product_nothing_changes(tiny: Settings) -> None:
+    """In the first round B = 0, so layers that are off compute the base alone: bit for bit plain CopRA."""
+    worlds = [World(tiny | {"num-rounds": 4, "off": off, "lora-dropout": 0.2}, 1) for off in ("base", "global")]
+    for world in worlds:
+        world.starts = dict.fromkeys(range(6), world.plain.read_adapter())
+    base, anchored = ([*world.together(*range(3)), world.alone(4)] for world in worlds)
+    for one, other in zip(base, anchored, strict=True):
+        assert all(torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter)
 
 
 @pytest.mark.parametrize("engine", ["peft", "stacked"])

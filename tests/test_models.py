@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from copra_fl.config import Config, ConfigError, ModelConfig
+from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models.build import build_model, resolve_compute, resolve_config
 from copra_fl.models.export import load, save
 from tests.support.worlds import BATCH
@@ -72,7 +72,7 @@ def test_a_saved_model_computes_the_same(tiny: dict, tmp_path: Path, dtype: str,
     with torch.no_grad():
         for parameter in model.train_only({"A", "B"}).values():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    save(model, tmp_path, ["a", "b", "c"])
+    save(model, tmp_path, ["a", "b", "c"], DataConfig())
     opened = load(tmp_path, device="cpu")
     with torch.inference_mode():
         assert torch.equal(opened.model(**BATCH), model(**BATCH))

@@ -51,8 +51,10 @@ def alone(two: Settings, number: int, num_clients: int) -> Settings:
     return two | {"dataset": str(two["dataset"]).split(", ")[number], "num-clients": num_clients}
 
 
-def test_each_data_set_is_loaded_as_if_it_were_alone(two: Settings) -> None:
+@pytest.mark.parametrize("limits", [{}, {"shots": 3, "client-examples": 5}], ids=["all", "few"])
+def test_each_data_set_is_loaded_as_if_it_were_alone(two: Settings, limits: Settings) -> None:
     """Clients, held-out sets and tokens are the same; only indices are shifted."""
+    two = two | limits
     joined = World(two).data
     assert joined.client_names == ["topics/0", "topics/1", "topics/2", "moods/0", "moods/1"]
     assert joined.label_names == ["topics/sand", "topics/sea", "topics/sky", "moods/calm", "moods/sea"]

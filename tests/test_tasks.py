@@ -137,7 +137,7 @@ def test_the_task_of_the_guide_trains_in_both_engines_and_can_be_saved(topics: S
     assert_alike(update, world.alone(0), 1e-5)
     indices = world.data.server_validation
     (metrics,) = evaluate(world.stacked, [world.start | update.adapter], world.data.examples, indices, 60)
-    save(world.plain, tmp_path / "adapter", world.data.label_names)
+    save(world.plain, tmp_path / "adapter", world.data.label_names, world.config.data)
     batch = world.data.examples.batch(indices)
     opened = load(tmp_path / "adapter", device="cpu")
     with torch.inference_mode():

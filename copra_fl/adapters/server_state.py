@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import (
+    Adapter,
+    OptimizerState,
+    join_names,
+    load_checkpoint,
+    save_checkpoint,
+    split_names,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,8 @@ class ServerState:
         control: the global control variate.
         first_moment: of the server optimizer.
         second_moment: of the server optimizer.
+        optimizer: average state of the clients' optimizers, with ``optimizer-state = "shared"``.
+        earlier: the global adapters before `adapter`, newest first, as many as stale clients need.
     """
 
     adapter: Adapter
@@ -26,19 +35,24 @@ class ServerState:
     control: Adapter = field(default_factory=dict)
     first_moment: Adapter = field(default_factory=dict)
     second_moment: Adapter = field(default_factory=dict)
+    optimizer: OptimizerState = field(default_factory=dict)
+    earlier: tuple[Adapter, ...] = ()
+
+    def of_age(self, age: int) -> Adapter:
+        """Return the global adapter of `age` rounds before the newest."""
+        return self.earlier[age - 1] if age else self.adapter
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
-        prefixed = {f"{kind}/{name}": t for kind, tensors in others.items() for name, t in tensors.items()}
-        save_checkpoint(path, self.adapter | prefixed, metadata)
+        others["earlier"] = {str(age): tensors for age, tensors in enumerate(self.earlier, start=1)}
+        save_checkpoint(path, self.adapter | join_names(others), metadata)
 
     @classmethod
     def load(cls, path: Path) -> tuple[ServerState, dict[str, str]]:
         """Read a checkpoint that `save` wrote: the state and the metadata."""
         tensors, metadata = load_checkpoint(path)
-        kinds: dict[str, Adapter] = {"adapter": {}}
-        for full_name, tensor in tensors.items():
-            kind, _, name = full_name.rpartition("/")
-            kinds.setdefault(kind or "adapter", {})[name] = tensor
-        return cls(**kinds), metadata
+        adapter = {name: tensor for name, tensor in tensors.items() if "/" not in name}
+        others = split_names({name: tensor for name, tensor in tensors.items() if "/" in name})
+        by_age = others.pop("earlier", {})
+        return cls(adapter, **others, earlier=tuple(by_age[age] for age in sorted(by_age, key=int))), metadata

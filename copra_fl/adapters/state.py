@@ -1,7 +1,8 @@
 """Adapters and clients' updates as plain data: tensor name -> tensor.
 
 Names are PEFT's (``base_model.model.encoder.layer.0...lora_A.weight``), plus ``head.weight`` and ``head.bias`` if the
-task trains a head, and ``lora_R`` for the matrix R of fed-sb. Tensors are float32 on the CPU.
+task trains a head, and ``lora_R`` and ``lora_S`` for a matrix R between the factors (`copra_fl.adapters.core`). Tensors
+are float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,10 @@ from torch import Tensor
 from copra_fl.files import atomic_write
 
 Adapter = dict[str, Tensor]
+
+#: state of a local optimizer: torch's name (``exp_avg``, ``exp_avg_sq``, ``step``, ``momentum_buffer``) -> tensor
+#: name -> value
+OptimizerState = dict[str, Adapter]
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,11 @@ class Update:
             server if the client's tensors are part of a pooled update.
         num_examples: number of the client's training examples.
         active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
-        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change).
+        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds``, ``distance`` (norm of the change) and
+            ``flops`` (`training.operations`); with client-depths also ``memory`` (largest number of bytes that autograd
+            kept in a step).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
+        optimizer: state of the local optimizer after the training; empty with ``optimizer-state = "fresh"``.
         grams: name of each B in `adapter` -> its Gram matrix (`aggregation.grams`); only if the rule asks for them.
     """
 
@@ -44,6 +53,7 @@ class Update:
     active_steps: tuple[float, ...]
     metrics: dict[str, float]
     gradient: Adapter = field(default_factory=dict)
+    optimizer: OptimizerState = field(default_factory=dict)
     grams: Adapter = field(default_factory=dict)
 
 
@@ -70,6 +80,10 @@ class Layout:
         starts = [0, *ends[:-1]]
         return {name: slice(start, end) for name, start, end in zip(self.shapes, starts, ends, strict=True)}
 
+    def within(self, span: slice) -> Layout:
+        """Return the layout of the tensors inside `span` of a row."""
+        return Layout({name: shape for name, shape in self.shapes.items() if _is_inside(self.spans[name], span)})
+
     @property
     def size(self) -> int:
         """Number of values in a row."""
@@ -84,8 +98,12 @@ class Layout:
         return {name: row[self.spans[name]].view(shape) for name, shape in self.shapes.items()}
 
 
+def _is_inside(inner: slice, outer: slice) -> bool:
+    return bool(outer.start <= inner.start and inner.stop <= outer.stop)
+
+
 def part_of(name: str) -> str:
-    """Return the part of the model that tensor `name` belongs to: factor ``A`` or ``B``, matrix ``R``, or ``head``."""
+    """Return the part of the model that tensor `name` belongs to: ``A``, ``B``, ``R``, ``S`` or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
 
 
@@ -127,6 +145,27 @@ def norm(adapter: Adapter) -> float:
     """Return the Euclidean norm over all tensors, summed in float64."""
     squares = [tensor.double().square().sum() for tensor in adapter.values()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def join_names(tree: Mapping[str, Any]) -> Adapter:
+    """Return the tensors in nested dicts in one dict; a name is the path to the tensor, joined by ``/``."""
+    joined: Adapter = {}
+    for name, value in tree.items():
+        inner = join_names(value) if isinstance(value, dict) else {"": value}
+        joined |= {f"{name}/{path}" if path else name: tensor for path, tensor in inner.items()}
+    return joined
+
+
+def split_names(tensors: Adapter) -> dict[str, Any]:
+    """Return the nested dicts of which `join_names` made `tensors`."""
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *path, last = name.split("/")
+        branch = tree
+        for key in path:
+            branch = branch.setdefault(key, {})
+        branch[last] = tensor
+    return tree
 
 
 def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:

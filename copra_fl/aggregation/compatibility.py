@@ -25,6 +25,9 @@ class TaskTraits(Protocol):
     def name(self) -> str: ...
 
     @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
     def labels(self) -> str: ...
 
     @property
@@ -39,7 +42,13 @@ def check(config: Config, task: TaskTraits) -> None:
     """
     rule = find_rule(config.aggregation.rule)
     parameters_of(config)
-    tables = (_rule_conflicts(config, rule), _privacy_conflicts(config, rule), _task_conflicts(config, task))
+    tables = (
+        _rule_conflicts(config, rule),
+        _start_conflicts(config, rule),
+        _optimizer_conflicts(config),
+        _privacy_conflicts(config, rule),
+        _task_conflicts(config, task),
+    )
     reasons = [reason for table in tables for applies, reason in table if applies]
     if len(config.data.datasets) > 1:
         reasons += [reason for applies, reason in _several_datasets_conflicts(config, rule, task) if applies]
@@ -60,6 +69,11 @@ def parameters_of(config: Config) -> Any:
 def parameter_keys() -> dict[str, Key]:
     """Return the keys of all rules' parameters, by name."""
     return {name: key for rule in RULES for name, key in rule.keys.items()}
+
+
+def heads_of(config: Config) -> int:
+    """Return the number of heads of the matrix R that the run's rule puts between B and A; 0 for a rule without."""
+    return getattr(parameters_of(config), "heads", 1) if find_rule(config.aggregation.rule).core else 0
 
 
 def with_explicit_parameters(config: Config) -> Config:
@@ -83,20 +97,51 @@ def require_global_model(config: Config, purpose: str) -> None:
 
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
-    it = f"rule = {rule.name!r} does not combine with"
+    moments = training.optimizer_state
+    it, heads = f"rule = {rule.name!r} does not combine with", heads_of(config)
+    copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
+    depths = f"client-depths = {copra.client_depths!r}"
+    subset, remedy = (depths, "client-depths = ''") if copra.client_depths else (per_round, "layers-per-round = 0")
     return [
+        (
+            heads > 1 and model.rank % heads > 0,
+            f"{it} rank = {model.rank}: {rule.name}.heads = {heads} does not divide it; set rank to a "
+            f"multiple of {heads}, or {rule.name}.heads to a divisor of {model.rank}",
+        ),
         (
             bool(rule.no_copra) and config.copra.local_training == "copra",
             f"{it} local-training = 'copra': {rule.no_copra}; use local-training = 'lora'",
+        ),
+        (
+            bool(rule.no_copra) and copra.trains_subset,
+            f"{it} {subset}: {rule.no_copra}; use {remedy}",
+        ),
+        (
+            copra.trains_subset and copra.local_training == "head",
+            f"{subset} does not combine with local-training = 'head', which trains no layer; use {remedy}",
+        ),
+        (
+            copra.layers_per_round > 0 and bool(copra.client_depths),
+            f"{per_round} does not combine with {depths}: each says which layers a client trains; use {remedy}",
         ),
         (
             rule.name != "fedavg" and config.copra.local_training == "head",
             f"{it} local-training = 'head', which has no adapters to aggregate; use rule = 'fedavg'",
         ),
         (
-            rule.core and model.quantization != "none",
+            rule.core == "gradient" and model.quantization != "none",
             f"{it} quantization = {model.quantization!r}: it needs gradients of the base weights, which 4-bit weights "
             "do not have; use quantization = 'none'",
+        ),
+        (
+            rule.personal and config.evaluation.target_accuracy > 0,
+            f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
+            "validation accuracy to reach; use target-accuracy = 0",
+        ),
+        (
+            rule.personal and config.evaluation.patience > 0,
+            f"{it} patience = {config.evaluation.patience}: it has no global model, so there is no validation accuracy "
+            "to improve; use patience = 0",
         ),
         (
             rule.needs_data and not data.dataset,
@@ -114,7 +159,7 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{_names(lambda other: other.averages)}",
         ),
         (
-            settings.control_variates and not rule.averages,
+            settings.control_variates and (not rule.averages or heads > 1),
             f"{it} control-variates = true: control variates need factors that keep their meaning over rounds; use "
             "control-variates = false",
         ),
@@ -124,9 +169,83 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "need factors that all clients share and that keep their meaning over rounds; use control-variates = false",
         ),
         (
+            moments != "fresh" and not rule.keeps_factors,
+            f"{it} optimizer-state = {moments!r}: it draws or recomputes the factors in each round, so moments of "
+            "earlier rounds do not fit them; use optimizer-state = 'fresh'",
+        ),
+        (
+            moments == "shared" and rule.personal,
+            f"{it} optimizer-state = 'shared': a part of each model stays with its client, and so must its moments; "
+            "use optimizer-state = 'client'",
+        ),
+        (
             training.hidden_state_cache_mb > 0 and rule.changes_base,
             f"{it} hidden-state-cache-mb = {training.hidden_state_cache_mb}: it changes W0, and the cache holds hidden "
             "states of the old W0; use hidden-state-cache-mb = 0",
+        ),
+        (
+            training.hidden_state_cache_mb > 0 and config.copra.off == "global",
+            f"off = 'global' does not combine with hidden-state-cache-mb = {training.hidden_state_cache_mb}: the cache "
+            "holds hidden states of the plain base, and layers that are off use the adapter of the round; use "
+            "hidden-state-cache-mb = 0",
+        ),
+    ]
+
+
+def _optimizer_conflicts(config: Config) -> Conflicts:
+    training = config.training
+    it = f"optimizer-state = {training.optimizer_state!r}"
+    return [
+        (
+            training.optimizer_state != "fresh" and training.optimizer == "sgd" and training.momentum == 0,
+            f"{it} has no effect with optimizer = 'sgd' and momentum = 0, which has no state; set momentum, or use "
+            "optimizer-state = 'fresh'",
+        ),
+        (
+            training.optimizer_state == "shared" and bool(config.aggregation.client_ranks),
+            f"{it} does not combine with client-ranks = {config.aggregation.client_ranks!r}: moments of unequal ranks "
+            "cannot be averaged; use optimizer-state = 'client'",
+        ),
+    ]
+
+
+def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
+    """Clients that do not all start from the newest global adapter (`aggregation.starts`)."""
+    federation, settings = config.federation, config.aggregation
+    has_own, has_stale = federation.start == "own", federation.stale_clients > 0
+    own, stale = "start = 'own'", f"stale-clients = {federation.stale_clients:g}"
+    either = own if has_own else stale
+    remedy = "start = 'common'" if has_own else "stale-clients = 0"
+    return [
+        (
+            has_own and "A" not in rule.sends(1),
+            f"rule = {rule.name!r} does not combine with {own}: in the first round it averages the rest of the model "
+            "only, under an A that all clients share; use start = 'common'",
+        ),
+        (
+            has_own and settings.server_optimizer != "none",
+            f"server-optimizer = {settings.server_optimizer!r} does not combine with {own}: the change from the "
+            "initial adapter to an average of random factors is no gradient step; use server-optimizer = 'none'",
+        ),
+        (
+            has_stale and rule.changes_base,
+            f"rule = {rule.name!r} does not combine with {stale}: it changes W0 in every round, and an old adapter "
+            "belongs to an old W0; use stale-clients = 0",
+        ),
+        (
+            has_stale and (rule.trains(1) != rule.trains(2) or not (rule.keeps_factors or "A" in rule.sends(1))),
+            f"rule = {rule.name!r} does not combine with {stale}: what it averages was trained under the newest value "
+            "of a factor that changes from round to round, and stale clients have an old one; use stale-clients = 0",
+        ),
+        (
+            (has_own or has_stale) and settings.control_variates,
+            f"control-variates = true does not combine with {either}: control variates compare gradients at one "
+            f"adapter; use control-variates = false or {remedy}",
+        ),
+        (
+            (has_own or has_stale) and config.privacy.dp_clip > 0,
+            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {either}: the distance of a client's start "
+            f"from the global adapter would be clipped as if the client had learned it; use dp-clip = 0 or {remedy}",
         ),
     ]
 
@@ -156,6 +275,11 @@ def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
             "use control-variates = false",
         ),
         (
+            private and config.training.optimizer_state == "shared",
+            f"{it} does not combine with optimizer-state = 'shared': moments travel without clipping and noise; use "
+            "optimizer-state = 'client'",
+        ),
+        (
             private and over_sample > 0,
             f"{it} does not combine with over-sample = {over_sample:g}: if one client were missing, another would take "
             "its place; use over-sample = 0",
@@ -170,6 +294,16 @@ def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
             data.partitioner in BY_LABEL and task.labels != "one",
             f"partitioner = {data.partitioner!r} splits examples by label, but {it} does not have exactly one label "
             "per example; use natural, iid or own",
+        ),
+        (
+            data.shots > 0 and task.labels != "one",
+            f"shots = {data.shots} counts examples by label, but {it} does not have exactly one label per example; use "
+            "client-examples",
+        ),
+        (
+            data.duplicates == "near" and task.columns[0] != "text-column",
+            f"duplicates = 'near' compares texts, but the content of {it} is its {task.columns[0]}; use duplicates = "
+            "'exact'",
         ),
         (
             not (data.dataset or data.labels) and task.labels != "none",
@@ -195,11 +329,19 @@ def _several_datasets_conflicts(config: Config, rule: Rule, task: TaskTraits) ->
             f"{it} control-variates = true: they would move the rows of the head that a client does not train",
         ),
         (
+            config.training.optimizer_state == "shared",
+            f"{it} optimizer-state = 'shared': a client has no moments for the rows of the head that it does not train",
+        ),
+        (
             config.privacy.dp_clip > 0,
             f"{it} dp-clip = {config.privacy.dp_clip:g}: it divides by the number of all clients, but only some of "
             "them train a given row of the head",
         ),
         (task.labels != "one", f"{it} task = {task.name!r}, which does not have exactly one label per example"),
+        (
+            task.labels == "one" and not task.trains_head,
+            f"{it} task = {task.name!r}, which has no head with rows for the labels of each data set",
+        ),
         (
             data.num_clients < len(data.datasets),
             f"{it} num-clients = {data.num_clients}: each data set needs at least one client; set num-clients to "

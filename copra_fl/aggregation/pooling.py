@@ -31,7 +31,10 @@ def pools(config: Config) -> bool:
         and federation.uplink_dtype == "float32"
         and aggregation.weighting != "equal"
         and not aggregation.control_variates
+        and config.training.optimizer_state != "shared"
         and not aggregation.client_ranks
+        and federation.start == "common"
+        and not federation.stale_clients
         and len(config.data.datasets) < 2
     )
 

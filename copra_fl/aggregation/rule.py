@@ -30,7 +30,8 @@ class Round:
     """The inputs of a rule in one round.
 
     Attributes:
-        before: the global adapter from which the clients started.
+        before: the global adapter from which the clients started. With own starts or stale clients
+            (`aggregation.starts`) a client's whole adapter is in its update, in place of the tensors that it trained.
         updates: the clients' updates, sorted by client. All have the rank and scaling of `before`; adapters of smaller
             rank are padded with zeros.
         group_of: adapter tensor -> index of its gate group; the head's tensors are not in it.
@@ -97,18 +98,21 @@ class Rule:
         aggregate: the rule as a function.
         parameters: dataclass of the rule's own parameters, declared with `config.option`.
         trains: server round -> parts (`adapters.state.part_of`) that clients train; all others stay bitwise unchanged
-            in local training.
+            in local training. The scales S of a core never travel: a client folds them into R.
         refactor: (adapter, modules) -> the adapter with other factors of the same products in these modules; None if
             factors keep their meaning. `aggregate` calls it after its average, the server after a private average.
         shares: parts that travel. Trained parts that do not travel are personal: they stay with the client, and there
             is no global model.
-        core: B and A are fixed from the first gradient on, and an r x r matrix R between them is trained.
+        core: B and A are fixed, and a matrix R between them is trained (`adapters.core`). ``gradient``: their values
+            come from the first gradient on the server's data, ``orthogonal``: they are random; empty: no core.
         grams: clients that train B but not A also send a Gram matrix per module (`aggregation.grams`).
         linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
         changes_base: W0 changes, so that there is a residual.
         unequal_ranks: the clients' adapters may have different ranks.
         averages: the next adapter is an average of the clients' adapters, so a server optimizer can treat its change
             as a gradient step.
+        keeps_factors: the clients' factors keep their meaning from round to round, so that moments of an earlier round
+            fit them: the rule neither draws nor recomputes them.
         needs_data: the server needs validation data.
         no_copra: the reason why the rule does not combine with CopRA; empty if it does.
         no_several_datasets: the reason why it does not combine with several data sets; empty if it does.
@@ -120,12 +124,13 @@ class Rule:
     trains: Callable[[int], frozenset[str]] = train_all
     shares: frozenset[str] = ALL
     refactor: Callable[[Adapter, Sequence[str]], Adapter] | None = None
-    core: bool = False
+    core: str = ""
     grams: bool = False
     linear: bool = False
     changes_base: bool = False
     unequal_ranks: bool = False
     averages: bool = True
+    keeps_factors: bool = True
     needs_data: bool = False
     no_copra: str = ""
     no_several_datasets: str = ""

@@ -5,14 +5,24 @@ The parameters of aggregation rules are declared in the rules' files.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 
 from copra_fl.config.keys import ConfigError, option
+from copra_fl.config.toml import csv_list
 
 #: partitioners that split examples by their labels
 BY_LABEL = ("dirichlet", "pathological", "shards")
+
+
+def _whole_numbers(key: str, text: str) -> list[int]:
+    """Return the numbers in the comma-separated value `text` of `key`. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"{key} = {text!r} must be a comma-separated list of whole numbers, for example 8,4,2"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,15 @@ class DataConfig:
     test_file: str = option("", "file with the test set; empty: the data set's own test set, else held-out examples")
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with the prompt that the text responds to; empty: no prompts")
+    prompt_template: str = option(
+        "{text}\nLabel:",
+        "label-words: prompt, with {text} in place of the text; the label's word follows after a space",
+    )
+    label_words: str = option(
+        "",
+        "label-words: a word for each label, in order, as a line of CSV; they must begin with different tokens; empty: "
+        "the labels themselves",
+    )
     image_column: str = option("image", "image-classification: column with the image, or with the path of its file")
     label_column: str = option("label", "column with the label")
     client_column: str = option("", "partitioner = natural: column with the client id of each example")
@@ -53,19 +72,35 @@ class DataConfig:
         "skip", "clients without training examples: leave them out, or refuse to run", choices=("skip", "refuse")
     )
     validation_fraction: float = option(0.1, "share of each client's examples kept for validation", low=0, high=0.9)
+    client_examples: int = option(
+        0,
+        "maximum number of training examples per client, drawn at random from its own; 0: no limit",
+        low=0,
+    )
+    shots: int = option(
+        0,
+        "few-shot: maximum number of training examples of each label per client, drawn likewise; 0: no limit",
+        low=0,
+    )
     server_validation_examples: int = option(500, "validation examples on the server", low=1)
     test_examples: int = option(2000, "examples held out for the test where the data set has no test set", low=1)
+    duplicates: str = option(
+        "exact",
+        "held-out examples that are dropped because a client has the same one; exact: equal content, near: also texts "
+        "that differ in case, punctuation and links alone",
+        choices=("exact", "near"),
+    )
     max_length: int = option(64, "tokens per text, longer texts are cut; images: ignored, the model decides", low=4)
 
     @property
     def datasets(self) -> list[str]:
         """The data sets named in `dataset`; empty where it is empty."""
-        return [name.strip() for name in next(csv.reader([self.dataset], skipinitialspace=True), [])]
+        return [name.strip() for name in csv_list(self.dataset)]
 
     @property
     def label_list(self) -> list[str]:
         """The labels in `labels`; empty where it is empty."""
-        return next(csv.reader([self.labels], skipinitialspace=True), [])
+        return csv_list(self.labels)
 
 
 @dataclass(frozen=True)
@@ -134,12 +169,19 @@ class CopraConfig:
 
     local_training: str = option(
         "copra",
-        "local training; copra: adapters on with a rising probability, lora: always on, head: the task head alone",
-        choices=("copra", "lora", "head"),
+        "local training; copra: adapters on with a rising probability, lora: always on, line: always on, each step at "
+        "a random point of the line from the round's start to the client's adapter, head: the task head alone",
+        choices=("copra", "lora", "line", "head"),
     )
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)
     ramp: float = option(0.75, "share of training over which the probability rises from p0 to p1", above=0, high=1)
+    off: str = option(
+        "base",
+        "what a layer that is off computes; base: the frozen base alone, global: the base with the adapter that the "
+        "client starts the round from, which is not trained there",
+        choices=("base", "global"),
+    )
     min_active: int = option(0, "minimum number of layers that are on in each step", low=0, high=1)
     gate_group: str = option("layer", "modules that are switched together", choices=("layer", "module"))
     schedule_progress: str = option(
@@ -154,6 +196,47 @@ class CopraConfig:
         choices=("step", "shared", "round"),
     )
     rescale: bool = option(False, "divide the output of active adapters by their probability")
+    layers_per_round: int = option(
+        0,
+        "number of layers that a client trains and sends in a round, the others stay off; 0: all (use weighting = "
+        "activity, which averages a layer over the clients that trained it)",
+        low=0,
+    )
+    layer_selection: str = option(
+        "random",
+        "layers-per-round; random: layers drawn for each client and round, cycle: the same layers for all clients, "
+        "from the bottom of the model to its top",
+        choices=("random", "cycle"),
+    )
+    rounds_per_layer: int = option(1, "cycle: consecutive rounds that train the same layers", low=1)
+    full_rounds: int = option(0, "cycle: rounds of all layers before each pass through the model", low=0)
+    client_depths: str = option(
+        "",
+        "largest number of layers that each client trains, comma-separated (docs/how-to/weak-clients.md); empty: all",
+    )
+    depth_assignment: str = option(
+        "listed",
+        "client-depths; listed: one depth per client, repeated: the list again and again until each client has a "
+        "depth, drawn: each client draws one of the depths at random",
+        choices=("listed", "repeated", "drawn"),
+    )
+    depth_allocation: str = option(
+        "top",
+        "client-depths; top: a client trains its last layers, which saves memory and time, random: layers drawn in "
+        "each round, as FedRA allocates them",
+        choices=("top", "random"),
+    )
+    min_depth: int = option(0, "client-depths: clients of a smaller depth take no part in training", low=0)
+
+    @property
+    def trains_subset(self) -> bool:
+        """True if clients train only some of the layers in a round."""
+        return self.layers_per_round > 0 or bool(self.client_depths)
+
+    @property
+    def depth_list(self) -> list[int]:
+        """The depths in `client_depths`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
+        return _whole_numbers("client-depths", self.client_depths)
 
 
 @dataclass(frozen=True)
@@ -168,6 +251,12 @@ class TrainingConfig:
     )
     weight_decay: float = option(0.0, "weight decay: decoupled in adamw, L2 in sgd", low=0)
     momentum: float = option(0.0, "sgd: momentum", low=0, high=1)
+    optimizer_state: str = option(
+        "fresh",
+        "moments and step counts of the local optimizer when a round starts; fresh: none, client: those of the client "
+        "after its last round, shared: the average over the clients of earlier rounds, kept by the server",
+        choices=("fresh", "client", "shared"),
+    )
     batch_size: int = option(16, "examples per micro-batch", low=1)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step", low=1)
     local_steps: int = option(10, "optimizer steps per client and round", low=1)
@@ -198,6 +287,15 @@ class FederationConfig:
     num_rounds: int = option(3, "number of rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled per round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled per round; 0: use fraction-clients", low=0)
+    start: str = option(
+        "common",
+        "adapters before the first round; common: the same for all clients, own: each client draws its own A",
+        choices=("common", "own"),
+    )
+    stale_clients: float = option(
+        0.0, "share of the clients, drawn once, that always train from an old global adapter", low=0, high=1
+    )
+    staleness: int = option(1, "stale-clients: age of that adapter, in rounds before the newest", low=1)
     updates: str = option(
         "individual",
         "updates that nodes send; individual: one per client, pooled: the average over a node's clients if the rule is "
@@ -249,14 +347,18 @@ class AggregationConfig:
     client_ranks: str = option("", "LoRA ranks of the clients, comma-separated, each at most rank; empty: all rank")
     rank_assignment: str = option(
         "listed",
-        "client-ranks; listed: one rank per client, drawn: each client draws one of the ranks at random",
-        choices=("listed", "drawn"),
+        "client-ranks; listed: one rank per client, repeated: the list again and again until each client has a rank, "
+        "drawn: each client draws one of the ranks at random",
+        choices=("listed", "repeated", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
     gram_shrinkage: float = option(
         100.0,
         "ffa-lora-gram, rolora-gram: Gram matrices of T tokens are multiplied by T / (T + this) off their diagonal",
         low=0,
+    )
+    gucci_beta: float = option(
+        0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
     )
     control_variates: bool = option(False, "SCAFFOLD: correct local gradients by control variates")
     server_optimizer: str = option(
@@ -272,15 +374,14 @@ class AggregationConfig:
     )
 
     @property
+    def passes_per_step(self) -> int:
+        """The number of forward and backward passes that a client computes for each example of an optimizer step."""
+        return 2 if self.gucci_beta else 1
+
+    @property
     def rank_list(self) -> list[int]:
         """The ranks in `client_ranks`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
-        try:
-            return [int(rank) for rank in self.client_ranks.split(",")] if self.client_ranks else []
-        except ValueError:
-            raise ConfigError(
-                f"client-ranks = {self.client_ranks!r} must be a comma-separated list of whole numbers, for example "
-                "8,4,2"
-            ) from None
+        return _whole_numbers("client-ranks", self.client_ranks)
 
 
 @dataclass(frozen=True)
@@ -302,6 +403,12 @@ class EvaluationConfig:
     """Measurements during and after training."""
 
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
+    target_accuracy: float = option(
+        0.0, "validation accuracy, as a share, at which a run ends before num-rounds; 0: no target", low=0, high=1
+    )
+    patience: int = option(
+        0, "evaluations in a row without a new best validation accuracy after which a run ends; 0: no limit", low=0
+    )
     eval_batch_size: int = option(64, "examples per evaluation batch", low=1)
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1

@@ -14,10 +14,15 @@ from copra_fl.config.keys import ConfigError, Value
 
 
 def csv_line(names: Iterable[str]) -> str:
-    """Return `names` as a line of CSV, which `DataConfig.label_list` and `DataConfig.datasets` read."""
+    """Return `names` as a line of CSV, which `csv_list` reads."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(names)
     return line.getvalue()
+
+
+def csv_list(line: str) -> list[str]:
+    """Return the names in a line of CSV; none if it is empty. A space after a comma does not count."""
+    return next(csv.reader([line], skipinitialspace=True), [])
 
 
 def toml_value(value: Value) -> str:

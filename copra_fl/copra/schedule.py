@@ -69,12 +69,12 @@ def client_masks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the masks of one client in one round, and return them with the probabilities used.
 
-    The masks are bool of shape (num_steps, num_groups), the probabilities float of shape (num_steps,). Plain LoRA is
-    p = 1 throughout, training the head alone is p = 0. Masks have their own random stream for each client and round, or
-    with ``mask-scope = "shared"`` for each round.
+    The masks are bool of shape (num_steps, num_groups), the probabilities float of shape (num_steps,). Training the
+    head alone is p = 0 throughout, everything but CopRA else is p = 1. Masks have their own random stream for each
+    client and round, or with ``mask-scope = "shared"`` for each round.
     """
     if copra.local_training != "copra":
-        p = 1.0 if copra.local_training == "lora" else 0.0
+        p = 0.0 if copra.local_training == "head" else 1.0
         return np.full((num_steps, num_groups), p == 1.0), np.full(num_steps, p)
     names = ("mask", server_round) if copra.mask_scope == "shared" else ("mask", server_round, client)
     rng = generator(seed, *names)

@@ -28,7 +28,8 @@ def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
     Raises ConfigError for a processor that the task cannot use.
     """
     columns = list(columns_of(task, data).values())
-    return [task.name, task.version, columns, data.labels, data.max_length, task.processor_digest(processor)]
+    digest, options = task.processor_digest(processor), task.option_values(data).values()
+    return [task.name, task.version, columns, data.labels, data.max_length, digest, *options]
 
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:

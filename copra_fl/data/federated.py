@@ -3,7 +3,7 @@
     table  ->  test | server validation | pool        by the data alone, never by the seed (`held_out`)
                held_out: clients that are held out whole, with held-out-clients
     pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded (`partition`)
-    client ->  train | validation                     shuffled, seeded
+    client ->  train | validation                     shuffled, seeded; then train is cut by client-examples and shots
 
 Of several data sets, each is loaded as if it were alone; then they are joined (`multi`).
 With ``partitioner = own`` the table is the server's and is held out entirely; clients load their own files (`local`).
@@ -15,7 +15,7 @@ them into memory and imports none of the libraries that made them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.cache import cached
 from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key
 from copra_fl.data.multi import DatasetRanges, MultiDatasetExamples, consecutive_ranges, split_evenly
-from copra_fl.data.partition import partition, split_clients
+from copra_fl.data.partition import limit_train, partition, split_clients
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import dataset_name, find_tables
 from copra_fl.tasks import Examples, Task, find_task
@@ -46,14 +46,16 @@ class Dropped:
         unassigned: examples that the partitioner gave to no client.
         duplicates: held-out examples with an equal one in the pool; of test and held_out also in server_validation.
         empty: rows without content, label or client.
+        limited: clients' examples that are neither training nor validation examples, by client-examples and shots.
     """
 
     unassigned: int = 0
     duplicates: int = 0
     empty: int = 0
+    limited: int = 0
 
     def __add__(self, other: Dropped) -> Dropped:
-        return Dropped(self.unassigned + other.unassigned, self.duplicates + other.duplicates, self.empty + other.empty)
+        return Dropped(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +190,9 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     sizes = (data.server_validation_examples, data.test_examples)
     held_out_clients = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
     clients_elsewhere = data.partitioner == "own"
+    comparison = () if data.duplicates == "exact" else (data.duplicates,)
     tokens_digest = digest_of(
-        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere
+        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere, *comparison
     )
     tokens, facts = cached("tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test))
     unpartitioned = FederatedData(
@@ -211,7 +214,10 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     partitioned, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
 
     pool, owner, client_names = tokens["pool"].numpy(), partitioned["owner"].numpy(), owners["client_names"]
-    train_sets, validation_sets = split_clients(pool, owner, len(client_names), data.validation_fraction, seed)
+    unlimited, validation_sets = split_clients(pool, owner, len(client_names), data.validation_fraction, seed)
+    labels = tokens["labels"].numpy() if task.labels == "one" else None
+    train_sets = [limit_train(train, data, labels) for train in unlimited]
+    limits = (data.client_examples, data.shots)
     skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
     if skipped and data.empty_clients == "refuse":
         names = ", ".join(client_names[client] for client in skipped)
@@ -222,8 +228,9 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         train=train_sets,
         validation=validation_sets,
         skipped=skipped,
-        dropped=unpartitioned.dropped + Dropped(unassigned=int((owner < 0).sum())),
-        digest=digest,
+        dropped=unpartitioned.dropped
+        + Dropped(unassigned=int((owner < 0).sum()), limited=sum(map(len, unlimited)) - sum(map(len, train_sets))),
+        digest=digest_of(digest, limits) if any(limits) else digest,
     )
     return federated, encoded
 

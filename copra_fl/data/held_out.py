@@ -49,7 +49,7 @@ def hold_out(
     """Return the indices of ``test``, ``server_validation``, ``held_out`` and ``pool``, and the number of duplicates.
 
     A held-out example is dropped as a duplicate if an equal one is in the pool; of ``test`` and ``held_out`` also if
-    one is in ``server_validation``.
+    one is in ``server_validation``. ``duplicates = near`` compares `words_of` texts.
 
     Args:
         contents: contents of `num_train` training examples, then of the test set if the data set has one.
@@ -74,13 +74,21 @@ def hold_out(
     pool = order[num_taken:num_taken] if clients_elsewhere else order[num_taken:]
     held_out_test = generator(HELD_OUT_ROOT, "unseen").permutation(of_held_out_clients)[: data.test_examples]
     held_out = {"test": test, "held_out": held_out_test, "server_validation": validation}
+    compared = words_of(contents) if data.duplicates == "near" else contents
     subsets, num_duplicates = {"pool": pool}, 0
     for name, indices in held_out.items():
         others = pool if name == "server_validation" else np.concatenate([validation, pool])
-        subsets[name] = indices[~contents.iloc[indices].isin(contents.iloc[others]).to_numpy()]
+        subsets[name] = indices[~compared.iloc[indices].isin(compared.iloc[others]).to_numpy()]
         num_duplicates += len(indices) - len(subsets[name])
         if len(indices) and not len(subsets[name]):
             raise ConfigError(
                 f"nothing is left of the {_TITLES[name]}: all of its examples also occur among the other examples"
             )
     return {name: np.sort(indices) for name, indices in subsets.items()}, num_duplicates
+
+
+def words_of(texts: pd.Series) -> pd.Series:
+    """Return `texts` in lower case, without links and punctuation; a text without any word stays as it is."""
+    words = texts.str.replace(r"https?://\S+|www\.\S+", " ", regex=True).str.lower()
+    words = words.str.replace(r"[\W_]+", " ", regex=True).str.strip()
+    return words.where(words != "", texts)

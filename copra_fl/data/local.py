@@ -17,7 +17,7 @@ from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
 from copra_fl.data.encoding import CACHE_VERSION, columns_of, encoding_key
 from copra_fl.data.federated import Dropped, FederatedData
-from copra_fl.data.partition import split_client
+from copra_fl.data.partition import limit_train, split_client
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import Table, TableError, file_table, read_examples
 from copra_fl.tasks import Task, find_task
@@ -37,14 +37,15 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
     examples = task.examples(tokens, processor, data)
     indices = np.arange(len(examples))
     nobody = [indices[:0]] * num_clients
-    train, validation = split_client(indices, client, data.validation_fraction, seed)
+    unlimited, validation = split_client(indices, client, data.validation_fraction, seed)
+    train = limit_train(unlimited, data, tokens["labels"].numpy() if task.labels == "one" else None)
     return FederatedData(
         examples=examples,
         label_names=data.label_list,
         client_names=[str(number) for number in range(num_clients)],
         train=[*nobody[:client], train, *nobody[client + 1 :]],
         validation=[*nobody[:client], validation, *nobody[client + 1 :]],
-        dropped=Dropped(empty=facts["dropped_empty"]),
+        dropped=Dropped(empty=facts["dropped_empty"], limited=len(unlimited) - len(train)),
         digest=digest,
         tokens_digest=digest,
     )

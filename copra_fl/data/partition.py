@@ -119,3 +119,18 @@ def split_client(
     shuffled = generator(seed, "partition", "client", client).permutation(indices)
     num_validation = int(len(shuffled) * validation_fraction)
     return shuffled[num_validation:], shuffled[:num_validation]
+
+
+def limit_train(train: np.ndarray, data: DataConfig, labels: np.ndarray | None) -> np.ndarray:
+    """Return the examples of the shuffled `train` that ``shots`` and ``client-examples`` keep, in the same order.
+
+    They are the first ones of each label, then the first ones: a larger limit keeps all that a smaller one keeps.
+    `labels` is the label of every example; it is read for ``shots`` only.
+    """
+    if data.shots:
+        assert labels is not None, "shots need one label per example"
+        classes = labels[train]
+        by_class = np.argsort(classes, kind="stable")
+        place_in_class = np.arange(len(train)) - np.searchsorted(classes[by_class], classes[by_class])
+        train = train[np.sort(by_class[place_in_class < data.shots])]
+    return train[: data.client_examples or None]

@@ -8,7 +8,8 @@ data and its named random streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.copra.gates import Gates, group_name
+from copra_fl.models.flops import ModelSize
 from copra_fl.tasks import Inputs, Task
 
 
@@ -34,6 +37,7 @@ class AdaptedModel(nn.Module):
         head: the trained linear layer on the features; None if the base's own output layer is the head.
         gates: switches of the adapters, one gate per group.
         group_of: adapter tensor name -> index of its gate group; without the tensors of the head.
+        size: numbers of weights, for an estimate of the operations of a step.
         linears: adapted module, as in an adapter tensor's name before ``.lora_`` -> its frozen linear layer.
         recomputes_blocks: whether the backward pass computes blocks again (`recompute_blocks`).
         residual_factors: adapted module -> factors of its residual (`residual.matrices`), for modules that have one.
@@ -58,6 +62,7 @@ class AdaptedModel(nn.Module):
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
             for name in self._trainable
         }
+        self.size = ModelSize.of(self.base, self.gates, self._trainable, self.group_of, head)
         modules: dict[str, Any] = dict(self.base.named_modules())
         self.linears: dict[str, Any] = {
             f"base_model.model.{name}": modules[name].get_base_layer() for name in self.gates.group_of
@@ -79,7 +84,9 @@ class AdaptedModel(nn.Module):
         """Return the (targets, outputs) logits of a batch of the task's examples, in float32 or wider."""
         output = self.base.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
-        logits = self.head(features) if self.head is not None else frozen_head_logits(self.base, features)
+        logits = (
+            self.head(features) if self.head is not None else frozen_head_logits(self.task, self.base, features, batch)
+        )
         return mask_other_datasets(logits, batch)
 
     def losses(self, batch: Inputs) -> Tensor:
@@ -133,6 +140,26 @@ class AdaptedModel(nn.Module):
         """Load `adapter`, which must have every name of `read_adapter`."""
         torch._foreach_copy_(list(self._trainable.values()), [adapter[name] for name in self._trainable])
 
+    @contextmanager
+    def fallback(self, adapter: Adapter, scale: float) -> Iterator[None]:
+        """Add the product of the frozen `adapter` to each module while its own adapter is off, inside the block.
+
+        It is scaled by `scale` in addition to alpha / r, and has no dropout. An empty `adapter` adds nothing.
+        """
+        hooks = []
+        for module in self.gates.group_of if adapter else ():
+            name = f"base_model.model.{module}"
+            a, b = (adapter[f"{name}.lora_{part}.weight"].to(self.device) for part in "AB")
+            core = adapter.get(f"{name}.lora_R.weight")
+            a = a if core is None else core.to(self.device) @ a
+            layer: Any = self.base.get_submodule(module)
+            hooks.append(layer.register_forward_hook(partial(_add_fallback, a, b, scale)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def write_residual(self, residual: Adapter) -> None:
         """Add `residual` (`copra_fl.adapters.residual`) to W0 in every forward pass, in W0's dtype, replacing any
         other.
@@ -154,13 +181,21 @@ class AdaptedModel(nn.Module):
         ]
 
 
+def _add_fallback(a: Tensor, b: Tensor, scale: float, layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    if not layer.disable_adapters:
+        return output
+    scale *= layer.scaling["default"]  # alpha / r, because an adapter that is off is not rescaled
+    product = F.linear(F.linear(inputs[0].to(a.dtype), a), b) * scale
+    return (output + product).to(output.dtype)
+
+
 def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return output + residuals.product(inputs[0], matrices)
 
 
-def frozen_head_logits(base: PreTrainedModel, features: Tensor) -> Tensor:
+def frozen_head_logits(task: Task, base: PreTrainedModel, features: Tensor, batch: Inputs) -> Tensor:
     """Return the logits of the base's own output layer, in float32 or wider."""
-    logits = base.get_output_embeddings()(features)
+    logits = task.frozen_logits(base.get_output_embeddings(), features, batch)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of
+from copra_fl.config import DataConfig
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.build import choose_device, open_model
 from copra_fl.tasks import find_task
@@ -25,7 +26,8 @@ class SavedModel:
 
     Attributes:
         model: the base with adapter and head.
-        processor: the tokenizer or image processor of the base.
+        processor: makes contents the inputs of `model`: the tokenizer or image processor of the base, or the task's
+            `opened_processor`.
         labels: the label of each logit, in order; empty for a task without labels.
     """
 
@@ -34,11 +36,13 @@ class SavedModel:
     labels: list[str]
 
 
-def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adapter | None = None) -> None:
+def save(
+    model: AdaptedModel, directory: Path, labels: list[str], data: DataConfig, residual: Adapter | None = None
+) -> None:
     """Write `model` to `directory`: the adapter in PEFT's format, ``task.json``, and a trained head.
 
-    The head is in ``head.safetensors``. A core and a `residual` are folded into one plain adapter of a higher rank, so
-    that PEFT alone can open it.
+    `data` is the run's section. The head is in ``head.safetensors``. A core and a `residual` are folded into one plain
+    adapter of a higher rank, so that PEFT alone can open it.
     """
     model.gates.open()
     adapter = model.read_adapter()
@@ -52,6 +56,7 @@ def save(model: AdaptedModel, directory: Path, labels: list[str], residual: Adap
     description = {
         "task": model.task.name,
         "labels": labels,
+        "options": model.task.option_values(data),
         "pooling": model.pooling,
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "attention": model.base.config._attn_implementation,
@@ -86,4 +91,6 @@ def load(directory: str | Path, device: str = "auto") -> SavedModel:
         head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
         head.load_state_dict(weights)
     model = AdaptedModel(task, peft, head, description["pooling"], "layer", choose_device(device))
-    return SavedModel(model, task.processor_class.from_pretrained(base_name), description["labels"])
+    processor = task.processor_class.from_pretrained(base_name)
+    labels, options = description["labels"], description.get("options", {})
+    return SavedModel(model, task.opened_processor(processor, labels, options), labels)

@@ -190,7 +190,8 @@ def check(cluster: Cluster, configs: Sequence[Config]) -> None:
             raise ConfigError(
                 f"{name} does not share the cache folder of this machine, but with "
                 f"rule = {stateful[0].aggregation.rule!r}, "
-                f"control-variates = {stateful[0].aggregation.control_variates} and "
+                f"control-variates = {stateful[0].aggregation.control_variates}, "
+                f"optimizer-state = {stateful[0].training.optimizer_state!r} and "
                 f"uplink-dtype = {stateful[0].federation.uplink_dtype!r} clients keep state there that their next "
                 "round needs on any machine: set COPRA_FL_CACHE to a folder that all machines share"
             )

@@ -8,7 +8,7 @@ Settings, in order of precedence, lowest first:
 
     1  the defaults
     2  the recipe
-    3  the recipe's table ``[methods.T]`` with T = local-training of the method (copra, lora or head), so that ``flora``
+    3  the recipe's table ``[methods.T]`` with T = local-training of the method (copra, lora, ...), so that ``flora``
        gets the recipe's learning rate for lora, and ``flora+copra`` its learning rate for copra
     4  the method's files, from left to right
     5  the recipe's tables ``[methods.NAME]`` for the method's other names, from left to right

@@ -80,6 +80,12 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.bos_token or ""
 
 
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for a tokenizer without EOS, which ends texts and pads batches."""
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} needs a token that ends a text (EOS)")
+
+
 def response(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> str:
     """Return the text after `opening` for the response `text`, up to the end of its turn.
 
@@ -116,8 +122,7 @@ class CausalLM(Task):
     version = 2
 
     def processor_digest(self, processor: Any) -> str:
-        if processor.eos_token is None:
-            raise ConfigError(f"the tokenizer of {processor.name_or_path!r} needs a token that ends a text (EOS)")
+        require_eos(processor)
         special = processor.chat_template, processor.bos_token, processor.eos_token
         return digest_of(vocabulary_digest(processor), special)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from copra_fl.config import DataConfig
+from copra_fl.config import DataConfig, Value
 from copra_fl.sources.tables import as_text
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -65,6 +65,7 @@ class Task(ABC):
         columns: configuration keys of the table's columns that are read. The first is the content: examples with equal
             content are duplicates.
         optional_columns: keys of columns that are read if they are set.
+        options: further configuration keys that `encode` reads.
         labels: number of labels of an example in the ``label-column``: none, one, or several of a list of labels, which
             is the same on all nodes. With one, partitioners can split examples by label.
         trains_head: whether a linear layer is trained on the features; otherwise the base's own output layer, frozen,
@@ -77,6 +78,7 @@ class Task(ABC):
 
     columns: ClassVar[tuple[str, ...]] = ("text-column", "label-column")
     optional_columns: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
     labels: ClassVar[Literal["none", "one", "several"]] = "one"
     trains_head: ClassVar[bool] = True
     model_class: ClassVar[Any] = AutoModel
@@ -118,6 +120,17 @@ class Task(ABC):
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> Examples:
         """Return the tensors of `encode` as examples."""
 
+    def option_values(self, data: DataConfig) -> dict[str, Value]:
+        """Return the value of each of `options` in `data`."""
+        return {key: getattr(data, key.replace("-", "_")) for key in self.options}
+
+    def opened_processor(self, processor: Any, labels: list[str], options: Mapping[str, Any]) -> Any:
+        """Return what makes new contents the inputs of an exported model: by default the `processor`.
+
+        `options` are the `option_values` of the run.
+        """
+        return processor
+
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join the encoded tensors of several tables into those of one table with all their rows, in order."""
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -138,6 +151,11 @@ class Task(ABC):
     def head(self, width: int, num_labels: int) -> nn.Linear:
         """Return a new head on features of `width`, drawn from torch's global generator, which the caller seeds."""
         return nn.Linear(width, num_labels)
+
+    def frozen_logits(self, output_layer: nn.Module, features: Tensor, batch: Inputs) -> Tensor:
+        """Return the (targets, outputs) logits of the base's own output layer, for tasks that train no head."""
+        logits: Tensor = output_layer(features)
+        return logits
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:

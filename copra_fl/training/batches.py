@@ -10,6 +10,7 @@ import numpy as np
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import TrainingConfig
 from copra_fl.copra import schedule
+from copra_fl.copra.layers import trained_layers
 from copra_fl.data.federated import FederatedData
 from copra_fl.seeding import generator
 from copra_fl.training.plan import Plan, num_trained
@@ -61,6 +62,9 @@ class LocalSteps:
         batches: the micro-batches of each optimizer step: arrays of example indices.
         masks: (steps, groups) bool, the gate groups that are on.
         scales: (steps,) factor of the adapters that are on, in addition to the scaling alpha / r of the server's rank.
+        rank_scale: the part of `scales` that is due to the client's rank.
+        positions: (steps,) position of the adapters on the line from the start of the round to the client's own, 1
+            unless ``local-training = "line"`` (`training.points`).
         t: (steps,) progress of the federation, in [0, 1).
     """
 
@@ -68,6 +72,8 @@ class LocalSteps:
     batches: list[list[np.ndarray]]
     masks: np.ndarray
     scales: np.ndarray
+    rank_scale: float
+    positions: np.ndarray
     t: np.ndarray
 
     def __len__(self) -> int:
@@ -81,9 +87,14 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     indices = data.train[client]
     order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
-    masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
+    trained = trained_layers(config, num_groups, server_round, client)
+    among, probabilities = schedule.client_masks(copra, seed, client, len(batches), len(trained), server_round, rounds)
+    masks = np.zeros((len(batches), num_groups), dtype=bool)
+    masks[:, trained] = among
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
-    relative = relative_scaling(config, ranks[client]) if ranks else 1.0
-    scales = relative * schedule.scales(copra, masks, probabilities)
+    rank_scale = relative_scaling(config, ranks[client]) if ranks else 1.0
+    scales = rank_scale * schedule.scales(copra, among, probabilities)
+    on_line = copra.local_training == "line"
+    positions = generator(seed, "line", server_round, client).random(len(batches)) if on_line else np.ones(len(batches))
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
-    return LocalSteps(client, batches, masks, scales, t)
+    return LocalSteps(client, batches, masks, scales, rank_scale, positions, t)

@@ -9,32 +9,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from copra_fl.adapters.state import Adapter, Update
+from copra_fl.adapters.state import Adapter, OptimizerState, Update
 from copra_fl.config import Config, TrainingConfig
+from copra_fl.copra.layers import by_depth
 from copra_fl.data.federated import FederatedData
+from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import derive
 from copra_fl.tasks import Inputs
 from copra_fl.training.batches import LocalSteps, plan_steps
 from copra_fl.training.grams import GramSums, tokens_of
 from copra_fl.training.local_terms import StackedLocalTerms
-from copra_fl.training.optimizer import make_optimizer, set_learning_rates
+from copra_fl.training.operations import local_flops
+from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start, num_steps
+from copra_fl.training.points import StackedPoints, step_points
 from copra_fl.training.stacked import StackedModel
-from copra_fl.training.stacked.step import ClientRows, Stack, Step, by_client
+from copra_fl.training.stacked.step import ClientRows, Fallback, Stack, Step, by_client, views
 from copra_fl.training.update import make_update
 
 
 def slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[tuple[int, ...]]:
     """Return `clients` in slices that train together, so that no step has more than ``step-tokens`` tokens.
 
-    Clients with similar numbers of steps share a slice; most steps come first.
+    Clients of one depth with similar numbers of steps share a slice; within a depth, most steps come first.
     """
+    return [part for tier in by_depth(config, clients).values() for part in _slices(config, data, tier)]
+
+
+def _slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return clients of one depth in slices, as `slices` does."""
     steps = {client: num_steps(config.training, len(data.train[client])) for client in clients}
     tokens = config.training.batch_size * data.examples.max_length
     number = -(-len(clients) * tokens // config.training.step_tokens)
@@ -63,9 +73,13 @@ def train_cohort(
     start_values = _rows(model, [starts[client].adapter for client in clients])
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
+    optimizer.write_states([starts[client].optimizer for client in clients])
+    fallback = _fallback_tensors(model, start_values) if plan.config.copra.off == "global" else {}
+    points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
+    kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
         rows = np.flatnonzero(lengths > index)
         on = np.stack([cohort[row].masks[index] for row in rows])
@@ -75,24 +89,40 @@ def train_cohort(
         scale = model.tensor([cohort[row].scales[index] for row in rows])
         seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
         streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-        step = Step(stack, rows, on, depth, scale, streams)
+        rank_scale = model.tensor([cohort[row].rank_scale for row in rows])
+        off = Fallback(fallback, rank_scale) if fallback else None
+        step = Step(stack, rows, on, depth, scale, streams, off)
         batches = [cohort[row].batches[index] for row in rows]
-        for micro_batch in range(max(map(len, batches))):
-            losses[index, model.tensor(rows)] += _backward(model, data, step, batches, micro_batch, gram_sums)
+        by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
+        for number, client_points in enumerate(zip(*by_client_points, strict=True)):
+            recorded = gram_sums if number == 0 else None
+            with points.moved(step, client_points) as moved_step:
+                for micro_batch in range(max(map(len, batches))):
+                    part = _backward(model, data, moved_step, batches, micro_batch, kept, recorded)
+                    if number == 0:
+                        losses[index, model.tensor(rows)] += part
         terms.add(rows, on)
         optimizer.step(rows, on, index)
         progress(float((1 / lengths[rows]).sum()))
     seconds = (time.perf_counter() - started) / len(cohort)
     distances = torch.linalg.vector_norm(stack.values.double() - start_values, dim=1).tolist()
     gradient_sums = terms.gradient_sums()
+    states = optimizer.read_states() if plan.config.training.optimizer_state != "fresh" else [{}] * len(cohort)
     updates = []
     for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
+        metrics = {
+            "loss": float(loss[: len(steps)].mean()),
+            "seconds": seconds,
+            "distance": distances[row],
+            "flops": local_flops(plan.config, model.size, steps, data.examples),
+        }
+        metrics |= {"memory": kept.peak} if kept else {}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
         grams = gram_sums.matrices(row, plan.config.aggregation.gram_shrinkage) if gram_sums else {}
-        updates.append(
-            make_update(plan, steps, adapter, gradient_sums[row], model.group_of, num_examples, metrics, grams)
+        update = make_update(
+            plan, steps, adapter, gradient_sums[row], states[row], model.group_of, num_examples, metrics, grams
         )
+        updates.append(update)
     return updates
 
 
@@ -103,15 +133,25 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
 
 
+def _fallback_tensors(model: StackedModel, start_values: Tensor) -> dict[str, Tensor]:
+    """Return the adapters in `start_values` by tensor name, as matrices if all clients start from the same."""
+    tensors = views(start_values, model.layout)
+    shared = start_values.stride(0) == 0
+    return {name: tensor[0] for name, tensor in tensors.items()} if shared else tensors
+
+
 def _backward(
     model: StackedModel,
     data: FederatedData,
     step: Step,
     batches: list[list[np.ndarray]],
     micro_batch: int,
+    kept: KeptBytes | None,
     gram_sums: GramSums | None,
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
+
+    `kept` counts the bytes that autograd keeps, per client.
 
     `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
     the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
@@ -129,7 +169,8 @@ def _backward(
     rows = ClientRows(samples.ravel(), shapes, targets)
     batch = examples.batch(rows.samples, model.device)
     record = partial(_record, gram_sums, step, _is_token(batch, shapes)) if gram_sums else None
-    target_losses = model.task.losses(model(step, batch, rows, record), batch)
+    with kept.counting(1 / len(batches)) if kept else nullcontext():
+        target_losses = model.task.losses(model(step, batch, rows, record), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
@@ -162,22 +203,24 @@ class StackedOptimizer:
     def __init__(self, model: StackedModel, stack: Stack, plan: Plan, cohort: Sequence[LocalSteps]) -> None:
         self._training: TrainingConfig = plan.config.training
         self._grads = stack.grads
-        spans = model.spans(plan.trained_parts)
-        self._gates, head = [gate for gate, _ in spans], model.num_groups
+        spans, head = model.spans(plan.trained_parts), model.num_groups
+        self._gates = [gate for gate, _ in spans]
+        self._layouts = [model.layout.within(span) for _, span in spans]
         self._parts = [[values[span] for _, span in spans] for values in stack.values]
         self._grad_parts = [[grads[span] for _, span in spans] for grads in stack.grads]
-        self._groups = []
-        for length in sorted({len(steps) for steps in cohort}):
+        self._lengths = [len(steps) for steps in cohort]
+        self._t = {len(steps): steps.t for steps in cohort}
+        self._optimizers: dict[int, torch.optim.Optimizer] = {}
+        for length in sorted(self._t):
             parts = [
                 (gate, part)
-                for client_parts, steps in zip(self._parts, cohort, strict=True)
-                if len(steps) == length
+                for client_parts, client_length in zip(self._parts, self._lengths, strict=True)
+                if client_length == length
                 for gate, part in zip(self._gates, client_parts, strict=True)
             ]
             adapters = [part for gate, part in parts if gate != head]
             heads = [part for gate, part in parts if gate == head]
-            t = next(steps.t for steps in cohort if len(steps) == length)
-            self._groups.append((make_optimizer(self._training, adapters, heads, many=True), t))
+            self._optimizers[length] = make_optimizer(self._training, adapters, heads, many=True)
 
     def step(self, rows: np.ndarray, on: np.ndarray, index: int) -> None:
         """Clip, make step `index` for the clients at `rows` where they are `on` (rows, groups), and clear gradients."""
@@ -188,8 +231,33 @@ class StackedOptimizer:
             is_on = [*open_gates, True]
             for gate, part, grad in zip(self._gates, self._parts[row], self._grad_parts[row], strict=True):
                 part.grad = grad if is_on[gate] else None
-        for optimizer, t in self._groups:
-            if index < len(t):
-                set_learning_rates(optimizer, self._training, t[index])
+        for length, optimizer in self._optimizers.items():
+            if index < length:
+                set_learning_rates(optimizer, self._training, self._t[length][index])
                 optimizer.step()
         self._grads.zero_()
+
+    def write_states(self, states: Sequence[OptimizerState]) -> None:
+        """Set the moments and step counts of each client to its entry of `states`.
+
+        The tensors of a part have had the same steps, so one count stands for all of them.
+        """
+        for length, parts, state in zip(self._lengths, self._parts, states, strict=True):
+            for part, layout in zip(parts, self._layouts, strict=True):
+                name = next(iter(layout.shapes))
+                values = {kind: tensors for kind, tensors in state.items() if name in tensors}
+                joined = {k: {name: t[name] if k == "step" else layout.flatten(t)} for k, t in values.items()}
+                write_state(self._optimizers[length], {name: part}, joined)
+
+    def read_states(self) -> list[OptimizerState]:
+        """Return the moments and step counts of each client, tensor by tensor."""
+        states = []
+        for length, parts in zip(self._lengths, self._parts, strict=True):
+            state: OptimizerState = {}
+            for part, layout in zip(parts, self._layouts, strict=True):
+                for kind, values in read_state(self._optimizers[length], {"part": part}).items():
+                    value = values["part"]
+                    counts = {name: value.clone() for name in layout.shapes}
+                    state.setdefault(kind, {}).update(counts if kind == "step" else layout.unflatten(value))
+            states.append(state)
+        return states

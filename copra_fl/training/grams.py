@@ -77,11 +77,14 @@ def tokens_of(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def recording(model: AdaptedModel, sums: GramSums, batch: Mapping[str, Tensor]) -> Iterator[None]:
+def recording(model: AdaptedModel, sums: GramSums | None, batch: Mapping[str, Tensor]) -> Iterator[None]:
     """Add the inputs of the model's adapters to client 0 of `sums` in a forward pass with `batch` inside the block.
 
-    A backward pass that computes blocks again must be outside.
+    Without `sums` do nothing. A backward pass that computes blocks again must be outside.
     """
+    if sums is None:
+        yield
+        return
     is_token = tokens_of(batch)[None]
     hooks = [
         model.base.get_submodule(name).register_forward_pre_hook(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from copra_fl.adapters.compression import FEEDBACK
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import Adapter, OptimizerState
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.checking import Expected
 from copra_fl.config import Config, TrainingConfig
@@ -46,10 +46,12 @@ class Start:
         adapter: the client's adapter and head before training.
         correction: c - c_k of SCAFFOLD, added to each gradient (`training.local_terms`); empty without control
             variates.
+        optimizer: state of the local optimizer; empty where the client starts without moments.
     """
 
     adapter: Adapter
     correction: Adapter = field(default_factory=dict)
+    optimizer: OptimizerState = field(default_factory=dict)
 
 
 def leaves_state(config: Config) -> bool:
@@ -58,8 +60,14 @@ def leaves_state(config: Config) -> bool:
     return (
         find_rule(aggregation.rule).personal
         or aggregation.control_variates
+        or config.training.optimizer_state == "client"
         or config.federation.uplink_dtype in FEEDBACK
     )
+
+
+def caches_state(config: Config) -> bool:
+    """Return whether nodes cache the server's state, because a part of it may be unchanged after a round."""
+    return find_rule(config.aggregation.rule).nodes_cache_state or config.copra.trains_subset
 
 
 def num_steps(training: TrainingConfig, num_examples: int) -> int:

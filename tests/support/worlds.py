@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from copra_fl.adapters.state import Adapter, Update
+from copra_fl.adapters.state import Adapter, OptimizerState, Update
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models import adapted
@@ -28,6 +28,12 @@ CASES: dict[str, Settings] = {
     "rescale, at least one on": {"rescale": True, "min-active": 1, "p0": 0.2},
     "shared masks": {"mask-scope": "shared"},
     "masks for a round": {"mask-scope": "round", "p0": 0.3},
+    "two of three layers": {"layers-per-round": 2, "rescale": True, "min-active": 1, "p0": 0.2},
+    "one of three layers, always on": {"layers-per-round": 1, "local-training": "lora", "lora-dropout": 0.2,
+                                       "off": "global"},
+    "top layers": {"client-depths": "1,2,3,3,1,2", "lora-dropout": 0.2, "p0": 0.3},
+    "allocated layers, always on": {"client-depths": "1,2,3,3,1,2", "depth-allocation": "random",
+                                    "local-training": "lora", "off": "global"},
     "a gate per module": {"gate-group": "module"},
     "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
     "cls": {"pooling": "cls"},
@@ -35,25 +41,28 @@ CASES: dict[str, Settings] = {
     "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
                                                   "lr-schedule": "cosine", "lora-dropout": 0.2, "batch-size": 7},
     "bucketed": {"bucket-batches": 4},
+    "off layers use the start": {"off": "global", "lora-dropout": 0.2, "rescale": True, "min-active": 1},
+    "off modules use the start": {"off": "global", "gate-group": "module", "gradient-accumulation": 2},
     "hidden-state cache": {"hidden-state-cache-mb": 5},
     "hidden-state cache with room for 50 states": {"hidden-state-cache-mb": 1},
 }  # fmt: skip
 
 
 class World:
-    """A training setup: data, the model for both engines, a plan, the clients' starting points and corrections."""
+    """A training setup: data, the model for both engines, a plan, the clients' starts, corrections and moments."""
 
-    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, core: bool = False) -> None:
+    def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, heads: int = 0) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
         self.data = load_data(self.config, load_processor(self.config.model))
         num_labels = len(self.data.label_names) or 3
-        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, core=core)
+        self.plain = build_model(self.config.model, self.config.copra.gate_group, num_labels, seed=0, heads=heads)
         if double:
             self.plain.double()
         self.stacked = StackedModel(self.plain)
         self.start = jitter(self.plain.read_adapter(), 3)
         self.starts = dict.fromkeys(range(6), self.start)
         self.corrections: dict[int, Adapter] = {}
+        self.optimizers: dict[int, OptimizerState] = {}
         self.plan = Plan(server_round, tuple(range(6)), self.config)
 
     def alone(self, client: int) -> Update:
@@ -66,7 +75,7 @@ class World:
         return train_cohort(self.stacked, self.data, self.plan, clients, starts)
 
     def _start(self, client: int) -> Start:
-        return Start(self.starts[client], self.corrections.get(client, {}))
+        return Start(self.starts[client], self.corrections.get(client, {}), self.optimizers.get(client, {}))
 
 
 def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
@@ -97,7 +106,7 @@ def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
     assert got.adapter.keys() == expected.adapter.keys() and got.grams.keys() == expected.grams.keys()
     assert relative_error(got.adapter, expected.adapter) < tolerance
     assert not expected.grams or relative_error(got.grams, expected.grams) < tolerance
-    assert got.metrics["steps"] == expected.metrics["steps"]
+    assert [got.metrics[name] for name in ("steps", "flops")] == [expected.metrics[name] for name in ("steps", "flops")]
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
 
 

@@ -117,6 +117,7 @@ RULE = Rule(
     connectivity,
     Parameters,
     averages=False,
+    keeps_factors=False,
     needs_data=True,
     no_several_datasets="it scores each client's adapter on all validation data, but a client has learnt one data set",
 )

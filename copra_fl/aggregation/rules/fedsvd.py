@@ -44,4 +44,6 @@ def orthogonalized(adapter: Adapter, modules: Iterable[str]) -> Adapter:
     return factors
 
 
-RULE = Rule("fedsvd", fedsvd, trains=trained_parts, refactor=orthogonalized, linear=True, averages=False)
+RULE = Rule(
+    "fedsvd", fedsvd, trains=trained_parts, refactor=orthogonalized, linear=True, averages=False, keeps_factors=False
+)

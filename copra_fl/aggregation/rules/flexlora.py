@@ -34,4 +34,4 @@ def best_factors(before: Adapter, module: str, product: Factors, scaling: float)
     return {a_of(module): a.to(old_a.dtype), b_of(module): b.to(old_b.dtype)}
 
 
-RULE = Rule("flexlora", flexlora, unequal_ranks=True, averages=False)
+RULE = Rule("flexlora", flexlora, unequal_ranks=True, averages=False, keeps_factors=False)

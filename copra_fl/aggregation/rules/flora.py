@@ -23,4 +23,4 @@ def flora(round_: Round) -> Outcome:
     return Outcome(adapter, residual)
 
 
-RULE = Rule("flora", flora, changes_base=True, unequal_ranks=True, averages=False)
+RULE = Rule("flora", flora, changes_base=True, unequal_ranks=True, averages=False, keeps_factors=False)

@@ -31,4 +31,6 @@ def trimmed_mean_product(round_: Round) -> Outcome:
     return Outcome(trimmed_mean(round_).adapter | factors_of_products(round_, center))
 
 
-RULE = Rule("trimmed-mean-product", trimmed_mean_product, Parameters, unequal_ranks=True, averages=False)
+RULE = Rule(
+    "trimmed-mean-product", trimmed_mean_product, Parameters, unequal_ranks=True, averages=False, keeps_factors=False
+)

@@ -139,7 +139,7 @@ def _corners(config: Config) -> tuple[list[float], list[float]]:
     """Return the points (rounds done, p) between which p(t) is a straight line."""
     num_rounds, copra = config.federation.num_rounds, config.copra
     if copra.local_training != "copra":
-        p = {"lora": 1, "head": 0}[copra.local_training]
+        p = {"lora": 1, "line": 1, "head": 0}[copra.local_training]
         return [0, num_rounds], [p, p]
     periods = [(0, num_rounds)] if copra.schedule_progress == "federation" else [(n, n + 1) for n in range(num_rounds)]
     x = [x for start, end in periods for x in (start, start + copra.ramp * (end - start), end)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,43 @@ from copra_fl.adapters import residual
 from copra_fl.training.stacked.step import ForwardContext, Route
 
 
+@dataclass(frozen=True)
+class FrozenProduct:
+    """The product y_c = scale_c x_c A_c^T B_c^T of adapters that are not trained, for the clients at `places`.
+
+    A (c, r, in) and B (c, out, r), or (r, in) and (out, r) if all clients have the same; scale (c, 1, 1).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    places: Tensor | None
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add the product for x (clients, N, in) to y (clients, N, out), in place."""
+        self._add(y, x, self.a.mT, self.b.mT)
+
+    def add_gradient(self, grad_x: Tensor, grad_y: Tensor) -> None:
+        """Add the gradient of the product with respect to x to `grad_x`, in place."""
+        self._add(grad_x, grad_y, self.b, self.a)
+
+    def _add(self, total: Tensor, rows: Tensor, first: Tensor, second: Tensor) -> None:
+        if self.places is None:
+            total += (rows @ first * self.scale) @ second
+        else:
+            total.index_add_(0, self.places, (rows.index_select(0, self.places) @ first * self.scale) @ second)
+
+
 class AdapterProduct(torch.autograd.Function):
     """y = x W^T + b, and y_c += scale_c (noise x)_c A_c^T B_c^T for the clients at `places`, in few memory passes.
 
     x (clients, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; A and B in x's dtype.
-    For a factor that needs no gradient, nothing is stored or computed.
+    For a factor that needs no gradient, nothing is stored or computed. `frozen` is added as well.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor,
-                places: Tensor | None, noise: Tensor | None) -> Tensor:  # fmt: skip
+                places: Tensor | None, noise: Tensor | None, frozen: FrozenProduct | None) -> Tensor:  # fmt: skip
         y = F.linear(x, weight, bias)
         adapted = x if places is None else x.index_select(0, places)
         if noise is not None:
@@ -33,6 +61,9 @@ class AdapterProduct(torch.autograd.Function):
             y.baddbmm_(inner, b.mT)
         else:
             y.index_add_(0, places, torch.bmm(inner, b.mT))
+        if frozen is not None:
+            frozen.add(y, x)
+        ctx.frozen = frozen
         for_a, for_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(weight, a, b, scale, places, noise, adapted if for_a else None, inner if for_b else None)
         return y
@@ -57,14 +88,16 @@ class AdapterProduct(torch.autograd.Function):
                 part = torch.bmm(grad_inner, a)
                 part = part if noise is None else part.mul_(noise)
                 grad_x = grad_x + part if places is None else grad_x.index_add_(0, places, part)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+            if ctx.frozen is not None:
+                ctx.frozen.add_gradient(grad_x, grad)
+        return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
 class StackedLinear(nn.Module):
     """A linear layer of the base with an adapter for each client of the current step.
 
     `residual_factors` is `AdaptedModel.residual_factors`. Without an active adapter the base layer runs with its hook,
-    which adds the residual.
+    which adds the residual. Clients whose adapter is off get the product of the step's `Fallback`, if it has one.
     """
 
     def __init__(
@@ -85,30 +118,56 @@ class StackedLinear(nn.Module):
         self.residual_factors = residual_factors
 
     def forward(self, x: Tensor) -> Tensor:
-        step, live = self.context.step, self.context.live
-        route = step.route(self.group, live)
+        step, clients = self.context.step, self.context.clients
+        route, frozen = step.route(self.group, clients), self._frozen(x.dtype)
+        by_client = x.reshape(len(clients), -1, x.shape[-1]) if route or frozen else x
         if route is None:
-            return self.base(x)
-        a = route.select(step.stack.tensors[f"{self.name}.lora_A.weight"])
-        b = route.select(step.stack.tensors[f"{self.name}.lora_B.weight"]).to(x.dtype)
-        core = step.stack.tensors.get(f"{self.name}.lora_R.weight")
-        a = (a if core is None else torch.bmm(route.select(core), a)).to(x.dtype)
-        by_client = x.reshape(live, -1, x.shape[-1])
+            y = self.base(by_client)
+            if frozen is not None:
+                frozen.add(y, by_client)
+            return y.view(*x.shape[:-1], -1)
+        a, b, scale = self._adapters(step.stack.tensors, step.scale, route, x.dtype)
         if self.context.record is not None:
             with torch.no_grad():
                 inputs = by_client if route.places is None else by_client.index_select(0, route.places)
                 self.context.record(self.name, route.positions, torch.bmm(inputs, a.mT))
         noise = self._noise(route, x) if step.dropout and self.dropout else None
-        scale = (self.scaling * route.scale).to(x.dtype)
-        y = AdapterProduct.apply(by_client, self.base.weight, self.base.bias, a, b, scale, route.places, noise)
+        weight, bias = self.base.weight, self.base.bias
+        y = AdapterProduct.apply(by_client, weight, bias, a, b, scale, route.places, noise, frozen)
         if self.name in self.residual_factors:
             y = y + residual.product(by_client, self.residual_factors[self.name])
         return y.view(*x.shape[:-1], -1)
 
+    def _frozen(self, dtype: torch.dtype) -> FrozenProduct | None:
+        """Return the product of the step's `Fallback` for clients whose adapter is off; None without such a client."""
+        step = self.context.step
+        route = step.route(self.group, self.context.clients, on=False) if step.fallback else None
+        if step.fallback is None or route is None:
+            return None
+        return FrozenProduct(*self._adapters(step.fallback.tensors, step.fallback.scale, route, dtype), route.places)
+
+    def _adapters(
+        self, tensors: Mapping[str, Tensor], scale: Tensor, route: Route, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, or R A, and B of the clients of `route`, and their scale (c, 1, 1)."""
+        a, b = (route.select(tensors[f"{self.name}.lora_{part}.weight"]) for part in "AB")
+        return self._times_core(tensors, a, route).to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
+
+    def _times_core(self, tensors: Mapping[str, Tensor], a: Tensor, route: Route) -> Tensor:
+        """Return R A (c, r, in) of the route's clients, block by block (`adapters.core`); A if there is no R."""
+        core, scales = (tensors.get(f"{self.name}.lora_{part}.weight") for part in "RS")
+        if core is None:
+            return a
+        size = core.shape[-1]
+        blocks = route.select(core).reshape(-1, size, size)
+        if scales is not None:
+            blocks = blocks * route.select(scales).reshape(-1, 1, 1)
+        return torch.bmm(blocks, a.reshape(-1, size, a.shape[-1])).view_as(a)
+
     def _noise(self, route: Route, x: Tensor) -> Tensor:
         """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""
         context = self.context
-        noise = x.new_zeros(len(route.positions), len(x) // context.live, *x.shape[1:])
+        noise = x.new_zeros(len(route.positions), len(x) // len(context.clients), *x.shape[1:])
         for client_noise, position in zip(noise, route.positions, strict=True):
             num_rows, num_tokens = context.rows.shapes[position]
             unpadded = client_noise[:num_rows, :num_tokens] if x.dim() == 3 else client_noise[:num_rows]

@@ -27,6 +27,7 @@ class StackedModel:
 
     Attributes:
         layout: an adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
+        size: numbers of weights of the model.
         num_groups: number of gate groups.
         blocks: the base's blocks, in order.
         context: state that the layers share.
@@ -37,6 +38,7 @@ class StackedModel:
         self.device = model.device
         self.task = model.task
         self.group_of = model.group_of
+        self.size = model.size
         self.pooling = model.pooling
         self.context = ForwardContext()
         adapter, group_of = model.read_adapter(), model.group_of
@@ -87,6 +89,10 @@ class StackedModel:
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
         return tree.eval(), modules, block_of
 
+    def base_tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers of the base."""
+        return [*self._tree.parameters(), *self._tree.buffers()]
+
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
         """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
         array = np.asarray(values)
@@ -124,13 +130,13 @@ class StackedModel:
         clients have different numbers of targets. `record` is called with the inputs of the adapters.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, len(step.clients), record):
+        with self.context.forward(step, rows, range(len(step.clients)), record):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:
             logits = self._heads(step, features, rows.targets)
         else:
-            logits = frozen_head_logits(self._tree, features)
+            logits = frozen_head_logits(self.task, self._tree, features, batch)
         return mask_other_datasets(logits, batch)
 
     def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ class Stack:
     def __init__(self, layout: Layout, values: Tensor, trained: Collection[str] = ()) -> None:
         self.values = values
         self.grads = torch.zeros_like(values)
-        self.tensors = {name: _view(values, layout, name) for name in layout.shapes}
+        self.tensors = views(values, layout)
         names = [name for name in layout.shapes if part_of(name) in trained]
         self._trained = [self.tensors[name].requires_grad_() for name in names]
         self._totals = [_view(self.grads, layout, name) for name in names]
@@ -41,8 +41,26 @@ class Stack:
                 total += grad
 
 
+def views(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return the adapters in `rows` (C, P) as adapter tensor name -> (C, *shape), views of `rows`."""
+    return {name: _view(rows, layout, name) for name in layout.shapes}
+
+
 def _view(matrix: Tensor, layout: Layout, name: str) -> Tensor:
     return matrix[:, layout.spans[name]].unflatten(1, layout.shapes[name])
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The frozen adapters that layers use while they are off.
+
+    Attributes:
+        tensors: adapter tensor name -> (C, *shape), or (*shape) if all clients of the stack have the same.
+        scale: (c,) factor of each client of the step, in addition to the scaling of the model.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Step:
         depth: (c,) number of blocks below the client's lowest active adapter.
         scale: (c,) factor of active adapters, in addition to the scaling of the model.
         dropout: one generator per client; empty without dropout.
+        fallback: the adapters of layers that are off; None if these are the plain base.
     """
 
     stack: Stack
@@ -64,14 +83,15 @@ class Step:
     depth: np.ndarray
     scale: Tensor
     dropout: Sequence[torch.Generator] = ()
-    _routes: dict[tuple[int, int], Route | None] = field(default_factory=dict)
+    fallback: Fallback | None = None
+    _routes: dict[tuple[int, range, bool], Route | None] = field(default_factory=dict)
 
-    def route(self, group: int, live: int) -> Route | None:
-        """Return the clients among the first `live` whose gate `group` is on; None if it is off for all."""
-        key = group, live
+    def route(self, group: int, clients: range, on: bool = True) -> Route | None:
+        """Return those of the step's `clients` whose gate `group` is `on` (or off); None if it is for no client."""
+        key = group, clients, on
         if key not in self._routes:
-            positions = np.flatnonzero(self.on[:live, group])
-            self._routes[key] = Route.to(self, positions, live) if len(positions) else None
+            positions = clients.start + np.flatnonzero(self.on[clients.start : clients.stop, group] == on)
+            self._routes[key] = Route.to(self, positions, clients) if len(positions) else None
         return self._routes[key]
 
 
@@ -81,33 +101,37 @@ class Route:
 
     Attributes:
         positions: their indices among the step's clients.
-        places: the same as a tensor; None if these are all live clients.
+        places: their indices among the clients that are computed; None if these are all of them.
         rows: their rows of the stack; None if these are all rows in order.
-        scale: (c, 1, 1).
+        indices: `positions` as a tensor.
     """
 
     positions: np.ndarray
     places: Tensor | None
     rows: Tensor | None
-    scale: Tensor
+    indices: Tensor
 
     @classmethod
-    def to(cls, step: Step, positions: np.ndarray, live: int) -> Route:
-        """Return the route to the clients of `step` at `positions`, all of which are among the first `live`."""
+    def to(cls, step: Step, positions: np.ndarray, clients: range) -> Route:
+        """Return the route to the clients of `step` at `positions`, where only `clients` of the step are computed."""
         device = step.scale.device
-        places = torch.from_numpy(positions).to(device, non_blocking=True)
-        clients = step.clients[positions]
-        whole_stack = np.array_equal(clients, np.arange(len(step.stack.values)))
+        indices = torch.from_numpy(positions).to(device, non_blocking=True)
+        rows = step.clients[positions]
+        whole_stack = np.array_equal(rows, np.arange(len(step.stack.values)))
         return cls(
             positions,
-            None if len(positions) == live else places,
-            None if whole_stack else torch.from_numpy(clients).to(device, non_blocking=True),
-            step.scale[places][:, None, None],
+            None if len(positions) == len(clients) else indices - clients.start,
+            None if whole_stack else torch.from_numpy(rows).to(device, non_blocking=True),
+            indices,
         )
 
+    def scale(self, scale: Tensor) -> Tensor:
+        """Return the values of these clients in `scale`, which has one for each client of the step, as (c, 1, 1)."""
+        return scale[self.indices][:, None, None]
+
     def select(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a stacked tensor that belong to these clients."""
-        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+        """Return the rows of a stacked tensor that belong to these clients; a matrix is that of all clients."""
+        return tensor if self.rows is None or tensor.dim() == 2 else tensor.index_select(0, self.rows)
 
 
 @dataclass(frozen=True)
@@ -135,27 +159,27 @@ class ForwardContext:
     Attributes:
         step: the step that is computed.
         rows: the rows of its batch.
-        live: number of clients, from the first, whose rows are in the autograd graph at the current block.
+        clients: the step's clients whose rows are computed at present.
         record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
         cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
-    live: int
+    clients: range
     record: Record | None
 
     def __init__(self) -> None:
         self.cache: HiddenStateCache | None = None
 
     @contextmanager
-    def forward(self, step: Step, rows: ClientRows, live: int, record: Record | None = None) -> Iterator[None]:
-        """Compute `step` on `rows` inside the block, starting with `live` clients in the graph."""
-        self.step, self.rows, self.live, self.record = step, rows, live, record
+    def forward(self, step: Step, rows: ClientRows, clients: range, record: Record | None = None) -> Iterator[None]:
+        """Compute `step` on `rows` inside the block, starting with the rows of `clients`."""
+        self.step, self.rows, self.clients, self.record = step, rows, clients, record
         try:
             yield
         finally:
-            del self.step, self.rows, self.live, self.record
+            del self.step, self.rows, self.clients, self.record
 
 
 def by_client(values: Tensor, counts: np.ndarray) -> Tensor:

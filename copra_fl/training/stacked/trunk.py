@@ -4,8 +4,8 @@
     block 1    [ c0 c0 | c1 c1 ]  c2 c2    the lowest active adapter of c2 is in block 2: its rows pass without a graph
     block 0    [ c0 c0 ]  c1 c1   c2 c2
 
-Rows are sorted by that depth, so the rows in the graph always come first. The others pass through the plain base, which
-stores nothing for a backward pass and whose results can be kept from step to step (`hidden_state_cache`).
+Rows are sorted by that depth, so the rows in the graph always come first. The others pass without a graph: through the
+plain base, whose results can be kept from step to step (`hidden_state_cache`), or with the step's `Fallback`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Trunk(nn.Module):
         context, num_rows = self.context, len(hidden)
         step = context.step
         inputs: Inputs = {**dict(enumerate(args, start=1)), **kwargs}
-        per_client = num_rows // len(step.clients)
+        num_clients = len(step.clients)
+        per_client = num_rows // num_clients
         live, frozen = hidden[:0], hidden
         for depth, block in enumerate(self.blocks):
             joined = int(np.searchsorted(step.depth, depth, side="right"))
@@ -51,13 +52,13 @@ class Trunk(nn.Module):
             live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
             first = joined * per_client
             if len(frozen):
-                context.live = 0
+                context.clients = range(joined, num_clients)
                 with torch.no_grad():
                     frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
             if len(live):
-                context.live = joined
+                context.clients = range(joined)
                 live = self._live(block, live, self._rows(inputs, slice(0, first), num_rows))
-        context.live = len(step.clients)
+        context.clients = range(num_clients)
         hidden = _append(live, frozen)
         return hidden if self.chain.extras is None else (hidden, *self.chain.extras)
 
@@ -67,22 +68,22 @@ class Trunk(nn.Module):
             return _run(block, hidden, inputs)
         context = self.context
         streams = [stream.get_state() for stream in context.step.dropout]
-        contexts = nullcontext(), self._again(context.step, context.rows, context.live, streams)
+        contexts = nullcontext(), self._again(context.step, context.rows, context.clients, streams)
         return _run(partial(block, context_fn=lambda: contexts, preserve_rng_state=False), hidden, inputs)
 
     @contextmanager
-    def _again(self, step: Step, rows: ClientRows, live: int, streams: Sequence[Tensor]) -> Iterator[None]:
+    def _again(self, step: Step, rows: ClientRows, clients: range, streams: Sequence[Tensor]) -> Iterator[None]:
         """Restore the step and its dropout streams for a block that the backward pass computes again."""
         later = [stream.get_state() for stream in step.dropout]
         _set_states(step.dropout, streams)
         try:
-            with self.context.forward(step, rows, live):
+            with self.context.forward(step, rows, clients):
                 yield
         finally:
             _set_states(step.dropout, later)
 
     def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """Run the plain base's `block` on rows that no adapter has changed, or take its output from the cache."""
+        """Run `block` on rows that no trained adapter has changed, or take its output from the cache."""
         cache = self.context.cache
         if cache is None:
             return _run(block, hidden, inputs)

@@ -1,0 +1,112 @@
+"""The points at which a step computes the loss, on the line from the start of the round to the client's parameters.
+
+    g = sum_k w_k u_k (gradient of the loss at start + u_k (theta - start))
+
+Usually the client's parameters theta are the only point: u = w = 1. Two settings change that.
+
+``local-training = "line"`` (ours): the adapters of the point are at u ~ U(0, 1), which each client draws anew in every
+step. The head stays at the client's own, and every layer is on.
+
+``gucci-beta`` as beta adds FedGuCci's loss to L(theta) (Li et al., arXiv 2402.18949):
+
+    beta / N sum_j L((theta + anchor_j) / 2),    the anchors are the last N global models
+
+Here N = 1, the default of the authors' code, so the anchor is the start of the round and the point is at u = 1/2, with
+the head; beta is 0.1 there. What differs: the authors' code makes an optimizer step with the gradient of L(theta) and
+then another with that of the second loss, where Adam would cancel beta; here one step follows the gradient of the sum.
+Only what a client trains is on the line: adapters and head, not a whole model. The steps compute everything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from copra_fl.adapters.state import Adapter, part_of
+from copra_fl.config import Config
+from copra_fl.training.plan import Plan
+from copra_fl.training.stacked import StackedModel
+from copra_fl.training.stacked.step import Stack, Step
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point on the line and the weight of its loss.
+
+    Attributes:
+        adapters: position u of the adapters; 0 is the start, 1 the client's parameters.
+        head: position of the head.
+        weight: factor of the loss at this point.
+    """
+
+    adapters: float = 1.0
+    head: float = 1.0
+    weight: float = 1.0
+
+    def position(self, name: str) -> float:
+        """Return the position of tensor `name` of an adapter."""
+        return self.head if part_of(name) == "head" else self.adapters
+
+
+def step_points(config: Config, position: float) -> list[Point]:
+    """Return the points of one step of a client; the first is the one whose loss is reported.
+
+    `position` is the client's entry of `LocalSteps.positions`.
+    """
+    beta = config.aggregation.gucci_beta
+    return [Point(adapters=position), *([Point(0.5, 0.5, beta)] if beta else [])]
+
+
+@contextmanager
+def moved(parameters: Mapping[str, nn.Parameter], start: Adapter, point: Point) -> Iterator[None]:
+    """Move `parameters` to `point` on the line from `start` inside the block, and back afterwards."""
+    values = {}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if (position := point.position(name)) != 1:
+                values[name] = parameter.clone()
+                parameter.copy_(torch.lerp(start[name].to(parameter), parameter, position))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+
+
+class StackedPoints:
+    """The points of the steps of a cohort, one row per client.
+
+    `start_values` (C, P) are the values of the stack before training.
+    """
+
+    def __init__(self, model: StackedModel, stack: Stack, plan: Plan, start_values: Tensor) -> None:
+        self._model, self._stack, self._start_values = model, stack, start_values
+        if plan.config.copra.local_training == "line" or plan.config.aggregation.gucci_beta:
+            self._there = Stack(model.layout, start_values.clone(), plan.trained_parts)
+            self._is_head = torch.zeros(model.layout.size, dtype=torch.bool, device=model.device)
+            for _, span in model.spans({"head"}):
+                self._is_head[span] = True
+
+    @contextmanager
+    def moved(self, step: Step, points: Sequence[Point]) -> Iterator[Step]:
+        """Return `step` with the adapter of each of its clients at its entry of `points`, which have one weight.
+
+        At the end of the block the gradients of that step are added to those of the stack.
+        """
+        if all(point == Point() for point in points):
+            yield step
+            return
+        adapters, heads = (
+            self._model.tensor([getattr(point, part) for point in points])[:, None] for part in ("adapters", "head")
+        )
+        position = torch.ones_like(self._stack.values)
+        position[self._model.tensor(step.clients)] = torch.where(self._is_head, heads, adapters)
+        self._there.values.copy_(torch.lerp(self._start_values, self._stack.values, position))
+        yield replace(step, stack=self._there)
+        self._stack.grads.addcmul_(position, self._there.grads, value=points[0].weight)
+        self._there.grads.zero_()
