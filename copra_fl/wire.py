@@ -6,6 +6,7 @@
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
+                 grams: Gram matrices, of the inspected clients and then of the pooled update
                  exp_avg, exp_avg_sq, momentum_buffer: moments of the clients' optimizers
 
 Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):

@@ -79,9 +79,10 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
                                                (padded_starts,)),
     "off layers use R": ({"off": "global", "rule": "core-only"} | HARSH, 2, ()),
     "on the line": ({"local-training": "line"} | HARSH, 2, (individual_starts,)),
-    "FedGuCci": ({"gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2, ()),
-    "everything": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
-                   "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
+    "FedGuCci": ({"rule": "ffa-lora-gram", "gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2,
+                 ()),
+    "everything": ({"rule": "ffa-lora-gram", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1,
+                   "alpha": 0.3, "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
 }  # fmt: skip
 

@@ -259,11 +259,16 @@ def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
         (
             private and not rule.linear,
             f"rule = {rule.name!r} does not combine with {it}: it does not average changes, so one client could move "
-            f"the result by more than its share; use one of {_names(lambda other: other.linear)}",
+            f"the result by more than its share; use one of {_names(lambda other: other.linear and not other.grams)}",
         ),
         (
             private and settings.weighting != "equal",
             f"{it} needs weighting = 'equal', not {settings.weighting!r}: all clients must have the same weight",
+        ),
+        (
+            private and rule.grams,
+            f"rule = {rule.name!r} does not combine with {it}: Gram matrices travel without clipping and noise; use "
+            f"one of {_names(lambda other: other.linear and not other.grams)}",
         ),
         (
             private and settings.control_variates,
