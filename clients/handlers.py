@@ -26,9 +26,11 @@ from copra_fl.adapters.residual import add
 from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
 from copra_fl.aggregation import ALL, find_rule
 from copra_fl.aggregation.checking import BadUpdate, check_update
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.pooling import pool
-from copra_fl.aggregation.ranks import as_sent, client_starts, pad
+from copra_fl.aggregation.ranks import as_sent, pad
 from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
+from copra_fl.aggregation.starts import client_starts
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import FederatedData
 from copra_fl.events import emit
@@ -36,7 +38,7 @@ from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
 
 Result = TypeVar("Result")
 
@@ -71,7 +73,7 @@ def _describe(node: NodeConfig, digest: str, config: Config) -> wire.Handshake:
 
 
 def train(content: RecordDict, context: Context) -> RecordDict:
-    """Train the plan's clients from the global adapter and return their updates."""
+    """Train the plan's clients, each from its start, and return their updates."""
     node = NodeConfig.of(context)
     with node.redact_errors():
         return _train(node, content, context)
@@ -80,13 +82,14 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     plan, engine, data, server_state = _open(node, content, context)
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
-    store = ClientStateStore(wire.unpack_delta(content).run)
+    delta = wire.unpack_delta(content)
+    store = ClientStateStore(delta.run)
     previous = {client: store.read(client, plan.server_round) for client in plan.clients}
     corrections: dict[int, Adapter] = {}
     if server_state.control:
         corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
 
-    global_starts = client_starts(config, server_state.adapter, plan.clients)
+    global_starts = client_starts(config, delta.number, server_state.adapter, server_state.stale, plan.clients)
     adapters = _local_starts(config, global_starts, previous)
     starts = {
         client: Start(adapter, corrections.get(client, {}), server_state.optimizer or previous[client].optimizer)
@@ -138,7 +141,10 @@ def _train_clients(
     data: FederatedData,
     starts: Mapping[int, Start],
 ) -> tuple[list[Update], dict[int, str]]:
-    """Return the valid updates of the plan's clients, and the error messages of the other clients."""
+    """Return the valid updates of the plan's clients, sorted by client, and the error messages of the other clients.
+
+    The server reads buffers in this order, whatever the order in which an engine trains.
+    """
     updates: list[Update] = []
     failures: dict[int, str] = {}
 
@@ -156,7 +162,7 @@ def _train_clients(
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
-    return updates, failures
+    return sorted(updates, key=lambda update: update.client), failures
 
 
 def _updated(before: OptimizerState, after: OptimizerState) -> OptimizerState:
@@ -228,10 +234,9 @@ def _open(node: NodeConfig, content: RecordDict, context: Context) -> tuple[Plan
     """Return the plan in a message, the engine and data that it needs, and the server's state."""
     plan = wire.unpack_plan(content)
     plan = replace(plan, config=node.adapt(plan.config))
-    config, data, rule = plan.config, node.open_data(plan.config), find_rule(plan.config.aggregation.rule)
-    engine = open_engine(
-        config.training.engine, config.model, config.copra.gate_group, len(data.label_names), seed=0, core=rule.core
-    )
+    config, data = plan.config, node.open_data(plan.config)
+    kind, group, heads = config.training.engine, config.copra.gate_group, heads_of(config)
+    engine = open_engine(kind, config.model, group, len(data.label_names), seed=0, heads=heads)
     server_state = _receive_state(content, context.state, engine.model.read_adapter(), plan)
     engine.model.write_residual(server_state.residual)
     return plan, engine, data, server_state
@@ -255,9 +260,10 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
                 "adds to; the next message will carry the whole state"
             )
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
-    if find_rule(plan.config.aggregation.rule).nodes_cache_state:
+    if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    return replace(payload, adapter=adapter, residual=residual)
+    stale = adapter | pad(payload.stale, plan.config.model.rank) if payload.stale else {}
+    return replace(payload, adapter=adapter, residual=residual, stale=stale)
 
 
 def _report_progress(num_clients: float) -> None:

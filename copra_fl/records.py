@@ -95,6 +95,10 @@ class ClientRecord(Record):
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
+        staleness: age in rounds of the global adapter that it started from; 0: the newest.
+        flops: estimated floating point operations (`models.flops`); None in journals from before it was counted.
+        memory: the largest number of bytes that autograd kept for the backward pass of one of its steps; clients that
+            trained together have equal shares. None without client-depths.
     """
 
     client: int
@@ -104,6 +108,24 @@ class ClientRecord(Record):
     steps: float
     seconds: float
     distance: float
+    staleness: int = 0
+    flops: float | None = None
+    memory: float | None = None
+
+
+class Tier(Record):
+    """The clients of one depth in one round (``client-depths``).
+
+    Attributes:
+        depth: number of layers that each client trains.
+        seconds: mean over clients of the seconds of training.
+        memory: mean over clients of `ClientRecord.memory`.
+    """
+
+    depth: int
+    clients: tuple[int, ...]
+    seconds: float
+    memory: float
 
 
 class MissingClient(Record):
@@ -114,14 +136,18 @@ class MissingClient(Record):
 
 
 class AggregationError(Record):
-    """Relative Frobenius error of the new global adapter against the average of products (`products`).
+    """Frobenius error of the new global adapter against the average of products (`products.aggregation_error`).
 
     Attributes:
+        total: relative to the average of products.
         layers: the same by adapted module.
+        of_change: relative to the change of the average of products in the round; None in journals from before it was
+            measured.
     """
 
     total: float
     layers: dict[str, float]
+    of_change: float | None = None
 
 
 class LinePath(Record):
@@ -155,9 +181,11 @@ class RoundRecord(Record):
         bytes_down, bytes_up: contents of all messages to and from the nodes.
         train_loss: mean over clients, weighted by examples; None if no client replied.
         layers: names of the gate groups, in the order of `ClientRecord.active_steps`.
+        tiers: the clients by depth, from the smallest; empty without client-depths.
         notes: of the rule, plain data.
         validation: of the new global adapter; None in rounds without evaluation.
         merge_gap, paths, privacy: None or empty where not measured.
+        ended_early: the reason why the run ended with this round, though it is not the last of num-rounds.
     """
 
     round: int
@@ -169,11 +197,13 @@ class RoundRecord(Record):
     clients: tuple[ClientRecord, ...]
     missing: tuple[MissingClient, ...]
     aggregation_error: AggregationError | None = None
+    tiers: tuple[Tier, ...] = ()
     notes: dict[str, Any] = {}
     validation: Evaluation | None = None
     merge_gap: MergeGap | None = None
     paths: tuple[LinePath, ...] = ()
     privacy: PrivacySpent | None = None
+    ended_early: str | None = None
 
 
 class ClientEvaluation(Record):
@@ -185,6 +215,14 @@ class ClientEvaluation(Record):
     examples: int
 
 
+class Passes(Record):
+    """Passes over own training examples of the clients that took part."""
+
+    mean: float
+    lowest: float
+    highest: float
+
+
 class RunSummary(Record):
     """``summary.json``: the results of a finished run.
 
@@ -193,12 +231,16 @@ class RunSummary(Record):
         personal: whether each client keeps a part of the model, so that there is no global model to test.
         test: on test data; None for a personal rule or a server without data.
         held_out: on the clients that are held out whole; None without such clients.
-        aggregation_error: mean over the rounds in which it is known.
+        aggregation_error: `AggregationError.total`, mean over the rounds in which it is known.
         clients: the final model on each client's own validation data.
         skipped_clients: clients without training examples.
         unassigned_examples: examples that the partitioner gave to no client.
         dropped_duplicates: held-out examples dropped because a client holds an equal one.
         dropped_empty: rows dropped because content, label or client is missing.
+        ended_early: the reason why the run ended in round `rounds`; None after all of num-rounds.
+        passes: in all rounds; None in summaries from before it was counted, as the next two.
+        flops: estimated operations of all clients' training (`models.flops`).
+        aggregation_error_of_change: `AggregationError.of_change`, mean over the rounds in which it is known.
     """
 
     method: str
@@ -221,6 +263,10 @@ class RunSummary(Record):
     unassigned_examples: int
     dropped_duplicates: int
     dropped_empty: int
+    ended_early: str | None = None
+    passes: Passes | None = None
+    flops: float | None = None
+    aggregation_error_of_change: float | None = None
 
 
 class Origin(Record):
@@ -307,6 +353,47 @@ class UnfinishedRun(Record):
     rounds: int
 
 
+class EarlyEnd(Record):
+    """A run of a comparison that ended in `round`, before num-rounds, and the reason."""
+
+    method: str
+    seed: int
+    round: int
+    reason: str
+
+
+class Curve(Record):
+    """Validation accuracy against cost: means over a method's seeds, in the rounds that all of them evaluated.
+
+    Attributes:
+        lowest, highest: over seeds.
+        bytes_up, bytes, flops: up to and including the round: up, up and down, operations of the clients' training.
+    """
+
+    rounds: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+    bytes_up: tuple[float, ...]
+    bytes: tuple[float, ...]
+    flops: tuple[float, ...] | None
+
+
+class TargetCost(Record):
+    """Cost of a method until its validation accuracy first reached a target: one value per seed, None if it did not.
+
+    Attributes:
+        targets: target-accuracy, or else the accuracy with which the baseline ended with the same seed.
+    """
+
+    seeds: tuple[int, ...]
+    targets: tuple[float, ...]
+    rounds: tuple[int | None, ...]
+    bytes_up: tuple[float | None, ...]
+    bytes: tuple[float | None, ...]
+    flops: tuple[float | None, ...]
+
+
 class ComparisonSummary(Record):
     """``summary.json`` of a comparison.
 
@@ -317,6 +404,9 @@ class ComparisonSummary(Record):
         differences: of each other method, its metrics minus the baseline's, over the seeds that both have finished.
         personal: methods with one model per client instead of a global model.
         settings: without the seed.
+        ended_early: runs that ended before num-rounds.
+        curves: of methods with finished and evaluated runs.
+        to_target: the same methods; empty if the baseline was not evaluated.
     """
 
     baseline: str
@@ -326,6 +416,9 @@ class ComparisonSummary(Record):
     personal: tuple[str, ...]
     settings: ComparedSettings
     unfinished: tuple[UnfinishedRun, ...]
+    ended_early: tuple[EarlyEnd, ...] = ()
+    curves: dict[str, Curve] = {}
+    to_target: dict[str, TargetCost] = {}
 
 
 class ChosenRate(Record):
@@ -344,10 +437,55 @@ class CellResults(ComparisonSummary):
     rates: dict[str, ChosenRate]
 
 
+class RankedMethod(Record):
+    """One method over all cells of a grid.
+
+    Attributes:
+        ranks: split and regime of each cell -> place by mean test accuracy among the grid's methods, 1 for the best;
+            equals share the mean of their places.
+        mean_rank: over cells.
+        test_accuracy: mean over cells of each seed's test accuracy.
+        bytes, flops, seconds: of a run, means over seeds and cells; None where not measured.
+    """
+
+    method: str
+    ranks: dict[str, float]
+    mean_rank: float
+    test_accuracy: Estimate
+    bytes: float
+    flops: float | None
+    seconds: float
+
+
+class RateRegret(Record):
+    """Validation accuracy lost by learning rates that are not tuned, from the searches of all cells.
+
+    Attributes:
+        mean, worst: accuracy over the rates that all methods tried in a cell, then the mean over cells.
+        by_rate: rates tried in all cells -> mean over cells of the accuracy of each cell's best rate minus this one's.
+        fixed_rate: the rate with the lowest of these; None if no rate was tried in all cells.
+        regret, worst_regret: of that rate: mean and maximum over cells.
+    """
+
+    mean: float | None
+    worst: float | None
+    by_rate: dict[str, float]
+    fixed_rate: float | None
+    regret: float | None
+    worst_regret: float | None
+
+
 class StudyResults(Record):
-    """``results.json`` of one grid of a study: how it was made, and its cells."""
+    """``results.json`` of one grid of a study: how it was made, and its cells.
+
+    Attributes:
+        ranking: of the methods that are in all cells, the best first; empty for one cell.
+        rate_regret: method -> over the cells that it is in.
+    """
 
     command: str
     versions: dict[str, str]
     machine: dict[str, str | int]
     cells: tuple[CellResults, ...]
+    ranking: tuple[RankedMethod, ...] = ()
+    rate_regret: dict[str, RateRegret] = {}

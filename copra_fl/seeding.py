@@ -7,7 +7,7 @@ drawing masks does not change the data order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,6 +23,17 @@ def derive(root: int, *names: str | int) -> int:
 def generator(root: int, *names: str | int) -> np.random.Generator:
     """Return a NumPy generator for the stream `names` below `root`."""
     return np.random.default_rng(derive(root, *names))
+
+
+def assign(values: Sequence[int], assignment: str, num_clients: int, root: int, name: str) -> list[int]:
+    """Return the value of each client: `values` as ``listed``, ``repeated`` until there is one for each client, or
+    ``drawn`` from `values` with stream `name`.
+    """
+    if assignment == "repeated":
+        return [values[client % len(values)] for client in range(num_clients)]
+    if assignment == "drawn":
+        return [int(value) for value in generator(root, name).choice(values, num_clients)]
+    return list(values)
 
 
 @contextmanager

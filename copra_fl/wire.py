@@ -2,6 +2,7 @@
 
     to a node    plan: configuration, round, clients     state-delta: which part of the server's state follows
                  adapter: the global adapter             residual, control, optimizer: only if the run has them
+                 stale: an older global adapter, for stale clients only
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
@@ -66,15 +67,17 @@ class StateDelta:
         number: number of the state: the rounds that led to it.
         since: number of the state that the node has cached and that the message adds to; -1: the message carries
             the whole state.
-        parts: parts of the adapter (`adapters.state.part_of`) that the message carries.
+        tensors: the adapter's tensors that the message carries: indices in the alphabetical order of all names.
         rank: rank to which A and B are cut.
+        stale_parts: parts of the older global adapter that the message carries for stale clients.
     """
 
     run: str
     number: int
     since: int
-    parts: tuple[str, ...]
+    tensors: tuple[int, ...]
     rank: int
+    stale_parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,18 @@ class Payload:
     """The part of the server's state that a message carries.
 
     Attributes:
-        adapter: the parts that the `StateDelta` names, cut to its rank.
+        adapter: the tensors that the `StateDelta` names, cut to its rank.
         residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
         optimizer: the shared state of the local optimizers for the parts that the round trains; else empty.
+        stale: parts of the older global adapter, cut to the same rank; empty without stale clients.
     """
 
     adapter: Adapter
     residual: Adapter
     control: Adapter
     optimizer: OptimizerState
+    stale: Adapter = field(default_factory=dict)
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -149,7 +154,9 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     content = RecordDict(
         {
             "plan": record,
-            "state-delta": ConfigRecord(asdict(delta) | {"parts": list(delta.parts)}),
+            "state-delta": ConfigRecord(
+                asdict(delta) | {"tensors": list(delta.tensors), "stale_parts": list(delta.stale_parts)}
+            ),
             "adapter": _pack_flat(payload.adapter),
         }
     )
@@ -159,6 +166,8 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
         content["control"] = _pack_flat(payload.control)
     if payload.optimizer:
         content["optimizer"] = _pack_flat(join_names(payload.optimizer))
+    if payload.stale:
+        content["stale"] = _pack_flat(payload.stale)
     return content
 
 
@@ -170,7 +179,7 @@ def unpack_plan(content: RecordDict) -> Plan:
 
 def unpack_delta(content: RecordDict) -> StateDelta:
     record: dict[str, Any] = dict(content.config_records["state-delta"])
-    return StateDelta(**record | {"parts": tuple(record["parts"])})
+    return StateDelta(**record | {"tensors": tuple(record["tensors"]), "stale_parts": tuple(record["stale_parts"])})
 
 
 def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, moments: OptimizerState) -> Payload:
@@ -179,12 +188,15 @@ def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, mo
 
     Raises ValueError if the server's model has another size.
     """
-    expected = cut(parts(template, delta.parts), delta.rank)
+    sent = {name: template[name] for index, name in enumerate(sorted(template)) if index in delta.tensors}
+    expected = cut(sent, delta.rank)
+    stale = cut(parts(template, delta.stale_parts), delta.rank)
     return Payload(
         _unpack_flat(content, "adapter", expected),
         unpack_arrays(content, "residual") if "residual" in content else {},
         _unpack_flat(content, "control", template) if "control" in content else {},
         split_names(_unpack_flat(content, "optimizer", join_names(moments))) if "optimizer" in content else {},
+        _unpack_flat(content, "stale", stale),
     )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from copra_fl.records import Estimate, StudyResults
 from copra_fl.reporting.figures import study as figures
+from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import table as study_table
@@ -54,9 +56,16 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield f"{name} results", f"{study_table(results).markdown()}\n{source(path, results.command)}\n"
         yield f"{name} copra", copra_against(results).markdown()
         yield f"{name} predictors", predictors(results).markdown()
+        yield f"{name} rates", plain(regret_table(rate_regret(results.cells), len(results.cells)))
+        yield f"{name} ranking", "".join(map(plain, ranking_table(results.cells, rank_methods(results.cells))))
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
     yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
+
+
+def plain(shown: DataTable) -> str:
+    """Return a table as Markdown without its title, which the page has as a heading."""
+    return replace(shown, title="").markdown()
 
 
 def source(path: Path, command: str) -> str:
@@ -83,7 +92,9 @@ def predictors(results: StudyResults) -> DataTable:
     rows = []
     for metric, name in METRICS.items():
         gains = figures.gains_against(results, metric)
-        correlation = figures.pearson(gains) if gains else None
+        if not gains:
+            continue
+        correlation = figures.pearson(gains)
         shown = "no spread" if correlation is None else with_minus(correlation, "+.2f")
         rows.append([name, shown, str(sum(map(len, gains.values())))])
     return DataTable(

@@ -14,12 +14,11 @@ from copra_fl.adapters.state import Adapter, Update, draw
 from copra_fl.aggregation import client_ranks, heads, pools, scaffold, server_optimizers
 from copra_fl.aggregation.compatibility import parameters_of
 from copra_fl.aggregation.private import private_average
-from copra_fl.aggregation.products import aggregation_error
+from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.shared_moments import average_moments
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
-from server import sampling
 from server.run_context import RunContext
 
 
@@ -94,15 +93,18 @@ def without_other_heads(run: RunContext, update: Update) -> Update:
 
 
 def average_privately(run: RunContext, round_: Round, server_round: int, num_eligible: int) -> Outcome:
-    """Return the average with differential privacy, with noise from the run's secret."""
+    """Return the average with differential privacy, with noise from the run's secret, refactored if the rule does."""
     config = run.config
     travels = run.rule.sends(server_round)
     if config.copra.local_training == "head":
         travels &= {"head"}
-    number = sampling.num_wanted(config.federation, num_eligible)
+    number = config.federation.round_size(num_eligible)
     noise_seed = derive(run.secret, "dp-noise", server_round)
     privacy = config.privacy
-    return private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number, noise_seed)
+    outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number, noise_seed)
+    if run.rule.refactor:
+        return replace(outcome, adapter=run.rule.refactor(outcome.adapter, modules(outcome.adapter)))
+    return outcome
 
 
 def state_after(
@@ -113,8 +115,9 @@ def state_after(
     controls: Sequence[Adapter],
     num_eligible: int,
 ) -> ServerState:
-    """Return the server's next state: the server optimizer's step, residual, control variate, shared moments."""
-    settings = run.config.aggregation
+    """Return the server's next state: server optimizer's step, residual, control variate, moments, old adapters."""
+    settings, federation = run.config.aggregation, run.config.federation
+    num_earlier = federation.staleness if federation.stale_clients else 0
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
         before = heads.split(state.adapter, run.head_sizes)
@@ -126,4 +129,5 @@ def state_after(
         first_moment=first,
         second_moment=second,
         optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
+        earlier=(state.adapter, *state.earlier)[:num_earlier],
     )

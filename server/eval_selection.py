@@ -33,20 +33,23 @@ def merge_gap_clients(config: Config, server_round: int, clients: Sequence[int])
     return _draw(clients, number, seed, "merge-gap", server_round)
 
 
-def path_pairs(config: Config, server_round: int, clients: Sequence[int]) -> list[tuple[int, int]]:
-    """Return pairs of `clients` whose connecting line is evaluated; none before the last round."""
-    is_last = server_round == config.federation.num_rounds
-    if not (config.data.dataset and is_last) or find_rule(config.aggregation.rule).personal:
+def path_pairs(config: Config, clients: Sequence[int]) -> list[tuple[int, int]]:
+    """Return pairs of `clients` whose connecting line is evaluated after the run's last round."""
+    if not config.data.dataset or find_rule(config.aggregation.rule).personal:
         return []
     pairs = list(combinations(clients, 2))
     return _draw(pairs, config.evaluation.path_pairs, config.federation.seed, "paths")
 
 
 def inspected_clients(config: Config, server_round: int, clients: Sequence[int]) -> set[int]:
-    """Return those of `clients` whose own adapters the server needs: all of them if nodes do not pool."""
+    """Return those of `clients` whose own adapters the server needs: all of them if nodes do not pool.
+
+    If they pool, those on lines are among them in the last of num-rounds only: an early end is not known in advance.
+    """
     if not pools(config):
         return set(clients)
-    in_pairs = {client for pair in path_pairs(config, server_round, clients) for client in pair}
+    is_last = server_round == config.federation.num_rounds
+    in_pairs = {client for pair in path_pairs(config, clients) for client in pair} if is_last else set()
     return in_pairs.union(merge_gap_clients(config, server_round, clients))
 
 

@@ -14,11 +14,12 @@ from copra_fl.adapters.interpolation import walk
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.heads import lend
 from copra_fl.aggregation.shared_moments import no_moments
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
-from copra_fl.models.fed_sb_init import initial_adapter
+from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import Evaluation, LinePath, MergeGap
 from copra_fl.seeding import generator
 from copra_fl.training.engine import open_engine
@@ -41,8 +42,7 @@ class Evaluator:
         self.config = config
         self.data = data
         kind, group, seed = config.training.engine, config.copra.gate_group, config.federation.seed
-        core = find_rule(config.aggregation.rule).core
-        self.engine = open_engine(kind, config.model, group, len(data.label_names), seed, core)
+        self.engine = open_engine(kind, config.model, group, len(data.label_names), seed, heads_of(config))
         self.model = self.engine.model
 
     def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[Metrics]:

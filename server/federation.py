@@ -6,6 +6,7 @@ stay warm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from logging import INFO
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid
 from copra_fl import provenance
 from copra_fl.aggregation import compatibility
 from copra_fl.config import Config, csv_line
+from copra_fl.copra.layers import check_layers
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
 from copra_fl.models.build import check_weights, load_processor, resolve_config
@@ -22,6 +24,7 @@ from copra_fl.models.export import save
 from copra_fl.records import Origin, RoundRecord
 from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks import find_task
+from server.early_end import next_round, validation_accuracies
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
 from server.journal import Journal
@@ -52,26 +55,37 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     log(INFO, "%s over %s clients on %s nodes", config.aggregation.rule, len(strategy.num_examples), len(nodes))
     budget = open_budget(journal, strategy)
 
-    for server_round in range(len(journal.records) + 1, config.federation.num_rounds + 1):
+    while server_round := next_round(config, journal.records):
         if config.federation.failures == "tolerant":
             nodes = admit_late_nodes(grid, settled, nodes)
             strategy.set_nodes(nodes)
-        record = run_round(grid, strategy, evaluator, budget, server_round)
+        accuracies = validation_accuracies(journal.records)
+        record = run_round(grid, strategy, evaluator, budget, server_round, accuracies)
         journal.record(record, strategy.state)
         announce(record)
+    if (last := journal.records[-1]).ended_early:
+        emit("note", text=f"{directory.name} ended in round {last.round}: {last.ended_early}")
 
     finish(grid, strategy, evaluator, journal)
 
 
 def run_round(
-    grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, budget: PrivacyBudget | None, server_round: int
+    grid: Grid,
+    strategy: CohortStrategy,
+    evaluator: Evaluator,
+    budget: PrivacyBudget | None,
+    server_round: int,
+    accuracies: Sequence[float],
 ) -> RoundRecord:
-    """Train, aggregate and evaluate one round; the strategy has the next state afterwards."""
+    """Train, aggregate and evaluate one round; the strategy has the next state afterwards.
+
+    `accuracies` are those of the earlier evaluations.
+    """
     before = strategy.state
     training = train_round(grid, strategy, server_round)
     privacy = budget.spend(strategy.sampling_rate) if budget else None
-    evaluation = evaluate_round(grid, strategy, evaluator, before, training)
-    return round_record(training, evaluator.model.gates.names, evaluation, privacy)
+    evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
+    return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
 
 
 def settle(config: Config) -> Config:
@@ -86,8 +100,12 @@ def settle(config: Config) -> Config:
 
 
 def open_evaluator(config: Config) -> Evaluator:
-    """Load the server's data and model; tell the user if another engine than the configured one trains."""
+    """Load the server's data and model; tell the user if another engine than the configured one trains.
+
+    Raises ConfigError if the model has fewer layers than the configuration asks for.
+    """
     evaluator = Evaluator(config, load_data(config, load_processor(config.model)))
+    check_layers(config, len(evaluator.model.gates.names))
     if note := evaluator.engine.note:
         log(INFO, note)
         emit("note", text=note)
@@ -125,7 +143,8 @@ def announce(record: RoundRecord) -> None:
     """Log a finished round and report it to the command line."""
     validation = record.validation
     metrics = f"loss {validation.loss:.4f}, accuracy {validation.accuracy:.4f}" if validation else "not evaluated"
-    log(INFO, "round %s: %s", record.round, metrics, extra=log_fields(record))
+    ended = f"; the run ends: {record.ended_early}" if record.ended_early else ""
+    log(INFO, "round %s: %s%s", record.round, metrics, ended, extra=log_fields(record))
     emit("recorded", round=record.round, accuracy=validation.accuracy if validation else None)
 
 

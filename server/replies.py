@@ -121,7 +121,7 @@ def decode_updates(
     if inspected and request.moments:
         moments = {kind: decode_buffer(kind, inspected, "float32", 0.0) for kind in request.moments}
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
-    individual = [as_global(run.config, update) for update in individual]
+    individual = [as_global(run.config, completed(request, update)) for update in individual]
     return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
 
 
@@ -132,6 +132,16 @@ def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: i
         if (tensor < 0).any():
             raise BadUpdate(f"client {update.client}: the second moment of {name} has negative values")
     return replace(update, optimizer=state)
+
+
+def completed(request: RoundRequest, update: Update) -> Update:
+    """Return `update` with the tensors that its client has not trained, if it did not start from the global adapter.
+
+    Otherwise a rule takes those from the global adapter.
+    """
+    if update.client not in request.apart:
+        return update
+    return replace(update, adapter=request.starts[update.client] | update.adapter)
 
 
 def decode_evaluations(

@@ -22,6 +22,8 @@ class RoundRequest:
         starts: client -> the tensors that it may send, with their values before the training; empty for an evaluation.
         has_control: whether clients also send the changes of their control variates.
         moments: names of the optimizer's moments that clients also send.
+        ages: client -> age in rounds of the global adapter that it starts from.
+        apart: clients that do not start from the newest global adapter.
     """
 
     server_round: int
@@ -31,6 +33,8 @@ class RoundRequest:
     starts: Mapping[int, Adapter] = field(default_factory=dict)
     has_control: bool = False
     moments: tuple[str, ...] = ()
+    ages: Mapping[int, int] = field(default_factory=dict)
+    apart: frozenset[int] = frozenset()
 
     @property
     def clients(self) -> list[int]:

@@ -13,6 +13,7 @@ from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.events import emit
 from copra_fl.records import ClientEvaluation, Evaluation, LinePath, MergeGap
+from server.early_end import end_reason
 from server.eval_selection import is_evaluated, merge_gap_clients, path_pairs
 from server.evaluator import Evaluator
 from server.messaging import exchange
@@ -57,19 +58,29 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Roun
 
 @dataclass(frozen=True)
 class RoundEvaluation:
-    """Evaluation after a round; the fields are None or empty if the round is not evaluated."""
+    """Evaluation after a round; the fields are None or empty if the round is not evaluated.
+
+    Attributes:
+        ended_early: the reason to end the run after this round (`early_end.end_reason`).
+    """
 
     validation: Evaluation | None = None
     merge_gap: MergeGap | None = None
     paths: tuple[LinePath, ...] = ()
+    ended_early: str | None = None
 
 
 def evaluate_round(
-    grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, before: ServerState, training: RoundTraining
+    grid: Grid,
+    strategy: CohortStrategy,
+    evaluator: Evaluator,
+    before: ServerState,
+    training: RoundTraining,
+    accuracies: Sequence[float],
 ) -> RoundEvaluation:
     """Evaluate a round: on the server's data, or on the clients' if the server has no data.
 
-    `before` is the state before the round.
+    `before` is the state before the round, `accuracies` are those of the earlier evaluations.
     """
     config, request = strategy.run.config, training.request
     server_round, clients = request.server_round, request.clients
@@ -77,13 +88,18 @@ def evaluate_round(
         return RoundEvaluation()
     emit("evaluating", round=server_round)
     if not config.data.dataset:
-        return RoundEvaluation(validation=weighted_mean(evaluate_clients(grid, strategy, server_round)))
+        mean = weighted_mean(evaluate_clients(grid, strategy, server_round))
+        of_clients = [*accuracies, mean.accuracy] if mean else accuracies
+        return RoundEvaluation(mean, ended_early=end_reason(config, server_round, of_clients))
     updates = {update.client: update for update in training.result.updates}
     chosen = merge_gap_clients(config, server_round, clients)
     validation, gap = evaluator.round_metrics(strategy.state, before, [updates[c] for c in chosen if c in updates])
-    pairs = path_pairs(config, server_round, clients)
-    paths = evaluator.paths(before, [(updates[a], updates[b]) for a, b in pairs if a in updates and b in updates])
-    return RoundEvaluation(validation, gap, paths)
+    ended_early = end_reason(config, server_round, [*accuracies, validation.accuracy])
+    is_last = server_round == config.federation.num_rounds or ended_early is not None
+    pairs = path_pairs(config, clients) if is_last else []
+    inspected = updates.keys() & request.inspected
+    paths = evaluator.paths(before, [(updates[a], updates[b]) for a, b in pairs if {a, b} <= inspected])
+    return RoundEvaluation(validation, gap, paths, ended_early)
 
 
 def evaluate_clients(grid: Grid, strategy: CohortStrategy, server_round: int) -> list[ClientEvaluation]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from copra_fl.adapters.state import Update
 from copra_fl.aggregation import find_rule
+from copra_fl.config import Config
+from copra_fl.copra.layers import by_depth
 from copra_fl.records import (
     ClientEvaluation,
     ClientRecord,
@@ -15,13 +18,19 @@ from copra_fl.records import (
     PrivacySpent,
     RoundRecord,
     RunSummary,
+    Tier,
 )
+from copra_fl.reporting import work
 from server.evaluator import Evaluator
 from server.rounds import RoundEvaluation, RoundTraining
 
 
 def round_record(
-    training: RoundTraining, layers: Sequence[str], evaluation: RoundEvaluation, privacy: PrivacySpent | None
+    config: Config,
+    training: RoundTraining,
+    layers: Sequence[str],
+    evaluation: RoundEvaluation,
+    privacy: PrivacySpent | None,
 ) -> RoundRecord:
     """Return the journal line of a round. `layers` are the names of the gate groups."""
     result = training.result
@@ -33,22 +42,46 @@ def round_record(
         train_loss=result.loss,
         layers=tuple(layers),
         clients=tuple(
-            ClientRecord(client=u.client, examples=u.num_examples, active_steps=u.active_steps, **u.metrics)
-            for u in result.updates
+            ClientRecord(
+                client=update.client,
+                examples=update.num_examples,
+                active_steps=update.active_steps,
+                staleness=training.request.ages.get(update.client, 0),
+                **update.metrics,
+            )
+            for update in result.updates
         ),
         missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
         aggregation_error=result.error,
+        tiers=tiers(config, result.updates),
         notes=result.notes,
         validation=evaluation.validation,
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
         privacy=privacy,
+        ended_early=evaluation.ended_early,
+    )
+
+
+def tiers(config: Config, updates: Sequence[Update]) -> tuple[Tier, ...]:
+    """Return seconds and memory of the clients of each depth; nothing without client-depths."""
+    if not config.copra.client_depths:
+        return ()
+    metrics = {update.client: update.metrics for update in updates}
+    return tuple(
+        Tier(
+            depth=depth,
+            clients=tuple(clients),
+            seconds=fmean(metrics[client]["seconds"] for client in clients),
+            memory=fmean(metrics[client].get("memory", 0.0) for client in clients),
+        )
+        for depth, clients in by_depth(config, metrics).items()
     )
 
 
 def log_fields(record: RoundRecord) -> dict[str, Any]:
     """Return the numbers of a round for a log line in JSON."""
-    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation"}
+    names = {"round", "seconds", "bytes_up", "bytes_down", "train_loss", "missing", "validation", "ended_early"}
     return {**record.model_dump(mode="json", include=names), "clients": len(record.clients)}
 
 
@@ -68,6 +101,10 @@ def summarize(
         personal=find_rule(config.aggregation.rule).personal,
         seed=config.federation.seed,
         rounds=len(records),
+        ended_early=last.ended_early,
+        passes=work.passes(config, records),
+        flops=work.flops(records),
+        aggregation_error_of_change=work.error_of_change(records),
         test=test,
         held_out=held_out,
         validation=last.validation,

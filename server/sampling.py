@@ -14,15 +14,9 @@ def eligible(num_examples: Mapping[int, int]) -> list[int]:
     return sorted(client for client, count in num_examples.items() if count > 0)
 
 
-def num_wanted(federation: FederationConfig, num_eligible: int) -> int:
-    """Return the number of clients whose updates make up a round, without over-sampling."""
-    number = federation.clients_per_round or max(1, round(federation.fraction_clients * num_eligible))
-    return min(number, num_eligible)
-
-
 def rate(federation: FederationConfig, num_eligible: int) -> float:
     """Return the probability that a given client is in a round."""
-    return num_wanted(federation, num_eligible) / num_eligible
+    return federation.round_size(num_eligible) / num_eligible
 
 
 def sample(config: Config, clients: Sequence[int], server_round: int, secret: int) -> list[int]:
@@ -36,7 +30,7 @@ def sample(config: Config, clients: Sequence[int], server_round: int, secret: in
         draws = generator(secret, "sampling", server_round).random(len(clients))
         threshold = rate(federation, len(clients))
         return [client for client, draw in zip(clients, draws, strict=True) if draw < threshold]
-    number = num_wanted(federation, len(clients))
+    number = federation.round_size(len(clients))
     number = min(number + math.ceil(federation.over_sample * number), len(clients))
     chosen = generator(federation.seed, "sampling", server_round).choice(clients, size=number, replace=False)
     return sorted(int(client) for client in chosen)

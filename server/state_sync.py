@@ -1,65 +1,85 @@
 """Synchronization of the server's state with the nodes: the whole state, or what changed since a node's cached one.
 
-With most rules the whole adapter changes in every round. If a part of it does not change, or W0 does, nodes cache what
-they received (`Rule.nodes_cache_state`), and a node that answered the last round gets only that round's changes. A node
-that failed or joined late, and every node after a resume, gets the whole state.
+With most settings the whole adapter changes in every round. If a part of it may not change, or W0 changes, nodes cache
+what they received (`training.plan.caches_state`), and a node that answered the last round gets only the tensors that
+this round has changed. A node that failed or joined late, and every node after a resume, gets the whole state.
+
+A node that trains stale clients also gets the older global adapter that they start from, in every round and without the
+parts that never change.
 """
 
 from __future__ import annotations
 
+import torch
+
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter, part_of, parts
+from copra_fl.adapters.state import Adapter, parts
 from copra_fl.aggregation import client_ranks
 from copra_fl.aggregation.ranks import cut
-from copra_fl.training.plan import Plan
+from copra_fl.aggregation.starts import ages
+from copra_fl.training.plan import Plan, caches_state
 from server.run_context import RunContext
 
 
 class StateSync:
-    """Knows which state each node has cached, and packs messages accordingly.
-
-    Attributes:
-        residual: what the last round added to W0.
-    """
+    """Knows which state each node has cached, and packs messages accordingly."""
 
     def __init__(self, run: RunContext) -> None:
-        self.residual: Adapter = {}
         self._run = run
-        self._cached: dict[int, int] = {}
-        self._sent: dict[int, int] = {}
+        self._changed: set[str] = set()
+        self._residual: Adapter = {}
+        self._cached: dict[int, tuple[int, int]] = {}  # node -> number of the state, rank of its tensors
+        self._sent: dict[int, tuple[int, int]] = {}
+
+    def advance(self, before: ServerState, after: ServerState, residual: Adapter) -> None:
+        """Record what a round has changed: the state, and W0 by `residual`."""
+        old, new = before.adapter, after.adapter
+        self._changed = {name for name, tensor in new.items() if not torch.equal(old[name], tensor)}
+        self._residual = residual
 
     def pack(self, plan: Plan, state: ServerState, number: int, node: int) -> wire.RecordDict:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate and the shared moments of the optimizers are included.
+        and the control variate and the shared moments of the optimizers are included, and for stale clients the older
+        adapter.
         """
-        since, all_parts = self._cached.get(node, -1), {part_of(name) for name in state.adapter}
-        sent_parts, residual = all_parts, state.residual
-        if since == number:
-            sent_parts, residual = set(), {}
-        elif since >= 0 and since == number - 1:
-            sent_parts, residual = all_parts & self._run.rule.sends(number), self.residual
-        else:
-            since = -1
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
-        self._sent[node] = number
+        since, sent, residual = self._missing(state, number, rank, node)
+        _, cached_rank = self._cached.get(node, (-1, rank))
+        shared_rank = rank if since < 0 or sent == state.adapter.keys() else min(rank, cached_rank)
+        self._sent[node] = number, shared_rank if sent else cached_rank
+        tensors = tuple(index for index, name in enumerate(sorted(state.adapter)) if name in sent)
+        adapter = {name: tensor for name, tensor in state.adapter.items() if name in sent}
+        age = max(ages(self._run.config, number, plan.clients).values()) if is_training else 0
+        stale_parts = self._run.rule.sends(1) | self._run.rule.sends(2) if age else frozenset[str]()
         return wire.pack_plan(
             plan,
-            wire.StateDelta(self._run.run, number, since, tuple(sorted(sent_parts)), rank),
+            wire.StateDelta(self._run.run, number, since, tensors, rank, tuple(sorted(stale_parts))),
             wire.Payload(
-                cut(parts(state.adapter, sent_parts), rank),
+                cut(adapter, rank),
                 residual,
                 state.control if is_training else {},
                 {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
+                cut(parts(state.of_age(age), stale_parts), rank),
             ),
         )
 
+    def _missing(self, state: ServerState, number: int, rank: int, node: int) -> tuple[int, set[str], Adapter]:
+        """Return the number of the state that `node` adds to, the tensors that it lacks up to `rank`, the residual."""
+        since, cached_rank = self._cached.get(node, (-1, rank))
+        everything = set(state.adapter)
+        if since == number and rank <= cached_rank:
+            return since, set(), {}
+        if since >= 0 and since == number - 1 and (rank <= cached_rank or self._changed == everything):
+            return since, self._changed, self._residual
+        return -1, everything, state.residual
+
     def acknowledge(self, node: int) -> None:
         """Record that `node` has answered, so it has cached what was sent to it."""
-        if self._run.rule.nodes_cache_state:
+        if caches_state(self._run.config):
             self._cached[node] = self._sent[node]
 
     def forget(self, node: int) -> None:

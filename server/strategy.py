@@ -17,8 +17,9 @@ from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
-from copra_fl.aggregation.ranks import client_starts
 from copra_fl.aggregation.shared_moments import moment_kinds
+from copra_fl.aggregation.starts import ages, client_starts, has_own_start
+from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained
 from server import sampling
@@ -77,8 +78,8 @@ class CohortStrategy:
 
     @property
     def eligible(self) -> list[int]:
-        """Clients that have training examples."""
-        return sampling.eligible(self.num_examples)
+        """Clients that have training examples, and that ``min-depth`` admits."""
+        return deep_enough(self.run.config, sampling.eligible(self.num_examples))
 
     @property
     def sampling_rate(self) -> float:
@@ -90,17 +91,22 @@ class CohortStrategy:
         config, eligible = self.run.config, self.eligible
         clients = sampling.sample(config, eligible, server_round, self.run.secret)
         work = {client: num_trained(config.training, self.num_examples[client]) for client in clients}
-        starts = client_starts(config, self.state.adapter, clients)
+        number = server_round - 1
+        ages_of = ages(config, number, clients)
+        old = self.state.of_age(max(ages_of.values(), default=0))
+        starts = client_starts(config, number, self.state.adapter, old, clients)
         request = RoundRequest(
             server_round,
             cohorts=place(work, self.hosts),
-            num_wanted=min(sampling.num_wanted(config.federation, len(eligible)), len(clients)),
+            num_wanted=min(config.federation.round_size(len(eligible)), len(clients)),
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
             moments=moment_kinds(config.training) if self.state.optimizer else (),
+            ages=ages_of,
+            apart=frozenset(client for client in clients if ages_of[client] or has_own_start(config, number)),
         )
-        return request, self.messages(request, server_round - 1, MessageType.TRAIN)
+        return request, self.messages(request, number, MessageType.TRAIN)
 
     def aggregate_train(self, request: RoundRequest, replies: Sequence[Message]) -> TrainResult:
         """Aggregate the replies and replace the state.
@@ -122,8 +128,8 @@ class CohortStrategy:
             [control for reply in node_replies for control in reply.controls],
             len(self.eligible),
         )
+        self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        self._sync.residual = aggregated.residual
         loss = pool_scalars(updates).metrics["loss"] if updates else None
         return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes)
 

@@ -53,7 +53,7 @@ def test_a_valid_update_passes() -> None:
         ),
         (replace(VALID, metrics={"loss": math.nan}), "loss of nan"),
         (replace(VALID, metrics={"loss": 1.0, "steps": math.inf}), "reports steps = inf"),
-        (replace(VALID, metrics={"loss": 1.0, "client": 3.0}), "reports client; known are distance, loss"),
+        (replace(VALID, metrics={"loss": 1.0, "client": 3.0}), "reports client; known are distance, flops, loss"),
         (replace(VALID, metrics={}), "loss of None"),
     ],
 )

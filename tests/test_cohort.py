@@ -122,6 +122,11 @@ def test_slices_bound_the_tokens_of_a_step_and_group_clients_with_similar_number
     assert len(slices(World(flat).config, world.data, range(6))) == 1
 
 
+def test_clients_of_one_depth_share_a_slice(tiny: Settings) -> None:
+    world = World(tiny | {"client-depths": "1,3,1,2,3,1"})
+    assert slices(world.config, world.data, range(6)) == [(0, 2, 5), (3,), (1, 4)]
+
+
 def test_many_adapters_evaluated_together_get_the_metrics_of_each_alone(tiny: Settings) -> None:
     """Oracle: the PEFT model with one adapter after the other."""
     world = World(tiny)

@@ -22,14 +22,24 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 
 #: for each row of the table: settings that do not combine, settings that remedy it, the reason
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
+    ({"rule": "ravan", "rank": 6}, {"ravan.heads": 3}, "rank = 6: ravan.heads = 4 does not divide it"),
     ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    ({"rule": "fed-sb", "layers-per-round": 3} | LORA, {"layers-per-round": 0}, "fixed by a first gradient"),
+    ({"client-depths": "1,2", "local-training": "head"}, {"client-depths": ""}, "client-depths = '1,2' does not .* no"),
+    ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
     ({"rule": "fed-sb", "quantization": "4bit"} | LORA, {"quantization": "none"}, "gradients of the base weights"),
+    (
+        LORA | {"rule": "fedsa-lora", "target-accuracy": 0.5},
+        {"target-accuracy": 0.0},
+        "no validation accuracy to reach",
+    ),
+    (LORA | {"rule": "fedsa-lora", "patience": 3}, {"patience": 0}, "no validation accuracy to improve"),
     (NO_DATA | {"rule": "connectivity"}, {"dataset": "a.csv"}, "validation data on the server"),
     (
         {"rule": "median", "client-ranks": "8,4"},
         {"rule": "flexlora"},
-        "rules for unequal ranks are zero-pad, hetlora, flora, flexlora$",
+        "rules for unequal ranks are zero-pad, hetlora, flora, florist, flexlora, trimmed-mean-product, median-pr",
     ),
     ({"rule": "flexlora", "server-optimizer": "fedadam"}, {"server-optimizer": "none"}, "no step to take"),
     ({"rule": "flora", "control-variates": True}, {"control-variates": False}, "keep their meaning over rounds"),
@@ -39,6 +49,28 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "client-ranks = '8,4' does not combine with control-variates",
     ),
     ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
+    (
+        {"rule": "ffa-lora", "start": "own"},
+        {"rule": "fedavg"},
+        "under an A that all clients share; use start = 'common'",
+    ),
+    (
+        {"start": "own", "server-optimizer": "fedavgm"},
+        {"server-optimizer": "none"},
+        "average of random factors is no gradient step",
+    ),
+    ({"rule": "flora", "stale-clients": 0.5}, {"rule": "flexlora"}, "an old adapter belongs to an old W0"),
+    (
+        {"rule": "rolora", "stale-clients": 0.5},
+        {"rule": "ffa-lora"},
+        "rule = 'rolora' .* and stale clients have an old one",
+    ),
+    (
+        {"stale-clients": 0.5, "control-variates": True},
+        {"control-variates": False},
+        "control-variates = true does not combine with stale-clients = 0.5: .* use control-variates = false or stale-",
+    ),
+    (PRIVATE | {"start": "own"}, {"start": "common"}, "dp-clip = 1 does not combine with start = 'own'"),
     ({"rule": "flexlora", "optimizer-state": "client"}, {"optimizer-state": "fresh"}, "do not fit them"),
     (LORA | {"rule": "fedsa-lora", "optimizer-state": "shared"}, {"optimizer-state": "client"}, "so must its moments"),
     ({"optimizer": "sgd", "optimizer-state": "client"}, {"momentum": 0.9}, "has no effect with optimizer = 'sgd'"),
@@ -94,6 +126,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
     config, rule, task = Config(), find_rule("fedavg"), find_task("text-classification")
     rows = [
         *compatibility._rule_conflicts(config, rule),
+        *compatibility._start_conflicts(config, rule),
         *compatibility._optimizer_conflicts(config),
         *compatibility._privacy_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
@@ -116,6 +149,11 @@ def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> Non
                 check(config)
         else:
             check(config)
+
+
+def test_scales_that_start_anew_in_each_round_have_no_control_variates() -> None:
+    with pytest.raises(ConfigError, match="'ravan' does not combine with control-variates = true"):
+        check(Config().changed(rule="ravan", control_variates=True))
 
 
 def test_all_conflicts_are_listed() -> None:

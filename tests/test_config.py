@@ -80,6 +80,11 @@ def test_a_rule_parameter_is_kept_replaced_and_compared() -> None:
         ({"client-ranks": "8,16"}, "client-ranks = '8,16': each must be at least 1 and at most rank = 8"),
         ({"client-ranks": "0"}, "client-ranks = '0': each must be at least 1"),
         ({"client-ranks": "8,4", "num-clients": 3}, "has 2 ranks for 3 clients; list one rank per client"),
+        ({"client-depths": "2,4", "num-clients": 3}, "has 2 depths for 3 clients; .* set depth-assignment = 'drawn'"),
+        ({"client-depths": "2,0"}, "client-depths = '2,0': each must be at least 1"),
+        ({"client-depths": "2;4"}, "client-depths = '2;4' must be a comma-separated list of whole numbers"),
+        ({"min-depth": 2}, "min-depth = 2 needs client-depths"),
+        ({"min-depth": 4, "client-depths": "1,2"}, "min-depth = 4 leaves all clients out: the largest .* is 2"),
     ],
 )
 def test_wrong_values_are_named(flat: dict, message: str) -> None:

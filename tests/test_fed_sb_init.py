@@ -19,7 +19,7 @@ from tests.support.worlds import BATCH, World, jitter
 
 def test_a_model_with_a_core_equals_plain_lora_with_factor_r_a(tiny: Settings) -> None:
     """Oracle: plain PEFT with A' = R A, for gates open and closed and for both engines."""
-    world = World(tiny, double=True, core=True)
+    world = World(tiny, double=True, heads=1)
     plain = build_model(world.config.model, "layer", 3, seed=0).double()
     adapters = [world.start, jitter(world.start, 1, 0.3)]
     folded = [
@@ -40,7 +40,7 @@ def test_a_model_with_a_core_equals_plain_lora_with_factor_r_a(tiny: Settings) -
 
 
 def test_a_core_starts_at_zero_in_the_gate_of_its_layer_and_changes_no_other_start(tiny: Settings) -> None:
-    world = World(tiny, core=True)
+    world = World(tiny, heads=1)
     start = world.plain.read_adapter()
     without = build_model(world.config.model, "layer", 3, seed=0).read_adapter()
     cores = {name: tensor for name, tensor in start.items() if part_of(name) == "R"}
@@ -54,7 +54,7 @@ def test_a_core_starts_at_zero_in_the_gate_of_its_layer_and_changes_no_other_sta
 @pytest.mark.parametrize("target", ["query,value", "all-linear"])
 def test_gradients_equal_those_of_an_unfrozen_base(tiny: Settings, target: str) -> None:
     """Oracle: Transformers' base without adapters and with all parameters trained, on one batch of all examples."""
-    world = World(tiny | {"target-modules": target}, core=True)
+    world = World(tiny | {"target-modules": target}, heads=1)
     indices = world.data.server_validation[:50]
     world.plain.write_adapter(jitter(world.start, 1, 0.5))
     base = AutoModel.from_pretrained(str(tiny["model"]), attn_implementation="eager").eval()
@@ -70,7 +70,7 @@ def test_gradients_equal_those_of_an_unfrozen_base(tiny: Settings, target: str) 
 
 
 def test_the_factors_span_the_best_approximation_of_the_gradient(tiny: Settings) -> None:
-    world = World(tiny, core=True)
+    world = World(tiny, heads=1)
     indices = world.data.server_validation
     start = core_start(world.plain, world.data.examples, indices, 16)
     again = core_start(world.plain, world.data.examples, indices, 16)
@@ -98,7 +98,7 @@ def test_the_sign_of_the_directions_does_not_depend_on_the_decomposition() -> No
 
 
 def test_the_start_is_the_base_and_a_step_along_the_gradient_lowers_the_loss(tiny: Settings) -> None:
-    world = World(tiny, core=True)
+    world = World(tiny, heads=1)
     indices = world.data.server_validation
     start = core_start(world.plain, world.data.examples, indices, 16)
     downhill = dict(start)
@@ -111,7 +111,7 @@ def test_the_start_is_the_base_and_a_step_along_the_gradient_lowers_the_loss(tin
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_base_is_unchanged_and_frozen_afterwards(tiny: Settings, dtype: str) -> None:
-    world = World(tiny | {"dtype": dtype}, core=True)
+    world = World(tiny | {"dtype": dtype}, heads=1)
     before = {name: linear.weight.clone() for name, linear in world.plain.linears.items()}
     start = core_start(world.plain, world.data.examples, world.data.server_validation, 16)
     assert {tensor.dtype for tensor in start.values()} == {torch.float32}
@@ -121,7 +121,7 @@ def test_the_base_is_unchanged_and_frozen_afterwards(tiny: Settings, dtype: str)
         assert not linear.weight.requires_grad
         assert linear.weight.grad is None
     gradients = base_gradients(world.plain, world.data.examples, world.data.server_validation, 16)
-    exact = World(tiny, core=True)
+    exact = World(tiny, heads=1)
     for name, expected in base_gradients(exact.plain, exact.data.examples, exact.data.server_validation, 60).items():
         assert gradients[name].dtype == torch.float32
         tolerance = 1e-4 if dtype == "float32" else 0.1

@@ -75,7 +75,10 @@ def test_scores_and_loss_are_those_of_transformers_at_the_last_token(settings: S
             assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"off": "global"}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}],
+)
 def test_clients_train_together_as_if_alone(settings: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, plain PEFT. Every step has its own mask."""
     world = World(settings | {"local-steps": 6, "num-rounds": 3, "shots": 5} | changes)

@@ -107,6 +107,9 @@ def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[
     assert all(row["validation"]["loss"] > 0 for row in journal(directory))
     with_data = run_federation(flat | {"dataset": own["dataset"]}, tmp_path / "data", grid=grid_of(files))
     assert_equal(*(load_file(run / "adapter" / "head.safetensors") for run in (directory, with_data)))
+    ended = run_federation(flat | {"target-accuracy": 1e-9}, tmp_path / "ended", grid=grid_of(files))
+    (row,) = journal(ended)
+    assert row["ended_early"] == "reached target-accuracy = 1e-09", "any accuracy of the clients reaches it"
 
 
 def test_what_needs_server_data_is_rejected_without_it(own: Settings) -> None:

@@ -64,6 +64,28 @@ def test_base_and_adapters_have_the_size_of_the_loaded_ones(config: Config) -> N
     assert needed.total == base + 3 * (4 * adapter + BATCH_SIZE * needed.row)
 
 
+@pytest.mark.parametrize("kind", ["stacked", "peft"])
+def test_a_client_that_trains_few_layers_keeps_few_activations(config: Config, kind: str) -> None:
+    """The plan of each depth agrees with the bytes that autograd keeps in training, in either engine."""
+    config = config.changed(client_depths="1,2,3,1,2,3", engine=kind)
+    data, plan_ = load_data(config, load_processor(config.model)), plan(config, 3, config.data.max_length)
+    engine = open_engine(kind, config.model, "layer", 3, seed=0)
+    clients = tuple(range(6))
+    starts = dict.fromkeys(clients, Start(engine.model.read_adapter()))
+    training = Plan(config=config, server_round=1, clients=clients)
+    measured: dict[int, set[float]] = {1: set(), 2: set(), 3: set()}
+    for part in engine.slices(data, training):
+        for update in engine.train(data, training, part, starts, lambda done: None):
+            measured[sum(steps > 0 for steps in update.active_steps)].add(update.metrics["memory"])
+    for depth, row in plan_.tiers.items():
+        for memory in measured[depth]:
+            assert memory == pytest.approx(BATCH_SIZE * row, rel=0.2), depth
+    assert max(measured[1]) < 0.45 * min(measured[3])
+    assert plan_.row == plan_.tiers[3] == plan(config.changed(client_depths=""), 3, config.data.max_length).row
+    assert set(plan(config.changed(depth_allocation="random"), 3, 8).tiers.values()) == {plan_.row}
+    assert "a client of depth 1 0." in str(plan_)
+
+
 def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
     """Eager attention keeps (heads, T, T) probabilities per layer in float32: 3 layers, 2 heads."""
     rows = [plan(config.changed(max_length=tokens), 3, tokens).row for tokens in (64, 128, 256)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from copra_fl.config import Config, DataConfig, ModelConfig
-from copra_fl.models.build import build_model, resolve_compute
+from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
+from copra_fl.models.build import build_model, resolve_compute, resolve_config
 from copra_fl.models.export import load, save
 from tests.support.worlds import BATCH
 
@@ -41,6 +41,28 @@ def test_auto_attention_is_the_fastest_on_a_cpu(dtype: str, max_length: int, att
 def test_explicit_settings_stay() -> None:
     explicit = ModelConfig(device="cpu", dtype="float16", attention="sdpa")
     assert resolve_compute(explicit, 16) == explicit
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"lora-scaling": "rslora"}, 2.0 * 4**-0.5),
+        ({"lora-scaling": "sfed", "num-clients": 16}, 2.0 * 4**0.5),
+        ({"lora-scaling": "sfed", "num-clients": 16, "fraction-clients": 0.5}, 2.0 * 2**0.5),
+        ({"lora-scaling": "sfed", "num-clients": 16, "clients-per-round": 4}, 2.0),
+        ({"lora-scaling": "sfed", "num-clients": 0, "scaling-clients": 1}, 2.0 * 4**-0.5),
+    ],
+)
+def test_the_scaling_for_a_number_of_clients(settings: dict, scaling: float) -> None:
+    """alpha sqrt(N / r) with alpha = 2 and r = 4."""
+    config = resolve_config(Config.from_flat({"device": "cpu", "rank": 4, "lora-alpha": 2.0} | settings))
+    assert config.model.scaling(4) == pytest.approx(scaling)
+    assert resolve_config(config) == config
+
+
+def test_the_scaling_for_an_unknown_number_of_clients_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set scaling-clients"):
+        resolve_config(Config.from_flat({"device": "cpu", "lora-scaling": "sfed", "num-clients": 0}))
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("bfloat16", "eager"), ("float32", "sdpa")])

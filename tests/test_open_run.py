@@ -135,6 +135,7 @@ REFUSED: dict[str, Settings] = {
     "num-clients": {"num-clients": 0},
     "client-ranks": {"rule": "zero-pad", "client-ranks": "2,2,2,2,1,1"},
     "control-variates": {"control-variates": True},
+    "optimizer-state": {"optimizer-state": "client"},
 }
 
 

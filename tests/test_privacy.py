@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import comb
 from scipy.stats import norm as normal
 
-from copra_fl.adapters.state import norm
+from copra_fl.adapters.state import norm, parts
 from copra_fl.aggregation import RULES, Rule
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.aggregation.private import clip, private_average
@@ -154,6 +154,13 @@ def test_only_linear_rules_are_private(rule: Rule) -> None:
     else:
         with pytest.raises(ConfigError, match=f"rule = '{rule.name}' does not combine with dp-clip"):
             check(config)
+
+
+def test_fedsvd_refactors_the_private_average(private: Settings, tmp_path: Path) -> None:
+    """All values of B have noise, so each A has orthonormal rows; plain ffa-lora would keep the common start's."""
+    adapter = final_adapter(run_federation(private | {"rule": "fedsvd", "num-rounds": 1}, tmp_path / "run"))
+    for name in parts(adapter, {"A"}):
+        assert torch.allclose(adapter[name] @ adapter[name].T, torch.eye(2), atol=1e-5)
 
 
 @pytest.fixture

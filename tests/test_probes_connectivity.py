@@ -12,10 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from copra_fl.adapters.interpolation import combine, interpolate, interpolate_products, walk
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import Adapter, parts
 from copra_fl.cli import app
-from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane
-from copra_fl.probes.open_run import OpenRun, open_run, plain_adapters
+from copra_fl.probes.connectivity import LATTICE, lines, matrix, plane, probe
+from copra_fl.probes.members import select_members
+from copra_fl.probes.open_run import OpenRun, no_progress, open_run, plain_adapters
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
 from tests.support.federations import finished_run
@@ -121,6 +122,24 @@ def test_command_compares_rounds_and_runs(run: OpenRun, tiny: Settings, tmp_path
         facts = json.loads((tmp_path / "page" / "probe-connectivity.json").read_text())
         assert facts["members"]["names"] == names and len(facts["paths"]["product"]) == 1
     assert "factor" not in facts["paths"] and "unequal ranks" in facts["warnings"][0]
+
+
+def test_two_federations_of_other_seeds_are_compared_on_both_paths(
+    run: OpenRun, tiny: Settings, tmp_path: Path
+) -> None:
+    """They have different initial A; the ends of both lines are the runs' own models on the same held-out data."""
+    flat = tiny | {"seed": 1, "num-clients": 3, "num-rounds": 1, "local-training": "lora"}
+    other = open_run(finished_run(flat, tmp_path / "other"))
+    initial = [opened.state(0).adapter for opened in (run, other)]
+    assert all(not torch.equal(initial[0][name], initial[1][name]) for name in parts(initial[0], "A"))
+    members = select_members([run, other], no_progress)
+    assert members.weights == [0.5, 0.5]
+    facts = probe(members, "test", 3, triangle=False, progress=no_progress).facts
+    ends = [opened.score([opened.adapter], "test")[0]["loss"] for opened in (run, other)]
+    for kind in ("factor", "product"):
+        assert facts["paths"][kind][0]["loss"][::2] == pytest.approx(ends, rel=1e-4)
+    middles = [facts["paths"][kind][0]["loss"][1] for kind in ("factor", "product")]
+    assert middles[0] != pytest.approx(middles[1], rel=1e-4), "averaging factors is not averaging products"
 
 
 @pytest.mark.parametrize(("rule", "kinds"), [("flora", {"product"}), ("fed-sb", {"factor", "product"})])

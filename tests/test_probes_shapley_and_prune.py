@@ -119,7 +119,7 @@ def test_prunings_are_scored_on_the_test_split(prunings: ProbeOutput, runs: list
     assert facts["split"] == "test" and "examples (test)" in facts["setting"]
     for run, run_facts in zip(runs, facts["prunings"], strict=True):
         points = {point["name"]: point for point in run_facts["points"]}
-        assert len(points) == len(run_facts["points"]) == 2 + 5 + 6 + 2 + 9
+        assert len(points) == len(run_facts["points"]) == 2 + 5 + 6 + 2 + 9 + 2
         assert points["whole adapter"]["accuracy"] == pytest.approx(summary(run)["test"]["accuracy"])
         assert points["whole adapter"]["kept"] == 1 and points["head only"]["kept"] == 0
         assert points["head only"]["loss"] != pytest.approx(points["whole adapter"]["loss"])
@@ -131,9 +131,38 @@ def test_prunings_are_scored_on_the_test_split(prunings: ProbeOutput, runs: list
     assert "every other layer" in printed and "largest 50%" in printed
 
 
+def test_elastic_scores_are_means_over_subsets_of_layers_and_prefixes_of_the_rank(
+    prunings: ProbeOutput, lora_run: OpenRun
+) -> None:
+    """Of three layers 1, 3/4, 1/2 and 1/4 are 3, 2, 2 and 1; of rank 2 they are 2, 2, 1 and 1."""
+    facts, printed, _ = prunings
+    lora = facts["prunings"][0]
+    assert [(row["layers"], row["possible"], len(row["accuracy"])) for row in lora["subsets"]] == [
+        (3, 1, 1),
+        (2, 3, 3),
+        (1, 3, 3),
+    ]
+    modules_by_layer = list(pruned_adapters.layers(lora_run.adapter).values())
+    without = [
+        pruned_adapters.keep(lora_run.adapter, sum((other for other in modules_by_layer if other != modules), []))
+        for modules in modules_by_layer
+    ]
+    losses = [metrics["loss"] for metrics in lora_run.score(without, "test")]
+    assert sorted(lora["subsets"][1]["loss"]) == pytest.approx(sorted(losses), rel=1e-4)
+    whole, two, one = (row["loss_mean"]["value"] for row in lora["subsets"])
+    assert two == pytest.approx(sum(losses) / 3, rel=1e-4)
+    score = lora["elastic"]["loss"]
+    assert score["layers"] == {"value": pytest.approx((whole + 2 * two + one) / 4), "half_width": 0.0}
+    points = {point["name"]: point["loss"] for point in lora["points"]}
+    first = points["first 1 of 2 components, as stored"]
+    assert score["rank as stored"] == pytest.approx((whole + first) / 2)
+    assert score["rank in SVD order"] != score["rank as stored"]
+    assert "2 of 3 layers, mean of 3 subsets" in printed and "Elastic score" in printed
+
+
 @needs_chromium
 def test_pruning_page_opens_in_a_browser(prunings: ProbeOutput) -> None:
-    check_page(prunings[2] / "probe-prune.html", 6)
+    check_page(prunings[2] / "probe-prune.html", 2 + 8 + 2)
 
 
 def test_the_residual_is_pruned_with_the_adapter(tiny: Settings, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import RULES, find_rule
 from copra_fl.aggregation.products import aggregation_error, as_residual, best_rank, frobenius, ideal, modules, stack
 from copra_fl.aggregation.rule import Outcome
@@ -16,7 +17,9 @@ from tests.support.rounds import (
     MODULES,
     D,
     K,
+    R,
     aggregate,
+    dense,
     dense_ideal,
     dense_made,
     make_round,
@@ -122,6 +125,30 @@ def test_the_aggregation_error_is_the_dense_one(rule: str) -> None:
         np.concatenate([by_module[module].ravel() for module in MODULES]) for by_module in (errors, products)
     )
     assert error["total"] == pytest.approx(np.linalg.norm(all_errors) / np.linalg.norm(all_products), abs=1e-14)
+    all_changes = all_products - np.concatenate([dense(round_.before, module).ravel() for module in MODULES])
+    assert error["of_change"] == pytest.approx(np.linalg.norm(all_errors) / np.linalg.norm(all_changes), abs=1e-14)
+
+
+def test_the_error_of_the_change_by_hand() -> None:
+    """s = 1.5, B_i = (2, 0) and (0, 2), A_i alike, A = B = (1, 1) before: FedAvg misses half of each product.
+
+    dW* = 1.5 (diag(4, 4)) / 2 = diag(3, 3), made: 1.5 (1, 1)^T (1, 1), all 1.5: off by 1.5 in 4 places. The product
+    before was all 1.5, too: the change is diag(1.5, 1.5) - 1.5 off the diagonal, so the miss is all of the change.
+    """
+    before: Adapter = {}
+    rows = torch.zeros(2, R, K)
+    rows[0, 0, 0] = rows[1, 0, 1] = 2.0
+    columns = torch.zeros(2, D, R)
+    columns[0, 0, 0] = columns[1, 1, 0] = 2.0
+    for module in MODULES:
+        before |= {f"{module}.lora_A.weight": rows.mean(0), f"{module}.lora_B.weight": columns.mean(0)}
+    adapters = [
+        {f"{m}.lora_{part}.weight": factor[i] for m in MODULES for part, factor in (("A", rows), ("B", columns))}
+        for i in range(2)
+    ]
+    round_ = make_round(before, [update(i, adapter, 10) for i, adapter in enumerate(adapters)])
+    error = aggregation_error(round_, fedavg(round_))
+    assert error["of_change"] == pytest.approx(1) and error["total"] == pytest.approx(3 / 18**0.5)
 
 
 def test_the_error_of_one_client_is_zero_to_the_last_bit_of_float64() -> None:
@@ -132,7 +159,11 @@ def test_the_error_of_one_client_is_zero_to_the_last_bit_of_float64() -> None:
 def test_the_error_is_zero_if_the_ideal_product_is_zero_or_unchanged() -> None:
     """No client moved B from 0; and a layer that no client trained keeps its product."""
     round_ = make_round(start(), [update(i, start(), 10) for i in range(2)])
-    assert aggregation_error(round_, fedavg(round_)) == {"total": 0.0, "layers": dict.fromkeys(MODULES, 0.0)}
+    assert aggregation_error(round_, fedavg(round_)) == {
+        "total": 0.0,
+        "of_change": 0.0,
+        "layers": dict.fromkeys(MODULES, 0.0),
+    }
     updates = [update(i, random_adapter(i), 10, active=(1, 0)) for i in range(2)]
     round_ = make_round(random_adapter(9), updates, weighting="activity")
     outcome = fedavg(round_)

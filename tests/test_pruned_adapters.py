@@ -116,6 +116,57 @@ def test_equal_values_are_pruned_to_the_exact_share() -> None:
     assert sum(int(tensor.count_nonzero()) for name, tensor in pruned.items() if "lora" in name) == 12
 
 
+def random_adapter(rank: int, core: bool = False) -> Adapter:
+    stream = torch.Generator().manual_seed(0)
+    shapes = {"A": (rank, 9), "B": (7, rank)} | ({"R": (rank, rank)} if core else {})
+    return {
+        f"{BLOCK}.{layer}.query.lora_{part}.weight": torch.randn(shape, generator=stream)
+        for layer in range(2)
+        for part, shape in shapes.items()
+    }
+
+
+def product(adapter: Adapter, layer: int) -> torch.Tensor:
+    """Return B A or B R A of a layer."""
+    part = {part: adapter.get(f"{BLOCK}.{layer}.query.lora_{part}.weight") for part in "BRA"}
+    return torch.linalg.multi_dot([tensor for tensor in part.values() if tensor is not None])
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_prefixes_of_the_rank(core: bool) -> None:
+    """Oracles: the sum of the first components as stored, and torch's SVD of the product."""
+    adapter = random_adapter(8, core)
+    prunings = list(pruned_adapters.rank_prefixes(adapter))
+    assert [(pruned.family, pruned.kept) for pruned in prunings] == [
+        (family, kept) for kept in (0.75, 0.5, 0.25) for family in ("rank as stored", "rank in SVD order")
+    ]
+    for pruned in prunings:
+        size = round(8 * pruned.kept)
+        assert {name: tensor.shape for name, tensor in pruned.adapter.items()} == {
+            name: tensor.shape for name, tensor in adapter.items()
+        }
+        for layer in range(2):
+            if pruned.family == "rank as stored":
+                b, *others = (
+                    adapter[f"{BLOCK}.{layer}.query.lora_{part}.weight"] for part in ("BRA" if core else "BA")
+                )
+                right = torch.linalg.multi_dot([*others, torch.eye(9)])
+                expected = sum(torch.outer(b[:, j], right[j]) for j in range(size))
+            else:
+                u, s, v = torch.linalg.svd(product(adapter, layer), full_matrices=False)
+                expected = u[:, :size] * s[:size] @ v[:size]
+            assert torch.allclose(product(pruned.adapter, layer), expected, atol=1e-4)
+
+
+def test_a_small_rank_has_fewer_prefixes() -> None:
+    """Of rank 2, 3/4 is the whole rank, and 1/2 and 1/4 are one component."""
+    assert [pruned.name for pruned in pruned_adapters.rank_prefixes(random_adapter(2))] == [
+        "first 1 of 2 components, as stored",
+        "first 1 of 2 components, SVD order",
+    ]
+    assert list(pruned_adapters.rank_prefixes(random_adapter(1))) == []
+
+
 @pytest.fixture(scope="module")
 def model(tiny: dict[str, object]) -> adapted.AdaptedModel:
     return build_model(Config.from_flat(tiny | {"target-modules": "all-linear"}).model, "layer", 3, seed=0)

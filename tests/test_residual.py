@@ -104,15 +104,15 @@ def test_adding_keeps_the_sum_and_turns_dense_where_factors_are_no_smaller() -> 
 CHANGES = {"dense": True, "factors": False, "none": None}
 
 
-@pytest.mark.parametrize("core", [False, True], ids=["no core", "core"])
+@pytest.mark.parametrize("heads", [0, 1, 2])
 @pytest.mark.parametrize("dense", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
 def test_a_saved_model_gives_the_same_logits_in_peft_alone(
-    tiny: Settings, tmp_path: Path, core: bool, dense: bool | None, scaling: str
+    tiny: Settings, tmp_path: Path, heads: int, dense: bool | None, scaling: str
 ) -> None:
     """The linear modules have d = k, d > k and d < k."""
     config = Config.from_flat(tiny | {"target-modules": "all-linear", "lora-scaling": scaling}).model
-    model = build_model(config, "layer", 3, seed=0, core=core)
+    model = build_model(config, "layer", 3, seed=0, heads=heads)
     model.write_adapter(jitter(model.read_adapter(), 3, 0.2))
     change = {} if dense is None else random_residual(model, dense)
     model.write_residual(change)
@@ -122,7 +122,7 @@ def test_a_saved_model_gives_the_same_logits_in_peft_alone(
     head = load_file(tmp_path / "head.safetensors")
     lora = stock.peft_config["default"]
     assert lora.r == {True: 34, False: 5, None: 2}[dense]
-    assert lora.lora_alpha == lora.r * (config.scaling(2) if dense is None and not core else 1)
+    assert lora.lora_alpha == lora.r * (config.scaling(2) if dense is None and not heads else 1)
     with torch.inference_mode():
         expected = model(**BATCH)
         for encoder in (stock, stock.merge_and_unload()):

@@ -21,6 +21,7 @@ from copra_fl.models.build import build_model, load_processor
 from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
+from tests.support.worlds import World
 
 LOCAL_TERMS = [
     {"server-optimizer": "fedavgm"},
@@ -28,19 +29,24 @@ LOCAL_TERMS = [
     {"server-optimizer": "fedyogi", "server-learning-rate": 0.01},
     {"server-optimizer": "fedadagrad", "server-learning-rate": 0.01},
     {"proximal-mu": 0.1},
+    {"layers-per-round": 2, "weighting": "activity", "updates": "pooled"},
+    {"layers-per-round": 1, "layer-selection": "cycle", "full-rounds": 1},
+    {"client-depths": "1,1,2,2,3,3", "weighting": "activity", "fraction-clients": 0.5},
     {"control-variates": True},
     {"control-variates": True, "rule": "rolora", "fraction-clients": 0.5},
     {"optimizer-state": "client", "rule": "rolora", "fraction-clients": 0.5},
     {"optimizer-state": "client", "optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "engine": "peft"},
     {"optimizer-state": "shared", "weighting": "activity"},
     {"uplink-dtype": "int8"},
+    {"uplink-dtype": "int8", "start": "own", "stale-clients": 0.5, "optimizer-state": "client"},
     {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
 ]
 
 
 def settings_of(rule: str) -> Settings:
-    """CopRA where the rule takes it, else LoRA."""
-    return {"rule": rule, "local-training": "lora" if find_rule(rule).no_copra else "copra", "p0": 0.3}
+    """CopRA where the rule takes it, else LoRA; two heads of rank 1."""
+    settings = {"rule": rule, "local-training": "lora" if find_rule(rule).no_copra else "copra", "p0": 0.3}
+    return settings | ({"ravan.heads": 2} if rule == "ravan" else {})
 
 
 def start(flat: Settings) -> Adapter:
@@ -62,7 +68,7 @@ def test_every_rule_runs_twice_and_resumes_bitwise_equal(
     tiny: Settings, rule: str, engine: str, tmp_path: Path
 ) -> None:
     flat = tiny | settings_of(rule) | {"engine": engine}
-    moved = parts(final_adapter(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "head"})
+    moved = parts(final_adapter(resumes_bitwise(flat, tmp_path)), {"A", "B", "R", "S", "head"})
     assert all(torch.isfinite(tensor).all() for tensor in moved.values())
 
 
@@ -87,14 +93,26 @@ def test_both_engines_end_with_the_same_model(tiny: Settings, rule: str, tmp_pat
         assert torch.allclose(tensor, peft[name], atol=1e-4, rtol=1e-3), name
 
 
+def test_clients_with_unequal_steps_keep_their_own_adapters(tiny: Settings, tmp_path: Path) -> None:
+    """The stacked engine trains clients in order of their steps, plain PEFT in order of their numbers."""
+    flat = tiny | {"local-training": "lora", "num-rounds": 1, "optimizer": "sgd", "learning-rate": 0.1}
+    flat |= {"local-epochs": 1, "alpha": 0.3, "path-pairs": 0, "merge-gap-clients": 0}
+    stacked, peft = (
+        final_adapter(run_federation(flat | {"engine": engine}, tmp_path / engine, num_nodes=1))
+        for engine in ("stacked", "peft")
+    )
+    assert norm(difference(stacked, peft)) < 1e-4 * norm(peft)
+
+
 @pytest.mark.parametrize(
-    ("rule", "frozen"), [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"])]
+    ("rule", "frozen"),
+    [("ffa-lora", ["A", "A"]), ("rolora", ["A", "B"]), ("fed-sb", ["AB", "AB"]), ("ravan", ["AB", "AB"])],
 )
 def test_what_a_rule_freezes_is_bitwise_unchanged(tiny: Settings, rule: str, frozen: list[str], tmp_path: Path) -> None:
     """After round 1 and after round 2; and where clients share a factor, averages miss nothing."""
     directory = run_federation(tiny | settings_of(rule), tmp_path / "run")
     states = [load_file(path) for path in sorted((directory / "checkpoints").glob("*"))]
-    if rule != "fed-sb":
+    if not find_rule(rule).core:
         states.insert(0, start(tiny))
         for (before, after), still in zip(pairwise(states), frozen, strict=True):
             for name in parts(before, {"A", "B"}):
@@ -103,6 +121,7 @@ def test_what_a_rule_freezes_is_bitwise_unchanged(tiny: Settings, rule: str, fro
         first, second = states
         assert_equal(parts(first, {"A", "B"}), parts(second, {"A", "B"}))
         assert norm(parts(second, {"R"})) > 0
+        assert all((scales == 1).all() for scales in parts(second, {"S"}).values())
     assert all(row["aggregation_error"]["total"] < 1e-6 for row in journal(directory))
 
 
@@ -163,6 +182,54 @@ def test_nodes_get_only_what_has_changed(tiny: Settings, tmp_path: Path) -> None
         rows = journal(run_federation(tiny | settings_of(rule), tmp_path / rule))
         assert rows[0]["bytes_down"] == pytest.approx(2 * (2 * factor + 4 * head), abs=2 * 300)
         assert rows[1]["bytes_down"] == pytest.approx(2 * wanted, abs=2 * 300), rule
+
+
+@pytest.mark.parametrize("selection", ["random", "cycle"])
+def test_only_the_layers_of_the_round_travel(tiny: Settings, selection: str, tmp_path: Path) -> None:
+    """1 of 3 layers: a third of the adapter and the head go up, and down if all clients train the same layer."""
+    flat = tiny | {"local-training": "lora", "weighting": "activity", "num-rounds": 3}
+    flat |= {"layers-per-round": 1, "layer-selection": selection}
+    directory = run_federation(flat, tmp_path / "run")
+    rows, (layer, head) = journal(directory), (4 * 2 * 2 * 2 * 32, 4 * (3 * 32 + 3))
+    trained = [[tuple(client["active_steps"]) for client in row["clients"]] for row in rows]
+    for row in rows:
+        assert row["bytes_up"] == pytest.approx(6 * (layer + head), abs=6 * 300), "6 clients"
+    assert rows[0]["bytes_down"] == pytest.approx(2 * (3 * layer + head), abs=2 * 300), "2 nodes"
+    if selection == "cycle":
+        assert trained == [[(3, 0, 0)] * 6, [(0, 3, 0)] * 6, [(0, 0, 3)] * 6]
+        for row in rows[1:]:
+            assert row["bytes_down"] == pytest.approx(2 * (layer + head), abs=2 * 300)
+    else:
+        assert all(sorted(steps) == [0, 0, 3] for steps in trained[0] + trained[1])
+        assert len(set(trained[0])) > 1 and trained[0] != trained[1]
+
+
+def test_a_layer_is_averaged_over_the_clients_that_trained_it(tiny: Settings, tmp_path: Path) -> None:
+    """Round 1 moves every layer by what its own clients moved it; the clients' mean by hand, from their updates."""
+    flat = tiny | {"local-training": "lora", "num-rounds": 1, "layers-per-round": 1, "engine": "peft"}
+    world = World(flat, server_round=1)
+    world.starts = dict.fromkeys(range(6), world.plain.read_adapter())
+    updates = [world.alone(client) for client in range(6)]
+    after = final_adapter(run_federation(flat | {"weighting": "activity"}, tmp_path / "run"))
+    for name, old in world.plain.read_adapter().items():
+        sent = [(update.num_examples, update.adapter[name]) for update in updates if name in update.adapter]
+        total = sum(examples for examples, _ in sent)
+        terms = [examples / total * tensor.double() for examples, tensor in sent] or [old.double()]
+        assert torch.allclose(after[name].double(), torch.stack(terms).sum(0), atol=1e-7), name
+
+
+def test_the_journal_has_seconds_and_memory_of_each_depth(tiny: Settings, tmp_path: Path) -> None:
+    """Client 0, of depth 1, is left out; clients of smaller depth send less and keep less for the backward pass."""
+    flat = tiny | {"local-training": "lora", "weighting": "activity", "num-rounds": 1, "max-length": 8}
+    depths = {"client-depths": "1,2,2,2,2,3", "min-depth": 2}
+    directory = run_federation(flat | depths, tmp_path / "run", num_nodes=1)
+    (row,), (layer, head) = journal(directory), (4 * 2 * 2 * 2 * 32, 4 * (3 * 32 + 3))
+    assert [(tier["depth"], tier["clients"]) for tier in row["tiers"]] == [(2, [1, 2, 3, 4]), (3, [5])]
+    assert [client["active_steps"] for client in row["clients"]] == [[0, 3, 3]] * 4 + [[3, 3, 3]]
+    assert row["bytes_up"] == pytest.approx((4 * 2 + 3) * layer + 5 * head, abs=5 * 300)
+    weak, strong = row["tiers"]
+    assert 0 < weak["memory"] < 0.8 * strong["memory"]
+    assert weak["seconds"] == pytest.approx(sum(client["seconds"] for client in row["clients"][:4]) / 4)
 
 
 class ForgetfulGrid(LocalGrid):

@@ -10,8 +10,11 @@ dW* / s - B A     [[3/16, 0, -3/4], [-3/8, 0, 3/2]]
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm
@@ -19,7 +22,22 @@ from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.rules.fedrot_lora import rotation
-from tests.support.rounds import MODULES, aggregate, make_round, random_adapter, update
+from copra_fl.aggregation.rules.fedrpca import low_rank_part
+from tests.support.rounds import (
+    MODULES,
+    D,
+    R,
+    S,
+    aggregate,
+    dense,
+    dense_ideal,
+    dense_made,
+    make_round,
+    random_adapter,
+    random_round,
+    relative,
+    update,
+)
 
 M = MODULES[0]
 A, B, CORE, RESIDUAL = f"{M}.lora_A.weight", f"{M}.lora_B.weight", f"{M}.lora_R.weight", f"{M}.residual"
@@ -105,6 +123,34 @@ def test_flora_stacks_real_ranks_with_the_weights_in_b() -> None:
     assert torch.equal(right[1:], updates[1].adapter[A][:2])
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.97, 1.0])
+def test_florist_keeps_the_leading_part_of_flora_that_has_the_energy(threshold: float) -> None:
+    """Oracle: numpy's SVD of the dense average, singular value after singular value until the energy is reached."""
+    round_ = random_round(3)
+    outcome = aggregate("florist", round_, threshold=threshold)
+    assert all(torch.equal(outcome.adapter[n], t) for n, t in aggregate("flora", round_).adapter.items())
+    for module in MODULES:
+        dense = dense_ideal(round_, module)
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
+        rank = 1
+        while sum(s[:rank] ** 2) < threshold * sum(s[: len(s)] ** 2) * (1 - 1e-12):
+            rank += 1
+        assert outcome.notes["ranks"][module] == rank
+        made = dense_made(round_, outcome, module)
+        assert np.allclose(made, u[:, :rank] * s[:rank] @ vt[:rank], atol=1e-5)
+        assert np.linalg.matrix_rank(made, tol=1e-4) == rank
+
+
+def test_florist_sends_factors_of_the_cut_rank() -> None:
+    """d = 40, k = 30; the second singular value of each client is 100 times smaller: 3 columns of 6."""
+    updates = []
+    for i in range(3):
+        adapter = random_adapter(i, d=40, k=30)
+        updates.append(update(i, {n: t * torch.tensor([1, 0.01]) if "_B." in n else t for n, t in adapter.items()}, 10))
+    residual = aggregate("florist", make_round(random_adapter(9, d=40, k=30), updates), threshold=0.999).residual
+    assert residual[f"{RESIDUAL}_B"].shape == (40, 3) and residual[f"{RESIDUAL}_A"].shape == (3, 30)
+
+
 def test_flexlora_is_the_truncated_svd() -> None:
     """dW* / s = [[1/4, 1/2, 0], [0, 3, 6]] by numpy; B and A have the same length."""
     adapter = aggregate("flexlora", two_clients()).adapter
@@ -148,6 +194,28 @@ def test_lora_fair_without_regularization_is_least_squares() -> None:
     assert np.allclose(adapter[B].numpy(), best, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("regularization", [1e-4, 0.01, 1.0])
+def test_lora_fair_by_cosine_minimizes_the_objective_of_the_paper(regularization: float) -> None:
+    """Oracle: torch's L-BFGS on 1 - cos(dW*, (B + dB) A) + lambda ||dB||^2, as dense matrices."""
+    round_ = random_round(4)
+    b, a = (aggregate("fedavg", round_).adapter[name].double() for name in (B, A))
+    ideal = torch.from_numpy(dense_ideal(round_, M))
+    change = torch.zeros_like(b, requires_grad=True)
+    solver = torch.optim.LBFGS([change], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        cosine = torch.cosine_similarity(((b + change) @ a).flatten(), ideal.flatten(), dim=0)
+        value = 1 - cosine + regularization * change.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    adapter = aggregate("lora-fair", round_, similarity="cosine", regularization=regularization).adapter
+    assert torch.allclose(adapter[B].double(), (b + change).detach(), atol=1e-5)
+    assert values(adapter[A]) == a.flatten().tolist()
+
+
 def test_fedrot_turns_signs_back() -> None:
     """Rank 1: Q = -1 for client 1, whose factors are both negated. B_ref = [1, 1], A_ref = [1, 1, 1]."""
     round_ = two_clients(lora([1, 1], [1, 1, 1]), [CLIENTS[0], lora([0, -2], [0, -2, -4], head=8)])
@@ -177,6 +245,65 @@ def test_fedrot_undoes_rotations(first_round: bool) -> None:
     round_ = make_round(before, updates)
     error = {rule: aggregation_error(round_, aggregate(rule, round_))["total"] for rule in ("fedavg", "fedrot-lora")}
     assert error["fedavg"] > 0.7 and error["fedrot-lora"] < 1e-6
+
+
+def test_fedrpca_scales_what_only_one_client_has_learnt() -> None:
+    """Five clients change each value by 1, and client 2 changes one value by 9 more: 1 + beta 9 / 5 there, else 1."""
+    before = {A: torch.full((4, 10), 0.5), B: torch.zeros(6, 4)}
+    changed = [{name: old + 1 for name, old in before.items()} for _ in range(5)]
+    changed[2][A][1, 3] += 9
+    round_ = make_round(before, [update(i, adapter, 10) for i, adapter in enumerate(changed)])
+    expected = torch.full((4, 10), 1.5)
+    for beta in (1.0, 2.0, 3.0):
+        expected[1, 3] = 1.5 + beta * 9 / 5
+        adapter = aggregate("fedrpca", round_, beta=beta).adapter
+        assert torch.allclose(adapter[A], expected, atol=1e-3)
+        assert torch.allclose(adapter[B], torch.ones(6, 4), atol=1e-4)
+
+
+def test_fedrpca_with_beta_1_is_fedavg() -> None:
+    round_ = random_round(4)
+    ours, average = (aggregate(rule, round_, **p).adapter for rule, p in (("fedrpca", {"beta": 1.0}), ("fedavg", {})))
+    assert all(torch.allclose(ours[name], tensor, atol=1e-6) for name, tensor in average.items())
+
+
+def inexact_augmented_lagrangian(matrix: np.ndarray, sparsity: float) -> np.ndarray:
+    """Return L of matrix = L + S by another algorithm, with a growing step (Lin et al., arXiv 1009.5055)."""
+    top = np.linalg.norm(matrix, 2)
+    dual = matrix / max(top, np.abs(matrix).max() / sparsity)
+    sparse, mu = np.zeros_like(matrix), 0.125 / top
+    for _ in range(400):
+        u, values, vt = np.linalg.svd(matrix - sparse + dual / mu, full_matrices=False)
+        low_rank = u * np.maximum(values - 1 / mu, 0) @ vt
+        rest = matrix - low_rank + dual / mu
+        sparse = np.sign(rest) * np.maximum(np.abs(rest) - sparsity / mu, 0)
+        dual, mu = dual + mu * (matrix - low_rank - sparse), 1.02 * mu
+    return low_rank
+
+
+@pytest.mark.parametrize("columns", [3, 8])
+def test_robust_pca_agrees_with_another_algorithm_and_no_other_split_is_better(columns: int) -> None:
+    """The objective is convex, so no small step from its minimum lowers it."""
+    rng = np.random.default_rng(columns)
+    matrix = 1e-3 * (2 * rng.normal(size=(40, 1)) @ rng.normal(size=(1, columns)) + rng.standard_t(2, (40, columns)))
+    ours, sparsity = low_rank_part(matrix), 40**-0.5
+
+    def objective(low_rank: np.ndarray) -> float:
+        return np.linalg.norm(low_rank, "nuc") + sparsity * np.abs(matrix - low_rank).sum()
+
+    other = inexact_augmented_lagrangian(matrix, sparsity)
+    assert np.linalg.norm(ours - other) < 5e-3 * np.linalg.norm(other)
+    assert objective(ours) < objective(other) * (1 + 1e-4)
+    for size in (1e-5, 1e-4, 1e-3):
+        assert objective(ours) < objective(ours + size * rng.normal(size=matrix.shape)) * (1 + 1e-6)
+    assert objective(ours) < min(objective(matrix), objective(np.zeros_like(matrix)))
+
+
+def test_robust_pca_recovers_a_low_rank_and_a_sparse_matrix() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 30))
+    sparse = np.where(rng.random(truth.shape) < 0.05, rng.normal(scale=5, size=truth.shape), 0)
+    assert np.linalg.norm(low_rank_part(truth + sparse) - truth) < 1e-3 * np.linalg.norm(truth)
 
 
 def test_fed_sb_averages_r() -> None:
@@ -211,14 +338,68 @@ def test_median_of_odd_and_even() -> None:
     assert aggregate("median", scalars(0.0, [3.0, -100.0, 7.0, 1000.0])).adapter["head.bias"].item() == 5.0
 
 
-def test_median_and_trimmed_mean_ignore_clients_of_weight_zero() -> None:
-    """By activity the three clients that never trained the layer do not count; by examples they have the old value."""
+@pytest.mark.parametrize("weighting", ["examples", "activity"])
+def test_only_clients_that_trained_a_layer_count_in_a_median_and_a_trimmed_mean(weighting: str) -> None:
+    """A majority of three never trained it, and does not hold it still."""
     before = lora([1, 1], [1, 1, 1])
     updates = [update(i, lora([2, 2 + i], [3, 3, 3 + i]), 10, active=(int(i < 2), 1)) for i in range(5)]
     for rule, parameters in (("median", {}), ("trimmed-mean", {"trim_fraction": 0.0})):
-        by_activity = aggregate(rule, make_round(before, updates, weighting="activity"), **parameters).adapter
-        assert values(by_activity[B]) == [2.0, 2.5] and values(by_activity[A]) == [3.0, 3, 3.5]
-    assert torch.equal(aggregate("median", make_round(before, updates)).adapter[B], before[B])
+        adapter = aggregate(rule, make_round(before, updates, weighting=weighting), **parameters).adapter
+        assert values(adapter[B]) == [2.0, 2.5] and values(adapter[A]) == [3.0, 3, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameters", "center"),
+    [
+        ("median-product", {}, lambda products: np.median(products, axis=0)),
+        ("trimmed-mean-product", {"trim_fraction": 0.3}, lambda products: scipy.stats.trim_mean(products, 0.3, axis=0)),
+    ],
+)
+def test_a_median_and_a_trimmed_mean_of_products(rule: str, parameters: dict[str, float], center: Callable) -> None:
+    """Oracle: numpy and scipy on dense products, and the first r terms of numpy's SVD."""
+    round_ = random_round(5)
+    outcome = aggregate(rule, round_, **parameters)
+    for module in MODULES:
+        u, s, vt = np.linalg.svd(center(np.stack([dense(update.adapter, module) for update in round_.updates])))
+        assert relative(dense_made(round_, outcome, module), (u[:, :R] * s[:R]) @ vt[:R]) < 1e-6
+    of_factors = aggregate(rule.removesuffix("-product"), round_, **parameters)
+    assert torch.equal(outcome.adapter["head.weight"], of_factors.adapter["head.weight"])
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_equal_products_of_different_factors_count_as_equal(rule: str) -> None:
+    """Three clients have factors (B Q, Q^T A) of one product, two are hostile: the result is the majority's product."""
+    honest = random_adapter(0)
+    updates = [update(i, random_adapter(i, d=D), 10) for i in (3, 4)]
+    for i in range(3):
+        q = torch.linalg.qr(torch.randn(R, R, generator=torch.Generator().manual_seed(i))).Q
+        turned = {
+            name: tensor @ q if ".lora_B." in name else q.T @ tensor if ".lora_A." in name else tensor
+            for name, tensor in honest.items()
+        }
+        updates.append(update(i, turned, 10))
+    round_ = make_round(random_adapter(9), updates)
+    parameters = {"trim_fraction": 0.4} if rule == "trimmed-mean" else {}
+    of_factors, of_products = (aggregate(name, round_, **parameters) for name in (rule, f"{rule}-product"))
+    for module in MODULES:
+        assert relative(dense_made(round_, of_products, module), dense(honest, module)) < 1e-6
+        assert relative(dense_made(round_, of_factors, module), dense(honest, module)) > 0.1
+
+
+def test_fedsvd_has_an_a_with_orthonormal_rows_in_the_old_row_space() -> None:
+    """Oracle: numpy's SVD of the dense product of A with the average of the B's."""
+    before = random_adapter(9)
+    shared = {name: tensor for name, tensor in before.items() if ".lora_A." in name}
+    round_ = make_round(before, [update(i, random_adapter(i) | shared, 10 + 20 * i) for i in range(2)])
+    adapter = aggregate("fedsvd", round_).adapter
+    for module in MODULES:
+        b, a = (adapter[f"{module}.lora_{part}.weight"].double().numpy() for part in "BA")
+        old_a = before[f"{module}.lora_A.weight"].double().numpy()
+        u, s, vt = np.linalg.svd(dense_ideal(round_, module) / S)
+        assert a @ a.T == pytest.approx(np.eye(R), abs=1e-6)
+        assert np.abs(np.diag(a @ vt[:R].T)) == pytest.approx([1, 1], abs=1e-6), "the right singular vectors"
+        assert np.linalg.norm(b, axis=0) == pytest.approx(s[:R]) and s[R:] == pytest.approx(0, abs=1e-6)
+        assert a @ np.linalg.pinv(old_a) @ old_a == pytest.approx(a, abs=1e-6), "the row space of the old A"
 
 
 def test_norm_clipped_by_hand() -> None:

@@ -10,7 +10,7 @@ import torch
 from clients.client_state import ClientState, ClientStateStore
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter, part_of
+from copra_fl.adapters.state import Adapter, join_names
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
 from copra_fl.records import Origin, Provenance, RoundRecord
@@ -18,6 +18,7 @@ from copra_fl.training.plan import Plan, leaves_state
 from server.journal import Journal
 from server.run_context import RunContext
 from server.state_sync import StateSync
+from tests.support.federations import assert_equal
 
 ROUND = RoundRecord(round=1, seconds=1, bytes_down=2, bytes_up=3, train_loss=None, layers=(), clients=(), missing=())
 ORIGIN = Origin(
@@ -31,16 +32,17 @@ def make_adapter(value: float) -> Adapter:
 
 def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     residual = {"x.residual_B": torch.ones(4, 1), "x.residual_A": torch.ones(1, 3)}
-    state = ServerState(make_adapter(1), residual, make_adapter(2), make_adapter(3), make_adapter(4))
+    adapter, *kinds = (make_adapter(value) for value in range(5))
+    earlier = tuple(make_adapter(value) for value in range(5, 17))
+    state = ServerState(adapter, residual, *kinds[:3], optimizer={"exp_avg": kinds[3]}, earlier=earlier)
     journal = Journal(tmp_path)
     assert journal.resume() is None
     journal.record(ROUND, state)
     resumed = Journal(tmp_path)
     loaded = resumed.resume()
     assert loaded is not None and resumed.records == [ROUND]
-    for kind, expected in vars(state).items():
-        tensors = getattr(loaded, kind)
-        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected), kind
+    before, after = (join_names(vars(kept) | {"earlier": dict(enumerate(kept.earlier))}) for kept in (state, loaded))
+    assert_equal(after, before)
 
 
 def test_a_run_keeps_its_id_over_reads_and_resumes(tmp_path: Path) -> None:
@@ -73,30 +75,53 @@ def test_a_client_continues_from_its_last_round_before_the_current_one() -> None
     assert store.read(4, before=2) == ClientState(), "the client has trained nothing"
 
 
-def delta_to_node(sync: StateSync, server_round: int, number: int) -> wire.StateDelta:
+def state_sync(flat: dict[str, object]) -> StateSync:
+    config = Config.from_flat({"rank": 2, "num-clients": 2} | flat)
+    return StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
+
+
+def delta_to_node(sync: StateSync, server_round: int, number: int, client: int = 0) -> wire.StateDelta:
     """Pack a message for node 100, before (number = round - 1) or after (number = round) a round; return its delta."""
-    config, state = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1}), ServerState(make_adapter(1))
-    return wire.unpack_delta(sync.pack(Plan(server_round, (0,), config), state, number, node=100))
+    plan, state = Plan(server_round, (client,), Config()), ServerState(make_adapter(1))
+    return wire.unpack_delta(sync.pack(plan, state, number, node=100))
+
+
+HEAD, EVERYTHING = (0,), (0, 1)
 
 
 def test_a_node_gets_what_has_changed_since_its_cached_state() -> None:
     """With ffa-lora A never changes."""
-    config = Config.from_flat({"rule": "ffa-lora", "rank": 2, "num-clients": 1})
-    sync = StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
-    everything = tuple(sorted({part_of(name) for name in make_adapter(1)}))
+    sync = state_sync({"rule": "ffa-lora"})
     first = delta_to_node(sync, 1, 0)
-    assert (first.since, first.parts) == (-1, everything)
+    assert (first.since, first.tensors) == (-1, EVERYTHING)
+    sync.advance(ServerState(make_adapter(1) | {"head.bias": torch.zeros(4)}), ServerState(make_adapter(1)), {})
     assert delta_to_node(sync, 2, 1).since == -1, "the node has not answered"
     sync.acknowledge(100)
     next_round = delta_to_node(sync, 3, 2)
-    assert (next_round.since, next_round.parts) == (1, ("head",))
+    assert (next_round.since, next_round.tensors) == (1, HEAD)
     sync.acknowledge(100)
     evaluation = delta_to_node(sync, 2, 2)
-    assert (evaluation.since, evaluation.parts) == (2, ())
+    assert (evaluation.since, evaluation.tensors) == (2, ())
     later = delta_to_node(sync, 6, 5)
-    assert (later.since, later.parts) == (-1, everything), "the node was not in the rounds between"
+    assert (later.since, later.tensors) == (-1, EVERYTHING), "the node was not in the rounds between"
     sync.forget(100)
     assert delta_to_node(sync, 3, 2).since == -1
+
+
+def test_a_node_whose_cached_tensors_are_cut_to_a_smaller_rank_gets_everything() -> None:
+    """Client 0 has rank 1, client 1 rank 2. In a round of client 0 the node caches A cut to rank 1."""
+    sync = state_sync({"rule": "zero-pad", "client-ranks": "1,2", "layers-per-round": 1})
+    sync.advance(ServerState(make_adapter(1) | {"head.bias": torch.zeros(4)}), ServerState(make_adapter(1)), {})
+    delta_to_node(sync, 1, 0, client=0)
+    sync.acknowledge(100)
+    assert delta_to_node(sync, 2, 1, client=0).tensors == HEAD
+    larger = delta_to_node(sync, 2, 1, client=1)
+    assert (larger.since, larger.tensors, larger.rank) == (-1, EVERYTHING, 2)
+    sync.acknowledge(100)
+    smaller = delta_to_node(sync, 3, 2, client=0)
+    assert (smaller.since, smaller.tensors, smaller.rank) == (1, HEAD, 1)
+    sync.advance(ServerState(make_adapter(0)), ServerState(make_adapter(1)), {})
+    assert delta_to_node(sync, 3, 2, client=1).since == 1, "all tensors have changed"
 
 
 @pytest.mark.parametrize(
@@ -119,11 +144,14 @@ def test_which_settings_leave_state_with_the_clients(flat: dict[str, object], ex
     [
         ({}, True),
         ({"rule": "ffa-lora"}, True),
+        ({"rule": "fedsvd"}, True),
         ({"rule": "median"}, False),
         ({"updates": "individual"}, False),
         ({"uplink-dtype": "float16"}, False),
         ({"control-variates": True}, False),
         ({"client-ranks": "1,2", "rank-assignment": "drawn", "rule": "zero-pad"}, False),
+        ({"start": "own"}, False),
+        ({"stale-clients": 0.1}, False),
     ],
 )
 def test_which_settings_let_nodes_pool(flat: dict[str, object], expected: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from scipy import stats
 
 from copra_fl.config import ConfigError
-from copra_fl.records import StudyResults
+from copra_fl.records import CellResults, ChosenRate, ComparedSettings, MetricEstimates, StudyResults
 from copra_fl.reporting.figures.study import gains_against, pearson, predictors
+from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.results import load_comparison
+from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.study import StudyCell, read_grids, sample_configs
@@ -42,13 +45,16 @@ def test_the_lowest_of_equally_good_rates_is_chosen() -> None:
     assert best_rate({0.02: 0.4, 0.005: 0.4, 0.01: 0.3}) == 0.005
 
 
+GRID = {"methods": ["lora", "head"], "seeds": [0, 1], "splits": ["iid"], "regimes": ["2x3"]}
+
+
 def make_study(tiny: Settings, **changes: Settings) -> Recipe:
     """Return a study of two methods in one cell."""
     study = {
         "tuning": {"seeds": [10], "learning-rates": [0.002, 0.01]},
         "splits": {"iid": {"partitioner": "iid"}},
         "regimes": {"2x3": {"num-rounds": 2, "local-steps": 3}},
-        "grids": {"first": {"methods": ["lora", "head"], "seeds": [0, 1], "splits": ["iid"], "regimes": ["2x3"]}},
+        "grids": {"first": GRID},
     }
     return Recipe(tiny, study=study | changes)
 
@@ -70,6 +76,32 @@ def test_tuning_and_test_runs_differ_in_rate_seed_and_tuning_settings_only(tiny:
     assert cell.directory == Path("out/first/iid/2x3")
 
 
+def test_a_grid_replaces_keys_of_the_tuning(tiny: Settings) -> None:
+    grids = {"first": GRID, "second": GRID | {"tuning": {"learning-rates": [0.1, 0.2], "settings": {"path-pairs": 0}}}}
+    first, second = cells(make_study(tiny, grids=grids))
+    assert first.tuning == {"seeds": [10], "learning-rates": [0.002, 0.01], "settings": {}}
+    assert second.tuning == {"seeds": [10], "learning-rates": [0.1, 0.2], "settings": {"path-pairs": 0}}
+    assert second.tuning_config("lora", 0.1, 10).evaluation.path_pairs == 0
+
+
+def test_a_regime_has_settings_of_single_methods(tiny: Settings) -> None:
+    """They override the regime and the method's file, and are overridden by --set."""
+    regime = {"num-rounds": 2, "local-steps": 3, "methods": {"lora": {"num-rounds": 4, "local-training": "copra"}}}
+    recipe = make_study(tiny, regimes={"2x3": regime})
+    (cell,) = cells(recipe)
+    lora, head = (cell.config(method, 0.01, 0) for method in ("lora", "head"))
+    assert (lora.federation.num_rounds, lora.copra.local_training, lora.training.local_steps) == (4, "copra", 3)
+    assert (head.federation.num_rounds, head.copra.local_training) == (2, "head")
+    (cell,) = cells(replace(recipe, overrides={"num-rounds": 1}))
+    assert cell.config("lora", 0.01, 0).federation.num_rounds == 1
+
+
+def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
+    (cell,) = cells(make_study(tiny | {"target-accuracy": 0.5}))
+    with pytest.raises(ConfigError, match="= 0.5 ends the runs that choose .*; set target-accuracy = 0"):
+        list(sample_configs(cell))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -78,6 +110,11 @@ def test_tuning_and_test_runs_differ_in_rate_seed_and_tuning_settings_only(tiny:
         ({"tuning": {"seeds": [1]}}, "\\[study.tuning\\] lacks learning-rates"),
         ({"tuning": {"seeds": [1], "learning-rates": [1], "rate": 2}}, "\\[study.tuning\\]: unknown key 'rate'"),
         ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
+        ({"grids": {"first": GRID | {"tuning": {"rate": 2}}}}, "\\[study.grids.first.tuning\\]: unknown key 'rate'"),
+        (
+            {"regimes": {"2x3": {"num-rounds": 2, "methods": {"haed": {"num-rounds": 4}}}}},
+            "\\[study.regimes.2x3.methods\\]: unknown method 'haed'. Did you mean 'head'",
+        ),
     ],
 )
 def test_a_wrong_key_of_a_study_is_named(tiny: Settings, changes: dict, message: str) -> None:
@@ -170,13 +207,92 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
 
 
+def hand_made_cell(
+    regime: str, accuracies: dict[str, list[float]], searches: dict[str, dict[str, float]], baseline: str = "a"
+) -> CellResults:
+    """Return a cell with test accuracies by method and seed, and validation accuracies by method and rate."""
+
+    def estimates(values: list[float]) -> MetricEstimates:
+        measured = {"test_accuracy": values, "bytes": [2e6, 4e6], "seconds": [10.0, 20.0]}
+        return MetricEstimates(seeds=(0, 1), **{name: estimate(of_seeds) for name, of_seeds in measured.items()})
+
+    return CellResults(
+        split="iid",
+        regime=regime,
+        tuning_seeds=(10,),
+        rates={
+            method: ChosenRate(chosen=float(max(search, key=search.__getitem__)), validation_accuracy=search)
+            for method, search in searches.items()
+        },
+        baseline=baseline,
+        seeds=(0, 1),
+        methods={method: estimates(values) for method, values in accuracies.items()},
+        differences={
+            method: estimates(np.subtract(values, accuracies[baseline]).tolist())
+            for method, values in accuracies.items()
+            if method != baseline
+        },
+        personal=(),
+        settings=ComparedSettings(common={}, differing={"local-training": {"c": "head"}}),
+        unfinished=(),
+    )
+
+
+#: validation accuracies of two cells: method -> rate -> accuracy
+SEARCHES = (
+    {"a": {"0.1": 0.5, "0.2": 0.6, "0.4": 0.3}, "b": {"0.1": 0.2, "0.2": 0.2}, "c": {"0.8": 0.1}},
+    {"a": {"0.1": 0.4, "0.2": 0.35}, "b": {"0.2": 0.1, "0.4": 0.1}, "c": {"0.8": 0.1}},
+)
+
+
+def test_the_ranking_over_cells_by_hand() -> None:
+    """Means 0.6, 0.5, 0.5 and 0.3, 0.4, 0.1: b and c share the places 2 and 3 of the first cell.
+
+    Accuracies of a over both cells are 0.35 with seed 0 and 0.55 with seed 1: mean 0.45, s = 0.141421, t(0.975, 1) =
+    12.7062, half width 12.7062 * 0.141421 / sqrt(2) = 1.27062.
+    """
+    cells = [
+        hand_made_cell("1x2", {"a": [0.5, 0.7], "b": [0.4, 0.6], "c": [0.4, 0.6]}, SEARCHES[0]),
+        hand_made_cell("3x4", {"a": [0.2, 0.4], "b": [0.3, 0.5], "c": [0.1, 0.1]}, SEARCHES[1]),
+    ]
+    a, b, c = rank_methods(cells)
+    assert (a.method, a.ranks, a.mean_rank) == ("a", {"1x2, iid": 1, "3x4, iid": 2}, 1.5)
+    assert (b.method, b.mean_rank, c.method, c.mean_rank) == ("b", 1.75, "c", 2.75)
+    assert a.test_accuracy.mean == pytest.approx(0.45)
+    assert a.test_accuracy.interval == pytest.approx((0.45 - 1.27062, 0.45 + 1.27062), abs=1e-5)
+    assert (a.bytes, a.flops, a.seconds) == (3e6, None, 15)
+    (shown,) = ranking_table(cells, (a, b, c))
+    assert shown.header[3:] == ["minus a: 1x2, iid", "minus a: 3x4, iid", "MB up and down", "seconds"]
+    assert list(shown.rows[1]) == [
+        "b", "1.8", "45.0 [−82.1, 172.1]", "−10.0 [−10.0, −10.0]", "+10.0 [+10.0, +10.0]", "3.0", "15",
+    ]  # fmt: skip
+    assert rank_methods(cells[:1]) == () and ranking_table(cells, ()) == []
+
+
+def test_the_regret_over_rates_by_hand() -> None:
+    """Shared by a and b, without the head of c: rates 0.1 and 0.2 in the first cell, 0.2 in the second.
+
+    a: means 0.55 and 0.35, worst 0.5 and 0.35. In both cells it tried 0.1, which loses 0.1 and 0, and 0.2, which loses
+    0 and 0.05.
+    """
+    accuracies = {"a": [0.5, 0.7], "b": [0.4, 0.6], "c": [0.4, 0.6]}
+    regrets = rate_regret([hand_made_cell(f"{n}x2", accuracies, search) for n, search in enumerate(SEARCHES)])
+    assert list(regrets) == ["a", "b"]
+    a, b = regrets["a"], regrets["b"]
+    assert (a.mean, a.worst) == (pytest.approx(0.45), pytest.approx(0.425))
+    assert a.by_rate == {"0.1": pytest.approx(0.05), "0.2": pytest.approx(0.025)}
+    assert (a.fixed_rate, a.regret, a.worst_regret) == (0.2, pytest.approx(0.025), pytest.approx(0.05))
+    assert (b.mean, b.fixed_rate, b.regret, b.worst_regret) == (pytest.approx(0.15), 0.2, 0, 0)
+    assert list(regret_table(regrets, 2).rows[0]) == ["a", "45.0", "42.5", "0.2", "2.5", "5.0"]
+
+
 @needs_chromium
 def test_the_report_opens_in_a_browser(tmp_path: Path) -> None:
     cell = cell_folder(tmp_path)
     results = write(tmp_path, [cell], "copra-fl study mine")
     html = (tmp_path / "report.html").read_text()
     assert "iid" in html and "the best rate of lora, 0.002, is at the edge of the rates tried" in html
-    check_page(tmp_path / "report.html", 3 + len(predictors(results)))
+    check_page(tmp_path / "report.html", 6 + len(predictors(results)))
 
 
 @pytest.fixture

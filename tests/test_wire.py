@@ -16,7 +16,7 @@ from tests.support.updates import GLOBAL, VALID
 
 def test_a_plan_and_the_servers_state_survive_packing() -> None:
     plan = Plan(2, (1, 5), Config.from_flat({"alpha": 0.5, "num-clients": 9, "seed": 3}), inspected=(5,))
-    delta = wire.StateDelta("run", number=1, since=-1, parts=("A", "head"), rank=2)
+    delta = wire.StateDelta("run", number=1, since=-1, tensors=(0, 1, 2), rank=2)
     content = wire.pack_plan(plan, delta, wire.Payload(GLOBAL, {}, {}, {}))
     assert wire.unpack_plan(content) == plan and wire.unpack_delta(content) == delta
     adapter = wire.unpack_payload(content, delta, dict(reversed(GLOBAL.items())), {}).adapter
@@ -24,7 +24,7 @@ def test_a_plan_and_the_servers_state_survive_packing() -> None:
 
 
 def test_a_state_of_another_size_is_rejected() -> None:
-    delta = wire.StateDelta("run", number=1, since=-1, parts=("A", "head"), rank=2)
+    delta = wire.StateDelta("run", number=1, since=-1, tensors=(0, 1, 2), rank=2)
     content = wire.pack_plan(Plan(2, (1,), Config()), delta, wire.Payload(GLOBAL, {}, {}, {}))
     with pytest.raises(ValueError, match="values should be 4 values of torch.float32 in a row"):
         wire.unpack_payload(content, delta, {"head.weight": torch.zeros(4)}, {})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import Adapter
 
 
@@ -51,8 +52,8 @@ def fold(adapter: Adapter, residual: Adapter, scaling: float) -> Adapter:
     factors = {}
     for module in [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]:
         b, a = (adapter[f"{module}.lora_{part}.weight"].double() for part in "BA")
-        if f"{module}.lora_R.weight" in adapter:
-            a = adapter[f"{module}.lora_R.weight"].double() @ a
+        core = core_matrix(adapter, module)
+        a = a if core is None else core @ a
         more_b, more_a = _factors(residual, module) if _only(residual, module) else (b[:, :0], a[:0])
         factors[module] = torch.cat([scaling * b, more_b], dim=1), torch.cat([a, more_a])
     rank = max(len(a) for _, a in factors.values())

@@ -27,6 +27,7 @@ class ServerState:
         first_moment: of the server optimizer.
         second_moment: of the server optimizer.
         optimizer: average state of the clients' optimizers, with ``optimizer-state = "shared"``.
+        earlier: the global adapters before `adapter`, newest first, as many as stale clients need.
     """
 
     adapter: Adapter
@@ -35,10 +36,16 @@ class ServerState:
     first_moment: Adapter = field(default_factory=dict)
     second_moment: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
+    earlier: tuple[Adapter, ...] = ()
+
+    def of_age(self, age: int) -> Adapter:
+        """Return the global adapter of `age` rounds before the newest."""
+        return self.earlier[age - 1] if age else self.adapter
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
+        others["earlier"] = {str(age): tensors for age, tensors in enumerate(self.earlier, start=1)}
         save_checkpoint(path, self.adapter | join_names(others), metadata)
 
     @classmethod
@@ -47,4 +54,5 @@ class ServerState:
         tensors, metadata = load_checkpoint(path)
         adapter = {name: tensor for name, tensor in tensors.items() if "/" not in name}
         others = split_names({name: tensor for name, tensor in tensors.items() if "/" in name})
-        return cls(adapter, **others), metadata
+        by_age = others.pop("earlier", {})
+        return cls(adapter, **others, earlier=tuple(by_age[age] for age in sorted(by_age, key=int))), metadata

@@ -1,7 +1,8 @@
 """Adapters and clients' updates as plain data: tensor name -> tensor.
 
 Names are PEFT's (``base_model.model.encoder.layer.0...lora_A.weight``), plus ``head.weight`` and ``head.bias`` if the
-task trains a head, and ``lora_R`` for the matrix R of fed-sb. Tensors are float32 on the CPU.
+task trains a head, and ``lora_R`` and ``lora_S`` for a matrix R between the factors (`copra_fl.adapters.core`). Tensors
+are float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Update:
             server if the client's tensors are part of a pooled update.
         num_examples: number of the client's training examples.
         active_steps: per gate group, the number of optimizer steps in which it was on; in a pooled update the mean.
-        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds`` and ``distance`` (norm of the change).
+        metrics: at least ``loss`` (mean over steps), ``steps``, ``seconds``, ``distance`` (norm of the change) and
+            ``flops`` (`training.operations`); with client-depths also ``memory`` (largest number of bytes that autograd
+            kept in a step).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
         optimizer: state of the local optimizer after the training; empty with ``optimizer-state = "fresh"``.
     """
@@ -98,7 +101,7 @@ def _is_inside(inner: slice, outer: slice) -> bool:
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that tensor `name` belongs to: factor ``A`` or ``B``, matrix ``R``, or ``head``."""
+    """Return the part of the model that tensor `name` belongs to: ``A``, ``B``, ``R``, ``S`` or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
 
 

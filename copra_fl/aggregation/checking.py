@@ -15,7 +15,9 @@ import torch
 from copra_fl.adapters.state import Adapter, Update, difference, norm, trained
 
 #: names of the metrics that clients report
-METRICS = {"loss", "steps", "seconds", "distance"}
+METRICS = {"loss", "steps", "seconds", "distance", "flops"}
+#: names of the metrics that clients report with some settings only
+OPTIONAL_METRICS = {"memory"}
 
 
 class BadUpdate(ValueError):
@@ -58,7 +60,7 @@ def check_scalars(update: Update, expected: Expected) -> None:
         )
     if not math.isfinite(update.metrics.get("loss", math.nan)):
         raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}, which is not finite")
-    if unknown := sorted(update.metrics.keys() - METRICS):
+    if unknown := sorted(update.metrics.keys() - METRICS - OPTIONAL_METRICS):
         raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")
     if bad := sorted(name for name, value in update.metrics.items() if not math.isfinite(value)):
         raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}, which is not finite")

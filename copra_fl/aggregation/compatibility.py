@@ -44,6 +44,7 @@ def check(config: Config, task: TaskTraits) -> None:
     parameters_of(config)
     tables = (
         _rule_conflicts(config, rule),
+        _start_conflicts(config, rule),
         _optimizer_conflicts(config),
         _privacy_conflicts(config, rule),
         _task_conflicts(config, task),
@@ -70,6 +71,11 @@ def parameter_keys() -> dict[str, Key]:
     return {name: key for rule in RULES for name, key in rule.keys.items()}
 
 
+def heads_of(config: Config) -> int:
+    """Return the number of heads of the matrix R that the run's rule puts between B and A; 0 for a rule without."""
+    return getattr(parameters_of(config), "heads", 1) if find_rule(config.aggregation.rule).core else 0
+
+
 def with_explicit_parameters(config: Config) -> Config:
     """Return `config` with every parameter of its own rule, and none of other rules.
 
@@ -92,20 +98,50 @@ def require_global_model(config: Config, purpose: str) -> None:
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
     moments = training.optimizer_state
-    it = f"rule = {rule.name!r} does not combine with"
+    it, heads = f"rule = {rule.name!r} does not combine with", heads_of(config)
+    copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
+    depths = f"client-depths = {copra.client_depths!r}"
+    subset, remedy = (depths, "client-depths = ''") if copra.client_depths else (per_round, "layers-per-round = 0")
     return [
+        (
+            heads > 1 and model.rank % heads > 0,
+            f"{it} rank = {model.rank}: {rule.name}.heads = {heads} does not divide it; set rank to a "
+            f"multiple of {heads}, or {rule.name}.heads to a divisor of {model.rank}",
+        ),
         (
             bool(rule.no_copra) and config.copra.local_training == "copra",
             f"{it} local-training = 'copra': {rule.no_copra}; use local-training = 'lora'",
+        ),
+        (
+            bool(rule.no_copra) and copra.trains_subset,
+            f"{it} {subset}: {rule.no_copra}; use {remedy}",
+        ),
+        (
+            copra.trains_subset and copra.local_training == "head",
+            f"{subset} does not combine with local-training = 'head', which trains no layer; use {remedy}",
+        ),
+        (
+            copra.layers_per_round > 0 and bool(copra.client_depths),
+            f"{per_round} does not combine with {depths}: each says which layers a client trains; use {remedy}",
         ),
         (
             rule.name != "fedavg" and config.copra.local_training == "head",
             f"{it} local-training = 'head', which has no adapters to aggregate; use rule = 'fedavg'",
         ),
         (
-            rule.core and model.quantization != "none",
+            rule.core == "gradient" and model.quantization != "none",
             f"{it} quantization = {model.quantization!r}: it needs gradients of the base weights, which 4-bit weights "
             "do not have; use quantization = 'none'",
+        ),
+        (
+            rule.personal and config.evaluation.target_accuracy > 0,
+            f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
+            "validation accuracy to reach; use target-accuracy = 0",
+        ),
+        (
+            rule.personal and config.evaluation.patience > 0,
+            f"{it} patience = {config.evaluation.patience}: it has no global model, so there is no validation accuracy "
+            "to improve; use patience = 0",
         ),
         (
             rule.needs_data and not data.dataset,
@@ -123,7 +159,7 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{_names(lambda other: other.averages)}",
         ),
         (
-            settings.control_variates and not rule.averages,
+            settings.control_variates and (not rule.averages or heads > 1),
             f"{it} control-variates = true: control variates need factors that keep their meaning over rounds; use "
             "control-variates = false",
         ),
@@ -169,6 +205,47 @@ def _optimizer_conflicts(config: Config) -> Conflicts:
             training.optimizer_state == "shared" and bool(config.aggregation.client_ranks),
             f"{it} does not combine with client-ranks = {config.aggregation.client_ranks!r}: moments of unequal ranks "
             "cannot be averaged; use optimizer-state = 'client'",
+        ),
+    ]
+
+
+def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
+    """Clients that do not all start from the newest global adapter (`aggregation.starts`)."""
+    federation, settings = config.federation, config.aggregation
+    has_own, has_stale = federation.start == "own", federation.stale_clients > 0
+    own, stale = "start = 'own'", f"stale-clients = {federation.stale_clients:g}"
+    either = own if has_own else stale
+    remedy = "start = 'common'" if has_own else "stale-clients = 0"
+    return [
+        (
+            has_own and "A" not in rule.sends(1),
+            f"rule = {rule.name!r} does not combine with {own}: in the first round it averages the rest of the model "
+            "only, under an A that all clients share; use start = 'common'",
+        ),
+        (
+            has_own and settings.server_optimizer != "none",
+            f"server-optimizer = {settings.server_optimizer!r} does not combine with {own}: the change from the "
+            "initial adapter to an average of random factors is no gradient step; use server-optimizer = 'none'",
+        ),
+        (
+            has_stale and rule.changes_base,
+            f"rule = {rule.name!r} does not combine with {stale}: it changes W0 in every round, and an old adapter "
+            "belongs to an old W0; use stale-clients = 0",
+        ),
+        (
+            has_stale and (rule.trains(1) != rule.trains(2) or not (rule.keeps_factors or "A" in rule.sends(1))),
+            f"rule = {rule.name!r} does not combine with {stale}: what it averages was trained under the newest value "
+            "of a factor that changes from round to round, and stale clients have an old one; use stale-clients = 0",
+        ),
+        (
+            (has_own or has_stale) and settings.control_variates,
+            f"control-variates = true does not combine with {either}: control variates compare gradients at one "
+            f"adapter; use control-variates = false or {remedy}",
+        ),
+        (
+            (has_own or has_stale) and config.privacy.dp_clip > 0,
+            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {either}: the distance of a client's start "
+            f"from the global adapter would be clipped as if the client had learned it; use dp-clip = 0 or {remedy}",
         ),
     ]
 

@@ -30,6 +30,8 @@ def pools(config: Config) -> bool:
         and not aggregation.control_variates
         and config.training.optimizer_state != "shared"
         and not aggregation.client_ranks
+        and federation.start == "common"
+        and not federation.stale_clients
         and len(config.data.datasets) < 2
     )
 

@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.rule import Outcome, Round
 
 #: (d, n) and (n, k) in float64: the matrix is their product
 Factors = tuple[Tensor, Tensor]
+
+#: a change of a product below this share of its norm is float64 rounding
+ROUNDING = 1e-12
 
 
 def modules(adapter: Adapter) -> list[str]:
@@ -52,8 +56,8 @@ def b_of(module: str) -> str:
 
 def factors(adapter: Adapter, module: str, scaling: float) -> Factors:
     """Return s B (d, r), or s B R, and A (r, k)."""
-    b, core = scaling * adapter[b_of(module)].double(), adapter.get(f"{module}.lora_R.weight")
-    return (b if core is None else b @ core.double()), adapter[a_of(module)].double()
+    b, core = scaling * adapter[b_of(module)].double(), core_matrix(adapter, module)
+    return (b if core is None else b @ core), adapter[a_of(module)].double()
 
 
 def stack(terms: Iterable[Factors]) -> Factors:
@@ -88,6 +92,17 @@ def frobenius(product: Factors) -> float:
     return float(torch.linalg.matrix_norm(t_left @ t_right.T))
 
 
+def rank_of_energy(product: Factors, share: float) -> int:
+    """Return the smallest rank at which the best approximation has this share of the squared Frobenius norm.
+
+    With a share of 1 it is the rank of the product, and for a product of 0 it is 0.
+    """
+    left, right = product
+    t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
+    energy = torch.linalg.svdvals(t_left @ t_right.T).square().cumsum(0)
+    return int((energy < share * energy[-1:]).sum()) + 1 if energy.any() else 0
+
+
 def best_rank(product: Factors, rank: int) -> Factors:
     """Return U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation, 0 past the product's rank.
 
@@ -118,19 +133,30 @@ def as_residual(module: str, product: Factors) -> Adapter:
 
 
 def aggregation_error(round_: Round, outcome: Outcome) -> dict[str, Any]:
-    """Return ||dW - dW*|| / ||dW*|| over all modules as ``total``, and by module as ``layers``; 0 if dW* is 0.
+    """Return the miss ||dW - dW*|| of a rule, relative to the ideal and to its change; 0 relative to 0.
 
-    dW is the rule's result: s B A (s B R A) plus the addition to W0. With float32 factors the error is at least about
+    dW is the rule's result: s B A (s B R A) plus the addition to W0. With float32 factors ``total`` is at least about
     1e-8.
+
+    Returns:
+        ``total``: ||dW - dW*|| / ||dW*|| over all modules. It falls as the adapter grows, with an equal miss.
+        ``of_change``: ||dW - dW*|| / ||dW* - s B A|| over all modules, with B and A as before the round. It can be
+        compared between runs with different numbers of rounds and steps.
+        ``layers``: ``total`` by module.
     """
-    errors, norms = {}, {}
+    errors, norms, changes = {}, {}, {}
     for module in modules(round_.before):
         b, a = product = ideal(round_, module)
+        old_b, old_a = factors(round_.before, module, round_.scaling)
         result = [factors(outcome.adapter, module, round_.scaling), *_residual_factors(outcome.residual, module)]
         errors[module], norms[module] = frobenius(stack([*result, (-b, a)])), frobenius(product)
-    layers = {module: errors[module] / norms[module] if norms[module] else 0.0 for module in errors}
-    total = np.linalg.norm(list(norms.values()))
-    return {"total": float(np.linalg.norm(list(errors.values())) / total) if total else 0.0, "layers": layers}
+        changes[module] = frobenius(stack([product, (-old_b, old_a)]))
+    miss, size, change = (float(np.linalg.norm(list(by_module.values()))) for by_module in (errors, norms, changes))
+    return {
+        "total": miss / size if size else 0.0,
+        "of_change": miss / change if change > ROUNDING * size else 0.0,
+        "layers": {module: errors[module] / norms[module] if norms[module] else 0.0 for module in errors},
+    }
 
 
 def _residual_factors(residual: Adapter, module: str) -> list[Factors]:

@@ -9,7 +9,7 @@ scaling   a client trains W0 + s_i B_i A_i with its own s_i = alpha / r_i. The s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from copra_fl.adapters.state import Adapter, Update, part_of
 from copra_fl.config import Config
-from copra_fl.seeding import generator
+from copra_fl.seeding import assign
 
 
 def client_ranks(config: Config, num_clients: int) -> list[int]:
@@ -25,9 +25,7 @@ def client_ranks(config: Config, num_clients: int) -> list[int]:
     ranks = config.aggregation.rank_list
     if not ranks:
         return [config.model.rank] * num_clients
-    if config.aggregation.rank_assignment == "drawn":
-        return [int(rank) for rank in generator(config.federation.seed, "ranks").choice(ranks, num_clients)]
-    return ranks
+    return assign(ranks, config.aggregation.rank_assignment, num_clients, config.federation.seed, "ranks")
 
 
 def relative_scaling(config: Config, rank: int) -> float:
@@ -60,13 +58,14 @@ def rescale(adapter: Mapping[str, Tensor], factor: float) -> Adapter:
     return {name: tensor * factor if part_of(name) == "B" else tensor for name, tensor in adapter.items()}
 
 
-def client_starts(config: Config, adapter: Adapter, clients: Iterable[int]) -> dict[int, Adapter]:
-    """Return the start of each client: the global `adapter` cut to the client's rank, for the client's scaling."""
+def at_client_ranks(config: Config, adapters: Mapping[int, Adapter]) -> dict[int, Adapter]:
+    """Return the adapter of each client (at the global rank and scaling) at the client's own rank and scaling."""
     if not config.aggregation.client_ranks:
-        return dict.fromkeys(clients, adapter)
+        return dict(adapters)
     ranks = client_ranks(config, config.data.num_clients)
     return {
-        client: rescale(cut(adapter, ranks[client]), 1 / relative_scaling(config, ranks[client])) for client in clients
+        client: rescale(cut(adapter, ranks[client]), 1 / relative_scaling(config, ranks[client]))
+        for client, adapter in adapters.items()
     }
 
 

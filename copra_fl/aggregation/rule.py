@@ -30,7 +30,8 @@ class Round:
     """The inputs of a rule in one round.
 
     Attributes:
-        before: the global adapter from which the clients started.
+        before: the global adapter from which the clients started. With own starts or stale clients
+            (`aggregation.starts`) a client's whole adapter is in its update, in place of the tensors that it trained.
         updates: the clients' updates, sorted by client. All have the rank and scaling of `before`; adapters of smaller
             rank are padded with zeros.
         group_of: adapter tensor -> index of its gate group; the head's tensors are not in it.
@@ -96,10 +97,14 @@ class Rule:
         name: value of the configuration key ``rule``.
         aggregate: the rule as a function.
         parameters: dataclass of the rule's own parameters, declared with `config.option`.
-        trains: server round -> parts (`adapters.state.part_of`) that clients train; all others stay bitwise unchanged.
+        trains: server round -> parts (`adapters.state.part_of`) that clients train; all others stay bitwise unchanged
+            in local training. The scales S of a core never travel: a client folds them into R.
+        refactor: (adapter, modules) -> the adapter with other factors of the same products in these modules; None if
+            factors keep their meaning. `aggregate` calls it after its average, the server after a private average.
         shares: parts that travel. Trained parts that do not travel are personal: they stay with the client, and there
             is no global model.
-        core: B and A are fixed from the first gradient on, and an r x r matrix R between them is trained.
+        core: B and A are fixed, and a matrix R between them is trained (`adapters.core`). ``gradient``: their values
+            come from the first gradient on the server's data, ``orthogonal``: they are random; empty: no core.
         linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
         changes_base: W0 changes, so that there is a residual.
         unequal_ranks: the clients' adapters may have different ranks.
@@ -117,7 +122,8 @@ class Rule:
     parameters: type = NoParameters
     trains: Callable[[int], frozenset[str]] = train_all
     shares: frozenset[str] = ALL
-    core: bool = False
+    refactor: Callable[[Adapter, Sequence[str]], Adapter] | None = None
+    core: str = ""
     linear: bool = False
     changes_base: bool = False
     unequal_ranks: bool = False
@@ -136,6 +142,10 @@ class Rule:
         """Return the parts that clients send to the server in a round."""
         return self.trains(server_round) & self.shares
 
+    def changes(self, server_round: int) -> frozenset[str]:
+        """Return the shared parts that differ after a round: those that clients send, and refactored ones."""
+        return self.sends(server_round) | (frozenset("AB") if self.refactor else frozenset())
+
     @property
     def personal(self) -> bool:
         """True if a part of each client's model stays with the client."""
@@ -144,4 +154,4 @@ class Rule:
     @property
     def nodes_cache_state(self) -> bool:
         """True if a part of the model is unchanged after a round, so that nodes should cache the server's state."""
-        return self.personal or self.changes_base or any(self.trains(server_round) < ALL for server_round in (1, 2))
+        return self.changes_base or any(self.changes(server_round) < ALL for server_round in (1, 2))

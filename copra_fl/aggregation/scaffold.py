@@ -3,9 +3,10 @@
     client   g <- g + c - c_k in each local step;    c_k+ = mean of the client's gradients g over the round's steps
     server   c <- c + 1/N sum_k (c_k+ - c_k)
 
-c_k+ is the mean of measured gradients, similar to the paper's option I, and not derived from the change of the weights
-(option II), so that it is valid for every local optimizer. A tensor that was off or not trained keeps its control
-variate.
+c_k+ is the paper's option II: with plain gradient descent the mean of the gradients is c_k - c + (start - end) / (steps
+times rate). Here the gradients are measured, so that c_k+ is valid for every local optimizer. Option I, the gradient at
+the start of the round over all data of the client, would cost another pass. A tensor that was off or not trained keeps
+its control variate.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
     fedyogi      v <- v - (1 - beta2) g^2 sign(v - g^2)
     fedadam      v <- beta2 v + (1 - beta2) g^2
 
-m starts at 0 and v at tau^2, without bias correction, as in the paper. The paper's FedAdagrad has beta = 0.
+m starts at 0 and v at tau^2, without bias correction, as in the paper. The paper's FedAdagrad has beta = 0, that is,
+server-momentum = 0; the default of 0.9 holds for all of them.
 A tensor that no client trained does not move and keeps its moments, so momentum does not move a layer that is off.
 Traffic: none, the moments stay on the server.
 """

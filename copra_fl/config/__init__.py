@@ -162,17 +162,36 @@ class Config:
                 f"clients-per-round = {federation.clients_per_round} must not exceed num-clients = {data.num_clients}"
             )
         self._check_client_ranks()
+        self._check_client_depths()
 
     def _check_client_ranks(self) -> None:
         """Raise ConfigError unless client-ranks is a list of ranks with, where listed, one for each client."""
         text, ranks = self.aggregation.client_ranks, self.aggregation.rank_list
         if not all(1 <= rank <= self.model.rank for rank in ranks):
             raise ConfigError(f"client-ranks = {text!r}: each must be at least 1 and at most rank = {self.model.rank}")
-        num_clients, listed = self.data.num_clients, self.aggregation.rank_assignment == "listed"
-        if ranks and num_clients and listed and len(ranks) != num_clients:
+        self._check_length("rank", text, ranks, self.aggregation.rank_assignment)
+
+    def _check_client_depths(self) -> None:
+        """Raise ConfigError unless client-depths is a list of depths, and min-depth leaves some of them."""
+        text, depths, min_depth = self.copra.client_depths, self.copra.depth_list, self.copra.min_depth
+        if min(depths, default=1) < 1:
+            raise ConfigError(f"client-depths = {text!r}: each must be at least 1")
+        if min_depth and not depths:
+            raise ConfigError(f"min-depth = {min_depth} needs client-depths; set both, or min-depth = 0")
+        if min_depth > max(depths, default=0):
             raise ConfigError(
-                f"client-ranks = {text!r} has {len(ranks)} ranks for {num_clients} clients; list one rank per client, "
-                "or set rank-assignment = 'drawn'"
+                f"min-depth = {min_depth} leaves all clients out: the largest of client-depths = {text!r} is "
+                f"{max(depths)}"
+            )
+        self._check_length("depth", text, depths, self.copra.depth_assignment)
+
+    def _check_length(self, kind: str, text: str, values: list[int], assignment: str) -> None:
+        """Raise ConfigError unless client-`kind`s, where listed, has one value for each client."""
+        num_clients = self.data.num_clients
+        if values and num_clients and assignment == "listed" and len(values) != num_clients:
+            raise ConfigError(
+                f"client-{kind}s = {text!r} has {len(values)} {kind}s for {num_clients} clients; list one {kind} per "
+                f"client, or set {kind}-assignment = 'drawn'"
             )
 
 

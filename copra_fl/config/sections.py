@@ -15,6 +15,16 @@ from copra_fl.config.toml import csv_list
 BY_LABEL = ("dirichlet", "pathological", "shards")
 
 
+def _whole_numbers(key: str, text: str) -> list[int]:
+    """Return the numbers in the comma-separated value `text` of `key`. Raises ConfigError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"{key} = {text!r} must be a comma-separated list of whole numbers, for example 8,4,2"
+        ) from None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Examples and their split over clients."""
@@ -112,8 +122,14 @@ class ModelConfig:
     lora_alpha: float = option(16.0, "LoRA alpha", above=0)
     lora_scaling: str = option(
         "standard",
-        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), constant: alpha",
-        choices=("standard", "rslora", "constant"),
+        "scaling s of the adapters; standard: alpha / r, rslora: alpha / sqrt(r), sfed: alpha sqrt(N / r) for N "
+        "clients per round (docs/explanations/aggregation.md), constant: alpha",
+        choices=("standard", "rslora", "sfed", "constant"),
+    )
+    scaling_clients: int = option(
+        0,
+        "sfed: number N of clients; 0: those of a round, by num-clients and fraction-clients or clients-per-round",
+        low=0,
     )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
     dtype: str = option(
@@ -138,7 +154,13 @@ class ModelConfig:
 
     def scaling(self, rank: int) -> float:
         """Return the factor s in W0 + s B A for an adapter of this rank."""
-        return self.lora_alpha / {"standard": rank, "rslora": math.sqrt(rank), "constant": 1.0}[self.lora_scaling]
+        divisors = {
+            "standard": rank,
+            "rslora": math.sqrt(rank),
+            "sfed": math.sqrt(rank / max(self.scaling_clients, 1)),
+            "constant": 1.0,
+        }
+        return self.lora_alpha / divisors[self.lora_scaling]
 
 
 @dataclass(frozen=True)
@@ -174,6 +196,47 @@ class CopraConfig:
         choices=("step", "shared", "round"),
     )
     rescale: bool = option(False, "divide the output of active adapters by their probability")
+    layers_per_round: int = option(
+        0,
+        "number of layers that a client trains and sends in a round, the others stay off; 0: all (use weighting = "
+        "activity, which averages a layer over the clients that trained it)",
+        low=0,
+    )
+    layer_selection: str = option(
+        "random",
+        "layers-per-round; random: layers drawn for each client and round, cycle: the same layers for all clients, "
+        "from the bottom of the model to its top",
+        choices=("random", "cycle"),
+    )
+    rounds_per_layer: int = option(1, "cycle: consecutive rounds that train the same layers", low=1)
+    full_rounds: int = option(0, "cycle: rounds of all layers before each pass through the model", low=0)
+    client_depths: str = option(
+        "",
+        "largest number of layers that each client trains, comma-separated (docs/how-to/weak-clients.md); empty: all",
+    )
+    depth_assignment: str = option(
+        "listed",
+        "client-depths; listed: one depth per client, repeated: the list again and again until each client has a "
+        "depth, drawn: each client draws one of the depths at random",
+        choices=("listed", "repeated", "drawn"),
+    )
+    depth_allocation: str = option(
+        "top",
+        "client-depths; top: a client trains its last layers, which saves memory and time, random: layers drawn in "
+        "each round, as FedRA allocates them",
+        choices=("top", "random"),
+    )
+    min_depth: int = option(0, "client-depths: clients of a smaller depth take no part in training", low=0)
+
+    @property
+    def trains_subset(self) -> bool:
+        """True if clients train only some of the layers in a round."""
+        return self.layers_per_round > 0 or bool(self.client_depths)
+
+    @property
+    def depth_list(self) -> list[int]:
+        """The depths in `client_depths`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
+        return _whole_numbers("client-depths", self.client_depths)
 
 
 @dataclass(frozen=True)
@@ -224,6 +287,15 @@ class FederationConfig:
     num_rounds: int = option(3, "number of rounds", low=1)
     fraction_clients: float = option(1.0, "share of the clients sampled per round", above=0, high=1)
     clients_per_round: int = option(0, "number of clients sampled per round; 0: use fraction-clients", low=0)
+    start: str = option(
+        "common",
+        "adapters before the first round; common: the same for all clients, own: each client draws its own A",
+        choices=("common", "own"),
+    )
+    stale_clients: float = option(
+        0.0, "share of the clients, drawn once, that always train from an old global adapter", low=0, high=1
+    )
+    staleness: int = option(1, "stale-clients: age of that adapter, in rounds before the newest", low=1)
     updates: str = option(
         "individual",
         "updates that nodes send; individual: one per client, pooled: the average over a node's clients if the rule is "
@@ -255,6 +327,11 @@ class FederationConfig:
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
     node_timeout_s: float = option(120.0, "seconds to wait for min-nodes nodes at the start", above=0)
 
+    def round_size(self, num_clients: int) -> int:
+        """Return the number of clients whose updates make up a round, without over-sampling."""
+        number = self.clients_per_round or max(1, round(self.fraction_clients * num_clients))
+        return min(number, num_clients)
+
 
 @dataclass(frozen=True)
 class AggregationConfig:
@@ -270,8 +347,9 @@ class AggregationConfig:
     client_ranks: str = option("", "LoRA ranks of the clients, comma-separated, each at most rank; empty: all rank")
     rank_assignment: str = option(
         "listed",
-        "client-ranks; listed: one rank per client, drawn: each client draws one of the ranks at random",
-        choices=("listed", "drawn"),
+        "client-ranks; listed: one rank per client, repeated: the list again and again until each client has a rank, "
+        "drawn: each client draws one of the ranks at random",
+        choices=("listed", "repeated", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
     gucci_beta: float = option(
@@ -298,13 +376,7 @@ class AggregationConfig:
     @property
     def rank_list(self) -> list[int]:
         """The ranks in `client_ranks`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
-        try:
-            return [int(rank) for rank in self.client_ranks.split(",")] if self.client_ranks else []
-        except ValueError:
-            raise ConfigError(
-                f"client-ranks = {self.client_ranks!r} must be a comma-separated list of whole numbers, for example "
-                "8,4,2"
-            ) from None
+        return _whole_numbers("client-ranks", self.client_ranks)
 
 
 @dataclass(frozen=True)
@@ -326,6 +398,12 @@ class EvaluationConfig:
     """Measurements during and after training."""
 
     eval_every: int = option(1, "rounds between evaluations on the server's validation data", low=1)
+    target_accuracy: float = option(
+        0.0, "validation accuracy, as a share, at which a run ends before num-rounds; 0: no target", low=0, high=1
+    )
+    patience: int = option(
+        0, "evaluations in a row without a new best validation accuracy after which a run ends; 0: no limit", low=0
+    )
     eval_batch_size: int = option(64, "examples per evaluation batch", low=1)
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.copra.gates import Gates, group_name
+from copra_fl.models.flops import ModelSize
 from copra_fl.tasks import Inputs, Task
 
 
@@ -36,6 +37,7 @@ class AdaptedModel(nn.Module):
         head: the trained linear layer on the features; None if the base's own output layer is the head.
         gates: switches of the adapters, one gate per group.
         group_of: adapter tensor name -> index of its gate group; without the tensors of the head.
+        size: numbers of weights, for an estimate of the operations of a step.
         linears: adapted module, as in an adapter tensor's name before ``.lora_`` -> its frozen linear layer.
         recomputes_blocks: whether the backward pass computes blocks again (`recompute_blocks`).
         residual_factors: adapted module -> factors of its residual (`residual.matrices`), for modules that have one.
@@ -60,6 +62,7 @@ class AdaptedModel(nn.Module):
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
             for name in self._trainable
         }
+        self.size = ModelSize.of(self.base, self.gates, self._trainable, self.group_of, head)
         modules: dict[str, Any] = dict(self.base.named_modules())
         self.linears: dict[str, Any] = {
             f"base_model.model.{name}": modules[name].get_base_layer() for name in self.gates.group_of

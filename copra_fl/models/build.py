@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from copra_fl.adapters.core import block_diagonal
 from copra_fl.aggregation.compatibility import with_explicit_parameters
 from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
@@ -76,13 +79,26 @@ def choose_device(device: str) -> torch.device:
 
 
 def resolve_config(config: Config) -> Config:
-    """Return `config` with dtype, attention and the rule's parameters explicit.
+    """Return `config` with dtype, attention, the number of clients in the scaling and the rule's parameters explicit.
 
-    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device` and
-    `aggregation.compatibility.parameters_of` do.
+    Done once per run, so that all its processes compute alike. Raises ConfigError as `choose_device`, `scaling_clients`
+    and `aggregation.compatibility.parameters_of` do.
     """
-    model = resolve_compute(config.model, config.data.max_length)
+    model = replace(resolve_compute(config.model, config.data.max_length), scaling_clients=scaling_clients(config))
     return with_explicit_parameters(replace(config, model=model))
+
+
+def scaling_clients(config: Config) -> int:
+    """Return N of the scaling alpha sqrt(N / r); 0 with other scalings. Raises ConfigError if N is not known."""
+    if config.model.lora_scaling != "sfed":
+        return 0
+    number = config.model.scaling_clients or config.federation.round_size(config.data.num_clients)
+    if number == 0:
+        raise ConfigError(
+            "lora-scaling = 'sfed' needs the number of clients per round, and num-clients = 0 leaves it to the nodes; "
+            "set scaling-clients"
+        )
+    return number
 
 
 def resolve_compute(config: ModelConfig, max_length: int) -> ModelConfig:
@@ -151,7 +167,7 @@ def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
     )
 
 
-def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> AdaptedModel:
+def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, heads: int = 0) -> AdaptedModel:
     """Build the initial model of a run: base from disk, adapter and head drawn from the ``init`` stream of `seed`.
 
     Args:
@@ -159,7 +175,7 @@ def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, cor
         group: unit of a gate, "layer" or "module".
         num_labels: number of labels of the task's data.
         seed: seed of the run.
-        core: whether to insert a matrix R (r, r), initially 0, between the factors: W0 + s B R A.
+        heads: number of blocks of a matrix R between the factors, W0 + s B R A (`adapters.core`); 0: no such matrix.
 
     Raises ConfigError for an unknown model, a target that matches no module, or a missing device.
     """
@@ -173,8 +189,8 @@ def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, cor
     with torch_stream(torch.device("cpu"), seed, "init"):
         peft = get_peft_model(base, lora)
         head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None
-        if core:
-            _insert_cores(peft, config.rank)
+    if heads:
+        _insert_cores(peft, config.rank, heads)
     model = AdaptedModel(task, peft, head, config.pooling, group, device)
     if config.gradient_checkpointing:
         model.recompute_blocks()
@@ -200,14 +216,27 @@ def check_quantization(quantization: str) -> None:
         )
 
 
-def _insert_cores(peft: PeftModel, rank: int) -> None:
-    """Give each LoRA layer a ``lora_R`` (r, r) of zeros that is applied to the output of its A."""
+class _Weight(nn.Module):
+    """A tensor as a module, so that its parameter has a name like those of A and B."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def _insert_cores(peft: PeftModel, rank: int, heads: int) -> None:
+    """Give each LoRA layer the blocks ``lora_R`` (r, r / heads) of a matrix that is applied to the output of its A.
+
+    They are 0. With several heads, the layer also gets their scales ``lora_S`` (heads,), which are 1.
+    """
     for layer in lora_layers(peft):
-        core = nn.Linear(rank, rank, bias=False)
-        nn.init.zeros_(core.weight)
-        layer.lora_R = nn.ModuleDict({"default": core})
-        layer.lora_A["default"].register_forward_hook(partial(_apply_core, core))
+        tensors = [_Weight(torch.zeros(rank, rank // heads))]
+        layer.lora_R = nn.ModuleDict({"default": tensors[0]})
+        if heads > 1:
+            tensors.append(_Weight(torch.ones(heads)))
+            layer.lora_S = nn.ModuleDict({"default": tensors[1]})
+        layer.lora_A["default"].register_forward_hook(partial(_apply_core, tensors))
 
 
-def _apply_core(core: nn.Linear, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    return core(output)
+def _apply_core(tensors: Sequence[_Weight], linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return F.linear(output, block_diagonal(*(tensor.weight for tensor in tensors)))

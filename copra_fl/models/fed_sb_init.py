@@ -14,9 +14,6 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.adapters.state import Adapter
-from copra_fl.aggregation import find_rule
-from copra_fl.config import Config
-from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.tasks import Examples
 
@@ -69,13 +66,3 @@ def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, right = left[:, :rank], right[:rank]
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return (left * signs).contiguous(), (right * signs.T).contiguous()
-
-
-def initial_adapter(model: AdaptedModel, data: FederatedData, config: Config) -> Adapter:
-    """Return the adapter that a federation of `config` starts from: `model`'s own; for rules with a core, `core_start`.
-
-    `model` is new; the validation examples of the server's `data` give the gradient.
-    """
-    if not find_rule(config.aggregation.rule).core:
-        return model.read_adapter()
-    return core_start(model, data.examples, data.server_validation, config.evaluation.eval_batch_size)

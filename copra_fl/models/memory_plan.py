@@ -4,26 +4,29 @@
 
 c is the number of clients that one step trains together (``step-tokens``). The activations of a row are the tensors
 that autograd keeps for the backward pass with every adapter on, the maximum of CopRA. They are counted, not estimated
-from
-layers and widths: the model runs on torch's meta device, which computes shapes and no numbers.
+from layers and widths: the model runs on torch's meta device, which computes shapes and no numbers.
 Temporary tensors of a block and the memory of CUDA and Python are not included.
+
+With ``client-depths`` the activations are those of the deepest client, and `MemoryPlan.tiers` has each depth's. Layers
+that are drawn (``depth-allocation = "random"``) can include the lowest, so every depth is planned with all activations.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
+from copra_fl.copra.gates import Gates, group_name
 from copra_fl.models.build import lora_config, model_source
+from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.tasks import find_task
 from copra_fl.tasks.images import blank_images
 
@@ -45,6 +48,7 @@ class MemoryPlan:
         clients: maximum number of clients that a step trains together.
         batch_size: rows per client.
         tokens: tokens of the longest row.
+        tiers: depth -> bytes that autograd keeps for the longest example of its clients; empty without client-depths.
     """
 
     base: int
@@ -54,6 +58,7 @@ class MemoryPlan:
     clients: int
     batch_size: int
     tokens: int
+    tiers: dict[int, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -72,8 +77,16 @@ class MemoryPlan:
         return (
             f"{_in_units(self.total)} = base {_in_units(self.base)}{cache} + {self.clients} clients x "
             f"(adapter and optimizer {_in_units(self.client)} + "
-            f"{self.batch_size} rows x activations {_in_units(self.row)})"
+            f"{self.batch_size} rows x activations {_in_units(self.row)})" + self._tiers
         )
+
+    @property
+    def _tiers(self) -> str:
+        """The memory of one client of each depth beside the base, as a phrase; empty without client-depths."""
+        clients = [
+            f"depth {depth} {_in_units(self.client + self.batch_size * row)}" for depth, row in self.tiers.items()
+        ]
+        return f"; a client of {', of '.join(clients)}" if clients else ""
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,19 @@ class ModelMemory:
         adapter: number of values in one adapter, without the head.
         width: width of its hidden states.
         row: bytes that autograd keeps for a row.
+        modules: names of the modules with an adapter, in forward order.
     """
 
     base: int
     adapter: int
     width: int
     row: int
+    modules: tuple[str, ...]
+
+
+def num_groups(config: Config, tokens: int) -> int:
+    """Return the number of gate groups of the model of `config`, without reading any weights."""
+    return len({group_name(module, config.copra.gate_group) for module in measure(config.model, tokens).modules})
 
 
 def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
@@ -98,24 +118,31 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
 
     dtype, attention and number of clients in `config` must be resolved.
     """
-    training = config.training
+    training, copra = config.training, config.copra
     model = measure(config.model, tokens)
+    tiers = dict.fromkeys(sorted(set(copra.depth_list)), model.row)
+    if copra.depth_allocation == "top":
+        tiers = {depth: measure(config.model, tokens, depth, copra.gate_group).row for depth in tiers}
     head = (model.width + 1) * num_labels if find_task(config.model.task).trains_head else 0
     together = -(-training.step_tokens // (training.batch_size * tokens)) if training.engine == "stacked" else 1
     return MemoryPlan(
         base=model.base,
         client=(model.adapter + head) * torch.float32.itemsize * _copies(training),
-        row=model.row,
+        row=max(tiers.values(), default=model.row),
         cache=int(training.hidden_state_cache_mb * 1e6),
         clients=min(together, config.data.num_clients),
         batch_size=training.batch_size,
         tokens=tokens,
+        tiers=tiers,
     )
 
 
 @functools.cache
-def measure(config: ModelConfig, num_tokens: int) -> ModelMemory:
-    """Build the model of `config` on the meta device, run it on rows of `num_tokens` tokens, and return its memory."""
+def measure(config: ModelConfig, num_tokens: int, depth: int = 0, group: str = "layer") -> ModelMemory:
+    """Build the model of `config` on the meta device, run it on rows of `num_tokens` tokens, and return its memory.
+
+    With a `depth` only the adapters of the last `depth` gate groups are on, and need a gradient.
+    """
     with torch.device("meta"):
         base: PreTrainedModel = find_task(config.task).model_class.from_config(
             AutoConfig.from_pretrained(model_source(config.model)),
@@ -124,12 +151,16 @@ def measure(config: ModelConfig, num_tokens: int) -> ModelMemory:
         )
         # The engine multiplies with adapters in the base's dtype.
         adapted = get_peft_model(base, lora_config(config, base), autocast_adapter_dtype=False).eval()
-    one, two = (kept_bytes(adapted, _blank(base, number, num_tokens)) for number in (1, 2))
     trained = {id(parameter): parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad}
+    if depth:
+        gates = Gates(base, group)
+        gates.set([index >= len(gates.names) - depth for index in range(len(gates.names))])
+    one, two = (kept_bytes(adapted, _blank(base, number, num_tokens)) for number in (1, 2))
     frozen = sum(parameter.nbytes for parameter in adapted.parameters() if id(parameter) not in trained)
     if config.quantization == "4bit":
         frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
-    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one)
+    modules = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one, modules)
 
 
 def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:
@@ -163,18 +194,10 @@ def _blank(base: PreTrainedModel, number: int, num_tokens: int) -> dict[str, Ten
 
 def kept_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Return the bytes that autograd keeps for a forward pass of `model` over `inputs`, without parameters."""
-    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    kept = KeptBytes(model.parameters())
+    with kept.counting():
         model(**inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+    return int(kept.peak)
 
 
 def _copies(training: TrainingConfig) -> int:

@@ -19,11 +19,13 @@ from copra_fl.adapters.residual import fold
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.ranks import pad
+from copra_fl.aggregation.starts import ages, client_starts
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.models.build import load_processor, resolve_config
-from copra_fl.models.fed_sb_init import initial_adapter
+from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, open_engine
@@ -257,11 +259,12 @@ class OpenRun:
                 f"clients {join_words(absent)} did not train in round {server_round}; choose from {join_words(sampled)}"
             )
         chosen = [client for client in sampled if client in (only or sampled)]
-        before = self.state(server_round - 1)
-        plan, starts = (
-            Plan(server_round, tuple(chosen), self.config),
-            dict.fromkeys(chosen, Start(before.adapter, optimizer=before.optimizer)),
-        )
+        number = server_round - 1
+        before, age = self.state(number), max(ages(self.config, number, chosen).values())
+        old = self.state(number - age).adapter
+        global_starts = client_starts(self.config, number, before.adapter, old, chosen)
+        plan = Plan(server_round, tuple(chosen), self.config)
+        starts = {client: Start(adapter, optimizer=before.optimizer) for client, adapter in global_starts.items()}
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:
@@ -269,7 +272,7 @@ class OpenRun:
 
         slices = self.engine.slices(self.data, plan)
         updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report) for part in slices)
-        adapters = {update.client: complete(update, before.adapter) for update in updates}
+        adapters = {update.client: complete(update, global_starts[update.client]) for update in updates}
         return {client: adapters[client] for client in chosen}
 
 
@@ -363,8 +366,8 @@ def _equal(a: Adapter, b: Adapter) -> bool:
 
 
 def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
-    core = find_rule(config.aggregation.rule).core
-    return open_engine(config.training.engine, config.model, config.copra.gate_group, num_labels, seed, core)
+    kind, group = config.training.engine, config.copra.gate_group
+    return open_engine(kind, config.model, group, num_labels, seed, heads_of(config))
 
 
 def _check_supported(config: Config, directory: Path, action: Literal["opening", "retraining"]) -> None:

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from copra_fl.adapters.state import Adapter, by_number, part_of, parts
+from copra_fl.aggregation import products
 from copra_fl.copra.gates import group_name
+from copra_fl.probes.open_run import rank_of
 
 #: shares of the adapter's values that magnitude pruning sets to zero
 SPARSITIES = tuple(tenth / 10 for tenth in range(1, 10))
+#: shares of the layers, and of the rank, that the elastic score averages over (`probes.elastic`)
+SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Pruned:
     """A pruned adapter. Its head is always kept.
 
     Attributes:
-        family: the kind of pruning: ``ends``, ``layers``, ``module``, ``Shapley order`` or ``magnitude``.
+        family: the kind of pruning: ``ends``, ``layers``, ``module``, ``Shapley order``, ``magnitude``,
+            ``rank as stored`` or ``rank in SVD order``.
         name: the part that is kept.
         kept: share of the values of A, B and R that are kept; the head does not count.
     """
@@ -77,6 +83,30 @@ def by_magnitude(adapter: Adapter, sparsity: float) -> Adapter:
     return adapter | {name: row.view(factors[name].shape) for name, row in zip(factors, rows, strict=True)}
 
 
+def size_of(share: float, number: int) -> int:
+    """Return the number of parts that make up a `share` of `number` parts: rounded, at least 1."""
+    return max(1, round(share * number))
+
+
+def first_components(adapter: Adapter, size: int) -> Adapter:
+    """Return `adapter` with only the first `size` components of each module, as stored: other columns of B are 0."""
+    pruned = dict(adapter)
+    for name, tensor in parts(adapter, "B").items():
+        pruned[name] = tensor.clone()
+        pruned[name][:, size:] = 0
+    return pruned
+
+
+def largest_components(adapter: Adapter, size: int) -> Adapter:
+    """Return `adapter` with the `size` largest singular values of each module's B A (B R A), in the same shapes."""
+    pruned, rank = dict(adapter), rank_of(adapter)
+    for module in products.modules(adapter):
+        b, a = products.best_rank(products.factors(adapter, module, scaling=1.0), size)
+        pruned[products.b_of(module)] = F.pad(b, (0, rank - size)).float()
+        pruned[products.a_of(module)] = F.pad(a, (0, 0, 0, rank - size)).float()
+    return pruned | {name: torch.eye(rank) for name in parts(adapter, "R")}
+
+
 def ends(adapter: Adapter) -> Iterator[Pruned]:
     """Yield the adapter unpruned, and without any module."""
     yield Pruned("ends", "whole adapter", dict(adapter), 1.0)
@@ -121,6 +151,16 @@ def magnitudes(adapter: Adapter) -> Iterator[Pruned]:
     """Yield the adapter with its largest values in magnitude, from 90 % of them down to 10 %."""
     for sparsity in SPARSITIES:
         yield Pruned("magnitude", f"largest {1 - sparsity:.0%}", by_magnitude(adapter, sparsity), 1 - sparsity)
+
+
+def rank_prefixes(adapter: Adapter) -> Iterator[Pruned]:
+    """Yield the adapter with the shares `SHARES` of its rank, as stored and in SVD order, without the whole rank."""
+    rank = rank_of(adapter)
+    for size in dict.fromkeys(size_of(share, rank) for share in SHARES):
+        if size < rank:
+            name, kept = f"first {size} of {rank} components", size / rank
+            yield Pruned("rank as stored", f"{name}, as stored", first_components(adapter, size), kept)
+            yield Pruned("rank in SVD order", f"{name}, SVD order", largest_components(adapter, size), kept)
 
 
 def _with_layers(adapter: Adapter, family: str, name: str, chosen: Sequence[str]) -> Pruned:

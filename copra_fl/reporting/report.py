@@ -22,21 +22,30 @@ from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
     CLIENT_ACCURACY,
     COST,
+    ERROR_OF_CHANGE,
     MERGE_GAP,
     NO_VALUE,
+    OPTIONAL_COLUMNS,
     TEST_ACCURACY,
     TEST_LOSS,
+    WORK,
     Column,
     DataTable,
+    barrier_note,
     dataset_tables,
+    early_ends,
+    measured,
+    merge_gap_note,
     optional_columns,
     results_table,
     rows,
+    target_table,
+    work_table,
 )
 from copra_fl.reporting.verdict import verdict
 from copra_fl.wording import join_words
 
-RESULT_COLUMNS = (TEST_ACCURACY, CLIENT_ACCURACY, AGGREGATION_ERROR, MERGE_GAP, *COST)
+RESULT_COLUMNS = (TEST_ACCURACY, CLIENT_ACCURACY, AGGREGATION_ERROR, ERROR_OF_CHANGE, MERGE_GAP, *COST)
 CONNECTIVITY_COLUMNS = (
     Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f"),
     Column("barrier (Frankle), loss", "barrier_frankle", spec="+.3f"),
@@ -49,9 +58,10 @@ RUN_COLUMNS = (
     Column("validation loss", "validation_loss", spec=".3f"),
     CLIENT_ACCURACY,
     AGGREGATION_ERROR,
+    ERROR_OF_CHANGE,
     MERGE_GAP,
     Column("merge gap, loss", "merge_gap_loss", spec="+.3f"),
-    *COST,
+    *WORK,
 )
 #: with more methods than this the title does not name them
 MAX_IN_TITLE = 3
@@ -99,9 +109,17 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
         ),
         Section("Layers switched on", [*learning.schedule(comparison), *learning.activity_maps(comparison)]),
         Section("Clients", [*clients.client_accuracy(comparison), *clients.client_examples(comparison)]),
-        Section("Cost", [*cost.accuracy_for_bytes(comparison), *cost.traffic_and_time(comparison)]),
+        Section(
+            "Cost",
+            [
+                *cost.accuracy_for_cost(summary),
+                *cost.accuracy_for_bytes(comparison),
+                *cost.traffic_and_time(comparison),
+            ],
+            [*target_table(summary), work_table(summary)],
+        ),
         *_probes(comparison),
-        Section("Results of each run", tables=_each_run(comparison, optional_columns(summary)), collapsed=True),
+        Section("Results of each run", tables=_each_run(comparison, summary), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
         Section("Notes of the aggregation rules", tables=_notes(comparison), collapsed=True),
@@ -127,11 +145,23 @@ def _setting(comparison: Comparison, summary: ComparisonSummary) -> str:
         split += f", alpha {settings['alpha']}"
     rounds = f"{settings['num-rounds']} {'round' if settings['num-rounds'] == 1 else 'rounds'}"
     unit = "local-epochs" if settings["local-epochs"] else "local-steps"
-    length = f"{settings[unit]} {unit.replace('-', ' ')}"
+    length = f"{settings[unit]} {unit.replace('-', ' ')}{_passes(summary)}"
     return (
         f"{settings['model']} on {settings['dataset']} · {num_clients}, {split} · "
         f"{rounds} of {length} · {comparison.named_seeds}"
     )
+
+
+def _passes(summary: ComparisonSummary) -> str:
+    """Return the range of passes over own data in all runs, in parentheses; empty before a run has finished."""
+    values = [
+        [value for estimates in summary.methods.values() for value in estimates.get(metric).values if value is not None]
+        for metric in ("passes_lowest", "passes_highest")
+    ]
+    if not all(values):
+        return ""
+    low, high = f"{min(values[0]):.2f}", f"{max(values[1]):.2f}"
+    return f" ({low if low == high else f'{low} to {high}'} passes over a client's own data)"
 
 
 def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[str]:
@@ -142,6 +172,7 @@ def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[st
     if not_started := len(summary.unfinished) - len(started):
         yield f"Runs without a finished round: {not_started}."
     missing = sum(len(record.missing) for _, run in comparison.runs for record in run.journal)
+    yield from early_ends(summary)
     if missing:
         yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
 
@@ -153,8 +184,11 @@ def _results(summary: ComparisonSummary) -> DataTable:
     caption = (
         "After the last round. No client has seen the test data. Client accuracy: on the clients' validation data. "
         f"{'Held-out clients took no part in training. ' if has_held_out else ''}Aggregation error: relative error of "
-        "the new global adapter against the average of the clients' products, mean over rounds."
+        "the new global adapter against the average of the clients' products, mean over rounds; also relative to the "
+        f"change of that average in the round.{merge_gap_note(summary.settings.common)}"
     )
+    if not measured([ERROR_OF_CHANGE], [summary]):  # not in journals of earlier versions
+        others.remove(ERROR_OF_CHANGE)
     return results_table(summary, (accuracy, *optional, *others), caption)
 
 
@@ -164,7 +198,7 @@ def _connectivity(comparison: Comparison, summary: ComparisonSummary) -> list[Da
     caption = (
         "Entezari: highest loss above the straight line between the losses of the ends. Frankle: highest loss above "
         "the mean of the ends. Midpoint gap: accuracy at u = 0.5 minus the mean of the ends. Means over pairs of "
-        "clients, then over seeds."
+        f"clients, then over seeds.{barrier_note(summary.settings.common)}"
     )
     headings = [column.heading for column in CONNECTIVITY_COLUMNS]
     return [DataTable(["method", *headings], rows(summary, CONNECTIVITY_COLUMNS), caption)]
@@ -178,20 +212,19 @@ def _probes(comparison: Comparison) -> Iterator[Section]:
         yield Section(probe["title"], html.unpack(probe["figures"]))
 
 
-def _each_run(comparison: Comparison, optional: list[Column]) -> list[DataTable]:
-    columns = (*RUN_COLUMNS, *optional)
-    finished = [
-        (method, seed, summary) for method in comparison.methods for seed, summary in comparison.finished(method)
-    ]
+def _each_run(comparison: Comparison, summary: ComparisonSummary) -> list[DataTable]:
+    columns = measured((*RUN_COLUMNS, *OPTIONAL_COLUMNS), [summary])
+    finished = [(method, run.seed, run) for method in comparison.methods for run in comparison.finished_runs(method)]
     runs = [
         [method, str(seed), *(column.format(values[column.metric]) for column in columns)]
-        for method, seed, summary in finished
-        for values in [metrics(summary)]
+        for method, seed, run in finished
+        for values in [metrics(run)]
     ]
     pairs = [
         [method, str(seed), join_words(path.clients), *_path_cells(path)]
-        for method, seed, summary in finished
-        for path in summary.paths
+        for method, seed, run in finished
+        if run.summary
+        for path in run.summary.paths
     ]
     tables = [
         DataTable(["method", "seed", *(column.heading for column in columns)], runs),

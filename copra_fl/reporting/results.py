@@ -83,6 +83,10 @@ class Comparison:
         """Return (seed, summary) of each run of `method` that has finished."""
         return [(run.seed, run.summary) for run in self.methods[method] if run.summary is not None]
 
+    def finished_runs(self, method: str) -> list[Run]:
+        """Return the runs of `method` that have finished."""
+        return [run for run in self.methods[method] if run.summary is not None]
+
     def rounds_done(self, method: str, seed: int) -> int:
         return next((len(run.journal) for run in self.methods[method] if run.seed == seed), 0)
 

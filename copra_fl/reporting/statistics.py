@@ -19,12 +19,13 @@ from scipy.special import stdtrit
 from copra_fl.records import (
     ComparedSettings,
     ComparisonSummary,
+    EarlyEnd,
     Estimate,
     Evaluation,
     MetricEstimates,
-    RunSummary,
     UnfinishedRun,
 )
+from copra_fl.reporting import work
 from copra_fl.reporting.results import Comparison, Run
 
 CONFIDENCE = 0.95
@@ -50,15 +51,19 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     return Estimate(mean=mean, interval=(mean - half, mean + half), values=tuple(values))
 
 
-def metrics(summary: RunSummary) -> Metrics:
+def metrics(run: Run) -> Metrics:
     """Return the numbers of a finished run that are compared: accuracies in [0, 1], losses in nats, bytes, seconds.
 
+    Rounds, steps of a client, passes, operations and the error relative to the change are those of the run's journal.
     ``client_accuracy`` is measured on the clients' own validation data and weighted by examples; it is that of the
     global model, or with a personal rule that of each client's own model. Barriers and midpoint gap are means over the
     run's pairs of clients. With several data sets, test metrics are means over them, and ``test_accuracy/NAME`` and
     ``test_loss/NAME`` are those of each data set.
     """
+    summary = run.summary
+    assert summary is not None, "only finished runs are compared"
     gap, paths, clients = summary.merge_gap, summary.paths, summary.clients
+    passes = work.passes(run.config, run.journal)
     examples = sum(client.examples for client in clients)
     correct = sum(client.examples * client.accuracy for client in clients)
     test, held_out = _evaluation("test", summary.test), _evaluation("held_out", summary.held_out)
@@ -71,12 +76,19 @@ def metrics(summary: RunSummary) -> Metrics:
         | {
             "client_accuracy": correct / examples if examples else None,
             "aggregation_error": summary.aggregation_error,
+            "aggregation_error_of_change": work.error_of_change(run.journal),
             "merge_gap_accuracy": gap.accuracy if gap else None,
             "merge_gap_loss": gap.loss if gap else None,
             "bytes_up": summary.bytes_up,
             "bytes_down": summary.bytes_down,
             "bytes": summary.bytes_up + summary.bytes_down,
             "seconds": summary.seconds,
+            "rounds": len(run.journal),
+            "steps": work.mean_steps(run.journal),
+            "passes": passes.mean if passes else None,
+            "passes_lowest": passes.lowest if passes else None,
+            "passes_highest": passes.highest if passes else None,
+            "flops": work.flops(run.journal),
             "barrier_entezari": fmean(path.barrier_entezari for path in paths) if paths else None,
             "barrier_frankle": fmean(path.barrier_frankle for path in paths) if paths else None,
             "midpoint_gap": fmean(path.midpoint_gap for path in paths) if paths else None,
@@ -97,10 +109,12 @@ def _evaluation(split: str, evaluation: Evaluation | None) -> Metrics:
 def summarize(comparison: Comparison) -> ComparisonSummary:
     """Return the summary of `comparison`: estimates of all metrics, differences to the first method, settings."""
     by_method = {
-        method: {seed: metrics(summary) for seed, summary in comparison.finished(method)}
-        for method in comparison.methods
+        method: {run.seed: metrics(run) for run in comparison.finished_runs(method)} for method in comparison.methods
     }
     baseline, *others = by_method
+    finished = {method: comparison.finished_runs(method) for method in by_method}
+    curves = {method: curve for method, runs in finished.items() if (curve := work.curve(runs))}
+    goals = work.targets(finished[baseline])
     common, differing = partition_settings(
         {method: runs[0].config.to_flat() for method, runs in comparison.methods.items() if runs}
     )
@@ -122,6 +136,14 @@ def summarize(comparison: Comparison) -> ComparisonSummary:
             for seed in comparison.seeds
             if seed not in by_seed
         ),
+        ended_early=tuple(
+            EarlyEnd(method=method, seed=seed, round=summary.rounds, reason=summary.ended_early)
+            for method in by_method
+            for seed, summary in comparison.finished(method)
+            if summary.ended_early
+        ),
+        curves=curves,
+        to_target={method: work.cost_to_target(finished[method], goals) for method in curves} if goals else {},
     )
 
 

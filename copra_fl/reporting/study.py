@@ -16,19 +16,28 @@ from copra_fl.config import Config
 from copra_fl.files import atomic_write, write_json
 from copra_fl.records import CellResults, ChosenRate, StudyResults
 from copra_fl.reporting import html
+from copra_fl.reporting.figures import cost
 from copra_fl.reporting.figures import study as figures
+from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Section
 from copra_fl.reporting.results import Comparison, load_comparison
 from copra_fl.reporting.statistics import estimate, metrics, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
     CLIENT_ACCURACY,
+    ERROR_OF_CHANGE,
     MERGE_GAP,
+    PASSES,
     POINTS,
     TEST_ACCURACY,
     Column,
     DataTable,
+    barrier_note,
+    early_ends,
+    measured,
+    merge_gap_note,
     note,
+    target_table,
 )
 from copra_fl.reporting.verdict import verdict
 
@@ -39,6 +48,8 @@ COLUMNS = (
     MERGE_GAP,
     Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f", interval=False),
     AGGREGATION_ERROR,
+    ERROR_OF_CHANGE,
+    PASSES,
 )
 
 
@@ -79,7 +90,7 @@ def validation_accuracies(tuning: Comparison) -> dict[str, dict[float, float]]:
     """Return method -> learning rate -> mean final validation accuracy, for rates at which all runs have finished."""
     accuracies: dict[str, dict[float, float]] = {}
     for name in tuning.methods:
-        values = [metrics(summary)["validation_accuracy"] for _, summary in tuning.finished(name)]
+        values = [metrics(run)["validation_accuracy"] for run in tuning.finished_runs(name)]
         method, _, rate = name.rpartition("@")
         if len(values) == len(tuning.seeds) and (mean := estimate(values).mean) is not None:
             accuracies.setdefault(method, {})[float(rate)] = mean
@@ -109,11 +120,14 @@ def write(directory: Path, cells: Sequence[Path], command: str) -> StudyResults:
 
     Returns the results: all that a report or a document needs of the runs, with `command`, versions and machine.
     """
+    of_cells = tuple(cell_results(cell) for cell in cells)
     results = StudyResults(
         command=command,
         versions=provenance.versions(),
         machine=provenance.machine(),
-        cells=tuple(cell_results(cell) for cell in cells),
+        cells=of_cells,
+        ranking=rank_methods(of_cells),
+        rate_regret=rate_regret(of_cells),
     )
     write_json(directory / "results.json", results.model_dump(mode="json"))
     atomic_write(directory / "report.html", render(directory.name, results))
@@ -127,28 +141,48 @@ def render(name: str, results: StudyResults) -> str:
         title=f"Study: {name}",
         setting=f"{settings['model']} on {settings['dataset']} · {results.command}",
         verdict=" ".join(f"{figures.label(cell)}: {verdict(cell)}" for cell in results.cells),
-        warnings=list(_rates_at_edges(results)),
-        results=[table(results)],
+        warnings=[*_rates_at_edges(results), *_early_ends(results)],
+        results=[table(results), *ranking_table(results.cells, results.ranking)],
         sections=[
             Section("Accuracy", [*figures.gains(results), *figures.accuracies(results)]),
+            *_costs(results),
             Section("Predictors of a gain", figures.predictors(results)),
-            Section("Learning rates", figures.rates(results)),
+            Section(
+                "Learning rates",
+                figures.rates(results),
+                [regret_table(results.rate_regret, len(results.cells))] if results.rate_regret else [],
+            ),
         ],
     )
 
 
+def _costs(results: StudyResults) -> Iterator[Section]:
+    """Yield the accuracy against bytes and operations in each cell that was evaluated more than once."""
+    for cell in results.cells:
+        charts = cost.accuracy_for_cost(cell)
+        if charts:
+            yield Section(f"Accuracy for cost: {figures.label(cell)}", charts, target_table(cell))
+
+
 def table(results: StudyResults) -> DataTable:
-    """Return one row per cell and method: its rate, its test results, and the metrics of averaging."""
-    rows = []
+    """Return one row per cell and method: its rate, its test results, the metrics of averaging, and passes."""
+    rows, columns = [], measured(COLUMNS, results.cells)
     for cell in results.cells:
         for method, estimates in cell.methods.items():
             gain = POINTS.show(cell.differences[method].get(POINTS.metric)) if method in cell.differences else ""
             rate = f"{cell.rates[method].chosen:g}"
-            shown = (column.show(estimates.get(column.metric)) for column in COLUMNS)
+            shown = (column.show(estimates.get(column.metric)) for column in columns)
             rows.append([figures.label(cell), method, rate, gain, *shown])
     first = results.cells[0]
-    header = ["cell", "method", "rate", f"minus {first.baseline}, points", *(column.heading for column in COLUMNS)]
-    return DataTable(header, rows, f"After the last round. {note(first, rows)}")
+    header = ["cell", "method", "rate", f"minus {first.baseline}, points", *(column.heading for column in columns)]
+    settings = first.settings.common
+    caption = f"After the last round. {note(first, rows)}{merge_gap_note(settings)}{barrier_note(settings)}"
+    return DataTable(header, rows, caption)
+
+
+def _early_ends(results: StudyResults) -> Iterator[str]:
+    for cell in results.cells:
+        yield from (f"{figures.label(cell)}: {sentence}" for sentence in early_ends(cell))
 
 
 def _rates_at_edges(results: StudyResults) -> Iterator[str]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from copra_fl.records import ComparisonSummary, Estimate
+from copra_fl.records import ComparisonSummary, ConfigValue, Estimate
 from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
@@ -126,11 +127,24 @@ TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
 CLIENT_ACCURACY = Column("client accuracy, %", "client_accuracy", scale=100)
 AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
+ERROR_OF_CHANGE = Column("aggregation error, % of the change", "aggregation_error_of_change", scale=100, interval=False)
 MERGE_GAP = Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f")
 COST = (
     Column("MB up", "bytes_up", scale=1e-6, interval=False),
     Column("MB down", "bytes_down", scale=1e-6, interval=False),
     Column("seconds", "seconds", spec=".0f", interval=False),
+)
+PASSES = Column("passes over own data", "passes", spec=".2f", interval=False)
+FLOPS = Column("TFLOPs of training", "flops", scale=1e-12, spec=".4g", interval=False)
+ROUNDS = Column("rounds", "rounds", spec=".4g", interval=False)
+WORK = (
+    ROUNDS,
+    Column("steps per client", "steps", spec=".4g", interval=False),
+    PASSES,
+    Column("lowest client", "passes_lowest", spec=".2f", interval=False),
+    Column("highest client", "passes_highest", spec=".2f", interval=False),
+    FLOPS,
+    *COST,
 )
 #: shown only if measured: not every task and split has them
 OPTIONAL_COLUMNS = (
@@ -143,11 +157,12 @@ COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_
 
 
 def table(summary: ComparisonSummary) -> Group:
-    """Return the results for a terminal: a table of the methods, and with several data sets one by data set."""
+    """Return the results for a terminal: a table of the methods, with several data sets one by data set, early ends."""
     accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
     optional = [replace(column, interval=False) for column in optional_columns(summary)]
     columns = (accuracy, *optional, *(COST if optional else COLUMNS[1:]))
-    return Group(*(shown.rich() for shown in (results_table(summary, columns), *dataset_tables(summary))))
+    tables = [shown.rich() for shown in (results_table(summary, columns), *dataset_tables(summary))]
+    return Group(*tables, *map(escape, early_ends(summary)))
 
 
 def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMNS, caption: str = "") -> DataTable:
@@ -195,13 +210,94 @@ def dataset_tables(summary: ComparisonSummary) -> list[DataTable]:
 
 def optional_columns(summary: ComparisonSummary) -> list[Column]:
     """Return those of `OPTIONAL_COLUMNS` that at least one method has."""
+    return measured(OPTIONAL_COLUMNS, [summary])
+
+
+def measured(columns: Sequence[Column], summaries: Sequence[ComparisonSummary]) -> list[Column]:
+    """Return those of `columns` that at least one method of one of `summaries` has."""
+    estimates = [of_method for summary in summaries for of_method in summary.methods.values()]
     return [
         column
-        for column in OPTIONAL_COLUMNS
-        if any(
-            value is not None for estimates in summary.methods.values() for value in estimates.get(column.metric).values
-        )
+        for column in columns
+        if any(value is not None for of_method in estimates for value in of_method.get(column.metric).values)
     ]
+
+
+def work_table(summary: ComparisonSummary) -> DataTable:
+    """Return the work of each method: rounds, steps, passes over own data, operations, bytes, seconds."""
+    columns = measured(WORK, [summary])
+    caption = (
+        "Of a whole run, means over seeds. Passes over own data: steps x batch / training examples of a client, mean "
+        "over clients, and of the clients with the fewest and the most. TFLOPs: estimated operations of all clients' "
+        "training; below the lowest layer that is on, no backward pass is needed."
+    )
+    rows = [_cells(summary, method, columns) for method in summary.methods]
+    return DataTable(["method", *(column.heading for column in columns)], rows, caption, title="Work of a run")
+
+
+def target_table(summary: ComparisonSummary) -> list[DataTable]:
+    """Return the cost of each method until its validation accuracy first reached the target.
+
+    Returns an empty list if no run was evaluated more than once.
+    """
+    if not summary.to_target or not any(len(curve.rounds) > 1 for curve in summary.curves.values()):
+        return []
+    rows = []
+    for method, cost in summary.to_target.items():
+        reached = sum(number is not None for number in cost.rounds)
+        values = [(ROUNDS, cost.rounds), (COST[0], cost.bytes_up), (COST[0], cost.bytes), (FLOPS, cost.flops)]
+        means = [column.format(_mean_of_all(by_seed)) for column, by_seed in values]
+        rows.append([method, f"{reached} of {len(cost.seeds)}", *means])
+    goals = {goal for cost in summary.to_target.values() for goal in cost.targets}
+    if len(goals) == 1:
+        goal = f"a validation accuracy of {100 * goals.pop():.1f} %"
+    else:
+        goal = f"the validation accuracy that {summary.baseline} ends with, paired by seed"
+    caption = f"Up to the first evaluation that reaches {goal}. Means over seeds, if all reached it."
+    header = ["method", "seeds that reached it", "rounds", "MB up", "MB up and down", "TFLOPs of training"]
+    return [DataTable(header, rows, caption, title="Cost of a validation accuracy")]
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """Return the mean of `values`; None if one of them is None, or without values."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def early_ends(summary: ComparisonSummary) -> list[str]:
+    """Return a sentence for each method and reason for which runs ended before num-rounds."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for end in summary.ended_early:
+        runs.setdefault((end.method, end.reason), []).append(f"seed {end.seed} in round {end.round}")
+    return [f"{method} ended early: {join_words(ends)} ({reason})." for (method, reason), ends in runs.items()]
+
+
+def merge_gap_note(settings: Mapping[str, ConfigValue]) -> str:
+    """Return a sentence on the number of clients of which the merge gap is known; empty where it is not measured."""
+    evaluated, all_clients = settings.get("merge-gap-clients"), _clients_of_a_round(settings)
+    if not evaluated or all_clients is None:
+        return ""
+    return f" The merge gap is that of {min(int(evaluated), all_clients)} of the {all_clients} clients of a round."
+
+
+def barrier_note(settings: Mapping[str, ConfigValue]) -> str:
+    """Return a sentence on the limits of a measured barrier; empty where no line is evaluated."""
+    lines, points = settings.get("path-pairs"), settings.get("path-points")
+    if not (lines and points):
+        return ""
+    return (
+        f" A barrier is the highest of {points} points of a line, ends included, so it is never below 0; heads move "
+        f"along the line with the adapters. It is the mean over {lines} line{'s' if int(lines) > 1 else ''} of a run."
+    )
+
+
+def _clients_of_a_round(settings: Mapping[str, ConfigValue]) -> int | None:
+    """Return the number of clients asked in a round; None if settings differ, or each node is a client."""
+    known = [settings.get(key) for key in ("num-clients", "fraction-clients", "clients-per-round")]
+    if None in known or not known[0]:
+        return None
+    num_clients, fraction, number = (float(value) for value in known if value is not None)
+    return int(number) or max(1, round(fraction * num_clients))
 
 
 def is_ranked(summary: ComparisonSummary) -> bool:

@@ -68,6 +68,7 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """Return the resolved configuration, and notes about its data for the user."""
+    from copra_fl.copra.layers import check_layers, deep_enough
     from copra_fl.models import memory_plan
     from copra_fl.models.build import resolve_config
 
@@ -77,14 +78,15 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         model=_absolute(config.model.model),
     )
     federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
-    num_clients = len(federated.train)
-    trained = num_clients - len(federated.skipped)
-    if config.federation.clients_per_round > trained:
-        raise ConfigError(
-            f"clients-per-round = {config.federation.clients_per_round} is more than the {trained} clients with data"
-        )
-    config = resolve_config(config.changed(num_clients=num_clients))
+    config = resolve_config(config.changed(num_clients=len(federated.train)))
     size = len(federated.label_names), federated.examples.max_length
+    check_layers(config, memory_plan.num_groups(config, federated.examples.max_length))
+    trained = set(deep_enough(config, range(config.data.num_clients))).difference(federated.skipped)
+    if config.federation.clients_per_round > len(trained):
+        raise ConfigError(
+            f"clients-per-round = {config.federation.clients_per_round} is more than the {len(trained)} clients with "
+            "data" + (f" and of depth {config.copra.min_depth} or more" if config.copra.min_depth else "")
+        )
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]

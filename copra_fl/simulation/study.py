@@ -3,9 +3,10 @@
 A study is a recipe with a table ``[study]``:
 
     [study.splits.NAME]    settings of the data: its partition, and the clients that take part
-    [study.regimes.NAME]   settings of the schedule: rounds and local steps
+    [study.regimes.NAME]   settings of the schedule: rounds and local steps; in a table `methods` those of one method
     [study.tuning]         seeds, learning-rates, and optional settings of the runs that choose a learning rate
-    [study.grids.NAME]     methods, seeds, splits, regimes
+    [study.grids.NAME]     methods, seeds, splits, regimes, and an optional table `tuning`, whose keys replace those of
+                           [study.tuning]
 
 A cell of a grid is a split in a regime. In each cell every method's learning rate is chosen on validation data of the
 tuning seeds; then the method runs at that rate with the grid's seeds. Finished runs are not repeated, so the same
@@ -15,13 +16,13 @@ command continues a study after a kill, and after seeds, methods or cells were a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import Config, ConfigError, flatten
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, short_name
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # slow to import
 
 TUNING_KEYS = ("seeds", "learning-rates", "settings")
 GRID_KEYS = ("methods", "seeds", "splits", "regimes")
+#: key of a regime's table with the settings of single methods: method -> settings
+METHODS = "methods"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class StudyCell:
         recipe: the study's recipe with the settings of split and regime.
         methods: short name -> name or file of each method.
         seeds: seeds of the test runs.
-        tuning: the table ``[study.tuning]``.
+        tuning: the table ``[study.tuning]``, with the keys that the grid replaces.
+        of_method: short name -> settings of this method in the cell's regime.
     """
 
     directory: Path
@@ -51,13 +55,15 @@ class StudyCell:
     methods: Mapping[str, str]
     seeds: list[int]
     tuning: Mapping[str, Any]
+    of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def config(self, method: str, rate: float, seed: int) -> Config:
         """Return the configuration of a test run of `method` at the learning rate `rate`."""
         from copra_fl.reporting.study import rate_key  # slow to import
 
         config = self.recipe.config(self.methods[method], seed)
-        return Config.from_flat(config.to_flat() | {rate_key(config): rate})
+        regime = {**self.of_method.get(method, {}), **self.recipe.overrides}
+        return Config.from_flat(config.to_flat() | regime | {rate_key(config): rate})
 
     def tuning_config(self, method: str, rate: float, seed: int) -> Config:
         """Return the configuration of a tuning run: that of a test run with the settings of ``[study.tuning]``."""
@@ -83,14 +89,19 @@ def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tupl
 
 def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], directory: Path) -> Iterator[StudyCell]:
     """Yield a cell for every split and regime of a grid."""
-    grid = recipe.study["grids"][grid_name]
+    grid = dict(recipe.study["grids"][grid_name])
+    replaced = grid.pop("tuning", {})
     check_keys(f"study.grids.{grid_name}", grid, GRID_KEYS)
+    check_keys(f"study.grids.{grid_name}.tuning", tuning | replaced, TUNING_KEYS)
     methods = {short_name(method): method for method in grid["methods"]}
     for split in grid["splits"]:
         for regime in grid["regimes"]:
-            settings = named_settings(recipe, "splits", split) | named_settings(recipe, "regimes", regime)
+            of_regime = dict(named_settings(recipe, "regimes", regime))
+            of_method = settings_of_methods(recipe, regime, of_regime.pop(METHODS, {}))
+            settings = named_settings(recipe, "splits", split) | of_regime
             cell_recipe = replace(recipe, settings=recipe.settings | settings)
-            yield StudyCell(directory / split / regime, cell_recipe, methods, grid["seeds"], tuning)
+            folder = directory / split / regime
+            yield StudyCell(folder, cell_recipe, methods, grid["seeds"], tuning | replaced, of_method)
 
 
 def named_settings(recipe: Recipe, table: str, name: str) -> dict[str, Any]:
@@ -99,6 +110,15 @@ def named_settings(recipe: Recipe, table: str, name: str) -> dict[str, Any]:
     if name not in known:
         raise ConfigError(unknown_name(table.removesuffix("s"), name, known))
     return known[name]
+
+
+def settings_of_methods(recipe: Recipe, regime: str, tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return method -> settings in a regime. Raises ConfigError for a method that is in no grid."""
+    known = dict.fromkeys(short_name(method) for grid in recipe.study["grids"].values() for method in grid["methods"])
+    for method in tables:
+        if method not in known:
+            raise ConfigError(f"[study.regimes.{regime}.methods]: {unknown_name('method', method, known)}")
+    return {method: flatten(settings) for method, settings in tables.items()}
 
 
 def check_keys(table: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> None:
@@ -120,7 +140,13 @@ def sample_configs(cell: StudyCell) -> Iterator[Config]:
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
         require_global_model(cell.config(method, rate, cell.seeds[0]), f"to choose the learning rate of {method!r} by")
-        yield cell.tuning_config(method, rate, cell.tuning["seeds"][0])
+        tuning = cell.tuning_config(method, rate, cell.tuning["seeds"][0])
+        if tuning.evaluation.target_accuracy:
+            raise ConfigError(
+                f"target-accuracy = {tuning.evaluation.target_accuracy:g} ends the runs that choose a learning rate at "
+                "equal accuracies; set target-accuracy = 0 in the settings of [study.tuning]"
+            )
+        yield tuning
         yield cell.config(method, rate, cell.seeds[0])
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import load_run
 from copra_fl.reporting.statistics import metrics
+from copra_fl.reporting.work import flops
 
 
 class Tracker(Protocol):
@@ -54,7 +55,7 @@ class Feed:
         self._tracker.rounds = len(run.journal)
         if run.summary is not None:
             self._finished = True
-            self._tracker.close(_measured(metrics(run.summary)))
+            self._tracker.close(_measured(metrics(run)))
 
     def close(self) -> None:
         if self._tracker is not None and not self._finished:
@@ -103,12 +104,14 @@ def scalars(record: RoundRecord) -> dict[str, float]:
             "merge_gap/loss": gap.loss if gap else None,
             "merge_gap/accuracy": gap.accuracy if gap else None,
             "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
+            "aggregation_error_of_change": record.aggregation_error.of_change if record.aggregation_error else None,
             "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
             "clients/trained": len(record.clients),
             "clients/missing": len(record.missing),
             "bytes/up": record.bytes_up,
             "bytes/down": record.bytes_down,
             "seconds": record.seconds,
+            "flops": flops([record]),
         }
         | {f"validation/{name}/loss": evaluation.loss for name, evaluation in datasets.items()}
         | {f"validation/{name}/accuracy": evaluation.accuracy for name, evaluation in datasets.items()}

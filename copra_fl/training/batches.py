@@ -10,6 +10,7 @@ import numpy as np
 from copra_fl.aggregation.ranks import client_ranks, relative_scaling
 from copra_fl.config import TrainingConfig
 from copra_fl.copra import schedule
+from copra_fl.copra.layers import trained_layers
 from copra_fl.data.federated import FederatedData
 from copra_fl.seeding import generator
 from copra_fl.training.plan import Plan, num_trained
@@ -86,10 +87,13 @@ def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) ->
     indices = data.train[client]
     order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
-    masks, probabilities = schedule.client_masks(copra, seed, client, len(batches), num_groups, server_round, rounds)
+    trained = trained_layers(config, num_groups, server_round, client)
+    among, probabilities = schedule.client_masks(copra, seed, client, len(batches), len(trained), server_round, rounds)
+    masks = np.zeros((len(batches), num_groups), dtype=bool)
+    masks[:, trained] = among
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
     rank_scale = relative_scaling(config, ranks[client]) if ranks else 1.0
-    scales = rank_scale * schedule.scales(copra, masks, probabilities)
+    scales = rank_scale * schedule.scales(copra, among, probabilities)
     on_line = copra.local_training == "line"
     positions = generator(seed, "line", server_round, client).random(len(batches)) if on_line else np.ones(len(batches))
     t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds

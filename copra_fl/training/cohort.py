@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from copra_fl.adapters.state import Adapter, OptimizerState, Update
 from copra_fl.config import Config, TrainingConfig
+from copra_fl.copra.layers import by_depth
 from copra_fl.data.federated import FederatedData
+from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import derive
 from copra_fl.training.batches import LocalSteps, plan_steps
 from copra_fl.training.local_terms import StackedLocalTerms
+from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start, num_steps
 from copra_fl.training.points import StackedPoints, step_points
@@ -31,8 +35,13 @@ from copra_fl.training.update import make_update
 def slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[tuple[int, ...]]:
     """Return `clients` in slices that train together, so that no step has more than ``step-tokens`` tokens.
 
-    Clients with similar numbers of steps share a slice; most steps come first.
+    Clients of one depth with similar numbers of steps share a slice; within a depth, most steps come first.
     """
+    return [part for tier in by_depth(config, clients).values() for part in _slices(config, data, tier)]
+
+
+def _slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return clients of one depth in slices, as `slices` does."""
     steps = {client: num_steps(config.training, len(data.train[client])) for client in clients}
     tokens = config.training.batch_size * data.examples.max_length
     number = -(-len(clients) * tokens // config.training.step_tokens)
@@ -66,6 +75,7 @@ def train_cohort(
     points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
+    kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
         rows = np.flatnonzero(lengths > index)
         on = np.stack([cohort[row].masks[index] for row in rows])
@@ -83,7 +93,7 @@ def train_cohort(
         for number, client_points in enumerate(zip(*by_client_points, strict=True)):
             with points.moved(step, client_points) as moved_step:
                 for micro_batch in range(max(map(len, batches))):
-                    part = _backward(model, data, moved_step, batches, micro_batch)
+                    part = _backward(model, data, moved_step, batches, micro_batch, kept)
                     if number == 0:
                         losses[index, model.tensor(rows)] += part
         terms.add(rows, on)
@@ -95,7 +105,13 @@ def train_cohort(
     states = optimizer.read_states() if plan.config.training.optimizer_state != "fresh" else [{}] * len(cohort)
     updates = []
     for row, (steps, values, loss) in enumerate(zip(cohort, stack.values.cpu(), losses.cpu().T, strict=True)):
-        metrics = {"loss": float(loss[: len(steps)].mean()), "seconds": seconds, "distance": distances[row]}
+        metrics = {
+            "loss": float(loss[: len(steps)].mean()),
+            "seconds": seconds,
+            "distance": distances[row],
+            "flops": local_flops(plan.config, model.size, steps, data.examples),
+        }
+        metrics |= {"memory": kept.peak} if kept else {}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
         update = make_update(
             plan, steps, adapter, gradient_sums[row], states[row], model.group_of, num_examples, metrics
@@ -119,9 +135,16 @@ def _fallback_tensors(model: StackedModel, start_values: Tensor) -> dict[str, Te
 
 
 def _backward(
-    model: StackedModel, data: FederatedData, step: Step, batches: list[list[np.ndarray]], micro_batch: int
+    model: StackedModel,
+    data: FederatedData,
+    step: Step,
+    batches: list[list[np.ndarray]],
+    micro_batch: int,
+    kept: KeptBytes | None,
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
+
+    `kept` counts the bytes that autograd keeps, per client.
 
     `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
     the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
@@ -138,7 +161,8 @@ def _backward(
     targets = examples.num_targets[samples].sum(1)
     rows = ClientRows(samples.ravel(), shapes, targets)
     batch = examples.batch(rows.samples, model.device)
-    target_losses = model.task.losses(model(step, batch, rows), batch)
+    with kept.counting(1 / len(batches)) if kept else nullcontext():
+        target_losses = model.task.losses(model(step, batch, rows), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())

@@ -123,13 +123,13 @@ class StackedEngine:
             self._cache_key = key
 
 
-def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, core: bool = False) -> Engine:
+def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, heads: int = 0) -> Engine:
     """Return the engine of `kind` with its model at the common start; arguments as in `build.build_model`.
 
     A model that cannot be stacked gets a `PeftEngine`, with the reason as its `note`. Raises ConfigError as
     `build_model` does.
     """
-    model = build_model(config, group, num_labels, seed, core)
+    model = build_model(config, group, num_labels, seed, heads)
     if kind == "peft":
         return PeftEngine(model)
     try:

@@ -60,6 +60,11 @@ def leaves_state(config: Config) -> bool:
     )
 
 
+def caches_state(config: Config) -> bool:
+    """Return whether nodes cache the server's state, because a part of it may be unchanged after a round."""
+    return find_rule(config.aggregation.rule).nodes_cache_state or config.copra.trains_subset
+
+
 def num_steps(training: TrainingConfig, num_examples: int) -> int:
     """Return the number of optimizer steps of a client with `num_examples` examples in one round."""
     if training.local_epochs == 0:

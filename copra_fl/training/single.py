@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from copra_fl.adapters.state import Update, difference, norm, part_of
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.local_terms import add_local_terms
+from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.points import Point, moved, step_points
@@ -41,6 +44,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     optimizer = make_optimizer(training, adapters, heads)
     write_state(optimizer, parameters, start.optimizer)
     losses, gradient_sums = [], dict[str, Tensor]()
+    kept = KeptBytes([*model.parameters(), *model.buffers()]) if plan.config.copra.client_depths else None
     off = start.adapter if plan.config.copra.off == "global" else {}
     with model.fallback(off, steps.rank_scale):
         for step, micro_batches in enumerate(steps.batches):
@@ -48,7 +52,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
             model.gates.set(steps.masks[step], steps.scales[step])
             with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
                 points = step_points(plan.config, steps.positions[step])
-                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points))
+                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points, kept))
             grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
             if aggregation.control_variates:
                 gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
@@ -62,7 +66,9 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "loss": float(torch.stack(losses).mean()),
         "seconds": time.perf_counter() - started,
         "distance": norm(difference(adapter, start.adapter)),
+        "flops": local_flops(plan.config, model.size, steps, data.examples),
     }
+    metrics |= {"memory": kept.peak} if kept else {}
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
     state = read_state(optimizer, parameters) if training.optimizer_state != "fresh" else {}
     return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, len(data.train[client]), metrics)
@@ -75,12 +81,13 @@ def _add_up_points(
     parameters: Mapping[str, nn.Parameter],
     start: Start,
     points: Sequence[Point],
+    kept: KeptBytes | None,
 ) -> Tensor:
     """Set the gradients of `parameters` to those of the losses at all `points`, and return the loss at the first."""
     losses, totals = [], dict[str, Tensor]()
     for point in points:
         with moved(parameters, start.adapter, point):
-            losses.append(_accumulate_gradients(model, data, micro_batches))
+            losses.append(_accumulate_gradients(model, data, micro_batches, kept))
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 grad = point.weight * point.position(name) * parameter.grad
@@ -91,16 +98,19 @@ def _add_up_points(
     return losses[0]
 
 
-def _accumulate_gradients(model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray]) -> Tensor:
+def _accumulate_gradients(
+    model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray], kept: KeptBytes | None
+) -> Tensor:
     """Add up the gradients of the mean loss over all targets of the micro-batches, and return that loss.
 
     The result is as if the micro-batches were one batch. There are no gradients if every adapter is off and no head is
-    trained.
+    trained. `kept` counts the bytes that autograd keeps.
     """
     num_targets = int(data.examples.num_targets[np.concatenate(micro_batches)].sum())
     loss = torch.zeros((), device=model.device)
     for indices in micro_batches:
-        part = model.losses(data.examples.batch(indices, model.device)).sum() / num_targets
+        with kept.counting() if kept else nullcontext():
+            part = model.losses(data.examples.batch(indices, model.device)).sum() / num_targets
         if part.requires_grad:
             part.backward()
         loss += part.detach()

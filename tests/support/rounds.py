@@ -15,17 +15,20 @@ from copra_fl.config import AggregationConfig
 
 D, K, R, S = 7, 5, 2, 1.5
 MODULES = ("layer.0.query", "layer.1.query")
-GROUP_OF = {f"{module}.lora_{part}.weight": g for g, module in enumerate(MODULES) for part in "ABR"}
+GROUP_OF = {f"{module}.lora_{part}.weight": g for g, module in enumerate(MODULES) for part in "ABRS"}
 
 
-def random_adapter(seed: int, rank: int = R, d: int = D, k: int = K, core: bool = False) -> Adapter:
+def random_adapter(seed: int, rank: int = R, d: int = D, k: int = K, core: str = "") -> Adapter:
+    """Return an adapter of normal numbers; with random bases it has two heads, whose scales are 1."""
     rng = torch.Generator().manual_seed(seed)
     adapter = {}
     for module in MODULES:
         adapter[f"{module}.lora_A.weight"] = torch.randn(rank, k, generator=rng)
         adapter[f"{module}.lora_B.weight"] = torch.randn(d, rank, generator=rng)
         if core:
-            adapter[f"{module}.lora_R.weight"] = torch.randn(rank, rank, generator=rng)
+            adapter[f"{module}.lora_R.weight"] = torch.randn(rank, rank // (1 + (core == "orthogonal")), generator=rng)
+        if core == "orthogonal":
+            adapter[f"{module}.lora_S.weight"] = torch.ones(2)
     return adapter | {"head.weight": torch.randn(3, 4, generator=rng), "head.bias": torch.randn(3, generator=rng)}
 
 
@@ -71,16 +74,19 @@ def aggregate(name: str, round_: Round, **parameters: float) -> Outcome:
     return rule.aggregate(replace(round_, parameters=rule.parameters(**parameters)))
 
 
-def random_round(clients: int = 3, core: bool = False, **settings: float | str) -> Round:
+def random_round(clients: int = 3, core: str = "", **settings: float | str) -> Round:
     """Return a round in which all clients train everything, with 10, 20, 30 ... examples."""
     updates = [update(i, random_adapter(i, core=core), 10 * (i + 1)) for i in range(clients)]
     return make_round(random_adapter(99, core=core), updates, **settings)
 
 
 def dense(adapter: Adapter, module: str, scaling: float = S) -> np.ndarray:
-    """Return s B A, or s B R A, as numpy (d, k) in float64."""
+    """Return s B A, s B R A, or s sum_i B_i (R_i A_i) with a block R_i for each head, as numpy (d, k) in float64."""
     part = {p: adapter[n].double().numpy() for p in "ABR" if (n := f"{module}.lora_{p}.weight") in adapter}
-    return scaling * part["B"] @ (part["R"] @ part["A"] if "R" in part else part["A"])
+    heads = part["R"].shape[0] // part["R"].shape[1] if "R" in part else 1
+    columns, rows = np.split(part["B"], heads, axis=1), np.split(part["A"], heads)
+    blocks = np.split(part["R"], heads) if "R" in part else [np.eye(len(part["A"]))]
+    return scaling * sum(b @ r @ a for b, r, a in zip(columns, blocks, rows, strict=True))
 
 
 def dense_ideal(round_: Round, module: str) -> np.ndarray:

@@ -98,6 +98,7 @@ def round_record(
             loss=loss + 0.1 * rng.normal(),
             seconds=4.0,
             distance=0.5,
+            flops=1e12,
             active_steps=tuple(int((rng.random(NUM_STEPS) < p).sum()) for _ in LAYERS),
         )
         for client in range(NUM_CLIENTS)
@@ -107,7 +108,7 @@ def round_record(
     if error is not None:
         current = accuracy - 0.2 * 0.4**number
         layers = {name: error * float(rng.uniform(0.5, 1.5)) * number for name in MODULES}
-        aggregation_error = AggregationError(total=error * number, layers=layers)
+        aggregation_error = AggregationError(total=error * number, layers=layers, of_change=2 * error)
         validation = Evaluation(loss=3.2 - 3 * current, accuracy=current, examples=1000)
         merge_gap = MergeGap(loss=-0.4 + 0.1 * number, accuracy=0.12 - 0.02 * number + 0.01 * rng.normal())
     return RoundRecord(

@@ -15,5 +15,5 @@ VALID = Update(
     {"x.lora_A.weight": torch.ones(2, 3), "head.weight": torch.arange(4.0)},
     12,
     (3, 0),
-    {"loss": 1.25, "steps": 3.0, "seconds": 0.5, "distance": 20**0.5},
+    {"loss": 1.25, "steps": 3.0, "seconds": 0.5, "distance": 20**0.5, "flops": 1e9},
 )

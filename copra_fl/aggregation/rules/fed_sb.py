@@ -22,7 +22,7 @@ RULE = Rule(
     "fed-sb",
     fedavg,
     trains=trained_parts,
-    core=True,
+    core="gradient",
     linear=True,
     needs_data=True,
     no_copra="B and A are fixed by a first gradient with every layer on; they do not fit a model with layers off",

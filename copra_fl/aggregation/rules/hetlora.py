@@ -4,8 +4,11 @@
     A <- sum_i p_i [A_i; 0],    B <- sum_i p_i [B_i 0]
 
 The paper's sparsity-weighted average: the norms replace the numbers of examples. The head has no product and is
-weighted by `weighting`. A client of weight 0 for a layer has weight 0 here too. The paper's self-pruning of ranks
-is not implemented. Traffic, up and down: r_i (d + k) per module; the adapter is cut to r_i on the way down.
+weighted by `weighting`. A client of weight 0 for a layer has weight 0 here too.
+
+The paper's rank self-pruning is left out: there a client penalizes the product of the norms of its last rows of A and
+columns of B, and lowers its rank if that product has shrunk in training. Here the rank of a client is fixed
+(``client-ranks``). Traffic, up and down: r_i (d + k) per module; the adapter is cut to r_i on the way down.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
     theta_j <- mean of theta_1j ... theta_Kj without the floor(beta K) largest and smallest
 
-beta is the parameter ``trim-fraction``. Unweighted: a hostile client may claim any number of examples. A client of
-weight 0 for a layer has no value there. The head is trimmed too. Traffic, up and down: r (d + k) per module.
+beta is the parameter ``trim-fraction``. Unweighted: a hostile client may claim any number of examples. Only clients
+that trained a layer in the round have a value there: with CopRA, a majority whose layer was off would otherwise hold it
+still. A layer that few clients trained is decided by those few. The head is trimmed too. Factors of equal products can
+differ; `trimmed_mean_product` takes the products instead. Traffic, up and down: r (d + k) per module.
 """
 
 from __future__ import annotations
@@ -27,18 +29,21 @@ def trimmed_mean(round_: Round) -> Outcome:
     parameters: Parameters = round_.parameters
     adapter = {}
     for name, old in round_.before.items():
-        values = sorted_values(round_, name)
-        drop = int(parameters.trim_fraction * len(values) + 1e-9)  # 0.29 * 100 is a little less than 29
-        kept = values[drop : len(values) - drop]
-        adapter[name] = kept.mean(dim=0).to(old.dtype) if len(kept) else old.clone()
+        values = client_values(round_, name)
+        adapter[name] = trimmed(values, parameters.trim_fraction).to(old.dtype) if len(values) else old.clone()
     return Outcome(adapter)
 
 
-def sorted_values(round_: Round, name: str) -> Tensor:
-    """Return (clients, ...) in float64: the values of the clients with a weight, each coordinate in ascending order."""
-    has_weight = round_.weights(name) > 0
-    values = [adapter[name].double() for adapter, counts in zip(round_.adapters, has_weight, strict=True) if counts]
-    return torch.stack(values).sort(dim=0).values if values else torch.empty(0, *round_.before[name].shape)
+def client_values(round_: Round, name: str) -> Tensor:
+    """Return (clients, ...) in float64: the tensor `name` of each client that trained it."""
+    values = [update.adapter[name].double() for update in round_.updates if name in update.adapter]
+    return torch.stack(values) if values else torch.empty(0, *round_.before[name].shape)
+
+
+def trimmed(values: Tensor, fraction: float) -> Tensor:
+    """Return the mean over the first axis, coordinate by coordinate, without the share `fraction` at each end."""
+    drop = int(fraction * len(values) + 1e-9)  # 0.29 * 100 is a little less than 29
+    return values.sort(dim=0).values[drop : len(values) - drop].mean(dim=0)
 
 
 RULE = Rule("trimmed-mean", trimmed_mean, Parameters)

@@ -14,6 +14,7 @@ from copra_fl.reporting.figures.canvas import are_many, by_method, by_round, leg
 from copra_fl.reporting.figures.lines import add_lines
 from copra_fl.reporting.html import Figure, colorbar
 from copra_fl.reporting.results import Comparison
+from copra_fl.reporting.tables import barrier_note, merge_gap_note
 from copra_fl.wording import join_words
 
 #: in percent; a smaller error is float32 rounding, and the rule is exact
@@ -108,7 +109,11 @@ def _short(modules: list[str]) -> list[str]:
 
 def merge_gaps(comparison: Comparison) -> list[Figure]:
     """Return the metrics of the averaged model minus the mean of those of the clients' models, by round."""
-    definition = "of the averaged model minus the clients' weighted mean, on the server's validation data."
+    settings = next(run.config for _, run in comparison.runs).to_flat()
+    definition = (
+        "of the averaged model minus the clients' weighted mean, on the server's validation data."
+        f"{merge_gap_note(settings)}"
+    )
     return [
         *by_round(
             comparison,
@@ -133,6 +138,7 @@ def connectivity(comparison: Comparison) -> list[Figure]:
     setting = (
         "From adapter and head of one client (u = 0) to those of the other (u = 1), A and B interpolated separately "
         f"(factor path). After the last round, on the server's validation data, {comparison.named_seeds}."
+        f"{barrier_note(next(run.config for _, run in comparison.runs).to_flat())}"
     )
     return [
         *_along_lines(comparison, "loss", f"A bump is a barrier. {lines} {setting}"),

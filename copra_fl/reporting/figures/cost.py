@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from copra_fl.reporting.figures.canvas import are_many, by_method, legended, started
-from copra_fl.reporting.html import Figure
+import numpy as np
+import plotly.graph_objects as go
+
+from copra_fl.records import ComparisonSummary, Curve
+from copra_fl.reporting.figures.canvas import are_many, by_method, legended, started, styles
+from copra_fl.reporting.html import STYLES, Figure, Style, empty_chart
 from copra_fl.reporting.results import Comparison
 
+#: field of `Curve` -> its meaning, as a sentence
+CAPTIONS = {
+    "bytes_up": "Contents of all messages from the nodes to the server.",
+    "bytes": "Contents of all messages in both directions; a node gets one copy for all its clients.",
+    "flops": "Estimated operations of forward and backward passes; below the lowest layer that is on, none backward.",
+}
+#: axes of `accuracy_for_cost`: title of the figure, title of the axis, factor to its unit, field of `Curve`
+COSTS = (
+    ("MB up", "MB up, all clients", 1e-6, "bytes_up"),
+    ("MB up and down", "MB up and down, all clients", 1e-6, "bytes"),
+    ("operations", "TFLOPs of training, all clients", 1e-12, "flops"),
+)
 #: a larger ratio of the bytes is shown on a logarithmic axis
 MAX_LINEAR_RATIO = 10
+
+
+def accuracy_for_cost(summary: ComparisonSummary, setting: str = "") -> list[Figure]:
+    """Return validation accuracy against bytes and operations spent, if some method was evaluated more than once.
+
+    `setting` is added to the titles.
+    """
+    curves = {method: curve for method, curve in summary.curves.items() if len(curve.rounds) > 1}
+    many = len(summary.methods) > len(STYLES)
+    figures = []
+    for cost, axis, scale, name in COSTS:
+        chart = empty_chart({"title": axis, "rangemode": "tozero"}, {"title": "validation accuracy, %"})
+        for method, style in styles(summary.methods).items():
+            spent = getattr(curves[method], name) if method in curves else None
+            if spent is not None:
+                _add_curve(chart, method, style, curves[method], [scale * value for value in spent], band=not many)
+        goals = {goal for of_method in summary.to_target.values() for goal in of_method.targets}
+        if len(goals) == 1:
+            chart.add_hline(y=100 * goals.pop(), line={"color": "#52606d", "width": 1, "dash": "dot"})
+        band = "; band: lowest to highest seed" if len(summary.seeds) > 1 and not many else ""
+        caption = (
+            f"Up and to the left is better. Each mark is an evaluated round, mean over seeds{band}; up to the last "
+            f"round that all seeds reached. {CAPTIONS[name]}"
+        )
+        if chart.data:
+            figures.append(Figure(f"Accuracy against {cost}{setting}", caption, chart, wide=many))
+    return figures
+
+
+def _add_curve(chart: go.Figure, method: str, style: Style, curve: Curve, spent: Sequence[float], band: bool) -> None:
+    if band and curve.lowest != curve.highest:
+        edges = [*curve.highest, *curve.lowest[::-1]]
+        chart.add_scatter(
+            x=[*spent, *spent[::-1]],
+            y=[100 * accuracy for accuracy in edges],
+            fill="toself",
+            mode="none",
+            fillcolor=style.color,
+            opacity=0.18,
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=method,
+        )
+    chart.add_scatter(
+        x=spent,
+        y=[100 * accuracy for accuracy in curve.accuracy],
+        name=method,
+        legendgroup=method,
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash},
+        marker={"symbol": style.symbol, "size": 7},
+        customdata=curve.rounds,
+        hovertemplate="round %{customdata}: %{y:.1f} % for %{x:.4g}",
+    )
 
 
 def accuracy_for_bytes(comparison: Comparison) -> list[Figure]:
@@ -48,6 +118,7 @@ def accuracy_for_bytes(comparison: Comparison) -> list[Figure]:
                 mode="markers+text",
                 text=[method if method in optimal else ""],
                 textposition="top center",
+                cliponaxis=False,
                 marker={"symbol": style.symbol, "size": 11, "color": style.color},
                 hovertemplate="%{y:.1f} % for %{x:.2f} MB",
             )

@@ -22,6 +22,7 @@ PREDICTORS = (
     ("merge_gap_accuracy", "merge gap, points", 100.0),
     ("barrier_entezari", "barrier (Entezari), loss", 1.0),
     ("aggregation_error", "aggregation error, points", 100.0),
+    ("aggregation_error_of_change", "aggregation error of the change, points", 100.0),
 )
 #: differences below this are the rounding of the metrics
 ROUNDING = 1e-9
@@ -111,6 +112,8 @@ def gains_against(results: StudyResults, metric: str) -> dict[str, list[tuple[fl
     for cell in results.cells:
         training = cell.settings.differing.get("local-training", {})
         for method, differences in cell.differences.items():
+            if metric not in differences.metrics:  # in results of earlier versions
+                continue
             pairs = zip(differences.get(metric).values, differences.get("test_accuracy").values, strict=True)
             known = [(value, gain) for value, gain in pairs if value is not None and gain is not None]
             if known and training.get(method) != "head":

@@ -147,9 +147,18 @@ class StackedLinear(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, or R A, and B of the clients of `route`, and their scale (c, 1, 1)."""
         a, b = (route.select(tensors[f"{self.name}.lora_{part}.weight"]) for part in "AB")
-        core = tensors.get(f"{self.name}.lora_R.weight")
-        a = a if core is None else route.select(core) @ a
-        return a.to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
+        return self._times_core(tensors, a, route).to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
+
+    def _times_core(self, tensors: Mapping[str, Tensor], a: Tensor, route: Route) -> Tensor:
+        """Return R A (c, r, in) of the route's clients, block by block (`adapters.core`); A if there is no R."""
+        core, scales = (tensors.get(f"{self.name}.lora_{part}.weight") for part in "RS")
+        if core is None:
+            return a
+        size = core.shape[-1]
+        blocks = route.select(core).reshape(-1, size, size)
+        if scales is not None:
+            blocks = blocks * route.select(scales).reshape(-1, 1, 1)
+        return torch.bmm(blocks, a.reshape(-1, size, a.shape[-1])).view_as(a)
 
     def _noise(self, route: Route, x: Tensor) -> Tensor:
         """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""

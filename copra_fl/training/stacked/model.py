@@ -27,6 +27,7 @@ class StackedModel:
 
     Attributes:
         layout: an adapter as a row: gate group after gate group, in each its A's, B's and R's; then the head.
+        size: numbers of weights of the model.
         num_groups: number of gate groups.
         blocks: the base's blocks, in order.
         context: state that the layers share.
@@ -37,6 +38,7 @@ class StackedModel:
         self.device = model.device
         self.task = model.task
         self.group_of = model.group_of
+        self.size = model.size
         self.pooling = model.pooling
         self.context = ForwardContext()
         adapter, group_of = model.read_adapter(), model.group_of
@@ -86,6 +88,10 @@ class StackedModel:
             outside = 0 if position < first else len(modules)
             block_of[group] = int(block.split(".")[-1]) if block in inside else outside
         return tree.eval(), modules, block_of
+
+    def base_tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers of the base."""
+        return [*self._tree.parameters(), *self._tree.buffers()]
 
     def tensor(self, values: Sequence[float] | np.ndarray) -> Tensor:
         """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
