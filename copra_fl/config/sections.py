@@ -374,11 +374,6 @@ class AggregationConfig:
     )
 
     @property
-    def passes_per_step(self) -> int:
-        """The number of forward and backward passes that a client computes for each example of an optimizer step."""
-        return 2 if self.gucci_beta else 1
-
-    @property
     def rank_list(self) -> list[int]:
         """The ranks in `client_ranks`; empty where it is empty. Raises ConfigError for anything but whole numbers."""
         return _whole_numbers("client-ranks", self.client_ranks)

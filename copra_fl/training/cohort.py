@@ -74,7 +74,8 @@ def train_cohort(
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
-    fallback = _fallback_tensors(model, start_values) if plan.config.copra.off == "global" else {}
+    shared = start_values.stride(0) == 0
+    fallback = views(start_values[0] if shared else start_values, model.layout)
     points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
@@ -90,7 +91,7 @@ def train_cohort(
         seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
         streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
         rank_scale = model.tensor([cohort[row].rank_scale for row in rows])
-        off = Fallback(fallback, rank_scale) if fallback else None
+        off = Fallback(fallback, shared, rank_scale) if plan.config.copra.off == "global" else None
         step = Step(stack, rows, on, depth, scale, streams, off)
         batches = [cohort[row].batches[index] for row in rows]
         by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
@@ -131,13 +132,6 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     if all(adapter is adapters[0] for adapter in adapters):
         return model.layout.flatten(adapters[0]).to(model.device).expand(len(adapters), -1)
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
-
-
-def _fallback_tensors(model: StackedModel, start_values: Tensor) -> dict[str, Tensor]:
-    """Return the adapters in `start_values` by tensor name, as matrices if all clients start from the same."""
-    tensors = views(start_values, model.layout)
-    shared = start_values.stride(0) == 0
-    return {name: tensor[0] for name, tensor in tensors.items()} if shared else tensors
 
 
 def _backward(

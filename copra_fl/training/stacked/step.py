@@ -42,12 +42,12 @@ class Stack:
 
 
 def views(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Return the adapters in `rows` (C, P) as adapter tensor name -> (C, *shape), views of `rows`."""
+    """Return the adapters in `rows` (..., P) as adapter tensor name -> (..., *shape), views of `rows`."""
     return {name: _view(rows, layout, name) for name in layout.shapes}
 
 
-def _view(matrix: Tensor, layout: Layout, name: str) -> Tensor:
-    return matrix[:, layout.spans[name]].unflatten(1, layout.shapes[name])
+def _view(rows: Tensor, layout: Layout, name: str) -> Tensor:
+    return rows[..., layout.spans[name]].unflatten(-1, layout.shapes[name])
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class Fallback:
     """The frozen adapters that layers use while they are off.
 
     Attributes:
-        tensors: adapter tensor name -> (C, *shape), or (*shape) if all clients of the stack have the same.
+        tensors: adapter tensor name -> (C, *shape), or (*shape) if `shared`.
+        shared: whether all clients of the stack have the same.
         scale: (c,) factor of each client of the step, in addition to the scaling of the model.
     """
 
     tensors: Mapping[str, Tensor]
+    shared: bool
     scale: Tensor
 
 
@@ -130,8 +132,8 @@ class Route:
         return scale[self.indices][:, None, None]
 
     def select(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a stacked tensor that belong to these clients; a matrix is that of all clients."""
-        return tensor if self.rows is None or tensor.dim() == 2 else tensor.index_select(0, self.rows)
+        """Return the rows of a stacked tensor that belong to these clients."""
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
 
 @dataclass(frozen=True)
