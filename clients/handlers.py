@@ -270,7 +270,7 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
     if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    stale = adapter | pad(payload.stale, plan.config.model.rank) if payload.stale else {}
+    stale = adapter | pad(payload.stale, plan.config.model.rank)
     return replace(payload, adapter=adapter, residual=residual, stale=stale)
 
 

@@ -23,6 +23,8 @@ from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
+#: width of text in Markdown
+MARKDOWN_COLUMNS = 120
 #: a cell without a value
 NO_VALUE = "–"
 #: a cell that counts as a number when a column is aligned
@@ -81,7 +83,7 @@ class DataTable:
         """Return the table as Markdown: title, table, caption."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         title = f"## {self.title}\n\n" if self.title else ""
-        caption = f"\n{self.caption}\n" if self.caption else ""
+        caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
         return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
 
 

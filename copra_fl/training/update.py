@@ -22,10 +22,10 @@ def make_update(
     grams: Adapter,
 ) -> Update:
     """Return the client's update: the trained tensors of `adapter` whose gate groups were on, with its metrics.
-    Scales of a core are folded into its blocks.
 
-    `gradients` are summed over the steps; empty without control variates. `optimizer` is the state of the local
-    optimizer, empty where none is kept. `grams` are empty unless the plan asks for them.
+    Scales of a core are folded into its blocks. `gradients` are summed over the steps; empty without control variates.
+    `optimizer` is the state of the local optimizer, empty where none is kept. `grams` are empty unless the plan asks
+    for them.
     """
     active_steps = tuple(steps.masks.sum(0).tolist())
     sent = trained(parts(fold_scales(adapter), plan.trained_parts), active_steps, group_of)

@@ -29,7 +29,7 @@ def random_adapter(seed: int, rank: int = R, d: int = D, k: int = K, core: str =
         if core:
             adapter[f"{module}.lora_R.weight"] = torch.randn(rank, rank // (1 + (core == "orthogonal")), generator=rng)
         if core == "orthogonal":
-            adapter[f"{module}.lora_S.weight"] = torch.ones(2)
+            adapter[f"{module}.lora_S.weight"] = torch.ones(2, 1)
     return adapter | {"head.weight": torch.randn(3, 4, generator=rng), "head.bias": torch.randn(3, generator=rng)}
 
 
