@@ -84,6 +84,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
+    (PRIVATE | {"rule": "ffa-lora-gram"}, {"rule": "ffa-lora"}, "Gram matrices travel without clipping and noise"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
     (
         PRIVATE | {"over-sample": 0.5, "failures": "tolerant"},
@@ -151,9 +152,12 @@ def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> Non
             check(config)
 
 
-def test_scales_that_start_anew_in_each_round_have_no_control_variates() -> None:
+def test_scales_that_stay_with_a_client_have_no_shared_control_variates_or_moments() -> None:
     with pytest.raises(ConfigError, match="'ravan' does not combine with control-variates = true"):
         check(Config().changed(rule="ravan", control_variates=True))
+    with pytest.raises(ConfigError, match="'ravan' does not combine with optimizer-state = 'shared'"):
+        check(Config().changed(rule="ravan", optimizer_state="shared"))
+    check(Config().changed(rule="ravan", optimizer_state="client"))
 
 
 def test_all_conflicts_are_listed() -> None:

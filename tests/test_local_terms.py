@@ -38,7 +38,7 @@ SGD: Settings = {"optimizer": "sgd", "learning-rate": 0.1, "head-learning-rate":
 @pytest.fixture(autouse=True)
 def core_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule like Fed-SB."""
-    rule = Rule("core-only", fedavg, trains=lambda number: frozenset({"R", "head"}), core=True)
+    rule = Rule("core-only", fedavg, trains=lambda number: frozenset({"R", "head"}), core="gradient")
     monkeypatch.setattr("copra_fl.aggregation.rules.RULES", (*RULES, rule))
 
 
@@ -79,9 +79,10 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
                                                (padded_starts,)),
     "off layers use R": ({"off": "global", "rule": "core-only"} | HARSH, 2, ()),
     "on the line": ({"local-training": "line"} | HARSH, 2, (individual_starts,)),
-    "FedGuCci": ({"gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2, ()),
-    "everything": ({"rule": "ffa-lora", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1, "alpha": 0.3,
-                   "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
+    "FedGuCci": ({"rule": "ffa-lora-gram", "gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2,
+                 ()),
+    "everything": ({"rule": "ffa-lora-gram", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1,
+                   "alpha": 0.3, "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
 }  # fmt: skip
 
@@ -129,7 +130,7 @@ MAKE_UPDATE = make_update
 def test_untrained_parts_stay_bitwise_the_same(
     tiny: Settings, rule: str, untrained: str, optimizer: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tiny | HARSH | optimizer | {"rule": rule, "local-training": "lora"}, core=rule == "core-only")
+    world = World(tiny | HARSH | optimizer | {"rule": rule, "local-training": "lora"}, heads=int(rule == "core-only"))
     spy = Spy(monkeypatch)
     world.together(0, 1)
     world.alone(0)
@@ -354,7 +355,7 @@ def test_padding_stays_exactly_zero(
 
 
 def test_the_optimizer_has_one_parameter_per_client_and_group_for_any_trained_parts(tiny: Settings) -> None:
-    world = World(tiny, core=True)
+    world = World(tiny, heads=1)
     for parts in (ALL, {"B", "head"}, {"A", "head"}, {"R", "head"}, {"A", "B", "head"}):
         spans = world.stacked.spans(parts)
         assert [group for group, _ in spans] == [0, 1, 2, 3]

@@ -116,9 +116,10 @@ def test_equal_values_are_pruned_to_the_exact_share() -> None:
     assert sum(int(tensor.count_nonzero()) for name, tensor in pruned.items() if "lora" in name) == 12
 
 
-def random_adapter(rank: int, core: bool = False) -> Adapter:
+def random_adapter(rank: int, heads: int = 0) -> Adapter:
+    """Return an adapter with a block of R for each head; no R without heads."""
     stream = torch.Generator().manual_seed(0)
-    shapes = {"A": (rank, 9), "B": (7, rank)} | ({"R": (rank, rank)} if core else {})
+    shapes = {"A": (rank, 9), "B": (7, rank)} | ({"R": (rank, rank // heads)} if heads else {})
     return {
         f"{BLOCK}.{layer}.query.lora_{part}.weight": torch.randn(shape, generator=stream)
         for layer in range(2)
@@ -128,14 +129,20 @@ def random_adapter(rank: int, core: bool = False) -> Adapter:
 
 def product(adapter: Adapter, layer: int) -> torch.Tensor:
     """Return B A or B R A of a layer."""
-    part = {part: adapter.get(f"{BLOCK}.{layer}.query.lora_{part}.weight") for part in "BRA"}
-    return torch.linalg.multi_dot([tensor for tensor in part.values() if tensor is not None])
+    b, right = right_side(adapter, layer)
+    return b @ right
 
 
-@pytest.mark.parametrize("core", [False, True])
-def test_prefixes_of_the_rank(core: bool) -> None:
+def right_side(adapter: Adapter, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B, and A or R A, of a layer."""
+    b, r, a = (adapter.get(f"{BLOCK}.{layer}.query.lora_{part}.weight") for part in "BRA")
+    return b, a if r is None else torch.block_diag(*r.split(r.shape[1])) @ a
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_prefixes_of_the_rank(heads: int) -> None:
     """Oracles: the sum of the first components as stored, and torch's SVD of the product."""
-    adapter = random_adapter(8, core)
+    adapter = random_adapter(8, heads)
     prunings = list(pruned_adapters.rank_prefixes(adapter))
     assert [(pruned.family, pruned.kept) for pruned in prunings] == [
         (family, kept) for kept in (0.75, 0.5, 0.25) for family in ("rank as stored", "rank in SVD order")
@@ -147,10 +154,7 @@ def test_prefixes_of_the_rank(core: bool) -> None:
         }
         for layer in range(2):
             if pruned.family == "rank as stored":
-                b, *others = (
-                    adapter[f"{BLOCK}.{layer}.query.lora_{part}.weight"] for part in ("BRA" if core else "BA")
-                )
-                right = torch.linalg.multi_dot([*others, torch.eye(9)])
+                b, right = right_side(adapter, layer)
                 expected = sum(torch.outer(b[:, j], right[j]) for j in range(size))
             else:
                 u, s, v = torch.linalg.svd(product(adapter, layer), full_matrices=False)

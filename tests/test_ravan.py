@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from copra_fl.adapters.core import core_matrix
@@ -41,9 +42,11 @@ def test_scaled_heads_equal_plain_lora_whose_a_has_them_applied(tiny: Settings) 
         assert torch.allclose(world.plain(**BATCH), plain(**BATCH), atol=1e-12)
 
 
-def test_both_engines_train_blocks_and_scales_alike_and_send_their_product(tiny: Settings) -> None:
+@pytest.mark.parametrize("off", ["base", "global"])
+def test_both_engines_train_blocks_and_scales_alike_and_send_their_product(tiny: Settings, off: str) -> None:
     """After training alone, the model still has blocks and scales apart: their product is what the client sends."""
-    world = World(tiny | HEADS | {"local-steps": 12, "num-rounds": 4, "lora-dropout": 0.2}, double=True, heads=2)
+    settings = {"local-steps": 8, "num-rounds": 4, "lora-dropout": 0.2, "p0": 0.5, "off": off}
+    world = World(tiny | HEADS | settings, double=True, heads=2)
     for together in world.together(0, 1):
         alone = world.alone(together.client)
         assert_alike(together, alone, 1e-12)

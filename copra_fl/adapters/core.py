@@ -3,8 +3,8 @@
     R = diag(s_1 H_1, ..., s_h H_h),    B R A = sum_i s_i B_i H_i A_i,    B = [B_1 ... B_h], A = [A_1; ...; A_h]
 
 Each of the h heads has r / h columns of B and rows of A. ``lora_R`` (r, r / h) has the blocks H_i one under the other,
-``lora_S`` (h,) their scales s_i. A single head has no scale: R is one full block, H_1. Scales belong to local training:
-they start at 1 in each round, and a client folds them into the blocks before it sends these.
+``lora_S`` (h, 1) their scales s_i. A single head has no scale: R is one full block, H_1. Scales belong to local
+training: they start at 1 in each round, and a client folds them into the blocks before it sends these.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def fold_scales(adapter: Adapter) -> Adapter:
     for name, scales in adapter.items():
         if part_of(name) == "S":
             blocks = name.replace(".lora_S.", ".lora_R.")
-            folded[blocks] = (adapter[blocks].unflatten(0, (len(scales), -1)) * scales[:, None, None]).flatten(0, 1)
+            folded[blocks] = (adapter[blocks].unflatten(0, (len(scales), -1)) * scales[..., None]).flatten(0, 1)
             folded[name] = torch.ones_like(scales)
     return adapter | folded

@@ -352,6 +352,11 @@ class AggregationConfig:
         choices=("listed", "repeated", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
+    gram_shrinkage: float = option(
+        100.0,
+        "ffa-lora-gram, rolora-gram: Gram matrices of T tokens are multiplied by T / (T + this) off their diagonal",
+        low=0,
+    )
     gucci_beta: float = option(
         0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
     )

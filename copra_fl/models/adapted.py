@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from copra_fl.adapters import residual as residuals
+from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.copra.gates import Gates, group_name
 from copra_fl.models.flops import ModelSize
@@ -150,8 +151,8 @@ class AdaptedModel(nn.Module):
         for module in self.gates.group_of if adapter else ():
             name = f"base_model.model.{module}"
             a, b = (adapter[f"{name}.lora_{part}.weight"].to(self.device) for part in "AB")
-            core = adapter.get(f"{name}.lora_R.weight")
-            a = a if core is None else core.to(self.device) @ a
+            core = core_matrix(adapter, name)
+            a = a if core is None else core.to(a) @ a
             layer: Any = self.base.get_submodule(module)
             hooks.append(layer.register_forward_hook(partial(_add_fallback, a, b, scale)))
         try:

@@ -227,13 +227,13 @@ class _Weight(nn.Module):
 def _insert_cores(peft: PeftModel, rank: int, heads: int) -> None:
     """Give each LoRA layer the blocks ``lora_R`` (r, r / heads) of a matrix that is applied to the output of its A.
 
-    They are 0. With several heads, the layer also gets their scales ``lora_S`` (heads,), which are 1.
+    They are 0. With several heads, the layer also gets their scales ``lora_S`` (heads, 1), which are 1.
     """
     for layer in lora_layers(peft):
         tensors = [_Weight(torch.zeros(rank, rank // heads))]
         layer.lora_R = nn.ModuleDict({"default": tensors[0]})
         if heads > 1:
-            tensors.append(_Weight(torch.ones(heads)))
+            tensors.append(_Weight(torch.ones(heads, 1)))
             layer.lora_S = nn.ModuleDict({"default": tensors[1]})
         layer.lora_A["default"].register_forward_hook(partial(_apply_core, tensors))
 

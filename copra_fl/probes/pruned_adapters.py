@@ -104,7 +104,11 @@ def largest_components(adapter: Adapter, size: int) -> Adapter:
         b, a = products.best_rank(products.factors(adapter, module, scaling=1.0), size)
         pruned[products.b_of(module)] = F.pad(b, (0, rank - size)).float()
         pruned[products.a_of(module)] = F.pad(a, (0, 0, 0, rank - size)).float()
-    return pruned | {name: torch.eye(rank) for name in parts(adapter, "R")}
+    identities = {
+        name: torch.eye(blocks.shape[1]).repeat(rank // blocks.shape[1], 1)
+        for name, blocks in parts(adapter, "R").items()
+    }
+    return pruned | identities
 
 
 def ends(adapter: Adapter) -> Iterator[Pruned]:

@@ -32,4 +32,4 @@ def trained_parts(server_round: int) -> frozenset[str]:
     return frozenset({"R", "S", "head"})
 
 
-RULE = Rule("ravan", fedavg, Parameters, trains=trained_parts, core="orthogonal", linear=True, keeps_factors=False)
+RULE = Rule("ravan", fedavg, Parameters, trains=trained_parts, core="orthogonal", linear=True)

@@ -127,6 +127,10 @@ class StackedLinear(nn.Module):
                 frozen.add(y, by_client)
             return y.view(*x.shape[:-1], -1)
         a, b, scale = self._adapters(step.stack.tensors, step.scale, route, x.dtype)
+        if self.context.record is not None:
+            with torch.no_grad():
+                inputs = by_client if route.places is None else by_client.index_select(0, route.places)
+                self.context.record(self.name, route.positions, torch.bmm(inputs, a.mT))
         noise = self._noise(route, x) if step.dropout and self.dropout else None
         weight, bias = self.base.weight, self.base.bias
         y = AdapterProduct.apply(by_client, weight, bias, a, b, scale, route.places, noise, frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -149,6 +149,10 @@ class ClientRows:
     targets: np.ndarray | None = None
 
 
+#: module, positions of the clients in the step, A x (clients, N, r) of the inputs x of their adapters
+Record = Callable[[str, np.ndarray, Tensor], None]
+
+
 class ForwardContext:
     """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
 
@@ -156,24 +160,26 @@ class ForwardContext:
         step: the step that is computed.
         rows: the rows of its batch.
         clients: the step's clients whose rows are computed at present.
+        record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
         cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
     clients: range
+    record: Record | None
 
     def __init__(self) -> None:
         self.cache: HiddenStateCache | None = None
 
     @contextmanager
-    def forward(self, step: Step, rows: ClientRows, clients: range) -> Iterator[None]:
+    def forward(self, step: Step, rows: ClientRows, clients: range, record: Record | None = None) -> Iterator[None]:
         """Compute `step` on `rows` inside the block, starting with the rows of `clients`."""
-        self.step, self.rows, self.clients = step, rows, clients
+        self.step, self.rows, self.clients, self.record = step, rows, clients, record
         try:
             yield
         finally:
-            del self.step, self.rows, self.clients
+            del self.step, self.rows, self.clients, self.record
 
 
 def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
