@@ -18,7 +18,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from copra_fl.records import ComparisonSummary, ConfigValue, Estimate
+from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
 from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
@@ -235,6 +235,12 @@ def work_table(summary: ComparisonSummary) -> DataTable:
     )
     rows = [_cells(summary, method, columns) for method in summary.methods]
     return DataTable(["method", *(column.heading for column in columns)], rows, caption, title="Work of a run")
+
+
+def passes(estimates: MetricEstimates) -> str:
+    """Return the passes over own data: ``mean (lowest to highest)`` over clients, means over seeds."""
+    mean, lowest, highest = (PASSES.format(estimates.get(f"passes{end}").mean) for end in ("", "_lowest", "_highest"))
+    return f"{mean} ({lowest} to {highest})"
 
 
 def target_table(summary: ComparisonSummary) -> list[DataTable]:
