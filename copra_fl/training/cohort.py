@@ -67,32 +67,20 @@ def train_cohort(
     a client count as 1.
     """
     started = time.perf_counter()
-    seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
     cohort = [plan_steps(plan, data, client, model.num_groups) for client in clients]
     lengths = np.array([len(steps) for steps in cohort])
     start_values = _rows(model, [starts[client].adapter for client in clients])
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
-    shared = start_values.stride(0) == 0
-    fallback = views(start_values[0] if shared else start_values, model.layout)
     points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
     kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
-        rows = np.flatnonzero(lengths > index)
-        on = np.stack([cohort[row].masks[index] for row in rows])
-        depth = model.depth(on)
-        order = np.argsort(depth, kind="stable")
-        rows, on, depth = rows[order], on[order], depth[order]
-        scale = model.tensor([cohort[row].scales[index] for row in rows])
-        seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
-        streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-        rank_scale = model.tensor([cohort[row].rank_scale for row in rows])
-        off = Fallback(fallback, shared, rank_scale) if plan.config.copra.off == "global" else None
-        step = Step(stack, rows, on, depth, scale, streams, off)
+        step = _make_step(model, plan, stack, start_values, cohort, index)
+        rows = step.clients
         batches = [cohort[row].batches[index] for row in rows]
         by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
         for number, client_points in enumerate(zip(*by_client_points, strict=True)):
@@ -102,8 +90,8 @@ def train_cohort(
                     part = _backward(model, data, moved_step, batches, micro_batch, kept, recorded)
                     if number == 0:
                         losses[index, model.tensor(rows)] += part
-        terms.add(rows, on)
-        optimizer.step(rows, on, index)
+        terms.add(rows, step.on)
+        optimizer.step(rows, step.on, index)
         progress(float((1 / lengths[rows]).sum()))
     seconds = (time.perf_counter() - started) / len(cohort)
     distances = torch.linalg.vector_norm(stack.values.double() - start_values, dim=1).tolist()
@@ -132,6 +120,27 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     if all(adapter is adapters[0] for adapter in adapters):
         return model.layout.flatten(adapters[0]).to(model.device).expand(len(adapters), -1)
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
+
+
+def _make_step(
+    model: StackedModel, plan: Plan, stack: Stack, start_values: Tensor, cohort: Sequence[LocalSteps], index: int
+) -> Step:
+    """Return step `index` of the clients that have so many, sorted by the depth of their lowest active adapter."""
+    rows = np.array([row for row, steps in enumerate(cohort) if len(steps) > index])
+    on = np.stack([cohort[row].masks[index] for row in rows])
+    depth = model.depth(on)
+    order = np.argsort(depth, kind="stable")
+    rows, on, depth = rows[order], on[order], depth[order]
+    scale = model.tensor([cohort[row].scales[index] for row in rows])
+    seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
+    seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
+    streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
+    fallback = None
+    if plan.config.copra.off == "global":
+        shared = start_values.stride(0) == 0
+        tensors = views(start_values[0] if shared else start_values, model.layout)
+        fallback = Fallback(tensors, shared, model.tensor([cohort[row].rank_scale for row in rows]))
+    return Step(stack, rows, on, depth, scale, streams, fallback)
 
 
 def _backward(
