@@ -25,8 +25,9 @@ from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, enco
 from copra_fl.adapters.residual import add
 from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
 from copra_fl.aggregation import ALL, find_rule
-from copra_fl.aggregation.checking import BadUpdate, check_update
+from copra_fl.aggregation.checking import BadUpdate, check_grams, check_update
 from copra_fl.aggregation.compatibility import heads_of
+from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.ranks import as_sent, pad
 from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
@@ -159,6 +160,8 @@ def _train_clients(
             expected = expected_update(plan.config, len(engine.model.gates.names), len(data.train[update.client]))
             try:
                 check_update(update, start, engine.model.group_of, expected)
+                if plan.collects_grams:
+                    check_grams(update, start, engine.model.group_of)
                 updates.append(update)
             except BadUpdate as error:
                 failures[update.client] = str(error)
@@ -184,6 +187,7 @@ def _pack(
 ) -> tuple[dict[str, Arrays], dict[int, Adapter]]:
     """Encode the tensors of the cohort: one buffer for the inspected clients, one pooled update of all the others.
 
+    Gram matrices of both are in one more buffer.
     `starts` have the tensors that a client may send. Also returns the quantization errors, with error feedback the new
     ones.
     """
@@ -192,11 +196,15 @@ def _pack(
     sent = [as_sent(config, update) for update in shared]
     inspected = [update for update in sent if update.client in plan.inspected]
     others = [update for update in sent if update.client not in plan.inspected]
-    buffers = {}
+    buffers, pooled = {}, list[Update]()
     if others:
         start = starts[others[0].client]
-        pooled = pool(start, others, config.aggregation.weighting, group_of)
-        buffers["pooled"] = encode([pooled], {pooled.client: start}, group_of, "float32")
+        pooled = [pool(start, others, config.aggregation.weighting, group_of)]
+        buffers["pooled"] = encode(pooled, {pooled[0].client: start}, group_of, "float32")
+    if plan.collects_grams and updates:
+        of_grams = [replace(update, adapter=update.grams) for update in [*inspected, *pooled]]
+        gram_starts = {update.client: templates(starts[update.client]) for update in of_grams}
+        buffers["grams"] = encode(of_grams, gram_starts, group_of, "float32")
     if inspected and uplink in FEEDBACK:
         buffers["adapters"], quantization_errors = encode_with_feedback(
             inspected, starts, group_of, uplink, quantization_errors
@@ -262,7 +270,7 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
     if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    stale = adapter | pad(payload.stale, plan.config.model.rank) if payload.stale else {}
+    stale = adapter | pad(payload.stale, plan.config.model.rank)
     return replace(payload, adapter=adapter, residual=residual, stale=stale)
 
 

@@ -6,6 +6,7 @@
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
+                 grams: Gram matrices, of the inspected clients and then of the pooled update
                  exp_avg, exp_avg_sq, momentum_buffer: moments of the clients' optimizers
 
 Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):
@@ -23,7 +24,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from copra_fl.adapters.compression import Arrays, take
-from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, parts, split_names
+from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, split_names
 from copra_fl.aggregation.ranks import cut
 from copra_fl.config import Config
 from copra_fl.training.plan import Plan
@@ -69,7 +70,7 @@ class StateDelta:
             the whole state.
         tensors: the adapter's tensors that the message carries: indices in the alphabetical order of all names.
         rank: rank to which A and B are cut.
-        stale_parts: parts of the older global adapter that the message carries for stale clients.
+        stale: the tensors of an older global adapter that the message carries for stale clients, as `tensors`.
     """
 
     run: str
@@ -77,7 +78,11 @@ class StateDelta:
     since: int
     tensors: tuple[int, ...]
     rank: int
-    stale_parts: tuple[str, ...] = ()
+    stale: tuple[int, ...] = ()
+
+
+#: fields of a `StateDelta` that are lists in a record
+INDICES = ("tensors", "stale")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Payload:
         residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
         optimizer: the shared state of the local optimizers for the parts that the round trains; else empty.
-        stale: parts of the older global adapter, cut to the same rank; empty without stale clients.
+        stale: the tensors of the older global adapter that differ from the newest, cut to the same rank.
     """
 
     adapter: Adapter
@@ -154,9 +159,7 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     content = RecordDict(
         {
             "plan": record,
-            "state-delta": ConfigRecord(
-                asdict(delta) | {"tensors": list(delta.tensors), "stale_parts": list(delta.stale_parts)}
-            ),
+            "state-delta": ConfigRecord(asdict(delta) | {name: list(getattr(delta, name)) for name in INDICES}),
             "adapter": _pack_flat(payload.adapter),
         }
     )
@@ -179,7 +182,7 @@ def unpack_plan(content: RecordDict) -> Plan:
 
 def unpack_delta(content: RecordDict) -> StateDelta:
     record: dict[str, Any] = dict(content.config_records["state-delta"])
-    return StateDelta(**record | {"tensors": tuple(record["tensors"]), "stale_parts": tuple(record["stale_parts"])})
+    return StateDelta(**record | {name: tuple(record[name]) for name in INDICES})
 
 
 def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, moments: OptimizerState) -> Payload:
@@ -188,11 +191,12 @@ def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, mo
 
     Raises ValueError if the server's model has another size.
     """
-    sent = {name: template[name] for index, name in enumerate(sorted(template)) if index in delta.tensors}
-    expected = cut(sent, delta.rank)
-    stale = cut(parts(template, delta.stale_parts), delta.rank)
+    sent, stale = (
+        cut({name: template[name] for index, name in enumerate(sorted(template)) if index in indices}, delta.rank)
+        for indices in (delta.tensors, delta.stale)
+    )
     return Payload(
-        _unpack_flat(content, "adapter", expected),
+        _unpack_flat(content, "adapter", sent),
         unpack_arrays(content, "residual") if "residual" in content else {},
         _unpack_flat(content, "control", template) if "control" in content else {},
         split_names(_unpack_flat(content, "optimizer", join_names(moments))) if "optimizer" in content else {},

@@ -18,6 +18,7 @@ from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
+from copra_fl.reporting.study import averaging_table
 from copra_fl.reporting.study import table as study_table
 from copra_fl.reporting.tables import POINTS, DataTable, with_minus
 from experiments.papers_summary import PUBLISHED, column
@@ -54,6 +55,7 @@ def blocks() -> Iterator[tuple[str, str]]:
     """Yield name and content of every block that the page may have."""
     for name, (path, results) in studies().items():
         yield f"{name} results", f"{study_table(results).markdown()}\n{source(path, results.command)}\n"
+        yield f"{name} averaging", averaging_table(results).markdown()
         yield f"{name} copra", copra_against(results).markdown()
         yield f"{name} predictors", predictors(results).markdown()
         yield f"{name} rates", plain(regret_table(rate_regret(results.cells), len(results.cells)))

@@ -14,7 +14,8 @@ from flwr.common.logger import log
 from copra_fl import wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update
-from copra_fl.aggregation.checking import METRICS, BadUpdate, check_scalars, check_tensors
+from copra_fl.aggregation.checking import METRICS, BadUpdate, check_grams, check_scalars, check_tensors
+from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import as_global
 from copra_fl.config import Config
@@ -82,10 +83,16 @@ def read_replies(
 
 
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
-    """Return an upper limit for the size of a reply: tensors in float32, controls and moments, and reports."""
+    """Return an upper limit for the size of a reply.
+
+    It has tensors in float32, as many controls and moments, Gram matrices, and reports.
+    """
     starts = [request.starts.get(client, {}) for client in cohort]
     num_values = sum(tensor.numel() for start in starts for tensor in start.values())
-    return 4 * num_values * (1 + request.has_control + len(request.moments)) + REPORT_BYTES * len(cohort)
+    num_values *= 1 + request.has_control + len(request.moments)
+    if request.has_grams:
+        num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
+    return 4 * num_values + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -110,6 +117,14 @@ def decode_updates(
             check_tensors(update, request.starts[update.client], run.group_of, max_norm)
         return decoded
 
+    def with_grams(averaged: list[Update]) -> list[Update]:
+        starts = {update.client: templates(request.starts[update.client]) for update in averaged}
+        decoded = decode(wire.unpack_arrays(content, "grams"), averaged, starts, run.group_of, "float32")
+        complete = [replace(update, grams=grams.adapter) for update, grams in zip(averaged, decoded, strict=True)]
+        for update in complete:
+            check_grams(update, request.starts[update.client], run.group_of)
+        return complete
+
     federation = run.config.federation
     individual, pooled, controls = list[Update](), list[Update](), list[Update]()
     if inspected:
@@ -121,7 +136,11 @@ def decode_updates(
     if inspected and request.moments:
         moments = {kind: decode_buffer(kind, inspected, "float32", 0.0) for kind in request.moments}
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
-    individual = [as_global(run.config, completed(request, update)) for update in individual]
+    averaged = [*individual, *pooled]
+    if averaged and request.has_grams:
+        averaged = with_grams(averaged)
+    individual = [as_global(run.config, completed(request, update)) for update in averaged[: len(individual)]]
+    pooled = averaged[len(individual) :]
     return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
 
 

@@ -21,6 +21,7 @@ class RoundRequest:
         inspected: clients whose own adapters the server needs; nodes may pool the others' updates.
         starts: client -> the tensors that it may send, with their values before the training; empty for an evaluation.
         has_control: whether clients also send the changes of their control variates.
+        has_grams: whether clients also send Gram matrices.
         moments: names of the optimizer's moments that clients also send.
         ages: client -> age in rounds of the global adapter that it starts from.
         apart: clients that do not start from the newest global adapter.
@@ -32,6 +33,7 @@ class RoundRequest:
     inspected: frozenset[int] = frozenset()
     starts: Mapping[int, Adapter] = field(default_factory=dict)
     has_control: bool = False
+    has_grams: bool = False
     moments: tuple[str, ...] = ()
     ages: Mapping[int, int] = field(default_factory=dict)
     apart: frozenset[int] = frozenset()

@@ -4,11 +4,13 @@ With most settings the whole adapter changes in every round. If a part of it may
 what they received (`training.plan.caches_state`), and a node that answered the last round gets only the tensors that
 this round has changed. A node that failed or joined late, and every node after a resume, gets the whole state.
 
-A node that trains stale clients also gets the older global adapter that they start from, in every round and without the
-parts that never change.
+In every round a node that trains stale clients also gets the older global adapter that they start from, without the
+tensors in which it equals the newest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import torch
 
@@ -51,19 +53,19 @@ class StateSync:
         _, cached_rank = self._cached.get(node, (-1, rank))
         shared_rank = rank if since < 0 or sent == state.adapter.keys() else min(rank, cached_rank)
         self._sent[node] = number, shared_rank if sent else cached_rank
-        tensors = tuple(index for index, name in enumerate(sorted(state.adapter)) if name in sent)
-        adapter = {name: tensor for name, tensor in state.adapter.items() if name in sent}
-        age = max(ages(self._run.config, number, plan.clients).values()) if is_training else 0
-        stale_parts = self._run.rule.sends(1) | self._run.rule.sends(2) if age else frozenset[str]()
+        old = state.of_age(max(ages(self._run.config, number, plan.clients).values())) if is_training else state.adapter
+        stale = {name for name, tensor in old.items() if not torch.equal(tensor, state.adapter[name])}
         return wire.pack_plan(
             plan,
-            wire.StateDelta(self._run.run, number, since, tensors, rank, tuple(sorted(stale_parts))),
+            wire.StateDelta(
+                self._run.run, number, since, indices(state.adapter, sent), rank, indices(state.adapter, stale)
+            ),
             wire.Payload(
-                cut(adapter, rank),
+                cut(chosen(state.adapter, sent), rank),
                 residual,
                 state.control if is_training else {},
                 {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
-                cut(parts(state.of_age(age), stale_parts), rank),
+                cut(chosen(old, stale), rank),
             ),
         )
 
@@ -89,3 +91,13 @@ class StateSync:
     def _largest_rank(self, clients: tuple[int, ...]) -> int:
         ranks = client_ranks(self._run.config, self._run.config.data.num_clients)
         return max(ranks[client] for client in clients)
+
+
+def indices(adapter: Adapter, names: Container[str]) -> tuple[int, ...]:
+    """Return the places of the tensors `names` in the alphabetical order of all."""
+    return tuple(index for index, name in enumerate(sorted(adapter)) if name in names)
+
+
+def chosen(adapter: Adapter, names: Container[str]) -> Adapter:
+    """Return the tensors `names` of `adapter`."""
+    return {name: tensor for name, tensor in adapter.items() if name in names}

@@ -102,6 +102,7 @@ class CohortStrategy:
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
+            has_grams=self.run.rule.sends_grams(server_round),
             moments=moment_kinds(config.training) if self.state.optimizer else (),
             ages=ages_of,
             apart=frozenset(client for client in clients if ages_of[client] or has_own_start(config, number)),

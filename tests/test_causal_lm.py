@@ -75,7 +75,13 @@ def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:
             assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "ffa-lora-gram"},
+        {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3},
+    ],
+)
 def test_clients_train_together_as_if_alone(settings: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, plain PEFT. Every step has its own mask."""
     world = World(settings | {"local-steps": 10, "num-rounds": 4} | changes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from copra_fl.adapters.state import Update
-from copra_fl.aggregation.checking import BadUpdate, Expected, check_update
+from copra_fl.aggregation.checking import BadUpdate, Expected, check_grams, check_update
 from tests.support.updates import GLOBAL, GROUP_OF, VALID
 
 #: `VALID` has moved by sqrt(6 + 14)
@@ -25,6 +26,31 @@ def tensors(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 def test_a_valid_update_passes() -> None:
     check_update(VALID, GLOBAL, GROUP_OF, EXPECTED)
+
+
+START = {"x.lora_B.weight": torch.zeros(3, 2), "y.lora_B.weight": torch.zeros(3, 2)}
+GRAM = torch.tensor([[2.0, 1.0], [1.0, 0.5 + 1e-7]])  # singular up to rounding
+
+
+@pytest.mark.parametrize(
+    ("grams", "reason"),
+    [
+        ({"x": GRAM}, ""),
+        ({}, r"Gram matrices for \['x.lora_B.weight'\] are missing"),
+        ({"x": GRAM, "y": GRAM}, r"\['y.lora_B.weight'\] are not known"),
+        ({"x": torch.eye(3)}, r"is torch.float32 of shape \(3, 3\)"),
+        ({"x": GRAM.double()}, "is torch.float64 of shape"),
+        ({"x": torch.full((2, 2), math.nan)}, "not finite"),
+        ({"x": torch.tensor([[2.0, 1.0], [0.9, 2.0]])}, "is not symmetric"),
+        ({"x": torch.tensor([[1.0, 2.0], [2.0, 1.0]])}, "has the eigenvalue -1 below 0"),
+    ],
+)
+def test_a_gram_matrix_is_symmetric_without_negative_eigenvalues(grams: dict[str, torch.Tensor], reason: str) -> None:
+    """Group y was off, so the client has no matrix for it."""
+    sent = replace(VALID, grams={f"{module}.lora_B.weight": gram for module, gram in grams.items()})
+    group_of = {"x.lora_B.weight": 0, "y.lora_B.weight": 1}
+    with pytest.raises(BadUpdate, match=reason) if reason else nullcontext():
+        check_grams(sent, START, group_of)
 
 
 @pytest.mark.parametrize(

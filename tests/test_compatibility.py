@@ -84,6 +84,7 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
+    (PRIVATE | {"rule": "ffa-lora-gram"}, {"rule": "ffa-lora"}, "Gram matrices travel without clipping and noise"),
     (PRIVATE | {"control-variates": True}, {"control-variates": False}, "without clipping and noise"),
     (
         PRIVATE | {"over-sample": 0.5, "failures": "tolerant"},

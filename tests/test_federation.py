@@ -53,11 +53,11 @@ def test_grouping_clients_on_nodes_changes_nothing(tiny: Settings, changes: Sett
         assert norm(difference(together, final_adapter(one))) < 1e-5 * norm(final_adapter(one))
 
 
-@pytest.mark.parametrize("weighting", ["examples", "activity"])
-def test_pooled_updates_change_nothing_but_the_bytes(tiny: Settings, weighting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weighting", "rule"), [("examples", "fedavg"), ("activity", "ffa-lora-gram")])
+def test_pooled_updates_change_nothing_but_the_bytes(tiny: Settings, weighting: str, rule: str, tmp_path: Path) -> None:
     """One round, because training amplifies differences in the last bit. 1 of the 6 clients is inspected."""
     flat = tiny | {"num-rounds": 1, "weighting": weighting, "p0": 0.3, "merge-gap-clients": 1, "path-pairs": 0}
-    flat |= {"engine": "peft", "updates": "pooled"}
+    flat |= {"engine": "peft", "updates": "pooled", "rule": rule}
     clients = run_federation(flat | {"updates": "individual"}, tmp_path / "clients", num_nodes=1)
     expected = final_adapter(clients)
     for nodes in (1, 3):

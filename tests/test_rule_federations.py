@@ -37,6 +37,8 @@ LOCAL_TERMS = [
     {"optimizer-state": "client", "rule": "rolora", "fraction-clients": 0.5},
     {"optimizer-state": "client", "optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "engine": "peft"},
     {"optimizer-state": "shared", "weighting": "activity"},
+    {"off": "global"},
+    {"local-training": "line", "gucci-beta": 0.3},
     {"uplink-dtype": "int8"},
     {"uplink-dtype": "int8", "start": "own", "stale-clients": 0.5, "optimizer-state": "client"},
     {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},
@@ -249,7 +251,12 @@ def test_a_node_that_has_forgotten_says_so_and_gets_everything_next_time(tiny: S
     assert "no longer has the global adapter of round 0 in its cache" in rows[1]["missing"][0]["reason"]
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.unequal_ranks])
+@pytest.mark.parametrize(
+    "rule",
+    [  # trimmed-mean-product differs from median-product in the mean alone
+        rule.name for rule in RULES if rule.unequal_ranks and rule.name != "trimmed-mean-product"
+    ],
+)
 def test_clients_of_unequal_rank(tiny: Settings, rule: str, tmp_path: Path) -> None:
     """Ranks 1 to 4: no client sends more than its own, and the exact rule stays exact."""
     ranks = {"rank": 4, "client-ranks": "1,2,3,4,1,1", "lora-scaling": "rslora"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.study import best_rate, rates_to_try, validation_accuracies, write
+from copra_fl.reporting.study import best_rate, rates_to_try, table, validation_accuracies, write
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.study import StudyCell, read_grids, sample_configs
 from tests.support.browser import check_page, needs_chromium
@@ -202,6 +203,10 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     interval = stats.ttest_1samp(differences, 0).confidence_interval()
     gain = results.cells[0].differences["copra"].get("test_accuracy")
     assert gain.mean == pytest.approx(differences.mean()) and gain.interval == pytest.approx(tuple(interval))
+    lora = table(results).rows[0]
+    assert lora[:3] == ["3x50, iid", "lora", "0.002"] and re.fullmatch(
+        r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", lora[-1]
+    )
     gaps = results.cells[0].differences["copra"].get("merge_gap_accuracy").values
     points = gains_against(results, "merge_gap_accuracy")
     assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
@@ -267,6 +272,10 @@ def test_the_ranking_over_cells_by_hand() -> None:
         "b", "1.8", "45.0 [−82.1, 172.1]", "−10.0 [−10.0, −10.0]", "+10.0 [+10.0, +10.0]", "3.0", "15",
     ]  # fmt: skip
     assert rank_methods(cells[:1]) == () and ranking_table(cells, ()) == []
+    without_c = hand_made_cell("5x6", {"a": [0.5, 0.7], "b": [0.4, 0.6]}, SEARCHES[0])
+    ranked = rank_methods([*cells, without_c])
+    assert [row.method for row in ranked] == ["a", "b"]
+    assert "without a test accuracy in every cell: c." in ranking_table([*cells, without_c], ranked)[0].caption
 
 
 def test_the_regret_over_rates_by_hand() -> None:

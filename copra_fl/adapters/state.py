@@ -44,6 +44,7 @@ class Update:
             kept in a step).
         gradient: mean gradient of each tensor over the steps in which it was on; only with control variates.
         optimizer: state of the local optimizer after the training; empty with ``optimizer-state = "fresh"``.
+        grams: name of each B in `adapter` -> its Gram matrix (`aggregation.grams`); only if the rule asks for them.
     """
 
     client: int
@@ -53,6 +54,7 @@ class Update:
     metrics: dict[str, float]
     gradient: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
+    grams: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

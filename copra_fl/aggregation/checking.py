@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm, trained
+from copra_fl.aggregation.grams import templates
 
 #: names of the metrics that clients report
 METRICS = {"loss", "steps", "seconds", "distance", "flops"}
@@ -85,3 +86,26 @@ def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], m
     distance = norm(difference(update.adapter, expected)) if max_norm else 0.0
     if distance > max_norm:
         raise BadUpdate(f"{who} has moved by {distance:.4g}, more than max-update-norm = {max_norm:g}")
+
+
+def check_grams(update: Update, start: Adapter, group_of: Mapping[str, int]) -> None:
+    """Raise BadUpdate unless there is a Gram matrix for each B that the client trained, and no other.
+
+    A Gram matrix is symmetric, and its eigenvalues are at least 0, up to the rounding of float32.
+    """
+    who = f"client {update.client}"
+    expected = trained(templates(start), update.active_steps, group_of)
+    if update.grams.keys() != expected.keys():
+        unknown, missing = sorted(update.grams.keys() - expected), sorted(expected.keys() - update.grams)
+        raise BadUpdate(f"{who}: Gram matrices for {missing[:3]} are missing and {unknown[:3]} are not known")
+    for name, template in expected.items():
+        gram = update.grams[name]
+        if gram.shape != template.shape or gram.dtype != template.dtype:
+            raise BadUpdate(f"{who}: the Gram matrix for {name} is {gram.dtype} of shape {tuple(gram.shape)}")
+        if not torch.isfinite(gram).all():
+            raise BadUpdate(f"{who}: the Gram matrix for {name} has values that are not finite")
+        if not torch.equal(gram, gram.T):
+            raise BadUpdate(f"{who}: the Gram matrix for {name} is not symmetric")
+        eigenvalues = torch.linalg.eigvalsh(gram.double())
+        if eigenvalues[0] < -1e-5 * eigenvalues.abs().max():
+            raise BadUpdate(f"{who}: the Gram matrix for {name} has the eigenvalue {float(eigenvalues[0]):.4g} below 0")

@@ -216,6 +216,7 @@ def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
     own, stale = "start = 'own'", f"stale-clients = {federation.stale_clients:g}"
     either = own if has_own else stale
     remedy = "start = 'common'" if has_own else "stale-clients = 0"
+    fixes_a = bool(rule.core) or rule.keeps_factors
     return [
         (
             has_own and "A" not in rule.sends(1),
@@ -233,7 +234,7 @@ def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
             "belongs to an old W0; use stale-clients = 0",
         ),
         (
-            has_stale and (rule.trains(1) != rule.trains(2) or not (rule.keeps_factors or "A" in rule.sends(1))),
+            has_stale and (rule.trains(1) != rule.trains(2) or not (fixes_a or "A" in rule.sends(1))),
             f"rule = {rule.name!r} does not combine with {stale}: what it averages was trained under the newest value "
             "of a factor that changes from round to round, and stale clients have an old one; use stale-clients = 0",
         ),
@@ -258,11 +259,16 @@ def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
         (
             private and not rule.linear,
             f"rule = {rule.name!r} does not combine with {it}: it does not average changes, so one client could move "
-            f"the result by more than its share; use one of {_names(lambda other: other.linear)}",
+            f"the result by more than its share; use one of {_names(lambda other: other.linear and not other.grams)}",
         ),
         (
             private and settings.weighting != "equal",
             f"{it} needs weighting = 'equal', not {settings.weighting!r}: all clients must have the same weight",
+        ),
+        (
+            private and rule.grams,
+            f"rule = {rule.name!r} does not combine with {it}: Gram matrices travel without clipping and noise; use "
+            f"one of {_names(lambda other: other.linear and not other.grams)}",
         ),
         (
             private and settings.control_variates,

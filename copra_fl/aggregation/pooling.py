@@ -2,6 +2,9 @@
 
     theta = sum_k w_k theta_k / sum_k w_k,    N = sum_k n_k,    a_l = sum_k n_k a_kl / N
 
+For the Gram mean, which is linear in sum_k w_k theta_k G_k and sum_k w_k G_k, theta is the Gram mean of B, and
+G = sum_k w_k G_k / sum_k w_k goes with it (G_k = 0 at a client that did not train the module).
+
 With w_k = n_k, or n_k a_kl if layers are weighted by activity, the weight of the pooled update is N, or
 N a_l = sum_k n_k a_kl: the same as the weight of all its clients together.
 """
@@ -15,7 +18,7 @@ import numpy as np
 
 from copra_fl.adapters.state import Adapter, Update, trained
 from copra_fl.aggregation.rules import find_rule
-from copra_fl.aggregation.rules.fedavg import weighted_average
+from copra_fl.aggregation.rules.ffa_lora_gram import gram_means
 from copra_fl.config import Config
 
 
@@ -39,8 +42,8 @@ def pools(config: Config) -> bool:
 def pool(global_adapter: Adapter, updates: Sequence[Update], weighting: str, group_of: Mapping[str, int]) -> Update:
     """Return the update that has the same effect on the result of a linear rule as all of `updates`."""
     pooled = pool_scalars(updates)
-    averaged = weighted_average(global_adapter, updates, weighting, group_of)
-    return replace(pooled, adapter=trained(averaged, pooled.active_steps, group_of))
+    averaged, grams = gram_means(global_adapter, updates, weighting, group_of)
+    return replace(pooled, adapter=trained(averaged, pooled.active_steps, group_of), grams=grams)
 
 
 def pool_scalars(updates: Sequence[Update]) -> Update:

@@ -105,6 +105,7 @@ class Rule:
             is no global model.
         core: B and A are fixed, and a matrix R between them is trained (`adapters.core`). ``gradient``: their values
             come from the first gradient on the server's data, ``orthogonal``: they are random; empty: no core.
+        grams: clients that train B but not A also send a Gram matrix per module (`aggregation.grams`).
         linear: the pooled update of several clients (`pooling.pool`) has the same effect as their individual updates.
         changes_base: W0 changes, so that there is a residual.
         unequal_ranks: the clients' adapters may have different ranks.
@@ -124,6 +125,7 @@ class Rule:
     shares: frozenset[str] = ALL
     refactor: Callable[[Adapter, Sequence[str]], Adapter] | None = None
     core: str = ""
+    grams: bool = False
     linear: bool = False
     changes_base: bool = False
     unequal_ranks: bool = False
@@ -141,6 +143,10 @@ class Rule:
     def sends(self, server_round: int) -> frozenset[str]:
         """Return the parts that clients send to the server in a round."""
         return self.trains(server_round) & self.shares
+
+    def sends_grams(self, server_round: int) -> bool:
+        """Return whether clients send Gram matrices in a round."""
+        return self.grams and "A" not in self.trains(server_round)
 
     def changes(self, server_round: int) -> frozenset[str]:
         """Return the shared parts that differ after a round: those that clients send, and refactored ones."""

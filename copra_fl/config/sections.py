@@ -352,6 +352,11 @@ class AggregationConfig:
         choices=("listed", "repeated", "drawn"),
     )
     proximal_mu: float = option(0.0, "FedProx: weight mu of mu/2 |theta - global|^2 in the local loss; 0: off", low=0)
+    gram_shrinkage: float = option(
+        100.0,
+        "ffa-lora-gram, rolora-gram: Gram matrices of T tokens are multiplied by T / (T + this) off their diagonal",
+        low=0,
+    )
     gucci_beta: float = option(
         0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
     )
@@ -367,11 +372,6 @@ class AggregationConfig:
     server_tau: float = option(
         1e-3, "fedadam, fedyogi, fedadagrad: adaptivity constant; smaller values adapt more", above=0
     )
-
-    @property
-    def passes_per_step(self) -> int:
-        """The number of forward and backward passes that a client computes for each example of an optimizer step."""
-        return 2 if self.gucci_beta else 1
 
     @property
     def rank_list(self) -> list[int]:

@@ -105,14 +105,10 @@ def step_flops(
         targets: (steps,) targets.
         falls_back: whether groups that are off compute another, frozen adapter.
     """
-    first_block, groups, num_blocks = (
-        np.asarray(size.first_block),
-        np.asarray(size.groups, dtype=float),
-        len(size.blocks),
-    )
+    first_block, groups = np.asarray(size.first_block), np.asarray(size.groups, dtype=float)
+    num_blocks, any_on, adapters = len(size.blocks), np.asarray(masks.any(axis=1)), masks @ groups
     from_block = np.append(np.cumsum(size.blocks[::-1])[::-1], 0)  # weights of this block and all above it
     first = np.where(masks, first_block, num_blocks).min(axis=1, initial=num_blocks)
-    any_on, adapters = masks.any(axis=1), masks @ groups
     forward = 2 * tokens * (sum(size.blocks) + adapters) + 2 * targets * size.output
     backward = 2 * tokens * (from_block[first] + 2 * adapters) + 2 * targets * size.output * any_on
     if falls_back:

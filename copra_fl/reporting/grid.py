@@ -14,6 +14,7 @@ from copra_fl.records import CellResults, RankedMethod, RateRegret
 from copra_fl.reporting.figures.study import label
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.tables import NO_VALUE, POINTS, TEST_ACCURACY, DataTable, with_minus
+from copra_fl.wording import join_words
 
 
 def rank_methods(cells: Sequence[CellResults]) -> tuple[RankedMethod, ...]:
@@ -132,6 +133,9 @@ def ranking_table(cells: Sequence[CellResults], ranked: Sequence[RankedMethod]) 
         f"cost and rank are means over the {len(cells)} cells, differences are in points and paired by seed; in "
         "brackets: 95 % t-interval over seeds."
     )
+    methods = dict.fromkeys(method for cell in cells for method in cell.methods)
+    if left_out := [method for method in methods if method not in {row.method for row in ranked}]:
+        caption += f" Left out, without a test accuracy in every cell: {join_words(left_out)}."
     return [DataTable(header, rows, caption, title="Ranking over all cells")]
 
 

@@ -37,19 +37,18 @@ from copra_fl.reporting.tables import (
     measured,
     merge_gap_note,
     note,
+    passes,
     target_table,
 )
 from copra_fl.reporting.verdict import verdict
 
 RATES, TEST = "rates", "test"
-COLUMNS = (
-    TEST_ACCURACY,
-    replace(CLIENT_ACCURACY, interval=False),
+COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False))
+AVERAGING_COLUMNS = (
     MERGE_GAP,
     Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f", interval=False),
     AGGREGATION_ERROR,
     ERROR_OF_CHANGE,
-    PASSES,
 )
 
 
@@ -146,7 +145,7 @@ def render(name: str, results: StudyResults) -> str:
         sections=[
             Section("Accuracy", [*figures.gains(results), *figures.accuracies(results)]),
             *_costs(results),
-            Section("Predictors of a gain", figures.predictors(results)),
+            Section("Averaging", figures.predictors(results), [averaging_table(results)]),
             Section(
                 "Learning rates",
                 figures.rates(results),
@@ -161,23 +160,39 @@ def _costs(results: StudyResults) -> Iterator[Section]:
     for cell in results.cells:
         charts = cost.accuracy_for_cost(cell)
         if charts:
-            yield Section(f"Accuracy for cost: {figures.label(cell)}", charts, target_table(cell))
+            last = replace(charts[-1], wide=len(charts) % 2 == 1 or charts[-1].wide)  # leaves no hole in two columns
+            yield Section(f"Accuracy for cost: {figures.label(cell)}", [*charts[:-1], last], target_table(cell))
 
 
 def table(results: StudyResults) -> DataTable:
-    """Return one row per cell and method: its rate, its test results, the metrics of averaging, and passes."""
-    rows, columns = [], measured(COLUMNS, results.cells)
+    """Return one row per cell and method: its rate, its results and its passes over own data."""
+    rows, has_passes = [], bool(measured([PASSES], results.cells))
     for cell in results.cells:
         for method, estimates in cell.methods.items():
             gain = POINTS.show(cell.differences[method].get(POINTS.metric)) if method in cell.differences else ""
             rate = f"{cell.rates[method].chosen:g}"
-            shown = (column.show(estimates.get(column.metric)) for column in columns)
-            rows.append([figures.label(cell), method, rate, gain, *shown])
+            shown = [column.show(estimates.get(column.metric)) for column in COLUMNS]
+            rows.append([figures.label(cell), method, rate, gain, *shown, *([passes(estimates)] if has_passes else [])])
     first = results.cells[0]
-    header = ["cell", "method", "rate", f"minus {first.baseline}, points", *(column.heading for column in columns)]
-    settings = first.settings.common
-    caption = f"After the last round. {note(first, rows)}{merge_gap_note(settings)}{barrier_note(settings)}"
+    header = ["cell", "method", "rate", f"minus {first.baseline}, points", *(column.heading for column in COLUMNS)]
+    caption = f"After the last round. {note(first, rows)}"
+    if has_passes:
+        header.append(PASSES.heading)
+        caption += " Passes: mean over clients, and the clients with the fewest and the most."
     return DataTable(header, rows, caption)
+
+
+def averaging_table(results: StudyResults) -> DataTable:
+    """Return one row per cell and method: the metrics of averaging."""
+    columns = measured(AVERAGING_COLUMNS, results.cells)
+    rows = [
+        [figures.label(cell), method, *(column.show(estimates.get(column.metric)) for column in columns)]
+        for cell in results.cells
+        for method, estimates in cell.methods.items()
+    ]
+    settings = results.cells[0].settings.common
+    caption = f"After the last round; errors are means over rounds.{merge_gap_note(settings)}{barrier_note(settings)}"
+    return DataTable(["cell", "method", *(column.heading for column in columns)], rows, caption)
 
 
 def _early_ends(results: StudyResults) -> Iterator[str]:

@@ -18,11 +18,13 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from copra_fl.records import ComparisonSummary, ConfigValue, Estimate
+from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
 from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
+#: width of text in Markdown
+MARKDOWN_COLUMNS = 120
 #: a cell without a value
 NO_VALUE = "–"
 #: a cell that counts as a number when a column is aligned
@@ -81,7 +83,7 @@ class DataTable:
         """Return the table as Markdown: title, table, caption."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         title = f"## {self.title}\n\n" if self.title else ""
-        caption = f"\n{self.caption}\n" if self.caption else ""
+        caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
         return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
 
 
@@ -233,6 +235,12 @@ def work_table(summary: ComparisonSummary) -> DataTable:
     )
     rows = [_cells(summary, method, columns) for method in summary.methods]
     return DataTable(["method", *(column.heading for column in columns)], rows, caption, title="Work of a run")
+
+
+def passes(estimates: MetricEstimates) -> str:
+    """Return the passes over own data: ``mean (lowest to highest)`` over clients, means over seeds."""
+    mean, lowest, highest = (PASSES.format(estimates.get(f"passes{end}").mean) for end in ("", "_lowest", "_highest"))
+    return f"{mean} ({lowest} to {highest})"
 
 
 def target_table(summary: ComparisonSummary) -> list[DataTable]:

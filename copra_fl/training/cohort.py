@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from copra_fl.copra.layers import by_depth
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import derive
+from copra_fl.tasks import Inputs
 from copra_fl.training.batches import LocalSteps, plan_steps
+from copra_fl.training.grams import GramSums, tokens_of
 from copra_fl.training.local_terms import StackedLocalTerms
 from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
@@ -64,40 +67,31 @@ def train_cohort(
     a client count as 1.
     """
     started = time.perf_counter()
-    seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
     cohort = [plan_steps(plan, data, client, model.num_groups) for client in clients]
     lengths = np.array([len(steps) for steps in cohort])
     start_values = _rows(model, [starts[client].adapter for client in clients])
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
-    fallback = _fallback_tensors(model, start_values) if plan.config.copra.off == "global" else {}
     points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
+    gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
     kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
-        rows = np.flatnonzero(lengths > index)
-        on = np.stack([cohort[row].masks[index] for row in rows])
-        depth = model.depth(on)
-        order = np.argsort(depth, kind="stable")
-        rows, on, depth = rows[order], on[order], depth[order]
-        scale = model.tensor([cohort[row].scales[index] for row in rows])
-        seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
-        streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-        rank_scale = model.tensor([cohort[row].rank_scale for row in rows])
-        off = Fallback(fallback, rank_scale) if fallback else None
-        step = Step(stack, rows, on, depth, scale, streams, off)
+        step = _make_step(model, plan, stack, start_values, cohort, index)
+        rows = step.clients
         batches = [cohort[row].batches[index] for row in rows]
         by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
         for number, client_points in enumerate(zip(*by_client_points, strict=True)):
+            recorded = gram_sums if number == 0 else None
             with points.moved(step, client_points) as moved_step:
                 for micro_batch in range(max(map(len, batches))):
-                    part = _backward(model, data, moved_step, batches, micro_batch, kept)
+                    part = _backward(model, data, moved_step, batches, micro_batch, kept, recorded)
                     if number == 0:
                         losses[index, model.tensor(rows)] += part
-        terms.add(rows, on)
-        optimizer.step(rows, on, index)
+        terms.add(rows, step.on)
+        optimizer.step(rows, step.on, index)
         progress(float((1 / lengths[rows]).sum()))
     seconds = (time.perf_counter() - started) / len(cohort)
     distances = torch.linalg.vector_norm(stack.values.double() - start_values, dim=1).tolist()
@@ -113,8 +107,9 @@ def train_cohort(
         }
         metrics |= {"memory": kept.peak} if kept else {}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])
+        grams = gram_sums.matrices(row, plan.config.aggregation.gram_shrinkage) if gram_sums else {}
         update = make_update(
-            plan, steps, adapter, gradient_sums[row], states[row], model.group_of, num_examples, metrics
+            plan, steps, adapter, gradient_sums[row], states[row], model.group_of, num_examples, metrics, grams
         )
         updates.append(update)
     return updates
@@ -127,11 +122,25 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
 
 
-def _fallback_tensors(model: StackedModel, start_values: Tensor) -> dict[str, Tensor]:
-    """Return the adapters in `start_values` by tensor name, as matrices if all clients start from the same."""
-    tensors = views(start_values, model.layout)
-    shared = start_values.stride(0) == 0
-    return {name: tensor[0] for name, tensor in tensors.items()} if shared else tensors
+def _make_step(
+    model: StackedModel, plan: Plan, stack: Stack, start_values: Tensor, cohort: Sequence[LocalSteps], index: int
+) -> Step:
+    """Return step `index` of the clients that have so many, sorted by the depth of their lowest active adapter."""
+    rows = np.array([row for row, steps in enumerate(cohort) if len(steps) > index])
+    on = np.stack([cohort[row].masks[index] for row in rows])
+    depth = model.depth(on)
+    order = np.argsort(depth, kind="stable")
+    rows, on, depth = rows[order], on[order], depth[order]
+    scale = model.tensor([cohort[row].scales[index] for row in rows])
+    seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
+    seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
+    streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
+    fallback = None
+    if plan.config.copra.off == "global":
+        shared = start_values.stride(0) == 0
+        tensors = views(start_values[0] if shared else start_values, model.layout)
+        fallback = Fallback(tensors, shared, model.tensor([cohort[row].rank_scale for row in rows]))
+    return Step(stack, rows, on, depth, scale, streams, fallback)
 
 
 def _backward(
@@ -141,6 +150,7 @@ def _backward(
     batches: list[list[np.ndarray]],
     micro_batch: int,
     kept: KeptBytes | None,
+    gram_sums: GramSums | None,
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
 
@@ -148,7 +158,7 @@ def _backward(
 
     `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
     the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
-    others get more rows of their first example, with weight 0.
+    others get more rows of their first example, with weight 0. The inputs of adapters go into `gram_sums`.
     """
     examples = data.examples
     chosen = [parts[micro_batch] if micro_batch < len(parts) else parts[0][:0] for parts in batches]
@@ -161,12 +171,28 @@ def _backward(
     targets = examples.num_targets[samples].sum(1)
     rows = ClientRows(samples.ravel(), shapes, targets)
     batch = examples.batch(rows.samples, model.device)
+    record = partial(_record, gram_sums, step, _is_token(batch, shapes)) if gram_sums else None
     with kept.counting(1 / len(batches)) if kept else nullcontext():
-        target_losses = model.task.losses(model(step, batch, rows), batch)
+        target_losses = model.task.losses(model(step, batch, rows, record), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()
+
+
+def _is_token(batch: Inputs, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Return (clients, rows, tokens) bool: False for padding and for rows beyond the clients' own, as in `shapes`."""
+    by_client = tokens_of(batch).unflatten(0, (len(shapes), -1))
+    rows = torch.arange(by_client.shape[1], device=by_client.device)
+    numbers = torch.tensor([num_rows for num_rows, _ in shapes], device=by_client.device)
+    return by_client & (rows < numbers[:, None])[..., None]
+
+
+def _record(
+    gram_sums: GramSums, step: Step, is_token: Tensor, module: str, positions: np.ndarray, values: Tensor
+) -> None:
+    clients, places = (torch.from_numpy(index).to(values.device) for index in (step.clients[positions], positions))
+    gram_sums.add(module, clients, values, is_token[places])
 
 
 class StackedOptimizer:

@@ -32,6 +32,11 @@ class Plan:
         """The parts (`adapters.state.part_of`) that clients train in this round; all others stay bitwise the same."""
         return find_rule(self.config.aggregation.rule).trains(self.server_round)
 
+    @property
+    def collects_grams(self) -> bool:
+        """True if clients collect and send Gram matrices in this round."""
+        return find_rule(self.config.aggregation.rule).sends_grams(self.server_round)
+
 
 @dataclass(frozen=True)
 class Start:

@@ -20,6 +20,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.seeding import torch_stream
 from copra_fl.training.batches import plan_steps
+from copra_fl.training.grams import GramSums, recording
 from copra_fl.training.local_terms import add_local_terms
 from copra_fl.training.operations import local_flops
 from copra_fl.training.optimizer import make_optimizer, read_state, set_learning_rates, write_state
@@ -44,6 +45,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     optimizer = make_optimizer(training, adapters, heads)
     write_state(optimizer, parameters, start.optimizer)
     losses, gradient_sums = [], dict[str, Tensor]()
+    gram_sums = GramSums(1) if plan.collects_grams else None
     kept = KeptBytes([*model.parameters(), *model.buffers()]) if plan.config.copra.client_depths else None
     off = start.adapter if plan.config.copra.off == "global" else {}
     with model.fallback(off, steps.rank_scale):
@@ -52,7 +54,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
             model.gates.set(steps.masks[step], steps.scales[step])
             with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
                 points = step_points(plan.config, steps.positions[step])
-                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points, kept))
+                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points, kept, gram_sums))
             grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
             if aggregation.control_variates:
                 gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
@@ -71,7 +73,9 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     metrics |= {"memory": kept.peak} if kept else {}
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
     state = read_state(optimizer, parameters) if training.optimizer_state != "fresh" else {}
-    return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, len(data.train[client]), metrics)
+    grams = gram_sums.matrices(0, aggregation.gram_shrinkage) if gram_sums else {}
+    num_examples = len(data.train[client])
+    return make_update(plan, steps, adapter, gradient_sums, state, model.group_of, num_examples, metrics, grams)
 
 
 def _add_up_points(
@@ -82,12 +86,14 @@ def _add_up_points(
     start: Start,
     points: Sequence[Point],
     kept: KeptBytes | None,
+    gram_sums: GramSums | None,
 ) -> Tensor:
     """Set the gradients of `parameters` to those of the losses at all `points`, and return the loss at the first."""
     losses, totals = [], dict[str, Tensor]()
-    for point in points:
+    for number, point in enumerate(points):
+        recorded = gram_sums if number == 0 else None
         with moved(parameters, start.adapter, point):
-            losses.append(_accumulate_gradients(model, data, micro_batches, kept))
+            losses.append(_accumulate_gradients(model, data, micro_batches, kept, recorded))
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 grad = point.weight * point.position(name) * parameter.grad
@@ -99,18 +105,23 @@ def _add_up_points(
 
 
 def _accumulate_gradients(
-    model: AdaptedModel, data: FederatedData, micro_batches: list[np.ndarray], kept: KeptBytes | None
+    model: AdaptedModel,
+    data: FederatedData,
+    micro_batches: list[np.ndarray],
+    kept: KeptBytes | None,
+    gram_sums: GramSums | None,
 ) -> Tensor:
     """Add up the gradients of the mean loss over all targets of the micro-batches, and return that loss.
 
     The result is as if the micro-batches were one batch. There are no gradients if every adapter is off and no head is
-    trained. `kept` counts the bytes that autograd keeps.
+    trained. `kept` counts the bytes that autograd keeps. The inputs of adapters go into `gram_sums`.
     """
     num_targets = int(data.examples.num_targets[np.concatenate(micro_batches)].sum())
     loss = torch.zeros((), device=model.device)
     for indices in micro_batches:
-        with kept.counting() if kept else nullcontext():
-            part = model.losses(data.examples.batch(indices, model.device)).sum() / num_targets
+        batch = data.examples.batch(indices, model.device)
+        with kept.counting() if kept else nullcontext(), recording(model, gram_sums, batch):
+            part = model.losses(batch).sum() / num_targets
         if part.requires_grad:
             part.backward()
         loss += part.detach()

@@ -10,6 +10,7 @@ import torch
 
 from copra_fl.adapters.state import Adapter, Update
 from copra_fl.aggregation import find_rule
+from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.rule import NoParameters, Outcome, Round, Score
 from copra_fl.config import AggregationConfig
 
@@ -48,8 +49,14 @@ def no_score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
 
 
 def update(client: int, adapter: Adapter, examples: int, active: tuple[int, ...] = (1, 1)) -> Update:
+    """Return an update with the trained tensors of `adapter`, and a random Gram matrix for each B in it."""
     sent = {name: tensor for name, tensor in adapter.items() if name not in GROUP_OF or active[GROUP_OF[name]]}
-    return Update(client, sent, examples, active, {"loss": 1.0})
+    rng = torch.Generator().manual_seed(1000 + client)
+    grams = {}
+    for name, template in templates(sent).items():
+        inputs = torch.randn(50, len(template), generator=rng)
+        grams[name] = inputs.T @ inputs / len(inputs)
+    return Update(client, sent, examples, active, {"loss": 1.0}, grams=grams)
 
 
 def make_round(

@@ -103,8 +103,9 @@ def assert_alike(got: Update, expected: Update, tolerance: float) -> None:
         expected.num_examples,
         expected.active_steps,
     )
-    assert got.adapter.keys() == expected.adapter.keys()
+    assert got.adapter.keys() == expected.adapter.keys() and got.grams.keys() == expected.grams.keys()
     assert relative_error(got.adapter, expected.adapter) < tolerance
+    assert not expected.grams or relative_error(got.grams, expected.grams) < tolerance
     assert [got.metrics[name] for name in ("steps", "flops")] == [expected.metrics[name] for name in ("steps", "flops")]
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=max(1e-6, 100 * tolerance))
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from copra_fl.aggregation.products import b_of, factors, trained_modules
+from copra_fl.adapters.state import trained
+from copra_fl.aggregation.products import b_of, factors, modules
 from copra_fl.aggregation.rule import Outcome, Round, Rule
 from copra_fl.aggregation.rules.flexlora import best_factors
 from copra_fl.aggregation.rules.median import median, middle
@@ -30,12 +31,13 @@ def median_product(round_: Round) -> Outcome:
 def factors_of_products(round_: Round, center: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Return the best factors of each trained module's `center` of (clients, d, k) products."""
     adapter: dict[str, Tensor] = {}
-    for module in trained_modules(round_):
-        voters = [update.adapter for update in round_.updates if b_of(module) in update.adapter]
-        pairs = [factors(adapter, module, round_.scaling) for adapter in voters]
-        product = center(torch.stack([b @ a for b, a in pairs]))
-        identity = torch.eye(product.shape[1], dtype=product.dtype)
-        adapter |= best_factors(round_.before, module, (product, identity), round_.scaling)
+    for module in modules(round_.before):
+        adapters = [trained(update.adapter, update.active_steps, round_.group_of) for update in round_.updates]
+        pairs = [factors(adapter, module, round_.scaling) for adapter in adapters if b_of(module) in adapter]
+        if pairs:
+            product = center(torch.stack([b @ a for b, a in pairs]))
+            identity = torch.eye(product.shape[1], dtype=product.dtype)
+            adapter |= best_factors(round_.before, module, (product, identity), round_.scaling)
     return adapter
 
 

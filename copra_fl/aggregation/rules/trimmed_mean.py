@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from copra_fl.adapters.state import trained
 from copra_fl.aggregation.rule import Outcome, Round, Rule
 from copra_fl.config import option
 
@@ -36,7 +37,8 @@ def trimmed_mean(round_: Round) -> Outcome:
 
 def client_values(round_: Round, name: str) -> Tensor:
     """Return (clients, ...) in float64: the tensor `name` of each client that trained it."""
-    values = [update.adapter[name].double() for update in round_.updates if name in update.adapter]
+    adapters = [trained(update.adapter, update.active_steps, round_.group_of) for update in round_.updates]
+    values = [adapter[name].double() for adapter in adapters if name in adapter]
     return torch.stack(values) if values else torch.empty(0, *round_.before[name].shape)
 
 

@@ -126,7 +126,12 @@ class StackedLinear(nn.Module):
             if frozen is not None:
                 frozen.add(y, by_client)
             return y.view(*x.shape[:-1], -1)
-        a, b, scale = self._adapters(step.stack.tensors, step.scale, route, x.dtype)
+        a, b = self._factors(step.stack.tensors, route, x.dtype)
+        scale = (self.scaling * route.scale(step.scale)).to(x.dtype)
+        if self.context.record is not None:
+            with torch.no_grad():
+                inputs = by_client if route.places is None else by_client.index_select(0, route.places)
+                self.context.record(self.name, route.positions, torch.bmm(inputs, a.mT))
         noise = self._noise(route, x) if step.dropout and self.dropout else None
         weight, bias = self.base.weight, self.base.bias
         y = AdapterProduct.apply(by_client, weight, bias, a, b, scale, route.places, noise, frozen)
@@ -136,29 +141,21 @@ class StackedLinear(nn.Module):
 
     def _frozen(self, dtype: torch.dtype) -> FrozenProduct | None:
         """Return the product of the step's `Fallback` for clients whose adapter is off; None without such a client."""
-        step = self.context.step
-        route = step.route(self.group, self.context.clients, on=False) if step.fallback else None
-        if step.fallback is None or route is None:
+        step, fallback = self.context.step, self.context.step.fallback
+        route = step.route(self.group, self.context.clients, on=False) if fallback else None
+        if fallback is None or route is None:
             return None
-        return FrozenProduct(*self._adapters(step.fallback.tensors, step.fallback.scale, route, dtype), route.places)
+        a, b = self._factors(fallback.tensors, None if fallback.shared else route, dtype)
+        return FrozenProduct(a, b, (self.scaling * route.scale(fallback.scale)).to(dtype), route.places)
 
-    def _adapters(
-        self, tensors: Mapping[str, Tensor], scale: Tensor, route: Route, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, or R A, and B of the clients of `route`, and their scale (c, 1, 1)."""
-        a, b = (route.select(tensors[f"{self.name}.lora_{part}.weight"]) for part in "AB")
-        return self._times_core(tensors, a, route).to(dtype), b.to(dtype), (self.scaling * route.scale(scale)).to(dtype)
-
-    def _times_core(self, tensors: Mapping[str, Tensor], a: Tensor, route: Route) -> Tensor:
-        """Return R A (c, r, in) of the route's clients, block by block (`adapters.core`); A if there is no R."""
-        core, scales = (tensors.get(f"{self.name}.lora_{part}.weight") for part in "RS")
-        if core is None:
-            return a
-        size = core.shape[-1]
-        blocks = route.select(core).reshape(-1, size, size)
-        if scales is not None:
-            blocks = blocks * route.select(scales).reshape(-1, 1, 1)
-        return torch.bmm(blocks, a.reshape(-1, size, a.shape[-1])).view_as(a)
+    def _factors(self, tensors: Mapping[str, Tensor], route: Route | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A, or R A, and B of the clients of `route`; None: `tensors` are those of one adapter."""
+        names = {part: f"{self.name}.lora_{part}.weight" for part in "ABRS"}
+        parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+        if route is not None:
+            parts = {part: route.select(tensor) for part, tensor in parts.items()}
+        a = _times_core(parts["A"], parts["R"], parts.get("S")) if "R" in parts else parts["A"]
+        return a.to(dtype), parts["B"].to(dtype)
 
     def _noise(self, route: Route, x: Tensor) -> Tensor:
         """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""
@@ -171,3 +168,12 @@ class StackedLinear(nn.Module):
             drawn.bernoulli_(1 - self.dropout, generator=context.step.dropout[position])
             unpadded.copy_(drawn.div_(1 - self.dropout))
         return noise.view(len(noise), -1, x.shape[-1])
+
+
+def _times_core(a: Tensor, core: Tensor, scales: Tensor | None) -> Tensor:
+    """Return R A for A (r, in) or (c, r, in), block by block (`adapters.core`)."""
+    size = core.shape[-1]
+    blocks = core.reshape(-1, size, size)
+    if scales is not None:
+        blocks = blocks * scales.reshape(-1, 1, 1)
+    return torch.bmm(blocks, a.reshape(-1, size, a.shape[-1])).view_as(a)

@@ -18,7 +18,7 @@ from copra_fl.models.adapted import AdaptedModel, frozen_head_logits, mask_other
 from copra_fl.tasks import Inputs
 from copra_fl.training.stacked.chain import NotStackable, find_chain
 from copra_fl.training.stacked.linear import StackedLinear
-from copra_fl.training.stacked.step import ClientRows, ForwardContext, Stack, Step, by_client, places
+from copra_fl.training.stacked.step import ClientRows, ForwardContext, Record, Stack, Step, by_client, places
 from copra_fl.training.stacked.trunk import Trunk
 
 
@@ -121,14 +121,16 @@ class StackedModel:
         """
         return np.where(on, self._block_of, len(self.blocks)).min(axis=1, initial=len(self.blocks))
 
-    def __call__(self, step: Step, batch: Inputs, rows: ClientRows | None = None) -> Tensor:
+    def __call__(
+        self, step: Step, batch: Inputs, rows: ClientRows | None = None, record: Record | None = None
+    ) -> Tensor:
         """Return the (targets, outputs) logits of a batch, in float32 or wider.
 
         Each client of the step has equally many rows. `rows` is needed for dropout, for a hidden-state cache, and if
-        clients have different numbers of targets.
+        clients have different numbers of targets. `record` is called with the inputs of the adapters.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, range(len(step.clients))):
+        with self.context.forward(step, rows, range(len(step.clients)), record):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:

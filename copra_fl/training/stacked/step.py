@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,12 +42,12 @@ class Stack:
 
 
 def views(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Return the adapters in `rows` (C, P) as adapter tensor name -> (C, *shape), views of `rows`."""
+    """Return the adapters in `rows` (..., P) as adapter tensor name -> (..., *shape), views of `rows`."""
     return {name: _view(rows, layout, name) for name in layout.shapes}
 
 
-def _view(matrix: Tensor, layout: Layout, name: str) -> Tensor:
-    return matrix[:, layout.spans[name]].unflatten(1, layout.shapes[name])
+def _view(rows: Tensor, layout: Layout, name: str) -> Tensor:
+    return rows[..., layout.spans[name]].unflatten(-1, layout.shapes[name])
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class Fallback:
     """The frozen adapters that layers use while they are off.
 
     Attributes:
-        tensors: adapter tensor name -> (C, *shape), or (*shape) if all clients of the stack have the same.
+        tensors: adapter tensor name -> (C, *shape), or (*shape) if `shared`.
+        shared: whether all clients of the stack have the same.
         scale: (c,) factor of each client of the step, in addition to the scaling of the model.
     """
 
     tensors: Mapping[str, Tensor]
+    shared: bool
     scale: Tensor
 
 
@@ -130,8 +132,8 @@ class Route:
         return scale[self.indices][:, None, None]
 
     def select(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a stacked tensor that belong to these clients; a matrix is that of all clients."""
-        return tensor if self.rows is None or tensor.dim() == 2 else tensor.index_select(0, self.rows)
+        """Return the rows of a stacked tensor that belong to these clients."""
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class ClientRows:
     targets: np.ndarray | None = None
 
 
+#: module, positions of the clients in the step, A x (clients, N, r) of the inputs x of their adapters
+Record = Callable[[str, np.ndarray, Tensor], None]
+
+
 class ForwardContext:
     """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
 
@@ -156,24 +162,26 @@ class ForwardContext:
         step: the step that is computed.
         rows: the rows of its batch.
         clients: the step's clients whose rows are computed at present.
+        record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
         cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
     clients: range
+    record: Record | None
 
     def __init__(self) -> None:
         self.cache: HiddenStateCache | None = None
 
     @contextmanager
-    def forward(self, step: Step, rows: ClientRows, clients: range) -> Iterator[None]:
+    def forward(self, step: Step, rows: ClientRows, clients: range, record: Record | None = None) -> Iterator[None]:
         """Compute `step` on `rows` inside the block, starting with the rows of `clients`."""
-        self.step, self.rows, self.clients = step, rows, clients
+        self.step, self.rows, self.clients, self.record = step, rows, clients, record
         try:
             yield
         finally:
-            del self.step, self.rows, self.clients
+            del self.step, self.rows, self.clients, self.record
 
 
 def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
