@@ -94,7 +94,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 def marked(command: str) -> Any:
     """Mark the commands that take minutes; shorter tests cover the same code."""
-    is_slow = any(f"copra-fl {name}" in command for name in ("study", "probe shapley", "probe prune"))
+    is_slow = any(
+        f"copra-fl {name}" in command
+        for name in ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
+    )
     return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
 
