@@ -56,7 +56,8 @@ def blocks() -> Iterator[tuple[str, str]]:
     for name, (path, results) in studies().items():
         yield f"{name} results", f"{study_table(results).markdown()}\n{source(path, results.command)}\n"
         yield f"{name} averaging", averaging_table(results).markdown()
-        yield f"{name} copra", copra_against(results).markdown()
+        if "copra" in results.cells[0].methods:
+            yield f"{name} copra", copra_against(results).markdown()
         yield f"{name} predictors", predictors(results).markdown()
         yield f"{name} rates", plain(regret_table(rate_regret(results.cells), len(results.cells)))
         yield f"{name} ranking", "".join(map(plain, ranking_table(results.cells, rank_methods(results.cells))))
