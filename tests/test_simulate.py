@@ -115,6 +115,7 @@ def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> N
             watch(link, process, 1, Console(stderr=True))
 
 
+@pytest.mark.slow
 def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     many = {"num-clients": 200, "fraction-clients": 0.2, "local-steps": 1, "num-rounds": 1, "partitioner": "iid"}
     out, _ = RealRun(
