@@ -108,7 +108,7 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     if server_state.optimizer and updates:
         for kind in moment_kinds(config.training):
             moments = [replace(update, adapter=update.optimizer.get(kind, {})) for update in updates]
-            buffers[kind] = encode(moments, sent_starts, group_of, "float32")
+            buffers[kind] = encode(moments, sent_starts, group_of, config.federation.moments_dtype)
     if leaves_state(config):
         keeps_moments = config.training.optimizer_state == "client"
         for update in updates:
@@ -258,7 +258,7 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
     """
     delta = wire.unpack_delta(content)
     moments = no_moments(plan.config.training, parts(template, plan.trained_parts))
-    payload = wire.unpack_payload(content, delta, template, moments)
+    payload = wire.unpack_payload(content, delta, template, moments, plan.config.federation.moments_dtype)
     cached = wire.read_cached_state(node_state, delta.run)
     adapter, residual = pad(payload.adapter, plan.config.model.rank), payload.residual
     if delta.since >= 0:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from copra_fl.adapters.compression import Arrays, take
+from copra_fl.adapters.compression import CODECS, Arrays, take
 from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, split_names
 from copra_fl.aggregation.ranks import cut
 from copra_fl.config import Config
@@ -168,7 +168,7 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     if payload.control:
         content["control"] = _pack_flat(payload.control)
     if payload.optimizer:
-        content["optimizer"] = _pack_flat(join_names(payload.optimizer))
+        content["optimizer"] = _pack_moments(payload.optimizer, plan.config.federation.moments_dtype)
     if payload.stale:
         content["stale"] = _pack_flat(payload.stale)
     return content
@@ -185,9 +185,11 @@ def unpack_delta(content: RecordDict) -> StateDelta:
     return StateDelta(**record | {name: tuple(record[name]) for name in INDICES})
 
 
-def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, moments: OptimizerState) -> Payload:
+def unpack_payload(
+    content: RecordDict, delta: StateDelta, template: Adapter, moments: OptimizerState, moments_dtype: str = "float32"
+) -> Payload:
     """Return the state in a message. `template` has the names and shapes of a whole adapter, `moments` those of the
-    shared state of the optimizers.
+    shared state of the optimizers, whose moments travel in `moments_dtype`.
 
     Raises ValueError if the server's model has another size.
     """
@@ -199,9 +201,27 @@ def unpack_payload(content: RecordDict, delta: StateDelta, template: Adapter, mo
         _unpack_flat(content, "adapter", sent),
         unpack_arrays(content, "residual") if "residual" in content else {},
         _unpack_flat(content, "control", template) if "control" in content else {},
-        split_names(_unpack_flat(content, "optimizer", join_names(moments))) if "optimizer" in content else {},
+        _unpack_moments(content, moments, moments_dtype) if "optimizer" in content else {},
         _unpack_flat(content, "stale", stale),
     )
+
+
+def _pack_moments(state: OptimizerState, dtype: str) -> ArrayRecord:
+    """Pack the moments in `dtype`, and the step counts exactly."""
+    moments = join_names({kind: tensors for kind, tensors in state.items() if kind != "step"})
+    values = Layout.by_name(moments).flatten(moments)
+    steps = state.get("step", {})
+    return _pack_arrays(CODECS[dtype].encode(values, values, ()) | {"step": Layout.by_name(steps).flatten(steps)})
+
+
+def _unpack_moments(content: RecordDict, template: OptimizerState, dtype: str) -> OptimizerState:
+    """Return the state that `_pack_moments` packed, with the names and shapes of `template`."""
+    arrays = unpack_arrays(content, "optimizer")
+    layout = Layout.by_name(join_names({kind: tensors for kind, tensors in template.items() if kind != "step"}))
+    state = split_names(layout.unflatten(CODECS[dtype].decode(arrays, torch.empty(layout.size), ())))
+    steps = Layout.by_name(template.get("step", {}))
+    counts = steps.unflatten(take(arrays, "step", torch.float32, steps.size))
+    return state | ({"step": counts} if counts else {})
 
 
 def _pack_flat(adapter: Adapter) -> ArrayRecord:

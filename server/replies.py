@@ -134,7 +134,7 @@ def decode_updates(
     if inspected and request.has_control:
         controls = decode_buffer("controls", inspected, "float32", 0.0)
     if inspected and request.moments:
-        moments = {kind: decode_buffer(kind, inspected, "float32", 0.0) for kind in request.moments}
+        moments = {kind: decode_buffer(kind, inspected, federation.moments_dtype, 0.0) for kind in request.moments}
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
     averaged = [*individual, *pooled]
     if averaged and request.has_grams:

@@ -124,6 +124,12 @@ def test_a_single_client_gets_its_own_moments_back_from_the_server(tiny: Setting
     assert up["shared"] == pytest.approx(3 * up["fresh"], rel=0.05)
     assert down["shared"] == pytest.approx(3 * down["fresh"], rel=0.05)
 
+    rounded = run_federation(flat | {"optimizer-state": "shared", "moments-dtype": "bfloat16"}, tmp_path / "16", 1)
+    assert 0 < relative_error(final_adapter(rounded), shared) < 1e-3
+    for way in ("up", "down"):
+        num_bytes = sum(line[f"bytes_{way}"] for line in journal(rounded))
+        assert num_bytes == pytest.approx(2 * (up if way == "up" else down)["fresh"], rel=0.05)
+
 
 def test_shared_moments_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     adapter = {"m.0.lora_A.weight": torch.ones(1, 2)}

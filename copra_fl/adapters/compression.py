@@ -1,6 +1,7 @@
 """Serialization of updates: the tensors of several clients in one flat buffer, exact or quantized.
 
     float32   the tensors themselves
+    bfloat16  the tensors themselves, rounded; for moments, whose small values float16 does not have
     float16   the difference d from the client's start, cast to float16
     int8      the difference as codes: s = max |d| / 127 for each tensor, code = round(d / s)
 
@@ -62,6 +63,15 @@ def _decode_float32(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tens
     return take(arrays, "values", torch.float32, len(start))
 
 
+def _encode_bfloat16(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
+    """Cast; the bits travel as int16, because NumPy has no bfloat16."""
+    return {"values": values.bfloat16().view(torch.int16)}
+
+
+def _decode_bfloat16(arrays: Arrays, start: Tensor, sizes: Sequence[int]) -> Tensor:
+    return take(arrays, "values", torch.int16, len(start)).view(torch.bfloat16).float()
+
+
 def _encode_float16(values: Tensor, start: Tensor, sizes: Sequence[int]) -> Arrays:
     """Clip values to float16's range and cast."""
     largest = torch.finfo(torch.float16).max
@@ -89,9 +99,10 @@ def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
     return scales.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
 
 
-#: value of uplink-dtype -> codec
+#: value of uplink-dtype or moments-dtype -> codec
 CODECS = {
     "float32": Codec(_encode_float32, _decode_float32),
+    "bfloat16": Codec(_encode_bfloat16, _decode_bfloat16),
     "float16": Codec(_encode_float16, _decode_float16),
     "int8": Codec(_encode_int8, _decode_int8),
 }

@@ -7,7 +7,8 @@ tensor (`weighting`), and a_k the steps in which the tensor was on at client k. 
 m, v and t. This is the averaging of FedAvg applied to the optimizer as well (Yu et al., arXiv 1905.03817, for momentum;
 Local AMSGrad with averaged second moments, Chen et al., arXiv 2009.05127, synchronizes v alone).
 
-Traffic: m and v travel in both directions, so AdamW needs three times the values of `fedavg`.
+Traffic: m and v travel in both directions, so AdamW needs three times the values of `fedavg`, or twice the bytes with
+``moments-dtype = "bfloat16"``.
 """
 
 from __future__ import annotations

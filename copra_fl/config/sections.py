@@ -308,6 +308,12 @@ class FederationConfig:
         "with error feedback",
         choices=("float32", "float16", "int8"),
     )
+    moments_dtype: str = option(
+        "float32",
+        "optimizer-state = shared: dtype of the moments on their way in both directions; bfloat16: half the bytes, "
+        "rounded to 8 bits",
+        choices=("float32", "bfloat16"),
+    )
     failures: str = option(
         "strict",
         "failed clients; strict: stop the run, tolerant: continue with the other clients",
