@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from copra_fl.records import Estimate, StudyResults
+from copra_fl.records import CellResults, Estimate, StudyResults
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Figure
@@ -61,9 +62,47 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield f"{name} predictors", predictors(results).markdown()
         yield f"{name} rates", plain(regret_table(rate_regret(results.cells), len(results.cells)))
         yield f"{name} ranking", "".join(map(plain, ranking_table(results.cells, rank_methods(results.cells))))
+    yield "advice", advice(studies()).markdown()
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
     yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
+
+
+def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
+    """Return what to use under which constraint, with what it buys according to the `results`."""
+    moments, headline = results["passes-optimizer"][1], results["headline"][1]
+    cell, rates = moments.cells[0], rate_regret(headline.cells)
+    shared, fresh = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora+fresh"))
+    times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, fresh)))
+    best, rival = (rates[name].worst for name in ("copra", "lora"))
+    rows = [
+        [
+            f"none: {times:.1f} times the bytes are fine",
+            'LoRA, `optimizer-state = "shared"`',
+            f"{POINTS.show(gain(cell, 'lora+shared', 'lora+fresh'))} points over a new optimizer in each round",
+            f"`{moments.command}`",
+        ],
+        [
+            "no more bytes",
+            'LoRA, `optimizer-state = "client"`',
+            f"{POINTS.show(gain(cell, 'lora', 'lora+fresh'))} points over a new optimizer in each round",
+            f"`{moments.command}`",
+        ],
+        [
+            "the learning rate cannot be tuned",
+            "CopRA",
+            f"{100 * best:.1f} % in place of {100 * rival:.1f} % at the worst rate that all methods tried "
+            "(validation data, no interval)",
+            f"`{headline.command}`",
+        ],
+    ]
+    return DataTable(["your constraint", "use", "what it buys", "found by"], rows)
+
+
+def gain(cell: CellResults, method: str, rival: str) -> Estimate:
+    """Return the test accuracy of `method` minus that of `rival`, paired by seed."""
+    pairs = zip(*(cell.methods[name].get("test_accuracy").values for name in (method, rival)), strict=True)
+    return estimate([None if a is None or b is None else a - b for a, b in pairs])
 
 
 def plain(shown: DataTable) -> str:
@@ -81,12 +120,7 @@ def copra_against(results: StudyResults) -> DataTable:
     rivals = [method for method in results.cells[0].methods if method != "copra"]
     rows = []
     for cell in results.cells:
-        accuracies = {method: estimates.get("test_accuracy").values for method, estimates in cell.methods.items()}
-        gains = [
-            estimate([None if a is None or b is None else a - b for a, b in pairs])
-            for pairs in (zip(accuracies["copra"], accuracies[rival], strict=True) for rival in rivals)
-        ]
-        rows.append([figures.label(cell), *map(POINTS.show, gains)])
+        rows.append([figures.label(cell), *(POINTS.show(gain(cell, "copra", rival)) for rival in rivals)])
     return DataTable(["copra minus, points", *rivals], rows)
 
 
