@@ -94,10 +94,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 def marked(command: str) -> Any:
     """Mark the commands that take minutes; shorter tests cover the same code."""
-    is_slow = any(
-        f"copra-fl {name}" in command
-        for name in ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
-    )
+    slow = ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
+    is_slow = "flwr run" in command or any(f"copra-fl {name}" in command for name in slow)
     return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
 
