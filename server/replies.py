@@ -14,7 +14,7 @@ from flwr.common.logger import log
 from copra_fl import wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update
-from copra_fl.aggregation.checking import METRICS, BadUpdate, check_grams, check_scalars, check_tensors
+from copra_fl.aggregation.checking import METRICS, BadUpdate, check_grams, check_moments, check_scalars, check_tensors
 from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import as_global
@@ -145,12 +145,10 @@ def decode_updates(
 
 
 def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: int) -> Update:
-    """Return `update` with the moments in `row` of each kind. Raises BadUpdate for a negative second moment."""
-    state = {kind: decoded[row].adapter for kind, decoded in moments.items()}
-    for name, tensor in state.get("exp_avg_sq", {}).items():
-        if (tensor < 0).any():
-            raise BadUpdate(f"client {update.client}: the second moment of {name} has negative values")
-    return replace(update, optimizer=state)
+    """Return `update` with the moments in `row` of each kind. Raises BadUpdate as `check_moments` does."""
+    update = replace(update, optimizer={kind: decoded[row].adapter for kind, decoded in moments.items()})
+    check_moments(update)
+    return update
 
 
 def completed(request: RoundRequest, update: Update) -> Update:

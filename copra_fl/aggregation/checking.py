@@ -88,6 +88,13 @@ def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], m
         raise BadUpdate(f"{who} has moved by {distance:.4g}, more than max-update-norm = {max_norm:g}")
 
 
+def check_moments(update: Update) -> None:
+    """Raise BadUpdate for a second moment below 0, whose root the next optimizer step would take."""
+    for name, tensor in update.optimizer.get("exp_avg_sq", {}).items():
+        if (tensor < 0).any():
+            raise BadUpdate(f"client {update.client}: the second moment of {name} has negative values")
+
+
 def check_grams(update: Update, start: Adapter, group_of: Mapping[str, int]) -> None:
     """Raise BadUpdate unless there is a Gram matrix for each B that the client trained, and no other.
 

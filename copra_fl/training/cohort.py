@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -73,13 +74,14 @@ def train_cohort(
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
+    fallback = _fallback(model, start_values, cohort) if plan.config.copra.off == "global" else None
     points = StackedPoints(model, stack, plan, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
     kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
-        step = _make_step(model, plan, stack, start_values, cohort, index)
+        step = _make_step(model, plan, stack, fallback, cohort, index)
         rows = step.clients
         batches = [cohort[row].batches[index] for row in rows]
         by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
@@ -122,10 +124,25 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
 
 
+def _fallback(model: StackedModel, start_values: Tensor, cohort: Sequence[LocalSteps]) -> Fallback:
+    """Return the adapters in `start_values`, of all clients of the cohort, for layers that are off."""
+    shared = start_values.stride(0) == 0
+    tensors = views(start_values[0] if shared else start_values, model.layout)
+    return Fallback(tensors, shared, model.tensor([steps.rank_scale for steps in cohort]))
+
+
 def _make_step(
-    model: StackedModel, plan: Plan, stack: Stack, start_values: Tensor, cohort: Sequence[LocalSteps], index: int
+    model: StackedModel,
+    plan: Plan,
+    stack: Stack,
+    fallback: Fallback | None,
+    cohort: Sequence[LocalSteps],
+    index: int,
 ) -> Step:
-    """Return step `index` of the clients that have so many, sorted by the depth of their lowest active adapter."""
+    """Return step `index` of the clients that have so many, sorted by the depth of their lowest active adapter.
+
+    `fallback` is that of the whole cohort.
+    """
     rows = np.array([row for row, steps in enumerate(cohort) if len(steps) > index])
     on = np.stack([cohort[row].masks[index] for row in rows])
     depth = model.depth(on)
@@ -135,12 +152,8 @@ def _make_step(
     seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
     seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
     streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-    fallback = None
-    if plan.config.copra.off == "global":
-        shared = start_values.stride(0) == 0
-        tensors = views(start_values[0] if shared else start_values, model.layout)
-        fallback = Fallback(tensors, shared, model.tensor([cohort[row].rank_scale for row in rows]))
-    return Step(stack, rows, on, depth, scale, streams, fallback)
+    off = replace(fallback, scale=fallback.scale[model.tensor(rows)]) if fallback else None
+    return Step(stack, rows, on, depth, scale, streams, off)
 
 
 def _backward(

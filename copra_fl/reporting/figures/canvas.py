@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +67,21 @@ def round_ticks(comparison: Comparison) -> int:
     return math.ceil(max(run.config.federation.num_rounds for _, run in comparison.runs) / 8)
 
 
+def add_band(chart: go.Figure, method: str, style: Style, x: Sequence[float], y: Sequence[float]) -> None:
+    """Add the area inside the closed line `x`, `y` in the color of `method`; it hides and shows with the method."""
+    chart.add_scatter(
+        x=x,
+        y=y,
+        fill="toself",
+        mode="none",
+        fillcolor=style.color,
+        opacity=0.18,
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=method,
+    )
+
+
 def by_round(
     comparison: Comparison,
     value: Callable[[RoundRecord], float | None],
@@ -84,17 +99,8 @@ def by_round(
                 values.setdefault(record.round, []).append(measured)
         rounds = sorted(values)
         if len(runs) > 1 and not many:
-            chart.add_scatter(
-                x=rounds + rounds[::-1],
-                y=[max(values[n]) for n in rounds] + [min(values[n]) for n in rounds[::-1]],
-                fill="toself",
-                mode="none",
-                fillcolor=style.color,
-                opacity=0.18,
-                hoverinfo="skip",
-                showlegend=False,
-                legendgroup=method,
-            )
+            edges = [max(values[n]) for n in rounds] + [min(values[n]) for n in rounds[::-1]]
+            add_band(chart, method, style, rounds + rounds[::-1], edges)
         if rounds:
             chart.add_scatter(
                 x=rounds,

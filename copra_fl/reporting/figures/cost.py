@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.records import ComparisonSummary, Curve
-from copra_fl.reporting.figures.canvas import are_many, by_method, legended, started, styles
+from copra_fl.reporting.figures.canvas import add_band, are_many, by_method, legended, started, styles
 from copra_fl.reporting.html import STYLES, Figure, Style, empty_chart
 from copra_fl.reporting.results import Comparison
 
@@ -58,17 +58,7 @@ def accuracy_for_cost(summary: ComparisonSummary, setting: str = "") -> list[Fig
 def _add_curve(chart: go.Figure, method: str, style: Style, curve: Curve, spent: Sequence[float], band: bool) -> None:
     if band and curve.lowest != curve.highest:
         edges = [*curve.highest, *curve.lowest[::-1]]
-        chart.add_scatter(
-            x=[*spent, *spent[::-1]],
-            y=[100 * accuracy for accuracy in edges],
-            fill="toself",
-            mode="none",
-            fillcolor=style.color,
-            opacity=0.18,
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=method,
-        )
+        add_band(chart, method, style, [*spent, *spent[::-1]], [100 * accuracy for accuracy in edges])
     chart.add_scatter(
         x=spent,
         y=[100 * accuracy for accuracy in curve.accuracy],
