@@ -1,0 +1,77 @@
+"""Records: the schema of the JSON files in the folders of runs, comparisons and studies.
+
+The server writes those of a run (`server.journal`), `copra_fl.reporting` writes the others and reads all of them;
+nothing else parses these files. A field that was not measured is None or empty, never absent.
+"""
+
+from copra_fl.records.comparison import (
+    ComparedSettings,
+    ComparisonSummary,
+    ConfigValue,
+    Curve,
+    EarlyEnd,
+    Estimate,
+    MetricEstimates,
+    TargetCost,
+    UnfinishedRun,
+)
+from copra_fl.records.record import (
+    Record,
+    RecordError,
+)
+from copra_fl.records.run import (
+    AggregationError,
+    ClientEvaluation,
+    ClientRecord,
+    Evaluation,
+    LinePath,
+    MergeGap,
+    MissingClient,
+    Origin,
+    Passes,
+    PrivacySpent,
+    Provenance,
+    RoundRecord,
+    RunSummary,
+    Tier,
+)
+from copra_fl.records.study import (
+    CellResults,
+    ChosenRate,
+    RankedMethod,
+    RateRegret,
+    StudyResults,
+)
+
+__all__ = [
+    "AggregationError",
+    "CellResults",
+    "ChosenRate",
+    "ClientEvaluation",
+    "ClientRecord",
+    "ComparedSettings",
+    "ComparisonSummary",
+    "ConfigValue",
+    "Curve",
+    "EarlyEnd",
+    "Estimate",
+    "Evaluation",
+    "LinePath",
+    "MergeGap",
+    "MetricEstimates",
+    "MissingClient",
+    "Origin",
+    "Passes",
+    "PrivacySpent",
+    "Provenance",
+    "RankedMethod",
+    "RateRegret",
+    "Record",
+    "RecordError",
+    "RoundRecord",
+    "RunSummary",
+    "StudyResults",
+    "TargetCost",
+    "Tier",
+    "UnfinishedRun",
+]
