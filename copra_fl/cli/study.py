@@ -53,11 +53,12 @@ def study(
     from copra_fl.reporting.tables import table  # slow to import
 
     for grid, cells in cells_by_grid.items():
+        directory = output.absolute() / grid
         for number, cell in enumerate(cells, start=1):
             console.rule(f"{grid} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}")
             rates = tune(cell, console, request)
             console.print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
             console.print(table(summarize(run_test(cell, rates, console, request))))
-        directory = output.absolute() / grid
-        write(directory, [cell.directory for cell in cells], shlex.join(["copra-fl", *sys.argv[1:]]))
+            finished = [cell.directory for cell in cells[:number]]
+            write(directory, finished, shlex.join(["copra-fl", *sys.argv[1:]]))
         console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)
