@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from copra_fl.config import Config
-from copra_fl.records import ClientRecord, Evaluation, Passes, RoundRecord
+from copra_fl.records import ClientRecord, Evaluation, Passes, RoundRecord, Tier
 from copra_fl.reporting import work
 from copra_fl.reporting.figures.cost import accuracy_for_cost
 from copra_fl.reporting.report import render
@@ -55,6 +55,23 @@ def test_passes_are_steps_times_batch_by_examples() -> None:
     assert work.passes(config.changed(local_epochs=2), journal) == Passes(mean=3.0, lowest=2.0, highest=4.0)
     assert work.mean_steps(journal) == 7.5
     assert work.passes(config, []) is None
+
+
+def test_work_by_depth_is_a_mean_over_clients_and_rounds() -> None:
+    """Client 0 trains one layer, in both rounds; client 1 trains all three, in the second."""
+    shallow = Tier(depth=1, clients=(0,), seconds=2, memory=10)
+    first = round_of(1, [0], None).model_copy(update={"tiers": (shallow,)})
+    deep = Tier(depth=3, clients=(1,), seconds=6, memory=30)
+    second = round_of(2, [0, 1], None, flops=5e9).model_copy(
+        update={"tiers": (shallow.model_copy(update={"seconds": 4, "memory": 20}), deep)}
+    )
+    run = Run(Path("run"), Config(), [first, second], None, None)
+    assert work.work_by_depth([run]) == [(3, 1.0, 6.0, 30.0, 5e9), (1, 1.0, 3.0, 15.0, 4e9)]
+    unknown = Run(
+        Path("run"), Config(), [round_of(1, [0], None, flops=None).model_copy(update={"tiers": (shallow,)})], None, None
+    )
+    assert work.work_by_depth([unknown]) == [(1, 1.0, 2.0, 10.0, None)]
+    assert work.work_by_depth([run_of(0, [None])]) == []
 
 
 def test_operations_of_a_journal_that_lacks_some_are_unknown() -> None:

@@ -43,6 +43,7 @@ from copra_fl.reporting.tables import (
     work_table,
 )
 from copra_fl.reporting.verdict import verdict
+from copra_fl.reporting.work import work_by_depth
 from copra_fl.wording import join_words
 
 RESULT_COLUMNS = (TEST_ACCURACY, CLIENT_ACCURACY, AGGREGATION_ERROR, ERROR_OF_CHANGE, MERGE_GAP, *COST)
@@ -116,7 +117,7 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
                 *cost.accuracy_for_bytes(comparison),
                 *cost.traffic_and_time(comparison),
             ],
-            [*target_table(summary), work_table(summary)],
+            [*target_table(summary), work_table(summary), *_work_by_depth(comparison)],
         ),
         *_probes(comparison),
         Section("Results of each run", tables=_each_run(comparison, summary), collapsed=True),
@@ -190,6 +191,28 @@ def _results(summary: ComparisonSummary) -> DataTable:
     if not measured([ERROR_OF_CHANGE], [summary]):  # not in journals of earlier versions
         others.remove(ERROR_OF_CHANGE)
     return results_table(summary, (accuracy, *optional, *others), caption)
+
+
+def _work_by_depth(comparison: Comparison) -> list[DataTable]:
+    """Return the work of a client of each depth, in the methods with ``client-depths``."""
+    cells = [
+        [
+            method,
+            str(work.depth),
+            f"{work.clients:.1f}",
+            f"{work.seconds:.2f}",
+            f"{work.memory / 1e6:.1f}",
+            NO_VALUE if work.flops is None else f"{work.flops / 1e9:.1f}",
+        ]
+        for method in comparison.methods
+        for work in work_by_depth(comparison.finished_runs(method))
+    ]
+    caption = (
+        "Of a client in a round, mean over rounds. Memory: most bytes that autograd kept for the backward pass of a "
+        "step."
+    )
+    header = ["method", "layers trained", "clients a round", "seconds", "memory, MB", "GFLOP"]
+    return [DataTable(header, cells, caption, title="Work by depth")] if cells else []
 
 
 def _connectivity(comparison: Comparison, summary: ComparisonSummary) -> list[DataTable]:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from copra_fl.config import Config
-from copra_fl.records import Curve, Passes, RoundRecord, TargetCost
+from copra_fl.records import Curve, Passes, RoundRecord, TargetCost, Tier
 from copra_fl.reporting.results import Run
 
 
@@ -22,6 +22,22 @@ class Point(NamedTuple):
     accuracy: float
     bytes_up: int
     bytes: int
+    flops: float | None
+
+
+class DepthWork(NamedTuple):
+    """Work of the clients that train `depth` layers, means over rounds; per client and round but for `clients`.
+
+    Attributes:
+        clients: number that trained in a round.
+        memory: bytes that autograd kept (`records.Tier`).
+        flops: operations; None if the journal lacks them.
+    """
+
+    depth: int
+    clients: float
+    seconds: float
+    memory: float
     flops: float | None
 
 
@@ -41,6 +57,29 @@ def flops(journal: Sequence[RoundRecord]) -> float | None:
     counts = [client.flops for record in journal for client in record.clients]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+def work_by_depth(runs: Sequence[Run]) -> list[DepthWork]:
+    """Return the work at each depth, the deepest first; empty without ``client-depths``."""
+    of_depth: dict[int, list[tuple[Tier, RoundRecord]]] = {}
+    for run in runs:
+        for record in run.journal:
+            for tier in record.tiers:
+                of_depth.setdefault(tier.depth, []).append((tier, record))
+    table = []
+    for depth, rounds in sorted(of_depth.items(), reverse=True):
+        counts = [client.flops for tier, record in rounds for client in record.clients if client.client in tier.clients]
+        known = [count for count in counts if count is not None]
+        table.append(
+            DepthWork(
+                depth=depth,
+                clients=fmean(len(tier.clients) for tier, _ in rounds),
+                seconds=fmean(tier.seconds for tier, _ in rounds),
+                memory=fmean(tier.memory for tier, _ in rounds),
+                flops=fmean(known) if len(known) == len(counts) else None,
+            )
+        )
+    return table
 
 
 def mean_steps(journal: Sequence[RoundRecord]) -> float | None:
