@@ -11,15 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from copra_fl.adapters.state import (
-    Adapter,
-    OptimizerState,
-    join_names,
-    load_checkpoint,
-    save_checkpoint,
-    split_names,
-)
+from copra_fl.adapters.state import Adapter, OptimizerState, join_names, split_names
 from copra_fl.files import cache_dir
+from copra_fl.tensor_files import read_tensors, write_tensors
+
+#: newest rounds whose states are kept for each client
+NUM_KEPT = 2
+
+
+class StateGone(RuntimeError):
+    """A client's state that was removed and is needed. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,29 @@ class ClientStateStore:
         self._directory = cache_dir() / "clients" / run
 
     def read(self, client: int, before: int) -> ClientState:
-        """Return the state of `client` after its last round below `before`; an empty one if there was no such round."""
-        earlier = [path for path in self._files(client) if path.name < self._file(client, before).name]
+        """Return the state of `client` after its last round below `before`; an empty one if there was no such round.
+
+        Raises DamagedFile if the file is damaged, StateGone if the server asks for a round so old that the state it
+        needs may have been removed.
+        """
+        files = self._files(client)
+        earlier = [path for path in files if path.name < self._file(client, before).name]
+        if not earlier and before > 1 and len(files) == NUM_KEPT:
+            raise StateGone(
+                f"the state of client {client} before round {before} is gone: its node keeps those of the two newest "
+                "rounds, and the server went back further; start the run anew"
+            )
         if not earlier:
             return ClientState()
-        tensors, _ = load_checkpoint(earlier[-1])
+        tensors, _ = read_tensors(earlier[-1])
         return ClientState(**split_names(tensors))
 
     def write(self, client: int, server_round: int, state: ClientState) -> None:
         """Write the state of `client` after a round, and remove all but the two newest."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self._file(client, server_round), join_names(vars(state)), {})
+        write_tensors(self._file(client, server_round), join_names(vars(state)), {})
         current = [path for path in self._files(client) if path.name <= self._file(client, server_round).name]
-        for path in current[:-2]:
+        for path in current[:-NUM_KEPT]:
             path.unlink()
 
     def _file(self, client: int, server_round: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,12 +13,24 @@ from typing import Any
 
 from filelock import FileLock
 
+log = logging.getLogger(__name__)
+
 #: columns of a line of `write_json`
 JSON_WIDTH = 120
+#: file with the digests of a folder made by `build_once`, in the format of sha256sum
+DIGESTS = "SHA256SUMS"
 
 
 class CacheError(RuntimeError):
     """A cache folder that cannot be created or written. The message names the folder and what to do."""
+
+
+class DamagedFile(ValueError):
+    """A file that is not as it was written. The message names the file and the problem."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} is damaged: {problem}")
+        self.path = path
 
 
 def cache_dir() -> Path:
@@ -50,8 +63,8 @@ def sha256(path: Path) -> str:
 def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file with `content`: readers see the old file or the whole new one.
 
-    The content is flushed to the disk before the file is renamed, so that this also holds after a power failure.
-    `mode` is the permissions of a new file, before the umask.
+    Content and name are flushed to the disk, in this order, so that this also holds after a power failure, and the new
+    file survives one. `mode` is the permissions of a new file, before the umask.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -63,6 +76,27 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` to the file at `path` and flush it to the disk; a power failure leaves at most half a line."""
+    created = not path.exists()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if created:
+        flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -88,16 +122,39 @@ def build_once(place: Path, build: Callable[[Path], Path]) -> None:
     """Make the folder `place` in one process, while other processes that need it wait.
 
     `build(scratch)` works in a new folder beside `place` and returns the finished folder in it, which is then renamed:
-    an interrupted build leaves nothing at `place`.
+    an interrupted build leaves nothing at `place`. A folder whose files have changed since is named in the log and
+    built again.
     """
+    if not changed_files(place):
+        return
     scratch = place.with_suffix(".part")
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
-        if place.exists():
+        if not (changed := changed_files(place)):
             return
+        if place.exists():
+            log.warning("%s is damaged (%s); it is built again", place, ", ".join(changed))
+            shutil.rmtree(place)
         shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left one
         try:
             scratch.mkdir()
-            build(scratch).rename(place)
+            built = build(scratch)
+            digests = "".join(f"{sha256(built / name)}  {name}\n" for name in _names(built))
+            atomic_write(built / DIGESTS, digests)
+            built.rename(place)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def changed_files(place: Path) -> list[str]:
+    """Return the files of a folder made by `build_once` that are not as they were built; if in doubt, their list."""
+    try:
+        lines = (place / DIGESTS).read_text(encoding="utf-8").splitlines()
+        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):
+        return [DIGESTS]
+    return [name for name, digest in digests.items() if not (place / name).is_file() or sha256(place / name) != digest]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -42,7 +42,7 @@ from transformers import Trainer, TrainingArguments
 
 from copra_fl import CopraCallback, provenance
 from copra_fl.adapters.interpolation import combine, interpolate, interpolate_products, merge_gap, walk
-from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import Adapter
 from copra_fl.config import Config, parse_override
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import atomic_write, write_json
@@ -54,6 +54,7 @@ from copra_fl.probes.members import select_members
 from copra_fl.probes.merging import MERGE_METHODS, merge
 from copra_fl.probes.open_run import OpenRun, PlainEngines, no_progress
 from copra_fl.probes.shapley_values import gini, top_third
+from copra_fl.tensor_files import read_tensors, write_tensors
 from copra_fl.training.engine import Engine, open_engine
 from experiments.papers_summary import Values, summarise, table
 
@@ -166,9 +167,9 @@ def ensure_trained(run: OpenRun) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         (validation,) = run.score([adapter], "server-validation", residual={})
         facts = {"config": run.config.to_flat(), "validation": validation, "seconds": seconds}
-        save_checkpoint(path, adapter, {"facts": json.dumps(facts)})
+        write_tensors(path, adapter, {"facts": json.dumps(facts)})
         print(f"{run.name}: validation accuracy {validation['accuracy']:.3f}, {seconds:.0f} s", flush=True)
-    facts = json.loads(load_checkpoint(path)[1]["facts"])
+    facts = json.loads(read_tensors(path)[1]["facts"])
     if changed := Config.from_flat(facts["config"]).differences(run.config):
         raise ValueError(f"{path} was trained with other settings: {'; '.join(changed)}; use another --output")
     return facts

@@ -1,28 +1,34 @@
-"""The files of a run, written so that a kill at any moment loses at most one round.
+"""The files of a run, written so that a kill or a power failure at any moment loses at most one round.
 
     config.toml           the configuration, complete
     provenance.json       versions, source digest, machine, assets: of the start and of each resume
-    checkpoints/          the server's state after each round, with the round's journal line
+    checkpoints/          the server's state after each round, with the round's journal line and the run's id
     journal.jsonl         one line per round (`records.RoundRecord`)
     adapter/              the final adapter in PEFT's format
     summary.json          results of the finished run (`records.RunSummary`)
 
-A round's checkpoint is written first and contains the round's journal line: a resume makes the journal agree with the
-newest checkpoint. Random streams need no saving, because they are derived from seed and round.
+A round's checkpoint is written first. A resume goes on from the newest whole one, and takes the lines that
+journal.jsonl lacks from the checkpoints; it never goes on without the line of an earlier round. Random streams need no
+saving, because they are derived from seed and round.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from functools import cached_property
+from logging import WARNING
 from pathlib import Path
 
-from copra_fl.adapters.server_state import ServerState
-from copra_fl.files import atomic_write
-from copra_fl.records import Origin, Provenance, Record, RecordError, RoundRecord, RunSummary
+from flwr.common.logger import log
 
-#: key of the journal line in a checkpoint's metadata
-RECORD = "record"
+from copra_fl.adapters.server_state import ServerState
+from copra_fl.events import emit
+from copra_fl.files import DamagedFile, append_line, atomic_write
+from copra_fl.records import DamagedRecord, Origin, Provenance, Record, RecordError, RoundRecord, RunSummary, read_lines
+
+#: texts of a checkpoint: its journal line, the run's id
+RECORD, RUN = "record", "run"
 
 
 class Journal:
@@ -52,24 +58,24 @@ class Journal:
     @cached_property
     def run(self) -> str:
         """Id of the run, the same after a resume: nodes store their clients' states under it."""
-        return self._read_provenance().run if self._provenance.exists() else uuid.uuid4().hex
+        provenance = self._read_provenance()
+        if provenance is None:
+            texts = next((texts for _, texts in self._whole_checkpoints()), {})
+            return texts.get(RUN) or uuid.uuid4().hex
+        return provenance.run
 
     def resume(self) -> ServerState | None:
-        """Return the state in the newest checkpoint and read `records` up to its round; None without a checkpoint.
+        """Return the state in the newest whole checkpoint and read `records` up to its round; None at the start.
 
-        Raises RecordError for a run folder that another version of copra-fl wrote.
+        Damaged files are named in the log. Raises RecordError for a run folder that another version of copra-fl wrote,
+        and DamagedFile if there are checkpoints and the run cannot go on from any of them.
         """
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        newest = max(self._checkpoints.glob("round-*.safetensors"), default=None)
-        if newest is None:
+        if not self._paths():
             self._journal.unlink(missing_ok=True)
             return None
-        state, metadata = ServerState.load(newest)
         try:
-            last = RoundRecord.from_json(metadata.get(RECORD, "{}"))
-            text = self._journal.read_text(encoding="utf-8") if self._journal.exists() else ""
-            whole_lines = text[: text.rfind("\n") + 1].splitlines()  # a kill while writing leaves half a line
-            self.records = [RoundRecord.from_json(line) for line in whole_lines[: last.round - 1]] + [last]
+            state = self._state_with_records()
         except RecordError as error:
             raise self._other_version() from error
         atomic_write(self._journal, "".join(record.to_json() + "\n" for record in self.records))
@@ -77,27 +83,78 @@ class Journal:
 
     def record(self, record: RoundRecord, state: ServerState) -> None:
         """Write a finished round: its checkpoint, then its journal line."""
-        state.save(self._checkpoints / f"round-{record.round:05d}.safetensors", {RECORD: record.to_json()})
-        with open(self._journal, "a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
+        state.save(self._path(record.round), {RECORD: record.to_json(), RUN: self.run})
+        append_line(self._journal, record.to_json())
         self.records.append(record)
 
     def add_origin(self, seed: int, origin: Origin) -> None:
         """Write ``provenance.json`` at the start of a run, or add `origin` as a resume."""
-        if self._provenance.exists():
-            earlier = self._read_provenance()
-            provenance = earlier.model_copy(update={"resumes": (*earlier.resumes, origin)})
-        else:
+        earlier = self._read_provenance()
+        if earlier is None:
             provenance = Provenance(run=self.run, seed=seed, start=origin)
+        else:
+            provenance = earlier.model_copy(update={"resumes": (*earlier.resumes, origin)})
         self._write(self._provenance, provenance)
 
     def write_summary(self, summary: RunSummary) -> None:
         """Write ``summary.json``, which marks the run as finished."""
         self._write(self.directory / "summary.json", summary)
 
-    def _read_provenance(self) -> Provenance:
+    def _state_with_records(self) -> ServerState:
+        """Return the newest state that can be continued, and read the records up to it."""
+        lines = {record.round: record for record in self._journal_lines()}
+        for state, texts in self._whole_checkpoints():
+            last = RoundRecord.from_json(texts.get(RECORD, "{}"))
+            records = [lines.get(number) or self._line_of(number) for number in range(1, last.round)]
+            known = [record for record in records if record is not None]
+            if len(known) == len(records):
+                self.records = [*known, last]
+                return state
+            lacking = next(number for number, record in enumerate(records, start=1) if record is None)
+            warn(
+                f"{self._journal} lacks round {lacking}, and there is no whole checkpoint of it: an older one is tried"
+            )
+        raise DamagedFile(self._checkpoints, "the run cannot go on from any checkpoint; start it anew with --overwrite")
+
+    def _whole_checkpoints(self) -> Iterator[tuple[ServerState, dict[str, str]]]:
+        """Yield the checkpoints that are not damaged, the newest first."""
+        for path in reversed(self._paths()):
+            try:
+                yield ServerState.load(path)
+            except DamagedFile as damage:
+                warn(f"{damage}; the checkpoint before it is tried")
+
+    def _journal_lines(self) -> list[RoundRecord]:
+        if not self._journal.exists():
+            return []
+        records, damaged = read_lines(self._journal)
+        if damaged:
+            warn(f"{self._journal}: damaged lines {', '.join(map(str, damaged))}; the checkpoints have them too")
+        return records
+
+    def _line_of(self, number: int) -> RoundRecord | None:
+        """Return the journal line in the checkpoint of a round; None without a whole checkpoint."""
+        try:
+            _, texts = ServerState.load(self._path(number))
+        except (FileNotFoundError, DamagedFile):
+            return None
+        return RoundRecord.from_json(texts.get(RECORD, "{}"))
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._checkpoints.glob("round-*.safetensors"))
+
+    def _path(self, number: int) -> Path:
+        return self._checkpoints / f"round-{number:05d}.safetensors"
+
+    def _read_provenance(self) -> Provenance | None:
+        """Return the provenance; None without a file, or if it is damaged."""
+        if not self._provenance.exists():
+            return None
         try:
             return Provenance.from_json(self._provenance.read_bytes())
+        except DamagedRecord as damage:
+            warn(f"{self._provenance} is damaged ({damage}); it is written again")
+            return None
         except RecordError as error:
             raise self._other_version() from error
 
@@ -110,3 +167,9 @@ class Journal:
     @staticmethod
     def _write(path: Path, record: Record) -> None:
         atomic_write(path, record.to_json(indent=2) + "\n")
+
+
+def warn(text: str) -> None:
+    """Write `text` to the log and to the command line."""
+    log(WARNING, "%s", text)
+    emit("note", text=text)

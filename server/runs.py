@@ -25,7 +25,7 @@ startup.prepare()
 
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
-from copra_fl.files import atomic_write
+from copra_fl.files import DamagedFile, atomic_write
 from copra_fl.records import RecordError
 from server import federation
 from server.errors import FederationError
@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     except Timeout:
         emit("failed", error=f"another run is writing to {directory}")
         raise
-    except (FederationError, ConfigError, RecordError) as error:
+    except (FederationError, ConfigError, RecordError, DamagedFile) as error:
         emit("failed", error=str(error))
         raise
     except Exception:

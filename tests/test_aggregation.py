@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from copra_fl.adapters.state import Update, complete, difference, load_checkpoint, norm, save_checkpoint, trained
+from copra_fl.adapters.state import Update, complete, difference, norm, trained
 from copra_fl.aggregation import RULES, find_rule, pools
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.rules.fedavg import fedavg, weighted_average
 from copra_fl.aggregation.weighting import tensor_weights
 from copra_fl.config import AggregationConfig, Config
+from copra_fl.tensor_files import read_tensors, write_tensors
 
 LINEAR = [rule.name for rule in RULES if rule.linear]
 GROUP_OF = {"a": 0, "b": 1}
@@ -155,8 +156,8 @@ def test_complete_difference_norm() -> None:
 
 def test_checkpoint_round_trip_is_bitwise(tmp_path) -> None:
     adapter = random_updates(1)[0]
-    save_checkpoint(tmp_path / "x.safetensors", adapter, {"row": "{}"})
-    again, metadata = load_checkpoint(tmp_path / "x.safetensors")
+    write_tensors(tmp_path / "x.safetensors", adapter, {"row": "{}"})
+    again, metadata = read_tensors(tmp_path / "x.safetensors")
     assert metadata == {"row": "{}"}
     assert all(torch.equal(again[name], adapter[name]) for name in adapter)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config
 from copra_fl.records import RunSummary
+from copra_fl.tensor_files import read_tensors
 from server.early_end import end_reason
 from tests.support.federations import StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import run_federation
@@ -52,7 +52,7 @@ def test_a_run_that_ends_early_is_the_beginning_of_the_whole_run(tiny: Settings,
 
     short = run_federation(flat | {"target-accuracy": target}, tmp_path / "short")
     assert [row["round"] for row in journal(short)] == list(range(1, last + 1))
-    assert_equal(final_adapter(short), load_checkpoint(whole / f"checkpoints/round-{last:05d}.safetensors")[0])
+    assert_equal(final_adapter(short), read_tensors(whole / f"checkpoints/round-{last:05d}.safetensors")[0])
     summary = RunSummary.from_json((short / "summary.json").read_text())
     assert (summary.rounds, summary.ended_early) == (last, f"reached target-accuracy = {target:g}")
     assert [row["ended_early"] for row in journal(short)] == [None] * (last - 1) + [summary.ended_early]

@@ -12,10 +12,11 @@ import torch
 from flwr.app import Message
 
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import Adapter, complete, load_checkpoint
+from copra_fl.adapters.state import Adapter, complete
 from copra_fl.config import Config
 from copra_fl.probes.open_run import LIMITATIONS, Limitation, OpenRun, open_run, open_runs, plain_adapters
 from copra_fl.reporting.results import ResultsError
+from copra_fl.tensor_files import read_tensors
 from server.round_request import RoundRequest
 from server.strategy import CohortStrategy, TrainResult
 from tests.support.federations import finished_run
@@ -72,7 +73,7 @@ def test_the_final_state_scores_as_in_the_summary(tiny: Settings, tmp_path: Path
     expected = {split: {name: summary[split][name] for name in METRICS} for split in ("test", "validation")}
     assert run.score([run.adapter], "test") == [pytest.approx(expected["test"], rel=1e-6)]
     assert run.score([run.adapter]) == [pytest.approx(expected["validation"], rel=1e-6)]
-    tensors, _ = load_checkpoint(directory / "checkpoints" / "round-00002.safetensors")
+    tensors, _ = read_tensors(directory / "checkpoints" / "round-00002.safetensors")
     assert run.residual and all(torch.equal(run.residual[name], tensors[f"residual/{name}"]) for name in run.residual)
     start = run.state(0)
     (folded, initial), shared = plain_adapters([run.final, start], [run.scaling] * 2)

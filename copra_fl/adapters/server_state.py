@@ -6,14 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from copra_fl.adapters.state import (
-    Adapter,
-    OptimizerState,
-    join_names,
-    load_checkpoint,
-    save_checkpoint,
-    split_names,
-)
+from copra_fl.adapters.state import Adapter, OptimizerState, join_names, split_names
+from copra_fl.tensor_files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -46,12 +40,12 @@ class ServerState:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
         others["earlier"] = {str(age): tensors for age, tensors in enumerate(self.earlier, start=1)}
-        save_checkpoint(path, self.adapter | join_names(others), metadata)
+        write_tensors(path, self.adapter | join_names(others), metadata)
 
     @classmethod
     def load(cls, path: Path) -> tuple[ServerState, dict[str, str]]:
         """Read a checkpoint that `save` wrote: the state and the metadata."""
-        tensors, metadata = load_checkpoint(path)
+        tensors, metadata = read_tensors(path)
         adapter = {name: tensor for name, tensor in tensors.items() if "/" not in name}
         others = split_names({name: tensor for name, tensor in tensors.items() if "/" in name})
         by_age = others.pop("earlier", {})

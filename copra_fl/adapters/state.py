@@ -11,16 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
-
-from copra_fl.files import atomic_write
 
 Adapter = dict[str, Tensor]
 
@@ -166,15 +161,3 @@ def split_names(tensors: Adapter) -> dict[str, Any]:
             branch = branch.setdefault(key, {})
         branch[last] = tensor
     return tree
-
-
-def save_checkpoint(path: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
-    """Write `adapter` and `metadata` to a safetensors file atomically: the file is complete or does not exist."""
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
-    atomic_write(path, save(tensors, dict(metadata) or None))  # safetensors cannot read back {} without tensors
-
-
-def load_checkpoint(path: Path) -> tuple[Adapter, dict[str, str]]:
-    """Read the adapter and the metadata that `save_checkpoint` wrote."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

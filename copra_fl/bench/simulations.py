@@ -21,13 +21,14 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from copra_fl.adapters.state import Adapter, load_checkpoint, save_checkpoint
+from copra_fl.adapters.state import Adapter
 from copra_fl.bench.sampling import Sampler, TimedRound, with_descendants
 from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import CoreSplit, TimedRun
 from copra_fl.config import Config, Value
 from copra_fl.simulation.progress import watch
 from copra_fl.simulation.superlink import RunFailed, Workers, app_directory, copy_app, superlink
+from copra_fl.tensor_files import read_tensors, write_tensors
 
 
 def run_copra_fl(
@@ -50,7 +51,7 @@ def run_copra_fl(
                 TimedRound(end - row["seconds"], end, row["bytes_down"], row["bytes_up"])
                 for end, row in zip(ends, rows, strict=True)
             ]
-            adapters[phase] = [load_checkpoint(checkpoint)[0] for checkpoint in checkpoints]
+            adapters[phase] = [read_tensors(checkpoint)[0] for checkpoint in checkpoints]
     return TimedRun.sampled(started, rounds, adapters, sampler)
 
 
@@ -59,13 +60,13 @@ def run_baseline(configs: dict[str, Config], start: Adapter, split: CoreSplit, m
     copy = partial(shutil.copytree, app_directory() / "experiments" / "bench")
     with _folder() as folder:
         _write_configs(configs, folder)
-        save_checkpoint(folder / "start.safetensors", start, {})
+        write_tensors(folder / "start.safetensors", start, {})
         run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
         started, sampler = _simulate(folder, run_config, copy, 1, split, _num_clients(configs), memory)
         recorded = json.loads((folder / "rounds.json").read_text("utf-8"))
         rounds = {phase: [TimedRound(**row) for row in rows] for phase, rows in recorded.items()}
         adapters = {
-            phase: [load_checkpoint(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
+            phase: [read_tensors(folder / f"{phase}-{number}.safetensors")[0] for number in range(1, len(rows) + 1)]
             for phase, rows in recorded.items()
         }
     return TimedRun.sampled(started, rounds, adapters, sampler)

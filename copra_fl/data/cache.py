@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from copra_fl.files import atomic_write, cache_dir
+from copra_fl.files import DamagedFile, cache_dir
+from copra_fl.tensor_files import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 #: values that are stored with tensors, as JSON
 Facts = dict[str, Any]
@@ -19,14 +22,27 @@ Stored = tuple[dict[str, Tensor], Facts]
 
 
 def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
-    """Return the tensors (mapped into memory) and facts stored under `digest`; one process builds them if needed."""
+    """Return the tensors (mapped into memory) and facts stored under `digest`; one process builds them if needed.
+
+    A damaged file is named in the log and built again.
+    """
     path = cache_dir() / kind / f"{digest}.safetensors"
-    if not path.exists():
+    try:
+        return _read(path)
+    except (FileNotFoundError, DamagedFile):
         path.parent.mkdir(exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                tensors, facts = build()
-                atomic_write(path, save(tensors, {"facts": json.dumps(facts)}))
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            return _read(path)  # another process has built it meanwhile
+        except FileNotFoundError:
+            pass
+        except DamagedFile as damage:
+            log.warning("%s; it is built again", damage)
+        tensors, facts = build()
+        write_tensors(path, tensors, {"facts": json.dumps(facts)})
+    return _read(path)
+
+
+def _read(path: Path) -> Stored:
+    tensors, texts = read_tensors(path)
+    return tensors, json.loads(texts["facts"])

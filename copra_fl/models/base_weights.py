@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from copra_fl.files import CacheError, atomic_write, build_once, cache_dir, digest_of, sha256
+from copra_fl.files import CacheError, atomic_write, build_once, cache_dir, changed_files, digest_of, sha256
 
 transformers_logging.disable_progress_bar()
 
+SHA256 = re.compile("[0-9a-f]{64}")
 #: files in which Transformers looks for weights, in its order; an index lists the files of sharded weights
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -36,7 +38,7 @@ def open_base(source: str, dtype: str, attention: str, model_class: Any) -> PreT
     eager. Raises OSError or ValueError if there is no such model, CacheError if it cannot be stored in `dtype`.
     """
     converted = cache_dir() / "bases" / digest_of(_identity(source), dtype, model_class.__name__)
-    if not converted.exists():
+    if changed_files(converted):
         base = _open(source, "auto", attention, model_class)
         if base.dtype == getattr(torch, dtype):
             return base
@@ -98,7 +100,7 @@ def weights_digest(source: str) -> str:
     It is computed once and kept until the files change. Raises OSError for a model without weights.
     """
     kept = cache_dir() / "bases" / f"{digest_of(_identity(source))}.sha256"
-    if not kept.exists():
+    if not kept.exists() or not SHA256.fullmatch(kept.read_text(encoding="ascii", errors="replace")):
         digests = [sha256(path) for path in _weights(source)]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
         kept.parent.mkdir(exist_ok=True)

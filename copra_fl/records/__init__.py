@@ -15,10 +15,7 @@ from copra_fl.records.comparison import (
     TargetCost,
     UnfinishedRun,
 )
-from copra_fl.records.record import (
-    Record,
-    RecordError,
-)
+from copra_fl.records.record import DamagedRecord, Record, RecordError
 from copra_fl.records.run import (
     AggregationError,
     ClientEvaluation,
@@ -34,6 +31,7 @@ from copra_fl.records.run import (
     RoundRecord,
     RunSummary,
     Tier,
+    read_lines,
 )
 from copra_fl.records.study import (
     CellResults,
@@ -53,6 +51,7 @@ __all__ = [
     "ComparisonSummary",
     "ConfigValue",
     "Curve",
+    "DamagedRecord",
     "EarlyEnd",
     "Estimate",
     "Evaluation",
@@ -74,4 +73,5 @@ __all__ = [
     "TargetCost",
     "Tier",
     "UnfinishedRun",
+    "read_lines",
 ]

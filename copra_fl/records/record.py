@@ -11,6 +11,10 @@ class RecordError(ValueError):
     """JSON that is not valid, or does not follow the schema. The message names the first bad field and the problem."""
 
 
+class DamagedRecord(RecordError):
+    """Text that is not JSON, such as half a line. The message names the problem."""
+
+
 class Record(BaseModel):
     """A record: immutable, without unknown fields, as one JSON object."""
 
@@ -29,7 +33,7 @@ class Record(BaseModel):
             problems = error.errors()
             field, message = ".".join(map(str, problems[0]["loc"])), problems[0]["msg"]
             if problems[0]["type"] == "json_invalid":
-                raise RecordError(f"not valid JSON: {message}") from None
+                raise DamagedRecord(f"not valid JSON: {message}") from None
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise RecordError(
                 f"not a {cls.__name__} of this version of copra-fl, and results of other versions cannot be read: "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from copra_fl.records.record import Record
+from copra_fl.records.record import DamagedRecord, Record
 
 
 class Evaluation(Record):
@@ -164,6 +165,20 @@ class RoundRecord(Record):
     paths: tuple[LinePath, ...] = ()
     privacy: PrivacySpent | None = None
     ended_early: str | None = None
+
+
+def read_lines(journal: Path) -> tuple[list[RoundRecord], list[int]]:
+    """Return the records in a ``journal.jsonl``, and the numbers of its damaged lines; a kill leaves half a line.
+
+    Raises RecordError for lines of another version.
+    """
+    records, damaged = [], []
+    for number, line in enumerate(journal.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            records.append(RoundRecord.from_json(line))
+        except DamagedRecord:
+            damaged.append(number)
+    return records, damaged
 
 
 class ClientEvaluation(Record):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from copra_fl.config import Config, read_toml
-from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary
+from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary, read_lines
 from copra_fl.wording import join_words
 
 RecordType = TypeVar("RecordType", bound=Record)
@@ -136,11 +136,14 @@ def method_name(config: Config) -> str:
 
 
 def _read_journal(path: Path) -> list[RoundRecord]:
+    """Return the records of a journal; damaged lines are left out, and a resume of the run restores them."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole_lines = text[: text.rfind("\n") + 1]  # a run killed while writing leaves half a line
-    return [_parse(RoundRecord, line, path) for line in whole_lines.splitlines()]
+    try:
+        records, _ = read_lines(path)
+    except RecordError as error:
+        raise ResultsError(f"{path}: {error}") from None
+    return records
 
 
 def _read(record_type: type[RecordType], path: Path) -> RecordType | None:

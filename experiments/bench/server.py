@@ -15,10 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from copra_fl.adapters.state import load_checkpoint, save_checkpoint
 from copra_fl.bench.sampling import TimedRound
 from copra_fl.config import Config, read_toml
 from copra_fl.events import emit
+from copra_fl.tensor_files import read_tensors, write_tensors
 from copra_fl.wire import num_bytes
 
 app = ServerApp()
@@ -58,7 +58,7 @@ class TimedFedAvg(FedAvg):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["output"]))
-    start, _ = load_checkpoint(folder / "start.safetensors")
+    start, _ = read_tensors(folder / "start.safetensors")
     rounds = {}
     for phase in read_toml(folder / "comparison.toml")["methods"]:
         path = folder / f"{phase}-seed0" / "config.toml"
@@ -71,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
             train_config=ConfigRecord({"config": str(path)}),
         )
         for number, adapter in enumerate(strategy.adapters, start=1):
-            save_checkpoint(folder / f"{phase}-{number}.safetensors", adapter, {})
+            write_tensors(folder / f"{phase}-{number}.safetensors", adapter, {})
         rounds[phase] = [asdict(timed) for timed in strategy.rounds]
     (folder / "rounds.json").write_text(json.dumps(rounds), encoding="utf-8")
     emit("finished", accuracy=None)

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from copra_fl.adapters.state import load_checkpoint
 from copra_fl.config import Config
+from copra_fl.tensor_files import read_tensors
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
 
 def final_adapter(directory: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of the last checkpoint."""
-    return load_checkpoint(max((directory / "checkpoints").glob("*.safetensors")))[0]
+    return read_tensors(max((directory / "checkpoints").glob("*.safetensors")))[0]
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

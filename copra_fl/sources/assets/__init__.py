@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from copra_fl.files import build_once, cache_dir, sha256
+from copra_fl.files import build_once, cache_dir, changed_files, sha256
 from copra_fl.sources.assets.asset import Asset, AssetError, DownloadProgress, UnknownAssetError
 from copra_fl.sources.assets.catalogue import ASSETS
 from copra_fl.wording import unknown_name
@@ -42,8 +42,8 @@ def find_asset(name: str) -> Asset:
 
 
 def is_fetched(name: str) -> bool:
-    """Return whether the asset is in the cache. Raises UnknownAssetError."""
-    return _place(find_asset(name)).is_dir()
+    """Return whether the asset is in the cache, undamaged. Raises UnknownAssetError."""
+    return not changed_files(_place(find_asset(name)))
 
 
 def asset_path(name: str) -> Path:
@@ -55,7 +55,7 @@ def asset_path(name: str) -> Path:
 
 
 def fetch(name: str, on_progress: DownloadProgress | None = None) -> Path:
-    """Return the folder of an asset, after downloading it if it is not in the cache.
+    """Return the folder of an asset, after downloading it if it is not in the cache or damaged there.
 
     `on_progress(bytes_done, bytes_total)` is called during the download. If several processes fetch the same asset, one
     does the work and the others wait. An error or interrupt leaves nothing behind.
@@ -65,8 +65,6 @@ def fetch(name: str, on_progress: DownloadProgress | None = None) -> Path:
     """
     asset = find_asset(name)
     path = _place(asset)
-    if path.is_dir():
-        return path
 
     def build(scratch: Path) -> Path:
         archive = asset.download(asset, scratch, on_progress or (lambda done, total: None))
