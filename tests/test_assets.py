@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from copra_fl.cli import app
 from copra_fl.files import CacheError, cache_dir
-from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch
+from copra_fl.sources.assets import ASSETS, AssetError, UnknownAssetError, asset_path, fetch, is_fetched
 from tests.support.command_line import run_command
 from tests.support.real_runs import HANG_SECONDS, RealRun
 from tests.support.tiny import no_network
@@ -131,7 +131,7 @@ def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
     assert (first.returncode, second.returncode) == (0, 0)
     assert printed == [str(asset_path("health-tweets"))] * 2
     assert index.downloads == 1
-    assert [path.name for path in _left_in(empty_cache)] == ["train.parquet"]
+    assert {path.name for path in _left_in(empty_cache)} == {"SHA256SUMS", "train.parquet"}
 
 
 def test_an_interrupt_leaves_nothing_behind(empty_cache: Path, index: Index) -> None:
@@ -152,7 +152,20 @@ def test_a_killed_fetch_does_not_spoil_the_next(empty_cache: Path, index: Index)
     assert _left_in(empty_cache) != []
     index.go_on.set()
     fetch("health-tweets")
-    assert [path.name for path in _left_in(empty_cache)] == ["train.parquet"]
+    assert {path.name for path in _left_in(empty_cache)} == {"SHA256SUMS", "train.parquet"}
+
+
+def test_a_damaged_asset_is_named_and_fetched_again(
+    empty_cache: Path, index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    index.go_on.set()
+    table = fetch("health-tweets") / "train.parquet"
+    content = table.read_bytes()
+    table.write_bytes(content[:-1])
+    assert not is_fetched("health-tweets")
+    fetch("health-tweets")
+    assert table.read_bytes() == content and is_fetched("health-tweets") and index.downloads == 2
+    assert "is damaged (train.parquet); it is built again" in caplog.text
 
 
 def test_a_wrong_checksum_is_refused(empty_cache: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,21 @@ def test_processes_convert_once_and_leave_nothing_unfinished(tiny_model: str, tm
     assert (place / "model.safetensors").exists() and not place.with_suffix(".part").exists()
 
 
+def test_a_damaged_base_is_named_and_converted_again(
+    tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = shutil.copytree(tiny_model, tmp_path / "mine")
+    before = converted()
+    base = open_base(str(source), "float16", "eager", AutoModel)
+    whole = {name: tensor.clone() for name, tensor in base.state_dict().items()}  # the model's are mapped from the file
+    (place,) = (path for path in converted() - before if path.is_dir())
+    with (place / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    again = open_base(str(source), "float16", "eager", AutoModel).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert f"{place} is damaged (model.safetensors); it is built again" in caplog.text
+
+
 def _open(source: str, dtype: str) -> None:
     open_base(source, dtype, "eager", AutoModel)
 
@@ -130,6 +145,16 @@ def test_the_digest_is_computed_once_until_the_files_change(
         file.write(b" ")
     assert weights_digest(str(model)) == sha256sum(model / "model.safetensors") != digest
     assert read == [model / "model.safetensors"]
+
+
+def test_an_empty_digest_is_computed_again(tiny_model: str, tmp_path: Path) -> None:
+    """A power failure can leave one; the agreement on the base must not be switched off by it."""
+    model = str(shutil.copytree(tiny_model, tmp_path / "model"))
+    before = converted()
+    digest = weights_digest(model)
+    (kept,) = converted() - before
+    kept.write_text("")
+    assert weights_digest(model) == digest == kept.read_text()
 
 
 def test_a_folder_without_weights_is_an_error(tiny_model: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.client_state import ClientState, ClientStateStore
+from clients.client_state import ClientState, ClientStateStore, StateGone
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, join_names
@@ -69,7 +69,9 @@ def test_a_client_continues_from_its_last_round_before_the_current_one() -> None
     assert store.read(3, before=5).personal["head.bias"].tolist() == [2] * 4, "round 5 runs again after a resume"
     store.write(3, 5, ClientState(personal=make_adapter(7)))
     assert store.read(3, before=6).personal["head.bias"].tolist() == [7] * 4
-    assert store.read(3, before=2) == ClientState(), "only the two newest are kept"
+    with pytest.raises(StateGone, match="state of client 3 before round 2 is gone: its node keeps those of the two"):
+        store.read(3, before=2)
+    assert store.read(3, before=1) == ClientState(), "the run starts anew"
     assert store.read(33, before=6) == ClientState() == ClientStateStore("other").read(3, before=6)
     store.write(4, 1, ClientState())
     assert store.read(4, before=2) == ClientState(), "the client has trained nothing"

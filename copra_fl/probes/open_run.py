@@ -24,6 +24,7 @@ from copra_fl.aggregation.ranks import pad
 from copra_fl.aggregation.starts import ages, client_starts
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
+from copra_fl.files import DamagedFile
 from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import RoundRecord
@@ -185,7 +186,10 @@ class OpenRun:
         path = self.directory / "checkpoints" / f"round-{server_round:05d}.safetensors"
         if not path.exists():
             raise ResultsError(f"{path} does not exist: the global adapter of round {server_round} was not kept")
-        state, _ = ServerState.load(path)
+        try:
+            state, _ = ServerState.load(path)
+        except DamagedFile as damage:
+            raise ResultsError(str(damage)) from damage
         return state
 
     @cached_property
