@@ -93,15 +93,14 @@ def without_other_heads(run: RunContext, update: Update) -> Update:
 
 
 def average_privately(run: RunContext, round_: Round, server_round: int, num_eligible: int) -> Outcome:
-    """Return the average with differential privacy, with noise from the run's secret, refactored if the rule does."""
+    """Return the average with differential privacy, refactored if the rule does."""
     config = run.config
     travels = run.rule.sends(server_round)
     if config.copra.local_training == "head":
         travels &= {"head"}
     number = config.federation.round_size(num_eligible)
-    noise_seed = derive(run.secret, "dp-noise", server_round)
     privacy = config.privacy
-    outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number, noise_seed)
+    outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number)
     if run.rule.refactor:
         return replace(outcome, adapter=run.rule.refactor(outcome.adapter, modules(outcome.adapter)))
     return outcome

@@ -28,7 +28,7 @@ from server.early_end import next_round, validation_accuracies
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
 from server.journal import Journal
-from server.privacy_budget import PrivacyBudget, open_secret, remove_secret
+from server.privacy_budget import PrivacyBudget
 from server.rounds import evaluate_clients, evaluate_round, train_round
 from server.run_context import RunContext
 from server.run_records import log_fields, round_record, summarize
@@ -83,7 +83,8 @@ def run_round(
     """
     before = strategy.state
     training = train_round(grid, strategy, server_round)
-    privacy = budget.spend(strategy.sampling_rate) if budget else None
+    # before the evaluation sends the new adapter to the clients
+    privacy = budget.charge(strategy.sampling_rate) if budget else None
     evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
     return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
 
@@ -121,7 +122,6 @@ def run_context(journal: Journal, evaluator: Evaluator) -> RunContext:
         group_of=model.group_of,
         num_groups=len(model.gates.names),
         score=evaluator.validate,
-        secret=open_secret(journal.directory) if config.privacy.dp_clip else 0,
         datasets=evaluator.data.datasets,
     )
 
@@ -134,7 +134,7 @@ def open_budget(journal: Journal, strategy: CohortStrategy) -> PrivacyBudget | N
     config = strategy.run.config
     if not config.privacy.dp_clip:
         return None
-    budget = PrivacyBudget(config.privacy, [record.privacy for record in journal.records if record.privacy])
+    budget = PrivacyBudget(journal.directory, config.privacy, len(journal.records))
     budget.check(strategy.sampling_rate, config.federation.num_rounds - len(journal.records))
     return budget
 
@@ -178,5 +178,4 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
         data = evaluator.config.data
         save(evaluator.model, journal.directory / "adapter", evaluator.data.label_names, data, state.residual)
     journal.write_summary(summarize(journal.records, evaluator, clients, test, held_out))
-    remove_secret(journal.directory)
     emit("finished", accuracy=test.accuracy if test else None)

@@ -1,30 +1,34 @@
-"""The privacy budget of a run, and the secret seed of its noise.
+"""The privacy budget of a run: every release is charged, and written to ``privacy.jsonl`` before it is published.
 
-The noise seed must be secret: whoever knows it can subtract the noise. Every node knows the run's seed, so noise and
-sampling of a private run come from streams of a secret instead. It is drawn when the run begins, stored in the run's
-folder for a resume, never sent, and removed when the run is finished.
+A round is released when its noisy adapter goes to the clients or into a checkpoint. A round that is interrupted after
+its charge and done again draws another sample and other noise, and is charged again: two releases of one round.
 """
 
 from __future__ import annotations
 
-import secrets
 from bisect import bisect_right
-from collections.abc import Iterable
 from pathlib import Path
 
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import ConfigError, PrivacyConfig
-from copra_fl.files import atomic_write
-from copra_fl.records import PrivacySpent
+from copra_fl.files import DamagedFile, append_line
+from copra_fl.records import DamagedRecord, PrivacySpent
 
-SECRET = "dp-secret"
+LEDGER = "privacy.jsonl"
 
 
 class PrivacyBudget:
-    """Differential privacy spent so far, and its limit. `spent` is that of the earlier rounds, in order."""
+    """Differential privacy spent by the run in `directory` so far, and its limit.
 
-    def __init__(self, settings: PrivacyConfig, spent: Iterable[PrivacySpent]) -> None:
+    `num_rounds` is the number of finished rounds. Raises DamagedFile if the file has fewer releases than that.
+    """
+
+    def __init__(self, directory: Path, settings: PrivacyConfig, num_rounds: int) -> None:
+        self._ledger = directory / LEDGER
         self._settings = settings
+        spent = read_ledger(self._ledger)
+        if len(spent) < num_rounds:
+            raise DamagedFile(self._ledger, f"it has {len(spent)} releases, and the run has {num_rounds} rounds")
         self._releases = [Release(spending.sampling_rate, spending.noise_multiplier) for spending in spent]
 
     def check(self, sampling_rate: float, num_rounds: int) -> None:
@@ -42,27 +46,28 @@ class PrivacyBudget:
                 f"or raise dp-noise-multiplier above {settings.dp_noise_multiplier:g}"
             )
 
-    def spend(self, sampling_rate: float) -> PrivacySpent:
-        """Count one more round, and return the privacy spent so far."""
+    def charge(self, sampling_rate: float) -> PrivacySpent:
+        """Charge one more release, write it to the disk, and return the privacy spent so far."""
         settings = self._settings
         self._releases.append(Release(sampling_rate, settings.dp_noise_multiplier))
-        return PrivacySpent(
+        spent = PrivacySpent(
             epsilon=epsilon(self._releases, settings.dp_delta),
             delta=settings.dp_delta,
             sampling_rate=sampling_rate,
             noise_multiplier=settings.dp_noise_multiplier,
             clip=settings.dp_clip,
         )
+        append_line(self._ledger, spent.to_json())
+        return spent
 
 
-def open_secret(directory: Path) -> int:
-    """Return the secret of the run in `directory`; draw it if the file is missing. Only the owner can read it."""
-    path = directory / SECRET
-    if not path.exists():
-        atomic_write(path, secrets.token_hex(32), mode=0o600)
-    return int(path.read_text(encoding="ascii"), 16)
+def read_ledger(path: Path) -> list[PrivacySpent]:
+    """Return the releases in ``privacy.jsonl``. Half a line at the end is of a release that was not published.
 
-
-def remove_secret(directory: Path) -> None:
-    """Remove the secret of a finished run."""
-    (directory / SECRET).unlink(missing_ok=True)
+    Raises DamagedFile for any other damaged line.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    try:
+        return [PrivacySpent.from_json(line) for line in lines[:-1]]
+    except DamagedRecord as damage:
+        raise DamagedFile(path, str(damage)) from damage

@@ -25,7 +25,6 @@ class RunContext:
         group_of: adapter tensor name -> index of its gate group; the head's tensors have none.
         num_groups: number of gate groups.
         score: evaluates adapters for rules that need it.
-        secret: seed of sampling and noise in a private run.
         datasets: the data sets, if there are several.
     """
 
@@ -34,7 +33,6 @@ class RunContext:
     group_of: Mapping[str, int]
     num_groups: int
     score: Score
-    secret: int = 0
     datasets: Sequence[DatasetRanges] = ()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from copra_fl.aggregation.secret_random import uniforms
 from copra_fl.config import Config, FederationConfig
 from copra_fl.seeding import generator
 
@@ -19,17 +20,17 @@ def rate(federation: FederationConfig, num_eligible: int) -> float:
     return federation.round_size(num_eligible) / num_eligible
 
 
-def sample(config: Config, clients: Sequence[int], server_round: int, secret: int) -> list[int]:
+def sample(config: Config, clients: Sequence[int], server_round: int) -> list[int]:
     """Return the clients of a round, drawn from the eligible `clients` with the stream ``sampling``.
 
-    In a private run each client is drawn independently with probability `rate`, from a stream of the run's `secret`
-    (Poisson sampling, as the accountant assumes).
+    In a private run each client is drawn independently with probability `rate` (Poisson sampling, as the accountant
+    assumes), from the operating system's generator: nobody may know the sample.
     """
     federation = config.federation
     if config.privacy.dp_clip:
-        draws = generator(secret, "sampling", server_round).random(len(clients))
         threshold = rate(federation, len(clients))
-        return [client for client, draw in zip(clients, draws, strict=True) if draw < threshold]
+        draws = uniforms(len(clients))
+        return [client for client, draw in zip(clients, draws, strict=True) if draw <= threshold]
     number = federation.round_size(len(clients))
     number = min(number + math.ceil(federation.over_sample * number), len(clients))
     chosen = generator(federation.seed, "sampling", server_round).choice(clients, size=number, replace=False)

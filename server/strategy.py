@@ -89,7 +89,7 @@ class CohortStrategy:
     def configure_train(self, server_round: int) -> tuple[RoundRequest, list[Message]]:
         """Sample the round's clients and place them on nodes, balanced by the number of examples they train on."""
         config, eligible = self.run.config, self.eligible
-        clients = sampling.sample(config, eligible, server_round, self.run.secret)
+        clients = sampling.sample(config, eligible, server_round)
         work = {client: num_trained(config.training, self.num_examples[client]) for client in clients}
         number = server_round - 1
         ages_of = ages(config, number, clients)

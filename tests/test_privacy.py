@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
 from scipy.optimize import brentq
 from scipy.special import comb
+from scipy.stats import kstest
 from scipy.stats import norm as normal
 
-from copra_fl.adapters.state import norm, parts
+from copra_fl.adapters.state import difference, norm, parts
 from copra_fl.aggregation import RULES, Rule
 from copra_fl.aggregation.accounting import Release, epsilon
-from copra_fl.aggregation.private import clip, private_average
+from copra_fl.aggregation.private import STEPS, clip, private_average
 from copra_fl.aggregation.rule import ALL
 from copra_fl.aggregation.rules.fedavg import fedavg
+from copra_fl.aggregation.secret_random import normals, uniforms
 from copra_fl.config import Config, ConfigError, PrivacyConfig
-from copra_fl.records import PrivacySpent
-from server.privacy_budget import PrivacyBudget, open_secret
+from copra_fl.files import DamagedFile
+from server import federation
+from server.privacy_budget import PrivacyBudget, read_ledger
+from server.rounds import RoundEvaluation
+from server.sampling import sample
+from server.strategy import CohortStrategy
 from tests.support.compatibility import check
-from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
+from tests.support.federations import Stop, StoppingGrid, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.rounds import make_round, random_adapter, random_round, update
 from tests.support.tiny import Settings
@@ -95,39 +104,67 @@ def test_clipping_by_hand() -> None:
 
 def test_without_clipping_and_noise_the_average_is_the_plain_one() -> None:
     round_ = random_round(4, weighting="equal")
-    plain, private = fedavg(round_).adapter, private_average(round_, ALL, 1e6, 1e-12, 4, noise=0)
+    plain, private = fedavg(round_).adapter, private_average(round_, ALL, 64.0, 1e-12, 4)
     assert private.notes == {"clipped": 0}
     for name, tensor in plain.items():
-        assert torch.allclose(private.adapter[name], tensor, atol=1e-6)
+        assert torch.allclose(private.adapter[name], tensor, atol=1e-5), "up to two steps of 64 / 2^24"
 
 
 def test_one_client_moves_the_average_by_clip_over_n_at_most() -> None:
-    """For any update and the same noise; n = 5 is the wanted number of clients, although fewer reply."""
+    """For any update, without noise; n = 5 is the wanted number of clients, although fewer reply."""
     before, honest = random_adapter(0), [update(i, random_adapter(i), 10 * i) for i in (1, 2)]
     huge = update(3, {name: 1e6 * tensor for name, tensor in random_adapter(3).items()}, 10**9)
     without_client, with_client = (
-        private_average(make_round(before, updates, weighting="equal"), ALL, 0.5, 1.0, 5, noise=7).adapter
+        private_average(make_round(before, updates, weighting="equal"), ALL, 0.5, 0.0, 5).adapter
         for updates in (honest, [*honest, huge])
     )
     moved = norm({name: with_client[name].double() - without_client[name].double() for name in before})
     assert moved == pytest.approx(0.5 / 5, rel=1e-4)
 
 
-def test_the_noise_has_the_stated_deviation_and_depends_on_its_seed() -> None:
+def test_the_noise_has_the_stated_deviation() -> None:
     """Without updates: z C / n = 1.5 * 0.8 / 4. With 40 000 values the standard error of the deviation is 0.4 %."""
     before = {"l.lora_A.weight": torch.zeros(200, 100), "l.lora_B.weight": torch.zeros(200, 100)}
-    first, again, other = (
-        private_average(make_round(before, []), ALL, 0.8, 1.5, 4, noise=seed).adapter for seed in (1, 1, 2)
-    )
-    values = torch.cat([tensor.flatten() for tensor in first.values()])
+    adapter = private_average(make_round(before, []), ALL, 0.8, 1.5, 4).adapter
+    values = torch.cat([tensor.flatten() for tensor in adapter.values()])
     assert float(values.std()) == pytest.approx(0.3, rel=0.02) and abs(float(values.mean())) < 0.3 * 5 / 200
-    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
-    assert not torch.equal(first["l.lora_A.weight"], first["l.lora_B.weight"])
+    assert not torch.equal(adapter["l.lora_A.weight"], adapter["l.lora_B.weight"])
+
+
+def test_random_numbers_have_their_distributions() -> None:
+    """Kolmogorov and Smirnov, at odds of 1e-6 for a false alarm; the ends of the range, from chosen bytes."""
+    assert kstest(uniforms(100_000), "uniform").pvalue > 1e-6
+    assert kstest(normals(100_000), "norm").pvalue > 1e-6
+    assert uniforms(2, lambda count: bytes(8) + b"\xff" * 8).tolist() == [2.0**-53, 1.0]
+    assert abs(normals(1, bytes)[0]) == pytest.approx(math.sqrt(2 * 53 * math.log(2)))
+
+
+def test_no_seed_gives_the_noise_and_the_sample_again(private: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seeds of all generators, and of the run, give others; no other generator is opened for them."""
+
+    def draw() -> tuple[torch.Tensor, list[int]]:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        noise = private_average(make_round({"head.bias": torch.zeros(64)}, []), ALL, 1.0, 1.0, 1).adapter["head.bias"]
+        return noise, sample(Config.from_flat(private | {"num-clients": 100, "clients-per-round": 50}), range(100), 1)
+
+    monkeypatch.setattr(np.random, "default_rng", None)
+    monkeypatch.setattr(torch, "Generator", None)
+    (noise, sampled), (other_noise, other_sampled) = draw(), draw()
+    assert not torch.equal(noise, other_noise) and sampled != other_sampled
+
+
+def test_published_values_are_whole_steps_of_the_grid() -> None:
+    """So the last digits say nothing: with C = 1 and n = 1 the change of each value is a multiple of 2^-24."""
+    round_ = make_round({"head.bias": torch.zeros(1000)}, [update(1, {"head.bias": torch.randn(1000)}, 1)])
+    published = private_average(round_, ALL, 1.0, 0.1, 1).adapter["head.bias"].double() * STEPS
+    assert torch.equal(published, published.round())
 
 
 def test_parts_that_do_not_travel_get_no_noise() -> None:
     round_ = random_round(weighting="equal")
-    adapter = private_average(round_, {"B", "head"}, 1.0, 1.0, 3, noise=0).adapter
+    adapter = private_average(round_, {"B", "head"}, 1.0, 1.0, 3).adapter
     for name, old in round_.before.items():
         assert torch.equal(adapter[name], old) == (".lora_A." in name)
 
@@ -177,7 +214,6 @@ def test_every_journal_line_has_the_privacy_spent_so_far(private: Settings, tmp_
     assert [row["notes"]["clipped"] for row in rows] == [6, 6, 6]
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["privacy"] == rows[-1]["privacy"]
-    assert not (directory / "dp-secret").exists()
 
 
 def test_the_noise_does_not_follow_from_the_seed(private: Settings, tmp_path: Path) -> None:
@@ -188,20 +224,59 @@ def test_the_noise_does_not_follow_from_the_seed(private: Settings, tmp_path: Pa
     assert apart == pytest.approx(math.sqrt(2 * size) * 0.8 * 0.02 / 6, rel=0.1)
 
 
-def test_a_private_run_resumes_with_the_same_noise_sample_and_epsilon(private: Settings, tmp_path: Path) -> None:
-    """The resumed run is bitwise equal to a whole run with the same secret."""
+def test_a_private_run_that_stopped_in_training_resumes_at_no_extra_cost(private: Settings, tmp_path: Path) -> None:
     flat = private | {"clients-per-round": 3}
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dp-secret").write_text("5eed")
-    whole = run_federation(flat, tmp_path / "whole")
     with pytest.raises(Stop):
-        run_federation(flat, tmp_path / "stopped", grid=StoppingGrid(2, 3))
-    assert (tmp_path / "stopped" / "dp-secret").exists() and len(journal(tmp_path / "stopped")) in (1, 2)
-    resumed = run_federation(flat, tmp_path / "stopped")
-    assert_equal(final_adapter(resumed), final_adapter(whole))
-    assert [row["privacy"] for row in journal(resumed)] == [row["privacy"] for row in journal(whole)]
-    assert {row["privacy"]["sampling_rate"] for row in journal(whole)} == {0.5}
+        run_federation(flat, tmp_path / "run", grid=StoppingGrid(2, 3))
+    assert len(journal(tmp_path / "run")) in (1, 2, 3)
+    rows = journal(run_federation(flat, tmp_path / "run"))
+    assert rows[-1]["privacy"]["epsilon"] == pytest.approx(epsilon([Release(0.5, 0.8)] * 3, 1e-5))
+    assert {row["privacy"]["sampling_rate"] for row in rows} == {0.5}
+
+
+class Offline(LocalGrid):
+    """Three nodes, of which the last does not train."""
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 102:
+            return Message(Error(code=0, reason="offline"), reply_to=message)
+        return super().answer(message)
+
+
+def test_a_round_that_is_done_again_does_not_take_its_noise_off(
+    private: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack of the audit: a round is published, interrupted, and done again without some clients.
+
+    With the same noise the difference of both publications was the missing clients' update (cosine 1.0000). Here each
+    has its own noise, and each is charged.
+    """
+    flat = private | {"num-rounds": 1, "failures": "tolerant", "dp-noise-multiplier": 5.0}
+    published, missing = [], []
+    evaluate_round = federation.evaluate_round
+
+    def publish(grid: Grid, strategy: CohortStrategy, *others: Any) -> RoundEvaluation:
+        published.append(strategy.state.adapter)
+        if len(published) == 2:
+            return evaluate_round(grid, strategy, *others)
+        _, before, training, _ = others
+        by_client = {update.client: update for update in training.result.updates}
+        for client in training.request.cohorts[102]:
+            missing.append(difference(before.adapter | by_client[client].adapter, before.adapter))
+        raise Stop
+
+    monkeypatch.setattr(federation, "evaluate_round", publish)
+    with pytest.raises(Stop):
+        run_federation(flat, tmp_path / "run", grid=LocalGrid(3))
+    (row,) = journal(run_federation(flat, tmp_path / "run", grid=Offline(3)))
+    assert len(row["missing"]) == len(missing) == 2
+    total = {name: sum(change[name] for change in missing) for name in published[0]}
+    apart, secret = (
+        torch.cat([adapter[name].flatten().double() for name in sorted(adapter)])
+        for adapter in (difference(*published), total)
+    )
+    assert abs(float(torch.cosine_similarity(apart, secret, dim=0))) < 0.2
+    assert row["privacy"]["epsilon"] == pytest.approx(epsilon([Release(1.0, 5.0)] * 2, 1e-5))
 
 
 def test_a_run_that_would_exceed_its_budget_does_not_start(private: Settings, tmp_path: Path) -> None:
@@ -222,27 +297,34 @@ def test_a_run_that_would_exceed_its_budget_does_not_start(private: Settings, tm
     run_federation(private | {"dp-budget": budget, "num-rounds": 2}, tmp_path / "two")
 
 
-def test_privacy_spent_before_a_resume_counts() -> None:
-    spent = [PrivacySpent(epsilon=1.0, delta=1e-5, sampling_rate=1.0, noise_multiplier=0.8, clip=0.1)] * 2
+def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
     settings = PrivacyConfig(0.1, 0.8, 1e-5, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
-    PrivacyBudget(settings, []).check(1.0, 2)
-    PrivacyBudget(settings, spent).check(1.0, 0)
+    budget = PrivacyBudget(tmp_path, settings, 0)
+    budget.check(1.0, 2)
+    spent = [budget.charge(1.0).epsilon for _ in range(2)]
+    assert spent == pytest.approx([gaussian_epsilon(0.8, rounds, 1e-5) for rounds in (1, 2)], rel=2e-3)
+    PrivacyBudget(tmp_path, settings, 2).check(1.0, 0)
     with pytest.raises(ConfigError, match="1 more rounds would bring epsilon .* 0 more rounds fit"):
-        PrivacyBudget(settings, spent).check(1.0, 1)
+        PrivacyBudget(tmp_path, settings, 2).check(1.0, 1)
+
+
+def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Path) -> None:
+    settings = PrivacyConfig(0.1, 0.8, 1e-5)
+    PrivacyBudget(tmp_path, settings, 0).charge(1.0)
+    ledger = tmp_path / "privacy.jsonl"
+    with ledger.open("a") as file:
+        file.write('{"epsilon": 3')
+    assert len(read_ledger(ledger)) == 1
+    with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: it has 1 releases, and the run has 2 rounds"):
+        PrivacyBudget(tmp_path, settings, 2)
+    ledger.write_text("{\n" + ledger.read_text())
+    with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: not valid JSON"):
+        PrivacyBudget(tmp_path, settings, 1)
 
 
 def test_a_round_without_clients_adds_noise_and_spends_privacy(private: Settings, tmp_path: Path) -> None:
-    """One of six clients is wanted, so a third of the Poisson samples is empty."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "dp-secret").write_text("5eed")
-    directory = run_federation(private | {"clients-per-round": 1, "num-rounds": 6}, tmp_path / "run")
-    rows = journal(directory)
-    assert len(rows) == 6 and min(len(row["clients"]) for row in rows) == 0
+    """One of six clients is wanted, so a third of the Poisson samples is empty; odds of 6e-5 that none of 24 is."""
+    rows = journal(run_federation(private | {"clients-per-round": 1, "num-rounds": 24}, tmp_path / "run"))
+    assert len(rows) == 24 and min(len(row["clients"]) for row in rows) == 0
     spent = [row["privacy"]["epsilon"] for row in rows]
-    assert spent == sorted(spent) and len(set(spent)) == 6
-
-
-def test_only_the_owner_can_read_the_secret_and_it_is_drawn_once(tmp_path: Path) -> None:
-    secret = open_secret(tmp_path)
-    assert secret.bit_length() > 200 and open_secret(tmp_path) == secret
-    assert (tmp_path / "dp-secret").stat().st_mode & 0o777 == 0o600
+    assert spent == sorted(spent) and len(set(spent)) == 24

@@ -6,16 +6,26 @@ n is the expected number of clients in a round, not the number of replies: addin
 by at most C, whatever the others do. Hence all clients have the same weight. It replaces the average of a linear rule,
 which is the same without noise. The norm is over all tensors that travel. Every value that can travel gets noise, even
 if no client of this round trained it: otherwise the noise would reveal which clients took part.
+
+Changes and noise are whole multiples of C / 2^24. A client's clipped change is rounded towards zero, so that it gets no
+longer; sums are exact. Noise is rounded to the nearest multiple, which is the same as rounding the noisy sum: the
+accountant's Gaussian mechanism with a step behind it that can only hide. The published number is therefore no trace of
+how the floating-point numbers were drawn (Mironov, CCS 2012).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from copra_fl.adapters.state import Adapter, difference, norm, parts
 from copra_fl.aggregation.rule import Outcome, Round
+from copra_fl.aggregation.secret_random import normals
+
+#: steps of the grid in the clipping norm
+STEPS = 2**24
 
 
 def clip(change: Adapter, bound: float) -> Adapter:
@@ -25,9 +35,9 @@ def clip(change: Adapter, bound: float) -> Adapter:
 
 
 def private_average(
-    round_: Round, travels: Iterable[str], clip_norm: float, noise_multiplier: float, num_wanted: int, noise: int
+    round_: Round, travels: Iterable[str], clip_norm: float, noise_multiplier: float, num_wanted: int
 ) -> Outcome:
-    """Return the private average of a round.
+    """Return the private average of a round; its noise comes from `secret_random`.
 
     Args:
         round_: the round.
@@ -35,16 +45,20 @@ def private_average(
         clip_norm: C.
         noise_multiplier: z.
         num_wanted: n.
-        noise: random seed of the noise; it must be secret.
     """
-    stream = torch.Generator().manual_seed(noise)
     before = {name: tensor.double() for name, tensor in sorted(parts(round_.before, travels).items())}
     changes = [difference(parts(adapter, travels), before) for adapter in round_.adapters]
     clipped = [clip(change, clip_norm) for change in changes]
+    step = clip_norm / STEPS
     adapter = dict(round_.before)
     for name, old in before.items():
-        total = noise_multiplier * clip_norm * torch.randn(old.shape, generator=stream, dtype=torch.float64)
+        total = grid_noise(old.shape, noise_multiplier * STEPS)
         for change in clipped:
-            total += change[name]
-        adapter[name] = (old + total / num_wanted).to(round_.before[name].dtype)
+            total += (change[name] / step).to(torch.int64)  # towards zero
+        adapter[name] = (old + total * step / num_wanted).to(round_.before[name].dtype)
     return Outcome(adapter, notes={"clipped": sum(norm(change) > clip_norm for change in changes)})
+
+
+def grid_noise(shape: torch.Size, deviation: float) -> torch.Tensor:
+    """Return Gaussian noise of standard deviation `deviation`, rounded to whole numbers (int64)."""
+    return torch.from_numpy(np.rint(deviation * normals(shape.numel())).astype(np.int64)).reshape(shape)
