@@ -53,7 +53,7 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
         with node.redact_errors():
             answer = _describe(node, digest, config)
     except (Rejected, ConfigError) as error:
-        answer = wire.Handshake(node.partition, digest, rejection_reason=str(error))
+        answer = wire.Handshake(node.partition, digest, rejection_reason=node.without_paths(str(error)))
     return wire.pack_handshake(answer)
 
 

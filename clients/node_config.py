@@ -93,11 +93,17 @@ class NodeConfig:
                 raise
             raise Rejected(self.public_message(error)) from None
 
+    def without_paths(self, message: str) -> str:
+        """Return `message` with the names of this node's paths in place of the paths."""
+        for name, path in (("model-path", self.model_path), ("data-path", self.data_path)):
+            message = message.replace(path, name) if path else message
+        return message
+
     def public_message(self, error: BaseException) -> str:
         """Return the part of `error` that the server may see: type and place, on a node without own data everything."""
         full_message = "".join(traceback.format_exception(error))
         if not self.data_path:
-            return full_message
+            return self.without_paths(full_message)
         if isinstance(error, Rejected):
             return str(error)
         log(ERROR, "%s", full_message)

@@ -28,6 +28,10 @@ from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, joi
 from copra_fl.aggregation.ranks import cut
 from copra_fl.config import Config
 from copra_fl.training.plan import Plan
+from copra_fl.wording import foreign
+
+#: largest numbers that a node may report: clients of a federation, examples of a client
+MAX_CLIENTS, MAX_EXAMPLES = 10**6, 10**9
 
 
 @dataclass(frozen=True)
@@ -135,16 +139,28 @@ def pack_handshake(handshake: Handshake) -> RecordDict:
 
 
 def unpack_handshake(content: RecordDict) -> Handshake:
+    """Return the handshake in a node's reply. Raises ValueError for values that no node of ours sends."""
     record: dict[str, Any] = dict(content.config_records["handshake"])
+    clients = whole_numbers("clients", record["clients"])
+    names = "num-examples", "num-validation"
+    examples, validation = (whole_numbers(name, record[name], MAX_EXAMPLES) for name in names)
     return Handshake(
-        partition=record["partition"],
-        digest=record["digest"],
-        num_clients=record["num-clients"],
-        num_examples=dict(zip(record["clients"], record["num-examples"], strict=True)),
-        num_validation=dict(zip(record["clients"], record["num-validation"], strict=True)),
-        label_names=record["label-names"],
-        rejection_reason=record["rejection-reason"],
+        partition=whole_numbers("partition", [record["partition"]])[0],
+        digest=foreign(record["digest"], limit=64),
+        num_clients=whole_numbers("num-clients", [record["num-clients"]])[0],
+        num_examples=dict(zip(clients, examples, strict=True)),
+        num_validation=dict(zip(clients, validation, strict=True)),
+        label_names=list(map(str, record["label-names"])),
+        rejection_reason=foreign(record["rejection-reason"]),
     )
+
+
+def whole_numbers(name: str, values: list[Any], limit: int = MAX_CLIENTS) -> list[int]:
+    """Return `values`. Raises ValueError unless they are whole numbers from 0 to `limit`."""
+    for value in values:
+        if type(value) is not int or not 0 <= value <= limit:  # a bool is an int, too
+            raise ValueError(f"{name} = {foreign(repr(value), 100)} is not a whole number from 0 to {limit}")
+    return values
 
 
 def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
@@ -335,6 +351,6 @@ def _pack_failures(failures: Mapping[int, str]) -> ConfigRecord:
 
 
 def unpack_failures(content: RecordDict) -> dict[int, str]:
-    """Return the clients that failed on the node, each with its error message."""
+    """Return the clients that failed on the node, each with its error message, cut and cleaned."""
     record = content.config_records.get("failures", ConfigRecord())
-    return {int(client): str(text) for client, text in record.items()}
+    return {int(client): foreign(text) for client, text in record.items()}

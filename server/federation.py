@@ -7,13 +7,16 @@ stay warm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from logging import INFO
+from dataclasses import replace
+from logging import INFO, WARNING
+from math import isfinite
 from pathlib import Path
 
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import provenance
+from copra_fl.adapters.server_state import ServerState
 from copra_fl.aggregation import compatibility
 from copra_fl.config import Config, csv_line
 from copra_fl.copra.layers import check_layers
@@ -25,14 +28,15 @@ from copra_fl.records import Origin, RoundRecord
 from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks import find_task
 from server.early_end import next_round, validation_accuracies
+from server.errors import FederationError
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
 from server.journal import Journal
 from server.privacy_budget import PrivacyBudget
-from server.rounds import evaluate_clients, evaluate_round, train_round
+from server.rounds import RoundEvaluation, RoundTraining, evaluate_clients, evaluate_round, train_round
 from server.run_context import RunContext
 from server.run_records import log_fields, round_record, summarize
-from server.strategy import CohortStrategy
+from server.strategy import CohortStrategy, TrainResult
 
 
 def run(grid: Grid, config: Config, directory: Path) -> None:
@@ -79,14 +83,49 @@ def run_round(
 ) -> RoundRecord:
     """Train, aggregate and evaluate one round; the strategy has the next state afterwards.
 
-    `accuracies` are those of the earlier evaluations.
+    A new state that is not finite or cannot be evaluated is refused, and the old one stays.
+
+    Args:
+        accuracies: of the earlier evaluations.
+
+    Raises FederationError if a new state is refused and failures are not tolerated.
     """
     before = strategy.state
     training = train_round(grid, strategy, server_round)
     # before the evaluation sends the new adapter to the clients
     privacy = budget.charge(strategy.sampling_rate) if budget else None
-    evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
+    evaluation = RoundEvaluation()
+    problem = "" if strategy.state.is_finite else "has values that are not finite"
+    if not problem:
+        evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
+        if evaluation.validation and not isfinite(evaluation.validation.loss):
+            problem = f"has a validation loss of {evaluation.validation.loss}"
+    if problem:
+        training = refuse(strategy, before, training, problem)
+        evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
     return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
+
+
+def refuse(strategy: CohortStrategy, before: ServerState, training: RoundTraining, problem: str) -> RoundTraining:
+    """Restore the state `before` the round and return the round without updates: all of its clients are missing.
+
+    Raises FederationError if failures are not tolerated.
+    """
+    result, number = training.result, training.request.server_round
+    client = max(result.lengths, key=result.lengths.__getitem__, default=None)
+    reason = f"round {number} is refused: the new global adapter {problem}"
+    if client is not None:
+        reason += f"; the longest update is that of client {client}, with a norm of {result.lengths[client]:.3g}"
+    strategy.restore(before)
+    if strategy.run.config.federation.failures == "strict":
+        raise FederationError(
+            f"{reason}. --resume does the round again; a lower learning rate or max-update-norm may help"
+        )
+    log(WARNING, "%s", reason)
+    emit("note", text=reason)
+    missing = result.missing | {update.client: reason for update in result.updates}
+    refused = TrainResult([], dict(sorted(missing.items())), result.loss, None, {"refused": reason})
+    return replace(training, result=refused)
 
 
 def settle(config: Config) -> Config:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from flwr.serverapp import Grid
 
 from copra_fl import provenance, wire
 from copra_fl.config import Config
+from copra_fl.events import emit
+from copra_fl.wording import foreign
 from server.errors import FederationError
 from server.messaging import exchange
 
@@ -25,9 +29,11 @@ def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
 
     After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
 
-    Raises FederationError for a node that fails, rejects the run, or has other code, another base model, other labels
-    or the partition-id of another node; for a client that no node can host (strict); and for fewer than min-nodes nodes
-    after node-timeout-s.
+    A node does not fit that fails, is silent, rejects the run, or has other code, another base model, other labels or
+    the partition-id of another node. With ``failures = "tolerant"`` it is left out with a warning.
+
+    Raises FederationError for a node that does not fit and for a client that no node can host (strict), and for fewer
+    than min-nodes nodes after node-timeout-s.
     """
     deadline = time.monotonic() + config.federation.node_timeout_s
     while True:
@@ -42,14 +48,49 @@ def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
             break
         log(INFO, "nodes %s are gone; all nodes are asked again", gone)
         time.sleep(1)
-    handshakes = {reply.metadata.src_node_id: read(reply) for reply in replies}
-    if silent := set(nodes) - handshakes.keys():
+    handshakes = {}
+    for reply in replies:
+        with leave_out(config):
+            handshakes[reply.metadata.src_node_id] = read(reply)
+    if silent := set(nodes) - {reply.metadata.src_node_id for reply in replies}:
+        with leave_out(config):
+            raise FederationError(
+                f"nodes {sorted(silent)} did not answer the handshake within round-timeout-s = "
+                f"{config.federation.round_timeout_s:g} s"
+            )
+    admitted = admit(handshakes, config)
+    if config.federation.failures == "strict":
+        check_all_clients(admitted)
+    if len(admitted) < config.federation.min_nodes:
         raise FederationError(
-            f"nodes {sorted(silent)} did not answer the handshake within round-timeout-s = "
-            f"{config.federation.round_timeout_s:g} s"
+            f"{len(admitted)} of {len(nodes)} nodes fit; min-nodes = {config.federation.min_nodes}. The log has the "
+            "reason of each node that was left out"
         )
-    check_nodes(handshakes, config)
-    return handshakes
+    return admitted
+
+
+@contextmanager
+def leave_out(config: Config) -> Iterator[None]:
+    """Turn a FederationError inside the block into a warning that a node is left out, if failures are tolerated."""
+    try:
+        yield
+    except FederationError as error:
+        if config.federation.failures == "strict":
+            raise
+        log(WARNING, "a node is left out: %s", error)
+        emit("note", text=f"a node is left out: {error}")
+
+
+def admit(handshakes: Mapping[int, wire.Handshake], config: Config) -> dict[int, wire.Handshake]:
+    """Return the nodes that fit together; labels and number of clients are those that most nodes have."""
+    votes = Counter((handshake.num_clients, tuple(handshake.label_names)) for handshake in handshakes.values())
+    usual = max(votes, key=votes.__getitem__, default=(0, ()))
+    admitted: dict[int, wire.Handshake] = {}
+    for node, handshake in handshakes.items():
+        with leave_out(config):
+            check_node(node, handshake, admitted, usual, config)
+            admitted[node] = handshake
+    return admitted
 
 
 def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
@@ -96,7 +137,8 @@ def admit_late_nodes(grid: Grid, config: Config, nodes: dict[int, wire.Handshake
                 for other, known in admitted.items()
                 if other in connected or known.partition != handshake.partition
             }
-            check_nodes(others | {node: handshake}, config)
+            known = next(iter(nodes.values()))
+            check_node(node, handshake, others, (known.num_clients, tuple(known.label_names)), config)
         except FederationError as error:
             log(WARNING, "a late node is left out: %s", error)
             continue
@@ -105,27 +147,36 @@ def admit_late_nodes(grid: Grid, config: Config, nodes: dict[int, wire.Handshake
     return admitted
 
 
-def check_nodes(handshakes: Mapping[int, wire.Handshake], config: Config) -> None:
-    """Raise FederationError unless all nodes run the server's code and form one federation."""
-    first = next(iter(handshakes.values()))
-    partitions: dict[int, int] = {}
-    counts: dict[int, tuple[int, int]] = {}
-    for node, handshake in handshakes.items():
-        name = f"node {node} (partition-id {handshake.partition})"
-        check_code(name, handshake)
-        check_agreement(name, handshake, first, config)
-        if handshake.partition in partitions:
-            raise FederationError(f"{name} has the same partition-id as node {partitions[handshake.partition]}")
-        partitions[handshake.partition] = node
-        for client, count in handshake.counts.items():
-            check_count(name, handshake, client, count, config)
-            if counts.setdefault(client, count) != count:
-                raise FederationError(f"{name} has {count} examples of client {client}, other nodes {counts[client]}")
-    homeless = set(range(first.num_clients)).difference(*(handshake.num_examples for handshake in handshakes.values()))
-    if homeless and config.federation.failures == "strict":
+def check_node(
+    node: int,
+    handshake: wire.Handshake,
+    others: Mapping[int, wire.Handshake],
+    usual: tuple[int, tuple[str, ...]],
+    config: Config,
+) -> None:
+    """Raise FederationError unless a node runs the server's code and fits to the `others`.
+
+    `usual` are the number of clients and the labels of the other nodes.
+    """
+    name = f"node {node} (partition-id {handshake.partition})"
+    check_code(name, handshake)
+    check_agreement(name, handshake, usual, config)
+    if twin := next((other for other, known in others.items() if known.partition == handshake.partition), None):
+        raise FederationError(f"{name} has the same partition-id as node {twin}")
+    elsewhere = {client: count for known in others.values() for client, count in known.counts.items()}
+    for client, count in handshake.counts.items():
+        check_count(name, handshake, client, count, config)
+        if (other := elsewhere.get(client, count)) != count:
+            raise FederationError(f"{name} has {count} examples of client {client}, other nodes {other}")
+
+
+def check_all_clients(nodes: Mapping[int, wire.Handshake]) -> None:
+    """Raise FederationError if there is a client that none of `nodes` can host."""
+    clients = range(next(iter(nodes.values())).num_clients)
+    if homeless := set(clients).difference(*(handshake.num_examples for handshake in nodes.values())):
         raise FederationError(
             f"no connected node can host the clients {sorted(homeless)}; the connected partition-ids are "
-            f"{sorted(partitions)}"
+            f"{sorted(handshake.partition for handshake in nodes.values())}"
         )
 
 
@@ -141,14 +192,17 @@ def check_code(name: str, handshake: wire.Handshake) -> None:
         raise FederationError(f"{name} rejected the run: {handshake.rejection_reason}")
 
 
-def check_agreement(name: str, handshake: wire.Handshake, first: wire.Handshake, config: Config) -> None:
-    """Raise FederationError if labels or number of clients differ from the first node's or the configuration's."""
-    if handshake.label_names != first.label_names:
-        raise FederationError(f"{name} has the labels {handshake.label_names}, other nodes have {first.label_names}")
-    if handshake.num_clients != first.num_clients:
+def check_agreement(name: str, handshake: wire.Handshake, usual: tuple[int, tuple[str, ...]], config: Config) -> None:
+    """Raise FederationError if labels or number of clients differ from the `usual` ones or the configuration's."""
+    num_clients, label_names = usual
+    if tuple(handshake.label_names) != label_names:
         raise FederationError(
-            f"{name} counts {handshake.num_clients} clients, other nodes {first.num_clients}; with num-clients = 0 "
-            "set the same num-partitions on all nodes"
+            f"{name} has the labels {foreign(handshake.label_names)}, other nodes have {list(label_names)}"
+        )
+    if handshake.num_clients != num_clients:
+        raise FederationError(
+            f"{name} counts {handshake.num_clients} clients, other nodes {num_clients}; with num-clients = 0 set the "
+            "same num-partitions on all nodes"
         )
     if config.data.num_clients not in (0, handshake.num_clients):
         raise FederationError(

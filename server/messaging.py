@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
+
+from copra_fl.wording import foreign
 
 #: seconds between two polls: this share of the time waited so far, within these limits
 POLL_SHARE, MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.005, 1.0
@@ -47,10 +49,15 @@ def exchange(
         new_replies = list(grid.pull_messages(waiting))
         for reply in new_replies:
             message = sent[reply.metadata.reply_to_message_id]
-            replies.append(Message(reply.error, reply_to=message) if reply.has_error() else reply)
+            replies.append(failed(message, reply.error) if reply.has_error() else reply)
         if new_replies:
             on_replies(replies)
         waiting -= {reply.metadata.reply_to_message_id for reply in new_replies}
         if waiting:
             time.sleep(min(MAX_POLL_SECONDS, max(MIN_POLL_SECONDS, POLL_SHARE * waited)))
     return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+
+def failed(message: Message, error: Error) -> Message:
+    """Return the reply to `message` of a node that failed. The node chose the reason, whatever its length."""
+    return Message(Error(error.code, foreign(error.reason)), reply_to=message)

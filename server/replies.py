@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from logging import INFO
 from math import isfinite
 from typing import TypeVar
@@ -13,14 +13,23 @@ from flwr.common.logger import log
 
 from copra_fl import wire
 from copra_fl.adapters.compression import decode
-from copra_fl.adapters.state import Adapter, Update
-from copra_fl.aggregation.checking import METRICS, BadUpdate, check_grams, check_moments, check_scalars, check_tensors
+from copra_fl.adapters.state import Adapter, Update, difference, norm
+from copra_fl.aggregation.checking import (
+    METRICS,
+    BadUpdate,
+    check_grams,
+    check_moments,
+    check_scalars,
+    check_tensors,
+    outliers,
+)
 from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import as_global
 from copra_fl.config import Config
 from copra_fl.records import ClientEvaluation
 from copra_fl.training.plan import expected_update
+from copra_fl.wording import foreign
 from server.errors import FederationError
 from server.round_request import RoundRequest
 from server.run_context import RunContext
@@ -31,6 +40,10 @@ Decoder = Callable[[Sequence[int], wire.RecordDict], Result]
 
 #: bytes of a client's scalars or error message and of the headers of its tensors; far more than they need
 REPORT_BYTES = 1 << 16
+#: largest norm of control variates and moments
+MAX_OTHER_NORM = 1e6
+#: kind of the buffers with adapters
+CHANGES = "change"
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,26 @@ class TrainReply:
     Attributes:
         updates: of every client that it trained; pooled ones have no tensors.
         averaged: input of the rule: the inspected clients' updates, and one pooled update of all the others.
-        controls: change of each client's control variate; empty without control variates.
+        controls: client -> change of its control variate; empty without control variates.
+        pooled: the clients of the pooled update, which has the number of the first.
+        lengths: kind of buffer -> client of each update in it -> Euclidean norm: of changes, or of moments.
     """
 
     updates: list[Update]
     averaged: list[Update]
-    controls: list[Adapter]
+    controls: dict[int, Adapter] = field(default_factory=dict)
+    pooled: tuple[int, ...] = ()
+    lengths: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def without(self, clients: Iterable[int]) -> TrainReply:
+        """Return the reply without `clients`; with the first of the pooled ones all of them go."""
+        gone = {one for client in clients for one in (self.pooled if client in self.pooled else (client,))}
+        return replace(
+            self,
+            updates=[update for update in self.updates if update.client not in gone],
+            averaged=[update for update in self.averaged if update.client not in gone],
+            controls={client: change for client, change in self.controls.items() if client not in gone},
+        )
 
 
 def read_replies(
@@ -78,7 +105,8 @@ def read_replies(
             missing |= {client: failures[client] for client in cohort if client in failures}
             results[node] = decode_reply([client for client in cohort if client not in failures], contents[node])
         except Exception as error:  # a node can have sent anything; other nodes' clients must not suffer for it
-            missing = dict.fromkeys(cohort, f"its node's reply was rejected: {error}") | missing
+            reason = foreign(f"its node's reply was rejected: {error}")
+            missing = dict.fromkeys(cohort, reason) | missing
     return results, dict(sorted(missing.items()))
 
 
@@ -111,10 +139,17 @@ def decode_updates(
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]
 
-    def decode_buffer(name: str, of: list[Update], uplink: str, max_norm: float) -> list[Update]:
+    lengths: dict[str, dict[int, float]] = {}
+
+    def decode_buffer(
+        name: str, of: list[Update], uplink: str, kind: str = "", limit: float = MAX_OTHER_NORM
+    ) -> list[Update]:
         decoded = decode(wire.unpack_arrays(content, name), of, request.starts, run.group_of, uplink)
         for update in decoded:
-            check_tensors(update, request.starts[update.client], run.group_of, max_norm)
+            start = request.starts[update.client]
+            check_tensors(update, start, run.group_of, limit)
+            moved = difference(update.adapter, start) if kind == CHANGES else update.adapter
+            lengths.setdefault(kind or name, {})[update.client] = norm(moved)
         return decoded
 
     def with_grams(averaged: list[Update]) -> list[Update]:
@@ -128,20 +163,52 @@ def decode_updates(
     federation = run.config.federation
     individual, pooled, controls = list[Update](), list[Update](), list[Update]()
     if inspected:
-        individual = decode_buffer("adapters", inspected, federation.uplink_dtype, federation.max_update_norm)
+        individual = decode_buffer("adapters", inspected, federation.uplink_dtype, CHANGES, federation.max_update_norm)
     if others:
-        pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
+        pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", CHANGES, federation.max_update_norm)
     if inspected and request.has_control:
-        controls = decode_buffer("controls", inspected, "float32", 0.0)
+        controls = decode_buffer("controls", inspected, "float32")
     if inspected and request.moments:
-        moments = {kind: decode_buffer(kind, inspected, federation.moments_dtype, 0.0) for kind in request.moments}
+        moments = {kind: decode_buffer(kind, inspected, federation.moments_dtype) for kind in request.moments}
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
     averaged = [*individual, *pooled]
     if averaged and request.has_grams:
         averaged = with_grams(averaged)
     individual = [as_global(run.config, completed(request, update)) for update in averaged[: len(individual)]]
     pooled = averaged[len(individual) :]
-    return TrainReply(individual + others, individual + pooled, [change.adapter for change in controls])
+    return TrainReply(
+        updates=individual + others,
+        averaged=individual + pooled,
+        controls={change.client: change.adapter for change in controls},
+        pooled=tuple(sorted(update.client for update in others)),
+        lengths=lengths,
+    )
+
+
+def without_outliers(config: Config, replies: Mapping[int, TrainReply]) -> tuple[dict[int, TrainReply], dict[int, str]]:
+    """Return the replies without updates that are far longer than those of the round, and client -> reason of those.
+
+    Clipping bounds the updates of a private run already, and leaving one out by the others would reveal more than noise
+    hides.
+    """
+    if config.privacy.dp_clip:
+        return dict(replies), {}
+    factor = config.federation.max_update_ratio
+    reasons: dict[int, str] = {}
+    for kind in sorted({kind for reply in replies.values() for kind in reply.lengths}):
+        lengths = {
+            client: length for reply in replies.values() for client, length in reply.lengths.get(kind, {}).items()
+        }
+        for client, ratio in outliers(lengths, factor).items():
+            reasons[client] = (
+                f"the norm of its {kind} is {ratio:.3g} times the median of the round, more than max-update-ratio = "
+                f"{factor:g}"
+            )
+    kept = {node: reply.without(reasons) for node, reply in replies.items()}
+    left = {update.client for reply in kept.values() for update in reply.updates}
+    pooled = {client: reply.pooled[0] for reply in replies.values() for client in reply.pooled}
+    gone = {update.client for reply in replies.values() for update in reply.updates} - left
+    return kept, {client: reasons[pooled.get(client, client)] for client in sorted(gone)}
 
 
 def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: int) -> Update:
@@ -197,7 +264,7 @@ def check_missing(config: Config, request: RoundRequest, missing: Mapping[int, s
     if config.privacy.dp_clip:  # a Poisson sample can be small or empty
         needed = min(needed, len(request.clients))
     if num_valid < needed:
-        reasons = "; ".join(f"{client}: {reason.strip().splitlines()[-1]}" for client, reason in missing.items())
+        reasons = "; ".join(f"{client}: {reason}" for client, reason in missing.items())
         raise FederationError(
             f"{step}: {num_valid} valid replies, min-replies = {federation.min_replies}; missing clients: {reasons}"
         )

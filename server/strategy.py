@@ -7,7 +7,7 @@ used: it cannot resume, and it averages whatever the nodes reply. The loop is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from server import sampling
 from server.aggregate import aggregate
 from server.eval_selection import inspected_clients
 from server.placement import place
-from server.replies import check_missing, decode_evaluations, decode_updates, read_replies
+from server.replies import CHANGES, check_missing, decode_evaluations, decode_updates, read_replies, without_outliers
 from server.round_request import RoundRequest
 from server.run_context import RunContext
 from server.state_sync import StateSync
@@ -42,6 +42,7 @@ class TrainResult:
         loss: mean training loss, weighted by examples; None if no client replied.
         error: aggregation error; None if it cannot be computed.
         notes: of the rule.
+        lengths: client -> norm of its change; pooled ones under the first of them.
     """
 
     updates: list[Update]
@@ -49,6 +50,7 @@ class TrainResult:
     loss: float | None
     error: AggregationError | None
     notes: dict[str, Any]
+    lengths: dict[int, float] = field(default_factory=dict)
 
 
 class CohortStrategy:
@@ -117,7 +119,9 @@ class CohortStrategy:
         decode = partial(decode_updates, self.run, request, self.num_examples)
         results, missing = read_replies(self.run, request, replies, decode)
         self._update_sync(request, results)
-        node_replies = list(results.values())
+        kept, outlying = without_outliers(self.run.config, results)
+        missing = dict(sorted((missing | outlying).items()))
+        node_replies = list(kept.values())
         updates = [update for reply in node_replies for update in reply.updates]
         updates.sort(key=lambda update: update.client)
         check_missing(self.run.config, request, missing, len(updates), f"round {request.server_round}")
@@ -126,13 +130,21 @@ class CohortStrategy:
             request.server_round,
             self.state,
             [update for reply in node_replies for update in reply.averaged],
-            [control for reply in node_replies for control in reply.controls],
+            [control for reply in node_replies for control in reply.controls.values()],
             len(self.eligible),
         )
         self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
         loss = pool_scalars(updates).metrics["loss"] if updates else None
-        return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes)
+        lengths = {
+            client: length for reply in node_replies for client, length in reply.lengths.get(CHANGES, {}).items()
+        }
+        return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes, lengths)
+
+    def restore(self, state: ServerState) -> None:
+        """Replace the state by an earlier one; nodes get all of it with the next message."""
+        self.state = state
+        self._sync = StateSync(self.run)
 
     def configure_evaluate(self, server_round: int) -> tuple[RoundRequest, list[Message]]:
         """Place every client with validation data; it evaluates the global adapter after the round."""

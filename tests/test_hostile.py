@@ -17,6 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
+from copra_fl.config import Config
 from server.errors import FederationError
 from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
@@ -120,6 +121,9 @@ CASES: dict[str, tuple[Tamper, str]] = {
     "steps": (scalars(active_steps=[10**9] * 3), "claims 1000000000 active steps of a layer; a round has 3"),
     "loss": (scalars(loss=float("nan")), "a training loss of nan"),
     "metric": (scalars(examples=1.0), "reports examples; known are"),
+    "negative-seconds": (scalars(seconds=-1.0), "reports seconds = -1.0, which is below 0"),
+    "endless": (scalars(distance=1e308), "reports distance = 1e\\+308, which is not finite or far too large"),
+    "no-steps": (lambda content, earlier: content["metrics-1"].pop("steps"), "does not report steps"),
     "replay": (replay, "it answers round 1 of run .*, not round 2"),
     "other-run": (other_run, "it answers round 2 of run 0123, not round 2"),
     "oversized": (oversized, "bytes; a reply to this message has at most"),
@@ -171,24 +175,144 @@ def test_an_impossible_evaluation_is_left_out(
     assert reason in caplog.text
 
 
+class LyingGrid(LocalGrid):
+    """Three nodes, of which one changes its handshake."""
+
+    def __init__(self, changes: dict[str, object]) -> None:
+        super().__init__(3)
+        self.changes = changes
+
+    def answer(self, message: Message) -> Message:
+        reply = super().answer(message)
+        if message.metadata.dst_node_id == BAD_NODE and message.metadata.message_type == "query":
+            reply.content["handshake"] = ConfigRecord({**reply.content["handshake"], **self.changes})
+        return reply
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"num-examples": [10, 10, 10]}, r"node 101 \(partition-id 1\) has \(10, .*other nodes \("),
         ({"clients": [0, 1, 7]}, "examples of a client 7"),
-        ({"num-examples": [-1, -1, -1]}, "has -1 and .* examples of a client 0"),
+        ({"num-examples": [-1, -1, -1]}, "num-examples = -1 is not a whole number"),
+        ({"num-examples": ["x", "x", "x"]}, "num-examples = 'x' is not a whole number"),
+        ({"num-examples": [1.5, 1.5, 1.5]}, "num-examples = 1.5 is not a whole number"),
+        ({"num-examples": [2**62] * 3}, "is not a whole number from 0 to 1000000000"),
+        ({"num-validation": [True, True, True]}, "num-validation = True is not a whole number"),
+        ({"num-clients": 3 * 10**7}, "num-clients = 30000000 is not a whole number"),
+        ({"partition": -1}, "partition = -1 is not a whole number"),
+        ({"partition": 0}, "has the same partition-id as node 100"),
         ({"clients": []}, "node 101 sent an unreadable handshake"),
+        ({"digest": "0" * 10**6}, "runs other sources"),
+        ({"label-names": ["a", "b"]}, "node 101 .* has the labels"),
+        ({"rejection-reason": "\x1b[2Jno\nround 2: validation ..."}, r"rejected the run: \[2Jno \| round 2"),
     ],
 )
-def test_an_impossible_handshake_stops_the_run_and_names_its_node(
-    settings: Settings, changes: dict[str, object], reason: str, tmp_path: Path
+def test_an_impossible_handshake_stops_a_strict_run_and_costs_a_node_its_place_in_a_tolerant_one(
+    settings: Settings, changes: dict[str, object], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class LyingGrid(LocalGrid):
+    with pytest.raises(FederationError, match=reason):
+        run_federation(settings | {"failures": "strict"}, tmp_path / "strict", grid=LyingGrid(changes))
+    with caplog.at_level("WARNING", logger="flwr"):
+        directory = run_federation(settings | {"num-rounds": 1}, tmp_path / "tolerant", grid=LyingGrid(changes))
+    assert re.search(f"a node is left out: .*{reason}", caplog.text)
+    assert [client["client"] for client in journal(directory)[0]["clients"]] == [0, 1, 2], "others can host client 1"
+
+
+def huge(value: float) -> Tamper:
+    return values(lambda v: torch.full_like(v, value))
+
+
+@pytest.mark.parametrize("value", [3e38, 1e20, 1e4])
+def test_by_default_an_update_far_longer_than_the_others_is_left_out(
+    settings: Settings, oracle: dict[str, torch.Tensor], value: float, tmp_path: Path
+) -> None:
+    default = {"max-update-norm": Config().federation.max_update_norm}
+    directory = run_federation(settings | default, tmp_path / "run", grid=HostileGrid(huge(value)))
+    (missing,) = journal(directory)[1]["missing"]
+    assert missing["client"] == 1
+    if value > 1e6:
+        assert re.search(r"has moved by \S+, more than max-update-norm = 1e\+06", missing["reason"])
+    else:
+        assert re.fullmatch(
+            r"the norm of its change is \S+ times the median of the round, more than .* = 100", missing["reason"]
+        )
+    assert_equal(final_adapter(directory), oracle)
+
+
+def test_a_control_variate_far_longer_than_the_others_is_left_out(settings: Settings, tmp_path: Path) -> None:
+    def tamper(content: RecordDict, earlier: RecordDict | None) -> None:
+        controls = wire.unpack_arrays(content, "controls")["values"]
+        content["controls"] = ArrayRecord(torch_state_dict={"values": torch.full_like(controls, 1e4)})
+
+    directory = run_federation(settings | {"control-variates": True}, tmp_path / "run", grid=HostileGrid(tamper))
+    (missing,) = journal(directory)[1]["missing"]
+    assert missing["client"] == 1 and missing["reason"].startswith("the norm of its controls is ")
+
+
+#: two clients have no median that would say which of them is wrong
+PAIR = {"num-clients": 2, "max-update-norm": 0.0, "num-rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({}, 3e38),
+        ({}, 1e20),
+        ({"rule": "flora", "local-training": "lora"}, 1e20),
+        ({"server-optimizer": "fedadam"}, 3e38),  # at 1e20 its second moment is finite: its steps stay short
+    ],
+)
+def test_a_state_that_does_not_work_is_refused_and_the_run_goes_on(
+    settings: Settings, changes: Settings, value: float, tmp_path: Path
+) -> None:
+    class Once(HostileGrid):
         def answer(self, message: Message) -> Message:
+            self.tamper = huge(value) if message.content.get("plan", {}).get("server-round") == BAD_ROUND else honest
+            return super().answer(message)
+
+    def honest(content: RecordDict, earlier: RecordDict | None) -> None: ...
+
+    directory = run_federation(settings | PAIR | changes, tmp_path / "run", grid=Once(honest))
+    first, second, third = journal(directory)
+    assert {missing["client"] for missing in second["missing"]} == {0, 1} and not second["clients"]
+    assert re.search(
+        r"refused: the new global adapter .*; the longest update is that of client 1", second["notes"]["refused"]
+    )
+    assert second["validation"]["loss"] == pytest.approx(first["validation"]["loss"])
+    assert len(third["clients"]) == 2 and not third["missing"]
+    assert all(torch.isfinite(tensor).all() for tensor in final_adapter(directory).values())
+
+
+def test_a_strict_run_that_refuses_a_state_can_be_resumed(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | PAIR | {"failures": "strict"}
+    with pytest.raises(FederationError, match="round 2 is refused: .* client 1, .* --resume does the round again"):
+        run_federation(flat, tmp_path / "run", grid=HostileGrid(huge(3e38)))
+    resumed, whole = run_federation(flat, tmp_path / "run"), run_federation(flat, tmp_path / "whole")
+    assert_equal(final_adapter(resumed), final_adapter(whole))
+
+
+def test_a_long_error_text_with_control_characters_is_cut_and_cleaned(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the node, and of a single client."""
+    text = "\x1b[2Jboom\n2026 round 2: validation loss 0.0\n" + "A" * 10**6 + "the cause"
+
+    class Shouting(LocalGrid):
+        def answer(self, message: Message) -> Message:
+            node, kind = message.metadata.dst_node_id, message.metadata.message_type
+            if kind == "train" and node == BAD_NODE:
+                return Message(Error(code=0, reason=text), reply_to=message)
             reply = super().answer(message)
-            if message.metadata.dst_node_id == BAD_NODE:
-                reply.content["handshake"] = ConfigRecord({**reply.content["handshake"], **changes})
+            if kind == "train" and node == BAD_NODE + 1:
+                reply.content["failures"] = ConfigRecord({"2": text.replace("A" * 10**5, "A")})
             return reply
 
-    with pytest.raises(FederationError, match=reason):
-        run_federation(settings, tmp_path / "run", grid=LyingGrid(3))
+    with caplog.at_level("INFO", logger="flwr"):
+        directory = run_federation(settings, tmp_path / "run", grid=Shouting(3))
+    for row in journal(directory):
+        assert [missing["client"] for missing in row["missing"]] == [1, 2]
+        for missing in row["missing"]:
+            assert len(missing["reason"]) < 2100 and missing["reason"].endswith("the cause")
+            assert missing["reason"].isprintable()
+    assert "\x1b" not in caplog.text and "\n2026 round 2" not in caplog.text

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from copra_fl.adapters.state import Adapter, OptimizerState, join_names, split_names
 from copra_fl.tensor_files import read_tensors, write_tensors
 
@@ -32,15 +34,23 @@ class ServerState:
     optimizer: OptimizerState = field(default_factory=dict)
     earlier: tuple[Adapter, ...] = ()
 
+    @property
+    def is_finite(self) -> bool:
+        """True if no tensor has an infinite value or NaN."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors().values())
+
     def of_age(self, age: int) -> Adapter:
         """Return the global adapter of `age` rounds before the newest."""
         return self.earlier[age - 1] if age else self.adapter
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
+        write_tensors(path, self._tensors(), metadata)
+
+    def _tensors(self) -> Adapter:
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
         others["earlier"] = {str(age): tensors for age, tensors in enumerate(self.earlier, start=1)}
-        write_tensors(path, self.adapter | join_names(others), metadata)
+        return self.adapter | join_names(others)
 
     @classmethod
     def load(cls, path: Path) -> tuple[ServerState, dict[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -19,6 +20,10 @@ from copra_fl.aggregation.grams import templates
 METRICS = {"loss", "steps", "seconds", "distance", "flops"}
 #: names of the metrics that clients report with some settings only
 OPTIONAL_METRICS = {"memory"}
+#: updates that `outliers` needs
+MIN_FOR_MEDIAN = 3
+#: largest number that a client may report, so that sums over clients stay finite; seconds since the Big Bang: 4e17
+MAX_METRIC = 1e24
 
 
 class BadUpdate(ValueError):
@@ -63,8 +68,11 @@ def check_scalars(update: Update, expected: Expected) -> None:
         raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}, which is not finite")
     if unknown := sorted(update.metrics.keys() - METRICS - OPTIONAL_METRICS):
         raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")
-    if bad := sorted(name for name, value in update.metrics.items() if not math.isfinite(value)):
-        raise BadUpdate(f"{who} reports {bad[0]} = {update.metrics[bad[0]]}, which is not finite")
+    for name, value in sorted(update.metrics.items()):
+        if not (math.isfinite(value) and abs(value) <= MAX_METRIC):
+            raise BadUpdate(f"{who} reports {name} = {value}, which is not finite or far too large")
+        if name != "loss" and value < 0:
+            raise BadUpdate(f"{who} reports {name} = {value}, which is below 0")
 
 
 def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], max_norm: float = 0.0) -> None:
@@ -86,6 +94,17 @@ def check_tensors(update: Update, start: Adapter, group_of: Mapping[str, int], m
     distance = norm(difference(update.adapter, expected)) if max_norm else 0.0
     if distance > max_norm:
         raise BadUpdate(f"{who} has moved by {distance:.4g}, more than max-update-norm = {max_norm:g}")
+
+
+def outliers(norms: Mapping[int, float], factor: float) -> dict[int, float]:
+    """Return client -> its norm in medians of all `norms`, for those above `factor`.
+
+    Fewer than three say nothing about each other; `factor` 0: none.
+    """
+    if not factor or len(norms) < MIN_FOR_MEDIAN:
+        return {}
+    middle = median(norms.values())
+    return {client: length / middle for client, length in norms.items() if middle and length > factor * middle}
 
 
 def check_moments(update: Update) -> None:

@@ -327,7 +327,13 @@ class FederationConfig:
         high=1,
     )
     max_update_norm: float = option(
-        0.0, "largest accepted norm of a client's change (the journal lists each client's distance); 0: no limit", low=0
+        1e6, "largest accepted norm of a client's change (the journal lists each client's distance); 0: no limit", low=0
+    )
+    max_update_ratio: float = option(
+        100.0,
+        "largest accepted norm of a client's change, control variate or shared moments, in medians of the round's, of "
+        "which there must be 3; 0: no limit",
+        low=0,
     )
     round_timeout_s: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
