@@ -51,6 +51,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     settled = settle(config)
     nodes = register_nodes(grid, settled)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
+    compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
 
     evaluator = open_evaluator(config)
     state = journal.resume() or evaluator.start_state()
