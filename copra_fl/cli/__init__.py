@@ -14,6 +14,7 @@ import typer
 from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.chat import chat
+from copra_fl.cli.clean import clean
 from copra_fl.cli.compare import compare
 from copra_fl.cli.config import config
 from copra_fl.cli.probe_prune import prune
@@ -59,6 +60,7 @@ app.command()(bench)
 app.command()(config)
 app.command()(recipes)
 app.command()(chat)
+app.command()(clean)
 probe.app.command()(prune)
 probe.app.command()(shapley)
 deploy.app.command()(deploy_run.run)
