@@ -174,11 +174,12 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
     )
 
 
-def images() -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of every image."""
+def images(page: str) -> Iterator[tuple[str, Figure]]:
+    """Yield file name and figure of every image in `page`."""
     for name, (_, results) in studies().items():
         for kind, charts in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
-            yield f"findings-{name}-{kind}.svg", charts[0]
+            if (file := f"findings-{name}-{kind}.svg") in page:
+                yield file, charts[0]
 
 
 def filled(page: str) -> str:
@@ -188,6 +189,7 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    for file, figure in images():
+    written = filled(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(written, encoding="utf-8")
+    for file, figure in images(written):
         figure.chart.write_image(IMAGES / file, width=900, height=380)
