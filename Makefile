@@ -9,8 +9,9 @@ CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.t
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
-	$(BIN)/copra-fl compare --recipe experiments/demo.toml --seeds 0,1 --output runs/demo --overwrite
+demo: .venv/installed  ## the main job: compare LoRA with CopRA and kept moments over 8 clients; ends in a report
+	$(BIN)/copra-fl compare --recipe experiments/demo.toml --methods lora,copra,kept-moments --seeds 0,1,2 \
+	  --output runs/demo --overwrite
 
 test: .venv/developed  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not slow and not containers"
