@@ -91,8 +91,8 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             "rounds are few or slow, or clients cannot keep state",
             'LoRA, `optimizer-state = "shared"`',
             f"{POINTS.show(gain(cell, 'lora+shared', 'lora+fresh'))} points over a new optimizer, "
-            f"{POINTS.show(gain(cell, 'lora+shared', 'lora'))} over moments that clients keep, for {times:.1f} times the "
-            "bytes",
+            f"{POINTS.show(gain(cell, 'lora+shared', 'lora'))} over moments that clients keep, for {times:.1f} times "
+            "the bytes",
             f"`{moments.command}`",
         ],
         [
