@@ -59,7 +59,8 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
     try:
         policy = Policy.of(node)
         policy.check_run(node.adapt(config), config.model.model, config.data.num_clients or node.num_partitions)
-        policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
+        with node.redact_errors():
+            policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
         check_weights(node.adapt(config).model)
         with node.redact_errors():
             answer = _describe(node, digest, node.adapt(config))
@@ -68,7 +69,8 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
     except (Rejected, ConfigError) as error:
         answer = wire.Handshake(node.partition, digest, rejection_reason=node.without_paths(str(error)))
         record = _rejected(record, error)
-    log.append(record)
+    with node.redact_errors():
+        log.append(record)
     return wire.pack_handshake(answer)
 
 

@@ -107,14 +107,19 @@ class NodeRecord(Record):
     total_bytes: int = 0
 
 
+def is_regular(path: Path) -> bool:
+    """Return True if `path` is a file, and no link."""
+    return path.is_file() and not path.is_symlink()
+
+
 def read_records(kind: type[Line], paths: Iterable[Path]) -> tuple[list[Line], int]:
     """Return the records in JSON-lines files, and the number of lines that are none: a power failure tears a line.
 
-    A path that is no file counts as an empty one.
+    A path that is no regular file counts as an empty one: containers can put links and pipes into their folders.
     """
     records, num_damaged = [], 0
     for path in paths:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if is_regular(path) else []
         for line in filter(None, lines):
             try:
                 records.append(kind.from_json(line))
