@@ -23,6 +23,10 @@ from copra_fl.deployment import operator_secret
 from copra_fl.deployment.api_gate import AdmitNode, ApiGate
 from copra_fl.deployment.registration import flower_home
 
+#: Proxy headers would let a caller claim any address; without them its address is that of its connection. Of uvicorn's
+#: parsers of HTTP, only h11 bounds the headers of a request (64 kB). Flower has no WebSockets.
+SERVER_SETTINGS: dict[str, Any] = {"proxy_headers": False, "http": "h11", "ws": "none"}
+
 
 def run(
     flower_arguments: Sequence[str], admit_node: AdmitNode, before_serving: Callable[[], None] = lambda: None
@@ -39,12 +43,9 @@ def run(
     def serve_behind_gate(app: Any, **settings: Any) -> None:
         if logs.as_json():
             settings["log_config"]["formatters"] |= {"http": {"()": logs.JsonFormatter}}
-        # Proxy headers would let a caller claim any address; without them its address is that of its connection.
-        # Of uvicorn's parsers only h11 bounds the headers of a request (64 kB).
-        settings |= {"proxy_headers": False, "http": "h11", "ws": "none"}
         before_serving()
         with _superexec(settings["port"], secret_file, flower_arguments):
-            serve(ApiGate(app, secret, admit_node), **settings)
+            serve(ApiGate(app, secret, admit_node), **settings | SERVER_SETTINGS)
 
     uvicorn.run = serve_behind_gate
     (entry_point,) = entry_points(group="console_scripts", name="flower-superlink")
