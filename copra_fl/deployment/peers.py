@@ -23,7 +23,7 @@ def is_this_user(client: Address | None, server: Address | None) -> bool:
     `client` and `server` are the addresses of its two ends. Where the kernel has no such tables (macOS), any user of
     this machine passes.
     """
-    if client is None or server is None or not ipaddress.ip_address(client[0]).is_loopback:
+    if client is None or server is None or not _parse(client[0]).is_loopback:
         return False
     if sys.platform != "linux":
         return True
@@ -35,7 +35,7 @@ def is_this_user(client: Address | None, server: Address | None) -> bool:
 
 def connection_user(client: Address, server: Address) -> int | None:
     """Return the id of the user whose process has the open connection from `client` to `server`; None without one."""
-    ends = {(_encode(*client, mapped), _encode(*server, mapped)) for mapped in (False, True)}
+    ends = {(_encode(client, mapped), _encode(server, mapped)) for mapped in (False, True)}
     for table in TABLES:
         if table.exists():
             for line in table.read_text().splitlines()[1:]:
@@ -45,11 +45,16 @@ def connection_user(client: Address, server: Address) -> int | None:
     return None
 
 
-def _encode(host: str, port: int, mapped: bool) -> str:
-    """Return an address as the tables write it: 32-bit words in the machine's byte order; IPv4 in IPv6 if `mapped`."""
+def _parse(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return the address `host`, as IPv4 if it is an IPv4 address in IPv6."""
     address = ipaddress.ip_address(host)
-    packed = address.packed
-    if mapped and address.version == 4:
-        packed = ipaddress.ip_address(f"::ffff:{host}").packed
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _encode(end: Address, mapped: bool) -> str:
+    """Return an address as the tables write it: 32-bit words in the machine's byte order; IPv4 in IPv6 if `mapped`."""
+    packed = _parse(end[0]).packed
+    if mapped and len(packed) == 4:
+        packed = bytes(10) + b"\xff\xff" + packed
     words = struct.unpack(f">{len(packed) // 4}I", packed)
-    return f"{struct.pack(f'={len(words)}I', *words).hex().upper()}:{port:04X}"
+    return f"{struct.pack(f'={len(words)}I', *words).hex().upper()}:{end[1]:04X}"
