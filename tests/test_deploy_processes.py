@@ -190,6 +190,7 @@ def test_a_node_that_does_not_belong_is_rejected(deployment: Processes, tmp_path
         "wrong clock": "s ahead of the server's, and may be at most 5 s ahead of it",
     }[kind]
     if kind == "wrong clock":
+        assert deployment.logged(name, '"logger": "copra_fl.deployment.supernode"')
         assert deployment.logged("superlink", "client-1 is rejected: its clock is 1")
     assert deployment.logged(name, reason), deployment.log(name).read_text()
     assert not deployment.logged(name, "SuperNode ID")

@@ -22,7 +22,8 @@ from copra_fl import logs
 from copra_fl.deployment import clocks
 from copra_fl.deployment.api_gate import FLEET
 
-log = logging.getLogger(__name__)
+#: as a command, this module is not called by its name
+log = logging.getLogger("copra_fl.deployment.supernode")
 
 
 def main() -> None:
