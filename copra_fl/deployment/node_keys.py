@@ -26,7 +26,7 @@ PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr
 
 
 class NodeKeys:
-    """The registered nodes. Until the first `replace` they are unknown, and every request is told to come again.
+    """The registered nodes. Until the first `replace`, every request gets status 503, after which a node tries again.
 
     A node that connected before its key was registered would give up.
     """
