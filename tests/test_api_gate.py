@@ -31,7 +31,7 @@ from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from copra_fl.deployment import clocks, operator_secret, peers, supernode
-from copra_fl.deployment.api_gate import MAX_BODY_BYTES, AdmitNode, ApiGate, admit_every_node, admit_no_node
+from copra_fl.deployment.api_gate import MAX_BODY_BYTES, AdmitNode, ApiGate, Refusal, admit_every_node, admit_no_node
 from copra_fl.deployment.gated_superlink import SERVER_SETTINGS
 from copra_fl.deployment.node_keys import PUBLIC_KEY, SIGNATURE, TIMESTAMP, NodeKeys
 
@@ -240,15 +240,21 @@ def headers_of(keys: tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey
     return dict(request.headers.raw) | {name.lower(): value for name, value in request.headers.raw}
 
 
+def refusal(keys: NodeKeys, headers: dict[bytes, bytes]) -> Refusal:
+    answer = keys.admit(headers)
+    assert answer is not None
+    return answer
+
+
 def test_a_node_needs_a_registered_key_and_its_signature() -> None:
     mine, other = generate_key_pairs(), generate_key_pairs()
     keys = NodeKeys()
-    assert keys.admit(headers_of(mine)).status == 503, "nodes wait until the keys are registered"
+    assert refusal(keys, headers_of(mine)).status == 503, "nodes wait until the keys are registered"
     keys.replace({"client-0": openssh(mine[1])})
     signed = headers_of(mine)
     assert keys.admit(signed) is None
-    assert keys.admit(headers_of(other)).text == "this node's key is not registered"
-    assert keys.admit({}).text == "this node's key is not registered"
+    assert refusal(keys, headers_of(other)).text == "this node's key is not registered"
+    assert refusal(keys, {}).text == "this node's key is not registered"
     forgeries = [
         {SIGNATURE: headers_of(other)[SIGNATURE]}, {SIGNATURE: b"x"}, {TIMESTAMP: b"2026-11-28T00:00:00+00:00"},
         {SIGNATURE: b64encode(sign_message(mine[0], b"yesterday")), TIMESTAMP: b"yesterday"},
@@ -256,11 +262,11 @@ def test_a_node_needs_a_registered_key_and_its_signature() -> None:
         {SIGNATURE: b64encode(sign_message(mine[0], b"2026-11-28")), TIMESTAMP: b"2026-11-28"},
     ]  # fmt: skip
     for forged in forgeries:
-        assert keys.admit(signed | forged).text == "the signature is not that of the node's key"
+        assert refusal(keys, signed | forged).text == "the signature is not that of the node's key"
     for name in (SIGNATURE, TIMESTAMP):
-        assert keys.admit({key: value for key, value in signed.items() if key != name}).status == 401
+        assert refusal(keys, {key: value for key, value in signed.items() if key != name}).status == 401
     keys.replace({})
-    assert keys.admit(headers_of(mine)).status == 401, "its key has been removed"
+    assert refusal(keys, headers_of(mine)).status == 401, "its key has been removed"
 
 
 def test_names_and_limits_are_flowers() -> None:
@@ -291,16 +297,16 @@ def test_a_wrong_clock_is_named_on_both_sides(seconds_ahead: int, words: str, ca
     signature = b64encode(sign_message(private, timestamp))
     headers = {PUBLIC_KEY: b64encode(public_key_to_bytes(public)), TIMESTAMP: timestamp, SIGNATURE: signature}
     with caplog.at_level(logging.WARNING, logger="copra_fl"):
-        refusal = keys.admit(headers)
+        answer = keys.admit(headers)
     date = datetime(2026, 11, 28, tzinfo=UTC)
-    answer = httpx.Headers({"date": format_datetime(date, usegmt=True)})
-    seen = supernode.reason(answer, date + timedelta(seconds=seconds_ahead))
+    dated = httpx.Headers({"date": format_datetime(date, usegmt=True)})
+    seen = supernode.reason(dated, date + timedelta(seconds=seconds_ahead))
     if words:
-        assert refusal.status == 401 and f"the clock is {words}" in refusal.text
+        assert answer is not None and answer.status == 401 and f"the clock is {words}" in answer.text
         assert f"client-7 is rejected: its clock is {words}" in caplog.text
         assert seen.startswith(f"its clock is {words}, and may be at most 5 s ahead of it and 305 s behind it")
     else:
-        assert refusal is None and not caplog.records
+        assert answer is None and not caplog.records
         assert seen == "its key is not, or no longer, in the server's folder of nodes"
 
 
