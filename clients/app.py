@@ -6,13 +6,16 @@
 
 Nothing large is imported before the first message: in a simulation the server's process imports this module too, and
 starts Ray only afterwards. If the node config has `warm-process`, this process imports nothing large at all: the node's
-warm process answers.
+warm process answers. If there can be none, this process does.
 """
 
 from __future__ import annotations
 
+from logging import WARNING
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
 from copra_fl import logs
 
@@ -39,7 +42,10 @@ def _answer(handler: str, message: Message, context: Context) -> Message:
     if idle_seconds := float(context.node_config.get("warm-process", 0)):
         from clients import warm_process
 
-        return Message(warm_process.request(handler, message.content, context, idle_seconds), reply_to=message)
+        try:
+            return Message(warm_process.request(handler, message.content, context, idle_seconds), reply_to=message)
+        except warm_process.NoWarmProcess as error:
+            log(WARNING, "%s is handled without a warm process: %s", handler, error)
 
     from clients.handlers import HANDLERS
 

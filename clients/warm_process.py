@@ -41,6 +41,10 @@ from flwr.common.logger import log
 CHECK_SECONDS = 1.0
 
 
+class NoWarmProcess(RuntimeError):
+    """The node cannot have a warm process. The message is for the node's log only."""
+
+
 class WarmProcessError(RuntimeError):
     """No answer from the warm process. The message may leave the node: `NodeConfig.redact_errors` has checked it."""
 
@@ -54,10 +58,15 @@ def request(handler: str, content: RecordDict, context: Context, idle_seconds: f
         context: Flower's, of the node.
         idle_seconds: a warm process that has to be started ends so long after its last answer.
 
-    Raises WarmProcessError if the handler failed, or the process died twice.
+    Raises NoWarmProcess, before anything is sent, if no warm process can be reached or started; WarmProcessError if the
+    handler failed, or the process died twice.
     """
     for _ in range(2):
-        with _connect_or_start(address(), context.run_id, idle_seconds) as channel, suppress(EOFError, OSError):
+        try:
+            channel = _connect_or_start(address(), context.run_id, idle_seconds)
+        except OSError as error:
+            raise NoWarmProcess(str(error)) from error
+        with channel, suppress(EOFError, OSError):
             channel.send((handler, content, context))
             answer = channel.recv()
             if isinstance(answer, str):
@@ -73,13 +82,13 @@ def request(handler: str, content: RecordDict, context: Context, idle_seconds: f
 def address() -> Path:
     """Return the socket of the node's warm process, in a folder that only this user can open.
 
-    Raises WarmProcessError if others can open the folder.
+    Raises NoWarmProcess if others can open the folder, and OSError if it cannot be made.
     """
     folder = Path(tempfile.gettempdir()) / f"copra-fl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
-        raise WarmProcessError(f"{folder} is open to others; it must belong to this user and have mode 700")
+        raise NoWarmProcess(f"{folder} is open to others; it must belong to this user and have mode 700")
     return folder / f"warm-{os.getppid()}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from copra_fl.config import Config
-from copra_fl.deployment.registration import fingerprint, read_known
+from copra_fl.deployment import registration
 from copra_fl.files import append_line
 from copra_fl.records import AuditedNode, AuditEvent
 from copra_fl.records.audit import VARIABLE, now
@@ -38,11 +38,12 @@ class AuditLog:
 
     def admit(self, nodes: Mapping[int, Handshake], config: Config) -> None:
         """Record those of `nodes` that are new; `config` is the configuration that they are sent."""
-        registered = read_known(Path(os.environ["FLWR_HOME"])) if "FLWR_HOME" in os.environ else {}
+        home = os.environ.get(registration.VARIABLE)
+        registered = registration.read_known(Path(home)) if home else {}
         known = {node["id"]: (name, node["key"]) for name, node in registered.items()}
         for node in sorted(nodes.keys() - self._admitted):
             name, key = known.get(str(node), ("", ""))
-            audited = AuditedNode(id=node, partition=nodes[node].partition, name=name, fingerprint=fingerprint(key))
+            audited = AuditedNode(id=node, partition=nodes[node].partition, name=name, fingerprint=registration.fingerprint(key))
             self._write("admitted", config_digest=config.digest, node=audited)
         self._admitted |= nodes.keys()
 

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from copra_fl import provenance, wire
 from copra_fl.config import Config
+from copra_fl.deployment import registration
 from copra_fl.events import emit
 from copra_fl.wording import foreign
 from server.audit import AuditLog
@@ -30,8 +31,9 @@ def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wir
 
     After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
 
-    A node does not fit that fails, is silent, rejects the run, or has other code, another base model, other labels or
-    the partition-id of another node. With ``failures = "tolerant"`` it is left out with a warning.
+    A node does not fit that fails, is silent, rejects the run, or has other code, another base model, other labels, or
+    the partition-id of another node or of another node's key. With ``failures = "tolerant"`` it is left out with a
+    warning.
 
     Raises FederationError for a node that does not fit and for a client that no node can host (strict), and for fewer
     than min-nodes nodes after node-timeout-s.
@@ -164,6 +166,7 @@ def check_node(
     `usual` are the number of clients and the labels of the other nodes.
     """
     name = f"node {node} (partition-id {handshake.partition})"
+    check_identity(name, node, handshake)
     check_code(name, handshake)
     check_agreement(name, handshake, usual, config)
     if twin := next((other for other, known in others.items() if known.partition == handshake.partition), None):
@@ -183,6 +186,15 @@ def check_all_clients(nodes: Mapping[int, wire.Handshake]) -> None:
             f"no connected node can host the clients {sorted(homeless)}; the connected partition-ids are "
             f"{sorted(handshake.partition for handshake in nodes.values())}"
         )
+
+
+def check_identity(name: str, node: int, handshake: wire.Handshake) -> None:
+    """Raise FederationError if a node claims another client than the one that its key is registered for."""
+    bound = registration.bound_partitions()
+    if (partition := bound.get(node, handshake.partition)) != handshake.partition:
+        raise FederationError(f"{name} has the key of client-{partition}; set partition-id={partition} on that node")
+    if node not in bound and handshake.partition in bound.values():
+        raise FederationError(f"{name} claims the partition-id of client-{handshake.partition}, whose key it lacks")
 
 
 def check_code(name: str, handshake: wire.Handshake) -> None:

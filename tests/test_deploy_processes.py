@@ -22,12 +22,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModel
 
 from copra_fl.config import toml_value
-from copra_fl.deployment import certificates
+from copra_fl.deployment import certificates, operator_secret
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import fingerprint
 from copra_fl.records import AuditEvent, read_records
@@ -37,6 +38,22 @@ from tests.support.real_runs import HANG_SECONDS
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(sys.executable).parent
+
+#: `python -m copra_fl.deployment.supernode`, with a clock that is ahead by the first argument
+SUPERNODE = """
+import datetime, runpy, sys
+
+seconds_ahead = datetime.timedelta(seconds=int(sys.argv.pop(1)))
+
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + seconds_ahead
+
+if seconds_ahead:
+    datetime.datetime = Clock
+runpy.run_module("copra_fl.deployment.supernode", run_name="__main__")
+"""
 
 
 @dataclass
@@ -74,12 +91,13 @@ class Processes:
         )  # fmt: skip
 
     def start_node(
-        self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0
+        self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0, seconds_ahead: int = 0
     ) -> subprocess.Popen[bytes]:
+        """Start a SuperNode with a clock that is so far ahead."""
         keys = [f"--auth-supernode-private-key={key}"] if key else []
         config = f"partition-id={partition} num-partitions=2 warm-process={keep_warm}"
         return self.start(
-            name, sys.executable, "-m", "copra_fl.deployment.supernode",
+            name, sys.executable, "-c", SUPERNODE, str(seconds_ahead),
             f"--superlink=localhost:{self.port}", f"--port={free_port()}",
             f"--root-certificates={ca}", f"--node-config={config}", *keys,
         )  # fmt: skip
@@ -153,54 +171,60 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
         processes.stop()
 
 
-@pytest.mark.parametrize("kind", ["no key", "unknown key", "wrong CA"])
-def test_an_unregistered_node_is_rejected(deployment: Processes, tmp_path: Path, kind: str) -> None:
-    """It exits by itself and never gets a node id."""
+@pytest.mark.parametrize("kind", ["no key", "unknown key", "wrong CA", "wrong clock"])
+def test_a_node_that_does_not_belong_is_rejected(deployment: Processes, tmp_path: Path, kind: str) -> None:
+    """It exits by itself with an error that says why, and never gets a node id."""
     other = DeploymentLayout(tmp_path / "other")
     other.make_folders(1)
     certificates.make_ca(other)
     certificates.make_node_keys(other, 1)
     registered, unknown = deployment.layout.client(1), other.client(0)
     ca = unknown.tls / "ca.crt" if kind == "wrong CA" else registered.tls / "ca.crt"
-    key = {"no key": None, "unknown key": unknown.key, "wrong CA": registered.key}[kind]
+    key = {"no key": None, "unknown key": unknown.key}.get(kind, registered.key)
     name = f"unregistered-{kind.replace(' ', '-')}"
-    process = deployment.start_node(name, ca, key)
+    process = deployment.start_node(name, ca, key, seconds_ahead=180 if kind == "wrong clock" else 0)
     deployment.wait(lambda: process.poll() is not None, "the unregistered node exits")
     assert process.returncode != 0
     reason = {
-        "no key": "All SuperNodes must be registered",
-        "unknown key": "Failed to activate SuperNode",
+        "no key": "rejects this node: its key is not, or no longer, in the server's folder of nodes",
+        "unknown key": "rejects this node: its key is not, or no longer, in the server's folder of nodes",
         "wrong CA": "certificate verify failed",
+        "wrong clock": "s ahead of the server's, and may be at most 5 s ahead of it",
     }[kind]
+    if kind == "wrong clock":
+        assert deployment.logged(name, '"logger": "copra_fl.deployment.supernode"')
+        assert deployment.logged("superlink", "client-1 is rejected: its clock is 1")
     assert deployment.logged(name, reason), deployment.log(name).read_text()
     assert not deployment.logged(name, "SuperNode ID")
 
 
-def test_the_network_reaches_only_the_fleet_api(deployment: Processes) -> None:
-    """Call from this machine's network address, which is not loopback, as another machine would."""
+def test_control_and_runtime_answer_nobody_without_the_secret(deployment: Processes) -> None:
+    """Neither from this machine's network address, as another machine would call, nor from loopback, as a reverse proxy
+    on this machine would forward a call. Runtime's routes are all that Flower has."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing; chooses the address that packets would leave from
         address = probe.getsockname()[0]
-    if address.startswith("127."):
-        pytest.skip("this machine has only a loopback address")
+    context = ssl.create_default_context(cafile=deployment.layout.tls / "ca.crt")
+    context.check_hostname = False  # the certificate is for localhost, not for this address
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 
-    def answer(host: str, path: str) -> int:
+    def answer(host: str, path: str, **headers: str) -> int:
         url = f"https://{host}:{deployment.port}{path}"
-        context = ssl.create_default_context(cafile=deployment.layout.tls / "ca.crt")
-        context.check_hostname = False  # the certificate is for localhost, not for this address
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-        )
-        request = urllib.request.Request(url, data=b"", headers={"X-Forwarded-For": "127.0.0.1"})
+        headers |= {"X-Forwarded-For": "127.0.0.1", "Content-Type": "application/protobuf"}
         try:
-            with opener.open(request, timeout=HANG_SECONDS) as response:
+            with opener.open(urllib.request.Request(url, b"", headers), timeout=HANG_SECONDS) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
 
-    control, runtime, fleet = "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/pull-messages"
-    assert [answer(address, path) for path in (control, runtime)] == [403, 403]
-    assert answer(address, fleet) != 403 and answer("127.0.0.1", control) != 403
+    paths = [path for _, path in PROTOBUF_REQUEST_TYPES if not path.startswith("/v1/fleet")]
+    assert {"/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task"} < set(paths)
+    assert {path: answer("127.0.0.1", path) for path in paths} == dict.fromkeys(paths, 401)
+    if not address.startswith("127."):
+        assert {path: answer(address, path) for path in paths} == dict.fromkeys(paths, 403)
+    secret = (deployment.layout.flower_home / operator_secret.NAME).read_text()
+    assert answer("127.0.0.1", "/v1/control/list-runs", Authorization=f"Bearer {secret}") == 200
+    assert answer("127.0.0.1", "/v1/fleet/pull-messages") == 401
 
 
 @pytest.fixture(scope="module")

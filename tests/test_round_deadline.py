@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from copra_fl.config import Config, ConfigError
+from copra_fl.deployment import registration
 from copra_fl.provenance import library_digest
 from copra_fl.wire import Handshake, pack_handshake
 from server.errors import FederationError
@@ -133,6 +135,45 @@ def test_a_late_node_that_rejects_the_run_is_left_out(settings: Settings, tmp_pa
 
     directory = run_federation(settings | {"num-clients": 0}, tmp_path / "run", grid=JoiningGrid(app))
     assert clients(directory) == [[0, 1]] * 3
+
+
+class ImposterGrid(LocalGrid):
+    """Until client 2's node (102) connects after the first round, node 103 says that it is client 2."""
+
+    has_begun = False
+
+    def __init__(self) -> None:
+        super().__init__(4, node_configs=[{"num-partitions": 3}] * 4)
+        self.contexts[103].node_config["partition-id"] = 2
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts) if self.has_begun else [100, 101, 103]
+
+    def answer(self, message: Message) -> Message:
+        self.has_begun |= message.metadata.message_type == "train"
+        return super().answer(message)
+
+
+def register(names: dict[int, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the keys' names of nodes as the SuperLink does for its server apps."""
+    nodes = {name: {"id": str(node), "key": ""} for node, name in names.items()}
+    (folder / registration.KNOWN).write_text(json.dumps(nodes))
+    monkeypatch.setenv(registration.VARIABLE, str(folder))
+
+
+def test_a_node_that_claims_another_keys_client_is_left_out_and_the_owner_is_not(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {100: "client-0", 101: "client-1", 102: "client-2", 103: "client-3"}
+    flat = settings | {"num-clients": 0, "num-rounds": 2}
+    unbound = run_federation(flat | {"num-rounds": 1}, tmp_path / "unbound", grid=ImposterGrid())
+    assert clients(unbound) == [[0, 1, 2]], "without keys, any node can be any client"
+    register(names, tmp_path, monkeypatch)
+    assert clients(run_federation(flat, tmp_path / "run", grid=ImposterGrid())) == [[0, 1], [0, 1, 2]]
+    for name, reason in (("client-3", "has the key of client-3"), ("a-site", "claims .* of client-2, whose key it")):
+        register(names | {103: name}, tmp_path, monkeypatch)
+        with pytest.raises(FederationError, match=rf"node 103 \(partition-id 2\) {reason}"):
+            run_federation(flat | {"failures": "strict"}, tmp_path / name, grid=ImposterGrid())
 
 
 class RestartedGrid(LocalGrid):

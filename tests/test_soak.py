@@ -20,7 +20,7 @@ from tests.support.tiny import Settings
 #: a kill every so many rounds
 ROUNDS_PER_KILL = 8
 #: parts of command lines: server app, SuperLink, worker, command, guard
-VICTIMS = ("flwr-simulation", "flower-superlink", "ClientAppActor", "bin/copra-fl", "guard.py")
+VICTIMS = ("flwr-simulation", "private_superlink", "ClientAppActor", "bin/copra-fl", "guard.py")
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import psutil
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 
 from clients import warm_process
 from clients.warm_process import WarmProcessError
@@ -85,12 +85,50 @@ def test_a_warm_process_ends_with_a_message_of_another_run(serving: threading.Th
         send(run=2)
 
 
-def test_a_folder_that_others_can_open_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert warm_process.address().parent.stat().st_mode & 0o777 == 0o700
-    warm_process.address().parent.chmod(0o755)
-    with pytest.raises(WarmProcessError, match="open to others"):
-        warm_process.address()
+def open_to_others(temporary: Path) -> None:
+    (temporary / f"copra-fl-{os.getuid()}").mkdir()
+    (temporary / f"copra-fl-{os.getuid()}").chmod(0o755)
+
+
+def a_file(temporary: Path) -> None:
+    (temporary / f"copra-fl-{os.getuid()}").touch()
+
+
+def made_by_another_user(temporary: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can give a folder away")
+    (temporary / f"copra-fl-{os.getuid()}").mkdir(mode=0o700)
+    os.chown(temporary / f"copra-fl-{os.getuid()}", 12345, 12345)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "depth", "reason"),
+    [
+        (open_to_others, 0, "is open to others; it must belong to this user and have mode 700"),
+        (made_by_another_user, 0, "is open to others; it must belong to this user and have mode 700"),
+        (a_file, 0, "File exists"),
+        (None, 100, "AF_UNIX path too long"),
+    ],
+)
+def test_a_node_that_can_have_no_warm_process_answers_without_one(
+    prepare: Callable[[Path], None] | None, depth: int, reason: str, tiny: Settings, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    temporary = tmp_path / ("x" * depth)
+    temporary.mkdir(exist_ok=True)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    if prepare:
+        prepare(temporary)
+    config = Config.from_flat(tiny)
+    answers = []
+    for node_config in (NODE_CONFIG, {}):
+        grid = LocalGrid(1, node_configs=[node_config])
+        message = Message(wire.pack_config(config), 100, MessageType.QUERY)
+        with caplog.at_level("WARNING", logger="flwr"):
+            answers.append(wire.unpack_handshake(grid.answer(message).content))
+    assert answers[0] == answers[1] and answers[0].num_examples
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "flwr"]
+    assert line.startswith("handshake is handled without a warm process: ") and reason in line
 
 
 def test_a_warm_process_ends_with_the_executor(listener: socket.socket) -> None:

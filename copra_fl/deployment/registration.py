@@ -3,6 +3,9 @@
 Flower registers a node's key through its Control API and keeps it in its database. `nodes.json` in FLWR_HOME records
 which key file became which node, so that a node is unregistered, and rejected from then on, when its key file is
 removed. This module runs beside the SuperLink, with Flower's own command line and the connection in FLWR_HOME.
+
+The server app reads `nodes.json` too (`bound_partitions`): the node with the key client-N.pub is client N, whatever it
+says.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from copra_fl.deployment.node_keys import NodeKeys
 from copra_fl.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -26,20 +30,24 @@ log = logging.getLogger(__name__)
 #: name of the file in FLWR_HOME that records the registered nodes
 KNOWN = "nodes.json"
 POLL_SECONDS = 3
+#: environment variable with the folder of nodes.json, for the server app; not set if nodes need no keys
+VARIABLE = "COPRA_FL_NODES"
+#: the names of keys that belong to one client: what `copra-fl deploy init` makes
+CLIENT_KEY = re.compile(r"client-(\d+)")
 
 
-def keep_registered(nodes: Path, ready: threading.Event) -> None:
-    """Register the keys in the folder `nodes`, set `ready`, then follow changes of the folder for ever."""
+def keep_registered(nodes: Path, keys: NodeKeys) -> None:
+    """Register the keys in the folder `nodes`, admit them in `keys`, then follow changes of the folder for ever."""
     while True:
         update(nodes)
-        ready.set()
+        keys.replace({name: node["key"] for name, node in read_known(flower_home()).items()})
         time.sleep(POLL_SECONDS)
 
 
 def update(nodes: Path) -> None:
     """Unregister nodes with keys that are gone from `nodes` or have changed, then register the new keys."""
     keys = {path.stem: path.read_text(encoding="utf-8") for path in sorted(nodes.glob("*.pub"))}
-    known = read_known(Path(os.environ["FLWR_HOME"]))
+    known = read_known(flower_home())
     for name, node in list(known.items()):
         if keys.get(name) != node["key"] and _succeeded(f"unregistering {name}", flwr("unregister", node["id"])):
             del known[name]
@@ -49,6 +57,20 @@ def update(nodes: Path) -> None:
         if _succeeded(f"registering {name}", answer):
             known[name] = {"id": str(answer["node-id"]), "key": keys[name]}
             _write_known(known)
+
+
+def flower_home() -> Path:
+    """Return the SuperLink's FLWR_HOME."""
+    return Path(os.environ["FLWR_HOME"])
+
+
+def bound_partitions() -> dict[int, int]:
+    """Return node id -> partition-id of the nodes that are registered as client-N; empty if nodes need no keys."""
+    if VARIABLE not in os.environ:
+        return {}
+    known = read_known(Path(os.environ[VARIABLE]))
+    matches = {int(node["id"]): CLIENT_KEY.fullmatch(name) for name, node in known.items()}
+    return {node: int(match[1]) for node, match in matches.items() if match}
 
 
 def read_known(home: Path) -> dict[str, dict[str, str]]:
@@ -66,8 +88,7 @@ def fingerprint(key: str) -> str:
 
 
 def _write_known(known: dict[str, dict[str, str]]) -> None:
-    path = Path(os.environ["FLWR_HOME"]) / KNOWN
-    atomic_write(path, json.dumps(known, indent=2) + "\n")
+    atomic_write(flower_home() / KNOWN, json.dumps(known, indent=2) + "\n")
 
 
 def _succeeded(action: str, answer: dict[str, Any]) -> bool:

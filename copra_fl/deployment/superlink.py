@@ -19,17 +19,14 @@ import argparse
 import os
 import sys
 import threading
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
-
-import uvicorn
 
 from copra_fl import logs
-from copra_fl.deployment.api_gate import ApiGate
+from copra_fl.deployment import gated_superlink, registration
+from copra_fl.deployment.api_gate import admit_every_node
 from copra_fl.deployment.layout import AUDIT
-from copra_fl.deployment.registration import keep_registered
-from copra_fl.records.audit import VARIABLE
+from copra_fl.deployment.node_keys import NodeKeys
+from copra_fl.records import audit
 
 
 def main() -> None:
@@ -38,32 +35,21 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--runs", type=Path, default=Path("/runs"))
     options, flower_arguments = parser.parse_known_args()
-    serve = uvicorn.run
+    keys = NodeKeys()
 
-    def serve_behind_gate(app: Any, **settings: Any) -> None:
-        ready = threading.Event()
+    def before_serving() -> None:
+        if sys.platform == "linux":
+            os.environ[logs.COPY_VARIABLE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
+        os.environ[audit.VARIABLE] = str(options.runs / AUDIT)
         if options.nodes:
-            threading.Thread(target=keep_registered, args=(options.nodes, ready), daemon=True).start()
-        else:
-            ready.set()
-        if logs.as_json():
-            settings["log_config"]["formatters"] |= {"http": {"()": logs.JsonFormatter}}
-        # Proxy headers would let a caller claim any address; without them its address is that of its connection.
-        serve(ApiGate(app, ready), proxy_headers=False, **settings)
+            os.environ[registration.VARIABLE] = str(registration.flower_home())
+            threading.Thread(target=registration.keep_registered, args=(options.nodes, keys), daemon=True).start()
+        if options.metrics_port:
+            from copra_fl.deployment import metrics  # slow to import
 
-    uvicorn.run = serve_behind_gate
-    (entry_point,) = entry_points(group="console_scripts", name="flower-superlink")
-    sys.argv = ["flower-superlink", *flower_arguments]
-    run = entry_point.load()
-    logs.configure()
-    if sys.platform == "linux":
-        os.environ[logs.COPY_VARIABLE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
-    os.environ[VARIABLE] = str(options.runs / AUDIT)
-    if options.metrics_port:
-        from copra_fl.deployment import metrics  # slow to import
+            metrics.serve(options.metrics_port, options.runs)
 
-        metrics.serve(options.metrics_port, options.runs)
-    run()
+    gated_superlink.run(flower_arguments, keys.admit if options.nodes else admit_every_node, before_serving)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 It uses Flower's own commands and avoids their pitfalls:
 
 - A FLWR_HOME and a free port of its own, so that it touches no other run.
+- Other users of the machine reach the port, so it answers only this one (`private_superlink`).
 - An empty working directory, because Ray's workers import from the directory where the SuperLink starts.
 - No dependency installation, telemetry or update check.
 - The server app reports the outcome in its last event, because `flwr run --stream` exits with 0 after a failed run.
@@ -212,8 +213,9 @@ def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
         **worker_variables(),
         **ray_variables(home, ray_address),
     }
-    command = [sys.executable, guard.__file__, mark, f"{scripts}/flower-superlink", "--insecure", "--simulation"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    command = [sys.executable, guard.__file__, mark, sys.executable, "-m", "copra_fl.simulation.private_superlink"]
+    command += ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--disable-runtime-dependency-installation"]
     superlink_log = home / "superlink.log"
     with open(superlink_log, "wb") as output:
         guard_process = subprocess.Popen(
