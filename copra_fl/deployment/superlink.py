@@ -1,6 +1,6 @@
 """The command of the server's container: Flower's SuperLink behind the API gate, with registered nodes.
 
-    python -m copra_fl.deployment.superlink [--nodes=FOLDER] [--metrics-port=PORT] [--runs=FOLDER]
+    python -m copra_fl.deployment.superlink [--nodes=FOLDER] [--metrics-port=PORT] [--runs=FOLDER] [--hide-keys]
         [FLOWER-SUPERLINK-ARGS...]
 
 It runs `flower-superlink` in this process, with these additions:
@@ -8,7 +8,9 @@ It runs `flower-superlink` in this process, with these additions:
 - All its APIs are served through `ApiGate`.
 - --nodes: once the SuperLink answers, the public keys in FOLDER are registered, and keys that disappear from FOLDER
   are unregistered. Without it, anyone may connect as a node (`deploy init --insecure`).
+- FLWR_HOME gets a `flwr` connection to this SuperLink, for operators in its container.
 - --metrics-port: metrics for Prometheus are served on PORT; those of runs come from the folder --runs.
+- --hide-keys: ServerApps cannot read the server's private key. For containers (`hidden_keys.deny_reading`).
 - Logs have the format of COPRA_FL_LOG, and include the logs of ServerApps.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import threading
 from importlib.metadata import entry_points
@@ -26,7 +29,8 @@ import uvicorn
 
 from copra_fl import logs
 from copra_fl.deployment.api_gate import ApiGate
-from copra_fl.deployment.registration import keep_registered
+from copra_fl.deployment.hidden_keys import hide
+from copra_fl.deployment.registration import keep_registered, write_connection
 
 
 def main() -> None:
@@ -34,7 +38,18 @@ def main() -> None:
     parser.add_argument("--nodes", type=Path)
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--runs", type=Path, default=Path("/runs"))
+    parser.add_argument("--hide-keys", action="store_true")
     options, flower_arguments = parser.parse_known_args()
+    flower_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flower_parser.add_argument("--port", type=int, required=True)
+    flower_parser.add_argument("--ssl-ca-certfile")
+    flower_options, _ = flower_parser.parse_known_args(flower_arguments)
+    write_connection(Path(os.environ["FLWR_HOME"]), flower_options.port, flower_options.ssl_ca_certfile)
+    log_holder = os.getpid()
+    if options.hide_keys:
+        flower_arguments = hide(flower_arguments, "--ssl-keyfile")
+        # ServerApps cannot open the descriptors of this process any more.
+        log_holder = subprocess.Popen(["sleep", "infinity"], stderr=sys.stderr).pid
     serve = uvicorn.run
 
     def serve_behind_gate(app: Any, **settings: Any) -> None:
@@ -54,11 +69,12 @@ def main() -> None:
     run = entry_point.load()
     logs.configure()
     if sys.platform == "linux":
-        os.environ[logs.COPY_VARIABLE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
+        os.environ[logs.COPY_VARIABLE] = f"/proc/{log_holder}/fd/2"
     if options.metrics_port:
         from copra_fl.deployment import metrics  # slow to import
 
-        metrics.serve(options.metrics_port, options.runs)
+        ca = flower_options.ssl_ca_certfile
+        metrics.serve(options.metrics_port, options.runs, Path(ca).parent if ca else None)
     run()
 
 
