@@ -136,11 +136,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     layout.make_folders(2)
     certificates.make_ca(layout)
     certificates.make_server_certificate(layout, [])
-    certificates.make_node_keys(layout, 2)
-    (layout.flower_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "localhost:{port}"\n'
-        f'root-certificates = "{layout.tls / "ca.crt"}"\n'
-    )
+    certificates.make_node_keys(layout, range(2))
     processes = Processes(layout, port)
     try:
         processes.start_superlink()
@@ -157,7 +153,7 @@ def test_an_unregistered_node_is_rejected(deployment: Processes, tmp_path: Path,
     other = DeploymentLayout(tmp_path / "other")
     other.make_folders(1)
     certificates.make_ca(other)
-    certificates.make_node_keys(other, 1)
+    certificates.make_node_keys(other, range(1))
     registered, unknown = deployment.layout.client(1), other.client(0)
     ca = unknown.tls / "ca.crt" if kind == "wrong CA" else registered.tls / "ca.crt"
     key = {"no key": None, "unknown key": unknown.key, "wrong CA": registered.key}[kind]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -63,10 +63,11 @@ def init(
         raise ConfigError(f"{directory} is not empty and holds no deployment; name a new folder")
     earlier = _earlier_options(layout, clients)
     hosts = None if host is None else tuple(map(check_host, filter(None, host)))
-    given = {"clients": clients, "hosts": hosts, "port": port, "metrics_port": metrics_port, "insecure": insecure}
-    options = replace(
-        earlier or DeploymentOptions(), **{name: value for name, value in given.items() if value is not None}
-    )
+    given: dict[str, Any] = {
+        "clients": clients, "hosts": hosts, "port": port, "metrics_port": metrics_port, "insecure": insecure
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = replace(earlier or DeploymentOptions(), **changes)
     surplus = [] if options.insecure else certificates.surplus_keys(layout, options.clients)
     if surplus and not yes:
         _confirm_removal([path.stem for path in surplus])
@@ -78,6 +79,7 @@ def init(
             if earlier and not earlier.insecure:
                 console.print(f"superlink: new certificate. {_restart(layout, 'superlink')}", soft_wrap=True)
         first_new = earlier.clients if earlier and not earlier.insecure else 0
+        certificates.share_ca(layout, options.clients)
         certificates.make_node_keys(layout, range(first_new, options.clients))
         for path in surplus:
             path.unlink()

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -69,11 +70,15 @@ def make_server_certificate(layout: DeploymentLayout, hosts: Iterable[str]) -> N
 
 
 def is_for(layout: DeploymentLayout, hosts: Iterable[str]) -> bool:
-    """Return True if the server has a certificate for exactly `STANDARD_HOSTS` and `hosts`."""
+    """Return True if the server has a certificate by the CA for exactly `STANDARD_HOSTS` and `hosts`."""
     path = layout.tls / CERTIFICATES["server"]
     if not path.exists():
         return False
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((layout.tls / "ca.crt").read_bytes()))
+    except InvalidSignature:
+        return False
     return set(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) == set(_names(hosts))
 
 
@@ -100,11 +105,19 @@ def make_node_keys(layout: DeploymentLayout, numbers: Iterable[int]) -> None:
     """
     for number in numbers:
         client, public = layout.client(number), layout.public_key(number)
-        write_mounted(client.tls / "ca.crt", (layout.tls / "ca.crt").read_bytes())
         if not client.key.exists() and not public.exists():
             make_node_key(client.key)
         if client.key.exists():
             write_mounted(public, public_key(client.key))
+
+
+def share_ca(layout: DeploymentLayout, num_clients: int) -> None:
+    """Copy the CA's certificate into the folders of the clients that have another one, or none."""
+    certificate = (layout.tls / CERTIFICATES["ca"]).read_bytes()
+    for number in range(num_clients):
+        path = layout.client(number).tls / CERTIFICATES["ca"]
+        if not path.exists() or path.read_bytes() != certificate:
+            write_mounted(path, certificate)
 
 
 def surplus_keys(layout: DeploymentLayout, num_clients: int) -> list[Path]:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 #: system calls, the same on all architectures, and constants of linux/landlock.h and linux/prctl.h
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
-READ_FILE, PATH_BENEATH = 1 << 2, 1
+READ_FILE, REFER, PATH_BENEATH, GET_VERSION = 1 << 2, 1 << 13, 1, 1
 SET_DUMPABLE, SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -42,7 +42,7 @@ def hide(arguments: Sequence[str], option: str) -> list[str]:
             try:
                 deny_reading(path)
             except OSError as error:
-                log.warning("apps can read %s: this system has no Landlock (%s)", path, error)
+                log.warning("apps can read %s: Landlock cannot be used here (%s)", path, error)
             argument = f"{prefix}/proc/self/fd/{copy}"
         hidden.append(argument)
     return hidden
@@ -51,7 +51,8 @@ def hide(arguments: Sequence[str], option: str) -> list[str]:
 def deny_reading(path: Path) -> None:
     """Deny this thread, and threads and processes that it starts, to read the file at `path`, for ever.
 
-    Files that are made later in the folders on the way to `path` cannot be read either. Raises OSError.
+    Files that are made later in the folders on the way to `path` cannot be read either, and nothing moves out of them.
+    Raises OSError.
     """
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,12 +61,14 @@ def deny_reading(path: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return int(result)
 
-    handled = ctypes.c_uint64(READ_FILE)
+    if call(libc.syscall, CREATE_RULESET, None, ctypes.c_size_t(0), GET_VERSION) < 2:
+        raise OSError("its first version forbids to move files to other folders")
+    handled = ctypes.c_uint64(READ_FILE | REFER)
     ruleset = call(libc.syscall, CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
     try:
         for place in _all_but(path):
             opened = os.open(place, os.O_PATH)
-            rule = PathBeneath(READ_FILE, opened)
+            rule = PathBeneath(READ_FILE | REFER if os.path.isdir(place) else READ_FILE, opened)
             try:
                 call(libc.syscall, ADD_RULE, ruleset, PATH_BENEATH, ctypes.byref(rule), 0)
             finally:
