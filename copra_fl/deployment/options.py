@@ -20,7 +20,7 @@ HOST_NAME = re.compile(
 
 @dataclass(frozen=True)
 class DeploymentOptions:
-    """What a deployment's files are made from.
+    """The options that the files of a deployment are made from.
 
     Attributes:
         clients: number of clients.
