@@ -87,16 +87,18 @@ class Deployment:
 
     def collect(self) -> Iterator[Metric]:
         yield of_certificates(self._certificate_ends, datetime.now(UTC))
-        yield from of_runs(list(self._readable_runs()))
+        yield from of_runs(list(readable_runs(self._runs)))
         known = registration.read_known(Path(os.environ["FLWR_HOME"]))
         yield from of_nodes(nodes.parse_nodes(registration.flwr("list"), known))
 
-    def _readable_runs(self) -> Iterator[Run]:
-        for path in sorted(self._runs.glob("*/config.toml")):
-            try:
-                yield load_run(path.parent)
-            except (ValueError, OSError) as error:  # damaged, or of another version of copra-fl
-                log.warning("run %s cannot be read: %s", path.parent.name, error)
+
+def readable_runs(runs: Path) -> Iterator[Run]:
+    """Yield the runs below `runs`; one that cannot be read is named in the log and hides no other."""
+    for path in sorted(runs.glob("*/config.toml")):
+        try:
+            yield load_run(path.parent)
+        except (ValueError, OSError, RecursionError) as error:  # damaged, or of another version of copra-fl
+            log.warning("run %s cannot be read: %s", path.parent.name, error)
 
 
 def of_certificates(ends: Mapping[str, datetime], now: datetime) -> Metric:
