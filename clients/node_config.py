@@ -3,6 +3,8 @@
     partition-id, num-partitions    which of how many nodes this is
     data-path                       the node's own file of examples; it is then one client (``partitioner = own``)
     model-path                      where the base model is stored on this node; by default the run's ``model``
+    policy-path                     the node's policy (`clients.policy`); without it every run is allowed
+    audit-path                      folder of the node's audit log (`clients.audit`); without it nothing is logged
 
 Only counts leave a node with its own data. An error message can quote a text, a label or a file name, so such a node
 sends only the type of the error and its place in the source code; the node's log has the full message.
@@ -25,6 +27,8 @@ from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
 from copra_fl.sources.tables import TableError
 
+#: kinds of paths in a node config, in the order of the fields of `NodeConfig`
+PATHS = ("data", "model", "policy", "audit")
 #: innermost calls of an error that a public message names
 NUM_FRAMES = 3
 
@@ -41,12 +45,16 @@ class NodeConfig:
         partition, num_partitions: which of how many nodes this is.
         data_path: the node's own file of examples; empty without one.
         model_path: the node's copy of the base model; empty without one.
+        policy_path: the file of the node's policy; empty without one.
+        audit_path: the folder of the node's audit log; empty without one.
     """
 
     partition: int
     num_partitions: int
     data_path: str = ""
     model_path: str = ""
+    policy_path: str = ""
+    audit_path: str = ""
 
     @classmethod
     def of(cls, context: Context) -> NodeConfig:
@@ -58,7 +66,8 @@ class NodeConfig:
                 f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; set both, "
                 "for example 'partition-id=0 num-partitions=2' on the first of two nodes"
             )
-        return cls(partition, num_partitions, str(settings.get("data-path", "")), str(settings.get("model-path", "")))
+        data, model, policy, audit = (str(settings.get(f"{name}-path", "")) for name in PATHS)
+        return cls(partition, num_partitions, data, model, policy, audit)
 
     def adapt(self, config: Config) -> Config:
         """Return the run's configuration with this node's path of the base model."""
@@ -95,8 +104,8 @@ class NodeConfig:
 
     def without_paths(self, message: str) -> str:
         """Return `message` with the names of this node's paths in place of the paths."""
-        for name, path in (("model-path", self.model_path), ("data-path", self.data_path)):
-            message = message.replace(path, name) if path else message
+        for name, path in zip(PATHS, (self.data_path, self.model_path, self.policy_path, self.audit_path), strict=True):
+            message = message.replace(path, f"{name}-path") if path else message
         return message
 
     def public_message(self, error: BaseException) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shlex
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -13,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from copra_fl import provenance
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.config import Config
@@ -20,9 +25,12 @@ from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.runs import COMPLETED, choose_name, report, share_assets, submit
+from copra_fl.files import append_line
+from copra_fl.records import AuditEvent
+from copra_fl.records.audit import now
 from copra_fl.simulation.preflight import fetch_with_progress
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.superlink import RunFailed
+from copra_fl.simulation.superlink import RunFailed, app_directory
 from copra_fl.sources.assets import ASSETS
 from copra_fl.wording import foreign
 
@@ -69,6 +77,7 @@ def run(
         tracked.mkdir(parents=True, exist_ok=True)
         return replace(load_container_run(folder), directory=tracked)
 
+    record_submission(layout, config, run_folder.name)
     try:
         with closing(Tracking(track or [], [run_folder], console, load)) as tracking:
             status = submit(compose_command, config, run_folder.name, resume, tracking.update)
@@ -86,6 +95,34 @@ def run(
     )
     if as_json:
         print(read_plain(run_folder, "summary.json").decode())
+
+
+def record_submission(layout: DeploymentLayout, config: Config, run: str) -> None:
+    """Append to the deployment's audit log who submits the `run`, from where, and with which command."""
+    from copra_fl.aggregation.compatibility import with_explicit_parameters  # slow to import
+
+    event = AuditEvent(
+        time=now(),
+        event="submitted",
+        run=run,
+        config_digest=with_explicit_parameters(config).digest,
+        source_digest=provenance.library_digest(app_directory() / "clients"),
+        user=user_name(),
+        host=socket.gethostname(),
+        command=shlex.join(["copra-fl", *sys.argv[1:]]),
+    )
+    append_line(layout.audit_logs[0], event.to_json())
+
+
+def user_name() -> str:
+    """Return the name of the user who runs this process; under sudo also that of the user who called sudo."""
+    number = os.getuid()
+    try:
+        name = pwd.getpwuid(number).pw_name
+    except KeyError:
+        name = str(number)
+    caller = os.environ.get("SUDO_USER") if number == 0 else None
+    return f"{name} (sudo by {caller})" if caller else name
 
 
 def check_combinations(config: Config) -> None:

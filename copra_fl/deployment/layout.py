@@ -11,12 +11,14 @@
     server/state/               Flower's database, the `flwr` connection to the SuperLink, the cache
     assets/                     models and data sets that the containers read, fetched by `copra-fl deploy run`
     tracking/                   files of trackers (`copra-fl deploy run --track`), one folder per run
-    runs/                       one folder per run
+    runs/                       one folder per run, and the audit log of the server app
+    audit.jsonl                 the submitted runs
     clients/client-0/           everything that this client's machine needs:
         docker-compose.yml .env   this client alone, for a machine of its own
         tls/                      ca.crt, node.key
         data/                     its data files, mounted read-only
-        state/                    its cache, and the state that it keeps from round to round
+        policy/policy.toml        its policy, mounted read-only
+        state/                    its cache, the state that it keeps from round to round, and its audit log
 
 Private keys have mode 0600, folders 0700. The user who makes the folder owns it, and the containers run as that user.
 If root makes it, what is mounted belongs to the image's own user instead, so that no container runs as root.
@@ -34,6 +36,21 @@ from pathlib import Path
 from copra_fl.config import ConfigError
 from copra_fl.files import atomic_write
 
+#: name of an audit log
+AUDIT = "audit.jsonl"
+#: the first content of a policy
+POLICY = """\
+# The policy of this site: docs/how-to/site-policy.md of copra-fl. Without a setting every run is allowed.
+# The node reads this file again for each message; without the file it rejects every run.
+#
+# models = "minilm"             # names, or the SHA-256 of the weights
+# tasks = "text-classification"
+# protection = "private"        # dp-clip above 0
+# max-epsilon = 8.0
+# min-examples = 100
+# max-rounds = 500              # of all runs together
+# max-mb-per-round = 50.0
+"""
 #: the user of the image (Dockerfile)
 IMAGE_USER = 10001
 
@@ -53,8 +70,16 @@ class ClientLayout:
         return self.root / "data"
 
     @property
+    def policy(self) -> Path:
+        return self.root / "policy" / "policy.toml"
+
+    @property
     def state(self) -> Path:
         return self.root / "state"
+
+    @property
+    def audit(self) -> Path:
+        return self.state / "audit"
 
     @property
     def key(self) -> Path:
@@ -125,6 +150,11 @@ class DeploymentLayout:
         """The public key of client `number`: its node may connect while the file exists."""
         return self.nodes / f"{client_name(number)}.pub"
 
+    @property
+    def audit_logs(self) -> tuple[Path, Path]:
+        """The audit logs: of the submitted runs, which no container can reach, and of the server app."""
+        return self.root / AUDIT, self.runs / AUDIT
+
     def client(self, number: int) -> ClientLayout:
         return ClientLayout(self.root / "clients" / client_name(number))
 
@@ -135,11 +165,11 @@ class DeploymentLayout:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         mounted = (self.tls, self.nodes, self.data, self.state, self.assets, self.runs)
         for path in (*mounted, *(path for client in clients for path in (client.tls, client.data, client.state))):
-            try:
-                path.mkdir(mode=0o700)
-            except FileExistsError:
-                continue
-            give_to_containers(path)
+            _make_mounted(path)
+        for client in clients:
+            # A policy that was removed from its folder later stays away: without it the node rejects every run.
+            if _make_mounted(client.policy.parent):
+                write_mounted(client.policy, POLICY.encode())
 
     @property
     def container_user(self) -> str:
@@ -155,6 +185,16 @@ def write_mounted(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file that containers read. One of mode 0600 is readable by others at no time."""
     atomic_write(path, content, mode)
     give_to_containers(path)
+
+
+def _make_mounted(path: Path) -> bool:
+    """Make a folder that is mounted into a container, unless it exists; return True if it was made."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    give_to_containers(path)
+    return True
 
 
 def give_to_containers(path: Path) -> None:

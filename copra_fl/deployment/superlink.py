@@ -10,6 +10,7 @@ It runs `flower-superlink` in this process, with these additions:
   are unregistered. Without it, anyone may connect as a node (`deploy init --insecure`).
 - FLWR_HOME gets a `flwr` connection to this SuperLink, for operators in its container.
 - --metrics-port: metrics for Prometheus are served on PORT; those of runs come from the folder --runs.
+- The server app appends to the audit log in the folder --runs.
 - --hide-keys: ServerApps cannot read the server's private key. For containers (`hidden_keys.deny_reading`).
 - Logs have the format of COPRA_FL_LOG, and include the logs of ServerApps.
 """
@@ -30,7 +31,9 @@ import uvicorn
 from copra_fl import logs
 from copra_fl.deployment.api_gate import ApiGate
 from copra_fl.deployment.hidden_keys import hide
+from copra_fl.deployment.layout import AUDIT
 from copra_fl.deployment.registration import keep_registered, write_connection
+from copra_fl.records.audit import VARIABLE
 
 
 def main() -> None:
@@ -70,6 +73,7 @@ def main() -> None:
     logs.configure()
     if sys.platform == "linux":
         os.environ[logs.COPY_VARIABLE] = f"/proc/{log_holder}/fd/2"
+    os.environ[VARIABLE] = str(options.runs / AUDIT)
     if options.metrics_port:
         from copra_fl.deployment import metrics  # slow to import
 
