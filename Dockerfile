@@ -1,13 +1,18 @@
 # One image for the SuperLink and the clients. For the CPU by default:
 #
-#   docker build -t copra-fl .
+#   make image                                  docker build or podman build, with the arguments below from the variables
+#   docker build -t copra-fl .                  BASE_IMAGE, TORCH_INDEX and IMAGE
+#
+# Every package has the release in constraints.txt, the build backend too. A base image with its digest makes builds at
+# different times equal: BASE_IMAGE=docker.io/library/python:3.11-slim@sha256:... (`docker buildx imagetools inspect`
+# prints the digest of a tag; in a deployment's .env the variable is COPRA_FL_BASE_IMAGE).
 #
 # For NVIDIA GPUs, with PyPI's own build of torch (docker-compose.gpu.yml does this):
 #
 #   docker build -t copra-fl:gpu --build-arg TORCH_INDEX=https://pypi.org/simple .
 #
 # No key, certificate or data is copied in: they are mounted when a container starts. Health checks: docker-compose.yml.
-ARG BASE_IMAGE=python:3.11-slim
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

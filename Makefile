@@ -3,8 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The releases in constraints.txt, for the build backend too: older pips read one variable, newer ones the other.
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+# Of the container image; the Dockerfile has the defaults of the last two.
+CONTAINER_ENGINE ?= $(if $(shell command -v docker),docker,podman)
+IMAGE ?= copra-fl
+BASE_IMAGE ?=
+TORCH_INDEX ?=
 
-.PHONY: help demo test test-slow soak test-containers check lint types imports docs defaults constraints clean
+.PHONY: help demo test test-slow soak test-containers check lint types imports docs image defaults constraints clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +44,9 @@ imports: .venv/developed  ## who may import whom
 
 docs: .venv/developed  ## build the documentation site into site/ (needs no network)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+image:  ## build the container image from constraints.txt; variables: IMAGE, BASE_IMAGE (with its digest), TORCH_INDEX
+	$(CONTAINER_ENGINE) build -t $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
 
 defaults: .venv/developed  ## renew the defaults in pyproject.toml, which Flower reads, from the configuration keys
 	$(BIN)/python -m tests.support.defaults

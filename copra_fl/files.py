@@ -64,10 +64,12 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace `path` by a file with `content`: readers see the old file or the whole new one.
 
     Content and name are flushed to the disk, in this order, so that this also holds after a power failure, and the new
-    file survives one. `mode` is the permissions of a new file, before the umask.
+    file survives one. `mode` is the permissions of a new file, before the umask. A link at `path` is replaced, and no
+    link is followed: another user may write in the folder.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    partial.unlink(missing_ok=True)  # a killed process may have left one
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from copra_fl.cli.deploy_run import read_runs
+from copra_fl.cli.deploy_run import certificate_warnings, read_runs
 from copra_fl.config import ConfigError
+from copra_fl.deployment import certificates
 from copra_fl.deployment.compose import GPU_NAME, NAME
 from copra_fl.deployment.layout import DeploymentLayout
+from copra_fl.deployment.metrics import of_certificates
 from copra_fl.deployment.nodes import wait_until_online
+from copra_fl.deployment.options import DeploymentOptions, check_host
 from copra_fl.deployment.runs import choose_name
 from copra_fl.simulation.superlink import RunFailed
 from tests.support.command_line import run_command
@@ -86,8 +90,13 @@ def test_only_the_owner_can_read_private_keys(deployment: Path) -> None:
         elif path.suffix == ".key":
             assert mode == 0o600, path
     assert len(list(deployment.rglob("*.key"))) == 5, "CA, server, three nodes"
-    owners = {path.stat().st_uid for path in (deployment / "clients").rglob("*")}
-    assert owners == {os.getuid() or 10001}, "containers run as another user than root"
+    mounted = [path for folder in (*deployment.glob("clients/*/*/"), *deployment.glob("server/*/"))
+               for path in (folder, *folder.rglob("*"))]  # fmt: skip
+    assert len(mounted) > 20
+    assert {path.stat().st_uid for path in mounted} == {os.getuid() or 10001}, (
+        "containers run as another user than root"
+    )
+    assert (deployment / "ca.key").stat().st_uid == os.getuid()
 
 
 def test_each_container_mounts_its_own_keys_and_none_the_ca_s(deployment: Path) -> None:
@@ -96,7 +105,9 @@ def test_each_container_mounts_its_own_keys_and_none_the_ca_s(deployment: Path) 
     for name, service in services.items():
         mounted = [volume.split(":-./deployment}/")[1].split(":")[0] for volume in service["volumes"]]
         allowed = ("server/", "runs") if name == "superlink" else (f"clients/{name}/",)
-        assert mounted and all(path.startswith(allowed) for path in mounted), (name, mounted)
+        assert mounted and all(path.startswith((*allowed, "assets")) for path in mounted), (name, mounted)
+        writable = [volume for volume in service["volumes"] if not volume.endswith(":ro")]
+        assert {volume.split(":")[-1] for volume in writable} <= {"/state", "/runs"}
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
     nodes = [word for number in range(3) for word in services[f"client-{number}"]["command"] if "partition-id" in word]
     assert [word.split()[0] for word in nodes] == [f"--node-config=partition-id={number}" for number in range(3)]
@@ -106,6 +117,7 @@ def test_a_client_s_folder_runs_alone_on_another_machine(deployment: Path) -> No
     (service,) = services_in(deployment / "clients/client-2" / NAME).values()
     assert "--superlink=fl.example.org:8443" in service["command"] and "build" not in service
     assert {volume.split(":")[0] for volume in service["volumes"]} == {"./tls", "./data", "./policy", "./state"}
+    assert "networks" not in service, "it must reach the server over the network of its machine"
     assert (deployment / "clients/client-2/.env").read_text() == "COPRA_FL_CLIENTS=3\n"
 
 
@@ -138,8 +150,137 @@ def test_init_repeated_keeps_keys_and_registers_as_many_clients_as_asked(tmp_pat
     assert not (directory / "clients/client-1/tls/node.key").exists()
     settings = (directory / ".env").read_text()
     assert "COPRA_FL_CLIENTS=3\n" in settings and 'COPRA_FL_CLIENT_0=data-path="/data/mine.csv"\n' in settings
-    init(directory, "--clients", "1")
+    refused = run_command("deploy", "init", directory, "--clients", "1", code=2).message
+    assert "removes the keys of client-1 and client-2" in refused and "--yes" in refused
+    assert len(list((directory / "server/nodes").iterdir())) == 3, "without a terminal, only --yes removes a key"
+    init(directory, "--clients", "1", "--yes")
     assert [path.name for path in (directory / "server/nodes").iterdir()] == ["client-0.pub"]
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_init_repeated_changes_what_it_is_told_and_nothing_else(tmp_path: Path) -> None:
+    """Metrics are added to a deployment with a name, a port, changed limits and a client that was shut out."""
+    directory = tmp_path / "d"
+    init(directory, "--clients", "3", "--host", "fl.example.org", "--port", "9000")
+    (directory / "server/nodes/client-1.pub").unlink()
+    (directory / "ca.key").rename(tmp_path / "ca.key")  # its safe place
+    settings = (directory / ".env").read_text()
+    (directory / ".env").write_text(settings.replace("COPRA_FL_CLIENT_MEMORY=", "COPRA_FL_CLIENT_MEMORY=99g#"))
+    before = content_of(directory)
+    init(directory)
+    assert content_of(directory) == before
+    assert (
+        "COPRA_FL_LISTEN=0.0.0.0:9000\n" in settings
+        and "COPRA_FL_CLIENT_MEMORY=99g" in (directory / ".env").read_text()
+    )
+    init(directory, "--metrics-port", "9464")
+    after = content_of(directory)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed == {"deployment.toml", "docker-compose.yml"}
+    superlink = services_in(directory / NAME)["superlink"]
+    assert superlink["ports"][1:] == ["127.0.0.1:9464:9464"]
+    assert (
+        "--superlink=fl.example.org:9000" in services_in(directory / "clients/client-2" / NAME)["client-2"]["command"]
+    )
+    message = run_command("deploy", "init", directory, "--host", "other.example.org", code=2).message
+    assert "needs the key of the CA" in message
+    (tmp_path / "ca.key").rename(directory / "ca.key")
+    assert "restart superlink" in init(directory, "--host", "", "--metrics-port", "0")
+    assert "COPRA_FL_LISTEN=127.0.0.1:9000\n" in (directory / ".env").read_text()
+    assert len(services_in(directory / NAME)["superlink"]["ports"]) == 1
+
+
+@needs_openssl
+def test_a_new_ca_follows_the_removal_of_the_old_one(tmp_path: Path) -> None:
+    """The steps after the theft of the server's or the CA's key, from docs/how-to/operate.md."""
+    directory, tls = tmp_path / "d", tmp_path / "d" / "server" / "tls"
+    init(directory, "--host", "fl.example.org")
+    before = content_of(directory)
+    (directory / "ca.key").unlink()
+    (tls / "ca.crt").unlink()
+    assert "restart superlink" in init(directory)
+    output_of("openssl", "verify", "-verify_hostname", "fl.example.org", "-CAfile", tls / "ca.crt", tls / "server.crt")
+    after = content_of(directory)
+    assert {name for name in before if before[name] != after[name]} == {
+        "ca.key", "server/tls/ca.crt", "server/tls/server.crt", "server/tls/server.key",
+        "clients/client-0/tls/ca.crt", "clients/client-1/tls/ca.crt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "host", ["evil;rm", "a b", "x/y", "", " ", "fl.example.org:9000", "https://fl.example.org", "-x.org", "10.1.2.300",
+             "a..b", "x" * 64, "$(id)", "exämple.org", "a\nb"]
+)  # fmt: skip
+def test_a_host_is_a_name_or_an_address(host: str) -> None:
+    with pytest.raises(ConfigError, match="neither a host name like fl.example.org nor an IP address"):
+        check_host(host)
+
+
+def test_hosts_are_checked_before_anything_is_made(tmp_path: Path) -> None:
+    assert [check_host(host) for host in ("superlink", "fl.example.org", "10.1.2.3", "fd00::0:1")] == [
+        "superlink", "fl.example.org", "10.1.2.3", "fd00::1"
+    ]  # fmt: skip
+    assert "--host 'evil;rm'" in run_command("deploy", "init", tmp_path / "d", "--host", "evil;rm", code=2).message
+    assert not (tmp_path / "d").exists()
+    assert DeploymentOptions(hosts=("fd00::1",)).server == "[fd00::1]:8000"
+
+
+@needs_openssl
+@needs_ssh_keygen
+def test_rotate_replaces_a_certificate_or_a_key(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    init(directory, "--host", "fl.example.org")
+    before = content_of(directory)
+    message = run_command("deploy", "rotate", directory, "--certificate").err
+    assert "new certificate for 824 days" in message and "restart superlink" in message
+    rotated = content_of(directory)
+    assert {name for name in before if before[name] != rotated[name]} == {
+        "server/tls/server.key",
+        "server/tls/server.crt",
+    }
+    tls = directory / "server/tls"
+    output_of("openssl", "verify", "-verify_hostname", "fl.example.org", "-CAfile", tls / "ca.crt", tls / "server.crt")
+    assert "restart client-1" in run_command("deploy", "rotate", directory, "--node", "client-1").err
+    last = content_of(directory)
+    key, public = "clients/client-1/tls/node.key", "server/nodes/client-1.pub"
+    assert {name for name in before if rotated[name] != last[name]} == {key, public}
+    assert output_of("ssh-keygen", "-y", "-f", directory / key).split()[:2] == last[public].decode().split()[:2]
+    for options, reason in (
+        ([], "name what to replace"),
+        (["--node", "client-2"], "unknown node 'client-2'"),
+        (["--node", "client-0", "--node", "../x"], "unknown node '../x'"),
+    ):
+        assert reason in run_command("deploy", "rotate", directory, *options, code=2).message
+    assert content_of(directory) == last
+
+
+def test_a_certificate_that_ends_soon_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CA of 40 days, which its server's certificate does not outlive, which the metric counts in seconds."""
+    monkeypatch.setattr(certificates, "CA_DAYS", 40)
+    init(tmp_path / "d")
+    tls = tmp_path / "d" / "server" / "tls"
+    assert certificates.days_left(tls) == {"server": 39, "ca": 39}
+    server, ca = certificate_warnings(certificates.days_left(tls), tmp_path / "d")
+    assert "certificate of the server ends in 39 days: copra-fl deploy rotate" in server and "of the CA ends" in ca
+    assert list(certificate_warnings({"server": 60, "ca": 61}, tmp_path)) == []
+    (late,) = certificate_warnings({"server": -1}, tmp_path)
+    assert "has ended" in late
+    metric = of_certificates(certificates.ends(tls), datetime.now(UTC) + timedelta(days=41))
+    assert all(-86_500 < sample.value <= -86_400 for sample in metric.samples) and len(metric.samples) == 2
+
+
+def test_every_container_is_limited_and_clients_reach_the_server_alone() -> None:
+    document = yaml.safe_load((ROOT / NAME).read_text())
+    for name, service in document["services"].items():
+        assert service["mem_limit"] and service["cpus"] and service["pids_limit"] == 2048, name
+        assert service["tmpfs"] == ["/tmp:size=${COPRA_FL_TMP:-1g}"]
+        assert service["logging"]["options"] == {"max-size": "20m", "max-file": "5"}
+        assert "--hide-keys" in service["command"]
+        assert service["networks"] == (["clients", "outside"] if name == "superlink" else ["clients"])
+    assert document["networks"]["clients"] == {"internal": True}
 
 
 def test_insecure_removes_tls_and_keys_completely(tmp_path: Path) -> None:
@@ -170,7 +311,7 @@ def test_waiting_for_nodes_ends_with_the_reason(tmp_path: Path) -> None:
         return json.dumps({"success": True, "nodes": [node]})
 
     for answer, reason in ((silent, "the SuperLink does not answer"), (one_online, "fewer than 2 nodes are online")):
-        layout = SimpleNamespace(root=tmp_path, flower_home=tmp_path)
+        layout = SimpleNamespace(root=tmp_path, flower_home=tmp_path / "none")
         compose_command: Any = SimpleNamespace(run_in_superlink=answer, layout=layout)
         with pytest.raises(RunFailed, match=f"{reason}.*copra-fl deploy logs {tmp_path}"):
             wait_until_online(compose_command, 2, timeout_s=0)
@@ -203,7 +344,10 @@ def test_a_run_has_a_plain_name_and_is_never_started_twice(tmp_path: Path) -> No
 
 
 def test_status_reads_the_progress_of_runs_from_their_journals(tmp_path: Path) -> None:
-    """A run without a round, one without evaluation that is writing its next line, one of another version."""
+    """A run without a round, one without evaluation that is writing its next line, and runs that cannot be read.
+
+    These are of another version, with half a configuration, with a line that lacks fields, with a pipe and links.
+    """
     init(tmp_path / "d")
     layout = DeploymentLayout.open(tmp_path / "d")
     (layout.runs / "new").mkdir()
@@ -214,9 +358,23 @@ def test_status_reads_the_progress_of_runs_from_their_journals(tmp_path: Path) -
     write_run(layout.runs / "finished", "lora", seed=0)
     write_run(layout.runs / "old", "lora", seed=0)
     (layout.runs / "old" / "provenance.json").write_text('{"seeds": {"root": 0}}')
-    for age, name in enumerate(("old", "finished", "running", "new")):
+    unreadable = ["half", "bytes", "fields", "pipe", "link"]
+    for name in unreadable:
+        write_run(layout.runs / name, "lora", seed=0)
+    (layout.runs / "half" / "config.toml").write_text("num-rounds = ")
+    (layout.runs / "bytes" / "config.toml").write_bytes(b"\xff\xfe")
+    (layout.runs / "fields" / "journal.jsonl").write_text('{"round": 1}\n')
+    secret = tmp_path / "secret.json"
+    for name, replace_file in (("pipe", os.mkfifo), ("link", lambda path: path.symlink_to(secret))):
+        secret.write_bytes((layout.runs / name / "summary.json").read_bytes())
+        (layout.runs / name / "summary.json").unlink()
+        replace_file(layout.runs / name / "summary.json")
+    write_run(tmp_path / "elsewhere", "lora", seed=0)
+    (layout.runs / "linked").symlink_to(tmp_path / "elsewhere")
+    for age, name in enumerate((*unreadable, "old", "finished", "running", "new")):
         os.utime(layout.runs / name / "config.toml", (1e9 + age, 1e9 + age))
-    old, finished, running, new = read_runs(layout)
+    *damaged, old, finished, running, new = read_runs(layout)
+    assert [(row["run"], row["round"]) for row in damaged] == [(name, "unreadable") for name in unreadable]
     assert (old["run"], old["round"]) == ("old", "unreadable")
     assert (finished["round"], finished["accuracy"], finished["finished"]) == ("3/3", 0.3872, True)
     assert running == {

@@ -156,11 +156,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     layout.make_folders(2)
     certificates.make_ca(layout)
     certificates.make_server_certificate(layout, [])
-    certificates.make_node_keys(layout, 2)
-    (layout.flower_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\naddress = "localhost:{port}"\n'
-        f'root-certificates = "{layout.tls / "ca.crt"}"\n'
-    )
+    certificates.make_node_keys(layout, range(2))
     processes = Processes(layout, port)
     try:
         processes.start_superlink()
@@ -177,7 +173,7 @@ def test_a_node_that_does_not_belong_is_rejected(deployment: Processes, tmp_path
     other = DeploymentLayout(tmp_path / "other")
     other.make_folders(1)
     certificates.make_ca(other)
-    certificates.make_node_keys(other, 1)
+    certificates.make_node_keys(other, range(1))
     registered, unknown = deployment.layout.client(1), other.client(0)
     ca = unknown.tls / "ca.crt" if kind == "wrong CA" else registered.tls / "ca.crt"
     key = {"no key": None, "unknown key": unknown.key}.get(kind, registered.key)

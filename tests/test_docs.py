@@ -42,7 +42,7 @@ BANNED = re.compile(
     r"max-memory(?!-gb)|fair-lambda|optimis\w+)\b"
 )
 #: programs in command lines that are not ours to check
-OTHER_PROGRAMS = {"cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray"}
+OTHER_PROGRAMS = {"cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray", "tar"}
 
 
 def named(path: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from copra_fl.deployment.metrics import of_nodes, of_runs
+from copra_fl.deployment.metrics import of_nodes, of_runs, readable_runs
 from copra_fl.deployment.nodes import Node
 from copra_fl.records import PrivacySpent
 from copra_fl.reporting.results import load_run
@@ -72,6 +72,20 @@ def test_evaluation_and_privacy_are_the_last_known(tmp_path: Path) -> None:
     scraped = scrape(*of_runs([replace(run, journal=[run.journal[0], last])]))
     assert scraped["copra_fl_validation_accuracy", "run"] == pytest.approx(run.journal[0].validation.accuracy)
     assert scraped["copra_fl_privacy_epsilon", "run"] == 1.5
+
+
+def test_a_bad_run_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a line of a full disk costs that line; a line without fields, or bytes that are no text, cost the run."""
+    for name in ("bytes", "fields", "torn", "whole"):
+        write_run(tmp_path / name, "lora", seed=0, num_rounds=2, finished=False)
+    (tmp_path / "bytes" / "config.toml").write_bytes(b"\xff")
+    (tmp_path / "fields" / "journal.jsonl").write_text('{"round": 1}\n')
+    with (tmp_path / "torn" / "journal.jsonl").open("a") as journal:
+        journal.write('{"round": 3, "sec')
+    scraped = scrape(*of_runs(list(readable_runs(tmp_path))))
+    rounds = {run: value for (name, run), value in scraped.items() if name == "copra_fl_round"}
+    assert rounds == {"torn": 2, "whole": 2}
+    assert "run bytes cannot be read" in caplog.text and "run fields cannot be read" in caplog.text
 
 
 def test_nodes_are_online_or_not() -> None:

@@ -1,12 +1,16 @@
-"""`copra-fl deploy init | up | logs | down`: a deployment's folder and its containers (`run` and `status`: deploy_run).
+"""`copra-fl deploy init | rotate | up | logs | down`: a deployment's folder and its containers.
+
+`run` and `status` are in deploy_run.py.
 
 Everything lies in one folder (copra_fl/deployment/layout.py); plain compose commands work in it too.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +18,10 @@ from rich.console import Console
 from copra_fl.config import ConfigError
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
-from copra_fl.deployment.layout import DeploymentLayout, client_name
+from copra_fl.deployment.layout import DeploymentLayout, client_name, write_mounted
+from copra_fl.deployment.options import DeploymentOptions, check_host, read_options
 from copra_fl.simulation.superlink import app_directory
+from copra_fl.wording import join_words, unknown_name
 
 app = typer.Typer(help="Run a federation on real nodes: containers, TLS, node keys.", no_args_is_help=True)
 console = Console(stderr=True)
@@ -25,50 +31,123 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the de
 @app.command()
 def init(
     directory: Directory,
-    clients: Annotated[int, typer.Option("--clients", min=1, help="Number of clients.")] = 2,
+    clients: Annotated[int | None, typer.Option("--clients", min=1, help="Number of clients. Default: 2.")] = None,
     host: Annotated[
         list[str] | None,
         typer.Option(
             "--host",
             help="Name or address of the server, for clients on other machines; opens the port to the network. "
-            "May be repeated.",
+            'May be repeated. --host "" closes the port again.',
         ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the server.")] = 8000,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="Port of the server. Default: 8000.")
+    ] = None,
     metrics_port: Annotated[
         int | None,
-        typer.Option("--metrics-port", min=1, max=65535, help="Port for Prometheus metrics on localhost."),
+        typer.Option(
+            "--metrics-port", min=0, max=65535, help="Port for Prometheus metrics on localhost. Default: 0, no metrics."
+        ),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="No TLS and no keys: anyone can connect as a node.")
-    ] = False,
+        bool | None,
+        typer.Option("--insecure/--secure", help="No TLS and no keys: anyone can connect as a node. Default: secure."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove keys of clients without asking.")] = False,
 ) -> None:
-    """Create keys, certificates and compose files in DIR. Repeating it keeps the CA, the keys and the data."""
+    """Create keys, certificates and compose files in DIR. Repeated, it changes what its options say, nothing else."""
     from copra_fl.deployment import certificates
 
-    layout, hosts = DeploymentLayout(directory.absolute()), host or []
+    layout = DeploymentLayout(directory.absolute())
     if layout.root.exists() and any(layout.root.iterdir()) and not layout.exists:
         raise ConfigError(f"{directory} is not empty and holds no deployment; name a new folder")
-    layout.make_folders(clients)
-    layout.make_policies(clients)
-    if not insecure:
+    earlier = _earlier_options(layout, clients)
+    hosts = None if host is None else tuple(map(check_host, filter(None, host)))
+    given: dict[str, Any] = {
+        "clients": clients, "hosts": hosts, "port": port, "metrics_port": metrics_port, "insecure": insecure
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    options = replace(earlier or DeploymentOptions(), **changes)
+    surplus = [] if options.insecure else certificates.surplus_keys(layout, options.clients)
+    if surplus and not yes:
+        _confirm_removal([path.stem for path in surplus])
+    layout.make_folders(options.clients)
+    if not options.insecure:
         certificates.make_ca(layout)
-        certificates.make_server_certificate(layout, hosts)
-        certificates.make_node_keys(layout, clients)
-    nodes.write_connection(layout, insecure)
-    settings = {
-        "COPRA_FL_SOURCE": str(app_directory()),
-        "COPRA_FL_DEPLOYMENT": str(layout.root),
-        "COPRA_FL_CLIENTS": str(clients),
-        "COPRA_FL_USER": layout.container_user,
-        "COPRA_FL_LISTEN": f"{'0.0.0.0' if hosts else '127.0.0.1'}:{port}",
-    }
-    server = f"{hosts[0]}:{port}" if hosts else None
-    compose.write(layout, app_directory(), clients, server, insecure, metrics_port, settings)
-    layout.give_to_image_user()
-    if insecure:
+        if not certificates.is_for(layout, options.hosts):
+            certificates.make_server_certificate(layout, options.hosts)
+            if earlier and not earlier.insecure:
+                console.print(f"superlink: new certificate. {_restart(layout, 'superlink')}", soft_wrap=True)
+        first_new = earlier.clients if earlier and not earlier.insecure else 0
+        certificates.share_ca(layout, options.clients)
+        certificates.make_node_keys(layout, range(first_new, options.clients))
+        for path in surplus:
+            path.unlink()
+    compose.write(layout, app_directory(), options)
+    options.write(layout.options)
+    if options.insecure:
         console.print("[bold red]insecure[/]: nothing is encrypted, and anyone who reaches the port can be a client")
-    console.print(f"{layout.root}: {clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
+    console.print(f"{layout.root}: {options.clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
+
+
+def _earlier_options(layout: DeploymentLayout, clients: int | None) -> DeploymentOptions | None:
+    """Return the options that the deployment was made with; None for a new one."""
+    if layout.options.exists():
+        return read_options(layout.options)
+    if layout.exists and clients is None:
+        raise ConfigError(
+            f"{layout.root} was made by an earlier copra-fl, which did not keep the options of `init`: give all of "
+            "them once more (--clients, --host, --port, --metrics-port, --insecure)"
+        )
+    return None
+
+
+def _confirm_removal(names: list[str]) -> None:
+    """Ask whether the keys of the clients `names` may be removed. Raises ConfigError if not, or without a terminal."""
+    consequence = f"removes the keys of {join_words(names)}: the server rejects these nodes from then on"
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this {consequence}. Repeat the command with --yes")
+    if not typer.confirm(f"This {consequence}. Continue?", err=True):
+        raise ConfigError("nothing was changed")
+
+
+@app.command()
+def rotate(
+    directory: Directory,
+    certificate: Annotated[
+        bool, typer.Option("--certificate", help="A new certificate and key of the server.")
+    ] = False,
+    node: Annotated[
+        list[str] | None,
+        typer.Option("--node", metavar="CLIENT", help="A new key pair of client-0, client-1, ... May be repeated."),
+    ] = None,
+) -> None:
+    """Replace the server's certificate or keys of nodes. The old ones of nodes are rejected within seconds."""
+    from copra_fl.deployment import certificates
+
+    layout = DeploymentLayout.open(directory)
+    options = read_options(layout.options)
+    numbers = {client_name(number): number for number in range(options.clients)}
+    if unknown := [name for name in node or [] if name not in numbers]:
+        raise ConfigError(unknown_name("node", unknown[0], numbers))
+    if not certificate and not node:
+        raise ConfigError("name what to replace: --certificate, or --node client-0")
+    if options.insecure:
+        raise ConfigError(f"{directory} has neither certificates nor keys: it was made with --insecure")
+    if certificate:
+        certificates.make_server_certificate(layout, options.hosts)
+        days = certificates.days_left(layout.tls)["server"]
+        console.print(f"superlink: new certificate for {days} days. {_restart(layout, 'superlink')}", soft_wrap=True)
+    for name in node or []:
+        client = layout.client(numbers[name])
+        certificates.make_node_key(client.key)
+        write_mounted(layout.public_key(numbers[name]), certificates.public_key(client.key))
+        moved = f"If it runs on another machine, move {client.key} there."
+        console.print(f"{name}: new key. {moved} {_restart(layout, name)}", soft_wrap=True)
+
+
+def _restart(layout: DeploymentLayout, service: str) -> str:
+    return f"Restart it: cd {layout.root} && docker compose restart {service}"
 
 
 @app.command()

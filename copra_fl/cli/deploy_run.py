@@ -10,7 +10,9 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Annotated, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,17 +20,22 @@ from rich.console import Console
 from copra_fl import provenance
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
-from copra_fl.cli.report import show_results
 from copra_fl.config import Config
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
-from copra_fl.deployment.runs import COMPLETED, choose_name, submit
+from copra_fl.deployment.runs import COMPLETED, choose_name, report, share_assets, submit
 from copra_fl.files import append_line
 from copra_fl.records import AuditEvent
 from copra_fl.records.audit import now
+from copra_fl.simulation.preflight import fetch_with_progress
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.superlink import RunFailed, app_directory
+from copra_fl.sources.assets import ASSETS
+from copra_fl.wording import foreign
+
+if TYPE_CHECKING:
+    from copra_fl.reporting.results import Run
 
 
 def run(
@@ -58,12 +65,21 @@ def run(
     )
     console.print(f"run folder: {run_folder}", soft_wrap=True)
     compose_command = find_compose(layout)
+    assets = sorted({*config.data.datasets, config.model.model} & ASSETS.keys())
+    fetch_with_progress(assets, console)
+    share_assets(layout, assets)
 
-    from copra_fl.trackers.feed import Tracking  # slow to import
+    from copra_fl.deployment.container_files import load_container_run, read_plain  # slow to import
+    from copra_fl.trackers.feed import Tracking
+
+    def load(folder: Path) -> Run:
+        tracked = layout.tracking / folder.name
+        tracked.mkdir(parents=True, exist_ok=True)
+        return replace(load_container_run(folder), directory=tracked)
 
     record_submission(layout, config, run_folder.name)
     try:
-        with closing(Tracking(track or [], [run_folder], console)) as tracking:
+        with closing(Tracking(track or [], [run_folder], console, load)) as tracking:
             status = submit(compose_command, config, run_folder.name, resume, tracking.update)
     except KeyboardInterrupt:
         console.print(f"detached; the run continues. Its progress: copra-fl deploy status {directory}", soft_wrap=True)
@@ -74,7 +90,11 @@ def run(
             f"the run did not complete (status {shown}); its output is above. To continue after its last round: "
             f"{resume_command}"
         )
-    show_results(run_folder, console, as_json)
+    console.print(
+        report(compose_command, run_folder.name, console.width), markup=False, highlight=False, soft_wrap=True
+    )
+    if as_json:
+        print(read_plain(run_folder, "summary.json").decode())
 
 
 def record_submission(layout: DeploymentLayout, config: Config, run: str) -> None:
@@ -119,13 +139,15 @@ def check_combinations(config: Config) -> None:
 
 
 def status(directory: Directory, as_json: JsonOption = False) -> None:
-    """Show the connected nodes and the progress of each run."""
+    """Show the connected nodes, the progress of each run, and certificates that end soon."""
+    from copra_fl.deployment import certificates
+
     layout = DeploymentLayout.open(directory)
     listed, runs = nodes.list_nodes(find_compose(layout)), list(read_runs(layout))
+    days_left = certificates.days_left(layout.tls)
     if as_json:
-        print(
-            json.dumps({"nodes": None if listed is None else [vars(node) for node in listed], "runs": runs}, indent=2)
-        )
+        shown_nodes = None if listed is None else [vars(node) for node in listed]
+        print(json.dumps({"nodes": shown_nodes, "runs": runs, "certificate_days_left": days_left}, indent=2))
         return
     from copra_fl.reporting.tables import DataTable  # slow to import
 
@@ -137,17 +159,33 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
         console.print(DataTable(["node", "status", "since (UTC)"], rows).rich())
     columns = ["run", "round", "clients", "missing", "accuracy", "finished"]
     console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]).rich())
+    for warning in certificate_warnings(days_left, directory):
+        console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
+
+
+def certificate_warnings(days_left: dict[str, int], directory: Path) -> Iterator[str]:
+    """Yield a warning for each certificate that ends within `WARNING_DAYS`, with the remedy."""
+    from copra_fl.deployment.certificates import WARNING_DAYS
+
+    remedies = {
+        "server": f"copra-fl deploy rotate {directory} --certificate",
+        "ca": "make a new deployment (docs/how-to/operate.md)",
+    }
+    for name, days in days_left.items():
+        if days < WARNING_DAYS:
+            end = f"ends in {days} days" if days >= 0 else "has ended, so that no client can connect"
+            yield f"warning: the certificate of the {name if name == 'server' else 'CA'} {end}: {remedies[name]}"
 
 
 def read_runs(layout: DeploymentLayout) -> Iterator[dict[str, Any]]:
     """Yield the progress of each run from its journal, the oldest first; of an unreadable run only its name."""
-    from copra_fl.reporting.results import ResultsError, load_run
+    from copra_fl.deployment.container_files import load_container_run, run_folders
 
-    for path in sorted(layout.runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime):
-        row = {"run": path.parent.name, "round": "", "clients": 0, "missing": "", "accuracy": "", "finished": False}
+    for folder in run_folders(layout.runs):
+        row = {"run": foreign(folder.name), "round": "", "clients": 0, "missing": "", "accuracy": "", "finished": False}
         try:
-            run = load_run(path.parent)
-        except ResultsError:  # damaged, or of another version of copra-fl
+            run = load_container_run(folder)
+        except (ValueError, OSError, RecursionError):  # damaged, of another version of copra-fl, or no plain files
             yield row | {"round": "unreadable"}
             continue
         row |= {

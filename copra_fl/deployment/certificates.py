@@ -13,75 +13,125 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from copra_fl.deployment.layout import DeploymentLayout, client_name, write_private
+from copra_fl.config import ConfigError
+from copra_fl.deployment.layout import DeploymentLayout, write_mounted
+from copra_fl.files import atomic_write
 
 CA_DAYS = 3650
-#: the longest validity that today's TLS libraries accept; `deploy init` on the same folder makes a new certificate
+#: the longest validity that today's TLS libraries accept; `deploy rotate --certificate` makes a new certificate
 SERVER_DAYS = 825
+#: the certificates of a deployment in its tls/ folder
+CERTIFICATES = {"server": "server.crt", "ca": "ca.crt"}
+#: an end of validity that is nearer than this is shown as a warning
+WARNING_DAYS = 60
 #: hosts in every server certificate: the compose service, and localhost for health checks and operators inside it
 STANDARD_HOSTS = ("superlink", "localhost", "127.0.0.1", "::1")
 
 
 def make_ca(layout: DeploymentLayout) -> None:
-    """Make the deployment's CA, unless it exists."""
-    certificate = layout.tls / "ca.crt"
-    if certificate.exists() and layout.ca_key.exists():
+    """Make the deployment's CA, unless it exists: its key may be kept elsewhere."""
+    certificate = layout.tls / CERTIFICATES["ca"]
+    if certificate.exists():
         return
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"copra-fl CA of {layout.root.name}"[:64])])
     builder = _certificate(name, name, key.public_key(), key.public_key(), CA_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    write_private(layout.ca_key, _pem(key))
-    certificate.write_bytes(builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
+    atomic_write(layout.ca_key, _pem(key), 0o600)
+    write_mounted(certificate, builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
 
 
 def make_server_certificate(layout: DeploymentLayout, hosts: Iterable[str]) -> None:
-    """Make a new key and certificate of the server, for `STANDARD_HOSTS` and `hosts` (names or IP addresses)."""
+    """Make a new key and certificate of the server, for `STANDARD_HOSTS` and `hosts` (names or IP addresses).
+
+    The certificate ends with the CA's at the latest. Raises ConfigError without the CA's key.
+    """
+    if not layout.ca_key.exists():
+        raise ConfigError(f"a new server certificate needs the key of the CA: put it back as {layout.ca_key}")
     ca = x509.load_pem_x509_certificate((layout.tls / "ca.crt").read_bytes())
     ca_key = serialization.load_pem_private_key(layout.ca_key.read_bytes(), password=None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "copra-fl SuperLink")])
-    builder = _certificate(name, ca.subject, key.public_key(), ca_key.public_key(), SERVER_DAYS)
+    builder = _certificate(name, ca.subject, key.public_key(), ca_key.public_key(), SERVER_DAYS, ca.not_valid_after_utc)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    names = [_general_name(host) for host in dict.fromkeys((*STANDARD_HOSTS, *hosts))]
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    write_private(layout.tls / "server.key", _pem(key))
+    builder = builder.add_extension(x509.SubjectAlternativeName(_names(hosts)), critical=False)
     certificate = builder.sign(ca_key, hashes.SHA384())
-    (layout.tls / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_mounted(layout.tls / "server.key", _pem(key), 0o600)
+    write_mounted(layout.tls / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def make_node_keys(layout: DeploymentLayout, num_clients: int) -> None:
-    """Make the missing key pairs of nodes: private keys in the clients' folders, public keys in the server's.
+def is_for(layout: DeploymentLayout, hosts: Iterable[str]) -> bool:
+    """Return True if the server has a certificate by the CA for exactly `STANDARD_HOSTS` and `hosts`."""
+    path = layout.tls / CERTIFICATES["server"]
+    if not path.exists():
+        return False
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((layout.tls / "ca.crt").read_bytes()))
+    except InvalidSignature:
+        return False
+    return set(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) == set(_names(hosts))
 
-    A client that has moved to its own machine may have only its public key here; it keeps it. Public keys of clients
-    from `num_clients` on are removed, so that the SuperLink rejects their nodes.
+
+def ends(tls: Path) -> dict[str, datetime]:
+    """Return the end of validity of each of `CERTIFICATES` in the folder `tls`; those that are missing are left out."""
+    paths = {name: tls / file for name, file in CERTIFICATES.items()}
+    return {
+        name: x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
+def days_left(tls: Path) -> dict[str, int]:
+    """Return the whole days for which each of `CERTIFICATES` is still valid; negative for one that has ended."""
+    now = datetime.now(UTC)
+    return {name: (end - now).days for name, end in ends(tls).items()}
+
+
+def make_node_keys(layout: DeploymentLayout, numbers: Iterable[int]) -> None:
+    """Register the clients `numbers`: private keys in the clients' folders, public keys in the server's.
+
+    A client that has a key keeps it; one that has moved to its own machine may have only its public key here.
     """
-    names = [client_name(number) for number in range(num_clients)]
-    for number, name in enumerate(names):
-        client, public = layout.client(number), layout.nodes / f"{name}.pub"
-        (client.tls / "ca.crt").write_bytes((layout.tls / "ca.crt").read_bytes())
+    for number in numbers:
+        client, public = layout.client(number), layout.public_key(number)
         if not client.key.exists() and not public.exists():
             make_node_key(client.key)
         if client.key.exists():
-            public.write_bytes(public_key(client.key))
-    for public in layout.nodes.glob("*.pub"):
-        if public.stem not in names:
-            public.unlink()
+            write_mounted(public, public_key(client.key))
+
+
+def share_ca(layout: DeploymentLayout, num_clients: int) -> None:
+    """Copy the CA's certificate into the folders of the clients that have another one, or none."""
+    certificate = (layout.tls / CERTIFICATES["ca"]).read_bytes()
+    for number in range(num_clients):
+        path = layout.client(number).tls / CERTIFICATES["ca"]
+        if not path.exists() or path.read_bytes() != certificate:
+            write_mounted(path, certificate)
+
+
+def surplus_keys(layout: DeploymentLayout, num_clients: int) -> list[Path]:
+    """Return the registered public keys that belong to none of `num_clients` clients."""
+    registered = {layout.public_key(number) for number in range(num_clients)}
+    return sorted(path for path in layout.nodes.glob("*.pub") if path not in registered)
 
 
 def make_node_key(path: Path) -> None:
     """Make a private key, as `ssh-keygen -t ecdsa -b 384` does."""
     key = ec.generate_private_key(ec.SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
-    write_private(path, key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption()))
+    content = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    write_mounted(path, content, 0o600)
 
 
 def public_key(path: Path) -> bytes:
@@ -96,12 +146,14 @@ def _certificate(
     key: ec.EllipticCurvePublicKey,
     issuer_key: ec.EllipticCurvePublicKey,
     days: int,
+    latest: datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
+    end = now + timedelta(days=days)
     builder = x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
     builder = builder.serial_number(x509.random_serial_number())
     # Valid from an hour ago, because the clocks of other machines may be behind.
-    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=days))
+    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(min(end, latest or end))
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     return builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
 
@@ -118,6 +170,10 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _names(hosts: Iterable[str]) -> list[x509.GeneralName]:
+    return [_general_name(host) for host in dict.fromkeys((*STANDARD_HOSTS, *hosts))]
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -7,6 +7,7 @@ its own, or stripped of TLS and keys for an insecure deployment.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from copra_fl.deployment.layout import DeploymentLayout, client_name
+from copra_fl.deployment.options import DeploymentOptions
 
 Document = dict[str, Any]
 
@@ -23,41 +25,46 @@ METRICS_PORT = 9464
 #: options that `--insecure` removes from the commands
 SECURITY_OPTIONS = (
     "--ssl-", "--enable-supernode-auth", "--nodes=", "--root-certificates=", "--auth-supernode-private-key=",
+    "--hide-keys",
 )  # fmt: skip
 #: prefix of the paths that containers mount
 DEPLOYMENT_FOLDER = "${COPRA_FL_DEPLOYMENT:-./deployment}"
 
 
-def write(
-    layout: DeploymentLayout,
-    originals: Path,
-    num_clients: int,
-    server: str | None,
-    insecure: bool,
-    metrics_port: int | None,
-    settings: dict[str, str],
-) -> None:
+def write(layout: DeploymentLayout, originals: Path, options: DeploymentOptions) -> None:
     """Write all compose files of a deployment, and the values of their variables (.env).
 
-    Args:
-        originals: the folder with copra-fl's own compose files.
-        server: HOST:PORT of the server for clients on other machines; None if all clients are on this machine.
-        metrics_port: port of Prometheus metrics on this machine's loopback; None for no metrics.
-        settings: the variables in .env.
+    `originals` is the folder with copra-fl's own compose files.
     """
     base, gpu = (yaml.safe_load((originals / name).read_text(encoding="utf-8")) for name in (NAME, GPU_NAME))
-    if insecure:
+    if options.insecure:
         base = without_security(base)
-    if metrics_port:
-        base = with_metrics(base, metrics_port)
-    _write(layout.root, with_clients(base, range(num_clients)), with_clients(gpu, range(num_clients)), settings)
-    if server is None:
+    if options.metrics_port:
+        base = with_metrics(base, options.metrics_port)
+    settings = {
+        "COPRA_FL_SOURCE": str(originals),
+        "COPRA_FL_DEPLOYMENT": str(layout.root),
+        "COPRA_FL_CLIENTS": str(options.clients),
+        "COPRA_FL_USER": layout.container_user,
+        "COPRA_FL_LISTEN": f"{'0.0.0.0' if options.hosts else '127.0.0.1'}:{options.port}",
+    }
+    clients = range(options.clients)
+    _write(layout.root, with_clients(base, clients), with_clients(gpu, clients), settings, limits())
+    if options.server is None:
         return
-    for number in range(num_clients):
+    for number in clients:
         # A machine of its own numbers its GPUs from 0.
         gpu_alone = {"services": {client_name(number): without_build(gpu["services"][client_name(0)])}}
-        alone = client_alone(base, number, server)
-        _write(layout.client(number).root, alone, gpu_alone, {"COPRA_FL_CLIENTS": str(num_clients)})
+        alone = client_alone(base, number, options.server)
+        _write(layout.client(number).root, alone, gpu_alone, {"COPRA_FL_CLIENTS": str(options.clients)}, {})
+
+
+def limits() -> dict[str, str]:
+    """Return limits of each container on this machine: 3/4 of its memory, and all of its cores but one."""
+    megabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // 2**20
+    cores = max(1, (os.cpu_count() or 1) - 1)
+    return {f"COPRA_FL_{kind}_{limit}": value for kind in ("SERVER", "CLIENT")
+            for limit, value in (("MEMORY", f"{megabytes}m"), ("CPUS", str(cores)))}  # fmt: skip
 
 
 def num_clients(layout: DeploymentLayout) -> int:
@@ -70,12 +77,18 @@ def with_clients(document: Document, numbers: Iterable[int]) -> Document:
     """Return `document` with the clients `numbers`, all copies of client-0, in place of its own clients."""
     others = {name: service for name, service in document["services"].items() if not name.startswith("client-")}
     template = document["services"][client_name(0)]
-    return {"services": others | {client_name(number): _client(template, number) for number in numbers}}
+    return document | {"services": others | {client_name(number): _client(template, number) for number in numbers}}
 
 
 def client_alone(document: Document, number: int, server: str) -> Document:
-    """Return client `number` alone: it connects to `server` (HOST:PORT), and its folders lie beside the file."""
+    """Return client `number` alone: it connects to `server` (HOST:PORT), and its folders lie beside the file.
+
+    It is in the network of its machine, and fetches packaged models and data sets itself.
+    """
     service = without_build(_client(document["services"][client_name(0)], number))
+    del service["networks"]
+    assets = f"{DEPLOYMENT_FOLDER}/assets:"
+    service["volumes"] = [volume for volume in service["volumes"] if not volume.startswith(assets)]
     _replace(service["command"], "--superlink=superlink:8000", f"--superlink={server}")
     _replace(service["volumes"], f"{DEPLOYMENT_FOLDER}/clients/{client_name(number)}/", "./")
     return {"services": {client_name(number): service}}
@@ -123,13 +136,16 @@ def _replace(texts: list[str], old: str, new: str) -> None:
     texts[:] = [text.replace(old, new) for text in texts]
 
 
-def _write(directory: Path, base: Document, gpu: Document, settings: dict[str, str]) -> None:
-    """Write the compose files and .env of one folder; lines that users have added to .env stay."""
+def _write(directory: Path, base: Document, gpu: Document, settings: dict[str, str], defaults: dict[str, str]) -> None:
+    """Write the compose files and .env of one folder; lines that users have added to .env or changed stay."""
     for name, document in ((NAME, base), (GPU_NAME, gpu)):
+        document = {key: value for key, value in document.items() if not key.startswith("x-")}
         text = "# Written by `copra-fl deploy init`; the next `copra-fl deploy init` overwrites it.\n"
         text += yaml.safe_dump(document, sort_keys=False, width=1000)
         (directory / name).write_text(text, encoding="utf-8")
     path = directory / ".env"
     earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    added = [line for line in earlier if line.partition("=")[0] not in settings]
-    path.write_text("\n".join([*(f"{key}={value}" for key, value in settings.items()), *added, ""]), encoding="utf-8")
+    kept = [line for line in earlier if line.partition("=")[0] not in settings]
+    names = {line.partition("=")[0] for line in kept}
+    settings = settings | {name: value for name, value in defaults.items() if name not in names}
+    path.write_text("\n".join([*(f"{key}={value}" for key, value in settings.items()), *kept, ""]), encoding="utf-8")

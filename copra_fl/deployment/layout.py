@@ -1,5 +1,6 @@
 """The folder of a deployment: where each file lies, and who may read it.
 
+    deployment.toml             options of `copra-fl deploy init`
     .env                        values of the variables in the compose files
     docker-compose.yml          the SuperLink and all clients, for one machine
     docker-compose.gpu.yml      overlay of it: one GPU per client
@@ -8,6 +9,8 @@
     server/nodes/client-0.pub   public keys of the nodes that may connect
     server/data/                the server's data files, mounted read-only
     server/state/               Flower's database, the `flwr` connection to the SuperLink, the cache
+    assets/                     models and data sets that the containers read, fetched by `copra-fl deploy run`
+    tracking/                   files of trackers (`copra-fl deploy run --track`), one folder per run
     runs/                       one folder per run, and the audit log of the server app
     audit.jsonl                 the submitted runs
     clients/client-0/           everything that this client's machine needs:
@@ -18,7 +21,10 @@
         state/                    its cache, the state that it keeps from round to round, and its audit log
 
 Private keys have mode 0600, folders 0700. The user who makes the folder owns it, and the containers run as that user.
-If root makes it, the files belong to the image's own user instead, so that no container runs as root.
+If root makes it, what is mounted belongs to the image's own user instead, so that no container runs as root.
+
+Containers write below state/ and runs/ only, and can put links there that lead anywhere on the host. Therefore nothing
+here writes, or changes owner or mode, below these folders (container_files.py reads them).
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copra_fl.config import ConfigError
+from copra_fl.files import atomic_write
 
 #: name of an audit log
 AUDIT = "audit.jsonl"
@@ -96,7 +103,19 @@ class DeploymentLayout:
     @property
     def exists(self) -> bool:
         """True if a deployment has been made here."""
-        return (self.root / "docker-compose.yml").exists() and self.flower_home.is_dir()
+        return (self.root / "docker-compose.yml").exists() and self.nodes.is_dir()
+
+    @property
+    def options(self) -> Path:
+        return self.root / "deployment.toml"
+
+    @property
+    def assets(self) -> Path:
+        return self.root / "assets"
+
+    @property
+    def tracking(self) -> Path:
+        return self.root / "tracking"
 
     @property
     def ca_key(self) -> Path:
@@ -127,6 +146,10 @@ class DeploymentLayout:
     def runs(self) -> Path:
         return self.root / "runs"
 
+    def public_key(self, number: int) -> Path:
+        """The public key of client `number`: its node may connect while the file exists."""
+        return self.nodes / f"{client_name(number)}.pub"
+
     @property
     def audit_logs(self) -> tuple[Path, Path]:
         """The audit logs: of the submitted runs, which no container can reach, and of the server app."""
@@ -136,38 +159,17 @@ class DeploymentLayout:
         return ClientLayout(self.root / "clients" / client_name(number))
 
     def make_folders(self, num_clients: int) -> None:
-        """Create the folders that are missing, accessible to their owner only."""
-        server = (self.tls.parent, self.tls, self.nodes, self.data, self.state, self.flower_home)
-        clients = [
-            path
-            for client in map(self.client, range(num_clients))
-            for path in (client.root, client.tls, client.data, client.policy.parent, client.state)
-        ]
-        for path in (self.root, self.runs, *server, self.root / "clients", *clients):
-            path.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o700)
-
-    def make_policies(self, num_clients: int) -> None:
-        """Write a policy that allows every run for each client without a policy."""
-        for client in map(self.client, range(num_clients)):
-            if not client.policy.exists():
-                client.policy.write_text(POLICY, encoding="utf-8")
-
-    def give_to_image_user(self) -> None:
-        """If root made the folder, give to the image's user the files that containers need.
-
-        Files in the data folders keep their owner: users put them there.
-        """
-        if os.getuid() != 0:
-            return
-        for top in (self.root / "server", self.runs, self.root / "clients"):
-            for folder, subfolders, files in os.walk(top):
-                os.chown(folder, IMAGE_USER, IMAGE_USER)
-                if Path(folder).name == "data":
-                    subfolders.clear()
-                    continue
-                for file in files:
-                    os.chown(os.path.join(folder, file), IMAGE_USER, IMAGE_USER)
+        """Create the folders that are missing, accessible to their owner only; those that exist stay as they are."""
+        clients = [self.client(number) for number in range(num_clients)]
+        for path in (self.root, self.root / "server", self.root / "clients", *(client.root for client in clients)):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mounted = (self.tls, self.nodes, self.data, self.state, self.assets, self.runs)
+        for path in (*mounted, *(path for client in clients for path in (client.tls, client.data, client.state))):
+            _make_mounted(path)
+        for client in clients:
+            # A policy that was removed from its folder later stays away: without it the node rejects every run.
+            if _make_mounted(client.policy.parent):
+                write_mounted(client.policy, POLICY.encode())
 
     @property
     def container_user(self) -> str:
@@ -179,9 +181,23 @@ def client_name(number: int) -> str:
     return f"client-{number}"
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file with mode 0600; others cannot read it at any time, not even before its mode is set."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(content)
+def write_mounted(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that containers read. One of mode 0600 is readable by others at no time."""
+    atomic_write(path, content, mode)
+    give_to_containers(path)
+
+
+def _make_mounted(path: Path) -> bool:
+    """Make a folder that is mounted into a container, unless it exists; return True if it was made."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    give_to_containers(path)
+    return True
+
+
+def give_to_containers(path: Path) -> None:
+    """Give a file or folder that was just made to the image's user, if root made it; a link is not followed."""
+    if os.getuid() == 0:
+        os.chown(path, IMAGE_USER, IMAGE_USER, follow_symlinks=False)

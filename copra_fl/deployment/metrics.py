@@ -1,4 +1,4 @@
-"""Prometheus metrics of a deployment: connected nodes, and the progress of every run.
+"""Prometheus metrics of a deployment: connected nodes, certificates in use, and the progress of every run.
 
 They are read at each scrape, runs from their journals and nodes from Flower. They have a port of their own, never that
 of the Fleet API: accuracies and missing clients are for the operator only.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from copra_fl.config import ConfigError
-from copra_fl.deployment import nodes, registration
+from copra_fl.deployment import certificates, nodes, registration
 from copra_fl.records import Evaluation, PrivacySpent
-from copra_fl.reporting.results import ResultsError, Run, load_run
+from copra_fl.reporting.results import Run, load_run
 
 log = logging.getLogger(__name__)
 
@@ -65,30 +65,50 @@ COUNTERS: dict[str, tuple[str, Measure]] = {
 }
 
 
-def serve(port: int, runs: Path) -> None:
-    """Start threads that serve the metrics of this machine's SuperLink and of the runs below `runs` over HTTP."""
+def serve(port: int, runs: Path, tls: Path | None) -> None:
+    """Start threads that serve the metrics of this machine's SuperLink and of the runs below `runs` over HTTP.
+
+    `tls` is the folder with the certificates that the SuperLink starts with; None for one without TLS.
+    """
     registry = CollectorRegistry()
-    registry.register(Deployment(runs))
+    registry.register(Deployment(runs, certificates.ends(tls) if tls else {}))
     start_http_server(port, registry=registry)
 
 
 class Deployment:
-    """Collector of the metrics of the deployment with runs below the folder `runs`."""
+    """Collector of the metrics of the deployment with runs below the folder `runs`.
 
-    def __init__(self, runs: Path) -> None:
+    `certificate_ends` is the end of validity of each certificate in use.
+    """
+
+    def __init__(self, runs: Path, certificate_ends: Mapping[str, datetime]) -> None:
         self._runs = runs
+        self._certificate_ends = certificate_ends
 
     def collect(self) -> Iterator[Metric]:
-        yield from of_runs(list(self._readable_runs()))
+        yield of_certificates(self._certificate_ends, datetime.now(UTC))
+        yield from of_runs(list(readable_runs(self._runs)))
         known = registration.read_known(Path(os.environ["FLWR_HOME"]))
         yield from of_nodes(nodes.parse_nodes(registration.flwr("list"), known))
 
-    def _readable_runs(self) -> Iterator[Run]:
-        for path in sorted(self._runs.glob("*/config.toml")):
-            try:
-                yield load_run(path.parent)
-            except (ResultsError, ConfigError):
-                log.warning("run %s cannot be read", path.parent.name)
+
+def readable_runs(runs: Path) -> Iterator[Run]:
+    """Yield the runs below `runs`; one that cannot be read is named in the log and hides no other."""
+    for path in sorted(runs.glob("*/config.toml")):
+        try:
+            yield load_run(path.parent)
+        except (ValueError, OSError, RecursionError) as error:  # damaged, or of another version of copra-fl
+            log.warning("run %s cannot be read: %s", path.parent.name, error)
+
+
+def of_certificates(ends: Mapping[str, datetime], now: datetime) -> Metric:
+    """Return the seconds until each of the certificates in use ends, negative after its end."""
+    family = GaugeMetricFamily(
+        "copra_fl_certificate_seconds_left", "Seconds until a certificate in use ends.", labels=["certificate"]
+    )
+    for name, end in ends.items():
+        family.add_metric([name], (end - now).total_seconds())
+    return family
 
 
 def of_runs(runs: list[Run]) -> Iterator[Metric]:

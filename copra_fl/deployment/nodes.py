@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from copra_fl.deployment.compose_command import ComposeCommand
+from copra_fl.deployment.container_files import read_plain
 from copra_fl.deployment.layout import DeploymentLayout
-from copra_fl.deployment.registration import read_known
+from copra_fl.deployment.registration import CONNECTION, KNOWN
 from copra_fl.simulation.superlink import RunFailed
-
-#: name of the `flwr` connection in the SuperLink's FLWR_HOME
-CONNECTION = "deployment"
+from copra_fl.wording import foreign
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,13 @@ class Node:
     since: str
 
 
-def write_connection(layout: DeploymentLayout, insecure: bool) -> None:
-    """Write the `flwr` connection to the SuperLink, as seen from inside its container."""
-    trust = "insecure = true" if insecure else 'root-certificates = "/tls/ca.crt"'
-    (layout.flower_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "localhost:8000"\n{trust}\n',
-        encoding="utf-8",
-    )
-
-
 def list_nodes(compose: ComposeCommand) -> list[Node] | None:
     """Return the deployment's nodes; None while the SuperLink does not answer."""
     try:
         answer = json.loads(compose.run_in_superlink("flwr", "supernode", "list", CONNECTION, "--format", "json"))
     except (subprocess.CalledProcessError, ValueError):
         return None
-    return parse_nodes(answer, read_known(compose.layout.flower_home))
+    return parse_nodes(answer, _known(compose.layout))
 
 
 def wait_until_online(compose: ComposeCommand, num_clients: int, timeout_s: float) -> list[Node]:
@@ -74,7 +64,7 @@ def wait_until_online(compose: ComposeCommand, num_clients: int, timeout_s: floa
 def parse_nodes(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> list[Node] | None:
     """Return the nodes in the answer of ``flwr supernode list``, sorted by name; None if it reports no success.
 
-    `known` (see `read_known`) gives nodes the names of their key files.
+    `known` (see `registration.read_known`) gives nodes the names of their key files.
     """
     if not answer["success"]:
         return None
@@ -85,6 +75,15 @@ def parse_nodes(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> lis
             since = {"online": node["online-at"], "offline": node["offline-at"]}.get(node["status"], "")
             nodes.append(Node(names.get(node["node-id"], node["node-id"]), node["node-id"], node["status"], since))
     return sorted(nodes, key=lambda node: node.name)
+
+
+def _known(layout: DeploymentLayout) -> dict[str, dict[str, str]]:
+    """Return what `registration.read_known` does in the container; nothing if the container has no valid file."""
+    try:
+        known = json.loads(read_plain(layout.flower_home, KNOWN))
+        return {foreign(name): {"id": str(node["id"])} for name, node in known.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
 
 
 def describe(nodes: Iterable[Node]) -> str:

@@ -22,11 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from copra_fl.config import toml_value
 from copra_fl.deployment.node_keys import NodeKeys
 from copra_fl.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+#: name of the `flwr` connection in FLWR_HOME
+CONNECTION = "deployment"
 #: name of the file in FLWR_HOME that records the registered nodes
 KNOWN = "nodes.json"
 POLL_SECONDS = 3
@@ -34,6 +37,19 @@ POLL_SECONDS = 3
 VARIABLE = "COPRA_FL_NODES"
 #: the names of keys that belong to one client: what `copra-fl deploy init` makes
 CLIENT_KEY = re.compile(r"client-(\d+)")
+
+
+def write_connection(home: Path, port: int, ca: str | None) -> None:
+    """Write the `flwr` connection to this machine's SuperLink into its FLWR_HOME, `home`.
+
+    `ca` is the path of the CA's certificate; None for a SuperLink without TLS.
+    """
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    trust = "insecure = true" if ca is None else f"root-certificates = {toml_value(ca)}"
+    atomic_write(
+        home / "config.toml",
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "localhost:{port}"\n{trust}\n',
+    )
 
 
 def keep_registered(nodes: Path, keys: NodeKeys) -> None:

@@ -1,20 +1,22 @@
-"""Runs on a deployment: choose the run's folder, submit the run to the SuperLink, follow its output."""
+"""Runs on a deployment: choose the run's folder, share assets, submit the run, follow its output, report it."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from copra_fl.config import Config, ConfigError, toml_value
-from copra_fl.deployment import nodes
 from copra_fl.deployment.compose_command import ComposeCommand
 from copra_fl.deployment.layout import DeploymentLayout
+from copra_fl.deployment.registration import CONNECTION
 from copra_fl.simulation.superlink import RunFailed
+from copra_fl.sources.assets import asset_path
 
 #: folders in the SuperLink's container: the Flower app (Dockerfile), and the run folders (docker-compose.yml)
 APP, RUNS = "/app", "/runs"
@@ -41,6 +43,20 @@ def choose_name(layout: DeploymentLayout, output: str | None, resume: bool) -> s
     return name
 
 
+def share_assets(layout: DeploymentLayout, names: Iterable[str]) -> None:
+    """Copy fetched assets to where the containers find them. Raises AssetError for one that is not in the cache."""
+    for source in map(asset_path, names):
+        target = layout.assets / source.name
+        if target.exists():
+            continue
+        scratch = layout.assets / f".{source.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(source, scratch, copy_function=shutil.copyfile)
+        for path in (scratch, *scratch.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        scratch.rename(target)
+
+
 def submit(
     compose: ComposeCommand, config: Config, name: str, resume: bool, on_output: Callable[[], None]
 ) -> str | None:
@@ -53,7 +69,7 @@ def submit(
     settings = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
     settings |= {"output": f"{RUNS}/{name}", "resume": resume}
     run_config = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
-    process = compose.start_in_superlink("flwr", "run", APP, nodes.CONNECTION, "--stream", "--run-config", run_config)
+    process = compose.start_in_superlink("flwr", "run", APP, CONNECTION, "--stream", "--run-config", run_config)
     assert process.stdout is not None
     run_id = None
     for line in process.stdout:
@@ -66,7 +82,19 @@ def submit(
     if run_id is None:
         raise RunFailed("Flower did not start the run; its output is above")
     try:
-        answer = compose.run_in_superlink("flwr", "list", nodes.CONNECTION, "--run-id", run_id, "--format", "json")
+        answer = compose.run_in_superlink("flwr", "list", CONNECTION, "--run-id", run_id, "--format", "json")
         return str(json.loads(answer)["runs"][0]["status"])
     except (subprocess.CalledProcessError, ValueError, KeyError, IndexError):
         return None
+
+
+def report(compose: ComposeCommand, name: str, width: int) -> str:
+    """Write report.html of a finished run, in the container, and return its table with lines of `width` characters.
+
+    Raises RunFailed.
+    """
+    try:
+        printed = compose.run_in_superlink("env", f"COLUMNS={width}", "copra-fl", "report", f"{RUNS}/{name}")
+    except subprocess.CalledProcessError as error:
+        raise RunFailed(f"the run completed, but its report could not be made: {error.stderr.strip()}") from None
+    return printed.replace(f"{RUNS}/{name}", str(compose.layout.runs / name))

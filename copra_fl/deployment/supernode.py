@@ -1,9 +1,11 @@
 """The command of a client's container: `flower-supernode` in this process, with logs in the format of COPRA_FL_LOG.
 
-python -m copra_fl.deployment.supernode [FLOWER-SUPERNODE-ARGS...]
+python -m copra_fl.deployment.supernode [--hide-keys] [FLOWER-SUPERNODE-ARGS...]
 
 If the SuperLink rejects the node (status 401), Flower logs "terminated gracefully" and exits with 0. This command logs
 the reason, a wrong clock for example, and exits with 1.
+
+With --hide-keys, ClientApps cannot read the node's private key. For containers (`hidden_keys.deny_reading`).
 """
 
 from __future__ import annotations
@@ -21,18 +23,23 @@ import uvicorn
 from copra_fl import logs
 from copra_fl.deployment import clocks
 from copra_fl.deployment.api_gate import FLEET
+from copra_fl.deployment.hidden_keys import hide
 
 #: as a command, this module is not called by its name
 log = logging.getLogger("copra_fl.deployment.supernode")
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    if "--hide-keys" in arguments:
+        arguments.remove("--hide-keys")
+        arguments = hide(arguments, "--auth-supernode-private-key")
     (entry_point,) = entry_points(group="console_scripts", name="flower-supernode")
     run = entry_point.load()
     logs.configure()
     if logs.as_json():
         uvicorn.config.LOGGING_CONFIG["formatters"] |= dict.fromkeys(("default", "access"), {"()": logs.JsonFormatter})
-    sys.argv[0] = "flower-supernode"
+    sys.argv = ["flower-supernode", *arguments]
     reasons = explain_rejections()
     try:
         run()

@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 
 from copra_fl.records import RoundRecord
-from copra_fl.reporting.results import load_run
+from copra_fl.reporting.results import Run, load_run
 from copra_fl.reporting.statistics import metrics
 from copra_fl.reporting.work import flops
 
@@ -35,11 +35,12 @@ class Tracker(Protocol):
 
 
 class Feed:
-    """Sends the run in `directory` to the tracker `name`."""
+    """Sends the run in `directory`, read by `load`, to the tracker `name`."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, load: Callable[[Path], Run]) -> None:
         self.name = name
         self.directory = directory
+        self._load = load
         self._tracker: Tracker | None = None
         self._finished = False
 
@@ -47,7 +48,7 @@ class Feed:
         """Send the new rounds of the run's journal, and its results once the run has finished."""
         if self._finished or not (self.directory / "provenance.json").exists():
             return
-        run = load_run(self.directory)
+        run = self._load(self.directory)
         if self._tracker is None:
             self._tracker = importlib.import_module(f"copra_fl.trackers.{self.name}").track(run)
         for record in run.journal[self._tracker.rounds :]:
@@ -63,13 +64,19 @@ class Feed:
 
 
 class Tracking:
-    """Sends the runs in `directories` to the trackers `names`.
+    """Sends the runs in `directories` to the trackers `names`; what these write goes below the run's `directory`.
 
     A tracker that raises is dropped with a warning on `console`; the run and the other trackers continue.
     """
 
-    def __init__(self, names: Iterable[str], directories: Iterable[Path], console: Console) -> None:
-        self._feeds = [Feed(name, directory) for directory in directories for name in names]
+    def __init__(
+        self,
+        names: Iterable[str],
+        directories: Iterable[Path],
+        console: Console,
+        load: Callable[[Path], Run] = load_run,
+    ) -> None:
+        self._feeds = [Feed(name, directory, load) for directory in directories for name in names]
         self._console = console
 
     def update(self) -> None:

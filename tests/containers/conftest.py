@@ -87,10 +87,17 @@ class Containers:
                 return
 
     def network(self) -> str:
+        """Return the network of the clients."""
         return self.engine(
             "inspect", "--format", "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}",
-            self.container("superlink"),
+            self.container("client-0"),
         )  # fmt: skip
+
+    def in_container(self, service: str, *command: str) -> str:
+        """Run `command` in a service's container; return its output, and an error's text in place of it."""
+        assert ENGINE is not None
+        ran = subprocess.run([ENGINE, "exec", self.container(service), *command], capture_output=True, text=True)
+        return ran.stdout + ran.stderr
 
     def rounds(self, name: str) -> list[str]:
         journal = self.root / "runs" / name / "journal.jsonl"

@@ -59,3 +59,29 @@ def test_an_unregistered_node_is_rejected(deployment: Containers, tmp_path: Path
         deployment.engine(*command, image, *node)
     reason = {"no key": "All SuperNodes must be registered", "wrong CA": "certificate verify failed"}[kind]
     assert reason in rejected.value.stdout + rejected.value.stderr
+
+
+def test_a_client_reaches_the_server_and_nothing_else(deployment: Containers) -> None:
+    """It connects to the server's address in its own network only, and has no route to others."""
+    addresses = "{{range $name, $network := .NetworkSettings.Networks}}{{$name}}={{$network.IPAddress}} {{end}}"
+    networks = deployment.engine("inspect", "--format", addresses, deployment.container("superlink")).split()
+    by_name = dict(network.split("=") for network in networks)
+    shared = by_name.pop(deployment.network())
+    (outside,) = by_name.values()
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], 8000), 5); print('connected')"
+    for service, address, reached in (
+        ("client-0", "superlink", True), ("client-0", shared, True), ("client-0", outside, False),
+        ("superlink", outside, True),
+    ):  # fmt: skip
+        printed = deployment.in_container(service, "python", "-c", connect, address)
+        assert ("connected" in printed) == reached, (service, address, printed)
+    routes = "print(*(line.split()[1] for line in open('/proc/net/route')))"
+    assert "00000000" in deployment.in_container("superlink", "python", "-c", routes).split()
+    assert "00000000" not in deployment.in_container("client-0", "python", "-c", routes).split()
+
+
+def test_keys_are_hidden_from_processes_of_the_same_user(deployment: Containers) -> None:
+    """The first process of a container cannot be inspected; tests/test_hostile_containers.py tests its children."""
+    for service in ("client-0", "superlink"):
+        assert "Permission denied" in deployment.in_container(service, "ls", "/proc/1/fd")
+        assert "Landlock cannot be used" not in deployment.engine("logs", deployment.container(service))

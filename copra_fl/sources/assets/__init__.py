@@ -8,12 +8,14 @@ user's cache:
                                    data: train.parquet and perhaps test.parquet
 
 A fetched folder is always complete: it is built under another name and then renamed. Once fetched, an asset needs no
-network.
+network. COPRA_FL_ASSETS can name a folder with such asset folders, which is searched before the cache and never
+written: a deployment's containers find there what `copra-fl deploy run` has fetched.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from copra_fl.files import build_once, cache_dir, changed_files, sha256
@@ -86,7 +88,11 @@ def fetch(name: str, on_progress: DownloadProgress | None = None) -> Path:
 
 
 def _place(asset: Asset) -> Path:
-    return cache_dir() / "assets" / f"{asset.name}-{asset.sha256[:12]}"
+    name = f"{asset.name}-{asset.sha256[:12]}"
+    shared = os.environ.get("COPRA_FL_ASSETS")
+    if shared and (Path(shared) / name).is_dir():
+        return Path(shared) / name
+    return cache_dir() / "assets" / name
 
 
 def _check(asset: Asset, archive: Path) -> None:
