@@ -3,6 +3,9 @@
     partition-id, num-partitions    which of how many nodes this is
     data-path                       the node's own file of examples; it is then one client (``partitioner = own``)
     model-path                      where the base model is stored on this node; by default the run's ``model``
+    node-key                        the node's private key, which signs its keys of secure aggregation
+    peers                           folder with the public keys of all nodes, client-0.pub and so on: secure aggregation
+                                    with these only
 
 Only counts leave a node with its own data. An error message can quote a text, a label or a file name, so such a node
 sends only the type of the error and its place in the source code; the node's log has the full message.
@@ -17,12 +20,13 @@ from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 
 from clients.warm_cache import open_data, open_own_data
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
+from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
 
 #: innermost calls of an error that a public message names
@@ -41,12 +45,16 @@ class NodeConfig:
         partition, num_partitions: which of how many nodes this is.
         data_path: the node's own file of examples; empty without one.
         model_path: the node's copy of the base model; empty without one.
+        node_key: file of the node's private key; empty without one.
+        peers: folder with the public keys of all nodes; empty: any node may take part in secure aggregation.
     """
 
     partition: int
     num_partitions: int
     data_path: str = ""
     model_path: str = ""
+    node_key: str = ""
+    peers: str = ""
 
     @classmethod
     def of(cls, context: Context) -> NodeConfig:
@@ -58,7 +66,8 @@ class NodeConfig:
                 f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; set both, "
                 "for example 'partition-id=0 num-partitions=2' on the first of two nodes"
             )
-        return cls(partition, num_partitions, str(settings.get("data-path", "")), str(settings.get("model-path", "")))
+        paths = (str(settings.get(name, "")) for name in ("data-path", "model-path", "node-key", "peers"))
+        return cls(partition, num_partitions, *paths)
 
     def adapt(self, config: Config) -> Config:
         """Return the run's configuration with this node's path of the base model."""
@@ -81,6 +90,31 @@ class NodeConfig:
             )
         return open_data(config)
 
+    def identity(self, node_state: RecordDict, run: str) -> bytes:
+        """Return the private key that signs for this node: its own, else one made for the run and kept in its state."""
+        if self.node_key:
+            return Path(self.node_key).read_bytes()
+        record = node_state.config_records.get("secure-identity", ConfigRecord())
+        if record.get("run") != run:
+            record = ConfigRecord({"run": run, "key": new_identity()})
+            node_state["secure-identity"] = record
+        key = record["key"]
+        assert isinstance(key, bytes)
+        return key
+
+    def peer_keys(self) -> dict[int, bytes] | None:
+        """Return partition-id -> public key of the nodes that may take part in secure aggregation; None: any.
+
+        Raises Rejected for a folder without keys.
+        """
+        if not self.peers:
+            return None
+        files = {path.stem.rpartition("-")[2]: path for path in Path(self.peers).glob("*.pub")}
+        keys = {int(number): normal_identity(path.read_bytes()) for number, path in files.items() if number.isdigit()}
+        if not keys:
+            raise Rejected("secure aggregation: its folder of peers has no public key; repeat copra-fl deploy init")
+        return keys
+
     @contextmanager
     def redact_errors(self) -> Iterator[None]:
         """Replace errors inside the block by Rejected with their public message, on a node with its own data."""
@@ -95,7 +129,12 @@ class NodeConfig:
 
     def without_paths(self, message: str) -> str:
         """Return `message` with the names of this node's paths in place of the paths."""
-        for name, path in (("model-path", self.model_path), ("data-path", self.data_path)):
+        for name, path in (
+            ("model-path", self.model_path),
+            ("data-path", self.data_path),
+            ("node-key", self.node_key),
+            ("peers", self.peers),
+        ):
             message = message.replace(path, name) if path else message
         return message
 

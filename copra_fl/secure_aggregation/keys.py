@@ -89,6 +89,12 @@ def public_identity(private: bytes) -> bytes:
     return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
+def normal_identity(public: bytes) -> bytes:
+    """Return a node's public key in OpenSSH's format without the comment that a file may have."""
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return serialization.load_ssh_public_key(public).public_bytes(*openssh)
+
+
 def sign(private: bytes, text: bytes) -> bytes:
     """Sign `text` with a node's private key in OpenSSH's format."""
     key = serialization.load_ssh_private_key(private, password=None)

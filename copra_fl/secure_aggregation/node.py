@@ -112,10 +112,11 @@ def share_secrets(
 def receive_shares(session: Session, sealed: Sequence[SealedShares]) -> Session:
     """Step 3, first half: open the neighbours' shares. Neighbours that have sent none have dropped out.
 
-    Raises SecureAggregationError for a share that does not open, is not for this node or is not from a neighbour, and
-    for too few neighbours.
+    Raises SecureAggregationError for a share that does not open, is not for this node or is not from a neighbour, for
+    too few neighbours, and if the node has sent its vector already.
     """
     roster, node = session.roster, session.secrets.node
+    refuse_second_vector(session)
     shares = dict(session.shares)
     for message in sealed:
         name = f"the shares that node {message.sender} has sent to node {node}"
@@ -143,14 +144,19 @@ def mask_vector(session: Session, vector: np.ndarray) -> tuple[Session, np.ndarr
 
     Raises SecureAggregationError for a second vector: the difference of two would show without masks.
     """
-    if session.masked:
-        raise SecureAggregationError(f"node {session.secrets.node} has sent its vector of this round already")
+    refuse_second_vector(session)
     secrets, roster = session.secrets, session.roster
     masked = vector + mask(self_mask_key(roster, secrets.node, secrets.seed), len(vector))
     for other in session.shares.keys() - {secrets.node}:
         key = pairwise_key(roster, secrets.node, other, secrets.mask_key)
         add_pairwise(masked, key, secrets.node, other)
     return replace(session, masked=True), masked
+
+
+def refuse_second_vector(session: Session) -> None:
+    """Raise SecureAggregationError if the node has sent its vector: masks are used once."""
+    if session.masked:
+        raise SecureAggregationError(f"node {session.secrets.node} has sent its vector of this round already")
 
 
 def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
