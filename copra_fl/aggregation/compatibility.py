@@ -314,7 +314,7 @@ def _secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             "fixed-point numbers; use uplink-dtype = 'float32'",
         ),
         (
-            settings.weighting == "equal",
+            settings.weighting == "equal" and config.privacy.dp_clip == 0,
             f"weighting = 'equal' does not combine with {it}: updates are pooled by examples; use weighting = "
             "'examples' or 'activity'",
         ),
@@ -352,11 +352,6 @@ def _secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             config.training.optimizer_state == "shared",
             f"optimizer-state = 'shared' does not combine with {it}: the clients' moments would travel without masks; "
             "use optimizer-state = 'client'",
-        ),
-        (
-            bool(settings.client_ranks),
-            f"client-ranks = {settings.client_ranks!r} does not combine with {it}: updates of unequal ranks are not "
-            "pooled; use client-ranks = ''",
         ),
         (
             federation.start == "own",

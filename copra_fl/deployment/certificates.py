@@ -75,6 +75,18 @@ def make_node_keys(layout: DeploymentLayout, num_clients: int) -> None:
     for public in layout.nodes.glob("*.pub"):
         if public.stem not in names:
             public.unlink()
+    share_public_keys(layout, num_clients)
+
+
+def share_public_keys(layout: DeploymentLayout, num_clients: int) -> None:
+    """Give every client the public keys of all nodes: secure aggregation takes no others for peers."""
+    keys = {path.name: path.read_bytes() for path in layout.nodes.glob("*.pub")}
+    for peers in (layout.client(number).peers for number in range(num_clients)):
+        for path in peers.glob("*.pub"):
+            if path.name not in keys:
+                path.unlink()
+        for name, content in keys.items():
+            (peers / name).write_bytes(content)
 
 
 def make_node_key(path: Path) -> None:

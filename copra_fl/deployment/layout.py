@@ -12,6 +12,7 @@
     clients/client-0/           everything that this client's machine needs:
         docker-compose.yml .env   this client alone, for a machine of its own
         tls/                      ca.crt, node.key
+        peers/                    public keys of all nodes, for secure aggregation; mounted read-only
         data/                     its data files, mounted read-only
         state/                    its cache, and the state that it keeps from round to round
 
@@ -48,6 +49,10 @@ class ClientLayout:
     @property
     def state(self) -> Path:
         return self.root / "state"
+
+    @property
+    def peers(self) -> Path:
+        return self.root / "peers"
 
     @property
     def key(self) -> Path:
@@ -111,7 +116,7 @@ class DeploymentLayout:
         clients = [
             path
             for client in map(self.client, range(num_clients))
-            for path in (client.root, client.tls, client.data, client.state)
+            for path in (client.root, client.tls, client.peers, client.data, client.state)
         ]
         for path in (self.root, self.runs, *server, self.root / "clients", *clients):
             path.mkdir(parents=True, exist_ok=True)
