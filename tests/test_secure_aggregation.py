@@ -117,7 +117,7 @@ DROPS: list[tuple[int, dict[int, list[int]], list[int]]] = [
     (7, {2: [0], 3: [6]}, [1, 2, 3, 4, 5]),
     (7, {1: [0], 4: [3]}, [1, 2, 3, 4, 5, 6]),
     (8, {3: [1], 4: [2]}, [0, 2, 3, 4, 5, 6, 7]),
-    (17, {2: [16], 3: [0], 4: [9]}, list(range(1, 16))),  # 3 of the 11 holders of a secret can be missing
+    (17, {2: [16], 3: [0], 4: [9]}, list(range(1, 16))),  # 5 of the 15 holders of a secret can be missing
 ]
 
 
@@ -166,6 +166,18 @@ def test_masked_vectors_are_uniform_and_nothing_plain_reaches_the_server() -> No
     # two nodes with the same vector: nothing of one tells the other
     assert abs(stats.spearmanr(*masked).statistic) < 6 / np.sqrt(size)
     assert not any(vectors[0][:2].tobytes() in text for text in round_.received)
+
+
+def test_a_node_reveals_nothing_if_most_of_its_neighbours_are_said_to_be_gone() -> None:
+    """More nodes survive than the threshold, but they are far from node 0 on the ring."""
+    round_ = SecureRound(16)
+    relay = round_.split(server.list_nodes("run", 1, 2 / 3, round_.offer()))
+    masked = round_.send(relay, random_vectors(16))
+    gone = relay.roster.neighbours[0][:5]
+    survivors = masked.keys() - set(gone)
+    assert len(survivors) >= relay.roster.min_nodes
+    with pytest.raises(SecureAggregationError, match="8 of the neighbours of node 0 are said to survive, .* below 9"):
+        node.reveal(round_.sessions[0], survivors)
 
 
 def test_the_same_vector_is_masked_anew_in_each_round() -> None:

@@ -163,7 +163,7 @@ def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
     """Step 4: reveal shares of the self seed of every survivor, and of the mask key of every other node.
 
     Raises SecureAggregationError before the node's own vector was sent, for a list of survivors without this node or
-    with an unknown one, and for too few: their sum would say too much of each.
+    with an unknown one, and for too few in all or among the neighbours: their sum would say too much of each.
     """
     roster, node, alive = session.roster, session.secrets.node, frozenset(survivors)
     if not session.masked or node not in alive:
@@ -174,6 +174,11 @@ def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
         raise SecureAggregationError(
             f"{len(alive)} of {len(roster.keys)} nodes are said to survive; below {roster.min_nodes} node {node} "
             "reveals nothing"
+        )
+    if (near := len(alive.intersection(roster.holders(node)))) < roster.threshold(node):
+        raise SecureAggregationError(
+            f"{near} of the neighbours of node {node} are said to survive, itself among them; below "
+            f"{roster.threshold(node)} it reveals nothing"
         )
     return Revealed(
         node,
