@@ -76,6 +76,8 @@ def test_the_server_has_the_public_key_of_each_client(deployment: Path) -> None:
         assert derived.split()[:2] == stored.split()[:2] and derived.startswith("ecdsa-sha2-nistp384")
         publics.append(stored)
     assert len(set(publics)) == 3
+    for client in (deployment / "clients").iterdir():
+        assert [path.read_text() for path in sorted((client / "peers").iterdir())] == publics, "of all nodes"
 
 
 def test_only_the_owner_can_read_private_keys(deployment: Path) -> None:
@@ -105,7 +107,7 @@ def test_each_container_mounts_its_own_keys_and_none_the_ca_s(deployment: Path) 
 def test_a_client_s_folder_runs_alone_on_another_machine(deployment: Path) -> None:
     (service,) = services_in(deployment / "clients/client-2" / NAME).values()
     assert "--superlink=fl.example.org:8443" in service["command"] and "build" not in service
-    assert {volume.split(":")[0] for volume in service["volumes"]} == {"./tls", "./data", "./state"}
+    assert {volume.split(":")[0] for volume in service["volumes"]} == {"./tls", "./peers", "./data", "./state"}
     assert (deployment / "clients/client-2/.env").read_text() == "COPRA_FL_CLIENTS=3\n"
 
 
@@ -139,7 +141,8 @@ def test_init_repeated_keeps_keys_and_registers_as_many_clients_as_asked(tmp_pat
     settings = (directory / ".env").read_text()
     assert "COPRA_FL_CLIENTS=3\n" in settings and 'COPRA_FL_CLIENT_0=data-path="/data/mine.csv"\n' in settings
     init(directory, "--clients", "1")
-    assert [path.name for path in (directory / "server/nodes").iterdir()] == ["client-0.pub"]
+    for folder in ("server/nodes", "clients/client-0/peers"):
+        assert [path.name for path in (directory / folder).iterdir()] == ["client-0.pub"]
 
 
 def test_insecure_removes_tls_and_keys_completely(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_insecure_removes_tls_and_keys_completely(tmp_path: Path) -> None:
     for service in services.values():
         assert "--insecure" in service["command"] and "https" not in str(service["healthcheck"])
         assert service["build"] == services_in(ROOT / NAME)["superlink"]["build"], "packages still come over TLS"
-        assert not any("ssl" in word or "auth" in word or "certificates" in word for word in service["command"])
+        assert not any(word in str(service["command"]) for word in ("ssl", "auth", "certificates", "node-key"))
     secure = services_in(ROOT / NAME)
     assert not any("--insecure" in service["command"] for service in secure.values())
 
