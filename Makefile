@@ -4,19 +4,23 @@ BIN := .venv/bin
 # The releases in constraints.txt, for the build backend too: older pips read one variable, newer ones the other.
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo test test-slow test-containers check lint types imports docs defaults constraints clean
+.PHONY: help demo test test-slow soak test-containers check lint types imports docs defaults constraints clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: .venv/installed  ## the main job: compare LoRA with CopRA LoRA over 8 clients, ends in a table and a report
-	$(BIN)/copra-fl compare --recipe experiments/demo.toml --seeds 0,1 --output runs/demo --overwrite
+demo: .venv/installed  ## the main job: compare LoRA with CopRA and kept moments over 8 clients; ends in a report
+	$(BIN)/copra-fl compare --recipe experiments/demo.toml --methods lora,copra,kept-moments --seeds 0,1,2 \
+	  --output runs/demo --overwrite
 
 test: .venv/developed  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m "not slow and not containers"
 
 test-slow: .venv/developed  ## what `test` leaves out: the whole demo, a killed study, a deployment of processes
 	$(BIN)/python -m pytest -m slow
+
+soak: .venv/developed  ## kill random processes of a run again and again (ROUNDS=500); it must end bitwise equal
+	$(BIN)/python -m pytest -s tests/test_soak.py --soak-rounds $(or $(ROUNDS),40) --soak-seed $(or $(SEED),0)
 
 test-containers: .venv/developed  ## a deployment in real containers, and faults in it; needs docker or podman
 	$(BIN)/python -m pytest -m containers tests/containers

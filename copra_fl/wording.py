@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import unicodedata
 from collections.abc import Iterable
 
 #: longest text of a node that is stored or shown, in characters
@@ -27,12 +26,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 def foreign(text: object, limit: int = MAX_FOREIGN) -> str:
     """Return a text that another machine has sent as it may be stored and shown: short, and on one line.
 
-    Control and format characters go, because terminals and log readers obey them; line ends become ``|``. Of a longer
-    text the middle is left out: an error's cause is at its end.
+    Characters that cannot be printed go, because terminals and log readers obey some of them; line ends become ``|``.
+    Of a longer text the middle is left out: an error's cause is at its end.
     """
-    head, tail = limit // 4, limit - limit // 4
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[:head]} [... {len(text) - limit} characters ...] {text[-tail:]}"
-    line = " | ".join(part.strip() for part in text.splitlines() if part.strip())
-    return "".join(char for char in line if unicodedata.category(char) not in ("Cc", "Cf"))
+    lines = (part.strip() for part in shortened(str(text), limit).splitlines())
+    line = " | ".join("".join(filter(str.isprintable, part)) for part in lines if part)
+    return shortened(line, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return `text` without its middle if it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    gap = f" [... {len(text) - limit} characters ...] "
+    head = limit // 4
+    return text[:head] + gap + text[head + len(gap) - limit :]

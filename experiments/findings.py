@@ -22,6 +22,7 @@ from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import averaging_table
 from copra_fl.reporting.study import table as study_table
 from copra_fl.reporting.tables import POINTS, DataTable, with_minus
+from copra_fl.wording import join_words
 from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
@@ -70,23 +71,44 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     """Return what to use under which constraint, with what it buys according to the `results`."""
-    moments, headline = results["passes-optimizer"][1], results["headline"][1]
+    moments, equal_bytes, headline = (results[name][1] for name in ("passes-optimizer", "passes-moments", "headline"))
     cell, rates = moments.cells[0], rate_regret(headline.cells)
-    shared, fresh = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora+fresh"))
-    times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, fresh)))
+    shared, kept = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora"))
+    times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, kept)))
+    depths = results["passes-depths"][1]
     best, rival = (rates[name].worst for name in ("copra", "lora"))
+    at_equal_bytes = join_words(
+        f"{POINTS.show(gain(one, 'lora+shared', 'lora'))} ({one.split})" for one in equal_bytes.cells
+    )
     rows = [
         [
-            f"none: {times:.1f} times the bytes are fine",
-            'LoRA, `optimizer-state = "shared"`',
-            f"{POINTS.show(gain(cell, 'lora+shared', 'lora+fresh'))} points over a new optimizer in each round",
+            "none",
+            'LoRA, `optimizer-state = "client"`',
+            f"{POINTS.show(gain(cell, 'lora', 'lora+fresh'))} points over a new optimizer in each round, for no bytes",
             f"`{moments.command}`",
         ],
         [
-            "no more bytes",
-            'LoRA, `optimizer-state = "client"`',
-            f"{POINTS.show(gain(cell, 'lora', 'lora+fresh'))} points over a new optimizer in each round",
+            "rounds are few or slow, or clients cannot keep state",
+            'LoRA, `optimizer-state = "shared"`',
+            f"{POINTS.show(gain(cell, 'lora+shared', 'lora+fresh'))} points over a new optimizer, "
+            f"{POINTS.show(gain(cell, 'lora+shared', 'lora'))} over moments that clients keep, for {times:.1f} times the "
+            "bytes",
             f"`{moments.command}`",
+        ],
+        [
+            "bytes",
+            'LoRA, `optimizer-state = "client"`, more and shorter rounds',
+            "level with shared moments at the same bytes and steps, in three times the rounds: shared minus kept is "
+            f"{at_equal_bytes} points",
+            f"`{equal_bytes.command}`",
+        ],
+        [
+            "weak clients: little memory, slow processors",
+            "LoRA, `client-depths` (method `depth-tiers`)",
+            f"{POINTS.show(gain(depths.cells[0], 'depth-tiers', 'strong-clients'))} points over leaving them out "
+            f"({depths.cells[0].split}); {POINTS.show(gain(depths.cells[0], 'depth-tiers', 'lora'))} from clients that "
+            "could all train everything",
+            f"`{depths.command}`",
         ],
         [
             "the learning rate cannot be tuned",
@@ -152,11 +174,12 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
     )
 
 
-def images() -> Iterator[tuple[str, Figure]]:
-    """Yield file name and figure of every image."""
+def images(page: str) -> Iterator[tuple[str, Figure]]:
+    """Yield file name and figure of every image in `page`."""
     for name, (_, results) in studies().items():
         for kind, charts in (("gains", figures.gains(results)), ("accuracies", figures.accuracies(results))):
-            yield f"findings-{name}-{kind}.svg", charts[0]
+            if (file := f"findings-{name}-{kind}.svg") in page:
+                yield file, charts[0]
 
 
 def filled(page: str) -> str:
@@ -166,6 +189,7 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    for file, figure in images():
+    written = filled(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(written, encoding="utf-8")
+    for file, figure in images(written):
         figure.chart.write_image(IMAGES / file, width=900, height=380)

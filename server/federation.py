@@ -51,6 +51,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     settled = settle(config)
     nodes = register_nodes(grid, settled)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
+    compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
 
     evaluator = open_evaluator(config)
     state = journal.resume() or evaluator.start_state()
@@ -65,7 +66,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
             strategy.set_nodes(nodes)
         accuracies = validation_accuracies(journal.records)
         record = run_round(grid, strategy, evaluator, budget, server_round, accuracies)
-        journal.record(record, strategy.state)
+        journal.record(record, strategy.state, config.federation.keep_checkpoints)
         announce(record)
     if (last := journal.records[-1]).ended_early:
         emit("note", text=f"{directory.name} ended in round {last.round}: {last.ended_early}")

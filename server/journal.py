@@ -81,11 +81,16 @@ class Journal:
         atomic_write(self._journal, "".join(record.to_json() + "\n" for record in self.records))
         return state
 
-    def record(self, record: RoundRecord, state: ServerState) -> None:
-        """Write a finished round: its checkpoint, then its journal line."""
+    def record(self, record: RoundRecord, state: ServerState, keep: int = 0) -> None:
+        """Write a finished round: its checkpoint, then its journal line. All but the newest `keep` checkpoints go.
+
+        `keep` 0: all stay.
+        """
         state.save(self._path(record.round), {RECORD: record.to_json(), RUN: self.run})
         append_line(self._journal, record.to_json())
         self.records.append(record)
+        for path in self._paths()[:-keep] if keep else []:
+            path.unlink()
 
     def add_origin(self, seed: int, origin: Origin) -> None:
         """Write ``provenance.json`` at the start of a run, or add `origin` as a resume."""

@@ -25,6 +25,11 @@ from tests.support.tiny import NUM_LAYERS, WORDS, make_texts
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-rounds", type=int, default=40, help="rounds of tests/test_soak.py")
+    parser.addoption("--soak-seed", type=int, default=0, help="seed of its kills")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a BERT with 3 layers, 32 wide, random weights, and its word-level tokenizer."""

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from copra_fl import events
@@ -146,6 +147,24 @@ def test_resume_with_a_changed_configuration_names_the_keys(folder: Path, tiny: 
     changed = settings(tiny | {"learning-rate": 0.5, "rank": 3})
     message = run_command("simulate", *changed, "--output", "run", "--resume", code=2).message
     assert "rank: 2 -> 3" in message and "learning-rate: 0.002 -> 0.5" in message
+
+
+@pytest.mark.parametrize("stranger", [".git", "notes.txt", "data"])
+def test_overwrite_deletes_no_folder_with_anything_else_in_it(folder: Path, tiny: Settings, stranger: str) -> None:
+    (folder / "run" / stranger).mkdir(parents=True)
+    (folder / "run" / "config.toml").write_text("seed = 3\n")
+    output = run_command("simulate", *settings(tiny), "--output", "run", "--overwrite", code=2)
+    assert f"--overwrite would delete {folder / 'run' / stranger}, which no run has written" in output.message
+    assert (folder / "run" / stranger).exists()
+
+
+def test_overwrite_deletes_no_live_run(folder: Path, tiny: Settings) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").write_text("seed = 3\n")
+    with FileLock(folder / "run" / ".lock"):
+        output = run_command("simulate", *settings(tiny), "--output", "run", "--overwrite", code=2)
+    assert f"a run is writing to {folder / 'run'}; stop it before you --overwrite it" in output.message
+    assert (folder / "run" / "config.toml").exists()
 
 
 def test_overwrite_with_a_bad_configuration_deletes_nothing(folder: Path, tiny: Settings) -> None:

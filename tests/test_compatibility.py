@@ -26,6 +26,11 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "ravan", "rank": 6}, {"ravan.heads": 3}, "rank = 6: ravan.heads = 4 does not divide it"),
     ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    (
+        {"rule": "trimmed-mean", "num-clients": 4},
+        {"trimmed-mean.trim-fraction": 0.25},
+        "trims nobody: trimmed-mean.trim-fraction = 0.2 of 4 clients",
+    ),
     ({"rule": "fed-sb", "layers-per-round": 3} | LORA, {"layers-per-round": 0}, "fixed by a first gradient"),
     ({"client-depths": "1,2", "local-training": "head"}, {"client-depths": ""}, "client-depths = '1,2' does not .* no"),
     ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
@@ -174,7 +179,8 @@ def test_every_rule_runs_with_its_defaults(rule: Rule) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> None:
-    for settings, reason in (({}, rule.no_copra), (TWO | LORA, rule.no_several_datasets)):
+    two = TWO | LORA | {"num-clients": 6}
+    for settings, reason in (({}, rule.no_copra), (two, rule.no_several_datasets)):
         config = Config.from_flat(settings | {"rule": rule.name})
         if reason:
             with pytest.raises(ConfigError, match=reason):

@@ -11,7 +11,7 @@ def test_tables_equal_those_of_the_committed_results() -> None:
     page = findings.PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- end -->") >= 4
     assert findings.filled(page) == page, "run `python -m experiments.findings`"
-    assert [file for file, _ in findings.images() if not (findings.IMAGES / file).exists()] == []
+    assert [file for file, _ in findings.images(page) if not (findings.IMAGES / file).exists()] == []
 
 
 def test_a_grid_with_a_hyphen_keeps_its_whole_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,30 @@ def test_orphans_without_a_mark_end_too(tmp_path: Path) -> None:
 def test_the_guard_ends_with_its_command(tmp_path: Path) -> None:
     keeper = subprocess.Popen([sys.executable, guard.__file__, "mark", "true"], stdin=subprocess.PIPE)
     assert keeper.wait(timeout=HANG_SECONDS) == 0
+
+
+def test_the_next_command_removes_what_a_killed_guard_has_left(tmp_path: Path) -> None:
+    """The processes carry the mark, or name the folder as Ray's agents do; a live guard's folder is left alone."""
+
+    def start(name: str, mark: str) -> tuple[Path, subprocess.Popen[bytes], psutil.Process]:
+        home = tmp_path / f"copra-fl-{name}"
+        home.mkdir()
+        agent = f"env -i bash -c 'exec -a {home}/agent sleep 1000'"
+        child = f"({agent} & echo $! > {home}/pid); exec sleep 1000"
+        command = [sys.executable, guard.__file__, mark, "bash", "-c", child]
+        keeper = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {guard.VARIABLE: mark})
+        guard.write_record(home, keeper.pid, mark)
+        RealRun.wait_until(lambda: (home / "pid").exists() and (home / "pid").read_text().strip() != "", "the child")
+        return home, keeper, psutil.Process(int((home / "pid").read_text()))
+
+    dead_home, dead, orphan = start("dead", "dead-mark")
+    live_home, live, child = start("live", "live-mark")
+    children = psutil.Process(dead.pid).children(recursive=True)
+    dead.kill()
+    dead.wait()
+    guard.remove_leftovers(tmp_path, "copra-fl-")
+    assert not dead_home.exists() and live_home.exists()
+    gone = {process for process in (*children, orphan) if not process.is_running()}
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in {*children, orphan} - gone)
+    assert child.is_running()
+    live.communicate()

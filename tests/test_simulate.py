@@ -126,14 +126,17 @@ def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     assert json.loads(out)["rounds"] == 1
 
 
-def test_ctrl_c_leaves_no_process_and_the_comparison_can_be_resumed(long: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_stop_leaves_no_process_and_the_comparison_can_be_resumed(
+    long: Settings, stop: signal.Signals, tmp_path: Path
+) -> None:
     """2 methods x 2 seeds, stopped after the first run; resumed, the summary has all four runs."""
     short = {"num-rounds": 2, "local-steps": 40}
     arguments = ["compare", *settings(long | short), "--methods", "head,copra", "--seeds", "0,1", "--output", "both"]
     run = RealRun([*arguments, "--workers", "1"], tmp_path)
     first = tmp_path / "both" / "head-seed0"
     run.wait_until(lambda: (first / "summary.json").exists(), "the first run's end")
-    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(stop)
     _, err = run.finish(code=130)
     assert "--resume" in err
     before = (first / "summary.json").stat().st_mtime

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from copra_fl.aggregation.rule import Rule
 from copra_fl.aggregation.rules import RULES, find_rule
+from copra_fl.aggregation.rules.trimmed_mean import num_trimmed
 from copra_fl.config import BY_LABEL, Config, ConfigError, Key, values_by_owner
 
 #: rows of the table: whether it applies, and the sentence that says so
@@ -103,7 +104,16 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
     depths = f"client-depths = {copra.client_depths!r}"
     subset, remedy = (depths, "client-depths = ''") if copra.client_depths else (per_round, "layers-per-round = 0")
+    trim, round_size = (
+        getattr(parameters_of(config), "trim_fraction", None),
+        config.federation.round_size(data.num_clients),
+    )
     return [
+        (
+            trim is not None and round_size > 0 and num_trimmed(trim, round_size) == 0,
+            f"rule = {rule.name!r} trims nobody: {rule.name}.trim-fraction = {trim} of {round_size} clients is less "
+            "than one at each end; it must be at least 1 / (clients in a round), of which there must be 3 or more",
+        ),
         (
             heads > 1 and model.rank % heads > 0,
             f"{it} rank = {model.rank}: {rule.name}.heads = {heads} does not divide it; set rank to a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
@@ -13,6 +14,7 @@ import typer
 from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.chat import chat
+from copra_fl.cli.clean import clean
 from copra_fl.cli.compare import compare
 from copra_fl.cli.config import config
 from copra_fl.cli.probe_prune import prune
@@ -38,7 +40,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     #: the command line, the configuration or the given folder is wrong; nothing was started
     USAGE = 2
-    #: stopped with Ctrl-C (typer's code for it); finished rounds are kept
+    #: stopped with Ctrl-C (typer's code for it) or SIGTERM; finished rounds are kept
     INTERRUPTED = 130
 
 
@@ -58,6 +60,7 @@ app.command()(bench)
 app.command()(config)
 app.command()(recipes)
 app.command()(chat)
+app.command()(clean)
 probe.app.command()(prune)
 probe.app.command()(shapley)
 deploy.app.command()(deploy_run.run)
@@ -68,7 +71,11 @@ app.add_typer(assets.app, name="assets")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command in `arguments` (default: those of the process) and exit with an `ExitCode`."""
+    """Run the command in `arguments` (default: those of the process) and exit with an `ExitCode`.
+
+    SIGTERM, from a service manager or a scheduler, stops it as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(arguments, prog_name="copra-fl", standalone_mode=False)
     except (ConfigError, UnknownAssetError) as error:

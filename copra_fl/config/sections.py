@@ -335,6 +335,9 @@ class FederationConfig:
         "which there must be 3; 0: no limit",
         low=0,
     )
+    keep_checkpoints: int = option(
+        0, "newest checkpoints that stay in the run's folder; 0: all. Probes of earlier rounds need theirs", low=0
+    )
     round_timeout_s: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
     node_timeout_s: float = option(120.0, "seconds to wait for min-nodes nodes at the start", above=0)

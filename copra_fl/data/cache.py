@@ -16,15 +16,18 @@ from copra_fl.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
+#: name of the text with the path that a cached file comes from
+SOURCE = "source"
 #: values that are stored with tensors, as JSON
 Facts = dict[str, Any]
 Stored = tuple[dict[str, Tensor], Facts]
 
 
-def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
+def cached(kind: str, digest: str, build: Callable[[], Stored], source: str = "") -> Stored:
     """Return the tensors (mapped into memory) and facts stored under `digest`; one process builds them if needed.
 
-    A damaged file is named in the log and built again.
+    A damaged file is named in the log and built again. `source` is the path of a local file or folder that the tensors
+    come from: `copra-fl clean` removes them when it is gone.
     """
     path = cache_dir() / kind / f"{digest}.safetensors"
     try:
@@ -39,7 +42,8 @@ def cached(kind: str, digest: str, build: Callable[[], Stored]) -> Stored:
         except DamagedFile as damage:
             log.warning("%s; it is built again", damage)
         tensors, facts = build()
-        write_tensors(path, tensors, {"facts": json.dumps(facts)})
+        origin = str(Path(source).absolute()) if source and Path(source).exists() else ""
+        write_tensors(path, tensors, {"facts": json.dumps(facts), SOURCE: origin})
     return _read(path)
 
 

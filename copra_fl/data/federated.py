@@ -194,7 +194,9 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     tokens_digest = digest_of(
         CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere, *comparison
     )
-    tokens, facts = cached("tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test))
+    tokens, facts = cached(
+        "tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test), train.where
+    )
     unpartitioned = FederatedData(
         examples=task.examples(tokens, processor, data),
         label_names=facts["label_names"],

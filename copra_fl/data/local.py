@@ -33,7 +33,7 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
     assert data.labels or task.labels == "none", "labels = '' must be resolved by the server"
     table = file_table("data-path", Path(path))
     digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_key(task, data, processor))
-    tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table))
+    tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table), table.where)
     examples = task.examples(tokens, processor, data)
     indices = np.arange(len(examples))
     nobody = [indices[:0]] * num_clients

@@ -68,9 +68,11 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
     """Return the resolved configuration, and notes about its data for the user."""
+    from copra_fl.aggregation import compatibility
     from copra_fl.copra.layers import check_layers, deep_enough
     from copra_fl.models import memory_plan
     from copra_fl.models.build import resolve_config
+    from copra_fl.tasks import find_task
 
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
@@ -79,6 +81,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     )
     federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
     config = resolve_config(config.changed(num_clients=len(federated.train)))
+    compatibility.check(config, find_task(config.model.task))  # again, now that the number of clients is known
     size = len(federated.label_names), federated.examples.max_length
     check_layers(config, memory_plan.num_groups(config, federated.examples.max_length))
     trained = set(deep_enough(config, range(config.data.num_clients))).difference(federated.skipped)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import shutil
 import time
+from fnmatch import fnmatch
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from copra_fl.config import Config, ConfigError
 
 #: a folder of a run or comparison has one of these files; other folders are never continued or deleted
 MARKER_FILES = ("comparison.toml", "config.toml")
+#: everything that copra-fl writes into such a folder, as patterns; a folder with anything else is never deleted
+OUR_FILES = (
+    *MARKER_FILES, "*-seed*", ".*.[0-9]*", ".lock", "adapter", "checkpoints", "flower.log", "journal.jsonl",
+    "privacy.jsonl", "probe-*", "provenance.json", "report.html", "summary.json", "tensorboard", "wandb",
+)  # fmt: skip
 
 
 def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
     """Return the absolute folder for the results; nothing is created or deleted yet.
 
-    Raises ConfigError for a folder with content, unless it holds a run and `resume` or `overwrite` is set.
+    Raises ConfigError for a folder with content, unless it holds a run and `resume` or `overwrite` is set, and as
+    `check_deletable` does.
     """
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: use one of them")
@@ -28,7 +37,25 @@ def choose_output(output: Path | None, command: str, resume: bool, overwrite: bo
             raise ConfigError(f"--output {directory} is not empty and not a run of copra-fl; choose another folder")
         if not (resume or overwrite):
             raise ConfigError(f"--output {directory} holds a run: --resume continues it, --overwrite deletes it")
+        if overwrite:
+            check_deletable(directory)
     return directory
+
+
+def check_deletable(directory: Path) -> None:
+    """Raise ConfigError if a run is writing to the folder, or if it holds anything that is not of a run."""
+    names = sorted(path.name for path in directory.iterdir())
+    strangers = [name for name in names if not any(fnmatch(name, pattern) for pattern in OUR_FILES)]
+    if strangers:
+        raise ConfigError(
+            f"--overwrite would delete {directory / strangers[0]}, which no run has written; move it away, or choose "
+            "another --output"
+        )
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            pass
+    except Timeout:
+        raise ConfigError(f"a run is writing to {directory}; stop it before you --overwrite it") from None
 
 
 def create_output(directory: Path, overwrite: bool) -> None:

@@ -37,6 +37,8 @@ START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
 #: Ray's variable for the niceness of workers
 NICENESS = "RAY_worker_niceness"
+#: begins the names of the folders of simulations below /tmp
+PREFIX = "copra-fl-"
 #: folder of the app in a SuperLink's home
 APP = "app"
 #: environment variables that are passed to workers on all machines
@@ -186,7 +188,9 @@ def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
     the end that of the SuperLink.
     """
     # Ray's sockets lie in it, and the path of a socket must be short; TMPDIR may be long.
-    home = Path(tempfile.mkdtemp(prefix="copra-fl-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    temporary = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+    guard.remove_leftovers(Path(temporary), PREFIX)
+    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
     mark = uuid.uuid4().hex
     port = free_port()
     (home / "config.toml").write_text(
@@ -216,6 +220,7 @@ def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
+    guard.write_record(home, guard_process.pid, mark)
     try:
         yield SuperLink(home, environment, port, guard_process, log)
     finally:

@@ -44,8 +44,13 @@ def client_values(round_: Round, name: str) -> Tensor:
 
 def trimmed(values: Tensor, fraction: float) -> Tensor:
     """Return the mean over the first axis, coordinate by coordinate, without the share `fraction` at each end."""
-    drop = int(fraction * len(values) + 1e-9)  # 0.29 * 100 is a little less than 29
+    drop = num_trimmed(fraction, len(values))
     return values.sort(dim=0).values[drop : len(values) - drop].mean(dim=0)
+
+
+def num_trimmed(fraction: float, num_values: int) -> int:
+    """Return floor(beta K), the number of values that are dropped at each end."""
+    return int(fraction * num_values + 1e-9)  # 0.29 * 100 is a little less than 29
 
 
 RULE = Rule("trimmed-mean", trimmed_mean, Parameters)
