@@ -34,7 +34,7 @@ def keys(content: RecordDict, context: Context) -> RecordDict:
     """Step 1: make keys for a round and sign them."""
     node = NodeConfig.of(context)
     run, server_round = wire.unpack_secure_round(content)
-    with named_refusals(), node.redact_errors():
+    with node.redact_errors(), named_refusals():
         secrets, offered = protocol.offer_keys(run, server_round, node.partition, node.identity(context.state, run))
         wire.write_secrets(context.state, secrets)
         return wire.pack_keys(offered)
@@ -43,7 +43,7 @@ def keys(content: RecordDict, context: Context) -> RecordDict:
 def shares(content: RecordDict, context: Context) -> RecordDict:
     """Step 2: check the list of nodes, and send each neighbour its sealed shares."""
     node = NodeConfig.of(context)
-    with named_refusals(), node.redact_errors():
+    with node.redact_errors(), named_refusals():
         secrets = wire.read_secrets(context.state)
         if secrets is None or wire.read_session(context.state) is not None:
             raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
@@ -55,7 +55,7 @@ def shares(content: RecordDict, context: Context) -> RecordDict:
 def unmask(content: RecordDict, context: Context) -> RecordDict:
     """Step 4: reveal shares once; whatever the answer, the secrets of the round are deleted."""
     node = NodeConfig.of(context)
-    with named_refusals(), node.redact_errors():
+    with node.redact_errors(), named_refusals():
         session = wire.read_session(context.state)
         wire.forget_session(context.state)
         if session is None:

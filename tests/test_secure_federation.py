@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
+from clients import secure_handlers
+from clients.node_config import Rejected
 from copra_fl import wire
 from copra_fl.aggregation.rules.fedavg import weighted_average
 from copra_fl.aggregation.secure_sums import pooled_update, total_weights, vector_of, vector_size
@@ -304,3 +306,11 @@ def test_other_settings_give_what_their_pooled_run_gives(tiny: Settings, tmp_pat
     plain = run_federation(settings | {"secure-aggregation": False}, tmp_path / "plain", num_nodes=2)
     for name, tensor in final_adapter(plain).items():
         assert torch.allclose(final_adapter(secure)[name], tensor, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_node_with_its_own_data_says_why_too() -> None:
+    """Such a node hides the text of other errors, because it could quote its data."""
+    config: dict[str, str | int] = {"partition-id": 0, "num-partitions": 2, "data-path": "/data/secret.csv"}
+    context = Context(1, 100, config, RecordDict(), {})
+    with pytest.raises(Rejected, match="secure aggregation: node 0 takes part in no round"):
+        secure_handlers.unmask(wire.pack_survivors([0, 1]), context)
