@@ -86,7 +86,7 @@ class Relay:
             return f"node {node} has not revealed one share of each of its neighbours"
         kinds = (("seed", revealed.seeds), ("key", revealed.keys))
         for kind, shares in kinds:
-            for owner, share in shares.items():
+            for owner, share in sorted(shares.items()):
                 message = self.shares[owner][node]
                 announced = message.seed_digest if kind == "seed" else message.key_digest
                 if bind("share", kind, self.roster.context, owner, node, share) != announced:
