@@ -176,7 +176,9 @@ def test_a_node_reveals_nothing_if_most_of_its_neighbours_are_said_to_be_gone() 
     gone = relay.roster.neighbours[0][:5]
     survivors = masked.keys() - set(gone)
     assert len(survivors) >= relay.roster.min_nodes
-    with pytest.raises(SecureAggregationError, match="8 of the neighbours of node 0 are said to survive, .* below 9"):
+    with pytest.raises(
+        SecureAggregationError, match="8 of the neighbours of node 0 are listed as survivors, .* below 9"
+    ):
         node.reveal(round_.sessions[0], survivors)
 
 
@@ -195,7 +197,9 @@ def test_no_node_reveals_both_secrets_of_a_peer() -> None:
     for number in masked:
         revealed = node.reveal(round_.sessions[number], masked.keys())
         assert (set(revealed.seeds), set(revealed.keys)) == ({0, 1, 2, 3, 4}, {5})
-    with pytest.raises(SecureAggregationError, match="3 of 6 nodes are said to survive; below 4 node 0 reveals nothi"):
+    with pytest.raises(
+        SecureAggregationError, match="3 of 6 nodes are listed as survivors; below 4 node 0 reveals not"
+    ):
         node.reveal(round_.sessions[0], [0, 1, 2])
     with pytest.raises(SecureAggregationError, match="has not sent a vector to this sum"):
         node.reveal(round_.sessions[0], [1, 2, 3, 4, 5])

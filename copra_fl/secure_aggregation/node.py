@@ -172,12 +172,12 @@ def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
         raise SecureAggregationError(f"the survivors {unknown} are not in the list of nodes")
     if len(alive) < roster.min_nodes:
         raise SecureAggregationError(
-            f"{len(alive)} of {len(roster.keys)} nodes are said to survive; below {roster.min_nodes} node {node} "
+            f"{len(alive)} of {len(roster.keys)} nodes are listed as survivors; below {roster.min_nodes} node {node} "
             "reveals nothing"
         )
     if (near := len(alive.intersection(roster.holders(node)))) < roster.threshold(node):
         raise SecureAggregationError(
-            f"{near} of the neighbours of node {node} are said to survive, itself among them; below "
+            f"{near} of the neighbours of node {node} are listed as survivors, itself among them; below "
             f"{roster.threshold(node)} it reveals nothing"
         )
     return Revealed(
