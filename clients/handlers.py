@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from flwr.app import Context, RecordDict
 
@@ -18,8 +18,10 @@ from copra_fl import startup
 startup.prepare()
 
 from clients import secure_handlers
+from clients.audit import AuditLog
 from clients.client_state import ClientState, ClientStateStore
 from clients.node_config import NodeConfig, Rejected
+from clients.policy import Policy
 from clients.warm_cache import open_engine
 from copra_fl import wire
 from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
@@ -38,24 +40,90 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.events import emit
 from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
+from copra_fl.records import NodeRecord
+from copra_fl.records.audit import now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
 from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
+from copra_fl.wording import foreign
 
 Result = TypeVar("Result")
+#: longest reason in the audit log, in characters
+MAX_REASON = 500
 
 
 def handshake(content: RecordDict, context: Context) -> RecordDict:
     """Describe the node and the clients that it can host, or give the reason why it rejects the run."""
     node, digest = NodeConfig.of(context), library_digest(Path(__file__).parent)
-    config = node.adapt(wire.unpack_config(content))
+    config, log = wire.unpack_config(content), AuditLog(node.audit_path)
+    record = NodeRecord(time=now(), kind="handshake", flower_run=context.run_id, config_digest=config.digest)
     try:
-        check_weights(config.model)
+        policy = Policy.of(node)
+        policy.check_run(node.adapt(config), config.model.model, config.data.num_clients or node.num_partitions)
         with node.redact_errors():
-            answer = _describe(node, digest, config)
+            policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
+        check_weights(node.adapt(config).model)
+        with node.redact_errors():
+            answer = _describe(node, digest, node.adapt(config))
+        record = record.model_copy(update={"examples": sum(answer.num_examples.values())})
+        policy.check_examples(config, answer.num_examples)
     except (Rejected, ConfigError) as error:
         answer = wire.Handshake(node.partition, digest, rejection_reason=node.without_paths(str(error)))
+        record = _rejected(record, error)
+    with node.redact_errors():
+        log.append(record)
     return wire.pack_handshake(answer)
+
+
+def _allowed(
+    kind: Literal["train", "evaluate"],
+    work: Callable[[NodeConfig, RecordDict, Context], RecordDict],
+    content: RecordDict,
+    context: Context,
+) -> RecordDict:
+    """Return the reply of `work` to a message if the node's policy allows both, and log the message.
+
+    Raises Rejected if it does not.
+    """
+    node = NodeConfig.of(context)
+    with node.redact_errors():
+        if not (node.policy_path or node.audit_path):
+            return work(node, content, context)
+        plan, log = wire.unpack_plan(content), AuditLog(node.audit_path)
+        config = node.adapt(plan.config)
+        record = NodeRecord(
+            time=now(),
+            kind=kind,
+            flower_run=context.run_id,
+            config_digest=plan.config.digest,
+            run=wire.unpack_delta(content).run,
+            round=plan.server_round,
+            clients=plan.clients,
+            bytes_down=wire.num_bytes(content),
+        )
+        try:
+            policy = Policy.of(node)
+            policy.check_run(config, plan.config.model.model, config.data.num_clients or node.num_partitions)
+            policy.check_counts(log.counted(record))
+            data = node.open_data(config)
+            num_examples = {client: len(data.train[client]) for client in plan.clients}
+            record = record.model_copy(update={"examples": sum(num_examples.values())})
+            policy.check_examples(config, num_examples)
+            reply = work(node, content, context)
+            record = record.model_copy(update={"time": now(), "bytes_up": wire.num_bytes(reply)})
+            log.append(record, policy.check_counts)
+            return reply
+        except Exception as error:
+            log.append(_rejected(record, error))
+            raise
+
+
+def _rejected(record: NodeRecord, error: Exception) -> NodeRecord:
+    """Return the audit record of a message that is answered by `error`."""
+    is_rejection = isinstance(error, Rejected | ConfigError)
+    reason = str(error) if isinstance(error, Rejected) else type(error).__name__
+    decision = "rejected" if is_rejection else "failed"
+    return record.model_copy(update={"decision": decision, "reason": foreign(reason, MAX_REASON), "bytes_up": 0})
 
 
 def _describe(node: NodeConfig, digest: str, config: Config) -> wire.Handshake:
@@ -76,9 +144,7 @@ def _describe(node: NodeConfig, digest: str, config: Config) -> wire.Handshake:
 
 def train(content: RecordDict, context: Context) -> RecordDict:
     """Train the plan's clients, each from its start, and return their updates."""
-    node = NodeConfig.of(context)
-    with node.redact_errors():
-        return _train(node, content, context)
+    return _allowed("train", _train, content, context)
 
 
 def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
@@ -225,9 +291,7 @@ def _pack(
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:
     """Evaluate the global adapter on the validation data of the plan's clients."""
-    node = NodeConfig.of(context)
-    with node.redact_errors():
-        return _evaluate(node, content, context)
+    return _allowed("evaluate", _evaluate, content, context)
 
 
 def _evaluate(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:

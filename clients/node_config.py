@@ -3,6 +3,8 @@
     partition-id, num-partitions    which of how many nodes this is
     data-path                       the node's own file of examples; it is then one client (``partitioner = own``)
     model-path                      where the base model is stored on this node; by default the run's ``model``
+    policy-path                     the node's policy (`clients.policy`); without it every run is allowed
+    audit-path                      folder of the node's audit log (`clients.audit`); without it nothing is logged
     node-key                        the node's private key, which signs its keys of secure aggregation
     peers                           folder with the public keys of all nodes, client-0.pub and so on: secure aggregation
                                     with these only
@@ -29,6 +31,8 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
 
+#: paths in a node config, in the order of the fields of `NodeConfig`
+PATHS = ("data-path", "model-path", "policy-path", "audit-path", "node-key", "peers")
 #: innermost calls of an error that a public message names
 NUM_FRAMES = 3
 
@@ -45,6 +49,8 @@ class NodeConfig:
         partition, num_partitions: which of how many nodes this is.
         data_path: the node's own file of examples; empty without one.
         model_path: the node's copy of the base model; empty without one.
+        policy_path: the file of the node's policy; empty without one.
+        audit_path: the folder of the node's audit log; empty without one.
         node_key: file of the node's private key; empty without one.
         peers: folder with the public keys of all nodes; empty: any node may take part in secure aggregation.
     """
@@ -53,6 +59,8 @@ class NodeConfig:
     num_partitions: int
     data_path: str = ""
     model_path: str = ""
+    policy_path: str = ""
+    audit_path: str = ""
     node_key: str = ""
     peers: str = ""
 
@@ -66,7 +74,7 @@ class NodeConfig:
                 f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; set both, "
                 "for example 'partition-id=0 num-partitions=2' on the first of two nodes"
             )
-        paths = (str(settings.get(name, "")) for name in ("data-path", "model-path", "node-key", "peers"))
+        paths = (str(settings.get(name, "")) for name in PATHS)
         return cls(partition, num_partitions, *paths)
 
     def adapt(self, config: Config) -> Config:
@@ -129,12 +137,8 @@ class NodeConfig:
 
     def without_paths(self, message: str) -> str:
         """Return `message` with the names of this node's paths in place of the paths."""
-        for name, path in (
-            ("model-path", self.model_path),
-            ("data-path", self.data_path),
-            ("node-key", self.node_key),
-            ("peers", self.peers),
-        ):
+        paths = (self.data_path, self.model_path, self.policy_path, self.audit_path, self.node_key, self.peers)
+        for name, path in zip(PATHS, paths, strict=True):
             message = message.replace(path, name) if path else message
         return message
 

@@ -80,10 +80,16 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` to the file at `path` and flush it to the disk; a power failure leaves at most half a line."""
+    """Append `line` to the file at `path` and flush it to the disk; a power failure leaves at most half a line.
+
+    Half a line of before stays as it is, on a line of its own.
+    """
     created = not path.exists()
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with open(path, "a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        is_torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * is_torn + line + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
     if created:

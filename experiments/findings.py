@@ -75,7 +75,7 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     cell, rates = moments.cells[0], rate_regret(headline.cells)
     shared, kept = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora"))
     times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, kept)))
-    depths = results["passes-depths"][1]
+    depths, uplink = results["passes-depths"][1], results["passes-bytes"][1]
     best, rival = (rates[name].worst for name in ("copra", "lora"))
     at_equal_bytes = join_words(
         f"{POINTS.show(gain(one, 'lora+shared', 'lora'))} ({one.split})" for one in equal_bytes.cells
@@ -91,16 +91,23 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             "rounds are few or slow, or clients cannot keep state",
             'LoRA, `optimizer-state = "shared"`',
             f"{POINTS.show(gain(cell, 'lora+shared', 'lora+fresh'))} points over a new optimizer, "
-            f"{POINTS.show(gain(cell, 'lora+shared', 'lora'))} over moments that clients keep, for {times:.1f} times the "
-            "bytes",
+            f"{POINTS.show(gain(cell, 'lora+shared', 'lora'))} over moments that clients keep, for {times:.1f} times "
+            "the bytes",
             f"`{moments.command}`",
         ],
         [
-            "bytes",
+            "bytes up and down",
             'LoRA, `optimizer-state = "client"`, more and shorter rounds',
             "level with shared moments at the same bytes and steps, in three times the rounds: shared minus kept is "
             f"{at_equal_bytes} points",
             f"`{equal_bytes.command}`",
+        ],
+        [
+            "bytes up",
+            'LoRA, `uplink-dtype = "int8"`, four times the rounds',
+            f"{POINTS.show(gain(uplink.cells[0], 'int8', 'lora'))} points over float32 at the same MB up "
+            f"({uplink.cells[0].split}; a fifth more steps)",
+            f"`{uplink.command}`",
         ],
         [
             "weak clients: little memory, slow processors",

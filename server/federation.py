@@ -27,6 +27,7 @@ from copra_fl.models.export import save
 from copra_fl.records import Origin, RoundRecord
 from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks import find_task
+from server.audit import AuditLog
 from server.early_end import next_round, validation_accuracies
 from server.errors import FederationError
 from server.evaluator import Evaluator
@@ -48,8 +49,10 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     emit("run", directory=str(directory), rounds=config.federation.num_rounds)
     compatibility.check(config, find_task(config.model.task))
 
+    audit = AuditLog(directory, journal.run)
+    audit.begin(config, provenance.library_digest(CLIENTS), resumed=journal.begun)
     settled = settle(config)
-    nodes = register_nodes(grid, settled)
+    nodes = register_nodes(grid, settled, audit)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
     compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
 
@@ -57,13 +60,15 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     state = journal.resume() or evaluator.start_state()
     write_provenance(journal, evaluator)
     strategy = CohortStrategy(run_context(journal, evaluator), nodes, state)
+    audit.admit(nodes, strategy.run.config)
     log(INFO, "%s over %s clients on %s nodes", config.aggregation.rule, len(strategy.num_examples), len(nodes))
     budget = open_budget(journal, strategy)
 
     while server_round := next_round(config, journal.records):
         if config.federation.failures == "tolerant":
-            nodes = admit_late_nodes(grid, settled, nodes)
+            nodes = admit_late_nodes(grid, settled, nodes, audit)
             strategy.set_nodes(nodes)
+            audit.admit(nodes, strategy.run.config)
         accuracies = validation_accuracies(journal.records)
         record = run_round(grid, strategy, evaluator, budget, server_round, accuracies)
         journal.record(record, strategy.state, config.federation.keep_checkpoints)
@@ -72,6 +77,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
         emit("note", text=f"{directory.name} ended in round {last.round}: {last.ended_early}")
 
     finish(grid, strategy, evaluator, journal)
+    audit.finish(len(journal.records))
 
 
 def run_round(

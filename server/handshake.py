@@ -18,13 +18,14 @@ from copra_fl import provenance, wire
 from copra_fl.config import Config
 from copra_fl.events import emit
 from copra_fl.wording import foreign
+from server.audit import AuditLog
 from server.errors import FederationError
 from server.messaging import exchange
 
 CLIENTS = Path(__file__).parent.parent / "clients"
 
 
-def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
+def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wire.Handshake]:
     """Ask every node for its handshake, and return node id -> handshake.
 
     After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
@@ -50,15 +51,15 @@ def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
         time.sleep(1)
     handshakes = {}
     for reply in replies:
-        with leave_out(config):
+        with leave_out(config, audit):
             handshakes[reply.metadata.src_node_id] = read(reply)
     if silent := set(nodes) - {reply.metadata.src_node_id for reply in replies}:
-        with leave_out(config):
+        with leave_out(config, audit):
             raise FederationError(
                 f"nodes {sorted(silent)} did not answer the handshake within round-timeout-s = "
                 f"{config.federation.round_timeout_s:g} s"
             )
-    admitted = admit(handshakes, config)
+    admitted = admit(handshakes, config, audit)
     if config.federation.failures == "strict":
         check_all_clients(admitted)
     if len(admitted) < config.federation.min_nodes:
@@ -70,7 +71,7 @@ def register_nodes(grid: Grid, config: Config) -> dict[int, wire.Handshake]:
 
 
 @contextmanager
-def leave_out(config: Config) -> Iterator[None]:
+def leave_out(config: Config, audit: AuditLog) -> Iterator[None]:
     """Turn a FederationError inside the block into a warning that a node is left out, if failures are tolerated."""
     try:
         yield
@@ -79,15 +80,16 @@ def leave_out(config: Config) -> Iterator[None]:
             raise
         log(WARNING, "a node is left out: %s", error)
         emit("note", text=f"a node is left out: {error}")
+        audit.leave_out(str(error))
 
 
-def admit(handshakes: Mapping[int, wire.Handshake], config: Config) -> dict[int, wire.Handshake]:
+def admit(handshakes: Mapping[int, wire.Handshake], config: Config, audit: AuditLog) -> dict[int, wire.Handshake]:
     """Return the nodes that fit together; labels and number of clients are those that most nodes have."""
     votes = Counter((handshake.num_clients, tuple(handshake.label_names)) for handshake in handshakes.values())
     usual = max(votes, key=votes.__getitem__, default=(0, ()))
     admitted: dict[int, wire.Handshake] = {}
     for node, handshake in handshakes.items():
-        with leave_out(config):
+        with leave_out(config, audit):
             check_node(node, handshake, admitted, usual, config)
             admitted[node] = handshake
     return admitted
@@ -122,7 +124,9 @@ def read(reply: Message) -> wire.Handshake:
         raise FederationError(f"node {node} sent an unreadable handshake: {error!r}") from error
 
 
-def admit_late_nodes(grid: Grid, config: Config, nodes: dict[int, wire.Handshake]) -> dict[int, wire.Handshake]:
+def admit_late_nodes(
+    grid: Grid, config: Config, nodes: dict[int, wire.Handshake], audit: AuditLog
+) -> dict[int, wire.Handshake]:
     """Return `nodes` and the nodes that have connected since; an invalid one is left out with a warning.
 
     A node without a key comes back under another id: it replaces the one that is gone.
@@ -141,6 +145,7 @@ def admit_late_nodes(grid: Grid, config: Config, nodes: dict[int, wire.Handshake
             check_node(node, handshake, others, (known.num_clients, tuple(known.label_names)), config)
         except FederationError as error:
             log(WARNING, "a late node is left out: %s", error)
+            audit.leave_out(str(error))
             continue
         admitted = others | {node: handshake}
         log(INFO, "node %s (partition-id %s) has joined", node, handshake.partition)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import ConfigError, PrivacyConfig
-from copra_fl.files import DamagedFile, append_line
+from copra_fl.files import DamagedFile, append_line, atomic_write
 from copra_fl.records import DamagedRecord, PrivacySpent
 
 LEDGER = "privacy.jsonl"
@@ -29,6 +29,8 @@ class PrivacyBudget:
         spent = read_ledger(self._ledger)
         if len(spent) < num_rounds:
             raise DamagedFile(self._ledger, f"it has {len(spent)} releases, and the run has {num_rounds} rounds")
+        if spent:  # without half a line at the end: the next release begins a new one
+            atomic_write(self._ledger, "".join(spending.to_json() + "\n" for spending in spent))
         self._releases = [Release(spending.sampling_rate, spending.noise_multiplier) for spending in spent]
 
     def check(self, sampling_rate: float, num_rounds: int) -> None:

@@ -27,7 +27,7 @@ from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.events import emit
 from copra_fl.files import DamagedFile, atomic_write
 from copra_fl.records import RecordError
-from server import federation
+from server import audit, federation
 from server.errors import FederationError
 from server.journal import Journal
 
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     directory = Path(output or f"runs/{context.run_id}").absolute()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(directory / ".lock", timeout=LOCK_TIMEOUT):
+        with audit.stops_recorded(directory), FileLock(directory / ".lock", timeout=LOCK_TIMEOUT):
             for run_directory, config in planned_runs(directory, flat, resume):
                 log(INFO, "run folder: %s", run_directory)
                 run(grid, config, run_directory)

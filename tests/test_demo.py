@@ -21,7 +21,7 @@ METHODS = ["lora", "copra", "kept-moments"]
 def test_the_demo_uses_the_learning_rates_that_its_study_has_chosen() -> None:
     recipe = Recipe.read("demo", [])
     (cell,) = studies()["demo-demo"][1].cells
-    assert METHODS == [method for method in cell.methods if method in METHODS]
+    assert [method for method in cell.methods if method in METHODS] == METHODS
     for method, rate in cell.rates.items():
         assert recipe.config(method).training.learning_rate == rate.chosen
 

@@ -107,7 +107,8 @@ def test_each_container_mounts_its_own_keys_and_none_the_ca_s(deployment: Path) 
 def test_a_client_s_folder_runs_alone_on_another_machine(deployment: Path) -> None:
     (service,) = services_in(deployment / "clients/client-2" / NAME).values()
     assert "--superlink=fl.example.org:8443" in service["command"] and "build" not in service
-    assert {volume.split(":")[0] for volume in service["volumes"]} == {"./tls", "./peers", "./data", "./state"}
+    mounted = {"./tls", "./peers", "./data", "./policy", "./state"}
+    assert {volume.split(":")[0] for volume in service["volumes"]} == mounted
     assert (deployment / "clients/client-2/.env").read_text() == "COPRA_FL_CLIENTS=3\n"
 
 

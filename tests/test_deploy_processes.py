@@ -29,6 +29,8 @@ from transformers import AutoModel
 from copra_fl.config import toml_value
 from copra_fl.deployment import certificates
 from copra_fl.deployment.layout import DeploymentLayout
+from copra_fl.deployment.registration import fingerprint
+from copra_fl.records import AuditEvent, read_records
 from copra_fl.simulation.superlink import copy_app, free_port
 from tests.support.real_runs import HANG_SECONDS
 
@@ -243,6 +245,15 @@ def test_metrics_and_log_agree_with_the_journal(deployment: Processes, cold: Pat
     assert [(line["round"], line["bytes_up"]) for line in rounds] == [
         (row["round"], row["bytes_up"]) for row in map(json.loads, journal)
     ]
+
+
+def test_the_audit_log_names_the_nodes_by_their_keys(deployment: Processes, cold: Path) -> None:
+    events, _ = read_records(AuditEvent, [cold.parent / "audit.jsonl"])
+    of_run = [event for event in events if event.run == cold.name]
+    assert [event.event for event in of_run] == ["started", "admitted", "admitted", "finished"]
+    named = {event.node.name: event.node.fingerprint for event in of_run if event.node}
+    keys = {name: (deployment.layout.nodes / f"{name}.pub").read_text() for name in ("client-0", "client-1")}
+    assert named == {name: fingerprint(key) for name, key in keys.items()}
 
 
 def test_a_warm_process_answers_all_of_a_run_and_one_that_is_killed_is_replaced(

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import click
 import pytest
 
+from clients.policy import KEYS as POLICY_KEYS
 from copra_fl.cli.config import all_keys
 from copra_fl.simulation.study import TUNING_KEYS
 from tests.support.command_line import all_commands, root_command
@@ -317,7 +318,7 @@ def test_settings_in_toml_blocks_exist(page: str) -> None:
     """In tables of a study the last part of a key is a setting, or a key of its tuning."""
     for block in blocks(page, "toml"):
         keys = {key.rpartition(".")[2] if key.startswith("study.") else key for key in flatten(tomllib.loads(block))}
-        assert keys - KEYS - set(TUNING_KEYS) == set()
+        assert keys - KEYS - set(TUNING_KEYS) - POLICY_KEYS.keys() == set()
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -332,4 +333,4 @@ def test_keys_that_the_pages_set_exist() -> None:
     """Settings in backticks such as `rank = 8` or `dp-clip > 0`, outside of tables of other programs."""
     for page in [*PAGES, *ROOT_PAGES]:
         for key in re.findall(r"`([a-z][a-z0-9.-]+) (?:=|>) [^`]+`", page.read_text(encoding="utf-8")):
-            assert key in KEYS or "labels" in key, f"{page.name}: {key}"
+            assert key in KEYS or key in POLICY_KEYS or "labels" in key, f"{page.name}: {key}"

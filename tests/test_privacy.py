@@ -315,8 +315,10 @@ def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Pa
     with ledger.open("a") as file:
         file.write('{"epsilon": 3')
     assert len(read_ledger(ledger)) == 1
-    with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: it has 1 releases, and the run has 2 rounds"):
-        PrivacyBudget(tmp_path, settings, 2)
+    PrivacyBudget(tmp_path, settings, 1).charge(1.0)
+    assert len(read_ledger(ledger)) == 2, "the next line is whole"
+    with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: it has 2 releases, and the run has 3 rounds"):
+        PrivacyBudget(tmp_path, settings, 3)
     ledger.write_text("{\n" + ledger.read_text())
     with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: not valid JSON"):
         PrivacyBudget(tmp_path, settings, 1)

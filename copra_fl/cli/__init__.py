@@ -17,6 +17,7 @@ from copra_fl.cli.chat import chat
 from copra_fl.cli.clean import clean
 from copra_fl.cli.compare import compare
 from copra_fl.cli.config import config
+from copra_fl.cli.deploy_audit import audit
 from copra_fl.cli.probe_prune import prune
 from copra_fl.cli.probe_shapley import shapley
 from copra_fl.cli.recipes import recipes
@@ -65,6 +66,7 @@ probe.app.command()(prune)
 probe.app.command()(shapley)
 deploy.app.command()(deploy_run.run)
 deploy.app.command()(deploy_run.status)
+deploy.app.command()(audit)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(probe.app, name="probe")
 app.add_typer(assets.app, name="assets")

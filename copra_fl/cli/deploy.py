@@ -50,6 +50,7 @@ def init(
     if layout.root.exists() and any(layout.root.iterdir()) and not layout.exists:
         raise ConfigError(f"{directory} is not empty and holds no deployment; name a new folder")
     layout.make_folders(clients)
+    layout.make_policies(clients)
     if not insecure:
         certificates.make_ca(layout)
         certificates.make_server_certificate(layout, hosts)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shlex
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Annotated, Any
@@ -11,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from copra_fl import provenance
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.cli.report import show_results
@@ -19,8 +24,11 @@ from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.runs import COMPLETED, choose_name, submit
+from copra_fl.files import append_line
+from copra_fl.records import AuditEvent
+from copra_fl.records.audit import now
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.superlink import RunFailed
+from copra_fl.simulation.superlink import RunFailed, app_directory
 
 
 def run(
@@ -53,6 +61,7 @@ def run(
 
     from copra_fl.trackers.feed import Tracking  # slow to import
 
+    record_submission(layout, config, run_folder.name)
     try:
         with closing(Tracking(track or [], [run_folder], console)) as tracking:
             status = submit(compose_command, config, run_folder.name, resume, tracking.update)
@@ -66,6 +75,34 @@ def run(
             f"{resume_command}"
         )
     show_results(run_folder, console, as_json)
+
+
+def record_submission(layout: DeploymentLayout, config: Config, run: str) -> None:
+    """Append to the deployment's audit log who submits the `run`, from where, and with which command."""
+    from copra_fl.aggregation.compatibility import with_explicit_parameters  # slow to import
+
+    event = AuditEvent(
+        time=now(),
+        event="submitted",
+        run=run,
+        config_digest=with_explicit_parameters(config).digest,
+        source_digest=provenance.library_digest(app_directory() / "clients"),
+        user=user_name(),
+        host=socket.gethostname(),
+        command=shlex.join(["copra-fl", *sys.argv[1:]]),
+    )
+    append_line(layout.audit_logs[0], event.to_json())
+
+
+def user_name() -> str:
+    """Return the name of the user who runs this process; under sudo also that of the user who called sudo."""
+    number = os.getuid()
+    try:
+        name = pwd.getpwuid(number).pw_name
+    except KeyError:
+        name = str(number)
+    caller = os.environ.get("SUDO_USER") if number == 0 else None
+    return f"{name} (sudo by {caller})" if caller else name
 
 
 def check_combinations(config: Config) -> None:

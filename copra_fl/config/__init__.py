@@ -31,6 +31,7 @@ from copra_fl.config.sections import (
     TrainingConfig,
 )
 from copra_fl.config.toml import csv_line, csv_list, flatten, parse_override, read_toml, toml_value
+from copra_fl.files import digest_of
 
 __all__ = [
     "BY_LABEL",
@@ -111,6 +112,11 @@ class Config:
         """Return every key with its value: the inverse of `from_flat`. Of rule parameters those that are given."""
         values = {name: getattr(getattr(self, key.owner), key.attribute) for name, key in KEYS.items()}
         return values | dict(self.rule_parameters)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of `to_flat`, which names the configuration in audit logs."""
+        return digest_of(self.to_flat())
 
     def to_toml(self) -> str:
         """Return `to_flat` as TOML."""

@@ -8,13 +8,15 @@
     server/nodes/client-0.pub   public keys of the nodes that may connect
     server/data/                the server's data files, mounted read-only
     server/state/               Flower's database, the `flwr` connection to the SuperLink, the cache
-    runs/                       one folder per run
+    runs/                       one folder per run, and the audit log of the server app
+    audit.jsonl                 the submitted runs
     clients/client-0/           everything that this client's machine needs:
         docker-compose.yml .env   this client alone, for a machine of its own
         tls/                      ca.crt, node.key
         peers/                    public keys of all nodes, for secure aggregation; mounted read-only
         data/                     its data files, mounted read-only
-        state/                    its cache, and the state that it keeps from round to round
+        policy/policy.toml        its policy, mounted read-only
+        state/                    its cache, the state that it keeps from round to round, and its audit log
 
 Private keys have mode 0600, folders 0700. The user who makes the folder owns it, and the containers run as that user.
 If root makes it, the files belong to the image's own user instead, so that no container runs as root.
@@ -28,6 +30,21 @@ from pathlib import Path
 
 from copra_fl.config import ConfigError
 
+#: name of an audit log
+AUDIT = "audit.jsonl"
+#: the first content of a policy
+POLICY = """\
+# The policy of this site: docs/how-to/site-policy.md of copra-fl. Without a setting every run is allowed.
+# The node reads this file again for each message; without the file it rejects every run.
+#
+# models = "minilm"             # names, or the SHA-256 of the weights
+# tasks = "text-classification"
+# protection = "private"        # dp-clip above 0
+# max-epsilon = 8.0
+# min-examples = 100
+# max-rounds = 500              # of all runs together
+# max-mb-per-round = 50.0
+"""
 #: the user of the image (Dockerfile)
 IMAGE_USER = 10001
 
@@ -47,12 +64,20 @@ class ClientLayout:
         return self.root / "data"
 
     @property
+    def policy(self) -> Path:
+        return self.root / "policy" / "policy.toml"
+
+    @property
     def state(self) -> Path:
         return self.root / "state"
 
     @property
     def peers(self) -> Path:
         return self.root / "peers"
+
+    @property
+    def audit(self) -> Path:
+        return self.state / "audit"
 
     @property
     def key(self) -> Path:
@@ -107,6 +132,11 @@ class DeploymentLayout:
     def runs(self) -> Path:
         return self.root / "runs"
 
+    @property
+    def audit_logs(self) -> tuple[Path, Path]:
+        """The audit logs: of the submitted runs, which no container can reach, and of the server app."""
+        return self.root / AUDIT, self.runs / AUDIT
+
     def client(self, number: int) -> ClientLayout:
         return ClientLayout(self.root / "clients" / client_name(number))
 
@@ -116,11 +146,17 @@ class DeploymentLayout:
         clients = [
             path
             for client in map(self.client, range(num_clients))
-            for path in (client.root, client.tls, client.peers, client.data, client.state)
+            for path in (client.root, client.tls, client.peers, client.data, client.policy.parent, client.state)
         ]
         for path in (self.root, self.runs, *server, self.root / "clients", *clients):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
+
+    def make_policies(self, num_clients: int) -> None:
+        """Write a policy that allows every run for each client without a policy."""
+        for client in map(self.client, range(num_clients)):
+            if not client.policy.exists():
+                client.policy.write_text(POLICY, encoding="utf-8")
 
     def give_to_image_user(self) -> None:
         """If root made the folder, give to the image's user the files that containers need.

@@ -7,6 +7,8 @@ removed. This module runs beside the SuperLink, with Flower's own command line a
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
 import os
@@ -53,6 +55,14 @@ def read_known(home: Path) -> dict[str, dict[str, str]]:
     """Return name -> id and public key of the registered nodes; `home` is the SuperLink's FLWR_HOME."""
     path = home / KNOWN
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def fingerprint(key: str) -> str:
+    """Return the fingerprint of a public key in OpenSSH's format, as ``ssh-keygen -l`` prints it; empty without key."""
+    if not key:
+        return ""
+    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 def _write_known(known: dict[str, dict[str, str]]) -> None:

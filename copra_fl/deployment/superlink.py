@@ -9,6 +9,7 @@ It runs `flower-superlink` in this process, with these additions:
 - --nodes: once the SuperLink answers, the public keys in FOLDER are registered, and keys that disappear from FOLDER
   are unregistered. Without it, anyone may connect as a node (`deploy init --insecure`).
 - --metrics-port: metrics for Prometheus are served on PORT; those of runs come from the folder --runs.
+- The server app appends to the audit log in the folder --runs.
 - Logs have the format of COPRA_FL_LOG, and include the logs of ServerApps.
 """
 
@@ -26,7 +27,9 @@ import uvicorn
 
 from copra_fl import logs
 from copra_fl.deployment.api_gate import ApiGate
+from copra_fl.deployment.layout import AUDIT
 from copra_fl.deployment.registration import keep_registered
+from copra_fl.records.audit import VARIABLE
 
 
 def main() -> None:
@@ -55,6 +58,7 @@ def main() -> None:
     logs.configure()
     if sys.platform == "linux":
         os.environ[logs.COPY_VARIABLE] = f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}"
+    os.environ[VARIABLE] = str(options.runs / AUDIT)
     if options.metrics_port:
         from copra_fl.deployment import metrics  # slow to import
 

@@ -1,9 +1,10 @@
-"""Records: the schema of the JSON files in the folders of runs, comparisons and studies.
+"""Records: the schema of the JSON files in the folders of runs, comparisons and studies, and of audit logs.
 
 The server writes those of a run (`server.journal`), `copra_fl.reporting` writes the others and reads all of them;
 nothing else parses these files. A field that was not measured is None or empty, never absent.
 """
 
+from copra_fl.records.audit import AuditedNode, AuditEvent, NodeRecord, read_records
 from copra_fl.records.comparison import (
     ComparedSettings,
     ComparisonSummary,
@@ -43,6 +44,8 @@ from copra_fl.records.study import (
 
 __all__ = [
     "AggregationError",
+    "AuditEvent",
+    "AuditedNode",
     "CellResults",
     "ChosenRate",
     "ClientEvaluation",
@@ -59,6 +62,7 @@ __all__ = [
     "MergeGap",
     "MetricEstimates",
     "MissingClient",
+    "NodeRecord",
     "Origin",
     "Passes",
     "PrivacySpent",
@@ -74,4 +78,5 @@ __all__ = [
     "Tier",
     "UnfinishedRun",
     "read_lines",
+    "read_records",
 ]
