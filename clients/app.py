@@ -4,6 +4,12 @@
     train     train the cohort from the global adapter and return its updates
     evaluate  evaluate the global adapter on each client's own validation data
 
+With secure aggregation (`clients.secure_handlers`) also, around the training:
+
+    query.keys      sign fresh public keys
+    query.shares    share the secrets behind them among the neighbours
+    query.unmask    reveal shares, so that the masks can be removed from the sum
+
 Nothing large is imported before the first message: in a simulation the server's process imports this module too, and
 starts Ray only afterwards. If the node config has `warm-process`, this process imports nothing large at all: the node's
 warm process answers. If there can be none, this process does.
@@ -36,6 +42,21 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     return _answer("evaluate", message, context)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    return _answer("keys", message, context)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    return _answer("shares", message, context)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    return _answer("unmask", message, context)
 
 
 def _answer(handler: str, message: Message, context: Context) -> Message:

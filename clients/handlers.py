@@ -17,6 +17,7 @@ from copra_fl import startup
 
 startup.prepare()
 
+from clients import secure_handlers
 from clients.audit import AuditLog
 from clients.client_state import ClientState, ClientStateStore
 from clients.node_config import NodeConfig, Rejected
@@ -150,6 +151,8 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     plan, engine, data, server_state = _open(node, content, context)
     config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
     delta = wire.unpack_delta(content)
+    secure = config.privacy.secure_aggregation
+    upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
     previous = {client: store.read(client, plan.server_round) for client in plan.clients}
     corrections: dict[int, Adapter] = {}
@@ -166,12 +169,18 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
 
     sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
     errors = {client: state.quantization_error for client, state in previous.items()}
-    buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
-    if server_state.control and updates:
+    buffers: dict[str, Arrays] = {}
+    if upload:
+        shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
+        start = sent_starts[plan.clients[0]]
+        buffers["masked"] = upload.pack(plan, shared, start, group_of, len(engine.model.gates.names))
+    else:
+        buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
+    if server_state.control and updates and not upload:
         changes = {update.client: _minus(update.gradient, previous[update.client].control) for update in updates}
         changed = [replace(update, adapter=changes[update.client]) for update in updates]
         buffers["controls"] = encode(changed, sent_starts, group_of, "float32")
-    if server_state.optimizer and updates:
+    if server_state.optimizer and updates and not upload:
         for kind in moment_kinds(config.training):
             moments = [replace(update, adapter=update.optimizer.get(kind, {})) for update in updates]
             buffers[kind] = encode(moments, sent_starts, group_of, config.federation.moments_dtype)
@@ -368,4 +377,7 @@ HANDLERS: dict[str, Callable[[RecordDict, Context], RecordDict]] = {
     "handshake": handshake,
     "train": train,
     "evaluate": evaluate,
+    "keys": secure_handlers.keys,
+    "shares": secure_handlers.shares,
+    "unmask": secure_handlers.unmask,
 }

@@ -5,6 +5,9 @@
     model-path                      where the base model is stored on this node; by default the run's ``model``
     policy-path                     the node's policy (`clients.policy`); without it every run is allowed
     audit-path                      folder of the node's audit log (`clients.audit`); without it nothing is logged
+    node-key                        the node's private key, which signs its keys of secure aggregation
+    peers                           folder with the public keys of all nodes, client-0.pub and so on: secure aggregation
+                                    with these only
 
 Only counts leave a node with its own data. An error message can quote a text, a label or a file name, so such a node
 sends only the type of the error and its place in the source code; the node's log has the full message.
@@ -19,16 +22,17 @@ from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 
 from clients.warm_cache import open_data, open_own_data
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
+from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
 
-#: kinds of paths in a node config, in the order of the fields of `NodeConfig`
-PATHS = ("data", "model", "policy", "audit")
+#: paths in a node config, in the order of the fields of `NodeConfig`
+PATHS = ("data-path", "model-path", "policy-path", "audit-path", "node-key", "peers")
 #: innermost calls of an error that a public message names
 NUM_FRAMES = 3
 
@@ -47,6 +51,8 @@ class NodeConfig:
         model_path: the node's copy of the base model; empty without one.
         policy_path: the file of the node's policy; empty without one.
         audit_path: the folder of the node's audit log; empty without one.
+        node_key: file of the node's private key; empty without one.
+        peers: folder with the public keys of all nodes; empty: any node may take part in secure aggregation.
     """
 
     partition: int
@@ -55,6 +61,8 @@ class NodeConfig:
     model_path: str = ""
     policy_path: str = ""
     audit_path: str = ""
+    node_key: str = ""
+    peers: str = ""
 
     @classmethod
     def of(cls, context: Context) -> NodeConfig:
@@ -66,8 +74,8 @@ class NodeConfig:
                 f"its node config has partition-id = {partition!r} and num-partitions = {num_partitions!r}; set both, "
                 "for example 'partition-id=0 num-partitions=2' on the first of two nodes"
             )
-        data, model, policy, audit = (str(settings.get(f"{name}-path", "")) for name in PATHS)
-        return cls(partition, num_partitions, data, model, policy, audit)
+        paths = (str(settings.get(name, "")) for name in PATHS)
+        return cls(partition, num_partitions, *paths)
 
     def adapt(self, config: Config) -> Config:
         """Return the run's configuration with this node's path of the base model."""
@@ -90,6 +98,31 @@ class NodeConfig:
             )
         return open_data(config)
 
+    def identity(self, node_state: RecordDict, run: str) -> bytes:
+        """Return the private key that signs for this node: its own, else one made for the run and kept in its state."""
+        if self.node_key:
+            return Path(self.node_key).read_bytes()
+        record = node_state.config_records.get("secure-identity", ConfigRecord())
+        if record.get("run") != run:
+            record = ConfigRecord({"run": run, "key": new_identity()})
+            node_state["secure-identity"] = record
+        key = record["key"]
+        assert isinstance(key, bytes)
+        return key
+
+    def peer_keys(self) -> dict[int, bytes] | None:
+        """Return partition-id -> public key of the nodes that may take part in secure aggregation; None: any.
+
+        Raises Rejected for a folder without keys.
+        """
+        if not self.peers:
+            return None
+        files = {path.stem.rpartition("-")[2]: path for path in Path(self.peers).glob("*.pub")}
+        keys = {int(number): normal_identity(path.read_bytes()) for number, path in files.items() if number.isdigit()}
+        if not keys:
+            raise Rejected("secure aggregation: its folder of peers has no public key; repeat copra-fl deploy init")
+        return keys
+
     @contextmanager
     def redact_errors(self) -> Iterator[None]:
         """Replace errors inside the block by Rejected with their public message, on a node with its own data."""
@@ -104,8 +137,9 @@ class NodeConfig:
 
     def without_paths(self, message: str) -> str:
         """Return `message` with the names of this node's paths in place of the paths."""
-        for name, path in zip(PATHS, (self.data_path, self.model_path, self.policy_path, self.audit_path), strict=True):
-            message = message.replace(path, f"{name}-path") if path else message
+        paths = (self.data_path, self.model_path, self.policy_path, self.audit_path, self.node_key, self.peers)
+        for name, path in zip(PATHS, paths, strict=True):
+            message = message.replace(path, name) if path else message
         return message
 
     def public_message(self, error: BaseException) -> str:

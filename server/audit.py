@@ -43,7 +43,9 @@ class AuditLog:
         known = {node["id"]: (name, node["key"]) for name, node in registered.items()}
         for node in sorted(nodes.keys() - self._admitted):
             name, key = known.get(str(node), ("", ""))
-            audited = AuditedNode(id=node, partition=nodes[node].partition, name=name, fingerprint=registration.fingerprint(key))
+            audited = AuditedNode(
+                id=node, partition=nodes[node].partition, name=name, fingerprint=registration.fingerprint(key)
+            )
             self._write("admitted", config_digest=config.digest, node=audited)
         self._admitted |= nodes.keys()
 

@@ -8,6 +8,7 @@ from logging import INFO
 from math import isfinite
 from typing import TypeVar
 
+import numpy as np
 from flwr.app import Message
 from flwr.common.logger import log
 
@@ -26,6 +27,7 @@ from copra_fl.aggregation.checking import (
 from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.aggregation.ranks import as_global
+from copra_fl.aggregation.secure_sums import vector_size
 from copra_fl.config import Config
 from copra_fl.records import ClientEvaluation
 from copra_fl.training.plan import expected_update
@@ -56,6 +58,7 @@ class TrainReply:
         controls: client -> change of its control variate; empty without control variates.
         pooled: the clients of the pooled update, which has the number of the first.
         lengths: kind of buffer -> client of each update in it -> Euclidean norm: of changes, or of moments.
+        masked: the node's masked vector (size,) uint64, with secure aggregation in place of `averaged`.
     """
 
     updates: list[Update]
@@ -63,6 +66,7 @@ class TrainReply:
     controls: dict[int, Adapter] = field(default_factory=dict)
     pooled: tuple[int, ...] = ()
     lengths: dict[str, dict[int, float]] = field(default_factory=dict)
+    masked: np.ndarray | None = None
 
     def without(self, clients: Iterable[int]) -> TrainReply:
         """Return the reply without `clients`; with the first of the pooled ones all of them go."""
@@ -113,14 +117,15 @@ def read_replies(
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
     """Return an upper limit for the size of a reply.
 
-    It has tensors in float32, as many controls and moments, Gram matrices, and reports.
+    It has tensors in float32, as many controls and moments, Gram matrices, and reports; or a masked vector of 64-bit
+    numbers, whose weights are less than the reports may be.
     """
     starts = [request.starts.get(client, {}) for client in cohort]
     num_values = sum(tensor.numel() for start in starts for tensor in start.values())
     num_values *= 1 + request.has_control + len(request.moments)
     if request.has_grams:
         num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
-    return 4 * num_values + REPORT_BYTES * len(cohort)
+    return (8 if request.is_masked else 4) * num_values + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -136,6 +141,10 @@ def decode_updates(
         check_scalars(update, expected_update(run.config, run.num_groups, num_examples[update.client]))
         if unreported := sorted(METRICS - update.metrics.keys()):
             raise BadUpdate(f"client {update.client} does not report {', '.join(unreported)}")
+    if request.is_masked:
+        start = next(iter(request.starts.values()))
+        size = vector_size(start, run.config.aggregation.weighting, run.num_groups)
+        return TrainReply(updates, averaged=[], masked=wire.unpack_masked(content, size))
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]
 

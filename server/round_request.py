@@ -25,6 +25,7 @@ class RoundRequest:
         moments: names of the optimizer's moments that clients also send.
         ages: client -> age in rounds of the global adapter that it starts from.
         apart: clients that do not start from the newest global adapter.
+        is_masked: whether each node sends one masked vector (`server.secure_round`) in place of all buffers.
     """
 
     server_round: int
@@ -37,6 +38,7 @@ class RoundRequest:
     moments: tuple[str, ...] = ()
     ages: Mapping[int, int] = field(default_factory=dict)
     apart: frozenset[int] = frozenset()
+    is_masked: bool = False
 
     @property
     def clients(self) -> list[int]:

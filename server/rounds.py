@@ -18,6 +18,7 @@ from server.eval_selection import is_evaluated, merge_gap_clients, path_pairs
 from server.evaluator import Evaluator
 from server.messaging import exchange
 from server.round_request import RoundRequest
+from server.secure_round import SecureRound
 from server.strategy import CohortStrategy, TrainResult
 
 
@@ -42,17 +43,23 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Roun
     started = time.perf_counter()
     request, messages = strategy.configure_train(server_round)
     emit("round", round=server_round, clients=len(request.clients))
+    secure = None
+    if request.is_masked:
+        secure = SecureRound(grid, strategy.run, request, strategy.partitions, strategy.num_examples)
+        messages = secure.open(messages)
     replies = exchange(
         grid, messages, strategy.run.config.federation.round_timeout_s, request.enough,
         on_replies=lambda replies: emit("replied", clients=request.num_answered(replies)),
     )  # fmt: skip
-    result = strategy.aggregate_train(request, replies)
+    result = strategy.aggregate_train(request, replies, secure)
+    bytes_down = sum(wire.num_bytes(message.content) for message in messages)
+    bytes_up = sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content())
     return RoundTraining(
         request,
         result,
         seconds=time.perf_counter() - started,
-        bytes_down=sum(wire.num_bytes(message.content) for message in messages),
-        bytes_up=sum(wire.num_bytes(reply.content) for reply in replies if reply.has_content()),
+        bytes_down=bytes_down + (secure.bytes_down if secure else 0),
+        bytes_up=bytes_up + (secure.bytes_up if secure else 0),
     )
 
 

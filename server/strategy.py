@@ -29,6 +29,7 @@ from server.placement import place
 from server.replies import CHANGES, check_missing, decode_evaluations, decode_updates, read_replies, without_outliers
 from server.round_request import RoundRequest
 from server.run_context import RunContext
+from server.secure_round import SecureRound
 from server.state_sync import StateSync
 
 
@@ -60,6 +61,7 @@ class CohortStrategy:
         run: settings that stay the same in all rounds.
         state: state that passes from round to round; `aggregate_train` replaces it.
         hosts: node -> clients that it can host.
+        partitions: node -> its partition-id.
         num_examples: client -> training examples.
         num_validation: client -> validation examples, of clients that have any.
     """
@@ -73,6 +75,7 @@ class CohortStrategy:
     def set_nodes(self, nodes: Mapping[int, wire.Handshake]) -> None:
         """Replace the nodes that take part."""
         by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
+        self.partitions = {node: handshake.partition for node, handshake in by_partition.items()}
         self.hosts = {node: handshake.num_examples.keys() for node, handshake in by_partition.items()}
         counts = {client: count for handshake in nodes.values() for client, count in handshake.counts.items()}
         self.num_examples = {client: train for client, (train, _) in counts.items()}
@@ -108,11 +111,14 @@ class CohortStrategy:
             moments=moment_kinds(config.training) if self.state.optimizer else (),
             ages=ages_of,
             apart=frozenset(client for client in clients if ages_of[client] or has_own_start(config, number)),
+            is_masked=config.privacy.secure_aggregation,
         )
         return request, self.messages(request, number, MessageType.TRAIN)
 
-    def aggregate_train(self, request: RoundRequest, replies: Sequence[Message]) -> TrainResult:
-        """Aggregate the replies and replace the state.
+    def aggregate_train(
+        self, request: RoundRequest, replies: Sequence[Message], secure: SecureRound | None = None
+    ) -> TrainResult:
+        """Aggregate the replies and replace the state; `secure` unmasks the sum of masked vectors.
 
         Raises FederationError if a client failed (strict) or too few replied (tolerant).
         """
@@ -120,7 +126,7 @@ class CohortStrategy:
         results, missing = read_replies(self.run, request, replies, decode)
         self._update_sync(request, results)
         kept, outlying = without_outliers(self.run.config, results)
-        missing = dict(sorted((missing | outlying).items()))
+        missing = dict(sorted((missing | outlying | (secure.missing if secure else {})).items()))
         node_replies = list(kept.values())
         updates = [update for reply in node_replies for update in reply.updates]
         updates.sort(key=lambda update: update.client)
@@ -129,7 +135,7 @@ class CohortStrategy:
             self.run,
             request.server_round,
             self.state,
-            [update for reply in node_replies for update in reply.averaged],
+            secure.unmask(kept) if secure else [update for reply in node_replies for update in reply.averaged],
             [control for reply in node_replies for control in reply.controls.values()],
             len(self.eligible),
         )
@@ -139,7 +145,8 @@ class CohortStrategy:
         lengths = {
             client: length for reply in node_replies for client, length in reply.lengths.get(CHANGES, {}).items()
         }
-        return TrainResult(updates, missing, loss, aggregated.error, aggregated.notes, lengths)
+        notes = aggregated.notes | (secure.notes if secure else {})
+        return TrainResult(updates, missing, loss, aggregated.error, notes, lengths)
 
     def restore(self, state: ServerState) -> None:
         """Replace the state by an earlier one; nodes get all of it with the next message."""

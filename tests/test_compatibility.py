@@ -17,6 +17,8 @@ Settings = dict[str, Any]
 LORA = {"local-training": "lora"}
 PRIVATE = {"dp-clip": 1.0, "weighting": "equal"}
 TWO = {"dataset": "a.csv, b.csv", "num-clients": 4}
+SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
+          "max-update-ratio": 0.0}  # fmt: skip
 NO_DATA = {"dataset": "", "partitioner": "own", "labels": "a,b"}
 CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 
@@ -96,6 +98,34 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         {"over-sample": 0.0},
         "another would take its place; use over-sample = 0",
     ),
+    (
+        SECURE | {"rule": "median"},
+        {"rule": "rolora"},
+        "rule = 'median' does not combine with secure-aggregation = true",
+    ),
+    (SECURE | {"rule": "ffa-lora-gram"}, {"rule": "ffa-lora"}, "Gram matrices would travel without masks"),
+    (SECURE | {"updates": "individual"}, {"updates": "pooled"}, "needs updates = 'pooled', not 'individual'"),
+    (SECURE | {"uplink-dtype": "int8"}, {"uplink-dtype": "float32"}, "64-bit fixed-point numbers"),
+    (SECURE | {"weighting": "equal"}, {"weighting": "activity"}, "updates are pooled by examples"),
+    (SECURE | {"max-update-norm": 0.0}, {"max-update-norm": 10.0}, "it bounds the fixed-point numbers"),
+    (SECURE | {"max-update-ratio": 100.0}, {"max-update-ratio": 0.0}, "does not know the length of single updates"),
+    (
+        SECURE | {"over-sample": 0.5, "failures": "tolerant"},
+        {"over-sample": 0.0},
+        "the slowest nodes would count as dropped out",
+    ),
+    (
+        SECURE | {"merge-gap-clients": 4},
+        {"merge-gap-clients": 0},
+        "merge-gap-clients = 4 .* of single clients",
+    ),
+    (SECURE | {"path-pairs": 2}, {"path-pairs": 0}, "path-pairs = 2 .* adapters of single clients"),
+    (SECURE | {"control-variates": True}, {"control-variates": False}, "control variates would travel without masks"),
+    (SECURE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments would travel without masks"),
+    (SECURE | {"start": "own"}, {"start": "common"}, "updates from different starts are not pooled"),
+    (SECURE | {"stale-clients": 0.5}, {"stale-clients": 0.0}, "stale-clients = 0.5 .* different starts are not pooled"),
+    (SECURE | TWO, {"dataset": "a.csv"}, "several data sets. does not combine with secure-aggregation"),
+    (SECURE | PRIVATE, {"dp-clip": 0.0, "weighting": "examples"}, "dp-clip = 1 does not combine with secure-aggregat"),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
     (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
     ({"task": "image-classification", "duplicates": "near"}, {"duplicates": "exact"}, "compares texts"),
@@ -135,6 +165,7 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
         *compatibility._start_conflicts(config, rule),
         *compatibility._optimizer_conflicts(config),
         *compatibility._privacy_conflicts(config, rule),
+        *compatibility._secure_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
         *compatibility._several_datasets_conflicts(config, rule, task),
     ]

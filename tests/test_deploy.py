@@ -80,6 +80,13 @@ def test_the_server_has_the_public_key_of_each_client(deployment: Path) -> None:
         assert derived.split()[:2] == stored.split()[:2] and derived.startswith("ecdsa-sha2-nistp384")
         publics.append(stored)
     assert len(set(publics)) == 3
+    signing = [
+        output_of("ssh-keygen", "-y", "-f", deployment / f"clients/client-{number}/tls/peer.key").split()[1]
+        for number in range(3)
+    ]
+    assert not set(signing) & {public.split()[1] for public in publics}, "code of a run can read it: a key of its own"
+    for client in (deployment / "clients").iterdir():
+        assert [path.read_text().split()[1] for path in sorted((client / "peers").iterdir())] == signing
 
 
 def test_only_the_owner_can_read_private_keys(deployment: Path) -> None:
@@ -116,7 +123,8 @@ def test_each_container_mounts_its_own_keys_and_none_the_ca_s(deployment: Path) 
 def test_a_client_s_folder_runs_alone_on_another_machine(deployment: Path) -> None:
     (service,) = services_in(deployment / "clients/client-2" / NAME).values()
     assert "--superlink=fl.example.org:8443" in service["command"] and "build" not in service
-    assert {volume.split(":")[0] for volume in service["volumes"]} == {"./tls", "./data", "./policy", "./state"}
+    mounted = {"./tls", "./peers", "./data", "./policy", "./state"}
+    assert {volume.split(":")[0] for volume in service["volumes"]} == mounted
     assert "networks" not in service, "it must reach the server over the network of its machine"
     assert (deployment / "clients/client-2/.env").read_text() == "COPRA_FL_CLIENTS=3\n"
 
@@ -154,7 +162,8 @@ def test_init_repeated_keeps_keys_and_registers_as_many_clients_as_asked(tmp_pat
     assert "removes the keys of client-1 and client-2" in refused and "--yes" in refused
     assert len(list((directory / "server/nodes").iterdir())) == 3, "without a terminal, only --yes removes a key"
     init(directory, "--clients", "1", "--yes")
-    assert [path.name for path in (directory / "server/nodes").iterdir()] == ["client-0.pub"]
+    for folder in ("server/nodes", "server/peers", "clients/client-0/peers"):
+        assert [path.name for path in (directory / folder).iterdir()] == ["client-0.pub"]
 
 
 def content_of(directory: Path) -> dict[str, bytes]:
@@ -290,7 +299,7 @@ def test_insecure_removes_tls_and_keys_completely(tmp_path: Path) -> None:
     for service in services.values():
         assert "--insecure" in service["command"] and "https" not in str(service["healthcheck"])
         assert service["build"] == services_in(ROOT / NAME)["superlink"]["build"], "packages still come over TLS"
-        assert not any("ssl" in word or "auth" in word or "certificates" in word for word in service["command"])
+        assert not any(word in str(service["command"]) for word in ("ssl", "auth", "certificates", "node-key", "peers"))
     secure = services_in(ROOT / NAME)
     assert not any("--insecure" in service["command"] for service in secure.values())
 

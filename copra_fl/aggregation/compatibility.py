@@ -48,6 +48,7 @@ def check(config: Config, task: TaskTraits) -> None:
         _start_conflicts(config, rule),
         _optimizer_conflicts(config),
         _privacy_conflicts(config, rule),
+        _secure_conflicts(config, rule) if config.privacy.secure_aggregation else [],
         _task_conflicts(config, task),
     )
     reasons = [reason for table in tables for applies, reason in table if applies]
@@ -294,6 +295,93 @@ def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
             private and over_sample > 0,
             f"{it} does not combine with over-sample = {over_sample:g}: if one client were missing, another would take "
             "its place; use over-sample = 0",
+        ),
+    ]
+
+
+def _secure_conflicts(config: Config, rule: Rule) -> Conflicts:
+    """Secure aggregation: the server learns the sum of the nodes' pooled updates, and no update of its own."""
+    federation, settings, evaluation = config.federation, config.aggregation, config.evaluation
+    it = "secure-aggregation = true"
+    return [
+        (
+            not rule.linear,
+            f"rule = {rule.name!r} does not combine with {it}: it needs the clients' own updates; use one of "
+            f"{_names(lambda other: other.linear and not other.grams)}",
+        ),
+        (
+            rule.grams,
+            f"rule = {rule.name!r} does not combine with {it}: Gram matrices would travel without masks; use one of "
+            f"{_names(lambda other: other.linear and not other.grams)}",
+        ),
+        (
+            federation.updates != "pooled",
+            f"{it} needs updates = 'pooled', not {federation.updates!r}: a node adds up its clients' updates first",
+        ),
+        (
+            federation.uplink_dtype != "float32",
+            f"uplink-dtype = {federation.uplink_dtype!r} does not combine with {it}: masked vectors are 64-bit "
+            "fixed-point numbers; use uplink-dtype = 'float32'",
+        ),
+        (
+            settings.weighting == "equal" and config.privacy.dp_clip == 0,
+            f"weighting = 'equal' does not combine with {it}: updates are pooled by examples; use weighting = "
+            "'examples' or 'activity'",
+        ),
+        (
+            federation.max_update_norm == 0,
+            f"max-update-norm = 0 does not combine with {it}: nodes check it for their clients, and it bounds the "
+            "fixed-point numbers; set max-update-norm",
+        ),
+        (
+            federation.max_update_ratio > 0,
+            f"max-update-ratio = {federation.max_update_ratio:g} does not combine with {it}: the server does not know "
+            "the length of single updates; use max-update-ratio = 0",
+        ),
+        (
+            federation.over_sample > 0,
+            f"over-sample = {federation.over_sample:g} does not combine with {it}: the slowest nodes would count as "
+            "dropped out in each round; use over-sample = 0",
+        ),
+        (
+            evaluation.merge_gap_clients > 0 and bool(config.data.dataset) and not rule.personal,
+            f"merge-gap-clients = {evaluation.merge_gap_clients} does not combine with {it}: the server would need "
+            "the adapters of single clients; use merge-gap-clients = 0",
+        ),
+        (
+            evaluation.path_pairs > 0 and bool(config.data.dataset) and not rule.personal,
+            f"path-pairs = {evaluation.path_pairs} does not combine with {it}: the server would need the adapters of "
+            "single clients; use path-pairs = 0",
+        ),
+        (
+            settings.control_variates,
+            f"control-variates = true does not combine with {it}: the changes of single clients' control variates "
+            "would travel without masks; use control-variates = false",
+        ),
+        (
+            config.training.optimizer_state == "shared",
+            f"optimizer-state = 'shared' does not combine with {it}: the clients' moments would travel without masks; "
+            "use optimizer-state = 'client'",
+        ),
+        (
+            federation.start == "own",
+            f"start = 'own' does not combine with {it}: updates from different starts are not pooled; use start = "
+            "'common'",
+        ),
+        (
+            federation.stale_clients > 0,
+            f"stale-clients = {federation.stale_clients:g} does not combine with {it}: updates from different starts "
+            "are not pooled; use stale-clients = 0",
+        ),
+        (
+            len(config.data.datasets) > 1,
+            f"dataset = {config.data.dataset!r} (several data sets) does not combine with {it}: their updates are not "
+            "pooled",
+        ),
+        (
+            config.privacy.dp_clip > 0,
+            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {it}: the server clips the changes of single "
+            "clients, which it would not see; use dp-clip = 0",
         ),
     ]
 

@@ -81,6 +81,7 @@ def init(
         first_new = earlier.clients if earlier and not earlier.insecure else 0
         certificates.share_ca(layout, options.clients)
         certificates.make_node_keys(layout, range(first_new, options.clients))
+        certificates.make_peer_keys(layout, options.clients)
         for path in surplus:
             path.unlink()
     compose.write(layout, app_directory(), options)

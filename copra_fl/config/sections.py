@@ -396,7 +396,19 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Client-level differential privacy."""
+    """Secure aggregation, and client-level differential privacy."""
+
+    secure_aggregation: bool = option(
+        False,
+        "nodes mask their pooled updates, so that the server learns their sum and no more (docs/how-to/privacy.md)",
+    )
+    secure_threshold: float = option(
+        2 / 3,
+        "secure-aggregation: share of the nodes of a round that must stay to its end; more is safer against nodes that "
+        "work with the server, less survives more failures",
+        above=0.5,
+        high=1,
+    )
 
     dp_clip: float = option(
         0.0, "norm that each client's change is clipped to (docs/how-to/privacy.md); 0: no privacy", low=0

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from copra_fl.config import ConfigError
-from copra_fl.deployment.layout import DeploymentLayout, write_mounted
+from copra_fl.deployment.layout import DeploymentLayout, client_name, write_mounted
 from copra_fl.files import atomic_write
 
 CA_DAYS = 3650
@@ -111,6 +111,20 @@ def make_node_keys(layout: DeploymentLayout, numbers: Iterable[int]) -> None:
             write_mounted(public, public_key(client.key))
 
 
+def make_peer_keys(layout: DeploymentLayout, num_clients: int) -> None:
+    """Make the missing key pairs with which nodes sign in secure aggregation, and forget those of removed clients."""
+    for number in range(num_clients):
+        client, public = layout.client(number), layout.peers / f"{client_name(number)}.pub"
+        if not client.peer_key.exists() and not public.exists():
+            make_node_key(client.peer_key)
+        if client.peer_key.exists() and not public.exists():
+            write_mounted(public, public_key(client.peer_key))
+    for public in layout.peers.glob("*.pub"):
+        if public.stem not in map(client_name, range(num_clients)):
+            public.unlink()
+    share_peer_keys(layout, num_clients)
+
+
 def share_ca(layout: DeploymentLayout, num_clients: int) -> None:
     """Copy the CA's certificate into the folders of the clients that have another one, or none."""
     certificate = (layout.tls / CERTIFICATES["ca"]).read_bytes()
@@ -118,6 +132,18 @@ def share_ca(layout: DeploymentLayout, num_clients: int) -> None:
         path = layout.client(number).tls / CERTIFICATES["ca"]
         if not path.exists() or path.read_bytes() != certificate:
             write_mounted(path, certificate)
+
+
+def share_peer_keys(layout: DeploymentLayout, num_clients: int) -> None:
+    """Give every client the public keys with which its peers sign in secure aggregation."""
+    keys = {path.name: path.read_bytes() for path in layout.peers.glob("*.pub")}
+    for peers in (layout.client(number).peers for number in range(num_clients)):
+        for path in peers.glob("*.pub"):
+            if path.name not in keys:
+                path.unlink()
+        for name, content in keys.items():
+            if not (peers / name).exists() or (peers / name).read_bytes() != content:
+                write_mounted(peers / name, content)
 
 
 def surplus_keys(layout: DeploymentLayout, num_clients: int) -> list[Path]:

@@ -27,6 +27,8 @@ SECURITY_OPTIONS = (
     "--ssl-", "--enable-supernode-auth", "--nodes=", "--root-certificates=", "--auth-supernode-private-key=",
     "--hide-keys",
 )  # fmt: skip
+#: node configuration of secure aggregation, which `--insecure` removes too
+KEYS_OF_PEERS = ' node-key="/tls/peer.key" peers="/peers"'
 #: prefix of the paths that containers mount
 DEPLOYMENT_FOLDER = "${COPRA_FL_DEPLOYMENT:-./deployment}"
 
@@ -105,6 +107,7 @@ def without_security(document: Document) -> Document:
     for service in document["services"].values():
         command = [option for option in service["command"] if not option.startswith(SECURITY_OPTIONS)]
         service["command"] = [*command, "--insecure"]
+        _replace(service["command"], KEYS_OF_PEERS, "")
         _replace(service["healthcheck"]["test"], "https://", "http://")
     return document
 

@@ -7,6 +7,7 @@
     ca.key                      signs server certificates; mounted into no container
     server/tls/                 ca.crt, server.crt, server.key
     server/nodes/client-0.pub   public keys of the nodes that may connect
+    server/peers/client-0.pub   public keys with which nodes sign for each other in secure aggregation
     server/data/                the server's data files, mounted read-only
     server/state/               Flower's database, the `flwr` connection to the SuperLink, the cache
     assets/                     models and data sets that the containers read, fetched by `copra-fl deploy run`
@@ -15,7 +16,8 @@
     audit.jsonl                 the submitted runs
     clients/client-0/           everything that this client's machine needs:
         docker-compose.yml .env   this client alone, for a machine of its own
-        tls/                      ca.crt, node.key
+        tls/                      ca.crt, node.key, peer.key
+        peers/                    copy of server/peers, mounted read-only
         data/                     its data files, mounted read-only
         policy/policy.toml        its policy, mounted read-only
         state/                    its cache, the state that it keeps from round to round, and its audit log
@@ -78,12 +80,21 @@ class ClientLayout:
         return self.root / "state"
 
     @property
+    def peers(self) -> Path:
+        return self.root / "peers"
+
+    @property
     def audit(self) -> Path:
         return self.state / "audit"
 
     @property
     def key(self) -> Path:
         return self.tls / "node.key"
+
+    @property
+    def peer_key(self) -> Path:
+        """The key with which the node signs for its peers in secure aggregation; code of a run can read it."""
+        return self.tls / "peer.key"
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,11 @@ class DeploymentLayout:
         return self.root / "server" / "nodes"
 
     @property
+    def peers(self) -> Path:
+        """Public keys of the clients' peer keys."""
+        return self.root / "server" / "peers"
+
+    @property
     def data(self) -> Path:
         return self.root / "server" / "data"
 
@@ -163,8 +179,11 @@ class DeploymentLayout:
         clients = [self.client(number) for number in range(num_clients)]
         for path in (self.root, self.root / "server", self.root / "clients", *(client.root for client in clients)):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mounted = (self.tls, self.nodes, self.data, self.state, self.assets, self.runs)
-        for path in (*mounted, *(path for client in clients for path in (client.tls, client.data, client.state))):
+        mounted = (self.tls, self.nodes, self.peers, self.data, self.state, self.assets, self.runs)
+        for path in (
+            *mounted,
+            *(path for client in clients for path in (client.tls, client.peers, client.data, client.state)),
+        ):
             _make_mounted(path)
         for client in clients:
             # A policy that was removed from its folder later stays away: without it the node rejects every run.

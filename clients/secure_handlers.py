@@ -1,0 +1,106 @@
+"""Handlers of secure aggregation: steps 1, 2 and 4 as messages of their own, step 3 as a part of the training.
+
+A node's secrets lie in its Flower state, which stays on the node. They are replaced in step 1 and deleted in step 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flwr.app import Context, RecordDict
+
+from clients.node_config import NodeConfig, Rejected
+from copra_fl import wire
+from copra_fl.adapters.compression import Arrays
+from copra_fl.adapters.state import Adapter, Update
+from copra_fl.aggregation.secure_sums import vector_of
+from copra_fl.secure_aggregation import node as protocol
+from copra_fl.secure_aggregation.errors import SecureAggregationError
+from copra_fl.training.plan import Plan
+
+
+@contextmanager
+def named_refusals() -> Iterator[None]:
+    """Let the reasons of secure aggregation leave the node: they quote nothing of its data."""
+    try:
+        yield
+    except SecureAggregationError as error:
+        raise Rejected(f"secure aggregation: {error}") from None
+
+
+def keys(content: RecordDict, context: Context) -> RecordDict:
+    """Step 1: make keys for a round and sign them."""
+    node = NodeConfig.of(context)
+    run, server_round = wire.unpack_secure_round(content)
+    with node.redact_errors(), named_refusals():
+        secrets, offered = protocol.offer_keys(run, server_round, node.partition, node.identity(context.state, run))
+        wire.write_secrets(context.state, secrets)
+        return wire.pack_keys(offered)
+
+
+def shares(content: RecordDict, context: Context) -> RecordDict:
+    """Step 2: check the list of nodes, and send each neighbour its sealed shares."""
+    node = NodeConfig.of(context)
+    with node.redact_errors(), named_refusals():
+        secrets = wire.read_secrets(context.state)
+        if secrets is None or wire.read_session(context.state) is not None:
+            raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
+        session, messages = protocol.share_secrets(secrets, wire.unpack_roster(content), node.peer_keys())
+        wire.write_session(context.state, session)
+        return wire.pack_shares(messages)
+
+
+def unmask(content: RecordDict, context: Context) -> RecordDict:
+    """Step 4: reveal shares once; whatever the answer, the secrets of the round are deleted."""
+    node = NodeConfig.of(context)
+    with node.redact_errors(), named_refusals():
+        session = wire.read_session(context.state)
+        wire.forget_session(context.state)
+        if session is None:
+            raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
+        return wire.pack_revealed(protocol.reveal(session, wire.unpack_survivors(content)))
+
+
+@dataclass(frozen=True)
+class MaskedUpload:
+    """Step 3: the neighbours' shares are opened before the training, the vector is masked after it."""
+
+    context: Context
+    session: protocol.Session
+    scale: float
+
+    @classmethod
+    def open(cls, content: RecordDict, context: Context, plan: Plan) -> MaskedUpload:
+        """Open the shares in a training message. Raises Rejected if they are refused."""
+        with named_refusals():
+            session = wire.read_session(context.state)
+            if session is None:
+                raise SecureAggregationError("this node has not shared its secrets for this round")
+            here = (wire.unpack_delta(content).run, plan.server_round)
+            if (session.roster.run, session.roster.server_round) != here:
+                raise SecureAggregationError(
+                    f"this node has shared its secrets for round {session.roster.server_round} of run "
+                    f"{session.roster.run}, not for round {here[1]} of {here[0]}"
+                )
+            opened = protocol.receive_shares(session, wire.unpack_shares(content))
+            return cls(context, opened, wire.unpack_scale(content))
+
+    def pack(
+        self, plan: Plan, updates: Sequence[Update], start: Adapter, group_of: dict[str, int], num_groups: int
+    ) -> Arrays:
+        """Return the masked vector of the node's clients. Raises Rejected for a value that does not fit."""
+        with named_refusals():
+            vector = vector_of(
+                start,
+                updates,
+                plan.config.aggregation.weighting,
+                group_of,
+                num_groups,
+                self.scale,
+                len(self.session.roster.keys),
+            )
+            session, masked = protocol.mask_vector(self.session, vector)
+            wire.write_session(self.context.state, session)
+            return wire.masked_arrays(masked)

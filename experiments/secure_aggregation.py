@@ -1,0 +1,90 @@
+"""Measure what secure aggregation costs: bytes and CPU seconds of a node and of the server in a round.
+
+    python -m experiments.secure_aggregation
+
+All nodes and the server take their turns in this process, without a network and without training. Bytes are those of
+the packed messages. The server's seconds are measured twice: with all nodes, and with one in ten dropped out after they
+have sent their shares, so that the server rebuilds their mask keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from copra_fl import wire
+from copra_fl.secure_aggregation import node, server
+from copra_fl.secure_aggregation.keys import new_identity, public_identity
+from copra_fl.secure_aggregation.neighbours import degree
+
+SHARE = 2 / 3
+
+
+@contextmanager
+def measured(seconds: list[float]) -> Iterator[None]:
+    """Append the CPU seconds of the block."""
+    started = time.process_time()
+    yield
+    seconds.append(time.process_time() - started)
+
+
+def num_bytes(content: wire.RecordDict) -> int:
+    return sum(record.count_bytes() for record in content.values())
+
+
+def measure(number: int, values: int) -> dict[str, float]:
+    """Return neighbours, bytes and seconds of a round of `number` nodes with vectors of `values` numbers."""
+    identities = [new_identity() for _ in range(number)]
+    trusted = {one: public_identity(identity) for one, identity in enumerate(identities)}
+    vector, of_nodes, of_server = np.arange(values, dtype=np.uint64), list[float](), list[float]()
+    with measured(of_nodes):
+        offers = [node.offer_keys("run", 1, one, identities[one]) for one in range(number)]
+    up = num_bytes(wire.pack_keys(offers[0][1]))
+    roster = server.list_nodes("run", 1, SHARE, [keys for _, keys in offers])
+    down = num_bytes(wire.pack_roster(roster))
+    with measured(of_nodes):
+        shared = [node.share_secrets(secrets, roster, trusted) for secrets, _ in offers]
+    up += num_bytes(wire.pack_shares(shared[0][1]))
+    relay = server.Relay.of(roster, dict(enumerate(messages for _, messages in shared)))
+    deliveries = [relay.for_receiver(one) for one in range(number)]
+    down += num_bytes(wire.pack_shares(deliveries[0]))
+    with measured(of_nodes):
+        masked = [
+            node.mask_vector(node.receive_shares(session, delivery), vector)
+            for (session, _), delivery in zip(shared, deliveries, strict=True)
+        ]
+    for dropped in (0, number // 10):
+        vectors = {one: of for one, (_, of) in enumerate(masked) if one >= dropped}
+        with measured(of_nodes):
+            revealed = [node.reveal(masked[one][0], vectors) for one in vectors]
+        with measured(of_server):
+            assert not any(relay.wrong_shares(one, vectors) for one in revealed)
+            total = relay.unmask(vectors, revealed)
+        assert (total == vector * np.uint64(len(vectors))).all()
+    return {
+        "neighbours": degree(number, SHARE),
+        "kB up": (up + num_bytes(wire.pack_revealed(revealed[0]))) / 1e3,
+        "kB down": (down + num_bytes(wire.pack_survivors(vectors))) / 1e3,
+        "vector kB": 8 * values / 1e3,
+        "node s": sum(of_nodes[:4]) / number,
+        "server s": of_server[0],
+        "server s, 1 in 10 dropped": of_server[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 8, 32, 128])
+    parser.add_argument("--values", type=int, default=73_728, help="MiniLM, rank 8, query and value")
+    arguments = parser.parse_args()
+    for number in arguments.nodes:
+        row = measure(number, arguments.values)
+        print(f"{number} nodes: {', '.join(f'{name} {value:.4g}' for name, value in row.items())}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A round with secure aggregation: keys and shares before the training, shares that unmask the sum after it.
+
+The training itself is the third step (`clients.secure_handlers`). A node that fails a step, or whose message is
+refused, has dropped out: its clients are missing. The round fails if too few nodes are left, and its error names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from copra_fl import wire
+from copra_fl.adapters.state import Update
+from copra_fl.aggregation import secure_sums
+from copra_fl.aggregation.checking import check_tensors
+from copra_fl.secure_aggregation import fixed_point
+from copra_fl.secure_aggregation.errors import SecureAggregationError
+from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
+from copra_fl.secure_aggregation.roster import check_keys
+from copra_fl.secure_aggregation.server import Relay, check_shares, list_nodes
+from copra_fl.training.plan import expected_update
+from copra_fl.wording import foreign
+from server.errors import FederationError
+from server.messaging import exchange
+from server.replies import TrainReply, check_missing
+from server.round_request import RoundRequest
+from server.run_context import RunContext
+
+Answer = TypeVar("Answer")
+#: bytes of a node's message in steps 1, 2 and 4, per node of the round; far more than they need
+STEP_BYTES = 1 << 12
+
+
+class SecureRound:
+    """The secure aggregation of one round.
+
+    Attributes:
+        missing: client -> reason, of the nodes that dropped out before the training.
+        bytes_down, bytes_up: contents of the messages of steps 1, 2 and 4, and of the shares in the third.
+        notes: for the journal.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunContext,
+        request: RoundRequest,
+        numbers: Mapping[int, int],
+        num_examples: Mapping[int, int],
+    ) -> None:
+        """Args: `numbers`: node -> its partition-id, the number that secure aggregation knows it by."""
+        self.missing: dict[int, str] = {}
+        self.bytes_down = self.bytes_up = 0
+        self.notes: dict[str, object] = {}
+        self._grid, self._run, self._request = grid, run, request
+        self._numbers = {node: numbers[node] for node in request.cohorts}
+        self._num_examples = num_examples
+
+    def open(self, messages: Sequence[Message]) -> list[Message]:
+        """Steps 1 and 2: return the training messages of the nodes that are still there, with the shares for them.
+
+        Raises FederationError if too few nodes are there, or one is missing and failures are not tolerated.
+        """
+        run, number = self._run.run, self._request.server_round
+        config = self._run.config
+        with self._named_failure():
+            asked = {node: wire.pack_secure_round(run, number) for node in self._numbers}
+            keys = self._ask("keys", asked, self._read_keys)
+            roster = list_nodes(run, number, config.privacy.secure_threshold, keys.values())
+
+            def read_shares(node: int, content: wire.RecordDict) -> list[SealedShares]:
+                shares = wire.unpack_shares(content)
+                check_shares(roster, self._numbers[node], shares)
+                return shares
+
+            sent = self._ask("shares", {node: wire.pack_roster(roster) for node in keys}, read_shares)
+            self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
+            self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
+        if config.federation.failures == "strict":
+            num_left = sum(len(self._request.cohorts[node]) for node in sent)
+            check_missing(config, self._request, self.missing, num_left, f"round {number}")
+        remaining = [message for message in messages if message.metadata.dst_node_id in sent]
+        for message in remaining:
+            shares = self._relay.for_receiver(self._numbers[message.metadata.dst_node_id])
+            self.bytes_down += wire.pack_shares(shares)["secure-shares"].count_bytes()
+            wire.add_shares(message.content, shares, self._scale)
+        return remaining
+
+    def unmask(self, replies: Mapping[int, TrainReply]) -> list[Update]:
+        """Step 4: return the pooled update of all clients, from the sum of the nodes' vectors without masks.
+
+        Raises FederationError if too few nodes answer, and if the sum is not that of the clients' updates.
+        """
+        vectors = {self._numbers[node]: r.masked for node, r in replies.items() if r.masked is not None}
+        refused: dict[int, str] = {}
+
+        def read_revealed(node: int, content: wire.RecordDict) -> Revealed:
+            revealed = wire.unpack_revealed(content, self._numbers[node])
+            if reason := self._relay.wrong_shares(revealed, vectors):
+                raise SecureAggregationError(reason)
+            return revealed
+
+        def enough(answers: Mapping[int, Revealed]) -> bool:
+            return self._relay.can_unmask(self._numbers[node] for node in answers)
+
+        with self._named_failure(refused):
+            self._relay.check_number(vectors, "sent a vector")
+            asked = {node: wire.pack_survivors(vectors) for node in replies}
+            revealed = self._ask("unmask", asked, read_revealed, enough, refused)
+            total = self._relay.unmask(vectors, list(revealed.values()))
+            update = self._pooled(total, [update for reply in replies.values() for update in reply.updates])
+        self.notes = {
+            "secure_aggregation": {
+                "nodes": sorted(vectors),
+                "dropped": sorted(self._numbers[node] for node in self._numbers.keys() - replies.keys()),
+                "refused": sorted(set(refused.values())),
+                "error": fixed_point.largest_error(self._scale, len(vectors)) / self._least_weight(replies),
+            }
+        }
+        return [update]
+
+    def _least_weight(self, replies: Mapping[int, TrainReply]) -> float:
+        """Return the smallest weight of a value in the sum, by which its rounding error is divided."""
+        updates = [update for reply in replies.values() for update in reply.updates]
+        weights = secure_sums.total_weights(updates, self._run.config.aggregation.weighting, self._run.num_groups)
+        return float(weights[weights > 0].min())
+
+    def _pooled(self, total: np.ndarray, updates: list[Update]) -> Update:
+        start, config, run = next(iter(self._request.starts.values())), self._run.config, self._run
+        weighting = config.aggregation.weighting
+        updates = sorted(updates, key=lambda update: update.client)
+        update = secure_sums.pooled_update(total, start, updates, weighting, run.group_of, run.num_groups, self._scale)
+        check_tensors(update, start, run.group_of, config.federation.max_update_norm)
+        return update
+
+    def _bound(self) -> float:
+        """Return the largest value that the vector of a node can have: its weight times max-update-norm."""
+        config, weights = self._run.config, []
+        for cohort in self._request.cohorts.values():
+            expected = [expected_update(config, self._run.num_groups, self._num_examples[client]) for client in cohort]
+            by_steps = config.aggregation.weighting == "activity"
+            weights.append(sum(one.num_examples * (one.num_steps if by_steps else 1) for one in expected))
+        return max(weights) * config.federation.max_update_norm
+
+    def _read_keys(self, node: int, content: wire.RecordDict) -> Keys:
+        keys = wire.unpack_keys(content)
+        if keys.node != self._numbers[node]:
+            raise SecureAggregationError(f"node {self._numbers[node]} sends keys as node {keys.node}")
+        check_keys(self._run.run, self._request.server_round, keys)
+        return keys
+
+    def _ask(
+        self,
+        action: str,
+        contents: Mapping[int, wire.RecordDict],
+        read: Callable[[int, wire.RecordDict], Answer],
+        enough: Callable[[Mapping[int, Answer]], bool] = lambda answers: False,
+        missing: dict[int, str] | None = None,
+    ) -> dict[int, Answer]:
+        """Send each node its content, and return node -> answer; other nodes' clients are added to `missing`.
+
+        The wait ends when all nodes have answered, the answers so far are `enough`, or after round-timeout-s.
+        """
+        timeout = self._run.config.federation.round_timeout_s
+        messages = [Message(content, node, f"query.{action}") for node, content in contents.items()]
+        limit = STEP_BYTES * (len(self._numbers) + 1)
+
+        def decoded(replies: Sequence[Message]) -> tuple[dict[int, Answer], dict[int, str]]:
+            answers, reasons = {}, {}
+            for reply in replies:
+                node = reply.metadata.src_node_id
+                try:
+                    if reply.has_error():
+                        raise SecureAggregationError(reply.error.reason)
+                    if (size := all_bytes(reply.content)) > limit:
+                        raise SecureAggregationError(f"it has {size} bytes; an answer has at most {limit}")
+                    answers[node] = read(node, reply.content)
+                except Exception as error:  # a node can have sent anything
+                    reasons[node] = foreign(f"its node dropped out in step {action!r} of secure aggregation: {error}")
+            return answers, reasons
+
+        replies = exchange(self._grid, messages, timeout, lambda replies: enough(decoded(replies)[0]))
+        answers, reasons = decoded(replies)
+        silent = f"its node dropped out in step {action!r} of secure aggregation: no answer within {timeout:g} s"
+        for node in contents.keys() - answers.keys():
+            reason = reasons.get(node, silent)
+            (self.missing if missing is None else missing).update(dict.fromkeys(self._request.cohorts[node], reason))
+        self.bytes_down += sum(all_bytes(message.content) for message in messages)
+        self.bytes_up += sum(all_bytes(reply.content) for reply in replies if reply.has_content())
+        return answers
+
+    @contextmanager
+    def _named_failure(self, refused: Mapping[int, str] | None = None) -> Iterator[None]:
+        """Turn an error of the protocol inside the block into one that stops the run, with the missing clients."""
+        try:
+            yield
+        except ValueError as error:
+            reasons = dict(sorted((self.missing | dict(refused or {})).items()))
+            others = "".join(f"; client {client}: {reason}" for client, reason in reasons.items())
+            raise FederationError(
+                f"round {self._request.server_round}: secure aggregation failed: {error}{others}. --resume does the "
+                "round again"
+            ) from error
+
+
+def all_bytes(content: wire.RecordDict) -> int:
+    """Return the bytes of all records of a message."""
+    return sum(record.count_bytes() for record in content.values())
