@@ -41,7 +41,9 @@ class Policy:
     )
     tasks: str = option("", "tasks, comma-separated, as in `task`; empty: all")
     protection: str = option(
-        "", "protections of which a run must have one, comma-separated; private: dp-clip above 0; empty: none"
+        "",
+        "protections of which a run must have one, comma-separated; private: dp-clip above 0, "
+        "secure: secure-aggregation; empty: none",
     )
     min_noise_multiplier: float = option(0.0, "private: smallest dp-noise-multiplier; 0: no limit", low=0)
     max_epsilon: float = option(
@@ -174,9 +176,17 @@ def epsilon_of_run(sampling_rate: float, noise_multiplier: float, num_rounds: in
     return epsilon([Release(sampling_rate, noise_multiplier)] * num_rounds, delta)
 
 
+def lack_of_secure_aggregation(policy: Policy, config: Config, num_clients: int) -> str:
+    """Return why a run is not securely aggregated; empty if it is."""
+    return "" if config.privacy.secure_aggregation else "secure-aggregation = false, but the server must see sums only"
+
+
 #: name of a protection -> function of the policy, the configuration and the number of clients that returns what a run
 #: lacks of it; empty if it has it
-PROTECTIONS: dict[str, Callable[[Policy, Config, int], str]] = {"private": lack_of_privacy}
+PROTECTIONS: dict[str, Callable[[Policy, Config, int], str]] = {
+    "private": lack_of_privacy,
+    "secure": lack_of_secure_aggregation,
+}
 
 #: the keys of a policy, by name
 OWNER = "policy"

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients import audit, handlers
 from clients.audit import AuditLog
 from clients.node_config import Rejected
-from clients.policy import KEYS, PROTECTIONS, Policy
+from clients.policy import KEYS, Policy
 from copra_fl import wire
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import Config, toml_value
@@ -218,15 +218,11 @@ def test_counts_need_a_folder(tiny: Settings, tmp_path: Path) -> None:
 
 
 def test_either_protection_is_enough() -> None:
-    """A second protection stands for one that a run has; the first one is lacking."""
-    config = Config.from_flat({})
-    policy = Policy(protection="private, other")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROTECTIONS, "other", lambda *of_run: "")
-        policy.check_run(config, "minilm", 2)
-        patch.setitem(PROTECTIONS, "other", lambda *of_run: "not protected otherwise")
-        with pytest.raises(Rejected, match="must be private .*; not protected otherwise"):
-            policy.check_run(config, "minilm", 2)
+    policy = Policy(protection="private, secure")
+    policy.check_run(Config.from_flat({"secure-aggregation": True}), "minilm", 2)
+    policy.check_run(Config.from_flat(PRIVATE), "minilm", 2)
+    with pytest.raises(Rejected, match="must be private.*; secure-aggregation = false, but the server must see sums"):
+        policy.check_run(Config(), "minilm", 2)
 
 
 def test_epsilon_is_that_of_the_sampling_in_the_configuration() -> None:

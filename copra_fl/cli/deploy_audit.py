@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import JsonOption
+from copra_fl.deployment.container_files import read_plain
 from copra_fl.deployment.layout import ClientLayout, DeploymentLayout
 from copra_fl.records import AuditEvent, NodeRecord, read_records
 from copra_fl.records.audit import Line
@@ -22,11 +24,17 @@ def audit(directory: Directory, as_json: JsonOption = False) -> None:
     """Show who submitted which run when, and which nodes took part. DIR/clients/client-0 shows the log of one node."""
     log = ClientLayout(directory.absolute()).audit
     if log.is_dir():
-        records, num_damaged = read_records(NodeRecord, log.glob("audit*.jsonl"))
+        records, num_damaged = read_records(NodeRecord, log.glob("audit*.jsonl"), read_without_links)
         show(sorted(records, key=lambda record: record.time), num_damaged, node_row, as_json)
     else:
-        events, num_damaged = read_records(AuditEvent, DeploymentLayout.open(directory).audit_logs)
+        logs = DeploymentLayout.open(directory).audit_logs
+        events, num_damaged = read_records(AuditEvent, logs, read_without_links)
         show(sorted(events, key=lambda event: event.time), num_damaged, event_row, as_json)
+
+
+def read_without_links(path: Path) -> bytes:
+    """Return the content of a file in a folder of a container, which can put links and pipes there."""
+    return read_plain(path.parent, path.name)
 
 
 def show(records: Sequence[Line], num_damaged: int, row: Callable[[Line], dict[str, str]], as_json: bool) -> None:

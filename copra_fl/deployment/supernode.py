@@ -59,7 +59,7 @@ def explain_rejections() -> list[str]:
             log.error("the SuperLink rejects this node: %s", reasons[-1])
         return response
 
-    httpx.Client.send = send_and_explain  # type: ignore[method-assign]
+    httpx.Client.send = send_and_explain  # type: ignore[method-assign,assignment]
     return reasons
 
 

@@ -7,7 +7,7 @@ CLIENT/state/audit/         `NodeRecord`: the messages of one node, written by t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -107,20 +107,20 @@ class NodeRecord(Record):
     total_bytes: int = 0
 
 
-def is_regular(path: Path) -> bool:
-    """Return True if `path` is a file, and no link."""
-    return path.is_file() and not path.is_symlink()
-
-
-def read_records(kind: type[Line], paths: Iterable[Path]) -> tuple[list[Line], int]:
+def read_records(
+    kind: type[Line], paths: Iterable[Path], read: Callable[[Path], bytes] = Path.read_bytes
+) -> tuple[list[Line], int]:
     """Return the records in JSON-lines files, and the number of lines that are none: a power failure tears a line.
 
-    A path that is no regular file counts as an empty one: containers can put links and pipes into their folders.
+    A file for which `read` raises OSError counts as an empty one.
     """
     records, num_damaged = [], 0
     for path in paths:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if is_regular(path) else []
-        for line in filter(None, lines):
+        try:
+            text = read(path).decode(errors="replace")
+        except OSError:
+            continue
+        for line in filter(None, text.split("\n")):
             try:
                 records.append(kind.from_json(line))
             except RecordError:
