@@ -17,6 +17,7 @@ from copra_fl.aggregation.compatibility import with_explicit_parameters
 from copra_fl.cli import deploy_run
 from copra_fl.cli.deploy_run import record_submission
 from copra_fl.config import Config
+from copra_fl.deployment import registration
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import KNOWN, fingerprint
 from copra_fl.files import append_line
@@ -52,7 +53,7 @@ def test_the_log_names_starts_nodes_reasons_and_ends(
 ) -> None:
     """A run is killed in its second round and resumed; one of three nodes does not fit, another one has a key."""
     monkeypatch.setenv("COPRA_FL_AUDIT", str(tmp_path / "audit.jsonl"))
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setenv(registration.VARIABLE, str(tmp_path))
     (tmp_path / KNOWN).write_text(json.dumps({"client-1": {"id": "101", "key": key}}))
     flat = tiny | {"failures": "tolerant"}
     killed = StoppingGrid(3, messages=3)

@@ -96,7 +96,7 @@ def test_only_the_owner_can_read_private_keys(deployment: Path) -> None:
             assert mode == 0o700, path
         elif path.suffix == ".key":
             assert mode == 0o600, path
-    assert len(list(deployment.rglob("*.key"))) == 5, "CA, server, three nodes"
+    assert len(list(deployment.rglob("*.key"))) == 8, "CA, server, three nodes with two keys"
     mounted = [path for folder in (*deployment.glob("clients/*/*/"), *deployment.glob("server/*/"))
                for path in (folder, *folder.rglob("*"))]  # fmt: skip
     assert len(mounted) > 20
