@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 #: longest text of a node that is stored or shown, in characters
 MAX_FOREIGN = 2000
+#: stands for the end of a line in such a text
+LINE_END = " | "
 
 
 def join_words(items: Iterable[object]) -> str:
@@ -30,7 +32,7 @@ def foreign(text: object, limit: int = MAX_FOREIGN) -> str:
     Of a longer text the middle is left out: an error's cause is at its end.
     """
     lines = (part.strip() for part in shortened(str(text), limit).splitlines())
-    line = " | ".join("".join(filter(str.isprintable, part)) for part in lines if part)
+    line = LINE_END.join("".join(filter(str.isprintable, part)) for part in lines if part)
     return shortened(line, limit)
 
 

@@ -31,7 +31,7 @@ from copra_fl.aggregation.secure_sums import vector_size
 from copra_fl.config import Config
 from copra_fl.records import ClientEvaluation
 from copra_fl.training.plan import expected_update
-from copra_fl.wording import foreign
+from copra_fl.wording import LINE_END, foreign
 from server.errors import FederationError
 from server.round_request import RoundRequest
 from server.run_context import RunContext
@@ -91,7 +91,7 @@ def read_replies(
     for reply in replies:
         node = reply.metadata.src_node_id
         if reply.has_error():
-            errors[node] = f"its node failed: {reply.error.reason}"
+            errors[node] = foreign(f"its node failed: {reply.error.reason}")
         else:
             contents[node] = reply.content
     no_reply = f"no reply within round-timeout-s = {run.config.federation.round_timeout_s:g} s"
@@ -273,7 +273,7 @@ def check_missing(config: Config, request: RoundRequest, missing: Mapping[int, s
     if config.privacy.dp_clip:  # a Poisson sample can be small or empty
         needed = min(needed, len(request.clients))
     if num_valid < needed:
-        reasons = "; ".join(f"{client}: {reason}" for client, reason in missing.items())
+        reasons = "; ".join(f"{client}: {reason.rpartition(LINE_END)[2]}" for client, reason in missing.items())
         raise FederationError(
             f"{step}: {num_valid} valid replies, min-replies = {federation.min_replies}; missing clients: {reasons}"
         )

@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a file or folder of each kind that goes, and one that stays."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("COPRA_FL_CACHE", str(cache))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     for run in ("old", "new"):
         ClientStateStore(run).write(0, 1, ClientState(personal={"head.bias": torch.ones(250)}))
     (old,) = (cache / "clients" / "old").iterdir()

@@ -31,9 +31,9 @@ def adapters_at_server(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, A
     recorded: dict[int, dict[int, Adapter]] = {}
     aggregate = CohortStrategy.aggregate_train
 
-    def spy(self: CohortStrategy, request: RoundRequest, replies: list[Message]) -> TrainResult:
+    def spy(self: CohortStrategy, request: RoundRequest, replies: list[Message], *secure: object) -> TrainResult:
         before = self.state.adapter
-        result = aggregate(self, request, replies)
+        result = aggregate(self, request, replies, *secure)
         recorded[request.server_round] = {update.client: complete(update, before) for update in result.updates}
         return result
 

@@ -298,7 +298,7 @@ def test_a_run_that_would_exceed_its_budget_does_not_start(private: Settings, tm
 
 
 def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
-    settings = PrivacyConfig(0.1, 0.8, 1e-5, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
+    settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
     budget = PrivacyBudget(tmp_path, settings, 0)
     budget.check(1.0, 2)
     spent = [budget.charge(1.0).epsilon for _ in range(2)]
@@ -309,7 +309,7 @@ def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
 
 
 def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Path) -> None:
-    settings = PrivacyConfig(0.1, 0.8, 1e-5)
+    settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8)
     PrivacyBudget(tmp_path, settings, 0).charge(1.0)
     ledger = tmp_path / "privacy.jsonl"
     with ledger.open("a") as file:

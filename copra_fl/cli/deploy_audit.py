@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -12,9 +13,11 @@ from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import JsonOption
 from copra_fl.deployment.container_files import read_plain
 from copra_fl.deployment.layout import ClientLayout, DeploymentLayout
-from copra_fl.records import AuditEvent, NodeRecord, read_records
-from copra_fl.records.audit import Line
 from copra_fl.wording import foreign
+
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.records import AuditEvent, NodeRecord
+    from copra_fl.records.audit import Line
 
 #: characters of a digest in the table; --json has all of them, and the fields that are not in the table
 NUM_SHOWN = 12
@@ -22,6 +25,8 @@ NUM_SHOWN = 12
 
 def audit(directory: Directory, as_json: JsonOption = False) -> None:
     """Show who submitted which run when, and which nodes took part. DIR/clients/client-0 shows the log of one node."""
+    from copra_fl.records import AuditEvent, NodeRecord, read_records  # slow to import
+
     log = ClientLayout(directory.absolute()).audit
     if log.is_dir():
         records, num_damaged = read_records(NodeRecord, log.glob("audit*.jsonl"), read_without_links)

@@ -26,8 +26,6 @@ from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.runs import COMPLETED, choose_name, report, share_assets, submit
 from copra_fl.files import append_line
-from copra_fl.records import AuditEvent
-from copra_fl.records.audit import now
 from copra_fl.simulation.preflight import fetch_with_progress
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.superlink import RunFailed, app_directory
@@ -100,6 +98,8 @@ def run(
 def record_submission(layout: DeploymentLayout, config: Config, run: str) -> None:
     """Append to the deployment's audit log who submits the `run`, from where, and with which command."""
     from copra_fl.aggregation.compatibility import with_explicit_parameters  # slow to import
+    from copra_fl.records import AuditEvent  # slow to import
+    from copra_fl.records.audit import now
 
     event = AuditEvent(
         time=now(),

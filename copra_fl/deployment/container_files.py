@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from copra_fl.reporting.results import Run, load_run
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.reporting.results import Run
+
 
 #: the files that `load_run` reads
 RUN_FILES = ("config.toml", "provenance.json", "journal.jsonl", "summary.json")
@@ -32,6 +35,8 @@ def run_folders(runs: Path) -> Iterator[Path]:
 
 def load_container_run(folder: Path) -> Run:
     """Load the run in `folder`. Raises OSError for links and the like, and what `load_run` raises."""
+    from copra_fl.reporting.results import load_run  # slow to import
+
     with tempfile.TemporaryDirectory(prefix="copra-fl-") as scratch:
         for name in RUN_FILES:
             if _lstat(folder / name):

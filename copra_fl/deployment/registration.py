@@ -20,11 +20,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from copra_fl.config import toml_value
-from copra_fl.deployment.node_keys import NodeKeys
 from copra_fl.files import atomic_write
+
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.deployment.node_keys import NodeKeys
 
 log = logging.getLogger(__name__)
 
