@@ -157,6 +157,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     certificates.make_ca(layout)
     certificates.make_server_certificate(layout, [])
     certificates.make_node_keys(layout, range(2))
+    certificates.share_ca(layout, 2)
     processes = Processes(layout, port)
     try:
         processes.start_superlink()
@@ -174,6 +175,7 @@ def test_a_node_that_does_not_belong_is_rejected(deployment: Processes, tmp_path
     other.make_folders(1)
     certificates.make_ca(other)
     certificates.make_node_keys(other, range(1))
+    certificates.share_ca(other, 1)
     registered, unknown = deployment.layout.client(1), other.client(0)
     ca = unknown.tls / "ca.crt" if kind == "wrong CA" else registered.tls / "ca.crt"
     key = {"no key": None, "unknown key": unknown.key}.get(kind, registered.key)
