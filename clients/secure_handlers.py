@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flwr.app import Context, RecordDict
 
 from clients.node_config import NodeConfig, Rejected
-from copra_fl import wire
+from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import Arrays
 from copra_fl.adapters.state import Adapter, Update
 from copra_fl.aggregation.secure_sums import vector_of
@@ -33,34 +33,34 @@ def named_refusals() -> Iterator[None]:
 def keys(content: RecordDict, context: Context) -> RecordDict:
     """Step 1: make keys for a round and sign them."""
     node = NodeConfig.of(context)
-    run, server_round = wire.unpack_secure_round(content)
+    run, server_round = secure_wire.unpack_secure_round(content)
     with node.redact_errors(), named_refusals():
         secrets, offered = protocol.offer_keys(run, server_round, node.partition, node.identity(context.state, run))
-        wire.write_secrets(context.state, secrets)
-        return wire.pack_keys(offered)
+        secure_wire.write_secrets(context.state, secrets)
+        return secure_wire.pack_keys(offered)
 
 
 def shares(content: RecordDict, context: Context) -> RecordDict:
     """Step 2: check the list of nodes, and send each neighbour its sealed shares."""
     node = NodeConfig.of(context)
     with node.redact_errors(), named_refusals():
-        secrets = wire.read_secrets(context.state)
-        if secrets is None or wire.read_session(context.state) is not None:
+        secrets = secure_wire.read_secrets(context.state)
+        if secrets is None or secure_wire.read_session(context.state) is not None:
             raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
-        session, messages = protocol.share_secrets(secrets, wire.unpack_roster(content), node.peer_keys())
-        wire.write_session(context.state, session)
-        return wire.pack_shares(messages)
+        session, messages = protocol.share_secrets(secrets, secure_wire.unpack_roster(content), node.peer_keys())
+        secure_wire.write_session(context.state, session)
+        return secure_wire.pack_shares(messages)
 
 
 def unmask(content: RecordDict, context: Context) -> RecordDict:
     """Step 4: reveal shares once; whatever the answer, the secrets of the round are deleted."""
     node = NodeConfig.of(context)
     with node.redact_errors(), named_refusals():
-        session = wire.read_session(context.state)
-        wire.forget_session(context.state)
+        session = secure_wire.read_session(context.state)
+        secure_wire.forget_session(context.state)
         if session is None:
             raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
-        return wire.pack_revealed(protocol.reveal(session, wire.unpack_survivors(content)))
+        return secure_wire.pack_revealed(protocol.reveal(session, secure_wire.unpack_survivors(content)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MaskedUpload:
     def open(cls, content: RecordDict, context: Context, plan: Plan) -> MaskedUpload:
         """Open the shares in a training message. Raises Rejected if they are refused."""
         with named_refusals():
-            session = wire.read_session(context.state)
+            session = secure_wire.read_session(context.state)
             if session is None:
                 raise SecureAggregationError("this node has not shared its secrets for this round")
             here = (wire.unpack_delta(content).run, plan.server_round)
@@ -84,8 +84,8 @@ class MaskedUpload:
                     f"this node has shared its secrets for round {session.roster.server_round} of run "
                     f"{session.roster.run}, not for round {here[1]} of {here[0]}"
                 )
-            opened = protocol.receive_shares(session, wire.unpack_shares(content))
-            return cls(context, opened, wire.unpack_scale(content))
+            opened = protocol.receive_shares(session, secure_wire.unpack_shares(content))
+            return cls(context, opened, secure_wire.unpack_scale(content))
 
     def pack(
         self, plan: Plan, updates: Sequence[Update], start: Adapter, group_of: dict[str, int], num_groups: int
@@ -102,5 +102,5 @@ class MaskedUpload:
                 len(self.session.roster.keys),
             )
             session, masked = protocol.mask_vector(self.session, vector)
-            wire.write_session(self.context.state, session)
-            return wire.masked_arrays(masked)
+            secure_wire.write_session(self.context.state, session)
+            return secure_wire.masked_arrays(masked)

@@ -1,4 +1,4 @@
-"""Plans and updates as Flower records, and back. The one module of the library that imports Flower.
+"""Plans and updates as Flower records, and back. Only this module of the library and `secure_wire` import Flower.
 
     to a node    plan: configuration, round, clients     state-delta: which part of the server's state follows
                  adapter: the global adapter             residual, control, optimizer: only if the run has them
@@ -8,7 +8,7 @@
                  pooled: one update for all the others   controls: changes of the clients' control variates
                  grams: Gram matrices, of the inspected clients and then of the pooled update
                  exp_avg, exp_avg_sq, momentum_buffer: moments of the clients' optimizers
-                 masked: with secure aggregation in place of all buffers; its other messages are at the end of this file
+                 masked: with secure aggregation in place of all buffers; its other messages are in `secure_wire`
 
 Each node gets one message per round, for its whole cohort. Adapters are flat buffers without names (`compression`):
 both sides derive the layout from what they know. Parts of the state that a node has cached are not sent again. Nothing
@@ -17,11 +17,10 @@ is pickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -29,9 +28,6 @@ from copra_fl.adapters.compression import CODECS, Arrays, take
 from copra_fl.adapters.state import Adapter, Layout, OptimizerState, Update, join_names, split_names
 from copra_fl.aggregation.ranks import cut
 from copra_fl.config import Config
-from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
-from copra_fl.secure_aggregation.node import Secrets, Session
-from copra_fl.secure_aggregation.roster import Roster
 from copra_fl.training.plan import Plan
 from copra_fl.wording import foreign
 
@@ -359,174 +355,3 @@ def unpack_failures(content: RecordDict) -> dict[int, str]:
     """Return the clients that failed on the node, each with its error message, cut and cleaned."""
     record = content.config_records.get("failures", ConfigRecord())
     return {int(client): foreign(text) for client, text in record.items()}
-
-
-# Secure aggregation (`copra_fl.secure_aggregation`), steps 1 to 4: what is sent, and what a node keeps between them.
-#
-#     keys      secure-round: run and round                              ->  secure-keys: the node's
-#     shares    secure-round, secure-keys: of all nodes                  ->  secure-shares: one for each neighbour
-#     train     as without, and secure-shares: from each neighbour       ->  masked: the vector, and metrics-C
-#     unmask    secure-survivors: numbers of the nodes                   ->  secure-seeds, secure-mask-keys: shares
-
-Row = TypeVar("Row", Keys, SealedShares)
-#: types of the fields of `Keys` and `SealedShares`
-ROW_TYPES = {"int": int, "bytes": bytes}
-
-
-def _pack_rows(rows: Sequence[Keys] | Sequence[SealedShares], kind: type) -> ConfigRecord:
-    """Pack rows as one list per field."""
-    return ConfigRecord({column.name: [getattr(row, column.name) for row in rows] for column in fields(kind)})
-
-
-def _unpack_rows(record: ConfigRecord, kind: type[Row]) -> list[Row]:
-    """Return the rows that `_pack_rows` packed. Raises ValueError for values of another type."""
-    columns: list[list[Any]] = []
-    for column in fields(kind):
-        values: Any = record[column.name]
-        if not all(type(value) is ROW_TYPES[str(column.type)] for value in values):
-            raise ValueError(f"{column.name} should be a list of {column.type}")
-        columns.append(values)
-    return [kind(*row) for row in zip(*columns, strict=True)]
-
-
-def pack_secure_round(run: str, server_round: int) -> RecordDict:
-    return RecordDict({"secure-round": ConfigRecord({"run": run, "round": server_round})})
-
-
-def unpack_secure_round(content: RecordDict) -> tuple[str, int]:
-    """Return run and round of step 1."""
-    record: dict[str, Any] = dict(content.config_records["secure-round"])
-    return str(record["run"]), int(record["round"])
-
-
-def pack_keys(keys: Keys) -> RecordDict:
-    return RecordDict({"secure-keys": _pack_rows([keys], Keys)})
-
-
-def unpack_keys(content: RecordDict) -> Keys:
-    """Return the keys in a node's answer. Raises ValueError unless they are those of one node."""
-    (keys,) = _unpack_rows(content.config_records["secure-keys"], Keys)
-    return keys
-
-
-def pack_roster(roster: Roster) -> RecordDict:
-    record = ConfigRecord({"run": roster.run, "round": roster.server_round, "share": roster.share})
-    return RecordDict({"secure-round": record, "secure-keys": _pack_rows(roster.keys, Keys)})
-
-
-def unpack_roster(content: RecordDict) -> Roster:
-    """Return the list of nodes in a message or in a node's state."""
-    record: dict[str, Any] = dict(content.config_records["secure-round"])
-    keys = _unpack_rows(content.config_records["secure-keys"], Keys)
-    return Roster(str(record["run"]), int(record["round"]), float(record["share"]), tuple(keys))
-
-
-def pack_shares(shares: Sequence[SealedShares]) -> RecordDict:
-    return RecordDict({"secure-shares": _pack_rows(shares, SealedShares)})
-
-
-def unpack_shares(content: RecordDict) -> list[SealedShares]:
-    """Return the sealed shares in a message. Raises ValueError for values of another type."""
-    return _unpack_rows(content.config_records["secure-shares"], SealedShares)
-
-
-def add_shares(content: RecordDict, shares: Sequence[SealedShares], scale: float) -> None:
-    """Add to a training message the shares for its node and the scale of fixed-point numbers."""
-    content["secure-shares"] = _pack_rows(shares, SealedShares)
-    content["secure-scale"] = ConfigRecord({"scale": scale})
-
-
-def unpack_scale(content: RecordDict) -> float:
-    """Return the scale of fixed-point numbers in a training message."""
-    scale: Any = content.config_records["secure-scale"]["scale"]
-    return float(scale)
-
-
-def masked_arrays(vector: np.ndarray) -> Arrays:
-    """Return a masked vector (size,) uint64 as the arrays of a buffer; the bits travel as int64."""
-    return {"values": torch.from_numpy(vector.view(np.int64))}
-
-
-def unpack_masked(content: RecordDict, size: int) -> np.ndarray:
-    """Return the masked vector (size,) uint64. Raises ValueError for another size or type."""
-    values = take(unpack_arrays(content, "masked"), "values", torch.int64, size)
-    return np.array(values.numpy()).view(np.uint64)
-
-
-def pack_survivors(survivors: Iterable[int]) -> RecordDict:
-    return RecordDict({"secure-survivors": ConfigRecord({"nodes": sorted(survivors)})})
-
-
-def unpack_survivors(content: RecordDict) -> list[int]:
-    """Return the numbers of the nodes whose vectors are in the sum."""
-    nodes: Any = content.config_records["secure-survivors"]["nodes"]
-    return whole_numbers("nodes", list(nodes))
-
-
-def pack_revealed(revealed: Revealed) -> RecordDict:
-    parts = {"secure-seeds": revealed.seeds, "secure-mask-keys": revealed.keys}
-    return RecordDict({name: _pack_owned(shares) for name, shares in parts.items()})
-
-
-def unpack_revealed(content: RecordDict, node: int) -> Revealed:
-    """Return the shares that node number `node` reveals. Raises ValueError for values of another type."""
-    seeds, keys = (_unpack_owned(content.config_records[name]) for name in ("secure-seeds", "secure-mask-keys"))
-    return Revealed(node, seeds, keys)
-
-
-def _pack_owned(shares: Mapping[int, bytes]) -> ConfigRecord:
-    """Pack owner -> share; without any an empty record, because Flower cannot count the bytes of an empty list."""
-    return ConfigRecord({"owners": list(shares), "shares": list(shares.values())} if shares else {})
-
-
-def _unpack_owned(record: ConfigRecord) -> dict[int, bytes]:
-    columns: dict[str, Any] = dict(record)
-    owners, shares = whole_numbers("owners", list(columns.get("owners", []))), list(columns.get("shares", []))
-    if not all(type(share) is bytes for share in shares):
-        raise ValueError("shares should be a list of bytes")
-    return dict(zip(owners, shares, strict=True))
-
-
-#: records of a node's Flower state in a round with secure aggregation
-SECRETS, SESSION, OWN_SHARES = "secure-secrets", "secure-session", "secure-held"
-
-
-def write_secrets(node_state: RecordDict, secrets: Secrets) -> None:
-    """Keep a node's secrets after step 1 in its Flower state; what an earlier round has left goes."""
-    forget_session(node_state)
-    node_state[SECRETS] = ConfigRecord({**vars(secrets)})
-
-
-def read_secrets(node_state: RecordDict) -> Secrets | None:
-    """Return the secrets in a node's Flower state; None without any."""
-    record: dict[str, Any] = dict(node_state.config_records.get(SECRETS, ConfigRecord()))
-    return Secrets(**record) if record else None
-
-
-def write_session(node_state: RecordDict, session: Session) -> None:
-    """Keep a node's state after step 2 or 3 in its Flower state."""
-    node_state[SECRETS] = ConfigRecord({**vars(session.secrets)})
-    for name, record in pack_roster(session.roster).config_records.items():
-        node_state[f"{SESSION}-{name}"] = record
-    seeds, keys = ([pair[place] for pair in session.shares.values()] for place in (0, 1))
-    node_state[OWN_SHARES] = ConfigRecord(
-        {"owners": list(session.shares), "seeds": seeds, "keys": keys, "masked": session.masked}
-    )
-
-
-def read_session(node_state: RecordDict) -> Session | None:
-    """Return the state after step 2 or 3 in a node's Flower state; None without any."""
-    secrets, records = read_secrets(node_state), node_state.config_records
-    if secrets is None or OWN_SHARES not in records:
-        return None
-    names = ("secure-round", "secure-keys")
-    roster = unpack_roster(RecordDict({name: records[f"{SESSION}-{name}"] for name in names}))
-    held: dict[str, Any] = dict(records[OWN_SHARES])
-    shares = dict(zip(held["owners"], zip(held["seeds"], held["keys"], strict=True), strict=True))
-    return Session(secrets, roster, shares, bool(held["masked"]))
-
-
-def forget_session(node_state: RecordDict) -> None:
-    """Delete all secrets of a round from a node's Flower state."""
-    for name in [name for name in node_state if name.startswith((SECRETS, SESSION, OWN_SHARES))]:
-        del node_state[name]

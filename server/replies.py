@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO
 from math import isfinite
@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.common.logger import log
 
-from copra_fl import wire
+from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update, difference, norm
 from copra_fl.aggregation.checking import (
@@ -68,9 +68,8 @@ class TrainReply:
     lengths: dict[str, dict[int, float]] = field(default_factory=dict)
     masked: np.ndarray | None = None
 
-    def without(self, clients: Iterable[int]) -> TrainReply:
-        """Return the reply without `clients`; with the first of the pooled ones all of them go."""
-        gone = {one for client in clients for one in (self.pooled if client in self.pooled else (client,))}
+    def without(self, gone: Container[int]) -> TrainReply:
+        """Return the reply without the clients in `gone`, which has all of the pooled ones or none."""
         return replace(
             self,
             updates=[update for update in self.updates if update.client not in gone],
@@ -144,7 +143,7 @@ def decode_updates(
     if request.is_masked:
         start = next(iter(request.starts.values()))
         size = vector_size(start, run.config.aggregation.weighting, run.num_groups)
-        return TrainReply(updates, averaged=[], masked=wire.unpack_masked(content, size))
+        return TrainReply(updates, averaged=[], masked=secure_wire.unpack_masked(content, size))
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]
 
@@ -209,15 +208,10 @@ def without_outliers(config: Config, replies: Mapping[int, TrainReply]) -> tuple
             client: length for reply in replies.values() for client, length in reply.lengths.get(kind, {}).items()
         }
         for client, ratio in outliers(lengths, factor).items():
-            reasons[client] = (
-                f"the norm of its {kind} is {ratio:.3g} times the median of the round, more than max-update-ratio = "
-                f"{factor:g}"
-            )
-    kept = {node: reply.without(reasons) for node, reply in replies.items()}
-    left = {update.client for reply in kept.values() for update in reply.updates}
-    pooled = {client: reply.pooled[0] for reply in replies.values() for client in reply.pooled}
-    gone = {update.client for reply in replies.values() for update in reply.updates} - left
-    return kept, {client: reasons[pooled.get(client, client)] for client in sorted(gone)}
+            members = next((reply.pooled for reply in replies.values() if client in reply.pooled), (client,))
+            reason = f"the norm of its {kind} is {ratio:.3g} times the median of the round, more than max-update-ratio"
+            reasons |= dict.fromkeys(members, f"{reason} = {factor:g}")
+    return {node: reply.without(reasons) for node, reply in replies.items()}, reasons
 
 
 def with_moments(update: Update, moments: Mapping[str, Sequence[Update]], row: int) -> Update:

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from copra_fl import wire
+from copra_fl import secure_wire, wire
 from copra_fl.adapters.state import Update
 from copra_fl.aggregation import secure_sums
 from copra_fl.aggregation.checking import check_tensors
@@ -69,16 +69,16 @@ class SecureRound:
         run, number = self._run.run, self._request.server_round
         config = self._run.config
         with self._named_failure():
-            asked = {node: wire.pack_secure_round(run, number) for node in self._numbers}
+            asked = {node: secure_wire.pack_secure_round(run, number) for node in self._numbers}
             keys = self._ask("keys", asked, self._read_keys)
             roster = list_nodes(run, number, config.privacy.secure_threshold, keys.values())
 
             def read_shares(node: int, content: wire.RecordDict) -> list[SealedShares]:
-                shares = wire.unpack_shares(content)
+                shares = secure_wire.unpack_shares(content)
                 check_shares(roster, self._numbers[node], shares)
                 return shares
 
-            sent = self._ask("shares", {node: wire.pack_roster(roster) for node in keys}, read_shares)
+            sent = self._ask("shares", {node: secure_wire.pack_roster(roster) for node in keys}, read_shares)
             self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
             self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
         if config.federation.failures == "strict":
@@ -87,8 +87,8 @@ class SecureRound:
         remaining = [message for message in messages if message.metadata.dst_node_id in sent]
         for message in remaining:
             shares = self._relay.for_receiver(self._numbers[message.metadata.dst_node_id])
-            self.bytes_down += wire.pack_shares(shares)["secure-shares"].count_bytes()
-            wire.add_shares(message.content, shares, self._scale)
+            self.bytes_down += secure_wire.pack_shares(shares)["secure-shares"].count_bytes()
+            secure_wire.add_shares(message.content, shares, self._scale)
         return remaining
 
     def unmask(self, replies: Mapping[int, TrainReply]) -> list[Update]:
@@ -100,7 +100,7 @@ class SecureRound:
         refused: dict[int, str] = {}
 
         def read_revealed(node: int, content: wire.RecordDict) -> Revealed:
-            revealed = wire.unpack_revealed(content, self._numbers[node])
+            revealed = secure_wire.unpack_revealed(content, self._numbers[node])
             if reason := self._relay.wrong_shares(revealed, vectors):
                 raise SecureAggregationError(reason)
             return revealed
@@ -110,7 +110,7 @@ class SecureRound:
 
         with self._named_failure(refused):
             self._relay.check_number(vectors, "sent a vector")
-            asked = {node: wire.pack_survivors(vectors) for node in replies}
+            asked = {node: secure_wire.pack_survivors(vectors) for node in replies}
             revealed = self._ask("unmask", asked, read_revealed, enough, refused)
             total = self._relay.unmask(vectors, list(revealed.values()))
             update = self._pooled(total, [update for reply in replies.values() for update in reply.updates])
@@ -148,7 +148,7 @@ class SecureRound:
         return max(weights) * config.federation.max_update_norm
 
     def _read_keys(self, node: int, content: wire.RecordDict) -> Keys:
-        keys = wire.unpack_keys(content)
+        keys = secure_wire.unpack_keys(content)
         if keys.node != self._numbers[node]:
             raise SecureAggregationError(f"node {self._numbers[node]} sends keys as node {keys.node}")
         check_keys(self._run.run, self._request.server_round, keys)

@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 
 from clients import secure_handlers
 from clients.node_config import Rejected
-from copra_fl import wire
+from copra_fl import secure_wire, wire
 from copra_fl.aggregation.rules.fedavg import weighted_average
 from copra_fl.aggregation.secure_sums import pooled_update, total_weights, vector_of, vector_size
 from copra_fl.secure_aggregation import fixed_point
@@ -135,7 +135,7 @@ def test_a_run_gives_the_adapter_of_the_pooled_run_and_is_repeatable(
 
 
 def test_no_message_to_the_server_has_a_plain_vector(tiny: Settings, tmp_path: Path) -> None:
-    """What each node would send in a pooled run, as float32 and as fixed-point numbers, is searched in every byte."""
+    """Search every byte for the vector that a node would send in a pooled run, in float32 and in fixed point."""
     plain = SecureGrid(3)
     settings = dict(tiny) | SECURE | {"num-rounds": 1}
     run_federation(settings | {"secure-aggregation": False}, tmp_path / "plain", grid=plain)
@@ -309,4 +309,4 @@ def test_a_node_with_its_own_data_says_why_too() -> None:
     config: dict[str, str | int] = {"partition-id": 0, "num-partitions": 2, "data-path": "/data/secret.csv"}
     context = Context(1, 100, config, RecordDict(), {})
     with pytest.raises(Rejected, match="secure aggregation: node 0 takes part in no round"):
-        secure_handlers.unmask(wire.pack_survivors([0, 1]), context)
+        secure_handlers.unmask(secure_wire.pack_survivors([0, 1]), context)
