@@ -164,8 +164,8 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
         *compatibility._rule_conflicts(config, rule),
         *compatibility._start_conflicts(config, rule),
         *compatibility._optimizer_conflicts(config),
-        *compatibility._privacy_conflicts(config, rule),
-        *compatibility._secure_conflicts(config, rule),
+        *compatibility.privacy_conflicts(config, rule),
+        *compatibility.secure_conflicts(config, rule),
         *compatibility._task_conflicts(config, task),
         *compatibility._several_datasets_conflicts(config, rule, task),
     ]

@@ -1,22 +1,19 @@
 """Settings that do not combine: one table of conditions and reasons, and the rules' own parameters.
 
 `check` is called once per run before anything starts, by `simulation.preflight` and by the server. Single values and
-counts are checked by `copra_fl.config` already.
+counts are checked by `copra_fl.config` already. The rows on privacy are in `privacy_conflicts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from copra_fl.aggregation.privacy_conflicts import Conflicts, privacy_conflicts, secure_conflicts
 from copra_fl.aggregation.rule import Rule
-from copra_fl.aggregation.rules import RULES, find_rule
+from copra_fl.aggregation.rules import RULES, find_rule, rule_names
 from copra_fl.aggregation.rules.trimmed_mean import num_trimmed
 from copra_fl.config import BY_LABEL, Config, ConfigError, Key, values_by_owner
-
-#: rows of the table: whether it applies, and the sentence that says so
-Conflicts = list[tuple[bool, str]]
 
 
 class TaskTraits(Protocol):
@@ -47,8 +44,8 @@ def check(config: Config, task: TaskTraits) -> None:
         _rule_conflicts(config, rule),
         _start_conflicts(config, rule),
         _optimizer_conflicts(config),
-        _privacy_conflicts(config, rule),
-        _secure_conflicts(config, rule) if config.privacy.secure_aggregation else [],
+        privacy_conflicts(config, rule),
+        secure_conflicts(config, rule) if config.privacy.secure_aggregation else [],
         _task_conflicts(config, task),
     )
     reasons = [reason for table in tables for applies, reason in table if applies]
@@ -161,13 +158,13 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
         (
             bool(settings.client_ranks) and not rule.unequal_ranks,
             f"{it} client-ranks = {settings.client_ranks!r}: it needs equal ranks; rules for unequal ranks are "
-            f"{_names(lambda other: other.unequal_ranks)}",
+            f"{rule_names(lambda other: other.unequal_ranks)}",
         ),
         (
             settings.server_optimizer != "none" and not rule.averages,
             f"{it} server-optimizer = {settings.server_optimizer!r}: its next adapter is not an average of the "
             f"clients' adapters, so there is no step to take; use server-optimizer = 'none', or one of "
-            f"{_names(lambda other: other.averages)}",
+            f"{rule_names(lambda other: other.averages)}",
         ),
         (
             settings.control_variates and (not rule.averages or heads > 1),
@@ -262,130 +259,6 @@ def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
     ]
 
 
-def _privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
-    """Differential privacy: adding or removing one client may move the sum of changes by dp-clip and no more."""
-    settings, over_sample = config.aggregation, config.federation.over_sample
-    private, it = config.privacy.dp_clip > 0, f"dp-clip = {config.privacy.dp_clip:g}"
-    return [
-        (
-            private and not rule.linear,
-            f"rule = {rule.name!r} does not combine with {it}: it does not average changes, so one client could move "
-            f"the result by more than its share; use one of {_names(lambda other: other.linear and not other.grams)}",
-        ),
-        (
-            private and settings.weighting != "equal",
-            f"{it} needs weighting = 'equal', not {settings.weighting!r}: all clients must have the same weight",
-        ),
-        (
-            private and rule.grams,
-            f"rule = {rule.name!r} does not combine with {it}: Gram matrices travel without clipping and noise; use "
-            f"one of {_names(lambda other: other.linear and not other.grams)}",
-        ),
-        (
-            private and settings.control_variates,
-            f"{it} does not combine with control-variates = true: control variates travel without clipping and noise; "
-            "use control-variates = false",
-        ),
-        (
-            private and config.training.optimizer_state == "shared",
-            f"{it} does not combine with optimizer-state = 'shared': moments travel without clipping and noise; use "
-            "optimizer-state = 'client'",
-        ),
-        (
-            private and over_sample > 0,
-            f"{it} does not combine with over-sample = {over_sample:g}: if one client were missing, another would take "
-            "its place; use over-sample = 0",
-        ),
-    ]
-
-
-def _secure_conflicts(config: Config, rule: Rule) -> Conflicts:
-    """Secure aggregation: the server learns the sum of the nodes' pooled updates, and no update of its own."""
-    federation, settings, evaluation = config.federation, config.aggregation, config.evaluation
-    it = "secure-aggregation = true"
-    return [
-        (
-            not rule.linear,
-            f"rule = {rule.name!r} does not combine with {it}: it needs the clients' own updates; use one of "
-            f"{_names(lambda other: other.linear and not other.grams)}",
-        ),
-        (
-            rule.grams,
-            f"rule = {rule.name!r} does not combine with {it}: Gram matrices would travel without masks; use one of "
-            f"{_names(lambda other: other.linear and not other.grams)}",
-        ),
-        (
-            federation.updates != "pooled",
-            f"{it} needs updates = 'pooled', not {federation.updates!r}: a node adds up its clients' updates first",
-        ),
-        (
-            federation.uplink_dtype != "float32",
-            f"uplink-dtype = {federation.uplink_dtype!r} does not combine with {it}: masked vectors are 64-bit "
-            "fixed-point numbers; use uplink-dtype = 'float32'",
-        ),
-        (
-            settings.weighting == "equal" and config.privacy.dp_clip == 0,
-            f"weighting = 'equal' does not combine with {it}: updates are pooled by examples; use weighting = "
-            "'examples' or 'activity'",
-        ),
-        (
-            federation.max_update_norm == 0,
-            f"max-update-norm = 0 does not combine with {it}: nodes check it for their clients, and it bounds the "
-            "fixed-point numbers; set max-update-norm",
-        ),
-        (
-            federation.max_update_ratio > 0,
-            f"max-update-ratio = {federation.max_update_ratio:g} does not combine with {it}: the server does not know "
-            "the length of single updates; use max-update-ratio = 0",
-        ),
-        (
-            federation.over_sample > 0,
-            f"over-sample = {federation.over_sample:g} does not combine with {it}: the slowest nodes would count as "
-            "dropped out in each round; use over-sample = 0",
-        ),
-        (
-            evaluation.merge_gap_clients > 0 and bool(config.data.dataset) and not rule.personal,
-            f"merge-gap-clients = {evaluation.merge_gap_clients} does not combine with {it}: the server would need "
-            "the adapters of single clients; use merge-gap-clients = 0",
-        ),
-        (
-            evaluation.path_pairs > 0 and bool(config.data.dataset) and not rule.personal,
-            f"path-pairs = {evaluation.path_pairs} does not combine with {it}: the server would need the adapters of "
-            "single clients; use path-pairs = 0",
-        ),
-        (
-            settings.control_variates,
-            f"control-variates = true does not combine with {it}: the changes of single clients' control variates "
-            "would travel without masks; use control-variates = false",
-        ),
-        (
-            config.training.optimizer_state == "shared",
-            f"optimizer-state = 'shared' does not combine with {it}: the clients' moments would travel without masks; "
-            "use optimizer-state = 'client'",
-        ),
-        (
-            federation.start == "own",
-            f"start = 'own' does not combine with {it}: updates from different starts are not pooled; use start = "
-            "'common'",
-        ),
-        (
-            federation.stale_clients > 0,
-            f"stale-clients = {federation.stale_clients:g} does not combine with {it}: updates from different starts "
-            "are not pooled; use stale-clients = 0",
-        ),
-        (
-            len(config.data.datasets) > 1,
-            f"dataset = {config.data.dataset!r} (several data sets) does not combine with {it}: their updates are not "
-            "pooled",
-        ),
-        (
-            config.privacy.dp_clip > 0,
-            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {it}: the server clips the changes of single "
-            "clients, which it would not see; use dp-clip = 0",
-        ),
-    ]
-
-
 def _task_conflicts(config: Config, task: TaskTraits) -> Conflicts:
     data, it = config.data, f"task = {task.name!r}"
     return [
@@ -457,7 +330,3 @@ def _several_datasets_conflicts(config: Config, rule: Rule, task: TaskTraits) ->
             f"{it} held-out-clients = {data.held_out_clients}, which is not supported with several data sets",
         ),
     ]
-
-
-def _names(matches: Callable[[Rule], bool]) -> str:
-    return ", ".join(rule.name for rule in RULES if matches(rule))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from copra_fl.aggregation.rule import Rule
 from copra_fl.aggregation.rules import (
     connectivity,
@@ -66,3 +68,8 @@ def find_rule(name: str) -> Rule:
         if rule.name == name:
             return rule
     raise ConfigError(unknown_name("rule", name, [rule.name for rule in RULES]))
+
+
+def rule_names(matches: Callable[[Rule], bool]) -> str:
+    """Return the names of the rules that match, separated by commas."""
+    return ", ".join(rule.name for rule in RULES if matches(rule))
