@@ -9,12 +9,13 @@ Each line has the totals of all lines before it, so that what a policy counts su
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 from copra_fl.files import append_line, flush_folder
-from copra_fl.records import NodeRecord, read_records
+from copra_fl.records import NodeRecord, RecordError
 
 #: size from which a file is closed, and number of closed files that are kept
 MAX_BYTES, NUM_KEPT = 1_000_000, 4
@@ -62,9 +63,11 @@ class AuditLog:
     def _newest(self) -> NodeRecord | None:
         """Return the newest whole line; None without one."""
         for number in range(NUM_KEPT + 1) if self._is_kept else ():
-            records, _ = read_records(NodeRecord, [self._file(number)])
-            if records:
-                return records[-1]
+            path = self._file(number)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            for line in reversed(lines):
+                with suppress(RecordError):
+                    return NodeRecord.from_json(line)
         return None
 
     def _file(self, number: int) -> Path:

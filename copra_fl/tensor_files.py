@@ -39,6 +39,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             written = (file.metadata() or {}).get(DIGEST)
     except SafetensorError as error:
         raise DamagedFile(path, str(error)) from error
+    if written is None:
+        raise DamagedFile(path, "it has no digest; an earlier version of copra-fl wrote it")
     if written != digest(tensors):
         raise DamagedFile(path, "its content does not match its digest")
     return tensors, json.loads(tensors.pop(TEXTS).numpy().tobytes())

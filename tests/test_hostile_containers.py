@@ -158,6 +158,9 @@ def test_assets_are_shared_with_containers_read_only(
     shared = layout.assets / cached.name
     assert stat.S_IMODE(shared.stat().st_mode) == 0o755
     assert stat.S_IMODE((shared / "config.json").stat().st_mode) == 0o644
+    (shared / "config.json").write_text("damaged")
+    share_assets(layout, ["minilm"])
+    assert (shared / "config.json").read_bytes() == (cached / "config.json").read_bytes()
     shutil.rmtree(cached)
     with pytest.raises(assets.AssetError):
         assets.asset_path("minilm")

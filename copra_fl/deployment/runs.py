@@ -15,6 +15,7 @@ from copra_fl.config import Config, ConfigError, toml_value
 from copra_fl.deployment.compose_command import ComposeCommand
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import CONNECTION
+from copra_fl.files import changed_files
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import asset_path
 
@@ -44,16 +45,20 @@ def choose_name(layout: DeploymentLayout, output: str | None, resume: bool) -> s
 
 
 def share_assets(layout: DeploymentLayout, names: Iterable[str]) -> None:
-    """Copy fetched assets to where the containers find them. Raises AssetError for one that is not in the cache."""
+    """Copy fetched assets to where the containers find them, unless they are there, undamaged.
+
+    Raises AssetError for one that is not in the cache.
+    """
     for source in map(asset_path, names):
         target = layout.assets / source.name
-        if target.exists():
+        if not changed_files(target):
             continue
         scratch = layout.assets / f".{source.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(source, scratch, copy_function=shutil.copyfile)
         for path in (scratch, *scratch.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
+        shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
 
 
