@@ -152,6 +152,7 @@ def test_equality_check_refuses_a_competitor_that_trains_less() -> None:
     assert any("(c)" in line for line in announced) and not any("repeat" in line for line in announced)
 
 
+@pytest.mark.slow
 def test_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     for name in ABSENT:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} must not be imported')")

@@ -172,7 +172,7 @@ class PowerCut(LocalGrid):
 
 
 def test_a_power_failure_loses_no_finished_round(flat: Settings, whole: Path, disk: Path, tmp_path: Path) -> None:
-    """What a disk has in the middle of round 4 is enough to go on after round 3."""
+    """The disk is copied in the middle of round 4; the copy goes on after round 3."""
     with pytest.raises(Stop):
         run_federation(flat, tmp_path / "disk" / "run", grid=PowerCut(disk, tmp_path / "copy.img"))
     subprocess.run(["umount", tmp_path / "disk"], check=True)

@@ -326,7 +326,11 @@ def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Pa
 
 def test_a_round_without_clients_adds_noise_and_spends_privacy(private: Settings, tmp_path: Path) -> None:
     """One of six clients is wanted, so a third of the Poisson samples is empty; odds of 6e-5 that none of 24 is."""
-    rows = journal(run_federation(private | {"clients-per-round": 1, "num-rounds": 24}, tmp_path / "run"))
+    rows = journal(
+        run_federation(
+            private | {"clients-per-round": 1, "num-rounds": 24, "local-steps": 1, "eval-every": 24}, tmp_path / "run"
+        )
+    )
     assert len(rows) == 24 and min(len(row["clients"]) for row in rows) == 0
     spent = [row["privacy"]["epsilon"] for row in rows]
     assert spent == sorted(spent) and len(set(spent)) == 24

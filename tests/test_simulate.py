@@ -19,13 +19,8 @@ from copra_fl.config import Config
 from copra_fl.simulation.progress import watch
 from copra_fl.simulation.superlink import RunFailed, Workers, ray_variables, superlink
 from tests.support.federations import final_adapter
-from tests.support.real_runs import RealRun, settings
+from tests.support.real_runs import RealRun, num_rounds, settings
 from tests.support.tiny import Settings
-
-
-def num_rounds(directory: Path) -> int:
-    path = directory / "journal.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +75,7 @@ def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     assert again["test"] == json.loads(undisturbed[1])["test"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_message_and_all_checkpoints(long: Settings, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "1"], tmp_path)
@@ -99,6 +95,7 @@ def test_a_given_niceness_of_workers_is_kept(monkeypatch: pytest.MonkeyPatch, tm
     assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379")
 
 
+@pytest.mark.slow
 def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> None:
     """Ray's workers import from the SuperLink's working directory first, so they run a clients/ folder there; the
     handshake compares its digest with the server's."""

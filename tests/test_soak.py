@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.support.federations import assert_equal, final_adapter, journal
-from tests.support.real_runs import RealRun, settings
+from tests.support.real_runs import RealRun, num_rounds, settings
 from tests.support.tiny import Settings
 
 #: a kill every so many rounds
@@ -27,18 +27,18 @@ VICTIMS = ("flwr-simulation", "private_superlink", "ClientAppActor", "bin/copra-
 def test_a_run_whose_processes_are_killed_at_random_ends_bitwise_equal(
     tiny: Settings, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    num_rounds, seed = request.config.getoption("--soak-rounds"), request.config.getoption("--soak-seed")
+    total, seed = request.config.getoption("--soak-rounds"), request.config.getoption("--soak-seed")
     print(f"seed {seed}")
     dice = random.Random(seed)
-    flat = tiny | {"num-rounds": num_rounds, "local-steps": 5, "optimizer-state": "client", "eval-every": 10}
+    flat = tiny | {"num-rounds": total, "local-steps": 5, "optimizer-state": "client", "eval-every": 10}
     arguments = ["simulate", *settings(flat), "--workers", "2", "--output"]
     RealRun([*arguments, "whole"], tmp_path).finish()
     killed = 0
     while True:
         resumed = ["--resume"] if (tmp_path / "soak" / "config.toml").exists() else []
         run = RealRun([*arguments, "soak", *resumed], tmp_path)
-        goal = finished_rounds(tmp_path / "soak") + dice.randint(1, 2 * ROUNDS_PER_KILL)
-        while run.process.poll() is None and finished_rounds(tmp_path / "soak") < goal:
+        goal = num_rounds(tmp_path / "soak") + dice.randint(1, 2 * ROUNDS_PER_KILL)
+        while run.process.poll() is None and num_rounds(tmp_path / "soak") < goal:
             time.sleep(0.01)
         time.sleep(dice.random() / 4)  # anywhere in a round
         if run.process.poll() is None and (victim := find_victim(run, dice)) is not None:
@@ -48,20 +48,15 @@ def test_a_run_whose_processes_are_killed_at_random_ends_bitwise_equal(
         if (tmp_path / "soak" / "summary.json").exists() and run.process.returncode == 0:
             break
         assert run.process.returncode != 2, f"the command could not go on: {err}"
-    print(f"{killed} kills in {num_rounds} rounds")
-    assert killed >= num_rounds // (4 * ROUNDS_PER_KILL)
+    print(f"{killed} kills in {total} rounds")
+    assert killed >= total // (4 * ROUNDS_PER_KILL)
     assert_equal(final_adapter(tmp_path / "soak"), final_adapter(tmp_path / "whole"))
-    assert [row["round"] for row in journal(tmp_path / "soak")] == list(range(1, num_rounds + 1))
+    assert [row["round"] for row in journal(tmp_path / "soak")] == list(range(1, total + 1))
     whole, soaked = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "soak"))
     assert whole["test"] == soaked["test"]
 
 
-def finished_rounds(directory: Path) -> int:
-    path = directory / "journal.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def find_victim(run: RealRun, dice: random.Random) -> psutil.Process | None:
-    """Return one of the run's processes of a random kind; None if there is none of that kind yet."""
+    """Return a process of the run, of a random kind; None before one of that kind has started."""
     processes = run.processes(dice.choice(VICTIMS))
     return dice.choice(sorted(processes, key=lambda process: process.pid)) if processes else None

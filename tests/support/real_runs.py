@@ -64,6 +64,12 @@ class RealRun:
             time.sleep(0.05)
 
 
+def num_rounds(directory: Path) -> int:
+    """Return the number of rounds in the journal of a run, which may not have begun."""
+    path = directory / "journal.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def settings(flat: dict[str, object]) -> list[str]:
     """Return ``--set KEY=VALUE`` for each setting."""
     return [word for key, value in flat.items() for word in ("--set", f"{key}={value}")]
