@@ -54,6 +54,7 @@ def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, st
     assert torch.equal(load_file(directory / "adapter" / "head.safetensors")["weight"], last["head.weight"])
     present = {path.name for path in directory.iterdir()}
     assert present >= {"config.toml", "provenance.json", "journal.jsonl", "checkpoints", "adapter", "report.html"}
+    assert "DEPRECATED FEATURE" not in (directory / "flower.log").read_text()
     assert not [path for path in directory.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pth", ".partial")]
 
 
