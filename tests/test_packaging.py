@@ -63,6 +63,7 @@ def test_wheel_source_archive_and_flower_app_carry_the_license(wheel: Path, tmp_
     assert f"flwr=={metadata.flwr_version_target}\n" in (ROOT / "constraints.txt").read_text(), "the tested release"
 
 
+@pytest.mark.slow
 def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:
     """A new virtual environment with the wheel; the dependencies are those of this environment."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
