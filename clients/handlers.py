@@ -44,7 +44,7 @@ from copra_fl.records import NodeRecord
 from copra_fl.records.audit import now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state, sent_parts
 from copra_fl.wording import foreign
 
 Result = TypeVar("Result")
@@ -172,7 +172,7 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     buffers: dict[str, Arrays] = {}
     if upload:
         shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
-        start = sent_starts[plan.clients[0]]
+        start = parts(server_state.adapter, sent_parts(config, plan.server_round))
         buffers["masked"] = upload.pack(plan, shared, start, group_of, len(engine.model.gates.names))
     else:
         buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
@@ -379,5 +379,6 @@ HANDLERS: dict[str, Callable[[RecordDict, Context], RecordDict]] = {
     "evaluate": evaluate,
     "keys": secure_handlers.keys,
     "shares": secure_handlers.shares,
+    "survivors": secure_handlers.survivors,
     "unmask": secure_handlers.unmask,
 }

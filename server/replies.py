@@ -116,15 +116,17 @@ def read_replies(
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
     """Return an upper limit for the size of a reply.
 
-    It has tensors in float32, as many controls and moments, Gram matrices, and reports; or a masked vector of 64-bit
-    numbers, whose weights are less than the reports may be.
+    It has tensors in float32, as many controls and moments, Gram matrices, and reports; or reports and a masked vector
+    of 64-bit numbers, with less weights than one report may have bytes.
     """
+    if request.is_masked:
+        return 8 * sum(tensor.numel() for tensor in request.masked.values()) + REPORT_BYTES * (1 + len(cohort))
     starts = [request.starts.get(client, {}) for client in cohort]
     num_values = sum(tensor.numel() for start in starts for tensor in start.values())
     num_values *= 1 + request.has_control + len(request.moments)
     if request.has_grams:
         num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
-    return (8 if request.is_masked else 4) * num_values + REPORT_BYTES * len(cohort)
+    return 4 * num_values + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -141,8 +143,7 @@ def decode_updates(
         if unreported := sorted(METRICS - update.metrics.keys()):
             raise BadUpdate(f"client {update.client} does not report {', '.join(unreported)}")
     if request.is_masked:
-        start = next(iter(request.starts.values()))
-        size = vector_size(start, run.config.aggregation.weighting, run.num_groups)
+        size = vector_size(request.masked, run.config.aggregation.weighting, run.num_groups)
         return TrainReply(updates, averaged=[], masked=secure_wire.unpack_masked(content, size))
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]

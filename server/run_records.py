@@ -15,7 +15,6 @@ from copra_fl.records import (
     ClientRecord,
     Evaluation,
     MissingClient,
-    PrivacySpent,
     RoundRecord,
     RunSummary,
     Tier,
@@ -30,7 +29,6 @@ def round_record(
     training: RoundTraining,
     layers: Sequence[str],
     evaluation: RoundEvaluation,
-    privacy: PrivacySpent | None,
 ) -> RoundRecord:
     """Return the journal line of a round. `layers` are the names of the gate groups."""
     result = training.result
@@ -58,7 +56,7 @@ def round_record(
         validation=evaluation.validation,
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
-        privacy=privacy,
+        privacy=training.privacy,
         ended_early=evaluation.ended_early,
     )
 

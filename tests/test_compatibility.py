@@ -125,7 +125,6 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     (SECURE | {"start": "own"}, {"start": "common"}, "updates from different starts are not pooled"),
     (SECURE | {"stale-clients": 0.5}, {"stale-clients": 0.0}, "stale-clients = 0.5 .* different starts are not pooled"),
     (SECURE | TWO, {"dataset": "a.csv"}, "several data sets. does not combine with secure-aggregation"),
-    (SECURE | PRIVATE, {"dp-clip": 0.0, "weighting": "examples"}, "dp-clip = 1 does not combine with secure-aggregat"),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
     (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
     ({"task": "image-classification", "duplicates": "near"}, {"duplicates": "exact"}, "compares texts"),

@@ -131,9 +131,4 @@ def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"dataset = {config.data.dataset!r} (several data sets) does not combine with {it}: their updates are not "
             "pooled",
         ),
-        (
-            config.privacy.dp_clip > 0,
-            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {it}: the server clips the changes of single "
-            "clients, which it would not see; use dp-clip = 0",
-        ),
     ]

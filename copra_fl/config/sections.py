@@ -416,6 +416,12 @@ class PrivacyConfig:
     dp_noise_multiplier: float = option(
         1.0, "standard deviation of the noise on the sum of changes, as a multiple of dp-clip", above=0
     )
+    dp_colluding_nodes: int = option(
+        1,
+        "dp-clip with secure-aggregation: nodes that may reveal their share of the noise, or add none; each node knows "
+        "its own. Nodes add more noise for more of them",
+        low=0,
+    )
     dp_delta: float = option(1e-5, "delta of the reported (epsilon, delta)", above=0, high=0.5)
     dp_budget: float = option(0.0, "largest epsilon that a run may spend; 0: no limit", low=0)
 

@@ -124,13 +124,31 @@ class LinePath(Record):
 
 
 class PrivacySpent(Record):
-    """Differential privacy spent up to and including a round (`aggregation.accounting`)."""
+    """Differential privacy spent up to and including a round (`aggregation.accounting`).
+
+    Attributes:
+        epsilon: towards those who see the models and not who was sampled.
+        server_epsilon: towards the server, of the client that was sampled most often; None if the server sees updates
+            without noise.
+        noise_multiplier: the wanted one; with secure aggregation a sum has as much or more.
+    """
 
     epsilon: float
+    server_epsilon: float | None = None
     delta: float
     sampling_rate: float
     noise_multiplier: float
     clip: float
+
+
+class PrivacyCharge(PrivacySpent):
+    """One line of ``privacy.jsonl``: the privacy spent up to and including a release.
+
+    Attributes:
+        clients: those that were sampled.
+    """
+
+    clients: tuple[int, ...] = ()
 
 
 class RoundRecord(Record):

@@ -6,7 +6,7 @@ run, round, threshold and list, so nothing of another run, round or list fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +67,11 @@ class Roster:
 def signed_text(run: str, server_round: int, keys: Keys) -> bytes:
     """Return what a node signs in step 1."""
     return bind("keys", run, server_round, keys.node, keys.mask_key, keys.share_key, keys.commitment)
+
+
+def survivors_text(roster: Roster, survivors: Iterable[int]) -> bytes:
+    """Return what a node signs in step 4."""
+    return bind("survivors", roster.context, *sorted(survivors))
 
 
 def commitment_to(seed: bytes, run: str, server_round: int, node: int) -> bytes:

@@ -54,6 +54,12 @@ class Start:
     optimizer: OptimizerState = field(default_factory=dict)
 
 
+def sent_parts(config: Config, server_round: int) -> frozenset[str]:
+    """Return the parts that clients train and send in a round."""
+    sent = find_rule(config.aggregation.rule).sends(server_round)
+    return sent & {"head"} if config.copra.local_training == "head" else sent
+
+
 def leaves_state(config: Config) -> bool:
     """Return whether clients keep state between rounds, so that each must train on the node that stores its state."""
     aggregation = config.aggregation

@@ -1,0 +1,96 @@
+"""Differential privacy with secure aggregation: each node adds a share of the noise, so that nobody sees a sum without.
+
+    vector of a node    ( K,   sum_k trunc(u clip(theta_k - theta_0)) + Y )    K: number of its clients
+    sum of the nodes    ( sum K,   u (sum_k clipped changes + N(0, m / (t - c) (z C)^2)) )    m: nodes in the sum
+
+The secure aggregation gives the sum of at least t nodes or none, and c nodes may tell others, or the server, their
+share of the noise, or add none. The shares of the other t - c nodes are enough: each has the variance (z C)^2 / (t - c).
+If all n nodes stay, the sum has n / (t - c) times the wanted variance: with 10 nodes, secure-threshold = 2/3 and
+dp-colluding-nodes = 1 it has 10 / 6, a deviation larger by 1.29.
+
+The unit 1 / u is such that a share is discrete Gaussian noise of deviation `discrete_gaussian.DEVIATION` units, which
+also says what its sum is. A client's clipped change is rounded towards zero, so that it gets no longer; that costs less
+than a 3e7-th of a share's deviation in each value. Every value that travels gets noise.
+
+A node computes u from the configuration and the list of nodes that it has checked. All nodes take part in each round,
+also those without a client in it: neither the variance nor the list tells who was sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from copra_fl.adapters.state import Adapter, Layout, Update
+from copra_fl.aggregation.discrete_gaussian import DEVIATION, LARGEST_NOISE, discrete_gaussian
+from copra_fl.aggregation.private import clip
+from copra_fl.config import PrivacyConfig
+from copra_fl.secure_aggregation import fixed_point
+from copra_fl.secure_aggregation.errors import SecureAggregationError
+
+
+def private_scale(privacy: PrivacyConfig, threshold: int) -> float:
+    """Return u, the units in 1.0, for sums of at least `threshold` nodes (t).
+
+    Raises SecureAggregationError if all of them may collude.
+    """
+    if (num_honest := threshold - privacy.dp_colluding_nodes) < 1:
+        raise SecureAggregationError(
+            f"dp-colluding-nodes = {privacy.dp_colluding_nodes} must be less than the {threshold} nodes that a sum has "
+            "at least: their shares of the noise do not count"
+        )
+    return DEVIATION * math.sqrt(num_honest) / (privacy.dp_noise_multiplier * privacy.dp_clip)
+
+
+def noise_multiplier(privacy: PrivacyConfig, threshold: int, num_nodes: int) -> float:
+    """Return the noise multiplier of the sum of `num_nodes` nodes, of which at least `threshold` were needed."""
+    return privacy.dp_noise_multiplier * math.sqrt(num_nodes / (threshold - privacy.dp_colluding_nodes))
+
+
+def private_vector(
+    start: Adapter,
+    updates: Sequence[Update],
+    clip_norm: float,
+    scale: float,
+    num_nodes: int,
+    noise: Callable[[int], np.ndarray] = discrete_gaussian,
+) -> np.ndarray:
+    """Return the vector of a node, (1 + values,) uint64.
+
+    Args:
+        start: the tensors that clients train and send, before their training.
+        updates: of the node's clients; a tensor that a client has not trained counts as unchanged.
+        clip_norm: C.
+        scale: u.
+        num_nodes: number of nodes whose vectors are added.
+        noise: number of values -> whole numbers of `discrete_gaussian`.
+
+    Raises SecureAggregationError if the numbers could be larger than 1 / `num_nodes` of the range.
+    """
+    if not len(updates) * clip_norm * scale + LARGEST_NOISE <= fixed_point.LARGEST // num_nodes:  # also if it is NaN
+        raise SecureAggregationError(
+            "dp-noise-multiplier is so small that dp-clip does not fit into 64 bits; set dp-noise-multiplier = 0.001 "
+            "or more"
+        )
+    layout = Layout.by_name(start)
+    total = noise(layout.size)
+    for update in updates:
+        change = {name: update.adapter.get(name, old).double() - old.double() for name, old in start.items()}
+        total = total + (scale * layout.flatten(clip(change, clip_norm))).to(torch.int64).numpy()  # towards zero
+    return np.concatenate([[len(updates)], total]).view(np.uint64)
+
+
+def private_sum(total: np.ndarray, start: Adapter, num_clients: int, scale: float) -> Adapter:
+    """Return the noisy sum of the clients' changes, in float64, from the sum of the nodes' vectors.
+
+    Raises SecureAggregationError if it is not of `num_clients` clients.
+    """
+    if int(total[0]) != num_clients:
+        raise SecureAggregationError(
+            f"the sum of the nodes' vectors is of {int(total[0])} clients, but {num_clients} report: a node has sent "
+            "another vector, or masks were not removed"
+        )
+    return Layout.by_name(start).unflatten(torch.from_numpy(fixed_point.decode(total[1:], scale)))
