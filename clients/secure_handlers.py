@@ -111,7 +111,7 @@ class MaskedUpload:
         """
         privacy, roster = plan.config.privacy, self.session.roster
         with named_refusals():
-            if privacy.dp_clip:
+            if privacy.is_local:
                 scale = private_scale(privacy, roster.min_nodes)
                 vector = private_vector(start, updates, privacy.dp_clip, scale, len(roster.keys))
             else:

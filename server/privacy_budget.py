@@ -59,17 +59,19 @@ class PrivacyBudget:
         """
         settings = self._settings
         self._releases.append(Release(sampling_rate, settings.dp_noise_multiplier))
-        self._participants.append((clients, settings.dp_noise_multiplier))
-        is_local = settings.secure_aggregation
+        self._participants.append((tuple(clients), settings.dp_noise_multiplier))
+        towards_server = None
+        if settings.is_local:
+            towards_server = epsilon_of_participants(self._participants, settings.dp_delta)
         spent = PrivacySpent(
             epsilon=epsilon(self._releases, settings.dp_delta),
-            server_epsilon=epsilon_of_participants(self._participants, settings.dp_delta) if is_local else None,
+            server_epsilon=towards_server,
             delta=settings.dp_delta,
             sampling_rate=sampling_rate,
             noise_multiplier=settings.dp_noise_multiplier,
             clip=settings.dp_clip,
         )
-        append_line(self._ledger, PrivacyCharge(**vars(spent), clients=tuple(clients)).to_json())
+        append_line(self._ledger, PrivacyCharge(**vars(spent), clients=self._participants[-1][0]).to_json())
         return spent
 
 

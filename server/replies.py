@@ -16,7 +16,6 @@ from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update, difference, norm
 from copra_fl.aggregation.checking import (
-    METRICS,
     BadUpdate,
     check_grams,
     check_moments,
@@ -30,7 +29,7 @@ from copra_fl.aggregation.ranks import as_global
 from copra_fl.aggregation.secure_sums import vector_size
 from copra_fl.config import Config
 from copra_fl.records import ClientEvaluation
-from copra_fl.training.plan import expected_update
+from copra_fl.training.plan import expected_update, reported_metrics
 from copra_fl.wording import LINE_END, foreign
 from server.errors import FederationError
 from server.round_request import RoundRequest
@@ -140,7 +139,7 @@ def decode_updates(
     updates = [wire.unpack_scalars(content, client) for client in clients]
     for update in updates:
         check_scalars(update, expected_update(run.config, run.num_groups, num_examples[update.client]))
-        if unreported := sorted(METRICS - update.metrics.keys()):
+        if unreported := sorted(reported_metrics(run.config) - update.metrics.keys()):
             raise BadUpdate(f"client {update.client} does not report {', '.join(unreported)}")
     if request.is_masked:
         size = vector_size(request.masked, run.config.aggregation.weighting, run.num_groups)

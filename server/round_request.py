@@ -43,7 +43,7 @@ class RoundRequest:
 
     @property
     def is_masked(self) -> bool:
-        """Whether nodes send masked vectors (`server.secure_round`)."""
+        """True if nodes send masked vectors (`server.secure_round`)."""
         return bool(self.masked)
 
     @property

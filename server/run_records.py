@@ -45,7 +45,7 @@ def round_record(
                 examples=update.num_examples,
                 active_steps=update.active_steps,
                 staleness=training.request.ages.get(update.client, 0),
-                **update.metrics,
+                **{"loss": None, "distance": None} | update.metrics,
             )
             for update in result.updates
         ),

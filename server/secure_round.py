@@ -108,7 +108,7 @@ class SecureRound:
 
             sent = self._ask("shares", {node: secure_wire.pack_roster(roster) for node in keys}, read_shares)
             self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
-            if config.privacy.dp_clip:
+            if config.privacy.is_local:
                 self._scale = private_sums.private_scale(config.privacy, roster.min_nodes)
             else:
                 self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
@@ -161,10 +161,8 @@ class SecureRound:
             revealed = self._ask("unmask", asked, read_revealed, enough, refused)
             total = self._relay.unmask(vectors, list(revealed.values()))
             notes: dict[str, object]
-            if self._run.config.privacy.dp_clip:
-                result = SecureSum(
-                    [], private_sums.private_sum(total, self._request.masked, len(updates), self._scale)
-                )
+            if self._run.config.privacy.is_local:
+                result = SecureSum([], private_sums.private_sum(total, self._request.masked, len(updates), self._scale))
                 notes = {"noise_multiplier": self._noise_multiplier(len(vectors))}
             else:
                 result = SecureSum([self._pooled(total, updates)])

@@ -53,7 +53,11 @@ class StateSync:
         _, cached_rank = self._cached.get(node, (-1, rank))
         shared_rank = rank if since < 0 or sent == state.adapter.keys() else min(rank, cached_rank)
         self._sent[node] = number, shared_rank if sent else cached_rank
-        old = state.of_age(max(ages(self._run.config, number, plan.clients).values(), default=0)) if is_training else state.adapter
+        old = (
+            state.of_age(max(ages(self._run.config, number, plan.clients).values(), default=0))
+            if is_training
+            else state.adapter
+        )
         stale = {name for name, tensor in old.items() if not torch.equal(tensor, state.adapter[name])}
         return wire.pack_plan(
             plan,

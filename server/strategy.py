@@ -40,7 +40,7 @@ class TrainResult:
     Attributes:
         updates: of the clients that replied, sorted by client; pooled ones have no tensors.
         missing: sampled client without a valid update -> reason.
-        loss: mean training loss, weighted by examples; None if no client replied.
+        loss: mean training loss, weighted by examples; None if no client reports one.
         error: aggregation error; None if it cannot be computed.
         notes: of the rule.
         lengths: client -> norm of its change; pooled ones under the first of them.
@@ -101,7 +101,7 @@ class CohortStrategy:
         old = self.state.of_age(max(ages_of.values(), default=0))
         starts = client_starts(config, number, self.state.adapter, old, clients)
         cohorts, is_secure = place(work, self.hosts), config.privacy.secure_aggregation
-        if is_secure and config.privacy.dp_clip:  # the other nodes add their share of the noise
+        if config.privacy.is_local:  # the other nodes add their share of the noise
             cohorts = {node: cohorts.get(node, []) for node in self.hosts}
         request = RoundRequest(
             server_round,
@@ -146,7 +146,8 @@ class CohortStrategy:
         )
         self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        loss = pool_scalars(updates).metrics["loss"] if updates else None
+        has_losses = updates and not self.run.config.privacy.is_local
+        loss = pool_scalars(updates).metrics["loss"] if has_losses else None
         lengths = {
             client: length for reply in node_replies for client, length in reply.lengths.get(CHANGES, {}).items()
         }

@@ -24,6 +24,7 @@ from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
+#: what secure aggregation sets is here as well, for runs to compare with that are without
 SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
           "max-update-ratio": 0.0, "local-steps": 2, "client-eval-examples": 4}  # fmt: skip
 TOLERANT = {"failures": "tolerant"}

@@ -14,9 +14,10 @@ Two epsilons follow, because sampling helps only against those who do not know t
                                client in the rounds with z_1, z_2, ... it is that of one Gaussian mechanism with
                                1 / z^2 = 1 / z_1^2 + 1 / z_2^2 + ...; rounds without the client cost it nothing
 
-Flower's `RdpAccountant` composes Renyi divergences: a bound that is looser (by about 10 to 40 % here), and with one
-sampling method for all releases and whole sample sizes. It counts what one passes to it; that the sample is a Poisson
-sample, and secret, is up to the caller.
+Flower's `RdpAccountant` composes the same events by Renyi divergences, which is a looser bound: 6.8 in place of 6.3 for
+30 rounds of all clients with z = 4, and 1.40 in place of 0.50 for 100 rounds with q = 0.003 and z = 0.8. It has one
+sampling method for all releases. No accountant knows whether the sample is a Poisson sample and secret: Flower's own
+strategies sample a fixed number of nodes, with Python's `random`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ exp(+-t) at most, or moves a share b of it, for a vector of d values:
     N_Z(0, v) is N(0, v), rounded    t = d 2^-45     their quotient is between exp(-1 / (8 v)) and cosh(k / (2 v)), so
     (v >= s^2)                                       up to 12 sqrt(v) within 1 +- 2^-45; beyond lie d 4e-33
 
-Clients' changes are whole, so rounding the sum with Gaussian noise is a step behind the Gaussian mechanism that can only
-hide. With d values and m nodes in T rounds, epsilon is therefore larger by at most 2 T d 2^-45, and delta by about
-(1 + exp(epsilon)) T m d 2^-54: for 10^5 values, 10 nodes and 100 rounds 6e-7 and, with epsilon = 3, 2e-7.
+Clients' changes are whole numbers, so rounding the sum with Gaussian noise is a step behind the Gaussian mechanism that
+can only hide. With d values and m nodes in T rounds, epsilon is therefore larger by at most 2 T d 2^-45, and delta by
+about (1 + exp(epsilon)) T m d 2^-54: for 10^5 values, 10 nodes and 100 rounds 6e-7 and, with epsilon = 3, 2e-7.
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ def thresholds() -> np.ndarray:
     """Return (2 TAIL,) uint64: the entry with index i is 2^64 P(X <= i - TAIL) of a base number X, rounded."""
     with localcontext(prec=50):
         weights = [(-Decimal(k * k) / (2 * BASE**2)).exp() for k in range(-TAIL, TAIL + 1)]
-        unit = 2**64 / sum(weights)
+        unit = 2**64 / sum(weights, Decimal(0))
         return np.array([round(unit * total) for total in accumulate(weights[:-1])], dtype=np.uint64)

@@ -1,19 +1,20 @@
-"""Differential privacy with secure aggregation: each node adds a share of the noise, so that nobody sees a sum without.
+"""Differential privacy with secure aggregation: each node adds a share of the noise, so nobody sees a sum without it.
 
     vector of a node    ( K,   sum_k trunc(u clip(theta_k - theta_0)) + Y )    K: number of its clients
-    sum of the nodes    ( sum K,   u (sum_k clipped changes + N(0, m / (t - c) (z C)^2)) )    m: nodes in the sum
+    sum of m nodes      ( sum K,   u (sum_k clipped changes + noise) )         variance of the noise: m (z C)^2 / (t - c)
 
-The secure aggregation gives the sum of at least t nodes or none, and c nodes may tell others, or the server, their
-share of the noise, or add none. The shares of the other t - c nodes are enough: each has the variance (z C)^2 / (t - c).
-If all n nodes stay, the sum has n / (t - c) times the wanted variance: with 10 nodes, secure-threshold = 2/3 and
-dp-colluding-nodes = 1 it has 10 / 6, a deviation larger by 1.29.
+Secure aggregation gives the sum of at least t nodes or no sum (t = secure-threshold of the round's nodes), and c nodes
+(dp-colluding-nodes) may reveal their share of the noise or leave it out: to the server, or, because each node knows its
+own share, to themselves. The shares of the other t - c nodes are enough, each with the variance (z C)^2 / (t - c). If
+all n nodes stay, the variance is n / (t - c) times that of z C: with 10 nodes, secure-threshold = 2/3 and c = 1 it is
+10 / 6, and the deviation 1.29 times as large. With c = 0 and secure-threshold = 1 it is z C exactly.
 
-The unit 1 / u is such that a share is discrete Gaussian noise of deviation `discrete_gaussian.DEVIATION` units, which
-also says what its sum is. A client's clipped change is rounded towards zero, so that it gets no longer; that costs less
-than a 3e7-th of a share's deviation in each value. Every value that travels gets noise.
+The unit 1 / u is such that a share is discrete Gaussian noise of deviation `discrete_gaussian.DEVIATION` units; there
+is also the distribution of its sum. A client's clipped change is rounded towards zero, so that it gets no longer; that
+costs less than a 3e7-th of a share's deviation in each value. Every value that travels gets noise.
 
-A node computes u from the configuration and the list of nodes that it has checked. All nodes take part in each round,
-also those without a client in it: neither the variance nor the list tells who was sampled.
+A node computes u from the configuration and from the list of nodes that it has checked. All nodes take part in each
+round, also those without a client in it: neither the variance nor the list shows who was sampled.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from copra_fl.adapters.compression import FEEDBACK
 from copra_fl.adapters.state import Adapter, OptimizerState
 from copra_fl.aggregation import find_rule
-from copra_fl.aggregation.checking import Expected
+from copra_fl.aggregation.checking import COUNTS, METRICS, Expected
 from copra_fl.config import Config, TrainingConfig
 
 
@@ -60,6 +60,14 @@ def sent_parts(config: Config, server_round: int) -> frozenset[str]:
     return sent & {"head"} if config.copra.local_training == "head" else sent
 
 
+def reported_metrics(config: Config) -> set[str]:
+    """Return the metrics that the server gets of each client's training.
+
+    If nodes add noise to what the server sees, loss, distance and operations, which depend on the examples, stay there.
+    """
+    return COUNTS if config.privacy.is_local else METRICS
+
+
 def leaves_state(config: Config) -> bool:
     """Return whether clients keep state between rounds, so that each must train on the node that stores its state."""
     aggregation = config.aggregation
@@ -87,7 +95,8 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
 def expected_update(config: Config, num_groups: int, num_examples: int) -> Expected:
     """Return the properties that the update of a client with `num_examples` examples must have."""
     steps = num_steps(config.training, num_examples)
-    return Expected(num_groups, num_examples, steps, config.federation.max_update_norm)
+    has_loss = not config.privacy.is_local
+    return Expected(num_groups, num_examples, steps, config.federation.max_update_norm, has_loss)
 
 
 def num_trained(training: TrainingConfig, num_examples: int) -> int:
