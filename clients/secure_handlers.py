@@ -112,7 +112,7 @@ class MaskedUpload:
         privacy, roster = plan.config.privacy, self.session.roster
         with named_refusals():
             if privacy.is_local:
-                scale = private_scale(privacy, roster.min_nodes)
+                scale = private_scale(privacy, roster.num_honest(privacy.dp_colluding_nodes))
                 vector = private_vector(start, updates, privacy.dp_clip, scale, len(roster.keys))
             else:
                 weighting, number = plan.config.aggregation.weighting, len(roster.keys)

@@ -109,7 +109,8 @@ class SecureRound:
             sent = self._ask("shares", {node: secure_wire.pack_roster(roster) for node in keys}, read_shares)
             self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
             if config.privacy.is_local:
-                self._scale = private_sums.private_scale(config.privacy, roster.min_nodes)
+                num_honest = roster.num_honest(config.privacy.dp_colluding_nodes)
+                self._scale = private_sums.private_scale(config.privacy, num_honest)
             else:
                 self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
         if config.federation.failures == "strict":
@@ -188,7 +189,9 @@ class SecureRound:
 
     def _noise_multiplier(self, num_nodes: int) -> float:
         """Return the noise multiplier of the sum of `num_nodes` nodes; it is more than the configured one."""
-        return private_sums.noise_multiplier(self._run.config.privacy, self._relay.roster.min_nodes, num_nodes)
+        privacy = self._run.config.privacy
+        num_honest = self._relay.roster.num_honest(privacy.dp_colluding_nodes)
+        return private_sums.noise_multiplier(privacy, num_honest, num_nodes)
 
     def _least_weight(self, updates: Sequence[Update]) -> float:
         """Return the smallest weight of a value in the sum, by which its rounding error is divided."""

@@ -31,6 +31,7 @@ from copra_fl.aggregation.discrete_gaussian import (
 )
 from copra_fl.aggregation.private_sums import noise_multiplier, private_scale, private_sum, private_vector
 from copra_fl.config import Config, PrivacyConfig
+from copra_fl.secure_aggregation import server
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from server import sampling
 from server.errors import FederationError
@@ -110,8 +111,10 @@ def test_the_sum_of_all_nodes_and_of_the_fewest_has_the_stated_variance(
     num_nodes: int, threshold: int, colluding: int
 ) -> None:
     """Chi-squared bounds at odds of 1e-7 for 20 000 values; the fewest have the wanted noise without the colluding."""
-    privacy = PrivacyConfig(dp_clip=0.5, dp_noise_multiplier=1.5, dp_colluding_nodes=colluding)
-    scale = private_scale(privacy, threshold)
+    roster = server.list_nodes("run", 1, threshold / num_nodes, SecureRound(num_nodes).offer())
+    num_honest = roster.num_honest(colluding)
+    assert num_honest == threshold - colluding
+    scale = private_scale(PRIVACY, num_honest)
     vectors = [private_vector(START, [], 0.5, scale, num_nodes) for _ in range(num_nodes)]
     for number in (num_nodes, threshold, threshold - colluding):
         total = np.sum(vectors[:number], axis=0, dtype=np.uint64)
@@ -119,8 +122,26 @@ def test_the_sum_of_all_nodes_and_of_the_fewest_has_the_stated_variance(
         wanted = (1.5 * 0.5) ** 2 * number / (threshold - colluding)
         low, high = stats.chi2.ppf([1e-7, 1 - 1e-7], len(noise))
         assert low < float((noise**2).sum()) / wanted < high
-        assert noise_multiplier(privacy, threshold, number) == pytest.approx(math.sqrt(wanted) / 0.5)
-    assert noise_multiplier(privacy, threshold, threshold - colluding) == pytest.approx(1.5)
+        assert noise_multiplier(PRIVACY, num_honest, number) == pytest.approx(math.sqrt(wanted) / 0.5)
+    assert noise_multiplier(PRIVACY, num_honest, num_honest) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "threshold", "by_colluding"),
+    [
+        (3, 2, {0: 2, 1: 1}),  # two lists with two signatures each share one signer
+        (10, 7, {0: 7, 1: 6, 3: 4, 4: 1, 6: 1}),
+        (20, 20, {0: 20, 4: 16, 5: 1}),  # the graph is made for 1/5
+    ],
+)
+def test_shares_count_for_the_smallest_sum_that_a_lying_server_gets(
+    num_nodes: int, threshold: int, by_colluding: dict[int, int]
+) -> None:
+    roster = server.list_nodes("run", 1, threshold / num_nodes, SecureRound(num_nodes).offer())
+    assert {number: roster.num_honest(number) for number in by_colluding} == by_colluding
+    reason = f"dp-colluding-nodes = {threshold} must be less than the {threshold} nodes that a sum has at least"
+    with pytest.raises(SecureAggregationError, match=reason):
+        roster.num_honest(threshold)
 
 
 def test_the_private_sum_is_that_of_the_clipped_changes_and_the_noise() -> None:
@@ -161,8 +182,6 @@ def test_without_noise_one_client_moves_the_sum_by_its_clip_at_most() -> None:
 
 
 def test_numbers_that_do_not_work_are_refused() -> None:
-    with pytest.raises(SecureAggregationError, match="dp-colluding-nodes = 2 must be less than the 2 nodes that a sum"):
-        private_scale(PrivacyConfig(dp_clip=1.0, dp_colluding_nodes=2), 2)
     scale = private_scale(PrivacyConfig(dp_clip=1.0, dp_noise_multiplier=1e-12), 2)
     for updates in ([rounds.update(0, START, 1)], [rounds.update(0, START, 1)] * 10):
         with pytest.raises(SecureAggregationError, match="dp-noise-multiplier is so small that dp-clip does not fit"):
@@ -255,7 +274,7 @@ def test_a_run_publishes_the_noisy_sum_and_the_server_sees_no_other(
     }  # fmt: skip
 
     total = np.sum([vector[1:] for vector in vectors], axis=0, dtype=np.uint64).view(np.int64)
-    change = total / private_scale(Config.from_flat(private).privacy, 2) / 3
+    change = total / private_scale(Config.from_flat(private).privacy, 1) / 3
     published = Layout.by_name(starts[0]).flatten(final_adapter(directory)).double().numpy()
     before = Layout.by_name(starts[0]).flatten(starts[0]).double().numpy()
     assert np.abs(published - before - change).max() < 1e-7

@@ -1,13 +1,14 @@
 """Differential privacy with secure aggregation: each node adds a share of the noise, so nobody sees a sum without it.
 
     vector of a node    ( K,   sum_k trunc(u clip(theta_k - theta_0)) + Y )    K: number of its clients
-    sum of m nodes      ( sum K,   u (sum_k clipped changes + noise) )         variance of the noise: m (z C)^2 / (t - c)
+    sum of m nodes      ( sum K,   u (sum_k clipped changes + noise) )         variance of the noise: m (z C)^2 / h
 
 Secure aggregation gives the sum of at least t nodes or no sum (t = secure-threshold of the round's nodes), and c nodes
 (dp-colluding-nodes) may reveal their share of the noise or leave it out: to the server, or, because each node knows its
-own share, to themselves. The shares of the other t - c nodes are enough, each with the variance (z C)^2 / (t - c). If
-all n nodes stay, the variance is n / (t - c) times that of z C: with 10 nodes, secure-threshold = 2/3 and c = 1 it is
-10 / 6, and the deviation 1.29 times as large. With c = 0 and secure-threshold = 1 it is z C exactly.
+own share, to themselves. The shares of the other h = t - c nodes are enough, each with the variance (z C)^2 / h. From
+c = 2 t - n on a lying server could find single vectors (`Roster.num_honest`); then h = 1. If all n nodes stay, the
+variance is n / h times (z C)^2: with 10 nodes, secure-threshold = 2/3 and c = 1 it is 10 / 6, and the deviation 1.29
+times as large. With c = 0 and secure-threshold = 1 there is no excess.
 
 The unit 1 / u is such that a share is discrete Gaussian noise of deviation `discrete_gaussian.DEVIATION` units; there
 is also the distribution of its sum. A client's clipped change is rounded towards zero, so that it gets no longer; that
@@ -33,22 +34,14 @@ from copra_fl.secure_aggregation import fixed_point
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 
 
-def private_scale(privacy: PrivacyConfig, threshold: int) -> float:
-    """Return u, the units in 1.0, for sums of at least `threshold` nodes (t).
-
-    Raises SecureAggregationError if all of them may collude.
-    """
-    if (num_honest := threshold - privacy.dp_colluding_nodes) < 1:
-        raise SecureAggregationError(
-            f"dp-colluding-nodes = {privacy.dp_colluding_nodes} must be less than the {threshold} nodes that a sum has "
-            "at least: their shares of the noise do not count"
-        )
+def private_scale(privacy: PrivacyConfig, num_honest: int) -> float:
+    """Return u, the units in 1.0, if the shares of `num_honest` nodes (h) must be enough."""
     return DEVIATION * math.sqrt(num_honest) / (privacy.dp_noise_multiplier * privacy.dp_clip)
 
 
-def noise_multiplier(privacy: PrivacyConfig, threshold: int, num_nodes: int) -> float:
-    """Return the noise multiplier of the sum of `num_nodes` nodes, of which at least `threshold` were needed."""
-    return privacy.dp_noise_multiplier * math.sqrt(num_nodes / (threshold - privacy.dp_colluding_nodes))
+def noise_multiplier(privacy: PrivacyConfig, num_honest: int, num_nodes: int) -> float:
+    """Return the noise multiplier of the sum of `num_nodes` nodes (m), if `num_honest` (h) would be enough."""
+    return privacy.dp_noise_multiplier * math.sqrt(num_nodes / num_honest)
 
 
 def private_vector(

@@ -13,7 +13,7 @@ from functools import cached_property
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.secure_aggregation.keys import KEY_BYTES, bind, is_signed
 from copra_fl.secure_aggregation.messages import Keys
-from copra_fl.secure_aggregation.neighbours import degree, neighbours, threshold_of
+from copra_fl.secure_aggregation.neighbours import CORRUPT, SPARSE_FROM, degree, neighbours, threshold_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,24 @@ class Roster:
     def min_nodes(self) -> int:
         """Number of nodes without which there is no sum."""
         return threshold_of(self.share, len(self.keys))
+
+    def num_honest(self, num_colluding: int) -> int:
+        """Return the least number of honest nodes in a sum that a lying server can get, with so many nodes on its side.
+
+        They are in the sum as well. If they are so many that two lists of survivors could be signed, or more than a
+        sparse graph is made for, the server may find the vector of a single node.
+
+        Raises SecureAggregationError if all nodes of a sum could be on its side.
+        """
+        if num_colluding >= self.min_nodes:
+            raise SecureAggregationError(
+                f"dp-colluding-nodes = {num_colluding} must be less than the {self.min_nodes} nodes that a sum has at "
+                "least: their shares of the noise do not count"
+            )
+        number = len(self.keys)
+        has_one_list = num_colluding < 2 * self.min_nodes - number
+        fits_graph = number < SPARSE_FROM or num_colluding <= CORRUPT * number
+        return self.min_nodes - num_colluding if has_one_list and fits_graph else 1
 
 
 def signed_text(run: str, server_round: int, keys: Keys) -> bytes:
