@@ -183,9 +183,11 @@ def test_without_noise_one_client_moves_the_sum_by_its_clip_at_most() -> None:
 
 def test_numbers_that_do_not_work_are_refused() -> None:
     scale = private_scale(PrivacyConfig(dp_clip=1.0, dp_noise_multiplier=1e-12), 2)
-    for updates in ([rounds.update(0, START, 1)], [rounds.update(0, START, 1)] * 10):
+    for updates in ([rounds.update(0, START, 1)], [rounds.update(client, START, 1) for client in range(10)]):
         with pytest.raises(SecureAggregationError, match="dp-noise-multiplier is so small that dp-clip does not fit"):
             private_vector(START, updates, 1.0, scale, 2)
+    with pytest.raises(SecureAggregationError, match="a client is in the round twice"):
+        private_vector(START, [rounds.update(0, START, 1)] * 2, 0.5, private_scale(PRIVACY, 2), 2)
     with pytest.raises(SecureAggregationError, match="does not fit"):
         private_vector(START, [rounds.update(0, START, 1)], 1.0, math.nan, 2)
 

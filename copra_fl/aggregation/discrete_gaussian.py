@@ -8,7 +8,7 @@ vectors of 10^5 values. `discrete_gaussian` draws
 
     Y = X_0 + 16 X_1 + ... + 16^5 X_5,    X_j from N_Z(0, 32^2),    s = 32 sqrt(1 + 16^2 + ... + 16^10) = 3.4e7
 
-and X_j by a table of P(X <= k) in multiples of 2^-64, from the operating system's generator. Three steps separate the
+and X_j by a table of P(X <= k) in multiples of 2^-64, from the operating system's generator. Four steps separate the
 sum of the noise of m nodes from the Gaussian mechanism of the accountant. Each changes a probability by a factor
 exp(+-t) at most, or moves a share b of it, for a vector of d values:
 

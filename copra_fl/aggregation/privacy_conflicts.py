@@ -82,7 +82,7 @@ def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             "'examples' or 'activity'",
         ),
         (
-            federation.max_update_norm == 0,
+            federation.max_update_norm == 0 and config.privacy.dp_clip == 0,
             f"max-update-norm = 0 does not combine with {it}: nodes check it for their clients, and it bounds the "
             "fixed-point numbers; set max-update-norm",
         ),

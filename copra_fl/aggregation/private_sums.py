@@ -62,8 +62,11 @@ def private_vector(
         num_nodes: number of nodes whose vectors are added.
         noise: number of values -> whole numbers of `discrete_gaussian`.
 
-    Raises SecureAggregationError if the numbers could be larger than 1 / `num_nodes` of the range.
+    Raises SecureAggregationError if the numbers could be larger than 1 / `num_nodes` of the range, and for two updates
+    of one client, which could move the sum by 2 C.
     """
+    if len({update.client for update in updates}) < len(updates):
+        raise SecureAggregationError("a client is in the round twice, so its changes could be longer than dp-clip")
     if not len(updates) * clip_norm * scale + LARGEST_NOISE <= fixed_point.LARGEST // num_nodes:  # also if it is NaN
         raise SecureAggregationError(
             "dp-noise-multiplier is so small that dp-clip does not fit into 64 bits; set dp-noise-multiplier = 0.001 "

@@ -93,10 +93,14 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
 
 
 def expected_update(config: Config, num_groups: int, num_examples: int) -> Expected:
-    """Return the properties that the update of a client with `num_examples` examples must have."""
+    """Return the properties that the update of a client with `num_examples` examples must have.
+
+    Where nodes clip, a change may have any length: a limit of the server's choice would tell it how long changes are.
+    """
     steps = num_steps(config.training, num_examples)
-    has_loss = not config.privacy.is_local
-    return Expected(num_groups, num_examples, steps, config.federation.max_update_norm, has_loss)
+    if config.privacy.is_local:
+        return Expected(num_groups, num_examples, steps, max_norm=0.0, has_loss=False)
+    return Expected(num_groups, num_examples, steps, config.federation.max_update_norm)
 
 
 def num_trained(training: TrainingConfig, num_examples: int) -> int:
