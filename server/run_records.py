@@ -39,16 +39,7 @@ def round_record(
         bytes_up=training.bytes_up,
         train_loss=result.loss,
         layers=tuple(layers),
-        clients=tuple(
-            ClientRecord(
-                client=update.client,
-                examples=update.num_examples,
-                active_steps=update.active_steps,
-                staleness=training.request.ages.get(update.client, 0),
-                **{"loss": None, "distance": None} | update.metrics,
-            )
-            for update in result.updates
-        ),
+        clients=tuple(client_record(update, training.request.ages.get(update.client, 0)) for update in result.updates),
         missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
         aggregation_error=result.error,
         tiers=tiers(config, result.updates),
@@ -58,6 +49,18 @@ def round_record(
         paths=evaluation.paths,
         privacy=training.privacy,
         ended_early=evaluation.ended_early,
+    )
+
+
+def client_record(update: Update, staleness: int) -> ClientRecord:
+    """Return the record of one client's training; loss and distance are None where the client reports none."""
+    metrics: dict[str, Any] = {"loss": None, "distance": None} | update.metrics
+    return ClientRecord(
+        client=update.client,
+        examples=update.num_examples,
+        active_steps=update.active_steps,
+        staleness=staleness,
+        **metrics,
     )
 
 

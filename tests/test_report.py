@@ -323,7 +323,7 @@ def test_the_report_says_which_epsilon_is_which(tmp_path: Path) -> None:
         (section,) = [one for one in sections(loaded, summarize(loaded)) if one.title == "Differential privacy"]
         (table,) = section.tables
         assert table.header[2:4] == ["epsilon, who sees models", "epsilon, server"]
-        assert table.rows == [["fedavg+lora", "0", "1.500", cell, "1e-05", "0.8", "0.5"]]
+        assert table.rows == [["lora", "0", "1.500", cell, "1e-05", "0.8", "0.5"]]
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
