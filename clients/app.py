@@ -6,9 +6,10 @@
 
 With secure aggregation (`clients.secure_handlers`) also, around the training:
 
-    query.keys      sign fresh public keys
-    query.shares    share the secrets behind them among the neighbours
-    query.unmask    reveal shares, so that the masks can be removed from the sum
+    query.keys       sign fresh public keys
+    query.shares     share the secrets behind them among the neighbours
+    query.survivors  sign the list of the nodes that are in the sum
+    query.unmask     reveal shares, so that the masks can be removed from the sum
 
 Nothing large is imported before the first message: in a simulation the server's process imports this module too, and
 starts Ray only afterwards. If the node config has `warm-process`, this process imports nothing large at all: the node's
@@ -52,6 +53,11 @@ def keys(message: Message, context: Context) -> Message:
 @app.query("shares")
 def shares(message: Message, context: Context) -> Message:
     return _answer("shares", message, context)
+
+
+@app.query("survivors")
+def survivors(message: Message, context: Context) -> Message:
+    return _answer("survivors", message, context)
 
 
 @app.query("unmask")

@@ -44,7 +44,15 @@ from copra_fl.records import NodeRecord
 from copra_fl.records.audit import now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
+from copra_fl.training.plan import (
+    Plan,
+    Start,
+    caches_state,
+    expected_update,
+    leaves_state,
+    reported_metrics,
+    sent_parts,
+)
 from copra_fl.wording import foreign
 
 Result = TypeVar("Result")
@@ -172,7 +180,7 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     buffers: dict[str, Arrays] = {}
     if upload:
         shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
-        start = sent_starts[plan.clients[0]]
+        start = parts(server_state.adapter, sent_parts(config, plan.server_round))
         buffers["masked"] = upload.pack(plan, shared, start, group_of, len(engine.model.gates.names))
     else:
         buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
@@ -195,7 +203,18 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
                 optimizer=_updated(before.optimizer, update.optimizer) if keeps_moments else {},
             )
             store.write(update.client, plan.server_round, after)
-    return wire.echo(content, wire.pack_updates(updates, buffers, failures))
+    return wire.echo(content, wire.pack_updates(_reported(config, updates), buffers, failures))
+
+
+def _reported(config: Config, updates: Sequence[Update]) -> list[Update]:
+    """Return the updates with the metrics that the server may see."""
+    if not config.privacy.is_local:
+        return list(updates)
+    kept = reported_metrics(config)
+    return [
+        replace(update, metrics={name: value for name, value in update.metrics.items() if name in kept})
+        for update in updates
+    ]
 
 
 def _local_starts(
@@ -379,5 +398,6 @@ HANDLERS: dict[str, Callable[[RecordDict, Context], RecordDict]] = {
     "evaluate": evaluate,
     "keys": secure_handlers.keys,
     "shares": secure_handlers.shares,
+    "survivors": secure_handlers.survivors,
     "unmask": secure_handlers.unmask,
 }

@@ -43,11 +43,18 @@ class Policy:
     protection: str = option(
         "",
         "protections of which a run must have one, comma-separated; private: dp-clip above 0, "
-        "secure: secure-aggregation; empty: none",
+        "secure: secure-aggregation, private+secure: both, so that the node adds its share of the noise itself; empty: "
+        "none",
     )
-    min_noise_multiplier: float = option(0.0, "private: smallest dp-noise-multiplier; 0: no limit", low=0)
+    min_noise_multiplier: float = option(
+        0.0, "private, private+secure: smallest dp-noise-multiplier; 0: no limit", low=0
+    )
+    min_colluding_nodes: int = option(0, "private+secure: smallest dp-colluding-nodes; 0: no limit", low=0)
     max_epsilon: float = option(
-        0.0, "private: largest epsilon of a whole run at the policy's delta; 0: no limit", low=0
+        0.0,
+        "private, private+secure: largest epsilon of a whole run at the policy's delta; 0: no limit. With "
+        "private+secure towards the server, of a client that takes part in every round",
+        low=0,
     )
     delta: float = option(1e-5, "max-epsilon: delta at which epsilon is computed", above=0, high=0.5)
     min_examples: int = option(0, "smallest number of training examples of a client that has any; 0: no limit", low=0)
@@ -87,8 +94,12 @@ class Policy:
         for name in protections:
             if name not in PROTECTIONS:
                 raise ConfigError(unknown_name("protection", name, PROTECTIONS))
-        if (policy.min_noise_multiplier or policy.max_epsilon) and "private" not in protections:
-            raise ConfigError("min-noise-multiplier and max-epsilon need protection = 'private'")
+        if (policy.min_noise_multiplier or policy.max_epsilon) and not {"private", "private+secure"} & {*protections}:
+            raise ConfigError(
+                "min-noise-multiplier and max-epsilon need protection = 'private' or protection = 'private+secure'"
+            )
+        if policy.min_colluding_nodes and "private+secure" not in protections:
+            raise ConfigError("min-colluding-nodes needs protection = 'private+secure'")
         return policy
 
     def check_run(self, config: Config, model: str, num_clients: int) -> None:
@@ -151,6 +162,30 @@ class Policy:
 
 def lack_of_privacy(policy: Policy, config: Config, num_clients: int) -> str:
     """Return the reason why a run is not private enough; empty if it is."""
+    rate = config.federation.round_size(num_clients) / num_clients
+    return lack_of_noise(policy, config, rate)
+
+
+def lack_of_local_privacy(policy: Policy, config: Config, num_clients: int) -> str:
+    """Return the reason why a run in which nodes add the noise is not private enough; empty if it is.
+
+    The server knows who takes part, so the sample hides nothing from it.
+    """
+    if reason := lack_of_secure_aggregation(policy, config, num_clients):
+        return reason
+    if config.privacy.dp_colluding_nodes < policy.min_colluding_nodes:
+        return (
+            f"dp-colluding-nodes = {config.privacy.dp_colluding_nodes} is below min-colluding-nodes = "
+            f"{policy.min_colluding_nodes}"
+        )
+    return lack_of_noise(policy, config, sampling_rate=1.0)
+
+
+def lack_of_noise(policy: Policy, config: Config, sampling_rate: float) -> str:
+    """Return the reason why a run has too little noise; empty if it has enough.
+
+    `sampling_rate` is that towards those from whom clients are to be protected.
+    """
     privacy, federation = config.privacy, config.federation
     if not privacy.dp_clip:
         return "dp-clip = 0, but the run must be private (dp-clip above 0)"
@@ -160,8 +195,7 @@ def lack_of_privacy(policy: Policy, config: Config, num_clients: int) -> str:
             f"{policy.min_noise_multiplier:g}"
         )
     if policy.max_epsilon:
-        rate = federation.round_size(num_clients) / num_clients
-        spent = epsilon_of_run(rate, privacy.dp_noise_multiplier, federation.num_rounds, policy.delta)
+        spent = epsilon_of_run(sampling_rate, privacy.dp_noise_multiplier, federation.num_rounds, policy.delta)
         if spent > policy.max_epsilon:
             return (
                 f"the run's epsilon of {spent:.3f} at delta = {policy.delta:g} is more than max-epsilon = "
@@ -186,6 +220,7 @@ def lack_of_secure_aggregation(policy: Policy, config: Config, num_clients: int)
 PROTECTIONS: dict[str, Callable[[Policy, Config, int], str]] = {
     "private": lack_of_privacy,
     "secure": lack_of_secure_aggregation,
+    "private+secure": lack_of_local_privacy,
 }
 
 #: the keys of a policy, by name

@@ -1,6 +1,6 @@
-"""Handlers of secure aggregation: steps 1, 2 and 4 as messages of their own, step 3 as a part of the training.
+"""Handlers of secure aggregation: steps 1, 2, 4 and 5 as messages of their own, step 3 as a part of the training.
 
-A node's secrets lie in its Flower state, which stays on the node. They are replaced in step 1 and deleted in step 4.
+A node's secrets lie in its Flower state, which stays on the node. They are replaced in step 1 and deleted in step 5.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from clients.node_config import NodeConfig, Rejected
 from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import Arrays
 from copra_fl.adapters.state import Adapter, Update
+from copra_fl.aggregation.private_sums import private_scale, private_vector
 from copra_fl.aggregation.secure_sums import vector_of
 from copra_fl.secure_aggregation import node as protocol
 from copra_fl.secure_aggregation.errors import SecureAggregationError
@@ -52,15 +53,28 @@ def shares(content: RecordDict, context: Context) -> RecordDict:
         return secure_wire.pack_shares(messages)
 
 
+def survivors(content: RecordDict, context: Context) -> RecordDict:
+    """Step 4: sign one list of the nodes whose vectors are in the sum."""
+    node = NodeConfig.of(context)
+    with node.redact_errors(), named_refusals():
+        session = secure_wire.read_session(context.state)
+        if session is None:
+            raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
+        identity = node.identity(context.state, session.roster.run)
+        session, signature = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
+        secure_wire.write_session(context.state, session)
+        return secure_wire.pack_confirmation(signature)
+
+
 def unmask(content: RecordDict, context: Context) -> RecordDict:
-    """Step 4: reveal shares once; whatever the answer, the secrets of the round are deleted."""
+    """Step 5: reveal shares once; whatever the answer, the secrets of the round are deleted."""
     node = NodeConfig.of(context)
     with node.redact_errors(), named_refusals():
         session = secure_wire.read_session(context.state)
         secure_wire.forget_session(context.state)
         if session is None:
             raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
-        return secure_wire.pack_revealed(protocol.reveal(session, secure_wire.unpack_survivors(content)))
+        return secure_wire.pack_revealed(protocol.reveal(session, *secure_wire.unpack_confirmed(content)))
 
 
 @dataclass(frozen=True)
@@ -90,17 +104,19 @@ class MaskedUpload:
     def pack(
         self, plan: Plan, updates: Sequence[Update], start: Adapter, group_of: dict[str, int], num_groups: int
     ) -> Arrays:
-        """Return the masked vector of the node's clients. Raises Rejected for a value that does not fit."""
+        """Return the masked vector of the node's clients, in a private run with the node's share of the noise.
+
+        Of numbers from the server, the share depends on those of the configuration and on the list of nodes only, which
+        this node has checked. Raises Rejected for a value that does not fit.
+        """
+        privacy, roster = plan.config.privacy, self.session.roster
         with named_refusals():
-            vector = vector_of(
-                start,
-                updates,
-                plan.config.aggregation.weighting,
-                group_of,
-                num_groups,
-                self.scale,
-                len(self.session.roster.keys),
-            )
+            if privacy.is_local:
+                scale = private_scale(privacy, roster.num_honest(privacy.dp_colluding_nodes))
+                vector = private_vector(start, updates, privacy.dp_clip, scale, len(roster.keys))
+            else:
+                weighting, number = plan.config.aggregation.weighting, len(roster.keys)
+                vector = vector_of(start, updates, weighting, group_of, num_groups, self.scale, number)
             session, masked = protocol.mask_vector(self.session, vector)
             secure_wire.write_session(self.context.state, session)
             return secure_wire.masked_arrays(masked)

@@ -3,7 +3,8 @@
     keys      secure-round: run and round                              ->  secure-keys: the node's
     shares    secure-round, secure-keys: of all nodes                  ->  secure-shares: one for each neighbour
     train     as without, and secure-shares: from each neighbour       ->  masked: the vector, and metrics-C
-    unmask    secure-survivors: numbers of the nodes                   ->  secure-seeds, secure-mask-keys: shares
+    survivors secure-survivors: numbers of the nodes                   ->  secure-confirmed: signature of the list
+    unmask    secure-survivors, secure-confirmed: of the nodes         ->  secure-seeds, secure-mask-keys: shares
 
 The third step is the training: its message and reply are those of `wire`, with these records added.
 """
@@ -119,6 +120,29 @@ def unpack_survivors(content: RecordDict) -> list[int]:
     return wire.whole_numbers("nodes", list(nodes))
 
 
+def pack_confirmation(signature: bytes) -> RecordDict:
+    return RecordDict({"secure-confirmed": ConfigRecord({"signature": signature})})
+
+
+def unpack_confirmation(content: RecordDict) -> bytes:
+    """Return the signature in a node's answer. Raises ValueError for a value of another type."""
+    signature: Any = content.config_records["secure-confirmed"]["signature"]
+    if type(signature) is not bytes:
+        raise ValueError("signature should be bytes")
+    return signature
+
+
+def pack_confirmed(survivors: Iterable[int], signatures: Mapping[int, bytes]) -> RecordDict:
+    content = pack_survivors(survivors)
+    content["secure-confirmed"] = _pack_owned(signatures)
+    return content
+
+
+def unpack_confirmed(content: RecordDict) -> tuple[list[int], dict[int, bytes]]:
+    """Return the numbers of the nodes whose vectors are in the sum, and node -> signature of that list."""
+    return unpack_survivors(content), _unpack_owned(content.config_records["secure-confirmed"])
+
+
 def pack_revealed(revealed: Revealed) -> RecordDict:
     parts = {"secure-seeds": revealed.seeds, "secure-mask-keys": revealed.keys}
     return RecordDict({name: _pack_owned(shares) for name, shares in parts.items()})
@@ -160,18 +184,24 @@ def read_secrets(node_state: RecordDict) -> Secrets | None:
 
 
 def write_session(node_state: RecordDict, session: Session) -> None:
-    """Keep a node's state after step 2 or 3 in its Flower state."""
+    """Keep a node's state after step 2, 3 or 4 in its Flower state."""
     node_state[SECRETS] = ConfigRecord({**vars(session.secrets)})
     for name, record in pack_roster(session.roster).config_records.items():
         node_state[f"{SESSION}-{name}"] = record
     seeds, keys = ([pair[place] for pair in session.shares.values()] for place in (0, 1))
     node_state[OWN_SHARES] = ConfigRecord(
-        {"owners": list(session.shares), "seeds": seeds, "keys": keys, "masked": session.masked}
+        {
+            "owners": list(session.shares),
+            "seeds": seeds,
+            "keys": keys,
+            "masked": session.masked,
+            "confirmed": session.confirmed,
+        }
     )
 
 
 def read_session(node_state: RecordDict) -> Session | None:
-    """Return the state after step 2 or 3 in a node's Flower state; None without any."""
+    """Return the state after step 2, 3 or 4 in a node's Flower state; None without any."""
     secrets, records = read_secrets(node_state), node_state.config_records
     if secrets is None or OWN_SHARES not in records:
         return None
@@ -179,7 +209,7 @@ def read_session(node_state: RecordDict) -> Session | None:
     roster = unpack_roster(RecordDict({name: records[f"{SESSION}-{name}"] for name in names}))
     held: dict[str, Any] = dict(records[OWN_SHARES])
     shares = dict(zip(held["owners"], zip(held["seeds"], held["keys"], strict=True), strict=True))
-    return Session(secrets, roster, shares, bool(held["masked"]))
+    return Session(secrets, roster, shares, bool(held["masked"]), bool(held["confirmed"]))
 
 
 def forget_session(node_state: RecordDict) -> None:

@@ -60,15 +60,17 @@ def measure(number: int, values: int) -> dict[str, float]:
     for dropped in (0, number // 10):
         vectors = {one: of for one, (_, of) in enumerate(masked) if one >= dropped}
         with measured(of_nodes):
-            revealed = [node.reveal(masked[one][0], vectors) for one in vectors]
+            signed = {one: node.confirm(masked[one][0], vectors, identities[one]) for one in vectors}
+            signatures = {one: signature for one, (_, signature) in list(signed.items())[: roster.min_nodes]}
+            revealed = [node.reveal(session, vectors, signatures) for session, _ in signed.values()]
         with measured(of_server):
             assert not any(relay.wrong_shares(one, vectors) for one in revealed)
             total = relay.unmask(vectors, revealed)
         assert (total == vector * np.uint64(len(vectors))).all()
     return {
         "neighbours": degree(number, SHARE),
-        "kB up": (up + num_bytes(secure_wire.pack_revealed(revealed[0]))) / 1e3,
-        "kB down": (down + num_bytes(secure_wire.pack_survivors(vectors))) / 1e3,
+        "kB up": (up + num_bytes(secure_wire.pack_revealed(revealed[0])) + len(next(iter(signatures.values())))) / 1e3,
+        "kB down": (down + num_bytes(secure_wire.pack_confirmed(vectors, signatures))) / 1e3,
         "vector kB": 8 * values / 1e3,
         "node s": sum(of_nodes[:4]) / number,
         "server s": of_server[0],

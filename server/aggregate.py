@@ -13,12 +13,13 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, draw
 from copra_fl.aggregation import client_ranks, heads, pools, scaffold, server_optimizers
 from copra_fl.aggregation.compatibility import parameters_of
-from copra_fl.aggregation.private import private_average
+from copra_fl.aggregation.private import moved, private_average
 from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.shared_moments import average_moments
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
+from copra_fl.training.plan import sent_parts
 from server.run_context import RunContext
 
 
@@ -46,6 +47,7 @@ def aggregate(
     updates: Sequence[Update],
     controls: Sequence[Adapter],
     num_eligible: int,
+    private_sum: Adapter | None = None,
 ) -> Aggregate:
     """Aggregate the `updates` of a round.
 
@@ -54,10 +56,14 @@ def aggregate(
         updates: individual or pooled.
         controls: change of each client's control variate; empty without control variates.
         num_eligible: number of clients that have training examples.
+        private_sum: noisy sum of the clients' changes, if nodes have clipped them and added the noise.
     """
     round_ = rule_round(run, server_round, state, updates)
     is_private = bool(run.config.privacy.dp_clip)
-    outcome = average_privately(run, round_, server_round, num_eligible) if is_private else run.rule.aggregate(round_)
+    if is_private:
+        outcome = average_privately(run, round_, server_round, num_eligible, private_sum)
+    else:
+        outcome = run.rule.aggregate(round_)
     error = None
     if not (pools(run.config) or run.rule.personal or is_private):
         error = AggregationError(**aggregation_error(round_, outcome))
@@ -92,15 +98,16 @@ def without_other_heads(run: RunContext, update: Update) -> Update:
     return update
 
 
-def average_privately(run: RunContext, round_: Round, server_round: int, num_eligible: int) -> Outcome:
+def average_privately(
+    run: RunContext, round_: Round, server_round: int, num_eligible: int, private_sum: Adapter | None
+) -> Outcome:
     """Return the average with differential privacy, refactored if the rule does."""
-    config = run.config
-    travels = run.rule.sends(server_round)
-    if config.copra.local_training == "head":
-        travels &= {"head"}
-    number = config.federation.round_size(num_eligible)
-    privacy = config.privacy
-    outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number)
+    privacy, number = run.config.privacy, run.config.federation.round_size(num_eligible)
+    if private_sum is None:
+        travels = sent_parts(run.config, server_round)
+        outcome = private_average(round_, travels, privacy.dp_clip, privacy.dp_noise_multiplier, number)
+    else:
+        outcome = Outcome(moved(round_.before, private_sum, number))
     if run.rule.refactor:
         return replace(outcome, adapter=run.rule.refactor(outcome.adapter, modules(outcome.adapter)))
     return outcome

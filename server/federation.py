@@ -24,7 +24,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.events import emit
 from copra_fl.models.build import check_weights, load_processor, resolve_config
 from copra_fl.models.export import save
-from copra_fl.records import Origin, RoundRecord
+from copra_fl.records import Origin, PrivacySpent, RoundRecord
 from copra_fl.sources.assets import ASSETS
 from copra_fl.tasks import find_task
 from server.audit import AuditLog
@@ -98,9 +98,12 @@ def run_round(
     Raises FederationError if a new state is refused and failures are not tolerated.
     """
     before = strategy.state
-    training = train_round(grid, strategy, server_round)
-    # before the evaluation sends the new adapter to the clients
-    privacy = budget.charge(strategy.sampling_rate) if budget else None
+
+    def charge(clients: Sequence[int]) -> PrivacySpent | None:
+        return budget.charge(strategy.sampling_rate, clients) if budget else None
+
+    # it is charged before the evaluation sends the new adapter to the clients
+    training = train_round(grid, strategy, server_round, charge)
     evaluation = RoundEvaluation()
     problem = "" if strategy.state.is_finite else "has values that are not finite"
     if not problem:
@@ -110,7 +113,7 @@ def run_round(
     if problem:
         training = refuse(strategy, before, training, problem)
         evaluation = evaluate_round(grid, strategy, evaluator, before, training, accuracies)
-    return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation, privacy)
+    return round_record(evaluator.config, training, evaluator.model.gates.names, evaluation)
 
 
 def refuse(strategy: CohortStrategy, before: ServerState, training: RoundTraining, problem: str) -> RoundTraining:

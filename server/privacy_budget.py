@@ -1,18 +1,21 @@
 """The privacy budget of a run: every release is charged, and written to ``privacy.jsonl`` before it is published.
 
-A round is released when its noisy adapter goes to the clients or into a checkpoint. A round that is interrupted after
-its charge and done again draws another sample and other noise, and is charged again: two releases of one round.
+A round is released when its noisy adapter goes to the clients or into a checkpoint, and where nodes add the noise when
+they are asked to unmask the sum. A round that is interrupted after its charge and done again draws another sample and
+other noise, and is charged again: two releases of one round. ``dp-budget`` limits the epsilon towards those who do not
+know the samples; that towards the server is in the records.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
-from copra_fl.aggregation.accounting import Release, epsilon
+from copra_fl.aggregation.accounting import Release, epsilon, epsilon_of_participants
 from copra_fl.config import ConfigError, PrivacyConfig
 from copra_fl.files import DamagedFile, append_line, atomic_write
-from copra_fl.records import DamagedRecord, PrivacySpent
+from copra_fl.records import DamagedRecord, PrivacyCharge, PrivacySpent
 
 LEDGER = "privacy.jsonl"
 
@@ -30,8 +33,9 @@ class PrivacyBudget:
         if len(spent) < num_rounds:
             raise DamagedFile(self._ledger, f"it has {len(spent)} releases, and the run has {num_rounds} rounds")
         if spent:  # without half a line at the end: the next release begins a new one
-            atomic_write(self._ledger, "".join(spending.to_json() + "\n" for spending in spent))
-        self._releases = [Release(spending.sampling_rate, spending.noise_multiplier) for spending in spent]
+            atomic_write(self._ledger, "".join(charge.to_json() + "\n" for charge in spent))
+        self._releases = [Release(charge.sampling_rate, charge.noise_multiplier) for charge in spent]
+        self._participants = [(charge.clients, charge.noise_multiplier) for charge in spent]
 
     def check(self, sampling_rate: float, num_rounds: int) -> None:
         """Raise ConfigError if `num_rounds` more rounds would exceed ``dp-budget``."""
@@ -48,28 +52,36 @@ class PrivacyBudget:
                 f"or raise dp-noise-multiplier above {settings.dp_noise_multiplier:g}"
             )
 
-    def charge(self, sampling_rate: float) -> PrivacySpent:
-        """Charge one more release, write it to the disk, and return the privacy spent so far."""
+    def charge(self, sampling_rate: float, clients: Sequence[int]) -> PrivacySpent:
+        """Charge one more release, write it to the disk, and return the privacy spent so far.
+
+        `clients` are those that were sampled.
+        """
         settings = self._settings
         self._releases.append(Release(sampling_rate, settings.dp_noise_multiplier))
+        self._participants.append((tuple(clients), settings.dp_noise_multiplier))
+        towards_server = None
+        if settings.is_local:
+            towards_server = epsilon_of_participants(self._participants, settings.dp_delta)
         spent = PrivacySpent(
             epsilon=epsilon(self._releases, settings.dp_delta),
+            server_epsilon=towards_server,
             delta=settings.dp_delta,
             sampling_rate=sampling_rate,
             noise_multiplier=settings.dp_noise_multiplier,
             clip=settings.dp_clip,
         )
-        append_line(self._ledger, spent.to_json())
+        append_line(self._ledger, PrivacyCharge(**vars(spent), clients=self._participants[-1][0]).to_json())
         return spent
 
 
-def read_ledger(path: Path) -> list[PrivacySpent]:
+def read_ledger(path: Path) -> list[PrivacyCharge]:
     """Return the releases in ``privacy.jsonl``. Half a line at the end is of a release that was not published.
 
     Raises DamagedFile for any other damaged line.
     """
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
     try:
-        return [PrivacySpent.from_json(line) for line in lines[:-1]]
+        return [PrivacyCharge.from_json(line) for line in lines[:-1]]
     except DamagedRecord as damage:
         raise DamagedFile(path, str(damage)) from damage

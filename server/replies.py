@@ -16,7 +16,6 @@ from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update, difference, norm
 from copra_fl.aggregation.checking import (
-    METRICS,
     BadUpdate,
     check_grams,
     check_moments,
@@ -30,7 +29,7 @@ from copra_fl.aggregation.ranks import as_global
 from copra_fl.aggregation.secure_sums import vector_size
 from copra_fl.config import Config
 from copra_fl.records import ClientEvaluation
-from copra_fl.training.plan import expected_update
+from copra_fl.training.plan import expected_update, reported_metrics
 from copra_fl.wording import LINE_END, foreign
 from server.errors import FederationError
 from server.round_request import RoundRequest
@@ -116,15 +115,17 @@ def read_replies(
 def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
     """Return an upper limit for the size of a reply.
 
-    It has tensors in float32, as many controls and moments, Gram matrices, and reports; or a masked vector of 64-bit
-    numbers, whose weights are less than the reports may be.
+    It has tensors in float32, as many controls and moments, Gram matrices, and reports; or reports and a masked vector
+    of 64-bit numbers, with less weights than one report may have bytes.
     """
+    if request.is_masked:
+        return 8 * sum(tensor.numel() for tensor in request.masked.values()) + REPORT_BYTES * (1 + len(cohort))
     starts = [request.starts.get(client, {}) for client in cohort]
     num_values = sum(tensor.numel() for start in starts for tensor in start.values())
     num_values *= 1 + request.has_control + len(request.moments)
     if request.has_grams:
         num_values += sum(tensor.numel() for start in starts for tensor in templates(start).values())
-    return (8 if request.is_masked else 4) * num_values + REPORT_BYTES * len(cohort)
+    return 4 * num_values + REPORT_BYTES * len(cohort)
 
 
 def decode_updates(
@@ -138,11 +139,10 @@ def decode_updates(
     updates = [wire.unpack_scalars(content, client) for client in clients]
     for update in updates:
         check_scalars(update, expected_update(run.config, run.num_groups, num_examples[update.client]))
-        if unreported := sorted(METRICS - update.metrics.keys()):
+        if unreported := sorted(reported_metrics(run.config) - update.metrics.keys()):
             raise BadUpdate(f"client {update.client} does not report {', '.join(unreported)}")
     if request.is_masked:
-        start = next(iter(request.starts.values()))
-        size = vector_size(start, run.config.aggregation.weighting, run.num_groups)
+        size = vector_size(request.masked, run.config.aggregation.weighting, run.num_groups)
         return TrainReply(updates, averaged=[], masked=secure_wire.unpack_masked(content, size))
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]

@@ -25,7 +25,8 @@ class RoundRequest:
         moments: names of the optimizer's moments that clients also send.
         ages: client -> age in rounds of the global adapter that it starts from.
         apart: clients that do not start from the newest global adapter.
-        is_masked: whether each node sends one masked vector (`server.secure_round`) in place of all buffers.
+        masked: the tensors in the masked vector that each node sends in place of all buffers, with their values before
+            the training; empty without secure aggregation.
     """
 
     server_round: int
@@ -38,7 +39,12 @@ class RoundRequest:
     moments: tuple[str, ...] = ()
     ages: Mapping[int, int] = field(default_factory=dict)
     apart: frozenset[int] = frozenset()
-    is_masked: bool = False
+    masked: Adapter = field(default_factory=dict)
+
+    @property
+    def is_masked(self) -> bool:
+        """True if nodes send masked vectors (`server.secure_round`)."""
+        return bool(self.masked)
 
     @property
     def clients(self) -> list[int]:
@@ -51,5 +57,10 @@ class RoundRequest:
         return sum(len(cohort) for node, cohort in self.cohorts.items() if node in nodes)
 
     def enough(self, replies: Iterable[Message]) -> bool:
-        """Return whether `replies` without an error cover as many clients as are required, so that the wait can end."""
+        """Return whether `replies` without an error cover as many clients as are required, so that the wait can end.
+
+        Of masked vectors all are waited for.
+        """
+        if self.is_masked:
+            return False
         return self.num_answered(reply for reply in replies if reply.has_content()) >= self.num_wanted

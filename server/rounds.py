@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.events import emit
-from copra_fl.records import ClientEvaluation, Evaluation, LinePath, MergeGap
+from copra_fl.records import ClientEvaluation, Evaluation, LinePath, MergeGap, PrivacySpent
 from server.early_end import end_reason
 from server.eval_selection import is_evaluated, merge_gap_clients, path_pairs
 from server.evaluator import Evaluator
@@ -29,6 +29,7 @@ class RoundTraining:
     Attributes:
         seconds: from sending the first message to the new global adapter.
         bytes_down, bytes_up: contents of all messages to and from the nodes.
+        privacy: spent up to this round; None in a run that is not private.
     """
 
     request: RoundRequest
@@ -36,16 +37,27 @@ class RoundTraining:
     seconds: float
     bytes_down: int
     bytes_up: int
+    privacy: PrivacySpent | None = None
 
 
-def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> RoundTraining:
-    """Train and aggregate one round; the strategy has the next state afterwards."""
+def train_round(
+    grid: Grid,
+    strategy: CohortStrategy,
+    server_round: int,
+    charge: Callable[[Sequence[int]], PrivacySpent | None] = lambda clients: None,
+) -> RoundTraining:
+    """Train and aggregate one round; the strategy has the next state afterwards.
+
+    `charge` charges the privacy budget for a release of the sampled clients, and returns the privacy spent.
+    """
     started = time.perf_counter()
     request, messages = strategy.configure_train(server_round)
     emit("round", round=server_round, clients=len(request.clients))
     secure = None
     if request.is_masked:
-        secure = SecureRound(grid, strategy.run, request, strategy.partitions, strategy.num_examples)
+        secure = SecureRound(
+            grid, strategy.run, request, strategy.partitions, strategy.num_examples, lambda: charge(request.clients)
+        )
         messages = secure.open(messages)
     replies = exchange(
         grid, messages, strategy.run.config.federation.round_timeout_s, request.enough,
@@ -60,6 +72,7 @@ def train_round(grid: Grid, strategy: CohortStrategy, server_round: int) -> Roun
         seconds=time.perf_counter() - started,
         bytes_down=bytes_down + (secure.bytes_down if secure else 0),
         bytes_up=bytes_up + (secure.bytes_up if secure else 0),
+        privacy=secure.privacy if secure else charge(request.clients),
     )
 
 

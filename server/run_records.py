@@ -15,7 +15,6 @@ from copra_fl.records import (
     ClientRecord,
     Evaluation,
     MissingClient,
-    PrivacySpent,
     RoundRecord,
     RunSummary,
     Tier,
@@ -30,7 +29,6 @@ def round_record(
     training: RoundTraining,
     layers: Sequence[str],
     evaluation: RoundEvaluation,
-    privacy: PrivacySpent | None,
 ) -> RoundRecord:
     """Return the journal line of a round. `layers` are the names of the gate groups."""
     result = training.result
@@ -41,16 +39,7 @@ def round_record(
         bytes_up=training.bytes_up,
         train_loss=result.loss,
         layers=tuple(layers),
-        clients=tuple(
-            ClientRecord(
-                client=update.client,
-                examples=update.num_examples,
-                active_steps=update.active_steps,
-                staleness=training.request.ages.get(update.client, 0),
-                **update.metrics,
-            )
-            for update in result.updates
-        ),
+        clients=tuple(client_record(update, training.request.ages.get(update.client, 0)) for update in result.updates),
         missing=tuple(MissingClient(client=client, reason=reason) for client, reason in result.missing.items()),
         aggregation_error=result.error,
         tiers=tiers(config, result.updates),
@@ -58,8 +47,20 @@ def round_record(
         validation=evaluation.validation,
         merge_gap=evaluation.merge_gap,
         paths=evaluation.paths,
-        privacy=privacy,
+        privacy=training.privacy,
         ended_early=evaluation.ended_early,
+    )
+
+
+def client_record(update: Update, staleness: int) -> ClientRecord:
+    """Return the record of one client's training; loss and distance are None where the client reports none."""
+    metrics: dict[str, Any] = {"loss": None, "distance": None} | update.metrics
+    return ClientRecord(
+        client=update.client,
+        examples=update.num_examples,
+        active_steps=update.active_steps,
+        staleness=staleness,
+        **metrics,
     )
 
 

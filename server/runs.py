@@ -23,7 +23,7 @@ from copra_fl.aggregation.compatibility import with_explicit_parameters
 
 startup.prepare()
 
-from copra_fl.config import Config, ConfigError, read_toml
+from copra_fl.config import KEYS, Config, ConfigError, read_toml
 from copra_fl.events import emit
 from copra_fl.files import DamagedFile, atomic_write
 from copra_fl.records import RecordError
@@ -83,7 +83,9 @@ def planned_runs(directory: Path, flat: dict[str, Any], resume: bool) -> Iterato
         return
     if Journal(directory).begun and not resume:
         raise ConfigError(f"{directory} already has a run; set resume=true to continue it, or another output")
-    config = with_explicit_parameters(Config.from_flat(flat))
+    # Flower passes every default as if it were set, but some defaults depend on other keys
+    given = {name: value for name, value in flat.items() if name not in KEYS or value != KEYS[name].default}
+    config = with_explicit_parameters(Config.from_flat(given))
     path = directory / "config.toml"
     if path.exists() and (differences := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(differences)}")

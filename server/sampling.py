@@ -20,6 +20,14 @@ def rate(federation: FederationConfig, num_eligible: int) -> float:
     return federation.round_size(num_eligible) / num_eligible
 
 
+def num_wanted(config: Config, num_eligible: int, num_sampled: int) -> int:
+    """Return the number of sampled clients that a round waits for: the others are over-sampled.
+
+    In a private run that is all of them, however many a Poisson sample has: nobody may take the place of another.
+    """
+    return num_sampled if config.privacy.dp_clip else min(config.federation.round_size(num_eligible), num_sampled)
+
+
 def sample(config: Config, clients: Sequence[int], server_round: int) -> list[int]:
     """Return the clients of a round, drawn from the eligible `clients` with the stream ``sampling``.
 

@@ -1,4 +1,4 @@
-"""A round with secure aggregation: keys and shares before the training, shares that unmask the sum after it.
+"""A round with secure aggregation: keys and shares before the training, the list of survivors and shares after it.
 
 The training itself is the third step (`clients.secure_handlers`). A node that fails a step, or whose message is
 refused, has dropped out: its clients are missing. The round fails if too few nodes are left, and its error names them.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import INFO
 from typing import TypeVar
 
 import numpy as np
 from flwr.app import Message
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from copra_fl import secure_wire, wire
-from copra_fl.adapters.state import Update
-from copra_fl.aggregation import secure_sums
+from copra_fl.adapters.state import Adapter, Update
+from copra_fl.aggregation import private_sums, secure_sums
 from copra_fl.aggregation.checking import check_tensors
+from copra_fl.records import PrivacySpent
 from copra_fl.secure_aggregation import fixed_point
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
+from copra_fl.secure_aggregation.node import check_confirmation
 from copra_fl.secure_aggregation.roster import check_keys
 from copra_fl.secure_aggregation.server import Relay, check_shares, list_nodes
 from copra_fl.training.plan import expected_update
@@ -32,8 +37,21 @@ from server.round_request import RoundRequest
 from server.run_context import RunContext
 
 Answer = TypeVar("Answer")
-#: bytes of a node's message in steps 1, 2 and 4, per node of the round; far more than they need
+#: bytes of a node's message in steps 1, 2, 4 and 5, per node of the round; far more than they need
 STEP_BYTES = 1 << 12
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """The unmasked sum of a round.
+
+    Attributes:
+        updates: one pooled update of all clients; in a private run without tensors.
+        private_sum: in a private run the noisy sum of the clients' changes; else None.
+    """
+
+    updates: list[Update]
+    private_sum: Adapter | None = None
 
 
 class SecureRound:
@@ -41,8 +59,9 @@ class SecureRound:
 
     Attributes:
         missing: client -> reason, of the nodes that dropped out before the training.
-        bytes_down, bytes_up: contents of the messages of steps 1, 2 and 4, and of the shares in the third.
+        bytes_down, bytes_up: contents of the messages of steps 1, 2, 4 and 5, and of the shares in the third.
         notes: for the journal.
+        privacy: spent up to this round; None before the nodes are asked to unmask, and in a run that is not private.
     """
 
     def __init__(
@@ -52,11 +71,20 @@ class SecureRound:
         request: RoundRequest,
         numbers: Mapping[int, int],
         num_examples: Mapping[int, int],
+        charge: Callable[[], PrivacySpent | None],
     ) -> None:
-        """Args: `numbers`: node -> its partition-id, the number that secure aggregation knows it by."""
+        """Start the secure aggregation of a round.
+
+        Args:
+            numbers: node -> its partition-id, the number that secure aggregation knows it by.
+            num_examples: client -> training examples.
+            charge: charges the privacy budget for a release, and returns the privacy spent.
+        """
         self.missing: dict[int, str] = {}
         self.bytes_down = self.bytes_up = 0
         self.notes: dict[str, object] = {}
+        self.privacy: PrivacySpent | None = None
+        self._charge = charge
         self._grid, self._run, self._request = grid, run, request
         self._numbers = {node: numbers[node] for node in request.cohorts}
         self._num_examples = num_examples
@@ -80,7 +108,11 @@ class SecureRound:
 
             sent = self._ask("shares", {node: secure_wire.pack_roster(roster) for node in keys}, read_shares)
             self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
-            self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
+            if config.privacy.is_local:
+                num_honest = roster.num_honest(config.privacy.dp_colluding_nodes)
+                self._scale = private_sums.private_scale(config.privacy, num_honest)
+            else:
+                self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
         if config.federation.failures == "strict":
             num_left = sum(len(self._request.cohorts[node]) for node in sent)
             check_missing(config, self._request, self.missing, num_left, f"round {number}")
@@ -91,13 +123,24 @@ class SecureRound:
             secure_wire.add_shares(message.content, shares, self._scale)
         return remaining
 
-    def unmask(self, replies: Mapping[int, TrainReply]) -> list[Update]:
-        """Step 4: return the pooled update of all clients, from the sum of the nodes' vectors without masks.
+    def unmask(self, replies: Mapping[int, TrainReply]) -> SecureSum:
+        """Steps 4 and 5: return the sum of the nodes' vectors without masks.
+
+        The privacy budget is charged before the nodes are asked for shares, because the server can read the sum then.
 
         Raises FederationError if too few nodes answer, and if the sum is not that of the clients' updates.
         """
         vectors = {self._numbers[node]: r.masked for node, r in replies.items() if r.masked is not None}
+        updates = sorted((one for reply in replies.values() for one in reply.updates), key=lambda one: one.client)
         refused: dict[int, str] = {}
+
+        def read_confirmation(node: int, content: wire.RecordDict) -> bytes:
+            signature = secure_wire.unpack_confirmation(content)
+            check_confirmation(self._relay.roster, self._numbers[node], signature, vectors)
+            return signature
+
+        def is_confirmed(answers: Mapping[int, bytes]) -> bool:
+            return len(answers) >= self._relay.roster.min_nodes
 
         def read_revealed(node: int, content: wire.RecordDict) -> Revealed:
             revealed = secure_wire.unpack_revealed(content, self._numbers[node])
@@ -111,29 +154,53 @@ class SecureRound:
         with self._named_failure(refused):
             self._relay.check_number(vectors, "sent a vector")
             asked = {node: secure_wire.pack_survivors(vectors) for node in replies}
+            confirmed = self._ask("survivors", asked, read_confirmation, is_confirmed, refused)
+            self._check_confirmed(len(confirmed))
+            self.privacy = self._charge()
+            signatures = {self._numbers[node]: signature for node, signature in confirmed.items()}
+            asked = {node: secure_wire.pack_confirmed(vectors, signatures) for node in replies}
             revealed = self._ask("unmask", asked, read_revealed, enough, refused)
             total = self._relay.unmask(vectors, list(revealed.values()))
-            update = self._pooled(total, [update for reply in replies.values() for update in reply.updates])
+            notes: dict[str, object]
+            if self._run.config.privacy.is_local:
+                result = SecureSum([], private_sums.private_sum(total, self._request.masked, len(updates), self._scale))
+                notes = {"noise_multiplier": self._noise_multiplier(len(vectors))}
+            else:
+                result = SecureSum([self._pooled(total, updates)])
+                error = fixed_point.largest_error(self._scale, len(vectors)) / self._least_weight(updates)
+                notes = {"error": error}
         self.notes = {
             "secure_aggregation": {
                 "nodes": sorted(vectors),
                 "dropped": sorted(self._numbers[node] for node in self._numbers.keys() - replies.keys()),
                 "refused": sorted(set(refused.values())),
-                "error": fixed_point.largest_error(self._scale, len(vectors)) / self._least_weight(replies),
+                **notes,
             }
         }
-        return [update]
+        return result
 
-    def _least_weight(self, replies: Mapping[int, TrainReply]) -> float:
+    def _check_confirmed(self, number: int) -> None:
+        """Raise SecureAggregationError if fewer nodes have signed the list of survivors than the others ask for."""
+        if number < self._relay.roster.min_nodes:
+            raise SecureAggregationError(
+                f"{number} of {len(self._relay.roster.keys)} nodes have signed the list of survivors; "
+                f"{self._relay.roster.min_nodes} are needed"
+            )
+
+    def _noise_multiplier(self, num_nodes: int) -> float:
+        """Return the noise multiplier of the sum of `num_nodes` nodes; it is more than the configured one."""
+        privacy = self._run.config.privacy
+        num_honest = self._relay.roster.num_honest(privacy.dp_colluding_nodes)
+        return private_sums.noise_multiplier(privacy, num_honest, num_nodes)
+
+    def _least_weight(self, updates: Sequence[Update]) -> float:
         """Return the smallest weight of a value in the sum, by which its rounding error is divided."""
-        updates = [update for reply in replies.values() for update in reply.updates]
         weights = secure_sums.total_weights(updates, self._run.config.aggregation.weighting, self._run.num_groups)
         return float(weights[weights > 0].min())
 
-    def _pooled(self, total: np.ndarray, updates: list[Update]) -> Update:
-        start, config, run = next(iter(self._request.starts.values())), self._run.config, self._run
+    def _pooled(self, total: np.ndarray, updates: Sequence[Update]) -> Update:
+        start, config, run = self._request.masked, self._run.config, self._run
         weighting = config.aggregation.weighting
-        updates = sorted(updates, key=lambda update: update.client)
         update = secure_sums.pooled_update(total, start, updates, weighting, run.group_of, run.num_groups, self._scale)
         check_tensors(update, start, run.group_of, config.federation.max_update_norm)
         return update
@@ -170,10 +237,14 @@ class SecureRound:
         messages = [Message(content, node, f"query.{action}") for node, content in contents.items()]
         limit = STEP_BYTES * (len(self._numbers) + 1)
 
-        def decoded(replies: Sequence[Message]) -> tuple[dict[int, Answer], dict[int, str]]:
-            answers, reasons = {}, {}
+        answers: dict[int, Answer] = {}
+        reasons: dict[int, str] = {}
+
+        def is_enough(replies: Sequence[Message]) -> bool:
             for reply in replies:
                 node = reply.metadata.src_node_id
+                if node in answers or node in reasons:
+                    continue
                 try:
                     if reply.has_error():
                         raise SecureAggregationError(reply.error.reason)
@@ -182,13 +253,14 @@ class SecureRound:
                     answers[node] = read(node, reply.content)
                 except Exception as error:  # a node can have sent anything
                     reasons[node] = foreign(f"its node dropped out in step {action!r} of secure aggregation: {error}")
-            return answers, reasons
+            return enough(answers)
 
-        replies = exchange(self._grid, messages, timeout, lambda replies: enough(decoded(replies)[0]))
-        answers, reasons = decoded(replies)
+        replies = exchange(self._grid, messages, timeout, is_enough)
+        is_enough(replies)
         silent = f"its node dropped out in step {action!r} of secure aggregation: no answer within {timeout:g} s"
         for node in contents.keys() - answers.keys():
             reason = reasons.get(node, silent)
+            log(INFO, "node %s: %s", self._numbers[node], reason)
             (self.missing if missing is None else missing).update(dict.fromkeys(self._request.cohorts[node], reason))
         self.bytes_down += sum(all_bytes(message.content) for message in messages)
         self.bytes_up += sum(all_bytes(reply.content) for reply in replies if reply.has_content())

@@ -53,7 +53,11 @@ class StateSync:
         _, cached_rank = self._cached.get(node, (-1, rank))
         shared_rank = rank if since < 0 or sent == state.adapter.keys() else min(rank, cached_rank)
         self._sent[node] = number, shared_rank if sent else cached_rank
-        old = state.of_age(max(ages(self._run.config, number, plan.clients).values())) if is_training else state.adapter
+        old = (
+            state.of_age(max(ages(self._run.config, number, plan.clients).values(), default=0))
+            if is_training
+            else state.adapter
+        )
         stale = {name for name, tensor in old.items() if not torch.equal(tensor, state.adapter[name])}
         return wire.pack_plan(
             plan,
@@ -90,7 +94,7 @@ class StateSync:
 
     def _largest_rank(self, clients: tuple[int, ...]) -> int:
         ranks = client_ranks(self._run.config, self._run.config.data.num_clients)
-        return max(ranks[client] for client in clients)
+        return max((ranks[client] for client in clients), default=self._run.config.model.rank)
 
 
 def indices(adapter: Adapter, names: Container[str]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.aggregation.starts import ages, client_starts, has_own_start
 from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
-from copra_fl.training.plan import Plan, num_trained
+from copra_fl.training.plan import Plan, num_trained, sent_parts
 from server import sampling
 from server.aggregate import aggregate
 from server.eval_selection import inspected_clients
@@ -40,7 +40,7 @@ class TrainResult:
     Attributes:
         updates: of the clients that replied, sorted by client; pooled ones have no tensors.
         missing: sampled client without a valid update -> reason.
-        loss: mean training loss, weighted by examples; None if no client replied.
+        loss: mean training loss, weighted by examples; None if no client reports one.
         error: aggregation error; None if it cannot be computed.
         notes: of the rule.
         lengths: client -> norm of its change; pooled ones under the first of them.
@@ -100,10 +100,13 @@ class CohortStrategy:
         ages_of = ages(config, number, clients)
         old = self.state.of_age(max(ages_of.values(), default=0))
         starts = client_starts(config, number, self.state.adapter, old, clients)
+        cohorts, is_secure = place(work, self.hosts), config.privacy.secure_aggregation
+        if config.privacy.is_local:  # the other nodes add their share of the noise
+            cohorts = {node: cohorts.get(node, []) for node in self.hosts}
         request = RoundRequest(
             server_round,
-            cohorts=place(work, self.hosts),
-            num_wanted=min(config.federation.round_size(len(eligible)), len(clients)),
+            cohorts=cohorts,
+            num_wanted=sampling.num_wanted(config, len(eligible), len(clients)),
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
             has_control=bool(self.state.control),
@@ -111,7 +114,7 @@ class CohortStrategy:
             moments=moment_kinds(config.training) if self.state.optimizer else (),
             ages=ages_of,
             apart=frozenset(client for client in clients if ages_of[client] or has_own_start(config, number)),
-            is_masked=config.privacy.secure_aggregation,
+            masked=parts(self.state.adapter, sent_parts(config, server_round)) if is_secure else {},
         )
         return request, self.messages(request, number, MessageType.TRAIN)
 
@@ -131,17 +134,20 @@ class CohortStrategy:
         updates = [update for reply in node_replies for update in reply.updates]
         updates.sort(key=lambda update: update.client)
         check_missing(self.run.config, request, missing, len(updates), f"round {request.server_round}")
+        summed = secure.unmask(kept) if secure else None
         aggregated = aggregate(
             self.run,
             request.server_round,
             self.state,
-            secure.unmask(kept) if secure else [update for reply in node_replies for update in reply.averaged],
+            summed.updates if summed else [update for reply in node_replies for update in reply.averaged],
             [control for reply in node_replies for control in reply.controls.values()],
             len(self.eligible),
+            summed.private_sum if summed else None,
         )
         self._sync.advance(self.state, aggregated.state, aggregated.residual)
         self.state = aggregated.state
-        loss = pool_scalars(updates).metrics["loss"] if updates else None
+        has_losses = updates and not self.run.config.privacy.is_local
+        loss = pool_scalars(updates).metrics["loss"] if has_losses else None
         lengths = {
             client: length for reply in node_replies for client, length in reply.lengths.get(CHANGES, {}).items()
         }

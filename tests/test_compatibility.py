@@ -17,8 +17,7 @@ Settings = dict[str, Any]
 LORA = {"local-training": "lora"}
 PRIVATE = {"dp-clip": 1.0, "weighting": "equal"}
 TWO = {"dataset": "a.csv, b.csv", "num-clients": 4}
-SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
-          "max-update-ratio": 0.0}  # fmt: skip
+SECURE = {"secure-aggregation": True}
 NO_DATA = {"dataset": "", "partitioner": "own", "labels": "a,b"}
 CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 
@@ -125,7 +124,6 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     (SECURE | {"start": "own"}, {"start": "common"}, "updates from different starts are not pooled"),
     (SECURE | {"stale-clients": 0.5}, {"stale-clients": 0.0}, "stale-clients = 0.5 .* different starts are not pooled"),
     (SECURE | TWO, {"dataset": "a.csv"}, "several data sets. does not combine with secure-aggregation"),
-    (SECURE | PRIVATE, {"dp-clip": 0.0, "weighting": "examples"}, "dp-clip = 1 does not combine with secure-aggregat"),
     (CAUSAL | {"partitioner": "shards"}, {"partitioner": "iid"}, "does not have exactly one label per example"),
     (CAUSAL | {"shots": 4}, {"shots": 0, "client-examples": 4}, "counts examples by label"),
     ({"task": "image-classification", "duplicates": "near"}, {"duplicates": "exact"}, "compares texts"),
@@ -170,6 +168,19 @@ def test_the_cases_above_cover_every_row_of_the_table() -> None:
         *compatibility._several_datasets_conflicts(config, rule, task),
     ]
     assert len(CONFLICTS) == len(rows)
+
+
+def test_secure_aggregation_alone_is_enough_and_changes_no_key_that_is_set() -> None:
+    config = Config.from_flat(SECURE)
+    check(config)
+    assert Config.from_flat(config.to_flat()) == config, "what travels to the nodes"
+    assert {key: value for key, value in config.to_flat().items() if value != Config().to_flat()[key]} == {
+        **SECURE, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0, "max-update-ratio": 0.0
+    }  # fmt: skip
+    assert Config.from_flat({"secure-aggregation": False}) == Config()
+    check(Config.from_flat(SECURE | PRIVATE))
+    with pytest.raises(ConfigError, match="merge-gap-clients = 4 does not combine with secure-aggregation = true"):
+        check(Config.from_flat(SECURE | {"merge-gap-clients": 4}))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

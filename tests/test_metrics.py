@@ -66,12 +66,13 @@ def test_evaluation_and_privacy_are_the_last_known(tmp_path: Path) -> None:
     """A round without evaluation leaves the accuracy of the round before; epsilon is the last round's."""
     write_run(tmp_path / "run", "lora", seed=0, num_rounds=2, finished=False)
     run = load_run(tmp_path / "run")
-    privacy = PrivacySpent(epsilon=1.5, delta=1e-5, sampling_rate=0.5, noise_multiplier=1, clip=0.1)
+    privacy = PrivacySpent(epsilon=1.5, server_epsilon=2.5, delta=1e-5, sampling_rate=0.5, noise_multiplier=1, clip=0.1)
     assert run.journal[0].validation is not None
     last = run.journal[1].model_copy(update={"validation": None, "privacy": privacy})
     scraped = scrape(*of_runs([replace(run, journal=[run.journal[0], last])]))
     assert scraped["copra_fl_validation_accuracy", "run"] == pytest.approx(run.journal[0].validation.accuracy)
     assert scraped["copra_fl_privacy_epsilon", "run"] == 1.5
+    assert scraped["copra_fl_privacy_server_epsilon", "run"] == 2.5
 
 
 def test_a_bad_run_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

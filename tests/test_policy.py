@@ -75,6 +75,10 @@ CASES = {
     "min-noise-multiplier": ("protection = 'private'\nmin-noise-multiplier = 4.0",
                              "protection = 'private'\nmin-noise-multiplier = 4.1",
                              "dp-noise-multiplier = 4 is below min-noise-multiplier = 4.1"),
+    "protection, both": ("protection = 'private+secure'", None, "secure-aggregation = false, but the server must see"),
+    "min-colluding-nodes": ("protection = 'private+secure'\nmin-colluding-nodes = 1",
+                            "protection = 'private+secure'\nmin-colluding-nodes = 2",
+                            "dp-colluding-nodes = 1 is below min-colluding-nodes = 2"),
     "max-epsilon": ("protection = 'private'\nmax-epsilon = 1.5", "protection = 'private'\nmax-epsilon = 1.3",
                     "the run's epsilon of 1.* at delta = 1e-05 is more than max-epsilon = 1.3"),
     "delta": ("protection = 'private'\nmax-epsilon = 1.3\ndelta = 1e-3",
@@ -104,8 +108,9 @@ def test_a_run_that_breaks_the_policy_is_rejected_at_the_handshake_and_with_each
 ) -> None:
     """The message's configuration is the same, or one that the server has changed since the handshake."""
     allowing, forbidding, reason = CASES[case]
-    private = tiny | PRIVATE
-    broken = private if forbidding else private | {"dp-clip": 0.0}
+    secure = {"secure-aggregation": True} if "secure" in allowing else {}
+    private = tiny | PRIVATE | secure
+    broken = private if forbidding else private | {"dp-clip": 0.0, "secure-aggregation": False}
     allowed = write_policy(tmp_path / "allowed", allowing.format(**names))
     forbidden = write_policy(tmp_path / "forbidden", (forbidding or allowing).format(**names))
     reason = f"^client policy: .*{reason.format(**names)}"
@@ -124,7 +129,7 @@ def test_a_run_that_breaks_the_policy_is_rejected_at_the_handshake_and_with_each
 
 
 def test_every_key_has_a_case_and_a_row_in_the_reference() -> None:
-    assert KEYS.keys() == {case.split()[0] for case in CASES} | OF_MESSAGES
+    assert KEYS.keys() == {case.split()[0].strip(",") for case in CASES} | OF_MESSAGES
     page = (ROOT / "docs/reference/node-configuration.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w-]+)` \| `(.*?)` \|", page, re.MULTILINE))
     assert {name: rows.get(name) for name in KEYS} == {name: toml_value(key.default) for name, key in KEYS.items()}
@@ -193,6 +198,7 @@ def test_a_message_or_reply_that_is_too_large_is_withheld(
         ("max-rounds = -1\nmodels = 3", "max-rounds = -1 must be at least 0\nmodels = 3 must be a string"),
         ("protection = 'privat'", "unknown protection 'privat'. Did you mean 'private'?"),
         ("max-epsilon = 3", "min-noise-multiplier and max-epsilon need protection = 'private'"),
+        ("protection = 'private'\nmin-colluding-nodes = 1", "min-colluding-nodes needs protection = 'private+secure'"),
         ("max-rounds = ", "policy-path is not valid TOML"),
         ("\udcff", "can't decode byte"),
         (None, "cannot read policy-path: No such file or directory"),
@@ -233,6 +239,21 @@ def test_epsilon_is_that_of_the_sampling_in_the_configuration() -> None:
     Policy(protection="private", max_epsilon=expected + 1e-9).check_run(sampled, "minilm", 6)
     with pytest.raises(Rejected, match=f"epsilon of {expected:.3f} at"):
         Policy(protection="private", max_epsilon=expected - 1e-3).check_run(sampled, "minilm", 6)
+
+
+def test_towards_the_server_sampling_does_not_count_and_both_protections_are_needed() -> None:
+    both = PRIVATE | {"secure-aggregation": True, "clients-per-round": 3, "num-rounds": 2}
+    expected = epsilon([Release(1.0, 4.0)] * 2, 1e-5)
+    policy = Policy(protection="private+secure", max_epsilon=expected + 1e-9, min_noise_multiplier=4.0)
+    policy.check_run(Config.from_flat(both), "minilm", 6)
+    for changes, reason in (
+        ({"num-rounds": 3}, "the run's epsilon of .* is more than max-epsilon"),
+        ({"dp-noise-multiplier": 3.9}, "dp-noise-multiplier = 3.9 is below min-noise-multiplier = 4"),
+        ({"dp-clip": 0.0, "weighting": "examples"}, "dp-clip = 0, but the run must be private"),
+        ({"secure-aggregation": False}, "secure-aggregation = false, but the server must see sums only"),
+    ):
+        with pytest.raises(Rejected, match=reason):
+            policy.check_run(Config.from_flat(both | changes), "minilm", 6)
 
 
 def line_of(number: int) -> NodeRecord:

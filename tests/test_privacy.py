@@ -301,7 +301,7 @@ def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
     settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
     budget = PrivacyBudget(tmp_path, settings, 0)
     budget.check(1.0, 2)
-    spent = [budget.charge(1.0).epsilon for _ in range(2)]
+    spent = [budget.charge(1.0, [0]).epsilon for _ in range(2)]
     assert spent == pytest.approx([gaussian_epsilon(0.8, rounds, 1e-5) for rounds in (1, 2)], rel=2e-3)
     PrivacyBudget(tmp_path, settings, 2).check(1.0, 0)
     with pytest.raises(ConfigError, match="1 more rounds would bring epsilon .* 0 more rounds fit"):
@@ -310,12 +310,12 @@ def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
 
 def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Path) -> None:
     settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8)
-    PrivacyBudget(tmp_path, settings, 0).charge(1.0)
+    PrivacyBudget(tmp_path, settings, 0).charge(1.0, [0])
     ledger = tmp_path / "privacy.jsonl"
     with ledger.open("a") as file:
         file.write('{"epsilon": 3')
     assert len(read_ledger(ledger)) == 1
-    PrivacyBudget(tmp_path, settings, 1).charge(1.0)
+    PrivacyBudget(tmp_path, settings, 1).charge(1.0, [0])
     assert len(read_ledger(ledger)) == 2, "the next line is whole"
     with pytest.raises(DamagedFile, match="privacy.jsonl is damaged: it has 2 releases, and the run has 3 rounds"):
         PrivacyBudget(tmp_path, settings, 3)

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, UnfinishedRun
+from copra_fl.records import (
+    ClientEvaluation,
+    ComparisonSummary,
+    Estimate,
+    PrivacySpent,
+    RoundRecord,
+    UnfinishedRun,
+)
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES, Figure
 from copra_fl.reporting.report import render, sections, write
@@ -302,6 +309,21 @@ def test_the_report_has_every_figure(comparison: Path) -> None:
     assert all(figure.caption.endswith(".") for figure in figures.values())
     page = render(loaded, summarize(loaded))
     assert all(figure.json in page for figure in figures.values())
+
+
+def test_the_report_says_which_epsilon_is_which(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lora", seed=0, num_rounds=1, finished=False)
+    path = tmp_path / "run" / "journal.jsonl"
+    record = RoundRecord.from_json(path.read_text())
+    spent = {"epsilon": 1.5, "delta": 1e-5, "sampling_rate": 0.5, "noise_multiplier": 0.8, "clip": 0.1}
+    for server_epsilon, cell in ((2.5, "2.500"), (None, "no limit")):
+        privacy = PrivacySpent(**spent, server_epsilon=server_epsilon)
+        path.write_text(record.model_copy(update={"privacy": privacy}).to_json() + "\n")
+        loaded = load_comparison(tmp_path / "run")
+        (section,) = [one for one in sections(loaded, summarize(loaded)) if one.title == "Differential privacy"]
+        (table,) = section.tables
+        assert table.header[2:4] == ["epsilon, who sees models", "epsilon, server"]
+        assert table.rows == [["lora", "0", "1.500", cell, "1e-05", "0.8", "0.5"]]
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

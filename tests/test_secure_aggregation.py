@@ -114,10 +114,12 @@ DROPS: list[tuple[int, dict[int, list[int]], list[int]]] = [
     (5, {2: [1]}, [0, 2, 3, 4]),
     (5, {3: [2]}, [0, 1, 3, 4]),
     (5, {4: [3]}, [0, 1, 2, 3, 4]),
+    (5, {5: [3]}, [0, 1, 2, 3, 4]),
+    (5, {4: [3], 5: [2]}, [0, 1, 2, 3, 4]),
     (7, {2: [0], 3: [6]}, [1, 2, 3, 4, 5]),
-    (7, {1: [0], 4: [3]}, [1, 2, 3, 4, 5, 6]),
-    (8, {3: [1], 4: [2]}, [0, 2, 3, 4, 5, 6, 7]),
-    (17, {2: [16], 3: [0], 4: [9]}, list(range(1, 16))),  # 5 of the 15 holders of a secret can be missing
+    (7, {1: [0], 5: [3]}, [1, 2, 3, 4, 5, 6]),
+    (8, {3: [1], 5: [2]}, [0, 2, 3, 4, 5, 6, 7]),
+    (17, {2: [16], 3: [0], 5: [9]}, list(range(1, 16))),  # 5 of the 15 holders of a secret can be missing
 ]
 
 
@@ -137,7 +139,8 @@ def test_the_unmasked_sum_is_that_of_the_nodes_that_sent_a_vector(
         ({1: [0, 1, 2, 3]}, "1 node takes part; secure aggregation needs at least 2"),
         ({2: [0, 1]}, "3 of 5 nodes have sent shares; secure-threshold = 0.666667 needs 4"),
         ({3: [0, 1]}, "3 of 5 nodes have sent a vector; .* needs 4"),
-        ({4: [0, 1]}, "3 shares of the seed of node 0 have been revealed; 4 are needed"),
+        ({4: [0, 1]}, "3 of 5 nodes have signed the list of survivors; below 4 node 0 reveals nothing"),
+        ({5: [0, 1]}, "3 shares of the seed of node 0 have been revealed; 4 are needed"),
         ({2: [0], 3: [1]}, "3 of 5 nodes have sent a vector"),
     ],
 )
@@ -179,7 +182,7 @@ def test_a_node_reveals_nothing_if_most_of_its_neighbours_are_said_to_be_gone() 
     with pytest.raises(
         SecureAggregationError, match="8 of the neighbours of node 0 are listed as survivors, .* below 9"
     ):
-        node.reveal(round_.sessions[0], survivors)
+        node.confirm(round_.sessions[0], survivors, round_.identities[0])
 
 
 def test_the_same_vector_is_masked_anew_in_each_round() -> None:
@@ -194,21 +197,61 @@ def test_no_node_reveals_both_secrets_of_a_peer() -> None:
     round_ = SecureRound(6, {3: [5]})
     relay = round_.split(server.list_nodes("run", 1, 2 / 3, round_.offer()))
     masked = round_.send(relay, random_vectors(6))
+    signatures = round_.confirm(masked.keys())
     for number in masked:
-        revealed = node.reveal(round_.sessions[number], masked.keys())
+        revealed = node.reveal(round_.sessions[number], masked.keys(), signatures)
         assert (set(revealed.seeds), set(revealed.keys)) == ({0, 1, 2, 3, 4}, {5})
     with pytest.raises(
         SecureAggregationError, match="3 of 6 nodes are listed as survivors; below 4 node 0 reveals not"
     ):
-        node.reveal(round_.sessions[0], [0, 1, 2])
+        node.reveal(round_.sessions[0], [0, 1, 2], signatures)
     with pytest.raises(SecureAggregationError, match="has not sent a vector to this sum"):
-        node.reveal(round_.sessions[0], [1, 2, 3, 4, 5])
+        node.reveal(round_.sessions[0], [1, 2, 3, 4, 5], signatures)
     with pytest.raises(SecureAggregationError, match=r"survivors \[9\] are not in the list"):
-        node.reveal(round_.sessions[0], [0, 1, 2, 3, 9])
+        node.reveal(round_.sessions[0], [0, 1, 2, 3, 9], signatures)
     with pytest.raises(SecureAggregationError, match="node 5 is asked to reveal shares, but has not sent a vector"):
-        node.reveal(round_.sessions[5], range(6))
+        node.reveal(round_.sessions[5], range(6), signatures)
     with pytest.raises(SecureAggregationError, match="has sent its vector of this round already"):
         node.mask_vector(round_.sessions[0], random_vectors(1)[0])
+
+
+def test_a_server_that_tells_nodes_different_survivors_gets_no_second_sum() -> None:
+    """Nodes 0 and 1 are said to be gone to two nodes each, so that shares of theirs and of the others' keys add up.
+
+    With any lists that 4 of 6 nodes each are on, nobody reveals shares unless 4 nodes have signed the same list, and
+    two lists would need two signatures of at least 2 nodes. Each node signs once.
+    """
+    round_ = SecureRound(6)
+    relay = round_.split(server.list_nodes("run", 1, 2 / 3, round_.offer()))
+    masked = round_.send(relay, random_vectors(6))
+    lists = {0: [0, 2, 3, 4, 5], 1: [1, 2, 3, 4, 5], 2: [0, 2, 3, 4, 5], 3: [1, 2, 3, 4, 5], 4: [0, 1, 4, 5, 2, 3],
+             5: [0, 1, 2, 3, 4, 5]}  # fmt: skip
+    told = {tuple(sorted(survivors)): dict[int, bytes]() for survivors in lists.values()}
+    for number, survivors in lists.items():
+        session, signature = node.confirm(round_.sessions[number], survivors, round_.identities[number])
+        round_.sessions[number] = session
+        told[tuple(sorted(survivors))][number] = signature
+        with pytest.raises(SecureAggregationError, match=f"node {number} has signed a list of survivors of this round"):
+            node.confirm(session, masked.keys(), round_.identities[number])
+    assert sorted(map(len, told.values())) == [2, 2, 2]
+    everything = {number: signature for signatures in told.values() for number, signature in signatures.items()}
+    for survivors, signatures in told.items():
+        for number in survivors:
+            with pytest.raises(SecureAggregationError, match="2 of 6 nodes have signed the list of survivors; below 4"):
+                node.reveal(round_.sessions[number], survivors, signatures)
+            others = {signer: signature for signer, signature in everything.items() if signer in survivors}
+            with pytest.raises(SecureAggregationError, match=r"not signed by node \d: the server has told it another"):
+                node.reveal(round_.sessions[number], survivors, others)
+    with pytest.raises(SecureAggregationError, match=r"nodes \[0\] have signed the list .* but are not on it"):
+        node.reveal(round_.sessions[5], [1, 2, 3, 4, 5], everything)
+
+
+@pytest.mark.parametrize("share", [0.501, 2 / 3, 1.0])
+def test_two_lists_of_survivors_cannot_both_be_signed(share: float) -> None:
+    """Each needs the threshold of distinct nodes, which is more than half of them; likewise the shares of a secret."""
+    for num_nodes in range(2, 40):
+        holders = degree(num_nodes, share) + 1
+        assert 2 * threshold_of(share, num_nodes) > num_nodes and 2 * threshold_of(share, holders) > holders
 
 
 # ---------------------------------------------------------------- lies and damage

@@ -24,6 +24,7 @@ from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
+#: what secure aggregation sets is here as well, for runs to compare with that are without
 SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
           "max-update-ratio": 0.0, "local-steps": 2, "client-eval-examples": 4}  # fmt: skip
 TOLERANT = {"failures": "tolerant"}
@@ -127,7 +128,8 @@ def test_a_run_gives_the_adapter_of_the_pooled_run_and_is_repeatable(
     assert 0 < error < 1e-9, "the stated error, below that of float32"
     for name, tensor in pooled.items():
         assert torch.allclose(secure[name], tensor, rtol=1e-5, atol=1e-6), name
-    one_round = [["query.keys"] * 3, ["query.shares"] * 3, ["train"] * 3, ["query.unmask"] * 3]
+    one_round = [["query.keys"] * 3, ["query.shares"] * 3, ["train"] * 3, ["query.survivors"] * 3,
+                 ["query.unmask"] * 3]  # fmt: skip
     types = [kind for step in one_round for kind in step]
     assert grid.types == ["query"] * 3 + types * 2 + ["evaluate"] * 3
     for context in grid.contexts.values():
@@ -172,6 +174,7 @@ def test_no_message_to_the_server_has_a_plain_vector(tiny: Settings, tmp_path: P
         ({"query.keys": [0]}, "step 'keys'"),
         ({"query.shares": [0]}, "step 'shares'"),
         ({"train": [0]}, "reply was rejected"),
+        ({"query.survivors": [0]}, ""),
         ({"query.unmask": [0]}, ""),
         ({"query.shares": [0], "query.unmask": [3]}, "step 'shares'"),
     ],
@@ -217,6 +220,11 @@ def change_signature(kind: str, node: int, content: RecordDict) -> None:
         content.config_records["secure-keys"]["signature"] = [signature[:-1] + b"\0"]
 
 
+def change_confirmation(kind: str, node: int, content: RecordDict) -> None:
+    if kind == "query.survivors" and node == 1:
+        content.config_records["secure-confirmed"]["signature"] = b"signature"
+
+
 def change_share(kind: str, node: int, content: RecordDict) -> None:
     if kind == "query.unmask" and node == 1:
         shares = content.config_records["secure-seeds"]["shares"]
@@ -234,6 +242,7 @@ def change_vector(kind: str, node: int, content: RecordDict) -> None:
     ("change", "message"),
     [
         (change_signature, "1 node takes part.*; client 1: .* keys of node 1 are not signed by it for round 1"),
+        (change_confirmation, "1 of 2 nodes have signed .*; client 1: .* list of survivors is not signed by node 1"),
         (change_share, "node 1 has revealed a wrong share of the seed of node ."),
         (change_vector, "does not have the weights that the clients report"),
     ],
@@ -246,7 +255,7 @@ def test_what_was_changed_on_the_way_is_refused_by_name(
 
 
 class ReplayingGrid(SecureGrid):
-    """Sends each node the messages of steps 2 to 4 twice; the first answer counts."""
+    """Sends each node the messages of steps 2 to 5 twice; the first answer counts."""
 
     def __init__(self, num_nodes: int) -> None:
         super().__init__(num_nodes)
@@ -254,7 +263,7 @@ class ReplayingGrid(SecureGrid):
 
     def answer(self, message: Message) -> Message:
         reply, kind = super().answer(message), message.metadata.message_type
-        if kind in ("query.shares", "train", "query.unmask"):
+        if kind in ("query.shares", "train", "query.survivors", "query.unmask"):
             second = LocalGrid.answer(self, message)
             self.errors.setdefault(kind, []).append(second.error.reason if second.has_error() else "")
         return reply
@@ -266,6 +275,7 @@ def test_a_node_answers_each_step_once(tiny: Settings, tmp_path: Path) -> None:
     for kind, reason in (
         ("query.shares", "has not made keys for this step, or has used them"),
         ("train", "has sent its vector of this round already"),
+        ("query.survivors", "has signed a list of survivors of this round already"),
         ("query.unmask", "takes part in no round, or has revealed its shares"),
     ):
         assert len(grid.errors[kind]) == 3 and all(reason in error for error in grid.errors[kind]), kind

@@ -18,6 +18,8 @@ from copra_fl.aggregation.grams import templates
 
 #: names of the metrics that clients report
 METRICS = {"loss", "steps", "seconds", "distance", "flops"}
+#: those of them that say nothing of the examples but their number, and how long they took
+COUNTS = {"steps", "seconds"}
 #: names of the metrics that clients report with some settings only
 OPTIONAL_METRICS = {"memory"}
 #: updates that `outliers` needs
@@ -39,12 +41,14 @@ class Expected:
         num_examples: number of training examples that the client reported at the start of the run.
         num_steps: number of optimizer steps of the client in a round.
         max_norm: largest accepted norm of the change; 0: no limit.
+        has_loss: whether the client reports its training loss.
     """
 
     num_groups: int
     num_examples: int
     num_steps: int
     max_norm: float = 0.0
+    has_loss: bool = True
 
 
 def check_update(update: Update, start: Adapter, group_of: Mapping[str, int], expected: Expected) -> None:
@@ -64,7 +68,7 @@ def check_scalars(update: Update, expected: Expected) -> None:
         raise BadUpdate(
             f"{who} claims {max(update.active_steps)} active steps of a layer; a round has {expected.num_steps} steps"
         )
-    if not math.isfinite(update.metrics.get("loss", math.nan)):
+    if not math.isfinite(update.metrics.get("loss", math.nan if expected.has_loss else 0.0)):
         raise BadUpdate(f"{who} has a training loss of {update.metrics.get('loss')}, which is not finite")
     if unknown := sorted(update.metrics.keys() - METRICS - OPTIONAL_METRICS):
         raise BadUpdate(f"{who} reports {', '.join(unknown[:3])}; known are {', '.join(sorted(METRICS))}")

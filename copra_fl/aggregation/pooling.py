@@ -29,7 +29,7 @@ def pools(config: Config) -> bool:
         federation.updates == "pooled"
         and find_rule(aggregation.rule).linear
         and federation.uplink_dtype == "float32"
-        and aggregation.weighting != "equal"
+        and (aggregation.weighting != "equal" or config.privacy.secure_aggregation)
         and not aggregation.control_variates
         and config.training.optimizer_state != "shared"
         and not aggregation.client_ranks

@@ -82,7 +82,7 @@ def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             "'examples' or 'activity'",
         ),
         (
-            federation.max_update_norm == 0,
+            federation.max_update_norm == 0 and config.privacy.dp_clip == 0,
             f"max-update-norm = 0 does not combine with {it}: nodes check it for their clients, and it bounds the "
             "fixed-point numbers; set max-update-norm",
         ),
@@ -130,10 +130,5 @@ def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             len(config.data.datasets) > 1,
             f"dataset = {config.data.dataset!r} (several data sets) does not combine with {it}: their updates are not "
             "pooled",
-        ),
-        (
-            config.privacy.dp_clip > 0,
-            f"dp-clip = {config.privacy.dp_clip:g} does not combine with {it}: the server clips the changes of single "
-            "clients, which it would not see; use dp-clip = 0",
         ),
     ]

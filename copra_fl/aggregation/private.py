@@ -46,17 +46,25 @@ def private_average(
         noise_multiplier: z.
         num_wanted: n.
     """
-    before = {name: tensor.double() for name, tensor in sorted(parts(round_.before, travels).items())}
-    changes = [difference(parts(adapter, travels), before) for adapter in round_.adapters]
+    before = parts(round_.before, travels)
+    start = {name: tensor.double() for name, tensor in sorted(before.items())}
+    changes = [difference(parts(adapter, travels), start) for adapter in round_.adapters]
     clipped = [clip(change, clip_norm) for change in changes]
     step = clip_norm / STEPS
-    adapter = dict(round_.before)
-    for name, old in before.items():
-        total = grid_noise(old.shape, noise_multiplier * STEPS)
+    total: Adapter = {}
+    for name, old in start.items():
+        steps = grid_noise(old.shape, noise_multiplier * STEPS)
         for change in clipped:
-            total += (change[name] / step).to(torch.int64)  # towards zero
-        adapter[name] = (old + total * step / num_wanted).to(round_.before[name].dtype)
+            steps += (change[name] / step).to(torch.int64)  # towards zero
+        total[name] = steps * step
+    adapter = moved(round_.before, total, num_wanted)
     return Outcome(adapter, notes={"clipped": sum(norm(change) > clip_norm for change in changes)})
+
+
+def moved(before: Adapter, total: Adapter, num_wanted: int) -> Adapter:
+    """Return the adapter `before`, moved by the noisy sum `total` (float64) of changes, divided by `num_wanted`."""
+    after = {name: before[name].double() + change / num_wanted for name, change in total.items()}
+    return before | {name: tensor.to(before[name].dtype) for name, tensor in after.items()}
 
 
 def grid_noise(shape: torch.Size, deviation: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 from copra_fl.config.keys import ConfigError, Key, Value, kebab, keys_of, option, unknown_key, values_by_owner
 from copra_fl.config.sections import (
     BY_LABEL,
+    SECURE_DEFAULTS,
     AggregationConfig,
     CopraConfig,
     DataConfig,
@@ -88,10 +89,12 @@ class Config:
     def from_flat(cls, flat: Mapping[str, Any]) -> Config:
         """Return the configuration with the values of `flat` (key -> value) and defaults for all other keys.
 
-        A table is accepted in place of dotted keys. Raises ConfigError that lists every unknown key, wrong type and
-        value out of range, one per line.
+        Some defaults depend on secure-aggregation (`sections.SECURE_DEFAULTS`). A table is accepted in place of dotted
+        keys. Raises ConfigError that lists every unknown key, wrong type and value out of range, one per line.
         """
         flat = flatten(flat)
+        if flat.get("secure-aggregation") is True:
+            flat = SECURE_DEFAULTS | flat
         parameters = {name: value for name, value in flat.items() if RULE_PARAMETER.fullmatch(name)}
         for name, value in parameters.items():
             if not isinstance(value, Value):

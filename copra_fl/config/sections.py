@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from copra_fl.config.keys import ConfigError, option
+from copra_fl.config.keys import ConfigError, Value, option
 from copra_fl.config.toml import csv_list
 
 #: partitioners that split examples by their labels
 BY_LABEL = ("dirichlet", "pathological", "shards")
+#: defaults of other keys with secure-aggregation = true, where the server sees sums and no single update
+SECURE_DEFAULTS: dict[str, Value] = {
+    "updates": "pooled",
+    "max-update-ratio": 0.0,
+    "merge-gap-clients": 0,
+    "path-pairs": 0,
+}
 
 
 def _whole_numbers(key: str, text: str) -> list[int]:
@@ -301,7 +308,7 @@ class FederationConfig:
     updates: str = option(
         "individual",
         "updates that nodes send; individual: one per client, pooled: the average over a node's clients if the rule is "
-        "linear (less traffic, but the aggregation error is not known)",
+        "linear (less traffic, but the aggregation error is not known); by default pooled with secure-aggregation",
         choices=("individual", "pooled"),
     )
     uplink_dtype: str = option(
@@ -334,7 +341,7 @@ class FederationConfig:
     max_update_ratio: float = option(
         100.0,
         "largest accepted norm of a client's change, control variate or shared moments, in medians of the round's, of "
-        "which there must be 3; 0: no limit",
+        "which there must be 3; 0: no limit, which is the default with secure-aggregation",
         low=0,
     )
     keep_checkpoints: int = option(
@@ -418,8 +425,19 @@ class PrivacyConfig:
     dp_noise_multiplier: float = option(
         1.0, "standard deviation of the noise on the sum of changes, as a multiple of dp-clip", above=0
     )
+    dp_colluding_nodes: int = option(
+        1,
+        "dp-clip with secure-aggregation: number of nodes that may reveal their share of the noise, or leave it "
+        "out; each node knows its own. The more they are, the larger is every share",
+        low=0,
+    )
     dp_delta: float = option(1e-5, "delta of the reported (epsilon, delta)", above=0, high=0.5)
     dp_budget: float = option(0.0, "largest epsilon that a run may spend; 0: no limit", low=0)
+
+    @property
+    def is_local(self) -> bool:
+        """True if nodes add the noise of a private run, and the server sees no update without it."""
+        return self.secure_aggregation and self.dp_clip > 0
 
 
 @dataclass(frozen=True)
@@ -438,8 +456,15 @@ class EvaluationConfig:
         200, "maximum number of its validation examples that each client evaluates at the end", low=1
     )
     merge_gap_clients: int = option(
-        4, "clients to evaluate with their own adapters for the merge gap; 0: no merge gap", low=0
+        4,
+        "clients to evaluate with their own adapters for the merge gap; 0: no merge gap, which is the default with "
+        "secure-aggregation",
+        low=0,
     )
-    path_pairs: int = option(2, "pairs of clients to evaluate the connecting line of in the last round", low=0)
+    path_pairs: int = option(
+        2,
+        "pairs of clients to evaluate the connecting line of in the last round; by default 0 with secure-aggregation",
+        low=0,
+    )
     path_points: int = option(11, "points on each line, including both ends", low=3)
     path_examples: int = option(200, "validation examples per point of a line", low=1)

@@ -43,8 +43,12 @@ GAUGES: dict[str, tuple[str, Measure]] = {
         lambda run: evaluation.accuracy if (evaluation := _last_validation(run)) else None,
     ),
     "privacy_epsilon": (
-        "Epsilon spent so far.",
+        "Epsilon spent so far, towards those who see the models.",
         lambda run: privacy.epsilon if (privacy := _privacy_spent(run)) else None,
+    ),
+    "privacy_server_epsilon": (
+        "Epsilon spent so far, towards the server.",
+        lambda run: privacy.server_epsilon if (privacy := _privacy_spent(run)) else None,
     ),
     "clients_trained": (
         "Clients with a valid update in the last round.",

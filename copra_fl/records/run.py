@@ -52,12 +52,13 @@ class ClientRecord(Record):
     Attributes:
         examples: training examples the client holds.
         active_steps: per gate group, the optimizer steps in which its adapters were on.
-        loss: mean over the steps.
+        loss: mean over the steps; None if it stays on the node (dp-clip with secure-aggregation), as `distance`.
         steps: optimizer steps.
         seconds: of its training; clients that trained together have equal shares.
         distance: Euclidean norm of the change of its adapter.
         staleness: age in rounds of the global adapter that it started from; 0: the newest.
-        flops: estimated floating point operations (`models.flops`); None in journals from before it was counted.
+        flops: estimated floating point operations (`models.flops`); None as `loss`, and in journals from before it
+            was counted.
         memory: the largest number of bytes that autograd kept for the backward pass of one of its steps; clients that
             trained together have equal shares. None without client-depths.
     """
@@ -65,10 +66,10 @@ class ClientRecord(Record):
     client: int
     examples: int
     active_steps: tuple[float, ...]
-    loss: float
+    loss: float | None
     steps: float
     seconds: float
-    distance: float
+    distance: float | None
     staleness: int = 0
     flops: float | None = None
     memory: float | None = None
@@ -124,13 +125,31 @@ class LinePath(Record):
 
 
 class PrivacySpent(Record):
-    """Differential privacy spent up to and including a round (`aggregation.accounting`)."""
+    """Differential privacy spent up to and including a round (`aggregation.accounting`).
+
+    Attributes:
+        epsilon: towards those who see the models and not who was sampled.
+        server_epsilon: towards the server, of the client that was sampled most often; None if the server sees updates
+            without noise.
+        noise_multiplier: dp-noise-multiplier; with secure aggregation a sum has as much noise or more.
+    """
 
     epsilon: float
+    server_epsilon: float | None = None
     delta: float
     sampling_rate: float
     noise_multiplier: float
     clip: float
+
+
+class PrivacyCharge(PrivacySpent):
+    """One line of ``privacy.jsonl``: the privacy spent up to and including a release.
+
+    Attributes:
+        clients: those that were sampled.
+    """
+
+    clients: tuple[int, ...] = ()
 
 
 class RoundRecord(Record):
@@ -140,7 +159,7 @@ class RoundRecord(Record):
         round: from 1.
         seconds: from sending the first message to the new global adapter.
         bytes_down, bytes_up: contents of all messages to and from the nodes.
-        train_loss: mean over clients, weighted by examples; None if no client replied.
+        train_loss: mean over clients, weighted by examples; None if no client reports a loss.
         layers: names of the gate groups, in the order of `ClientRecord.active_steps`.
         tiers: the clients by depth, from the smallest; empty without client-depths.
         notes: of the rule, plain data.

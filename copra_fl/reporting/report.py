@@ -120,6 +120,7 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
             [*target_table(summary), work_table(summary), *_work_by_depth(comparison)],
         ),
         *_probes(comparison),
+        Section("Differential privacy", tables=_privacy(comparison)),
         Section("Results of each run", tables=_each_run(comparison, summary), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
@@ -311,6 +312,29 @@ def _provenance_fields(provenance: Provenance) -> Iterator[tuple[str, object]]:
                 yield from ((f"{name}, {field}: {key}", detail) for key, detail in value.items())
             else:
                 yield f"{name}, {field.replace('_', ' ')}", value
+
+
+def _privacy(comparison: Comparison) -> list[DataTable]:
+    """Return the privacy that each private run has spent."""
+    spent = [
+        [
+            method,
+            str(run.seed),
+            f"{privacy.epsilon:.3f}",
+            "no limit" if privacy.server_epsilon is None else f"{privacy.server_epsilon:.3f}",
+            f"{privacy.delta:g}",
+            f"{privacy.noise_multiplier:g}",
+            f"{privacy.sampling_rate:g}",
+        ]
+        for method, run in comparison.runs
+        if run.journal and (privacy := run.journal[-1].privacy)
+    ]
+    header = ["method", "seed", "epsilon, who sees models", "epsilon, server", "delta", "noise", "sampling rate"]
+    caption = (
+        "The first epsilon is towards those who see models but not who was sampled: users and other nodes. The second "
+        "is towards the server, which samples; there is no limit where it sees updates without noise."
+    )
+    return [DataTable(header, spent, caption)] if spent else []
 
 
 def _notes(comparison: Comparison) -> list[DataTable]:

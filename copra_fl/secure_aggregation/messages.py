@@ -46,7 +46,7 @@ class SealedShares:
 
 @dataclass(frozen=True)
 class Revealed:
-    """Step 4, from a node to the server.
+    """Step 5, from a node to the server.
 
     Attributes:
         node: number of the node.

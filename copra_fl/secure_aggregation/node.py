@@ -1,7 +1,7 @@
 """The side of a node: one function per step, from its state and a message to its next state and its answer.
 
-A state is used once: the caller replaces it by the next one, and deletes it after step 4. A node therefore answers each
-step once, and never reveals both secrets of one peer.
+A state is used once: the caller replaces it by the next one, and deletes it after step 5. A node therefore answers each
+step once, signs one list of survivors, and never reveals both secrets of one peer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from copra_fl.secure_aggregation.keys import (
     agree,
     bind,
     derive,
+    is_signed,
     new_secret,
     public_identity,
     public_of,
@@ -26,7 +27,14 @@ from copra_fl.secure_aggregation.keys import (
 )
 from copra_fl.secure_aggregation.masks import add_pairwise, mask
 from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
-from copra_fl.secure_aggregation.roster import Roster, check_keys, check_list, commitment_to, signed_text
+from copra_fl.secure_aggregation.roster import (
+    Roster,
+    check_keys,
+    check_list,
+    commitment_to,
+    signed_text,
+    survivors_text,
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,14 @@ class Session:
         roster: the nodes of the round.
         shares: node -> the shares of its self seed and mask key that this node holds; at first only its own.
         masked: whether the vector has been sent.
+        confirmed: whether a list of survivors has been signed.
     """
 
     secrets: Secrets
     roster: Roster
     shares: Mapping[int, tuple[bytes, bytes]] = field(repr=False)
     masked: bool = False
+    confirmed: bool = False
 
 
 def offer_keys(run: str, server_round: int, node: int, identity: bytes) -> tuple[Secrets, Keys]:
@@ -159,8 +169,56 @@ def refuse_second_vector(session: Session) -> None:
         raise SecureAggregationError(f"node {session.secrets.node} has sent its vector of this round already")
 
 
-def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
-    """Step 4: reveal shares of the self seed of every survivor, and of the mask key of every other node.
+def confirm(session: Session, survivors: Iterable[int], identity: bytes) -> tuple[Session, bytes]:
+    """Step 4: return the signature of the list of survivors by the node's private key `identity`.
+
+    Raises SecureAggregationError for a second list, and as `check_survivors` does.
+    """
+    alive = check_survivors(session, survivors)
+    if session.confirmed:
+        raise SecureAggregationError(
+            f"node {session.secrets.node} has signed a list of survivors of this round already"
+        )
+    return replace(session, confirmed=True), sign(identity, survivors_text(session.roster, alive))
+
+
+def reveal(session: Session, survivors: Iterable[int], signatures: Mapping[int, bytes]) -> Revealed:
+    """Step 5: reveal shares of the self seed of every survivor, and of the mask key of every other node.
+
+    Args:
+        survivors: the list of survivors.
+        signatures: survivor -> its signature of that list.
+
+    Raises SecureAggregationError for too few signatures, for a wrong one, and as `check_survivors` does.
+    """
+    roster, node, alive = session.roster, session.secrets.node, check_survivors(session, survivors)
+    if unknown := sorted(signatures.keys() - alive):
+        raise SecureAggregationError(f"nodes {unknown} have signed the list of survivors, but are not on it")
+    for signer, signature in sorted(signatures.items()):
+        check_confirmation(roster, signer, signature, alive)
+    if len(signatures) < roster.min_nodes:
+        raise SecureAggregationError(
+            f"{len(signatures)} of {len(roster.keys)} nodes have signed the list of survivors; below "
+            f"{roster.min_nodes} node {node} reveals nothing"
+        )
+    return Revealed(
+        node,
+        {owner: seed for owner, (seed, _) in session.shares.items() if owner in alive},
+        {owner: mask_key for owner, (_, mask_key) in session.shares.items() if owner not in alive},
+    )
+
+
+def check_confirmation(roster: Roster, node: int, signature: bytes, survivors: Iterable[int]) -> None:
+    """Raise SecureAggregationError unless `signature` is that of the list of survivors by `node`."""
+    if not is_signed(roster.by_node[node].identity, signature, survivors_text(roster, survivors)):
+        raise SecureAggregationError(
+            f"the list of survivors is not signed by node {node}: the server has told it another list, or its "
+            "signature was changed"
+        )
+
+
+def check_survivors(session: Session, survivors: Iterable[int]) -> frozenset[int]:
+    """Return the `survivors`.
 
     Raises SecureAggregationError before the node's own vector was sent, for a list of survivors without this node or
     with an unknown one, and for too few in all or among the neighbours: their sum would say too much of each.
@@ -180,11 +238,7 @@ def reveal(session: Session, survivors: Iterable[int]) -> Revealed:
             f"{near} of the neighbours of node {node} are listed as survivors, itself among them; below "
             f"{roster.threshold(node)} it reveals nothing"
         )
-    return Revealed(
-        node,
-        {owner: seed for owner, (seed, _) in session.shares.items() if owner in alive},
-        {owner: mask_key for owner, (_, mask_key) in session.shares.items() if owner not in alive},
-    )
+    return alive
 
 
 def seal_info(roster: Roster, sender: int, receiver: int) -> bytes:

@@ -6,14 +6,14 @@ run, round, threshold and list, so nothing of another run, round or list fits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.secure_aggregation.keys import KEY_BYTES, bind, is_signed
 from copra_fl.secure_aggregation.messages import Keys
-from copra_fl.secure_aggregation.neighbours import degree, neighbours, threshold_of
+from copra_fl.secure_aggregation.neighbours import CORRUPT, SPARSE_FROM, degree, neighbours, threshold_of
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,33 @@ class Roster:
         """Number of nodes without which there is no sum."""
         return threshold_of(self.share, len(self.keys))
 
+    def num_honest(self, num_colluding: int) -> int:
+        """Return the least number of honest nodes in a sum that a lying server can get, with so many nodes on its side.
+
+        They are in the sum as well. If they are so many that two lists of survivors could be signed, or more than a
+        sparse graph is made for, the server may find the vector of a single node.
+
+        Raises SecureAggregationError if all nodes of a sum could be on its side.
+        """
+        if num_colluding >= self.min_nodes:
+            raise SecureAggregationError(
+                f"dp-colluding-nodes = {num_colluding} must be less than the {self.min_nodes} nodes that a sum has at "
+                "least: their shares of the noise do not count"
+            )
+        number = len(self.keys)
+        has_one_list = num_colluding < 2 * self.min_nodes - number
+        fits_graph = number < SPARSE_FROM or num_colluding <= CORRUPT * number
+        return self.min_nodes - num_colluding if has_one_list and fits_graph else 1
+
 
 def signed_text(run: str, server_round: int, keys: Keys) -> bytes:
     """Return what a node signs in step 1."""
     return bind("keys", run, server_round, keys.node, keys.mask_key, keys.share_key, keys.commitment)
+
+
+def survivors_text(roster: Roster, survivors: Iterable[int]) -> bytes:
+    """Return what a node signs in step 4."""
+    return bind("survivors", roster.context, *sorted(survivors))
 
 
 def commitment_to(seed: bytes, run: str, server_round: int, node: int) -> bytes:

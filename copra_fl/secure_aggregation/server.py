@@ -101,7 +101,7 @@ class Relay:
         )
 
     def unmask(self, vectors: Mapping[int, np.ndarray], revealed: Sequence[Revealed]) -> np.ndarray:
-        """After step 4: return the sum of the vectors without masks, (size,) uint64.
+        """After step 5: return the sum of the vectors without masks, (size,) uint64.
 
         Args:
             vectors: survivor -> its masked vector, all of one size.

@@ -113,6 +113,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
             "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
             "aggregation_error_of_change": record.aggregation_error.of_change if record.aggregation_error else None,
             "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
+            "privacy/server_epsilon": record.privacy.server_epsilon if record.privacy else None,
             "clients/trained": len(record.clients),
             "clients/missing": len(record.missing),
             "bytes/up": record.bytes_up,

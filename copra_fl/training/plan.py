@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from copra_fl.adapters.compression import FEEDBACK
 from copra_fl.adapters.state import Adapter, OptimizerState
 from copra_fl.aggregation import find_rule
-from copra_fl.aggregation.checking import Expected
+from copra_fl.aggregation.checking import COUNTS, METRICS, Expected
 from copra_fl.config import Config, TrainingConfig
 
 
@@ -54,6 +54,20 @@ class Start:
     optimizer: OptimizerState = field(default_factory=dict)
 
 
+def sent_parts(config: Config, server_round: int) -> frozenset[str]:
+    """Return the parts that clients train and send in a round."""
+    sent = find_rule(config.aggregation.rule).sends(server_round)
+    return sent & {"head"} if config.copra.local_training == "head" else sent
+
+
+def reported_metrics(config: Config) -> set[str]:
+    """Return the metrics that the server gets of each client's training.
+
+    If nodes add noise to what the server sees, loss, distance and operations, which depend on the examples, stay there.
+    """
+    return COUNTS if config.privacy.is_local else METRICS
+
+
 def leaves_state(config: Config) -> bool:
     """Return whether clients keep state between rounds, so that each must train on the node that stores its state."""
     aggregation = config.aggregation
@@ -79,8 +93,13 @@ def num_steps(training: TrainingConfig, num_examples: int) -> int:
 
 
 def expected_update(config: Config, num_groups: int, num_examples: int) -> Expected:
-    """Return the properties that the update of a client with `num_examples` examples must have."""
+    """Return the properties that the update of a client with `num_examples` examples must have.
+
+    Where nodes clip, a change may have any length: a limit of the server's choice would tell it how long changes are.
+    """
     steps = num_steps(config.training, num_examples)
+    if config.privacy.is_local:
+        return Expected(num_groups, num_examples, steps, max_norm=0.0, has_loss=False)
     return Expected(num_groups, num_examples, steps, config.federation.max_update_norm)
 
 

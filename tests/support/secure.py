@@ -25,7 +25,7 @@ class SecureRound:
 
     Attributes:
         identities: private keys of the nodes.
-        drops: step (1 to 4) -> nodes that do not answer in it.
+        drops: step (1 to 5) -> nodes that do not answer in it.
         received: every byte string that the server has received.
     """
 
@@ -74,11 +74,21 @@ class SecureRound:
         relay.check_number(masked, "sent a vector")
         return masked
 
+    def confirm(self, survivors: Collection[int]) -> dict[int, bytes]:
+        """Step 4."""
+        signatures = {}
+        for one in self.answering(4, survivors):
+            self.sessions[one], signatures[one] = node.confirm(self.sessions[one], survivors, self.identities[one])
+        self.received += signatures.values()
+        return signatures
+
     def reveal(
         self, relay: server.Relay, survivors: Collection[int], change: Callable[[Revealed], Revealed] = unchanged
     ) -> tuple[list[Revealed], list[str]]:
-        """Step 4: the correct answers, and why the others are refused."""
-        answers = [change(node.reveal(self.sessions[one], survivors)) for one in self.answering(4, survivors)]
+        """Steps 4 and 5: the correct answers, and why the others are refused."""
+        signatures = self.confirm(survivors)
+        answering = self.answering(5, survivors)
+        answers = [change(node.reveal(self.sessions[one], survivors, signatures)) for one in answering]
         self.received += [share for one in answers for share in (*one.seeds.values(), *one.keys.values())]
         reasons = {one.node: relay.wrong_shares(one, survivors) for one in answers}
         return [one for one in answers if not reasons[one.node]], [reason for reason in reasons.values() if reason]
