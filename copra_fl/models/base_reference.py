@@ -68,17 +68,18 @@ class BaseReference:
         except (OSError, ValueError) as error:
             if not given and (fetched := self._fetched_asset()):
                 return fetched
-            hint = f"base {given!r}" if given else f"the base {self.name!r} of the adapter"
+            subject = f"base {given!r}" if given else f"the base {self.name!r} of the adapter"
+            digest_hint = f" whose weights have SHA-256 {self.sha256}" if self.sha256 else ""
             raise ConfigError(
-                f"{hint} is not an asset ({', '.join(_model_assets())}) or a folder with a Transformers model, and could "
-                f"not be loaded from the Hugging Face hub: {str(error).splitlines()[0]} Set base to the folder with the "
-                f"model{f' whose weights have SHA-256 {self.sha256}' if self.sha256 else ''}"
+                f"{subject} is not an asset ({', '.join(_model_assets())}) or a folder with a Transformers model, and "
+                f"could not be loaded from the Hugging Face hub: {str(error).splitlines()[0]} Set base to the folder "
+                f"with the model{digest_hint}"
             ) from error
         if self.sha256 not in ("", digest):
+            revision = f" (revision {self.revision})" if self.revision else ""
             raise ConfigError(
                 f"the base differs: the weights of {given or self.name!r} have SHA-256 {digest}, but the adapter was "
-                f"trained on weights with {self.sha256}{f' (revision {self.revision})' if self.revision else ''}; set base "
-                "to the folder or name of that model"
+                f"trained on weights with {self.sha256}{revision}; set base to the folder or name of that model"
             )
         return source
 

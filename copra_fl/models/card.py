@@ -19,6 +19,8 @@ from copra_fl.tasks import Task
 
 #: labels that a card lists; it counts the others
 MAX_LABELS = 30
+#: words in the code of a card that stand for the folder of the card, and for that of a base that is not on the hub
+FOLDER, BASE = "FOLDER", "BASE"
 
 
 class Training(NamedTuple):
@@ -57,19 +59,26 @@ def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier
         code = _features_code(facts)
     else:
         code = _language_model_code(facts)
-    intro = f"A LoRA adapter of rank {rank} in PEFT's format"
-    if facts.task.trains_head:
-        head = f"in the adapter, for `{classifier}`" if classifier else "in `head.safetensors`: no class of Transformers"
-        intro += f"; its head is {head}{'' if classifier else ' has this head, so that `pipeline` cannot open it'}"
+    intro = f"A LoRA adapter of rank {rank} in PEFT's format."
+    if classifier:
+        intro += f" Its head is in the adapter, for `{classifier}`."
+    elif facts.task.trains_head:
+        intro += (
+            " Its head is in `head.safetensors`: no class of Transformers has this head, so `pipeline` cannot open it."
+        )
     if facts.training and rank != facts.training.config.model.rank:
         intro += (
-            f". It holds all that aggregation has added to the frozen weights; `copra-fl export --merge` writes them "
-            "into the weights themselves"
+            " It holds all that aggregation has added to the frozen weights; `copra-fl export --merge` writes weights "
+            "with these additions instead."
         )
     tags = ["lora", *([f"base_model:adapter:{facts.base.name}"] if facts.base.is_on_hub else []), "transformers"]
-    load = f'```python\nfrom copra_fl import load\n\nsaved = load("FOLDER")  # base="PATH" if the base lies elsewhere\n```'
-    ways = f"With copra-fl:\n\n{load}\n\nWith PEFT alone:\n\n```python\n{code}```"
-    _write(directory, facts, "peft", tags, f"{intro}.", ways)
+    load = f'from copra_fl import load\n\nsaved = load("{FOLDER}")  # base="PATH" if the base lies elsewhere\n'
+    words = f"`{FOLDER}` stands for this folder"
+    if not facts.base.is_on_hub:
+        command = f" (`copra-fl assets path {facts.base.asset}` prints it)" if facts.base.asset else ""
+        words += f", `{BASE}` for the folder of the base{command}"
+    ways = f"{words}. With copra-fl:\n\n```python\n{load}```\n\nWith PEFT alone:\n\n```python\n{code}```"
+    _write(directory, facts, "peft", tags, intro, ways)
 
 
 def write_merged_card(directory: Path, facts: ModelFacts, dtype: str, needs_code: bool) -> None:
@@ -80,7 +89,8 @@ def write_merged_card(directory: Path, facts: ModelFacts, dtype: str, needs_code
             " No class of Transformers has this head; `pooled_classifier.py` in the folder defines the model, so it "
             "needs `trust_remote_code=True`."
         )
-    _write(directory, facts, "transformers", [], intro, f"```python\n{_pipeline_code(facts, needs_code)}```")
+    ways = f"`{FOLDER}` stands for this folder:\n\n```python\n{_pipeline_code(facts, needs_code)}```"
+    _write(directory, facts, "transformers", [], intro, ways)
 
 
 def _write(directory: Path, facts: ModelFacts, library: str, tags: list[str], intro: str, ways: str) -> None:
@@ -139,7 +149,9 @@ def _results(facts: ModelFacts) -> list[EvalResult]:
 
 def _model_rows(facts: ModelFacts) -> dict[str, str]:
     base, task = facts.base, facts.task
-    rows = {"base": base.name if base.is_on_hub or base.asset else f"a model in the folder `{Path(base.name).name}`"}
+    rows = {
+        "base": base.name if base.is_on_hub or base.asset else f"a model in a folder called `{Path(base.name).name}`"
+    }
     if base.revision:
         rows["revision of the base"] = base.revision
     if base.asset:
@@ -210,6 +222,11 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
 
 
+def _source(base: BaseReference) -> str:
+    """Return the place of the base in code: its name on the hub, or a word for its folder."""
+    return base.name if base.is_on_hub else BASE
+
+
 def _classifier_code(facts: ModelFacts, classifier: str) -> str:
     auto, processor, argument = {
         "text-classification": ("AutoModelForSequenceClassification", "AutoTokenizer", "tokenizer"),
@@ -223,7 +240,7 @@ from transformers import {auto}, {processor}, pipeline
 
 labels = json.loads(Path("FOLDER/task.json").read_text())["labels"]
 names = {{"id2label": dict(enumerate(labels)), "label2id": {{label: i for i, label in enumerate(labels)}}}}
-base = {auto}.from_pretrained("{facts.base.name}", **names)  # a {classifier}
+base = {auto}.from_pretrained("{_source(facts.base)}", **names)  # a {classifier}
 model = PeftModel.from_pretrained(base, "FOLDER").eval()
 run = pipeline("{facts.task.pipeline}", model=model, {argument}={processor}.from_pretrained("FOLDER"))
 """
@@ -239,7 +256,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModel
 
-encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("{facts.base.name}"), "FOLDER").eval()
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("{_source(facts.base)}"), "FOLDER").eval()
 head = load_file("FOLDER/head.safetensors")
 
 
@@ -255,7 +272,7 @@ def _language_model_code(facts: ModelFacts) -> str:
     return f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{facts.base.name}"), "FOLDER").eval()
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{_source(facts.base)}"), "FOLDER").eval()
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 

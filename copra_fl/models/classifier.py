@@ -1,8 +1,8 @@
 """The classifier of Transformers that computes what an adapted model computes, if there is one.
 
-Transformers' classifiers differ in what they put between the hidden states and the labels: `BertForSequenceClassification`
-has the pooler and a linear layer, RoBERTa's has a layer more, none takes the mean over tokens. No table of models is
-needed: a classifier can take a body and a head if it has no further weights, and if its features equal the task's.
+Transformers' classifiers differ in the path from hidden states to labels: BERT's has the pooler and a linear layer,
+RoBERTa's one layer more, none takes the mean over tokens. No table of models is needed: a classifier can take a body
+and a head if it has no further weights, and if its features equal the task's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class Classifier:
         model: the classifier; on the meta device, except for body and head.
         body: name of the module in it that gives the hidden states.
         head: name of its linear layer on the features.
+        weights: names of the tensors that a file with its weights has; `body` can have more.
     """
 
     model: PreTrainedModel
     body: str
     head: str
+    weights: frozenset[str]
 
 
 def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier | None:
@@ -46,6 +48,8 @@ def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier |
     config = copy.deepcopy(body.config)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
+    if model.task.labels == "several":
+        config.problem_type = "multi_label_classification"
     try:
         with torch.device("meta"):
             classifier = model.task.classifier_class.from_config(config)
@@ -57,6 +61,7 @@ def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier |
         (head,) = heads
         if others != {f"{head}.{path}" for path, _ in model.head.named_parameters()}:
             return None
+        weights = frozenset(classifier.state_dict())
         setattr(classifier, name, body)
         classifier.set_submodule(head, nn.Identity())
         if not has_the_features(classifier.eval(), model):
@@ -64,7 +69,7 @@ def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier |
         classifier.set_submodule(head, model.head)
     except Exception:  # a class that cannot be built or run like this raises errors of many types
         return None
-    return Classifier(classifier, name, head)
+    return Classifier(classifier, name, head, weights)
 
 
 def _is_head(path: str, module: nn.Module, body: str, head: nn.Linear) -> bool:
@@ -76,7 +81,8 @@ def _is_head(path: str, module: nn.Module, body: str, head: nn.Linear) -> bool:
 def has_the_features(classifier: Any, model: AdaptedModel) -> bool:
     """Return whether `classifier`, without its head, gives the features of the task for two examples, one padded."""
     batch = _two_examples(model)
-    classifier.config.pad_token_id = _padding(model)
+    if "input_ids" in batch:
+        classifier.config.pad_token_id = _padding(model)
     features = model.task.features(model.base.base_model(**model.task.inputs(batch)), batch, model.pooling)
     others = classifier(**batch).logits
     return features.shape == others.shape and torch.allclose(features, others.to(features.dtype), rtol=1e-4, atol=1e-5)

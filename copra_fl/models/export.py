@@ -50,6 +50,7 @@ class SavedModel:
             `opened_processor`.
         labels: the label of each logit, in order; empty for a task without labels.
         base: the base that the folder names.
+        quantization: of the base in training.
         data: settings of the run's data that `model` needs for new examples: columns, ``max-length``, the task's
             options. In folders of earlier versions the options alone.
     """
@@ -58,6 +59,7 @@ class SavedModel:
     processor: Any
     labels: list[str]
     base: BaseReference
+    quantization: str
     data: dict[str, Value]
 
 
@@ -153,26 +155,14 @@ def _data_settings(task: Task, data: DataConfig) -> dict[str, Value]:
 
 
 def save_processor(task: Task, source: str, max_length: int, directory: Path) -> None:
-    """Write the tokenizer or image processor of the base `source`; a classifier's tokenizer truncates as in the run."""
+    """Write the tokenizer or image processor of the base `source`; a classifier's tokenizer truncates to `max_length`.
+
+    0: the length is not known.
+    """
     processor = task.processor_class.from_pretrained(source)
-    if task.trains_head and hasattr(processor, "model_max_length"):
+    if max_length and task.trains_head and hasattr(processor, "model_max_length"):
         processor.model_max_length = max_length
     processor.save_pretrained(directory)
-
-
-def adapter_folder(path: Path) -> Path:
-    """Return the adapter folder that `path`, a run folder or an adapter folder, means.
-
-    Raises ConfigError for a folder without an adapter.
-    """
-    for folder in (path / "adapter", path):
-        if (folder / "task.json").exists() and (folder / "adapter_config.json").exists():
-            return folder
-    if (path / "comparison.toml").exists():
-        raise ConfigError(f"{path} is a comparison: name one of the runs in it")
-    if (path / "config.toml").exists():
-        raise ConfigError(f"{path} has no adapter: the run has not finished, or its rule trains one model per client")
-    raise ConfigError(f"{path} is not the folder of a run or of an adapter: it has no adapter/task.json and no task.json")
 
 
 def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedModel:
@@ -190,7 +180,7 @@ def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedMo
 
 
 def load_for_merging(directory: str | Path, device: str, base: str, dtype: str = "") -> SavedModel:
-    """Open a model as `load` does; with a `dtype` the base is in that dtype and not quantized."""
+    """Open a model as `load` does; with a `dtype` the base is in that dtype, dequantized."""
     directory = Path(directory)
     description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     task = find_task(description["task"])
@@ -198,10 +188,10 @@ def load_for_merging(directory: str | Path, device: str, base: str, dtype: str =
     named = description.get("base")
     reference = BaseReference(**named) if named else BaseReference.of_earlier_version(lora.base_model_name_or_path)
     source = reference.find(base)
-    compute = description["dtype"], description["attention"], description.get("quantization", "none")
-    if dtype:
-        compute = dtype, description["attention"], "none"
-    body = open_model(source, *compute, task, choose_device(device))
+    attention, quantization = description["attention"], description.get("quantization", "none")
+    body = open_model(source, dtype or description["dtype"], attention, quantization, task, choose_device(device))
+    if dtype and quantization != "none":
+        body.dequantize(getattr(torch, dtype))
     adapter = _adapter_tensors(directory, lora, body.base_model_prefix)
     lora.target_modules, lora.exclude_modules, lora.modules_to_save = {_module_of(name) for name in adapter}, None, None
     lora.task_type, lora.auto_mapping, lora.base_model_name_or_path = task.peft_type, None, source
@@ -222,7 +212,7 @@ def load_for_merging(directory: str | Path, device: str, base: str, dtype: str =
     model.write_adapter(adapter)
     labels, options = description["labels"], description.get("options", {})
     processor = task.opened_processor(task.processor_class.from_pretrained(source), labels, options)
-    return SavedModel(model, processor, labels, reference, description.get("data", options))
+    return SavedModel(model, processor, labels, reference, quantization, description.get("data", options))
 
 
 def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:

@@ -1,7 +1,7 @@
 """A Transformers model with a linear classifier on the pooled hidden states of another Transformers model.
 
-`copra-fl export --merge` writes this file beside the weights of a model that no class of Transformers computes. It needs
-torch and Transformers only:
+`copra-fl export --merge` writes this file beside the weights of a model that no class of Transformers computes. It
+needs torch and Transformers only:
 
     pipeline("text-classification", FOLDER, trust_remote_code=True)
 """
@@ -56,7 +56,7 @@ class PooledClassifier(PreTrainedModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         features = self.pool(self.base.base_model(**given), attention_mask)
-        return SequenceClassifierOutput(logits=self.classifier(features.to(self.classifier.weight.dtype)))
+        return SequenceClassifierOutput(logits=self.classifier(features.to(self.dtype)))
 
     def pool(self, output: Any, attention_mask: Tensor | None) -> Tensor:
         """Return (B, D) features of the base's `output`, in float32 or wider."""
