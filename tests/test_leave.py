@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModel, pipeline
 
 from copra_fl import load
 from copra_fl.config import Config, ConfigError
+from copra_fl.files import build_once
 from copra_fl.models.base_weights import weights_digest
 from copra_fl.models.build import build_model
 from copra_fl.models.export import save
@@ -25,7 +28,8 @@ from copra_fl.models.merged import export_merged
 from copra_fl.sources.assets import ASSETS, asset_in
 from tests.support.command_line import run_command
 from tests.support.federations import finished_run
-from tests.support.tiny import WORDS, Settings
+from tests.support.model_hub import Hub, model_hub
+from tests.support.tiny import WORDS, Settings, no_network
 from tests.support.worlds import World, jitter
 
 LABELS = ["first", "second", "third"]
@@ -37,7 +41,13 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a CSV, whose rule adds to W0."""
-    training = {"rule": "fedex-lora", "num-rounds": 2, "learning-rate": 0.02, "local-steps": 10}
+    training = {
+        "rule": "fedex-lora",
+        "learning-rate": 0.02,
+        "head-learning-rate": 0.05,
+        "local-steps": 12,
+        "batch-size": 16,
+    }
     return finished_run(tiny | training, tmp_path_factory.mktemp("leave") / "run")
 
 
@@ -111,7 +121,8 @@ def test_no_file_of_an_adapter_folder_names_a_cache(tiny: Settings, tmp_path: Pa
     """The base is an asset in a cache: files name the hub's model, and any cache serves it, also from a path."""
     minilm = ASSETS["minilm"]
     cache = tmp_path / "cache"
-    base = shutil.copytree(str(tiny["model"]), cache / "assets" / minilm.folder_name)
+    base = cache / "assets" / minilm.folder_name
+    build_once(base, lambda scratch: Path(shutil.copytree(str(tiny["model"]), scratch / "model")))
     folder = tmp_path / "adapter"
     model = saved_adapter(tiny | {"model": str(base)}, folder)
     for file in (path for path in folder.iterdir() if path.suffix in (".json", ".md")):
@@ -121,6 +132,7 @@ def test_no_file_of_an_adapter_folder_names_a_cache(tiny: Settings, tmp_path: Pa
     reference = json.loads((folder / "task.json").read_text())["base"]
     assert reference["asset"] == "minilm" and reference["sha256"] == weights_digest(str(base))
     assert "base_model: sentence-transformers/all-MiniLM-L6-v2\n" in (folder / "README.md").read_text()
+    no_network(monkeypatch)
     monkeypatch.setenv("COPRA_FL_ASSETS", str(cache / "assets"))
     assert asset_in("/elsewhere/assets/" + minilm.folder_name) is minilm
     expected = model.read_adapter()
@@ -169,14 +181,20 @@ def test_a_folder_of_an_earlier_version_opens_and_becomes_portable(run: Path, tm
 
 
 def test_the_card_of_a_run_names_base_data_method_and_results(run: Path) -> None:
-    from huggingface_hub import ModelCard
-
-    card, summary = ModelCard.load(run / "adapter" / "README.md"), json.loads((run / "summary.json").read_text())
+    card = huggingface_hub.ModelCard.load(run / "adapter" / "README.md")
+    summary = json.loads((run / "summary.json").read_text())
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-classification"
     assert "lora" in card.data.tags
     (result,) = card.data.eval_results
     assert result.metric_value == round(summary["test"]["accuracy"], 4) and result.dataset_name == "texts"
-    for fact in ("rule fedex-lora", "sand, sea, sky", "rounds | 2", "rank 2, alpha 16", "tiny-bert", "rank 8 in PEFT"):
+    for fact in (
+        "rule fedex-lora",
+        "sand, sea, sky",
+        "rounds | 2",
+        "rank 2, alpha 16",
+        "tiny-bert",
+        "adapter of rank 34 in PEFT",
+    ):
         assert fact in card.text, fact
     assert "/tmp" not in card.text
 
@@ -247,3 +265,47 @@ def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> N
     (tmp_path / "comparison.toml").write_text("")
     assert "is a comparison: name one of the runs" in run_command("export", tmp_path, *to, code=2).message
     assert "is not an empty folder" in run_command("export", run, "--to", tmp_path, code=2).message
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, with HF_ENDPOINT, HF_TOKEN and HF_HUB_DISABLE_XET set as in the environment of a user.
+
+    huggingface_hub reads the variables when it is imported.
+    """
+    with model_hub("hf_secret") as hub:
+        for name, value in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield hub
+
+
+def test_push_uploads_the_exported_folder(run: Path, hub: Hub, tmp_path: Path) -> None:
+    """Twice: the second time the model is there already."""
+    for _ in range(2):
+        out = run_command("push", run, "hospital/notes", "--private").out
+        assert out.strip() == f"{hub.address}/hospital/notes"
+    assert hub.private == {"hospital/notes"}
+    run_command("export", run, "--to", tmp_path / "notes")
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "notes").iterdir()}
+    assert hub.models == {"hospital/notes": exported}
+    assert len(hub.large) == 2, "the adapter and its head"
+
+
+def test_a_push_that_cannot_work_says_what_to_do(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(code: int, repository: str = "hospital/notes") -> str:
+        return run_command("push", run, repository, code=code).message
+
+    assert message(2, "notes").endswith("a model on the hub is called OWNER/NAME, of letters, digits, '-', '_' and '.'")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "has rejected the upload to hospital/notes: Invalid username or password" in message(1)
+    with monkeypatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(run / "no-token"))
+        assert "there is no access token for http://127.0.0.1" in message(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        assert "cannot reach http://127.0.0.1:9: " in message(1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set, so that nothing is uploaded" in message(1)
+    assert hub.models == {}
