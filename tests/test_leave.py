@@ -41,14 +41,9 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on a CSV, whose rule adds to W0."""
-    training = {
-        "rule": "fedex-lora",
-        "learning-rate": 0.02,
-        "head-learning-rate": 0.05,
-        "local-steps": 12,
-        "batch-size": 16,
-    }
-    return finished_run(tiny | training, tmp_path_factory.mktemp("leave") / "run")
+    rates = {"learning-rate": 0.02, "head-learning-rate": 0.05}
+    work = {"local-steps": 12, "batch-size": 16}
+    return finished_run(tiny | rates | work | {"rule": "fedex-lora"}, tmp_path_factory.mktemp("leave") / "run")
 
 
 def saved_adapter(settings: Settings, folder: Path) -> Any:
@@ -187,14 +182,8 @@ def test_the_card_of_a_run_names_base_data_method_and_results(run: Path) -> None
     assert "lora" in card.data.tags
     (result,) = card.data.eval_results
     assert result.metric_value == round(summary["test"]["accuracy"], 4) and result.dataset_name == "texts"
-    for fact in (
-        "rule fedex-lora",
-        "sand, sea, sky",
-        "rounds | 2",
-        "rank 2, alpha 16",
-        "tiny-bert",
-        "adapter of rank 34 in PEFT",
-    ):
+    training = ("rule fedex-lora", "rounds | 2", "rank 2, alpha 16", "partitioner = dirichlet")
+    for fact in ("tiny-bert", "sand, sea, sky", "adapter of rank 34 in PEFT", *training):
         assert fact in card.text, fact
     assert "/tmp" not in card.text
 

@@ -94,7 +94,9 @@ def write_merged_card(directory: Path, facts: ModelFacts, dtype: str, needs_code
 
 
 def _write(directory: Path, facts: ModelFacts, library: str, tags: list[str], intro: str, ways: str) -> None:
-    base, task = facts.base, facts.task
+    base = facts.base
+    is_language_model = library == "peft" and facts.task.peft_type == "CAUSAL_LM"
+    pipeline = "text-generation" if is_language_model else facts.task.pipeline
     license_name = ASSETS[base.asset].license if base.asset else ""
     results = _results(facts)
     data = ModelCardData(
@@ -103,8 +105,8 @@ def _write(directory: Path, facts: ModelFacts, library: str, tags: list[str], in
         eval_results=results or None,
         license=license_name.lower() or None,
         library_name=library,
-        model_name=directory.resolve().parent.name if results else None,
-        pipeline_tag=task.pipeline,
+        model_name=_title(facts) if results else None,
+        pipeline_tag=pipeline,
         tags=[*tags, "copra-fl", "federated-learning"],
     )
     text = [

@@ -37,12 +37,12 @@ class Classifier:
     weights: frozenset[str]
 
 
-def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier | None:
-    """Return the classifier of Transformers with the body and the head of `model`; None if no class computes the same.
+def stock_classifier(model: AdaptedModel, head: nn.Linear | None, labels: Sequence[str]) -> Classifier | None:
+    """Return the classifier of Transformers with the body of `model` and `head`; None if no class computes the same.
 
     The gates of `model` must be open.
     """
-    if model.head is None or model.task.classifier_class is None:
+    if head is None or model.task.classifier_class is None:
         return None
     body = model.base.base_model
     config = copy.deepcopy(body.config)
@@ -54,22 +54,22 @@ def stock_classifier(model: AdaptedModel, labels: Sequence[str]) -> Classifier |
         with torch.device("meta"):
             classifier = model.task.classifier_class.from_config(config)
         name = classifier.base_model_prefix
-        heads = [path for path, module in classifier.named_modules() if _is_head(path, module, name, model.head)]
+        places = [path for path, module in classifier.named_modules() if _is_head(path, module, name, head)]
         others = {path for path, _ in classifier.named_parameters() if not path.startswith(f"{name}.")}
-        if type(getattr(classifier, name)) is not type(body) or len(heads) != 1:
+        if type(getattr(classifier, name)) is not type(body) or len(places) != 1:
             return None
-        (head,) = heads
-        if others != {f"{head}.{path}" for path, _ in model.head.named_parameters()}:
+        (place,) = places
+        if others != {f"{place}.{path}" for path, _ in head.named_parameters()}:
             return None
         weights = frozenset(classifier.state_dict())
         setattr(classifier, name, body)
-        classifier.set_submodule(head, nn.Identity())
+        classifier.set_submodule(place, nn.Identity())
         if not has_the_features(classifier.eval(), model):
             return None
-        classifier.set_submodule(head, model.head)
+        classifier.set_submodule(place, head)
     except Exception:  # a class that cannot be built or run like this raises errors of many types
         return None
-    return Classifier(classifier, name, head, weights)
+    return Classifier(classifier, name, place, weights)
 
 
 def _is_head(path: str, module: nn.Module, body: str, head: nn.Linear) -> bool:

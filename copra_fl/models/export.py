@@ -82,7 +82,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     model.gates.open()
     task, base = model.task, BaseReference.of(model.base.name_or_path)
-    classifier = stock_classifier(model, labels)
+    classifier = stock_classifier(model, model.head, labels)
     lora, tensors = _plain_adapter(model, residual or {})
     lora.base_model_name_or_path, lora.revision, lora.inference_mode = base.name, base.revision, True
     auto_mapping = None
@@ -111,7 +111,10 @@ def save(
         "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
     }
     (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    save_processor(task, model.base.name_or_path, data.max_length, directory)
+    processor = task.processor_class.from_pretrained(model.base.name_or_path)
+    if task.trains_head:
+        processor = task.classifier_processor(processor, data.max_length)
+    processor.save_pretrained(directory)
     facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
     write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")
 
@@ -152,17 +155,6 @@ def _module_of(name: str) -> str:
 def _data_settings(task: Task, data: DataConfig) -> dict[str, Value]:
     keys = (*task.columns, *task.optional_columns, "max-length", *task.options)
     return {key: getattr(data, key.replace("-", "_")) for key in keys}
-
-
-def save_processor(task: Task, source: str, max_length: int, directory: Path) -> None:
-    """Write the tokenizer or image processor of the base `source`; a classifier's tokenizer truncates to `max_length`.
-
-    0: the length is not known.
-    """
-    processor = task.processor_class.from_pretrained(source)
-    if max_length and task.trains_head and hasattr(processor, "model_max_length"):
-        processor.model_max_length = max_length
-    processor.save_pretrained(directory)
 
 
 def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedModel:

@@ -18,7 +18,7 @@ from copra_fl.config import ConfigError
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
-from copra_fl.models.export import load_for_merging, save_processor
+from copra_fl.models.export import load_for_merging
 from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
 
 
@@ -38,20 +38,32 @@ def export_merged(
     saved = load_for_merging(adapter, "cpu", base, dtype)
     model, source = saved.model, saved.model.base.name_or_path
     facts = ModelFacts(model.task, saved.labels, saved.base, model.pooling, saved.quantization, training)
-    merged, weights = (model.base, None) if model.head is None else _classifier(model, saved.labels)
+    if model.task.trains_head:
+        head, processor = model.head, model.task.processor_class.from_pretrained(source)
+    else:
+        head = model.task.frozen_head(model.base.get_output_embeddings(), saved.processor)
+        processor = saved.processor
+    merged: PreTrainedModel = model.base
+    weights: Collection[str] | None = None
+    if head is not None:
+        merged, weights = _classifier(model, head, saved.labels)
+        processor = model.task.classifier_processor(processor, int(saved.data.get("max-length", 0)))
+        merged.config.pad_token_id = getattr(processor, "pad_token_id", None)
     model.peft.merge_and_unload(safe_merge=True)  # safe: W0, which other processes map, is not written to
     merged.to(getattr(torch, dtype))
     merged.config.use_cache = getattr(AutoConfig.from_pretrained(source), "use_cache", True)
     tensors = merged.state_dict()
     merged.save_pretrained(directory, state_dict={name: tensors[name] for name in weights} if weights else None)
-    save_processor(model.task, source, int(saved.data.get("max-length", 0)), directory)
+    processor.save_pretrained(directory)
     write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
     return merged
 
 
-def _classifier(model: AdaptedModel, labels: Sequence[str]) -> tuple[PreTrainedModel, Collection[str] | None]:
-    """Return the classifier with the body and the head of `model`, and the names of its weights; None: all of them."""
-    if stock := stock_classifier(model, labels):
+def _classifier(
+    model: AdaptedModel, head: nn.Linear, labels: Sequence[str]
+) -> tuple[PreTrainedModel, Collection[str] | None]:
+    """Return the classifier with the body of `model` and `head`, and the names of its weights; None: all of them."""
+    if stock := stock_classifier(model, head, labels):
         return stock.model, stock.weights
     settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if model.task.labels == "several":
@@ -61,12 +73,12 @@ def _classifier(model: AdaptedModel, labels: Sequence[str]) -> tuple[PreTrainedM
     with torch.device("meta"):
         pooled = PooledClassifier(config)
     pooled.base, pooled.classifier = model.base, nn.Identity()
-    if not has_the_features(pooled.eval(), model):
+    if not model.task.trains_head or not has_the_features(pooled.eval(), model):
         raise ConfigError(
-            f"task = {model.task.name!r} pools hidden states in its own way, so that Transformers cannot open a merged "
-            "model; leave out --merge: copra_fl.load opens the adapter"
+            f"task = {model.task.name!r} pools the hidden states of this model as no class of Transformers does; leave "
+            "out --merge: copra_fl.load opens the adapter"
         )
-    pooled.classifier = model.head
+    pooled.classifier = head
     PooledClassifierConfig.register_for_auto_class()
     PooledClassifier.register_for_auto_class(model.task.classifier_class.__name__)
     return pooled, None

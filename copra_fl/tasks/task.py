@@ -161,6 +161,22 @@ class Task(ABC):
         logits: Tensor = output_layer(features)
         return logits
 
+    def frozen_head(self, output_layer: nn.Module, processor: Any) -> nn.Linear | None:
+        """Return the rows of the base's own output layer that give the labels' logits; None if they are all of it.
+
+        `processor` is the `opened_processor`.
+        """
+        return None
+
+    def classifier_processor(self, processor: Any, max_length: int) -> Any:
+        """Return the tokenizer of a merged classifier that makes contents its inputs, from the `opened_processor`.
+
+        It truncates texts to `max_length` tokens when it is asked to truncate; 0: the length is not known.
+        """
+        if max_length and hasattr(processor, "model_max_length"):
+            processor.model_max_length = max_length
+        return processor
+
     @abstractmethod
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
         """Return (targets,) the loss of each target from (targets, outputs) logits."""
