@@ -89,7 +89,7 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
-DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Of merged weights.")]
+DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Dtype of merged weights.")]
 DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Device; auto: CUDA if available, else the CPU.")]
 BaseOption = Annotated[
     str,

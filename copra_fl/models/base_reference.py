@@ -60,7 +60,7 @@ class BaseReference:
         model called `name`, or a fetched asset with its digest. Raises ConfigError for a base that is not there or has
         another digest, AssetError for an asset that cannot be fetched.
         """
-        source = given or self.asset or self.name
+        source = given or (self.asset if self.asset in ASSETS else self.name)
         if source in ASSETS:
             source = str(assets.fetch(source))
         try:

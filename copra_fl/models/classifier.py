@@ -44,7 +44,7 @@ def stock_classifier(model: AdaptedModel, head: nn.Linear | None, labels: Sequen
     """
     if head is None or model.task.classifier_class is None:
         return None
-    body = model.base.base_model
+    body: Any = model.base.base_model
     config = copy.deepcopy(body.config)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -81,7 +81,8 @@ def save(
     """
     directory.mkdir(parents=True, exist_ok=True)
     model.gates.open()
-    task, base = model.task, BaseReference.of(model.base.name_or_path)
+    task, source = model.task, str(model.base.name_or_path)
+    base = BaseReference.of(source)
     classifier = stock_classifier(model, model.head, labels)
     lora, tensors = _plain_adapter(model, residual or {})
     lora.base_model_name_or_path, lora.revision, lora.inference_mode = base.name, base.revision, True
@@ -111,7 +112,7 @@ def save(
         "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
     }
     (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    processor = task.processor_class.from_pretrained(model.base.name_or_path)
+    processor = task.processor_class.from_pretrained(source)
     if task.trains_head:
         processor = task.classifier_processor(processor, data.max_length)
     processor.save_pretrained(directory)
@@ -121,7 +122,7 @@ def save(
 
 def _plain_adapter(model: AdaptedModel, residual: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return PEFT's configuration and tensors of the adapter, with core and `residual` folded in."""
-    lora, adapter = copy.copy(model.peft.peft_config["default"]), model.read_adapter()
+    adapter, lora = model.read_adapter(), cast(LoraConfig, copy.copy(model.peft.peft_config["default"]))
     if not residual and not parts(adapter, {"R"}):
         return lora, parts(adapter, {"A", "B"})  # type: ignore[return-value]
     folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)

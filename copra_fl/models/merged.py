@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def export_merged(
     Raises ConfigError as `load` does, and for a task of one's own with features that no class computes.
     """
     saved = load_for_merging(adapter, "cpu", base, dtype)
-    model, source = saved.model, saved.model.base.name_or_path
+    model, source = saved.model, str(saved.model.base.name_or_path)
     facts = ModelFacts(model.task, saved.labels, saved.base, model.pooling, saved.quantization, training)
     if model.task.trains_head:
         head, processor = model.head, model.task.processor_class.from_pretrained(source)
@@ -71,7 +72,7 @@ def _classifier(
     base = {key: value for key, value in model.base.config.to_dict().items() if key != "_name_or_path"}
     config = PooledClassifierConfig(base=base, pooling=model.pooling, **settings)
     with torch.device("meta"):
-        pooled = PooledClassifier(config)
+        pooled: Any = PooledClassifier(config)
     pooled.base, pooled.classifier = model.base, nn.Identity()
     if not model.task.trains_head or not has_the_features(pooled.eval(), model):
         raise ConfigError(

@@ -40,9 +40,9 @@ class PooledClassifier(PreTrainedModel):
 
     def __init__(self, config: PooledClassifierConfig) -> None:
         super().__init__(config)
-        base = AutoConfig.for_model(**config.base)
+        base, num_labels = AutoConfig.for_model(**config.base), int(config.num_labels or 0)
         self.base = AutoModel.from_config(base)
-        self.classifier = nn.Linear(base.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(base.hidden_size, num_labels)
         self.post_init()
 
     def forward(

@@ -181,6 +181,7 @@ def check_target(key: str, path: Path) -> None:
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
     """Write `rows` to a CSV, JSONL or Parquet file that `file_table` reads. Raises OSError."""
+    content: str | bytes
     match path.suffix.lower():
         case ".csv":
             content = rows.to_csv(index=False)
