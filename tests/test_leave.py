@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import AutoPeftModelForFeatureExtraction
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, pipeline
@@ -133,6 +134,25 @@ def test_no_file_of_an_adapter_folder_names_a_cache(tiny: Settings, tmp_path: Pa
     expected = model.read_adapter()
     opened = load(folder, "cpu").model.read_adapter()
     assert opened.keys() == expected.keys() and all(torch.equal(opened[name], expected[name]) for name in expected)
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(tiny: Settings, tmp_path: Path, monkeypatch) -> None:
+    """In the hub's cache; stock PEFT opens the adapter from there."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = tmp_path / "models--owner--tiny"
+    shutil.copytree(str(tiny["model"]), model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "adapter"
+    saved_adapter(tiny | {"model": "owner/tiny"}, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", commit)
+    card = (folder / "README.md").read_text()
+    assert "base_model: owner/tiny\n" in card and "base_model:adapter:owner/tiny\n" in card and commit in card
+    assert load(folder, "cpu").base.sha256 == weights_digest(str(tiny["model"]))
+    assert AutoPeftModelForFeatureExtraction.from_pretrained(folder).peft_config["default"].r == 2
 
 
 def test_a_base_may_lie_elsewhere_and_must_have_the_same_weights(tiny: Settings, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier
         intro += f" Its head is in the adapter, for `{classifier}`."
     elif facts.task.trains_head:
         intro += (
-            " Its head is in `head.safetensors`: no class of Transformers has this head, so `pipeline` cannot open it."
+            " Its head is in `head.safetensors`. No class of Transformers has this head, so `pipeline` cannot open the "
+            "adapter; it opens the model that `copra-fl export --merge` writes."
         )
     if facts.training and rank != facts.training.config.model.rank:
         intro += (

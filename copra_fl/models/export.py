@@ -124,7 +124,7 @@ def _plain_adapter(model: AdaptedModel, residual: Adapter) -> tuple[LoraConfig, 
     """Return PEFT's configuration and tensors of the adapter, with core and `residual` folded in."""
     adapter, lora = model.read_adapter(), cast(LoraConfig, copy.copy(model.peft.peft_config["default"]))
     if not residual and not parts(adapter, {"R"}):
-        return lora, parts(adapter, {"A", "B"})  # type: ignore[return-value]
+        return lora, parts(adapter, {"A", "B"})
     folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
     lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
     return lora, folded
