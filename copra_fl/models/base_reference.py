@@ -35,7 +35,7 @@ class BaseReference:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether `name` is that of a model on the Hugging Face hub."""
+        """True if `name` is that of a model on the Hugging Face hub."""
         return bool(self.revision or (self.asset and ASSETS[self.asset].hub))
 
     @classmethod
