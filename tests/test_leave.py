@@ -103,6 +103,16 @@ def test_stock_libraries_open_the_adapter_and_the_merged_model_with_our_scores(
     assert before == weights_digest(str(tiny["model"]))
 
 
+def test_merged_weights_can_be_stored_in_16_bits(tiny: Settings, tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits of each weight."""
+    model = saved_adapter(tiny, tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", "bfloat16")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    expected = expected_scores(model, tmp_path / "adapter")
+    assert torch.allclose(scores(card_code(tmp_path / "merged", 0)["run"]), expected, atol=0.03)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "pooler"])
 def test_pipeline_never_answers_from_an_adapter_folder_with_a_random_head(
     tiny: Settings, tmp_path: Path, pooling: str

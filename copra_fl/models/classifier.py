@@ -85,7 +85,7 @@ def has_the_features(classifier: Any, model: AdaptedModel) -> bool:
         classifier.config.pad_token_id = _padding(model)
     features = model.task.features(model.base.base_model(**model.task.inputs(batch)), batch, model.pooling)
     others = classifier(**batch).logits
-    return features.shape == others.shape and torch.allclose(features, others.to(features.dtype), rtol=1e-4, atol=1e-5)
+    return features.shape == others.shape and torch.allclose(features.to(others.dtype), others, rtol=1e-4, atol=1e-5)
 
 
 def _padding(model: AdaptedModel) -> int:
