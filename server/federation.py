@@ -23,6 +23,7 @@ from copra_fl.copra.layers import check_layers
 from copra_fl.data.federated import load_data
 from copra_fl.events import emit
 from copra_fl.models.build import check_weights, load_processor, resolve_config
+from copra_fl.models.card import Training
 from copra_fl.models.export import save
 from copra_fl.records import Origin, PrivacySpent, RoundRecord
 from copra_fl.sources.assets import ASSETS
@@ -222,9 +223,10 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     state = strategy.state
     clients = evaluate_clients(grid, strategy, len(journal.records))
     test, held_out = evaluator.test(state)
+    summary = summarize(journal.records, evaluator, clients, test, held_out)
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
-        data = evaluator.config.data
-        save(evaluator.model, journal.directory / "adapter", evaluator.data.label_names, data, state.residual)
-    journal.write_summary(summarize(journal.records, evaluator, clients, test, held_out))
+        folder, labels, config = journal.directory / "adapter", evaluator.data.label_names, evaluator.config
+        save(evaluator.model, folder, labels, config.data, state.residual, Training(config, summary))
+    journal.write_summary(summary)
     emit("finished", accuracy=test.accuracy if test else None)

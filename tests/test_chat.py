@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from copra_fl.config import Config
 from tests.support.command_line import run_command
@@ -46,6 +46,13 @@ def test_prompts_from_option_and_standard_input_get_the_likeliest_answers(run: P
     assert output.out.strip() == expected[0]
     output = run_command("chat", run, "--max-tokens", 12, stdin=f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
     assert [line.strip() for line in output.out.replace("> ", "").splitlines() if line.strip()] == expected
+
+
+def test_the_merged_model_gives_the_same_answers_in_a_pipeline(run: Path, tmp_path: Path) -> None:
+    run_command("export", run, "--merge", "--to", tmp_path / "merged")
+    generate = pipeline("text-generation", str(tmp_path / "merged"))
+    answer = generate([{"role": "user", "content": PROMPTS[0]}], max_new_tokens=12, do_sample=False)
+    assert answer[0]["generated_text"][-1]["content"].strip() == greedy_answer(run, PROMPTS[0], 12)
 
 
 def test_sampled_answers_follow_the_seed(run: Path) -> None:

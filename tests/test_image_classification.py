@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 from PIL import Image
 
 from copra_fl import tasks
@@ -19,14 +20,15 @@ from copra_fl.data import federated
 from copra_fl.data.federated import load_data
 from copra_fl.data.local import load_local_data
 from copra_fl.models import memory_plan
-from copra_fl.models.build import load_processor
-from copra_fl.models.export import load
+from copra_fl.models.build import build_model, load_processor
+from copra_fl.models.export import load, save
+from copra_fl.models.merged import export_merged
 from copra_fl.sources.tables import file_table
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
-from tests.support.worlds import CASES, World, assert_alike
+from tests.support.worlds import CASES, World, assert_alike, jitter
 
 LABELS = ("bars", "blot", "stripes")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -206,6 +208,41 @@ def test_a_federation_trains_an_adapter_that_classifies_images(images: Settings,
         logits = saved.model(**saved.processor([Image.open(photos / name) for name in rows["image"]]))
     predicted = [saved.labels[i] for i in logits.argmax(1)]
     assert np.mean([a == b for a, b in zip(predicted, rows["label"], strict=True)]) > 0.8
+
+
+@pytest.mark.parametrize(("base", "pooling", "stock"), [("tiny_dino", "mean", False), ("tiny_vit", "cls", True)])
+def test_stock_libraries_open_the_model_with_our_scores(
+    images: Settings, photos: Path, tmp_path: Path, base: str, pooling: str, stock: bool, request: pytest.FixtureRequest
+) -> None:
+    """The pipeline makes images RGB, so that grayscale images go through the image processor alone."""
+    config = Config.from_flat(images | {"model": request.getfixturevalue(base), "pooling": pooling})
+    model, files = build_model(config.model, "layer", 3, seed=0), sorted(photos.glob("*/*.png"))[70:90]
+    model.write_adapter(jitter(model.read_adapter(), 3, 0.3))
+    save(model, tmp_path / "adapter", list(LABELS), config.data)
+    saved = load(tmp_path / "adapter", "cpu")
+    with torch.inference_mode():
+        expected = saved.model(**saved.processor([Image.open(file) for file in files])).softmax(1)
+    merged = export_merged(tmp_path / "adapter", tmp_path / "merged", "float32")
+    assert type(merged).__name__ == ("ViTForImageClassification" if stock else "PooledClassifier")
+    if not stock:
+        classify = tf.pipeline("image-classification", str(tmp_path / "merged"), trust_remote_code=True)
+        answers = [
+            {entry["label"]: entry["score"] for entry in row} for row in classify(list(map(str, files)), top_k=3)
+        ]
+        scores = torch.tensor([[answer[label] for label in LABELS] for answer in answers])
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+        return
+    names = {"id2label": dict(enumerate(LABELS))}
+    adapted = PeftModel.from_pretrained(
+        tf.AutoModelForImageClassification.from_pretrained(config.model.model, **names), tmp_path / "adapter"
+    )
+    opened = tf.AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    processor = tf.AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    pixels = processor([Image.open(file).convert("L") for file in files], return_tensors="pt")
+    assert opened.config.id2label == names["id2label"]
+    for classifier in (adapted.eval(), opened):
+        with torch.inference_mode():
+            torch.testing.assert_close(classifier(**pixels).logits.softmax(1), expected, rtol=0, atol=1e-5)
 
 
 def test_two_data_sets_of_images_share_an_adapter(images: Settings, photos: Path, tmp_path: Path) -> None:

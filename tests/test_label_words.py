@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from copra_fl.config import ConfigError
 from copra_fl.models.export import load
+from copra_fl.models.merged import export_merged
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -108,6 +109,13 @@ def test_a_run_exports_an_adapter_that_peft_alone_scores_with(settings: Settings
     short = [" ".join(text.split()[: 4 + i % 4]) for i, text in enumerate(texts[:8])]
     with torch.inference_mode():
         assert torch.allclose(saved.model(**saved.processor(short)), scores(opened, settings, short), atol=1e-5)
+    export_merged(run / "adapter", tmp_path / "merged", "float32")
+    classify = pipeline("text-classification", str(tmp_path / "merged"), batch_size=3)
+    answers = [
+        {entry["label"]: entry["score"] for entry in row} for row in classify(texts, top_k=None, truncation=True)
+    ]
+    probabilities = [[answer[label] for label in saved.labels] for answer in answers]
+    assert torch.allclose(torch.tensor(probabilities), logits.softmax(1), atol=1e-5)
 
 
 def test_without_words_the_labels_are_the_words(settings: Settings, tmp_path: Path) -> None:

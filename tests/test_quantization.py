@@ -12,11 +12,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from transformers import pipeline
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.models import adapted, memory_plan
 from copra_fl.models.build import build_model, check_model
 from copra_fl.models.export import load
+from copra_fl.models.merged import export_merged
 from tests.support.compatibility import check
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -103,6 +105,11 @@ def test_a_federation_ends_in_an_adapter_for_the_same_base(quantised: Settings, 
     assert "engine = 'stacked' cannot take this model" in note and "Linear4bit" in note
     saved = load(folder / "adapter", "cpu")
     assert any(isinstance(module, Linear4bit) for module in saved.model.base.modules())
+    merged = export_merged(folder / "adapter", tmp_path / "merged", "float32")
+    assert not any(isinstance(module, Linear4bit) for module in merged.modules())
+    opened = pipeline("text-classification", str(tmp_path / "merged"), trust_remote_code=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(opened.model(**BATCH).logits, saved.model(**BATCH), rtol=1e-3, atol=1e-4)
 
 
 def test_the_plan_counts_4_bits(quantised: Settings) -> None:

@@ -25,7 +25,7 @@ from tests.support.real_runs import HANG_SECONDS
 from tests.support.run_folders import num_figures
 
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("tutorials/simulate-and-compare", "tutorials/your-own-data",
-         "how-to/track", "how-to/study", "how-to/deploy")))  # fmt: skip
+         "how-to/use-elsewhere", "how-to/track", "how-to/study", "how-to/deploy")))  # fmt: skip
 
 
 def commands() -> list[str]:
@@ -112,7 +112,6 @@ def test_command(reader: Reader, command: str) -> None:
 @pytest.mark.parametrize(
     ("page", "run", "adapter", "num_labels"),
     [
-        ("README.md", "runs/notes", "copra-seed0/adapter", 3),
         ("docs/tutorials/simulate-and-compare.md", "runs/smoke", "adapter", 16),
     ],
 )
@@ -123,6 +122,14 @@ def test_snippet(reader: Reader, page: str, run: str, adapter: str, num_labels: 
     printed = subprocess.check_output([sys.executable, "-c", snippet], cwd=reader.directory, text=True)
     labels = json.loads((folder / adapter / "task.json").read_text())["labels"]
     assert printed.strip() in labels and len(labels) == num_labels
+
+
+def test_the_merged_model_opens_in_a_pipeline(reader: Reader) -> None:
+    (export,) = (command for command in commands() if "--merge" in command)
+    reader.run(export)
+    snippet = blocks("docs/how-to/use-elsewhere.md", "python")[0]
+    printed = subprocess.check_output([sys.executable, "-c", snippet], cwd=reader.directory, text=True)
+    assert printed.strip() in ("cardiology", "orthopedics", "pulmonology")
 
 
 @needs_chromium

@@ -18,8 +18,11 @@ from copra_fl.cli.clean import clean
 from copra_fl.cli.compare import compare
 from copra_fl.cli.config import config
 from copra_fl.cli.deploy_audit import audit
+from copra_fl.cli.export import export
+from copra_fl.cli.predict import predict
 from copra_fl.cli.probe_prune import prune
 from copra_fl.cli.probe_shapley import shapley
+from copra_fl.cli.push import push
 from copra_fl.cli.recipes import recipes
 from copra_fl.cli.report import report
 from copra_fl.cli.simulate import simulate
@@ -28,6 +31,7 @@ from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose_command import ComposeFailed
 from copra_fl.files import CacheError
+from copra_fl.models.hub import PushError
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import AssetError, UnknownAssetError
 
@@ -61,6 +65,9 @@ app.command()(bench)
 app.command()(config)
 app.command()(recipes)
 app.command()(chat)
+app.command()(predict)
+app.command()(export)
+app.command()(push)
 app.command()(clean)
 probe.app.command()(prune)
 probe.app.command()(shapley)
@@ -82,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(arguments, prog_name="copra-fl", standalone_mode=False)
     except (ConfigError, UnknownAssetError) as error:
         fail(str(error), ExitCode.USAGE)
-    except (RunFailed, AssetError, CacheError, ComposeFailed) as error:
+    except (RunFailed, AssetError, CacheError, ComposeFailed, PushError) as error:
         fail(str(error), ExitCode.FAILED)
     except click.ClickException as error:  # exit_code is USAGE for click's own errors
         error.show()

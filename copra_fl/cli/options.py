@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -68,3 +69,34 @@ TrackOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or of an adapter.", show_default=False)
+]
+MergeOption = Annotated[
+    bool, typer.Option("--merge", help="Write a Transformers model with merged weights. Default: an adapter for PEFT.")
+]
+
+
+class DtypeName(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class DeviceName(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Dtype of merged weights.")]
+DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Device; auto: CUDA if available, else the CPU.")]
+BaseOption = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Base model, if it is not where the adapter says: an asset, a folder, or a name on the hub.",
+        show_default=False,
+    ),
+]

@@ -1,23 +1,43 @@
-"""Save a model as an adapter folder in PEFT's own format, and open it again."""
+"""Save a model as an adapter folder in PEFT's own format, and open it again.
+
+    adapter_config.json, adapter_model.safetensors   the adapter, for PEFT; with the head where a class of Transformers
+                                                     has the same head (`classifier.py`)
+    head.safetensors                                 the head of a task that trains one
+    task.json                                        task, labels, base, computation; columns and length of the data
+    README.md                                        the model card
+    tokenizer*.json, preprocessor_config.json        the tokenizer or image processor
+
+The folder names its base in a way that holds on every machine (`base_reference.py`).
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from peft import LoraConfig, PeftModel
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from copra_fl.adapters import residual as residuals
-from copra_fl.adapters.state import Adapter, part_of
-from copra_fl.config import DataConfig
+from copra_fl.adapters.state import Adapter, part_of, parts
+from copra_fl.config import ConfigError, DataConfig, Value
 from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.base_reference import BaseReference
 from copra_fl.models.build import choose_device, open_model
-from copra_fl.tasks import find_task
+from copra_fl.models.card import ModelFacts, Training, write_adapter_card
+from copra_fl.models.classifier import Classifier, stock_classifier
+from copra_fl.seeding import torch_stream
+from copra_fl.tasks import Task, find_task
+
+#: what PEFT calls the first model in a `PeftModel`, at the start of its tensors' names
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -29,68 +49,169 @@ class SavedModel:
         processor: makes contents the inputs of `model`: the tokenizer or image processor of the base, or the task's
             `opened_processor`.
         labels: the label of each logit, in order; empty for a task without labels.
+        base: the base that the folder names.
+        quantization: of the base in training.
+        data: settings of the run's data that `model` needs for new examples: columns, ``max-length``, the task's
+            options. In folders of earlier versions the options alone.
     """
 
     model: AdaptedModel
     processor: Any
     labels: list[str]
+    base: BaseReference
+    quantization: str
+    data: dict[str, Value]
 
 
 def save(
-    model: AdaptedModel, directory: Path, labels: list[str], data: DataConfig, residual: Adapter | None = None
+    model: AdaptedModel,
+    directory: Path,
+    labels: list[str],
+    data: DataConfig,
+    residual: Adapter | None = None,
+    training: Training | None = None,
 ) -> None:
-    """Write `model` to `directory`: the adapter in PEFT's format, ``task.json``, and a trained head.
+    """Write `model` to `directory`, an adapter folder.
 
-    `data` is the run's section. The head is in ``head.safetensors``. A core and a `residual` are folded into one plain
-    adapter of a higher rank, so that PEFT alone can open it.
+    A core and a `residual` are folded into one plain adapter of a higher rank, so that PEFT alone can open it.
+
+    Args:
+        data: the run's section.
+        training: of the model, for its card.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     model.gates.open()
-    adapter = model.read_adapter()
-    if residual or any(part_of(name) == "R" for name in adapter):
-        _save_folded(model, adapter, residual or {}, directory)
-    else:
-        model.peft.save_pretrained(str(directory))
+    task, source = model.task, str(model.base.name_or_path)
+    base = BaseReference.of(source)
+    classifier = stock_classifier(model, model.head, labels)
+    lora, tensors = _plain_adapter(model, residual or {})
+    lora.base_model_name_or_path, lora.revision, lora.inference_mode = base.name, base.revision, True
+    auto_mapping = None
+    if classifier is not None:
+        tensors = _of_classifier(tensors, classifier)
+        lora.modules_to_save = [classifier.head]
+        lora.task_type = "SEQ_CLS" if task.pipeline == "text-classification" else None
+        parent = type(classifier.model)
+        auto_mapping = {"base_model_class": parent.__name__, "parent_library": parent.__module__}
+    if task.trains_head:
+        lora.target_modules, lora.exclude_modules = _pattern(tensors), None
+    lora.save_pretrained(str(directory), auto_mapping_dict=None if lora.task_type else auto_mapping)
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
     if model.head is not None:
         head = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
         save_file(head, directory / "head.safetensors")
     description = {
-        "task": model.task.name,
+        "task": task.name,
         "labels": labels,
-        "options": model.task.option_values(data),
+        "options": task.option_values(data),
+        "data": _data_settings(task, data),
+        "base": asdict(base),
         "pooling": model.pooling,
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "attention": model.base.config._attn_implementation,
         "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
     }
     (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    processor = task.processor_class.from_pretrained(source)
+    if task.trains_head:
+        processor = task.classifier_processor(processor, data.max_length)
+    processor.save_pretrained(directory)
+    facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
+    write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")
 
 
-def _save_folded(model: AdaptedModel, adapter: Adapter, residual: Adapter, directory: Path) -> None:
-    lora: Any = copy.copy(model.peft.peft_config["default"])
+def _plain_adapter(model: AdaptedModel, residual: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return PEFT's configuration and tensors of the adapter, with core and `residual` folded in."""
+    adapter, lora = model.read_adapter(), cast(LoraConfig, copy.copy(model.peft.peft_config["default"]))
+    if not residual and not parts(adapter, {"R"}):
+        return lora, parts(adapter, {"A", "B"})
     folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
     lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
-    lora.inference_mode = True
-    lora.save_pretrained(str(directory))
-    save_file(folded, directory / "adapter_model.safetensors", {"format": "pt"})
+    return lora, folded
 
 
-def load(directory: str | Path, device: str = "auto") -> SavedModel:
-    """Open a model that `save` wrote, on the base that its adapter names; `device` is auto, cpu or cuda.
+def _of_classifier(tensors: Mapping[str, Tensor], classifier: Classifier) -> dict[str, Tensor]:
+    """Return the adapter as one of the stock classifier, with the head."""
+    body = f"{PEFT_PREFIX}{classifier.body}."
+    adapter = {body + name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    head = classifier.model.get_submodule(classifier.head).state_dict()
+    return adapter | {f"{PEFT_PREFIX}{classifier.head}.{name}": tensor.cpu() for name, tensor in head.items()}
 
-    Raises ConfigError for an unknown task, and for cuda without a CUDA device.
+
+def _pattern(tensors: Mapping[str, Tensor]) -> str:
+    """Return a pattern of the whole names of the adapted modules.
+
+    Names such as ``query`` would also match in a class with another head, which Transformers then draws at random. With
+    whole names PEFT opens the adapter on the class it belongs to, and raises an error for another.
     """
+    modules = dict.fromkeys(_module_of(name) for name in tensors if ".lora_" in name)
+    patterns = dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(module)) for module in modules)
+    return "|".join(patterns)
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
+
+
+def _data_settings(task: Task, data: DataConfig) -> dict[str, Value]:
+    keys = (*task.columns, *task.optional_columns, "max-length", *task.options)
+    return {key: getattr(data, key.replace("-", "_")) for key in keys}
+
+
+def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedModel:
+    """Open a model that `save` wrote, with the adapter on its base.
+
+    Args:
+        directory: the adapter folder.
+        device: auto, cpu or cuda.
+        base: where the base is: an asset, a folder, or a name on the hub; empty: where the adapter folder says.
+
+    Raises ConfigError for an unknown task, a base that is missing or has another digest, and for cuda without a CUDA
+    device; AssetError for an asset that cannot be fetched.
+    """
+    return load_for_merging(directory, device, base)
+
+
+def load_for_merging(directory: str | Path, device: str, base: str, dtype: str = "") -> SavedModel:
+    """Open a model as `load` does; with a `dtype` the base is in that dtype, dequantized."""
     directory = Path(directory)
     description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     task = find_task(description["task"])
-    base_name = LoraConfig.from_pretrained(str(directory)).base_model_name_or_path
-    compute = description["dtype"], description["attention"], description.get("quantization", "none")
-    base = open_model(base_name, *compute, task, choose_device(device))
-    peft, head = PeftModel.from_pretrained(base, str(directory)), None
+    lora = LoraConfig.from_pretrained(str(directory))
+    named = description.get("base")
+    reference = BaseReference(**named) if named else BaseReference.of_earlier_version(lora.base_model_name_or_path)
+    source = reference.find(base)
+    attention, quantization = description["attention"], description.get("quantization", "none")
+    body = open_model(source, dtype or description["dtype"], attention, quantization, task, choose_device(device))
+    if dtype and quantization != "none":
+        body.dequantize(getattr(torch, dtype))
+    adapter = _adapter_tensors(directory, lora, body.base_model_prefix)
+    lora.target_modules, lora.exclude_modules, lora.modules_to_save = {_module_of(name) for name in adapter}, None, None
+    lora.task_type, lora.auto_mapping, lora.base_model_name_or_path = task.peft_type, None, source
+    try:
+        with torch_stream(torch.device("cpu"), 0, "init"):  # of tensors that are overwritten below
+            peft = get_peft_model(body, lora)
+    except ValueError as error:
+        raise ConfigError(f"the adapter in {directory} does not fit the base {source}: {error}") from error
+    head = None
     if task.trains_head:
         weights = load_file(directory / "head.safetensors")
-        head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
-        head.load_state_dict(weights)
+        head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
+        adapter |= {f"head.{name}": tensor for name, tensor in weights.items()}
     model = AdaptedModel(task, peft, head, description["pooling"], "layer", choose_device(device))
-    processor = task.processor_class.from_pretrained(base_name)
+    shapes = {name: tensor.shape for name, tensor in model.read_adapter().items()}
+    if shapes != {name: tensor.shape for name, tensor in adapter.items()}:
+        raise ConfigError(f"the adapter in {directory} does not fit the base {source}: it has tensors of other shapes")
+    model.write_adapter(adapter)
     labels, options = description["labels"], description.get("options", {})
-    return SavedModel(model, task.opened_processor(processor, labels, options), labels)
+    processor = task.opened_processor(task.processor_class.from_pretrained(source), labels, options)
+    return SavedModel(model, processor, labels, reference, quantization, description.get("data", options))
+
+
+def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:
+    """Return the tensors of the adapter without a head, by their names in the base alone, whose prefix is `body`."""
+    tensors = parts(load_file(directory / "adapter_model.safetensors"), {"A", "B"})
+    if not lora.modules_to_save:
+        return tensors
+    prefix = f"{PEFT_PREFIX}{body}."
+    return {PEFT_PREFIX + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

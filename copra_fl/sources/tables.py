@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from copra_fl.config import ConfigError, DataConfig
-from copra_fl.files import digest_of, sha256
+from copra_fl.files import atomic_write, digest_of, sha256
 from copra_fl.sources.assets import ASSETS, fetch
 from copra_fl.wording import unknown_name
 
@@ -169,6 +169,27 @@ def _read_file(key: str, path: Path) -> pd.DataFrame:
             f"{key}: {path} cannot be read as {format_name}: {error}",
             f"{key}: its file cannot be read as {format_name}",
         ) from error
+
+
+def check_target(key: str, path: Path) -> None:
+    """Raise ConfigError unless `write_table` can write to `path`, the value of the option `key`."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{key} {path} ends in {path.suffix!r}; supported formats are {', '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{key} {path}: there is no folder {path.absolute().parent}")
+
+
+def write_table(path: Path, rows: pd.DataFrame) -> None:
+    """Write `rows` to a CSV, JSONL or Parquet file that `file_table` reads. Raises OSError."""
+    content: str | bytes
+    match path.suffix.lower():
+        case ".csv":
+            content = rows.to_csv(index=False)
+        case ".parquet":
+            content = rows.to_parquet(index=False)
+        case _:
+            content = rows.to_json(orient="records", lines=True, force_ascii=False)
+    atomic_write(path, content)
 
 
 def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:

@@ -145,6 +145,8 @@ class CausalLM(Task):
     trains_head = False
     model_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
+    classifier_class = None
+    pipeline = "text-generation"
     version = 2
 
     def processor_digest(self, processor: Any) -> str:

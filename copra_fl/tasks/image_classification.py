@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 
 from copra_fl.config import DataConfig
 from copra_fl.sources.tables import codes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 class ImageClassification(Classification):
     columns = ("image-column", "label-column")
     processor_class = ImageProcessor
+    classifier_class = AutoModelForImageClassification
+    pipeline = "image-classification"
 
     def content(self, column: pd.Series, folder: Path) -> pd.Series:
         return read_images(column, folder)

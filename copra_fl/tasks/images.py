@@ -47,6 +47,10 @@ class ImageProcessor:
     def from_pretrained(cls, source: str) -> ImageProcessor:
         return cls(source)
 
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the model's image processor to `directory`."""
+        self._processor.save_pretrained(directory)
+
     def __call__(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """Return ``pixel_values`` (N, C, H, W) float32 of `images`."""
         return {"pixel_values": self.normalize(self.resize(images))}

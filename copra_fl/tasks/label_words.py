@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from copra_fl.config import ConfigError, DataConfig, csv_line, csv_list
 from copra_fl.files import digest_of
@@ -82,8 +84,7 @@ class Prompter:
 
         Raises ConfigError for a template without a place for the text, or that leaves no room for it.
         """
-        before, after = self._around
-        first, last = tokenize(self.tokenizer, [beginning(self.tokenizer) + before, after], add_special_tokens=False)
+        first, last = self.frame()
         room = max_length - len(first) - len(last)
         if max_length and room < 1:
             raise ConfigError(
@@ -92,6 +93,29 @@ class Prompter:
             )
         inside = tokenize(self.tokenizer, texts, add_special_tokens=False)
         return [[*first, *(text[:room] if max_length else text), *last] for text in inside]
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Return the tokens of the template before and after the text. Raises ConfigError as `tokens` does."""
+        before, after = self._around
+        first, last = tokenize(self.tokenizer, [beginning(self.tokenizer) + before, after], add_special_tokens=False)
+        return first, last
+
+    def framed_tokenizer(self, max_length: int) -> PreTrainedTokenizerFast:
+        """Return the tokenizer as one that puts each text into the template, in place of BOS and EOS.
+
+        It truncates a text, not the template, and pads with EOS.
+        """
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        frame = {f"<template-{i}>": tokens for i, tokens in enumerate(self.frame()) if tokens}
+        pieces = [
+            {"id": name, "ids": tokens, "tokens": self.tokenizer.convert_ids_to_tokens(tokens)}
+            for name, tokens in frame.items()
+        ]
+        before, after = (name if name in frame else "" for name in ("<template-0>", "<template-1>"))
+        backend.post_processor = TemplateProcessing(single=f"{before} $A {after}".split(), special_tokens=pieces)
+        names = {"eos_token": self.tokenizer.eos_token, "pad_token": self.tokenizer.eos_token}
+        length = {"model_max_length": max_length} if max_length else {}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **names, **length)
 
     def label_tokens(self) -> list[int]:
         """Return the first token of each word after the prompt and a space.
@@ -165,7 +189,7 @@ class LabelWords(TextClassification):
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
         inputs = super().inputs(batch) | {"use_cache": False}
-        del inputs["label_tokens"]
+        inputs.pop("label_tokens", None)
         return inputs
 
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
@@ -178,6 +202,19 @@ class LabelWords(TextClassification):
         bias = getattr(output_layer, "bias", None)
         weight = output_layer.get_parameter("weight")[tokens].to(dtype)
         return F.linear(features.to(dtype), weight, None if bias is None else bias[tokens].to(dtype))
+
+    def frozen_head(self, output_layer: nn.Module, processor: Prompter) -> nn.Linear:
+        """Return the rows of the labels' tokens as a linear layer."""
+        tokens, bias = torch.tensor(processor.label_tokens()), getattr(output_layer, "bias", None)
+        weight = output_layer.get_parameter("weight")[tokens]
+        head = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
+        head.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            head.bias = nn.Parameter(bias[tokens].detach().clone())
+        return head
+
+    def classifier_processor(self, processor: Prompter, max_length: int) -> PreTrainedTokenizerFast:
+        return processor.framed_tokenizer(max_length)
 
 
 TASK = LabelWords()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from copra_fl.config import DataConfig, Value
 from copra_fl.sources.tables import as_text
@@ -73,6 +73,8 @@ class Task(ABC):
         model_class: the Transformers class that opens the base.
         processor_class: the Transformers class of the tokenizer or image processor that `encode` uses.
         peft_type: PEFT's name of the task (`peft.TaskType`), written to adapter folders.
+        classifier_class: the Transformers class that opens a base with a classifier for this task; None without one.
+        pipeline: Transformers' name of the task (`transformers.pipeline`), written to model cards.
         version: number to raise whenever `encode` would return other tensors for the same rows.
     """
 
@@ -84,6 +86,8 @@ class Task(ABC):
     model_class: ClassVar[Any] = AutoModel
     processor_class: ClassVar[Any] = AutoTokenizer
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
+    classifier_class: ClassVar[Any] = AutoModelForSequenceClassification
+    pipeline: ClassVar[str] = "text-classification"
     version: ClassVar[int] = 1
 
     @property
@@ -156,6 +160,22 @@ class Task(ABC):
         """Return the (targets, outputs) logits of the base's own output layer, for tasks that train no head."""
         logits: Tensor = output_layer(features)
         return logits
+
+    def frozen_head(self, output_layer: nn.Module, processor: Any) -> nn.Linear | None:
+        """Return the rows of the base's own output layer that give the labels' logits; None if they are all of it.
+
+        `processor` is the `opened_processor`.
+        """
+        return None
+
+    def classifier_processor(self, processor: Any, max_length: int) -> Any:
+        """Return the tokenizer of a merged classifier that makes contents its inputs, from the `opened_processor`.
+
+        It truncates texts to `max_length` tokens when it is asked to truncate; 0: the length is not known.
+        """
+        if max_length and hasattr(processor, "model_max_length"):
+            processor.model_max_length = max_length
+        return processor
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:

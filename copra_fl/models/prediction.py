@@ -1,0 +1,102 @@
+"""Classify the rows of a table with a saved model: a label and a probability per label for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from copra_fl.config import ConfigError, DataConfig
+from copra_fl.models.export import SavedModel
+from copra_fl.sources.tables import Table, TableError
+from copra_fl.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: the column with the predicted label, and the beginning of the name of a column with a label's probability
+PREDICTED, PROBABILITY = "predicted", "probability "
+#: rows without content that an error names
+MAX_NAMED_ROWS = 5
+
+
+def predict(
+    saved: SavedModel, table: Table, data: DataConfig, batch_size: int, on_progress: Callable[[int, int], None]
+) -> pd.DataFrame:
+    """Return the rows of `table`, in their order, with the predicted label and the probability of each label.
+
+    The columns of the table stay, except for one with the bytes of images. The labels in it are not read.
+
+    Args:
+        data: settings of the columns and of the length of texts, as in training.
+        on_progress: called with rows done and rows in total.
+
+    Raises ConfigError for a task that is not a classification with one label, TableError for a table that lacks the
+    column or has rows without content, which it names by their number.
+    """
+    task = saved.model.task
+    if not isinstance(task, Classification) or task.labels != "one":
+        hint = ": `copra-fl chat` writes texts" if task.name == "causal-lm" else ""
+        raise ConfigError(f"task = {task.name!r} does not classify with one label per example{hint}")
+    rows = table.read()
+    content = _content(table, rows, task, data)
+    probabilities = _probabilities(saved, task, content, data, batch_size, on_progress)
+    names = [f"{PROBABILITY}{label}" for label in saved.labels]
+    if taken := [name for name in (PREDICTED, *names) if name in rows]:
+        raise ConfigError(f"{table.where} already has a column {taken[0]!r}; rename it")
+    kept = [name for name in rows if not rows[name].map(lambda value: isinstance(value, bytes | dict)).any()]
+    result = rows[kept].copy()
+    result[PREDICTED] = [saved.labels[number] for number in probabilities.argmax(1)]
+    result[names] = probabilities.numpy()
+    return result
+
+
+def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataConfig) -> pd.Series:
+    """Return the texts or images of `rows`, all of them there."""
+    key = task.columns[0]
+    column = getattr(data, key.replace("-", "_"))
+    if rows.empty:
+        raise TableError(f"{table.where} has no examples", "its file has no examples")
+    if column not in rows:
+        known = ", ".join(map(str, rows.columns))
+        raise TableError(
+            f"{key} = {column!r} is not a column of {table.where}; its columns are {known}. Set it: --set {key}=COLUMN",
+            f"{key} = {column!r} is not a column of its file",
+        )
+    content = task.content(rows[column], table.folder)
+    missing = np.flatnonzero(content.isna())
+    if len(missing):
+        numbers = ", ".join(map(str, missing[:MAX_NAMED_ROWS]))
+        more = f" and {len(missing) - MAX_NAMED_ROWS} more" if len(missing) > MAX_NAMED_ROWS else ""
+        problem = f"{key} = {column!r} is empty in {len(missing)} of {len(rows)} rows"
+        raise TableError(f"{table.where}: {problem}: {numbers}{more} (counted from 0). Remove or fill them", problem)
+    return content
+
+
+@torch.inference_mode()
+def _probabilities(
+    saved: SavedModel,
+    task: Classification,
+    content: pd.Series,
+    data: DataConfig,
+    batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> torch.Tensor:
+    """Return (N, labels) float32, in the order of `content`. Batches have examples of similar length."""
+    import pandas as pd
+
+    model = saved.model
+    processor = task.processor_class.from_pretrained(model.base.name_or_path)
+    unlabeled = pd.Series(pd.NA, index=content.index, dtype="string")
+    rows = pd.DataFrame({task.columns[0]: content, "label-column": unlabeled})
+    examples = task.examples(task.encode(rows, saved.labels, processor, data), processor, data)
+    by_length = np.argsort(examples.lengths, kind="stable")
+    probabilities = torch.zeros(len(by_length), len(saved.labels))
+    for start in range(0, len(by_length), batch_size):
+        indices = by_length[start : start + batch_size]
+        logits = model(**examples.batch(indices, model.device))
+        probabilities[torch.as_tensor(indices)] = logits.softmax(1).float().cpu()
+        on_progress(start + len(indices), len(by_length))
+    return probabilities
