@@ -20,6 +20,8 @@ from copra_fl.aggregation import rule, rules
 from copra_fl.cli import app
 from copra_fl.cli.config import all_keys
 from copra_fl.config import Key
+from copra_fl.data.partition import Partitioner, Pool
+from copra_fl.sources.assets import Asset
 from copra_fl.tasks import Task
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +58,8 @@ def configuration() -> str:
 def allowed(key: Key) -> str:
     """Return the values that a key accepts."""
     if key.choices:
-        return ", ".join(f"`{choice}`" for choice in key.choices)
+        choices = ", ".join(f"`{choice}`" for choice in key.choices)
+        return f"{choices}, or [a plugin](../how-to/plugins.md)" if key.plugins else choices
     return key.allowed
 
 
@@ -159,6 +162,16 @@ def task_api() -> str:
     return block(identifier(Task))
 
 
+def partitioner_api() -> str:
+    """Return the mkdocstrings blocks of the classes that a partitioner of one's own uses."""
+    return "\n\n".join(map(block, map(identifier, (Partitioner, Pool))))
+
+
+def asset_api() -> str:
+    """Return the mkdocstrings block of an asset."""
+    return block(identifier(Asset))
+
+
 def rule_api() -> str:
     """Return the mkdocstrings blocks of the rule interface and of every rule."""
     modules = sorted(f"{rules.__name__}.{known.name.replace('-', '_')}" for known in rules.RULES)
@@ -206,5 +219,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "api": api,
     "task-api": task_api,
+    "partitioner-api": partitioner_api,
+    "asset-api": asset_api,
     "rule-api": rule_api,
 }

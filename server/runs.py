@@ -83,7 +83,7 @@ def planned_runs(directory: Path, flat: dict[str, Any], resume: bool) -> Iterato
         return
     if Journal(directory).begun and not resume:
         raise ConfigError(f"{directory} already has a run; set resume=true to continue it, or another output")
-    config = with_explicit_parameters(Config.from_flat(flat))
+    config = with_explicit_parameters(Config.from_run_config(flat))
     path = directory / "config.toml"
     if path.exists() and (differences := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(differences)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from copra_fl.config import ConfigError, DataConfig
 from copra_fl.files import digest_of, sha256
-from copra_fl.sources.assets import ASSETS, fetch
+from copra_fl.sources.assets import ASSETS, fetch, is_asset
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -68,8 +68,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     Raises ConfigError for a data set that does not exist or cannot be read, AssetError as `fetch` does.
     """
     test = file_table("test-file", Path(data.test_file)) if data.test_file else None
-    known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
-    if data.dataset in known:
+    if is_asset(data.dataset, "data"):
         folder = fetch(data.dataset)
         if test is None and (folder / "test.parquet").exists():
             test = file_table("dataset", folder / "test.parquet")
@@ -84,6 +83,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     if path.is_file() or path.suffix.lower() in FORMATS:
         return file_table("dataset", path), test
     if "/" not in data.dataset:
+        known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
         raise ConfigError(
             f"{unknown_name('data set', data.dataset, known)}. It is not a file in {Path.cwd()} either. "
             "Write a Hugging Face data set with its owner, as in stanfordnlp/imdb"

@@ -5,7 +5,6 @@ A tracker gets the run from its first round, or after a resume from the round th
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import Run, load_run
 from copra_fl.reporting.statistics import metrics
 from copra_fl.reporting.work import flops
+from copra_fl.trackers import find_tracker
 
 
 class Tracker(Protocol):
@@ -50,7 +50,7 @@ class Feed:
             return
         run = self._load(self.directory)
         if self._tracker is None:
-            self._tracker = importlib.import_module(f"copra_fl.trackers.{self.name}").track(run)
+            self._tracker = find_tracker(self.name)(run)
         for record in run.journal[self._tracker.rounds :]:
             self._tracker.log(record.round, scalars(record))
         self._tracker.rounds = len(run.journal)
