@@ -29,8 +29,8 @@ class Pool:
         size: N.
         num_clients: number of clients.
         labels: (N,) int64 the index of each example's label; None for a task without one label per example.
-        groups: (N,) int64 the index of each example's value of ``client-column``, -1 where it has none; None without
-            a client column.
+        groups: (N,) int64 the index of each example's value of ``client-column``, -1 without a value; None without a
+            client column.
         group_names: the values of the client column, in order.
         data: the settings of the run's data.
         rng: generator of the run's seed; draw from no other.

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from copra_fl import plugins
-from copra_fl.config import Config, ConfigError
+from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
@@ -61,6 +61,13 @@ def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:
     """Write ``comparison.toml``: the runs that the server goes through and that the report shows."""
     plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
     (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+
+
+def load_plan(directory: Path) -> tuple[list[str], list[int], dict[str, Config]]:
+    """Return the methods, the seeds and the configuration of each run of the comparison that `directory` holds."""
+    plan = read_toml(directory / "comparison.toml")
+    names = run_names(plan["methods"], plan["seeds"])
+    return plan["methods"], plan["seeds"], {name: Config.from_toml(directory / name / "config.toml") for name in names}
 
 
 def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import copra_fl
 from copra_fl import events
 from copra_fl.config import Value, toml_value
 from copra_fl.simulation import guard
@@ -52,7 +51,7 @@ class RunFailed(RuntimeError):
 
 def app_directory() -> Path:
     """Return the folder with the Flower app: inside the package if it is installed, else the checkout."""
-    package = Path(copra_fl.__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "_app"
     return installed if installed.exists() else package.parent
 

@@ -198,7 +198,7 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
 
     def table(split: str) -> Table:
         digest = digest_of(builder.hash, builder.config_id, split)
-        return Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
+        return Table(f"{name} ({split})", digest, lambda: read_split(splits[split]))
 
     # A test set with secret labels, as GLUE's, has the label -1 everywhere.
     test = splits.get("test")
@@ -206,7 +206,7 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
     return table("train"), None if is_hidden else table("test")
 
 
-def _read_split(split: datasets.Dataset) -> pd.DataFrame:
+def read_split(split: datasets.Dataset) -> pd.DataFrame:
     """Return a split as a table, with label names in place of label numbers."""
     table = split.to_pandas()
     for column, feature in split.features.items():
