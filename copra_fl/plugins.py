@@ -22,6 +22,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from copra_fl.config import Config, ConfigError
@@ -74,9 +75,10 @@ class Kind:
             )
         module, _, attribute = place.partition(":")
         try:
-            plugin = getattr(importlib.import_module(module), attribute, None)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
+            plugin = getattr(import_new(module), attribute, None)
+        except ImportError as error:
+            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            if not is_missing:
                 raise ConfigError(f"{self.name} {name!r}: its module {module} cannot be imported: {error}") from error
             plugin = None
         if not isinstance(plugin, cls):
@@ -98,6 +100,13 @@ ASSET = Kind("asset", "an Asset", "")
 def entry_points(group: str) -> dict[str, str]:
     """Return name -> MODULE:ATTRIBUTE of the entry points in `group`."""
     return {point.name: point.value for point in metadata.entry_points(group=group)}
+
+
+def import_new(module: str) -> ModuleType:
+    """Import a module, also one whose file was written a moment ago, as in a notebook."""
+    if module not in sys.modules:
+        importlib.invalidate_caches()
+    return importlib.import_module(module)
 
 
 def package(place: str) -> str:
@@ -125,7 +134,7 @@ def digest(name: str, place: str) -> str:
     """
     top = package(place)
     try:
-        module = importlib.import_module(top)
+        module = import_new(top)
     except ImportError as error:
         raise ConfigError(f"plugin {name!r}: {top} cannot be imported: {error}") from None
     return source_digest(*map(Path, getattr(module, "__path__", [module.__file__])))
@@ -153,5 +162,6 @@ def import_folders(configs: Iterable[Config]) -> list[str]:
 
 def add_current_folder() -> None:
     """Let this process import from its current folder, after all other folders, as `python -m` does before them."""
-    if not sys.flags.safe_path:
-        sys.path.append(str(Path.cwd()))
+    folder = str(Path.cwd())
+    if not sys.flags.safe_path and folder not in sys.path:
+        sys.path.append(folder)

@@ -204,8 +204,8 @@ def open_console(progress: bool) -> Console:
 
     In a notebook without ipywidgets, which rich needs for its bars, each finished round is a line of text.
     """
-    console = Console(stderr=True, quiet=not progress)
-    if console.is_jupyter and find_spec("ipywidgets") is None:
+    console = Console(stderr=True)
+    if not progress or (console.is_jupyter and find_spec("ipywidgets") is None):
         return Console(stderr=True, quiet=not progress, force_jupyter=False)
     return console
 
