@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from plotly.offline import get_plotlyjs
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 PLOTLY = "plotly.min.js"
 CHART = "application/vnd.plotly.v1+json"
+#: the codes by which a command colors what it prints
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -46,4 +49,5 @@ def shown(output: dict[str, Any], name: str) -> str:
     if "text/html" in data:
         lines = "".join(data["text/html"]).splitlines()
         return "<div>" + "\n".join(line.strip() for line in lines if line.strip()) + "</div>"
-    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
+    text = COLOR.sub("", "".join(data["text/plain"])).rstrip()
+    return f"```text\n{text}\n```"
