@@ -23,7 +23,7 @@ from clients.client_state import ClientState, ClientStateStore
 from clients.node_config import NodeConfig, Rejected
 from clients.policy import Policy
 from clients.warm_cache import open_engine
-from copra_fl import wire
+from copra_fl import plugins, wire
 from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
 from copra_fl.adapters.residual import add
 from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
@@ -71,8 +71,9 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
         with node.redact_errors():
             policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
         check_weights(node.adapt(config).model)
+        digests = plugins.digests(config)
         with node.redact_errors():
-            answer = _describe(node, digest, node.adapt(config))
+            answer = replace(_describe(node, digest, node.adapt(config)), plugins=digests)
         record = record.model_copy(update={"examples": sum(answer.num_examples.values())})
         policy.check_examples(config, answer.num_examples)
     except (Rejected, ConfigError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.node_config import NodeConfig, Rejected
+from copra_fl import plugins
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import Config, ConfigError, csv_list, keys_of, option, read_toml, values_by_owner
 from copra_fl.models.base_weights import SHA256
@@ -40,6 +41,7 @@ class Policy:
         "", "base models, comma-separated: names as in `model`, or the SHA-256 of their weights; empty: all"
     )
     tasks: str = option("", "tasks, comma-separated, as in `task`; empty: all")
+    plugins: str = option("", "packages whose plugins a run may use, comma-separated; none: no plugins; empty: all")
     protection: str = option(
         "",
         "protections of which a run must have one, comma-separated; private: dp-clip above 0, "
@@ -112,6 +114,7 @@ class Policy:
 
         Raises ConfigError as `check_weights` and `epsilon` do.
         """
+        self._check_plugins(config, model)
         allowed, task = csv_list(self.models), config.model.task
         if allowed and model not in allowed:
             digest = check_weights(config.model) if any(map(SHA256.fullmatch, allowed)) else ""
@@ -127,6 +130,13 @@ class Policy:
             raise PolicyViolation(
                 f"num-rounds = {config.federation.num_rounds} is more than max-rounds = {self.max_rounds}"
             )
+
+    def _check_plugins(self, config: Config, model: str) -> None:
+        """Raise PolicyViolation unless the plugins of a run are allowed. They are not imported."""
+        allowed = csv_list(self.plugins)
+        for name, place in (plugins.named_in(config) | plugins.named_in(config.changed(model=model))).items():
+            if allowed and plugins.package(place) not in allowed:
+                raise PolicyViolation(f"plugin {name!r} is not in a package among {', '.join(allowed)}")
 
     def check_examples(self, config: Config, num_examples: Mapping[int, int]) -> None:
         """Raise PolicyViolation unless clients with so many training examples may take part.

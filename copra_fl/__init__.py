@@ -8,18 +8,45 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from copra_fl.config import Config
+    from copra_fl.api.runs import compare, simulate
+    from copra_fl.config import Config, ConfigError
     from copra_fl.copra.callback import CopraCallback
     from copra_fl.models.export import load
+    from copra_fl.reporting.results import Comparison, Run, load_comparison, load_run
+    from copra_fl.simulation.superlink import RunFailed
 
-__all__ = ["Config", "CopraCallback", "load"]
+__all__ = [
+    "Comparison",
+    "Config",
+    "ConfigError",
+    "CopraCallback",
+    "Run",
+    "RunFailed",
+    "compare",
+    "load",
+    "load_comparison",
+    "load_run",
+    "simulate",
+]
 __version__ = version("copra-fl")
 
 # PEFT imports bitsandbytes wherever it is installed, which then warns on CPUs with AVX512-BF16 that a kernel is not
 # installed. copra-fl never uses that kernel (models/base_weights.py).
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-_MODULES = {"Config": "copra_fl.config", "CopraCallback": "copra_fl.copra.callback", "load": "copra_fl.models.export"}
+_MODULES = {
+    "Comparison": "copra_fl.reporting.results",
+    "Config": "copra_fl.config",
+    "ConfigError": "copra_fl.config",
+    "CopraCallback": "copra_fl.copra.callback",
+    "Run": "copra_fl.reporting.results",
+    "RunFailed": "copra_fl.simulation.superlink",
+    "compare": "copra_fl.api.runs",
+    "load": "copra_fl.models.export",
+    "load_comparison": "copra_fl.reporting.results",
+    "load_run": "copra_fl.reporting.results",
+    "simulate": "copra_fl.api.runs",
+}
 
 
 def __getattr__(name: str) -> Any:

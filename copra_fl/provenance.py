@@ -14,11 +14,12 @@ PACKAGES = ("copra-fl", "flwr", "ray", "torch", "transformers", "peft", "numpy",
 def source_digest(*folders: Path) -> str:
     """Return the SHA-256 over names and contents of the Python files in `folders`, sorted by name.
 
-    Server and nodes compare it, so that no node runs other code unnoticed.
+    A single file stands for a folder that has this file alone. Server and nodes compare the digest, so that no node
+    runs other code unnoticed.
     """
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]:
             digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\0".encode())
             digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -46,6 +46,7 @@ class Handshake:
         num_examples: training examples of each client that it can host.
         num_validation: validation examples of each client that it can host.
         label_names: the classes in its data, in order.
+        plugins: name -> digest of the run's plugins (`plugins.digests`).
         rejection_reason: why the node rejects the run; empty if it takes part. If it is set, all fields after `digest`
             are empty.
     """
@@ -56,6 +57,7 @@ class Handshake:
     num_examples: dict[int, int] = field(default_factory=dict)
     num_validation: dict[int, int] = field(default_factory=dict)
     label_names: list[str] = field(default_factory=list)
+    plugins: dict[str, str] = field(default_factory=dict)
     rejection_reason: str = ""
 
     @property
@@ -133,6 +135,8 @@ def pack_handshake(handshake: Handshake) -> RecordDict:
             "num-examples": list(handshake.num_examples.values()),
             "num-validation": list(handshake.num_validation.values()),
             "label-names": handshake.label_names,
+            "plugins": list(handshake.plugins.keys()),
+            "plugin-digests": list(handshake.plugins.values()),
             "rejection-reason": handshake.rejection_reason,
         }
     )
@@ -152,6 +156,10 @@ def unpack_handshake(content: RecordDict) -> Handshake:
         num_examples=dict(zip(clients, examples, strict=True)),
         num_validation=dict(zip(clients, validation, strict=True)),
         label_names=list(map(str, record["label-names"])),
+        plugins={
+            str(name): foreign(digest, limit=64)
+            for name, digest in zip(record["plugins"], record["plugin-digests"], strict=True)
+        },
         rejection_reason=foreign(record["rejection-reason"]),
     )
 

@@ -20,12 +20,19 @@ from copra_fl.aggregation import rule, rules
 from copra_fl.cli import app
 from copra_fl.cli.config import all_keys
 from copra_fl.config import Key
+from copra_fl.data.partition import Partitioner, Pool
+from copra_fl.models.export import SavedModel
+from copra_fl.records import RoundRecord
+from copra_fl.reporting import frames
+from copra_fl.reporting.results import Comparison, Run
+from copra_fl.reporting.statistics import round_metrics
+from copra_fl.sources.assets import Asset
 from copra_fl.tasks import Task
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 MARKER = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
-PUBLIC = ("Config", "CopraCallback", "load")
+PUBLIC = ("simulate", "compare", "load_run", "load_comparison", "load", "Config", "CopraCallback")
 SECTIONS = {
     "data": "Data",
     "model": "Model",
@@ -56,7 +63,8 @@ def configuration() -> str:
 def allowed(key: Key) -> str:
     """Return the values that a key accepts."""
     if key.choices:
-        return ", ".join(f"`{choice}`" for choice in key.choices)
+        choices = ", ".join(f"`{choice}`" for choice in key.choices)
+        return f"{choices}, or [a plugin](../how-to/plugins.md)" if key.plugins else choices
     return key.allowed
 
 
@@ -154,9 +162,25 @@ def api() -> str:
     return "\n\n".join(block(identifier(thing)) for thing in exported)
 
 
+def results_api() -> str:
+    """Return the mkdocstrings blocks of results and of the frames that they give."""
+    shown = (Run, Comparison, frames.history, frames.clients, round_metrics, RoundRecord, SavedModel)
+    return "\n\n".join(map(block, map(identifier, shown)))
+
+
 def task_api() -> str:
     """Return the mkdocstrings block of the class that a task subclasses."""
     return block(identifier(Task))
+
+
+def partitioner_api() -> str:
+    """Return the mkdocstrings blocks of the classes that a partitioner of one's own uses."""
+    return "\n\n".join(map(block, map(identifier, (Partitioner, Pool))))
+
+
+def asset_api() -> str:
+    """Return the mkdocstrings block of an asset."""
+    return block(identifier(Asset))
 
 
 def rule_api() -> str:
@@ -205,6 +229,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "methods": methods,
     "recipes": recipes,
     "api": api,
+    "results-api": results_api,
     "task-api": task_api,
+    "partitioner-api": partitioner_api,
+    "asset-api": asset_api,
     "rule-api": rule_api,
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from flwr.supercore.logger import log
 
-from copra_fl import provenance
+from copra_fl import plugins, provenance
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.aggregation import compatibility
 from copra_fl.config import Config, csv_line
@@ -26,7 +26,7 @@ from copra_fl.models.build import check_weights, load_processor, resolve_config
 from copra_fl.models.card import Training
 from copra_fl.models.export import save
 from copra_fl.records import Origin, PrivacySpent, RoundRecord
-from copra_fl.sources.assets import ASSETS
+from copra_fl.sources.assets import find_asset, is_asset
 from copra_fl.tasks import find_task
 from server.audit import AuditLog
 from server.early_end import next_round, validation_accuracies
@@ -201,7 +201,7 @@ def announce(record: RoundRecord) -> None:
 def write_provenance(journal: Journal, evaluator: Evaluator) -> None:
     """Write ``provenance.json``, also at each resume: software, data and machine can have changed since the start."""
     config = evaluator.config
-    names = [name for name in (*config.data.datasets, config.model.model) if name in ASSETS]
+    names = list(filter(is_asset, (*config.data.datasets, config.model.model)))
     origin = Origin(
         after_round=len(journal.records),
         versions=provenance.versions(),
@@ -209,7 +209,8 @@ def write_provenance(journal: Journal, evaluator: Evaluator) -> None:
         machine=provenance.machine(),
         engine=evaluator.engine.note or config.training.engine,
         data_digest=evaluator.data.digest,
-        assets={name: ASSETS[name].sha256 for name in names},
+        assets={name: find_asset(name).sha256 for name in names},
+        plugins=plugins.digests(config),
     )
     journal.add_origin(config.federation.seed, origin)
 

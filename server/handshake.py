@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.logger import log
 
-from copra_fl import provenance, wire
+from copra_fl import plugins, provenance, wire
 from copra_fl.config import Config
 from copra_fl.deployment import registration
 from copra_fl.events import emit
@@ -167,7 +167,7 @@ def check_node(
     """
     name = f"node {node} (partition-id {handshake.partition})"
     check_identity(name, node, handshake)
-    check_code(name, handshake)
+    check_code(name, handshake, config)
     check_agreement(name, handshake, usual, config)
     if twin := next((other for other, known in others.items() if known.partition == handshake.partition), None):
         raise FederationError(f"{name} has the same partition-id as node {twin}")
@@ -197,8 +197,8 @@ def check_identity(name: str, node: int, handshake: wire.Handshake) -> None:
         raise FederationError(f"{name} claims the partition-id of client-{handshake.partition}, whose key it lacks")
 
 
-def check_code(name: str, handshake: wire.Handshake) -> None:
-    """Raise FederationError if the node runs other code than the server, or rejects the run."""
+def check_code(name: str, handshake: wire.Handshake, config: Config) -> None:
+    """Raise FederationError if the node runs other code or plugins than the server, or rejects the run."""
     digest = provenance.library_digest(CLIENTS)
     if handshake.digest != digest:
         raise FederationError(
@@ -207,6 +207,12 @@ def check_code(name: str, handshake: wire.Handshake) -> None:
         )
     if handshake.rejection_reason:
         raise FederationError(f"{name} rejected the run: {handshake.rejection_reason}")
+    for plugin, digest in plugins.digests(config).items():
+        if (other := handshake.plugins.get(plugin, "")) != digest:
+            raise FederationError(
+                f"{name} has another version of the plugin {plugin} (digest {other[:12]}) than the server "
+                f"({digest[:12]}); install the same version on both"
+            )
 
 
 def check_agreement(name: str, handshake: wire.Handshake, usual: tuple[int, tuple[str, ...]], config: Config) -> None:

@@ -85,7 +85,7 @@ def planned_runs(directory: Path, flat: dict[str, Any], resume: bool) -> Iterato
         raise ConfigError(f"{directory} already has a run; set resume=true to continue it, or another output")
     # Flower passes every default as if it were set, but some defaults depend on other keys
     given = {name: value for name, value in flat.items() if name not in KEYS or value != KEYS[name].default}
-    config = with_explicit_parameters(Config.from_flat(given))
+    config = with_explicit_parameters(Config.from_run_config(given))
     path = directory / "config.toml"
     if path.exists() and (differences := Config.from_toml(path).differences(config)):
         raise ConfigError(f"{directory} was begun with another configuration: {'; '.join(differences)}")

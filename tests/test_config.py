@@ -12,7 +12,7 @@ from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import SECTIONS, Config, ConfigError, parse_override
 from copra_fl.simulation.recipes import Recipe, method_settings, short_name
-from tests.support.defaults import PYPROJECT, with_defaults
+from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def test_pyproject_holds_the_defaults() -> None:
     text = PYPROJECT.read_text(encoding="utf-8")
     assert with_defaults(text) == text, "renew them: python -m tests.support.defaults"
     flower = flatten_dict(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
-    defaults = {key: flower[key] for key in flower.keys() - {"output", "resume"}}
+    defaults = {key: flower[key] for key in flower.keys() - APP_KEYS.keys()}
     assert {key: (type(value), value) for key, value in defaults.items()} == {
         name: (type(key.default), key.default) for name, key in all_keys().items()
     }

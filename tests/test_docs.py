@@ -23,6 +23,7 @@ from copra_fl.cli.config import all_keys
 from copra_fl.simulation.study import TUNING_KEYS
 from tests.support.command_line import all_commands, root_command
 from tests.support.documents import ROOT, blocks
+from tests.support.notebooks import NOTEBOOKS
 from tests.support.real_runs import HANG_SECONDS
 
 DOCS = ROOT / "docs"
@@ -94,7 +95,7 @@ def is_external(link: str) -> bool:
 
 
 def test_every_source_page_is_built(site: dict[Path, Page]) -> None:
-    assert len(site) == len(PAGES)
+    assert len(site) == len(PAGES) + len(NOTEBOOKS)
 
 
 def test_no_link_is_dead(site: dict[Path, Page]) -> None:

@@ -61,12 +61,12 @@ def parameters_of(config: Config) -> Any:
     Raises ConfigError that lists every unknown rule parameter of `config` and every wrong value, also of other rules.
     """
     rule = find_rule(config.aggregation.rule)
-    values = values_by_owner(dict(config.rule_parameters), parameter_keys(), "rule parameter")
+    values = values_by_owner(dict(config.rule_parameters), parameter_keys() | rule.keys, "rule parameter")
     return rule.parameters(**values.get(rule.name, {}))
 
 
 def parameter_keys() -> dict[str, Key]:
-    """Return the keys of all rules' parameters, by name."""
+    """Return the keys of all built-in rules' parameters, by name."""
     return {name: key for rule in RULES for name, key in rule.keys.items()}
 
 

@@ -38,7 +38,7 @@ from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import cache_dir
 from copra_fl.models.build import build_model, load_processor, model_source, resolve_config
 from copra_fl.seeding import generator
-from copra_fl.sources.assets import ASSETS
+from copra_fl.sources.assets import is_asset
 from copra_fl.tasks.text_classification import LabeledTexts
 
 STEADY_ROUNDS = 3
@@ -154,7 +154,7 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     """
     model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
     cache.mkdir(exist_ok=True)
-    if random_base or model not in ASSETS:
+    if random_base or not is_asset(model):
         model = str(_made_once(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
         dataset = str(_made_once(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))

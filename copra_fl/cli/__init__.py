@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 import typer
 
+from copra_fl import plugins
 from copra_fl.cli import assets, deploy, deploy_run, probe
 from copra_fl.cli.bench import bench
 from copra_fl.cli.chat import chat
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     SIGTERM, from a service manager or a scheduler, stops it as Ctrl-C does.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plugins.add_current_folder()
     try:
         code = app(arguments, prog_name="copra-fl", standalone_mode=False)
     except (ConfigError, UnknownAssetError) as error:

@@ -6,8 +6,8 @@ from rich.console import Console
 
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
-from copra_fl.config import Config, ConfigError, read_toml
-from copra_fl.simulation.comparison import expand_all, run_comparison, run_names
+from copra_fl.config import ConfigError
+from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, short_name
 from copra_fl.simulation.run_folder import choose_output
@@ -30,13 +30,8 @@ def compare(
     """Compare methods, paired by seed; write a table, summary.json and report.html."""
     console = Console(stderr=True)
     directory = choose_output(output, "compare", resume, overwrite)
-    plan = directory / "comparison.toml"
-    if resume and plan.exists() and recipe is None and not set_:
-        stored = read_toml(plan)
-        method_names, seed_numbers = stored["methods"], stored["seeds"]
-        configs = {
-            name: Config.from_toml(directory / name / "config.toml") for name in run_names(method_names, seed_numbers)
-        }
+    if resume and (directory / "comparison.toml").exists() and recipe is None and not set_:
+        method_names, seed_numbers, configs = load_plan(directory)
     else:
         settings, seed_numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
         sources = expand_all(parse_methods(methods), settings, console)

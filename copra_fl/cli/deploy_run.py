@@ -29,7 +29,7 @@ from copra_fl.files import append_line
 from copra_fl.simulation.preflight import fetch_with_progress
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.superlink import RunFailed, app_directory
-from copra_fl.sources.assets import ASSETS
+from copra_fl.sources.assets import is_asset
 from copra_fl.wording import foreign
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(
     )
     console.print(f"run folder: {run_folder}", soft_wrap=True)
     compose_command = find_compose(layout)
-    assets = sorted({*config.data.datasets, config.model.model} & ASSETS.keys())
+    assets = sorted(filter(is_asset, {*config.data.datasets, config.model.model}))
     fetch_with_progress(assets, console)
     share_assets(layout, assets)
 

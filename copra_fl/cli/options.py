@@ -64,7 +64,7 @@ TrackOption = Annotated[
     typer.Option(
         "--track",
         metavar="TRACKER",
-        help="Send metrics to tensorboard, mlflow or wandb during the run. May be repeated.",
+        help="Send metrics to tensorboard, mlflow, wandb or a plugin during the run. May be repeated.",
         callback=trackers.checked,
     ),
 ]

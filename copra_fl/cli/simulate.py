@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 from rich.console import Console
 
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import Config
-from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.run_folder import choose_output, create_output, write_config
-from copra_fl.simulation.superlink import superlink
+from copra_fl.simulation.run_folder import choose_output
+from copra_fl.simulation.single_run import run_single
 
 
 def simulate(
@@ -36,15 +33,6 @@ def simulate(
         config = Config.from_toml(stored)
     else:
         config = Recipe.read(recipe or "base", set_ or []).config()
-    with superlink(directory / "flower.log", ray_address) as link:
-        (config,) = preflight.check([config], console)
-        allocated = WorkerRequest(workers, gpus_per_worker, ray_address).allocate([config], console)
-        create_output(directory, overwrite)
-        write_config(directory, config)
-        run_config = config.to_flat() | {"output": str(directory), "resume": resume}
-
-        from copra_fl.trackers.feed import Tracking  # slow to import
-
-        with closing(Tracking(track or [], [directory], console)) as tracking:
-            progress.watch(link, link.start_run(run_config, allocated), 1, console, tracking.update)
+    request = WorkerRequest(workers, gpus_per_worker, ray_address)
+    run_single(directory, config, console, request, resume, overwrite, track or [])
     show_results(directory, console, as_json)

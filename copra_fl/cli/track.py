@@ -21,7 +21,7 @@ def track(
         typer.Option(
             "--to",
             metavar="TRACKER",
-            help="Tracker: tensorboard, mlflow or wandb. May be repeated.",
+            help="Tracker: tensorboard, mlflow, wandb or a plugin. May be repeated.",
             callback=trackers.checked,
             show_default=False,
         ),

@@ -13,6 +13,7 @@ This module does not import the rules, so it keeps such keys as they are given, 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,6 +64,8 @@ __all__ = [
     "values_by_owner",
 ]
 
+#: key of a Flower run with rule parameters as TOML
+PARAMETERS = "rule-parameters"
 #: form of a rule parameter's key, RULE.KEY
 RULE_PARAMETER = re.compile(r"[a-z0-9-]+\.[a-z0-9-]+")
 
@@ -115,6 +118,30 @@ class Config:
         """Return every key with its value: the inverse of `from_flat`. Of rule parameters those that are given."""
         values = {name: getattr(getattr(self, key.owner), key.attribute) for name, key in KEYS.items()}
         return values | dict(self.rule_parameters)
+
+    def to_run_config(self) -> dict[str, Value]:
+        """Return `to_flat` for Flower, which takes keys of pyproject.toml only: rule parameters are one text.
+
+        Strings in the text are in single quotes, because Flower's command line cannot read double quotes in a value.
+        """
+        quoted = {
+            key: f"'{value}'" if isinstance(value, str) else toml_value(value) for key, value in self.rule_parameters
+        }
+        values = {key: value for key, value in self.to_flat().items() if key not in quoted}
+        return values | {PARAMETERS: "\n".join(f"{key} = {value}" for key, value in quoted.items())}
+
+    @classmethod
+    def from_run_config(cls, flat: Mapping[str, Any]) -> Config:
+        """Return the configuration of a Flower run: the inverse of `to_run_config`.
+
+        Raises ConfigError as `from_flat` does, and for rule parameters that are not TOML.
+        """
+        try:
+            parameters = tomllib.loads(str(flat.get(PARAMETERS, "")))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{PARAMETERS} = {flat[PARAMETERS]!r} is not valid TOML: {error}") from None
+        values = {key: value for key, value in flat.items() if key != PARAMETERS}
+        return cls.from_flat(values | flatten(parameters))
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
 from typing import Any, cast
 
 Value = bool | int | float | str
@@ -26,6 +27,7 @@ class Key:
         default: the default; its type is the type of all values.
         doc: the meaning, in one line for users.
         choices: the allowed values; empty: any value of the type.
+        plugins: group of entry points; their names and dotted names are allowed beside `choices` (`copra_fl.plugins`).
         low: smallest allowed number.
         high: largest allowed number.
         above: numbers must be greater than this.
@@ -37,6 +39,7 @@ class Key:
     default: Value
     doc: str
     choices: tuple[str, ...] = ()
+    plugins: str = ""
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
@@ -58,7 +61,7 @@ class Key:
     def allowed(self) -> str:
         """The allowed values as a phrase."""
         if self.choices:
-            return " | ".join(self.choices)
+            return " | ".join(self.choices) + (" | the name of a plugin" if self.plugins else "")
         return f"{self.type_name}, {self.limits}" if self.limits else self.type_name
 
     def check(self, value: Any) -> Value:
@@ -67,13 +70,18 @@ class Key:
             value = float(value)
         if type(value) is not type(self.default):
             raise ConfigError(f"{self.name} = {value!r} must be {self.type_name}")
-        if self.choices and value not in self.choices:
-            raise ConfigError(f"{self.name} = {value!r} must be one of {', '.join(self.choices)}")
+        if self.choices and value not in self.choices and not self._is_plugin(cast(str, value)):
+            or_plugin = ", or the name of a plugin, as in hospital.splits:BY_YEAR" if self.plugins else ""
+            raise ConfigError(f"{self.name} = {value!r} must be one of {', '.join(self.choices)}{or_plugin}")
         if isinstance(value, int | float) and not (
             math.isfinite(value) and self.low <= value <= self.high and value > self.above
         ):
             raise ConfigError(f"{self.name} = {value!r} must be {self.limits or 'finite'}")
         return value
+
+    def _is_plugin(self, name: str) -> bool:
+        """Return whether `name` can be that of a plugin; whether the plugin exists is checked where it is used."""
+        return bool(self.plugins) and ("." in name or ":" in name or name in entry_points(group=self.plugins).names)
 
 
 def option(
@@ -81,12 +89,14 @@ def option(
     doc: str,
     *,
     choices: tuple[str, ...] = (),
+    plugins: str = "",
     low: float = -math.inf,
     high: float = math.inf,
     above: float = -math.inf,
 ) -> Any:
     """Declare a field of a section, or of a rule's parameters, as a configuration key. For the arguments see `Key`."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
+    limits = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"doc": doc, "choices": choices, "plugins": plugins, **limits})
 
 
 def keys_of(owner: str, options: type, prefix: str = "") -> dict[str, Key]:

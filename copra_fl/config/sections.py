@@ -65,6 +65,7 @@ class DataConfig:
         "split of the examples over clients; own: each node reads its own file (docs/how-to/own-data-on-nodes.md), and "
         "dataset is the server's data",
         choices=("iid", *BY_LABEL, "natural", "own"),
+        plugins="copra_fl.partitioners",
     )
     alpha: float = option(0.3, "dirichlet: concentration; smaller values skew labels more", above=0)
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
@@ -118,8 +119,7 @@ class ModelConfig:
 
     task: str = option(
         "text-classification",
-        "learning task (docs/explanations/tasks.md); a dotted name is your own Python module, for example "
-        "hospital.tagging",
+        "learning task (docs/explanations/tasks.md), or a plugin (docs/how-to/plugins.md)",
     )
     model: str = option("minilm", "asset name, path or Hugging Face name of a Transformers model")
     model_sha256: str = option(
@@ -361,7 +361,9 @@ class FederationConfig:
 class AggregationConfig:
     """From the clients' updates to the next global adapter. Each rule declares its own parameters in its own file."""
 
-    rule: str = option("fedavg", "aggregation rule (docs/explanations/aggregation.md lists all)")
+    rule: str = option(
+        "fedavg", "aggregation rule (docs/explanations/aggregation.md lists all), or a plugin (docs/how-to/plugins.md)"
+    )
     weighting: str = option(
         "examples",
         "weight of a client in an average; examples: its training examples, activity: the same, times the steps in "

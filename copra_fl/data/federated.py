@@ -2,7 +2,7 @@
 
     table  ->  test | server validation | pool        by the data alone, never by the seed (`held_out`)
                held_out: clients that are held out whole, with held-out-clients
-    pool   ->  client 0 | client 1 | ...              by a partitioner of flwr-datasets, seeded (`partition`)
+    pool   ->  client 0 | client 1 | ...              by a partitioner, of flwr-datasets or a plugin's (`partition`)
     client ->  train | validation                     shuffled, seeded; then train is cut by client-examples and shots
 
 Of several data sets, each is loaded as if it were alone; then they are joined (`multi`).
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from copra_fl import plugins
 from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.cache import cached
 from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key
@@ -212,7 +213,9 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     if clients_elsewhere:
         return unpartitioned, encoded
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
-    digest = digest_of(tokens_digest, split, seed)
+    plugin = plugins.PARTITIONER.place(data.partitioner)
+    code = (plugins.digest(data.partitioner, plugin),) if plugin else ()
+    digest = digest_of(tokens_digest, split, seed, *code)
     partitioned, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
 
     pool, owner, client_names = tokens["pool"].numpy(), partitioned["owner"].numpy(), owners["client_names"]

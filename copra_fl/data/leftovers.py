@@ -43,7 +43,9 @@ class Leftover:
 
 
 def in_cache(cache: Path, days: float) -> Iterator[Leftover]:
-    """Yield what can be removed from the folder `cache`; clients' states count as old after `days` days without use."""
+    """Yield what can be removed from the folder `cache`; clients' states, tables and models count as old after `days`
+    days without use.
+    """
     for folder in sorted(cache.glob("clients/*")):
         newest = max((file.stat().st_mtime for file in folder.iterdir()), default=0.0)
         age = (time.time() - newest) / SECONDS_PER_DAY
@@ -57,6 +59,10 @@ def in_cache(cache: Path, days: float) -> Iterator[Leftover]:
             continue
         if source and not Path(source).exists():
             yield Leftover(file, f"tokens of {source}, which is gone")
+    for path in sorted([*cache.glob("tables/*.parquet"), *filter(Path.is_dir, cache.glob("models/*"))]):
+        age = (time.time() - path.stat().st_mtime) / SECONDS_PER_DAY
+        if age > days and path.suffix != ".part":
+            yield Leftover(path, f"a table or model from Python, last used {age:.0f} days ago")
     for folder in sorted(cache.glob("*/*.part")):
         try:
             with FileLock(folder.with_suffix(".lock"), timeout=0):

@@ -1,20 +1,63 @@
 """Partition the pool over clients, and split each client's examples into training and validation.
 
-The partitioners are those of flwr-datasets, seeded. Partitions are kept in the cache (`copra_fl.data.federated`).
+The partitioners are those of flwr-datasets, seeded, and plugins (`copra_fl.plugins`), each a `Partitioner`. Partitions
+are kept in the cache (`copra_fl.data.federated`).
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from copra_fl import plugins
 from copra_fl.config import BY_LABEL, ConfigError, DataConfig
 from copra_fl.seeding import derive, generator
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The examples that a partitioner of your own deals out to clients: N examples, in the order of the table.
+
+    Attributes:
+        size: N.
+        num_clients: number of clients.
+        labels: (N,) int64 the index of each example's label; None for a task without one label per example.
+        groups: (N,) int64 the index of each example's value of ``client-column``, -1 without a value; None without a
+            client column.
+        group_names: the values of the client column, in order.
+        data: the settings of the run's data.
+        rng: generator of the run's seed; draw from no other.
+    """
+
+    size: int
+    num_clients: int
+    labels: np.ndarray | None
+    groups: np.ndarray | None
+    group_names: list[str]
+    data: DataConfig
+    rng: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Partitioner:
+    """A partitioner of your own: a plugin, which ``partitioner`` names by its place.
+
+    Attributes:
+        assign: pool -> (N,) int the client of each example, from 0; -1: no client has it.
+        needs_labels: it splits examples by label, so the task must have one label per example.
+        needs_groups: it needs ``client-column``.
+    """
+
+    assign: Callable[[Pool], np.ndarray]
+    needs_labels: bool = False
+    needs_groups: bool = False
 
 
 def partition(
@@ -27,6 +70,9 @@ def partition(
     from datasets import Dataset
 
     pool = tokens["pool"].numpy()
+    if plugins.PARTITIONER.place(data.partitioner):
+        owner = _assign(data, seed, pool, tokens, natural_names)
+        return {"owner": torch.from_numpy(owner)}, {"client_names": [str(client) for client in range(data.num_clients)]}
     # Partitioners split the table in its own order, which can be one of time or of source.
     order = generator(seed, "partition", "order").permutation(len(pool))
     columns = {"position": order}
@@ -56,6 +102,34 @@ def partition(
         reason = str(error).split(". ")[0]
         raise ConfigError(f"partitioner = {data.partitioner!r} cannot split this data: {reason}") from error
     return {"owner": torch.from_numpy(owner)}, {"client_names": names}
+
+
+def _assign(
+    data: DataConfig, seed: int, pool: np.ndarray, tokens: dict[str, Tensor], group_names: list[str]
+) -> np.ndarray:
+    """Return (pool,) int32: the client that a plugin assigns each example of the pool to.
+
+    Raises ConfigError for a plugin that is missing, that lacks what it needs, or that returns anything else.
+    """
+    it = f"partitioner = {data.partitioner!r}"
+    partitioner: Partitioner = plugins.PARTITIONER.find(data.partitioner, Partitioner)
+    labels, groups = (tokens[name].numpy()[pool] if name in tokens else None for name in ("labels", "clients"))
+    if labels is not None and labels.ndim > 1:
+        labels = None
+    if partitioner.needs_labels and labels is None:
+        raise ConfigError(f"{it} splits examples by label, but the task does not have exactly one label per example")
+    if partitioner.needs_groups and groups is None:
+        raise ConfigError(f"{it} needs client-column: the name of a column of the table")
+    rng = generator(seed, "partition", "plugin")
+    owner = np.asarray(partitioner.assign(Pool(len(pool), data.num_clients, labels, groups, group_names, data, rng)))
+    is_valid = owner.shape == (len(pool),) and owner.dtype.kind in "iu"
+    if not is_valid or owner.min(initial=0) < -1 or owner.max(initial=-1) >= data.num_clients:
+        shown = f"values from {owner.min()} to {owner.max()}" if is_valid else f"{owner.dtype} of shape {owner.shape}"
+        raise ConfigError(
+            f"{it} returned {shown}; it must return a whole number for each of the {len(pool)} examples: the client, "
+            f"0 to {data.num_clients - 1}, or -1 for no client"
+        )
+    return owner.astype(np.int32)
 
 
 def largest(clients: np.ndarray, names: list[str], number: int) -> np.ndarray:

@@ -70,8 +70,8 @@ def submit(
     `on_output` is called after each line. Returns Flower's status of the run, like finished:failed; None if the
     SuperLink does not answer. Raises RunFailed if Flower does not start the run.
     """
-    defaults = Config().to_flat()
-    settings = {key: value for key, value in config.to_flat().items() if defaults[key] != value}
+    defaults = Config().to_run_config()
+    settings = {key: value for key, value in config.to_run_config().items() if defaults[key] != value}
     settings |= {"output": f"{RUNS}/{name}", "resume": resume}
     run_config = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
     process = compose.start_in_superlink("flwr", "run", APP, CONNECTION, "--stream", "--run-config", run_config)

@@ -32,7 +32,7 @@ SDPA_TOKENS = 128
 
 def model_source(model: str) -> str:
     """Return the path or name that Transformers opens: an asset's folder (fetched if missing), else `model` itself."""
-    return str(assets.fetch(model)) if model in assets.ASSETS else model
+    return str(assets.fetch(model)) if assets.is_asset(model) else model
 
 
 def load_processor(config: ModelConfig) -> Any:

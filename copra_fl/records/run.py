@@ -271,6 +271,7 @@ class Origin(Record):
         source_digest: of the library and of ``clients/`` (`provenance.library_digest`).
         engine: the engine that trains, or why it is not the configured one.
         assets: name -> SHA-256.
+        plugins: name -> digest (`plugins.digest`).
     """
 
     after_round: int
@@ -280,6 +281,7 @@ class Origin(Record):
     engine: str
     data_digest: str
     assets: dict[str, str]
+    plugins: dict[str, str] = {}
 
 
 class Provenance(Record):

@@ -100,6 +100,17 @@ def empty_chart(x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> g
     return chart
 
 
+def titled(figure: Figure) -> go.Figure:
+    """Return the chart of `figure` with its title above it, for use outside of a page."""
+    chart = go.Figure(figure.chart)
+    room = 36
+    height = (chart.layout.height or HEIGHT) + room
+    title = {"text": figure.title, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 8, "l": 8}}
+    chart.update_layout(title=title, height=height, margin={"t": (chart.layout.margin.t or 40) + room})
+    chart.update_layout(legend={"y": 1 - room / height})
+    return chart
+
+
 def colorbar(title: str) -> dict[str, object]:
     """Return the color bar of a heat map in the page's style."""
     return {"title": {"text": title, "side": "right", "font": {"size": 14}}, "thickness": 12}

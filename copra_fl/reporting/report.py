@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from html import escape
 from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
 
 from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
@@ -128,6 +132,19 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
         Section("Failures and data left out", tables=_failures(comparison), collapsed=True),
     ]
     return [section for section in arranged if section.figures or section.tables]
+
+
+def titled_figures(comparison: Comparison) -> dict[str, go.Figure]:
+    """Return the charts of the report by title, each with its title in it."""
+    figures = [figure for section in sections(comparison, summarize(comparison)) for figure in section.figures]
+    return {figure.title: html.titled(figure) for figure in figures}
+
+
+def results_html(comparison: Comparison) -> str:
+    """Return the table of results as HTML, for a notebook."""
+    table = _results(summarize(comparison))
+    frame = pd.DataFrame([list(row) for row in table.rows], columns=list(table.header))
+    return f"{frame.to_html(index=False, border=0)}<p>{escape(table.caption)}</p>"
 
 
 def _title(summary: ComparisonSummary) -> str:

@@ -5,14 +5,19 @@ A run is one method with one seed. A comparison is a folder with ``comparison.to
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from copra_fl.config import Config, read_toml
 from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary, read_lines
 from copra_fl.wording import join_words
+
+if TYPE_CHECKING:  # slow to import
+    import pandas as pd
+    import plotly.graph_objects as go
 
 RecordType = TypeVar("RecordType", bound=Record)
 
@@ -21,7 +26,7 @@ class ResultsError(ValueError):
     """A folder without a readable run or comparison. The message names the file and the problem."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One run folder.
 
@@ -47,8 +52,49 @@ class Run:
         parent = self.directory.parent
         return parent.name if (parent / "comparison.toml").exists() else None
 
+    @property
+    def history(self) -> pd.DataFrame:
+        """The finished rounds as a frame, one row per round (`reporting.frames.history`)."""
+        from copra_fl.reporting import frames
 
-@dataclass(frozen=True)
+        return frames.history(self)
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """Training and final results of each client as a frame, one row per client (`reporting.frames.clients`)."""
+        from copra_fl.reporting import frames
+
+        return frames.clients(self)
+
+    @property
+    def figures(self) -> dict[str, go.Figure]:
+        """The charts of the report as plotly figures, by title. Raises ResultsError before the first round."""
+        return self._alone().figures
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the final adapter, for `copra_fl.load`. Raises ResultsError for a run without one."""
+        path = self.directory / "adapter"
+        if not path.exists():
+            reason = "its rule leaves a part of each model with its client" if self.summary else "it has not finished"
+            raise ResultsError(f"the run in {self.directory} has no final adapter: {reason}")
+        return path
+
+    def _alone(self) -> Comparison:
+        """Return the comparison of this run alone."""
+        if not self.journal:
+            raise ResultsError(f"the run in {self.directory} has no finished round")
+        return Comparison(self.directory, {method_name(self.config): [self]}, [self.seed])
+
+    def __repr__(self) -> str:
+        rounds = f"{len(self.journal)} of {self.config.federation.num_rounds} rounds"
+        return f"<Run {method_name(self.config)}, seed {self.seed}, {rounds}, in {self.directory}>"
+
+    def _repr_html_(self) -> str:
+        return self._alone()._repr_html_() if self.journal else html.escape(repr(self))
+
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Runs by method; the first method is the one that the others are compared with.
 
@@ -90,23 +136,61 @@ class Comparison:
     def rounds_done(self, method: str, seed: int) -> int:
         return next((len(run.journal) for run in self.methods[method] if run.seed == seed), 0)
 
+    @property
+    def results(self) -> pd.DataFrame:
+        """The finished runs as a frame, one row per run: method, seed and `reporting.statistics.metrics`."""
+        from copra_fl.reporting import frames
 
-def load_run(directory: Path) -> Run:
+        return frames.results(self)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The rounds of all runs as a frame: method, seed, and the columns of `Run.history`."""
+        from copra_fl.reporting import frames
+
+        return frames.of_each_run({(method, run.seed): run.history for method, run in self.runs})
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """The clients of all runs as a frame: method, seed, and the columns of `Run.clients`."""
+        from copra_fl.reporting import frames
+
+        return frames.of_each_run({(method, run.seed): run.clients for method, run in self.runs})
+
+    @property
+    def figures(self) -> dict[str, go.Figure]:
+        """The charts of the report as plotly figures, by title."""
+        from copra_fl.reporting import report
+
+        return report.titled_figures(self)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {join_words(self.methods)}, {self.named_seeds}, in {self.directory}>"
+
+    def _repr_html_(self) -> str:
+        from copra_fl.reporting import report
+
+        return report.results_html(self)
+
+
+def load_run(directory: str | Path) -> Run:
     """Load the run in `directory`, finished or not.
 
     Raises ResultsError for a file that is damaged or of another version, ConfigError without a valid ``config.toml``.
     """
+    directory = Path(directory)
     provenance = _read(Provenance, directory / "provenance.json")  # first: another version has other settings, too
     summary = _read(RunSummary, directory / "summary.json")
     journal = _read_journal(directory / "journal.jsonl")
     return Run(directory, Config.from_toml(directory / "config.toml"), journal, summary, provenance)
 
 
-def load_comparison(directory: Path) -> Comparison:
+def load_comparison(directory: str | Path) -> Comparison:
     """Load the comparison in `directory`; the folder of a single run is a comparison of one method.
 
     Raises ResultsError if it is neither, if a file is damaged or of another version, or if no run has a finished round.
     """
+    directory = Path(directory)
     if (directory / "comparison.toml").exists():
         plan = read_toml(directory / "comparison.toml")
         if not plan.get("methods") or not plan.get("seeds"):

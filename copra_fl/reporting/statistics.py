@@ -23,6 +23,7 @@ from copra_fl.records import (
     Estimate,
     Evaluation,
     MetricEstimates,
+    RoundRecord,
     UnfinishedRun,
 )
 from copra_fl.reporting import work
@@ -96,6 +97,41 @@ def metrics(run: Run) -> Metrics:
         | {f"test_accuracy/{name}": evaluation.accuracy for name, evaluation in datasets.items()}
         | {f"test_loss/{name}": evaluation.loss for name, evaluation in datasets.items()}
     )
+
+
+def round_metrics(record: RoundRecord) -> dict[str, float]:
+    """Return the numbers of a round under the names that trackers group by, without those that were not measured.
+
+    Losses in nats, accuracies in [0, 1], bytes and seconds of the round, epsilon of all rounds so far.
+    """
+    validation, gap = record.validation, record.merge_gap
+    datasets = validation.datasets if validation else {}
+    return measured(
+        {
+            "train/loss": record.train_loss,
+            "validation/loss": validation.loss if validation else None,
+            "validation/accuracy": validation.accuracy if validation else None,
+            "merge_gap/loss": gap.loss if gap else None,
+            "merge_gap/accuracy": gap.accuracy if gap else None,
+            "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
+            "aggregation_error_of_change": record.aggregation_error.of_change if record.aggregation_error else None,
+            "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
+            "privacy/server_epsilon": record.privacy.server_epsilon if record.privacy else None,
+            "clients/trained": len(record.clients),
+            "clients/missing": len(record.missing),
+            "bytes/up": record.bytes_up,
+            "bytes/down": record.bytes_down,
+            "seconds": record.seconds,
+            "flops": work.flops([record]),
+        }
+        | {f"validation/{name}/loss": evaluation.loss for name, evaluation in datasets.items()}
+        | {f"validation/{name}/accuracy": evaluation.accuracy for name, evaluation in datasets.items()}
+    )
+
+
+def measured(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return `values` without those that are None."""
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _evaluation(split: str, evaluation: Evaluation | None) -> Metrics:

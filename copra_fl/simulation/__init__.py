@@ -3,6 +3,7 @@
 recipes.py       recipe, method and --set to configurations
 run_folder.py    choose and create the output folder
 preflight.py     check configurations and prepare data before anything starts
+single_run.py    one run
 comparison.py    several methods and seeds in one Flower run
 study.py         the table [study] of a recipe: grids of comparisons, and their learning rates
 superlink.py     a private SuperLink in simulation mode, with Ray underneath

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
-from copra_fl.config import Config, ConfigError
+from copra_fl import plugins
+from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
@@ -26,13 +27,17 @@ def run_comparison(
     request: WorkerRequest,
     overwrite: bool = False,
     track: Sequence[str] = (),
+    on_progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Run or continue the comparison in `directory`; finished runs are not repeated.
+
+    `on_progress` is called after each round and each run.
 
     `configs` has the configuration of each run, by the names of `run_names`.
     Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
     """
-    with superlink(directory / "flower.log", request.ray_address) as link:
+    folders = plugins.import_folders(configs.values())
+    with superlink(directory / "flower.log", request.ray_address, folders) as link:
         configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
         workers = request.allocate(list(configs.values()), console)
         create_output(directory, overwrite)
@@ -44,13 +49,25 @@ def run_comparison(
         from copra_fl.trackers.feed import Tracking  # slow to import
 
         with closing(Tracking(track, [directory / name for name in configs], console)) as tracking:
-            progress.watch(link, process, len(configs), console, tracking.update)
+
+            def update() -> None:
+                tracking.update()
+                on_progress()
+
+            progress.watch(link, process, len(configs), console, update)
 
 
 def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:
     """Write ``comparison.toml``: the runs that the server goes through and that the report shows."""
     plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
     (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+
+
+def load_plan(directory: Path) -> tuple[list[str], list[int], dict[str, Config]]:
+    """Return the methods, the seeds and the configuration of each run of the comparison that `directory` holds."""
+    plan = read_toml(directory / "comparison.toml")
+    names = run_names(plan["methods"], plan["seeds"])
+    return plan["methods"], plan["seeds"], {name: Config.from_toml(directory / name / "config.toml") for name in names}
 
 
 def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:

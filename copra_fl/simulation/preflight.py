@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
-from copra_fl.sources.assets import ASSETS, fetch, find_asset, is_fetched
+from copra_fl.sources.assets import fetch, find_asset, is_asset, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
@@ -37,7 +37,7 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     for config in configs:
         compatibility.check(config, find_task(config.model.task))
     names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
-    fetch_with_progress(sorted(names & ASSETS.keys()), console)
+    fetch_with_progress(sorted(filter(is_asset, names)), console)
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
     with console.status("preparing the data"):
         checked = [_check_one(config, prepared) for config in configs]
@@ -51,15 +51,16 @@ def fetch_with_progress(names: Iterable[str], console: Console) -> None:
 
     Raises UnknownAssetError before anything is fetched, and AssetError as `copra_fl.sources.assets.fetch` does.
     """
-    missing = [find_asset(name) for name in dict.fromkeys(names) if not is_fetched(name)]
+    missing = [name for name in dict.fromkeys(names) if not is_fetched(name)]
     if not missing:
         return
     columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        for asset in missing:
-            task = progress.add_task(asset.name, total=asset.size)
-            fetch(asset.name, partial(_show, progress, task))
-            progress.update(task, completed=asset.size)  # another process may have fetched it
+        for name in missing:
+            size = find_asset(name).size
+            task = progress.add_task(name, total=size)
+            fetch(name, partial(_show, progress, task))
+            progress.update(task, completed=size)  # another process may have fetched it
 
 
 def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:

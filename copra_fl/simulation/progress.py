@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,7 +110,14 @@ def watch(
     """
     state, reader = ProgressState(), EventReader(Path(link.environment[events.VARIABLE]))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what callbacks print must not go to the console's standard error
+        disable=console.quiet,
+    ) as bar:
         task = bar.add_task(str(state), total=num_runs)
         running = True
         while running and not state.error and state.runs_done < num_runs:

@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-import copra_fl
 from copra_fl import provenance
 from copra_fl.config import Config, ConfigError
 from copra_fl.files import cache_dir
@@ -165,7 +164,7 @@ def check(cluster: Cluster, configs: Sequence[Config]) -> None:
     """Raise ConfigError unless the cluster is free and each of its machines can train any client of `configs`."""
     from copra_fl.training.plan import leaves_state
 
-    digest, version = provenance.source_digest(Path(copra_fl.__file__).parent), provenance.versions()["flwr"]
+    digest, version = provenance.source_digest(Path(provenance.__file__).parent), provenance.versions()["flwr"]
     for machine in cluster.machines:
         name = f"machine {machine.address} of the Ray cluster"
         if machine.error:

@@ -17,7 +17,7 @@ Settings, in order of precedence, lowest first:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,28 @@ class Recipe:
             if name not in built_in:
                 raise ConfigError(f"no recipe file {name!r}. Built-in recipes: {', '.join(built_in)}")
             path = built_in[name]
-        settings = read_toml(path)
-        methods = {method: flatten(table) for method, table in settings.pop("methods", {}).items()}
-        study = settings.pop("study", {})
-        return cls(flatten(settings), methods, dict(parse_override(text) for text in overrides), study)
+        return cls.of(read_toml(path), dict(parse_override(text) for text in overrides))
 
-    def config(self, method: str | None = None, seed: int | None = None) -> Config:
-        """Return the configuration of one run. Raises ConfigError that lists everything wrong with it."""
-        flat = (self.settings if method is None else self._with_method(method)) | self.overrides
+    @classmethod
+    def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:
+        """Return the recipe with the content of a recipe file."""
+        settings = {key: value for key, value in table.items() if key not in ("methods", "study")}
+        methods = {method: flatten(own) for method, own in table.get("methods", {}).items()}
+        return cls(flatten(settings), methods, dict(overrides), table.get("study", {}))
+
+    def knows(self, method: str) -> bool:
+        """Return whether `method` names methods that are built in, defined by this recipe, or files."""
+        known = built_in_methods().keys() | self.methods.keys()
+        return all(name in known or Path(name).is_file() for name in method.split("+"))
+
+    def config(
+        self, method: str | None = None, seed: int | None = None, settings: Mapping[str, Any] | None = None
+    ) -> Config:
+        """Return the configuration of one run; `settings` override those of the method.
+
+        Raises ConfigError that lists everything wrong with it.
+        """
+        flat = (self.settings if method is None else self._with_method(method)) | dict(settings or {}) | self.overrides
         return Config.from_flat(flat if seed is None else flat | {"seed": seed})
 
     def _with_method(self, method: str) -> dict[str, Any]:

@@ -23,13 +23,12 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import copra_fl
 from copra_fl import events
 from copra_fl.config import Value, toml_value
 from copra_fl.simulation import guard
@@ -52,7 +51,7 @@ class RunFailed(RuntimeError):
 
 def app_directory() -> Path:
     """Return the folder with the Flower app: inside the package if it is installed, else the checkout."""
-    package = Path(copra_fl.__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "_app"
     return installed if installed.exists() else package.parent
 
@@ -166,6 +165,12 @@ def worker_variables() -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "false"} | {name: os.environ[name] for name in FORWARDED if name in os.environ}
 
 
+def import_path(folders: Sequence[str]) -> str:
+    """Return PYTHONPATH with `folders` at its end, and with absolute paths: the processes run in another folder."""
+    known = [os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    return os.pathsep.join(dict.fromkeys([*known, *folders]))
+
+
 def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
@@ -181,12 +186,12 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
+def superlink(log: Path, ray_address: str | None = None, import_folders: Sequence[str] = ()) -> Iterator[SuperLink]:
     """Run a SuperLink for the duration of the block; afterwards none of its processes and files are left.
 
-    Simulations run on the Ray cluster at `ray_address`, else on a Ray started for them. The SuperLink starts in the
-    background: `start_run` waits for it. If a run is started, `log` gets the output of server app and workers, and at
-    the end that of the SuperLink.
+    Simulations run on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes import from
+    `import_folders` too. The SuperLink starts in the background: `start_run` waits for it. If a run is started, `log`
+    gets the output of server app and workers, and at the end that of the SuperLink.
     """
     # Ray's sockets lie in it, and the path of a socket must be short; TMPDIR may be long.
     temporary = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
@@ -208,6 +213,7 @@ def superlink(log: Path, ray_address: str | None = None) -> Iterator[SuperLink]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PYTHONPATH": import_path(import_folders),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",  # they would start workers that no actor uses
         **worker_variables(),

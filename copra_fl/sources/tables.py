@@ -16,7 +16,7 @@ from torch import Tensor
 
 from copra_fl.config import ConfigError, DataConfig
 from copra_fl.files import atomic_write, digest_of, sha256
-from copra_fl.sources.assets import ASSETS, fetch
+from copra_fl.sources.assets import ASSETS, fetch, is_asset
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -68,8 +68,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     Raises ConfigError for a data set that does not exist or cannot be read, AssetError as `fetch` does.
     """
     test = file_table("test-file", Path(data.test_file)) if data.test_file else None
-    known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
-    if data.dataset in known:
+    if is_asset(data.dataset, "data"):
         folder = fetch(data.dataset)
         if test is None and (folder / "test.parquet").exists():
             test = file_table("dataset", folder / "test.parquet")
@@ -84,6 +83,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     if path.is_file() or path.suffix.lower() in FORMATS:
         return file_table("dataset", path), test
     if "/" not in data.dataset:
+        known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
         raise ConfigError(
             f"{unknown_name('data set', data.dataset, known)}. It is not a file in {Path.cwd()} either. "
             "Write a Hugging Face data set with its owner, as in stanfordnlp/imdb"
@@ -219,7 +219,7 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
 
     def table(split: str) -> Table:
         digest = digest_of(builder.hash, builder.config_id, split)
-        return Table(f"{name} ({split})", digest, lambda: _read_split(splits[split]))
+        return Table(f"{name} ({split})", digest, lambda: read_split(splits[split]))
 
     # A test set with secret labels, as GLUE's, has the label -1 everywhere.
     test = splits.get("test")
@@ -227,7 +227,7 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
     return table("train"), None if is_hidden else table("test")
 
 
-def _read_split(split: datasets.Dataset) -> pd.DataFrame:
+def read_split(split: datasets.Dataset) -> pd.DataFrame:
     """Return a split as a table, with label names in place of label numbers."""
     table = split.to_pandas()
     for column, feature in split.features.items():

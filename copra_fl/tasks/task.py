@@ -10,6 +10,7 @@ Everything else (the clients' examples, adapters, gates, training, aggregation) 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,8 +94,13 @@ class Task(ABC):
     @property
     def name(self) -> str:
         """The name of the task in a configuration (`find_task`)."""
-        package, _, module = type(self).__module__.rpartition(".")
-        return module.replace("_", "-") if package == __package__ else f"{package}.{module}"
+        module = type(self).__module__
+        package, _, last = module.rpartition(".")
+        if package == __package__:
+            return last.replace("_", "-")
+        attributes = (name for name, value in vars(sys.modules[module]).items() if value is self)
+        attribute = next(attributes, "TASK")
+        return module if package and attribute == "TASK" else f"{module}:{attribute}"
 
     # Rows to tensors.
 

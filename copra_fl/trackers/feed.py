@@ -5,17 +5,15 @@ A tracker gets the run from its first round, or after a resume from the round th
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 
-from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import Run, load_run
-from copra_fl.reporting.statistics import metrics
-from copra_fl.reporting.work import flops
+from copra_fl.reporting.statistics import measured, metrics, round_metrics
+from copra_fl.trackers import find_tracker
 
 
 class Tracker(Protocol):
@@ -50,13 +48,13 @@ class Feed:
             return
         run = self._load(self.directory)
         if self._tracker is None:
-            self._tracker = importlib.import_module(f"copra_fl.trackers.{self.name}").track(run)
+            self._tracker = find_tracker(self.name)(run)
         for record in run.journal[self._tracker.rounds :]:
-            self._tracker.log(record.round, scalars(record))
+            self._tracker.log(record.round, round_metrics(record))
         self._tracker.rounds = len(run.journal)
         if run.summary is not None:
             self._finished = True
-            self._tracker.close(_measured(metrics(run)))
+            self._tracker.close(measured(metrics(run)))
 
     def close(self) -> None:
         if self._tracker is not None and not self._finished:
@@ -94,37 +92,3 @@ class Tracking:
             self._feeds = [other for other in self._feeds if other.name != feed.name]
             warning = f"warning: {feed.name} failed and is no longer used: {error}"
             self._console.print(warning, highlight=False, markup=False, soft_wrap=True)
-
-
-def scalars(record: RoundRecord) -> dict[str, float]:
-    """Return the numbers of a round under the names that trackers group by; those not measured are left out.
-
-    Losses in nats, accuracies in [0, 1], bytes and seconds of the round, epsilon of all rounds so far.
-    """
-    validation, gap = record.validation, record.merge_gap
-    datasets = validation.datasets if validation else {}
-    return _measured(
-        {
-            "train/loss": record.train_loss,
-            "validation/loss": validation.loss if validation else None,
-            "validation/accuracy": validation.accuracy if validation else None,
-            "merge_gap/loss": gap.loss if gap else None,
-            "merge_gap/accuracy": gap.accuracy if gap else None,
-            "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
-            "aggregation_error_of_change": record.aggregation_error.of_change if record.aggregation_error else None,
-            "privacy/epsilon": record.privacy.epsilon if record.privacy else None,
-            "privacy/server_epsilon": record.privacy.server_epsilon if record.privacy else None,
-            "clients/trained": len(record.clients),
-            "clients/missing": len(record.missing),
-            "bytes/up": record.bytes_up,
-            "bytes/down": record.bytes_down,
-            "seconds": record.seconds,
-            "flops": flops([record]),
-        }
-        | {f"validation/{name}/loss": evaluation.loss for name, evaluation in datasets.items()}
-        | {f"validation/{name}/accuracy": evaluation.accuracy for name, evaluation in datasets.items()}
-    )
-
-
-def _measured(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if value is not None}

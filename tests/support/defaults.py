@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from copra_fl.cli.config import all_keys
-from copra_fl.config import toml_value
+from copra_fl.config import PARAMETERS, toml_value
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 TABLE = "[tool.flwr.app.config]\n"
 #: keys of the server app that are not configuration keys of a run
-APP_KEYS = {"output": "", "resume": False}
+APP_KEYS = {"output": "", "resume": False, PARAMETERS: ""}
 
 
 def with_defaults(pyproject: str) -> str:

@@ -1,9 +1,14 @@
-"""Aggregation rules: one file per rule, named as its paper names it. Each ends in ``RULE = Rule(...)``."""
+"""Aggregation rules: one file per rule, named as its paper names it. Each ends in ``RULE = Rule(...)``.
+
+Rules of other packages are plugins (`copra_fl.plugins`).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
+from copra_fl import plugins
 from copra_fl.aggregation.rule import Rule
 from copra_fl.aggregation.rules import (
     connectivity,
@@ -32,7 +37,9 @@ from copra_fl.aggregation.rules import (
     zero_pad,
 )
 from copra_fl.config import ConfigError
-from copra_fl.wording import unknown_name
+
+#: form of the name of a rule: the first part of its parameters' keys
+NAME = re.compile(r"[a-z0-9-]+")
 
 RULES: tuple[Rule, ...] = (
     fedavg.RULE,
@@ -63,11 +70,19 @@ RULES: tuple[Rule, ...] = (
 
 
 def find_rule(name: str) -> Rule:
-    """Return the rule called `name`. Raises ConfigError with the known names for an unknown one."""
-    for rule in RULES:
-        if rule.name == name:
-            return rule
-    raise ConfigError(unknown_name("rule", name, [rule.name for rule in RULES]))
+    """Return the rule called `name`: a built-in one or a plugin.
+
+    Raises ConfigError for an unknown name, as `plugins.Kind.find` does, and for a plugin whose own name is that of a
+    built-in rule or has other characters than lower-case letters, digits and -.
+    """
+    built_in = {rule.name: rule for rule in RULES}
+    if name in built_in:
+        return built_in[name]
+    plugin: Rule = plugins.RULE.find(name, Rule, built_in)
+    if not NAME.fullmatch(plugin.name) or plugin.name in built_in:
+        problem = "that of a built-in rule" if plugin.name in built_in else "not of lower-case letters, digits and -"
+        raise ConfigError(f"rule = {name!r}: its name {plugin.name!r} is {problem}; give the Rule another name")
+    return plugin
 
 
 def rule_names(matches: Callable[[Rule], bool]) -> str:

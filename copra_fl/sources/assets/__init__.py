@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
+from copra_fl import plugins
+from copra_fl.config import ConfigError
 from copra_fl.files import build_once, cache_dir, changed_files, sha256
 from copra_fl.sources.assets.asset import Asset, AssetError, DownloadProgress, UnknownAssetError
 from copra_fl.sources.assets.catalogue import ASSETS
@@ -33,15 +36,39 @@ __all__ = [
     "asset_path",
     "fetch",
     "find_asset",
+    "is_asset",
     "is_fetched",
 ]
 
+#: form of the name of an asset, which names its folder in the cache
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
+
+
+def is_asset(name: str, kind: str = "") -> bool:
+    """Return whether `name` is that of an asset, built-in or a plugin; with `kind`, of an asset of this kind.
+
+    Raises ConfigError as `find_asset` does.
+    """
+    if name not in ASSETS and plugins.ASSET.place(name) is None:
+        return False
+    return kind in ("", find_asset(name).kind)
+
 
 def find_asset(name: str) -> Asset:
-    """Return the asset called `name`. Raises UnknownAssetError for an unknown name."""
-    if name not in ASSETS:
+    """Return the asset called `name`: a built-in one or a plugin (`copra_fl.plugins`).
+
+    Raises UnknownAssetError for an unknown name, and ConfigError for a plugin that cannot be imported or whose own name
+    is that of a built-in asset or no plain name of a folder.
+    """
+    if name in ASSETS:
+        return ASSETS[name]
+    if plugins.ASSET.place(name) is None:
         raise UnknownAssetError(unknown_name("asset", name, ASSETS))
-    return ASSETS[name]
+    plugin: Asset = plugins.ASSET.find(name, Asset)
+    if plugin.name in ASSETS or not FOLDER_NAME.fullmatch(plugin.name):
+        problem = "that of a built-in asset" if plugin.name in ASSETS else "not of letters, digits, -, _ and ."
+        raise ConfigError(f"asset {name!r}: its name {plugin.name!r} is {problem}; give the Asset another name")
+    return plugin
 
 
 def asset_in(folder: str) -> Asset | None:

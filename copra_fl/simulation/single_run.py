@@ -1,0 +1,48 @@
+"""A simulation of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+
+from copra_fl import plugins
+from copra_fl.config import Config
+from copra_fl.simulation import preflight, progress
+from copra_fl.simulation.ray_cluster import WorkerRequest
+from copra_fl.simulation.run_folder import create_output, write_config
+from copra_fl.simulation.superlink import superlink
+
+
+def run_single(
+    directory: Path,
+    config: Config,
+    console: Console,
+    request: WorkerRequest,
+    resume: bool = False,
+    overwrite: bool = False,
+    track: Sequence[str] = (),
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Run or continue the run in `directory`. `on_progress` is called after each round and at the end.
+
+    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
+    """
+    with superlink(directory / "flower.log", request.ray_address, plugins.import_folders([config])) as link:
+        (config,) = preflight.check([config], console)
+        workers = request.allocate([config], console)
+        create_output(directory, overwrite)
+        write_config(directory, config)
+        process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
+
+        from copra_fl.trackers.feed import Tracking  # slow to import
+
+        with closing(Tracking(track, [directory], console)) as tracking:
+
+            def update() -> None:
+                tracking.update()
+                on_progress()
+
+            progress.watch(link, process, 1, console, update)
