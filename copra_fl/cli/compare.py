@@ -39,6 +39,7 @@ def compare(
         }
     else:
         settings, seed_numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
+        settings.refuse_seed("use --seeds, as in --seeds 0,1,2")
         sources = expand_all(parse_methods(methods), settings, console)
         method_names = list(sources)
         configs = {

@@ -36,9 +36,10 @@ def simulate(
         config = Config.from_toml(stored)
     else:
         config = Recipe.read(recipe or "base", set_ or []).config()
+    request = WorkerRequest(workers, gpus_per_worker, ray_address)
     with superlink(directory / "flower.log", ray_address) as link:
-        (config,) = preflight.check([config], console)
-        allocated = WorkerRequest(workers, gpus_per_worker, ray_address).allocate([config], console)
+        (config,) = preflight.check([config], console, request)
+        allocated = request.allocate([config], console)
         create_output(directory, overwrite)
         write_config(directory, config)
         run_config = config.to_flat() | {"output": str(directory), "resume": resume}

@@ -44,9 +44,10 @@ def study(
     """Run or continue a study: compare methods at their best learning rates, in several splits and regimes."""
     console = Console(stderr=True)
     recipe, request = Recipe.read(file, set_ or []), WorkerRequest(workers, gpus_per_worker, ray_address)
+    recipe.refuse_seed("a study's seeds are those of its tables [study.grids.NAME]")
     cells_by_grid = {name: list(cells) for name, cells in read_grids(recipe, grids, output.absolute())}
     samples = [config for cells in cells_by_grid.values() for cell in cells for config in sample_configs(cell)]
-    preflight.check(samples, console)
+    preflight.check(samples, console, request)
 
     from copra_fl.reporting.statistics import summarize
     from copra_fl.reporting.study import write

@@ -31,11 +31,16 @@ class DataConfig:
 
     dataset: str = option(
         "health-tweets",
-        "asset name, path of a CSV, JSONL or Parquet file or of a folder of images, or Hugging Face data set name; "
+        "asset name, path of a CSV, TSV, JSONL or Parquet file or a folder of images, or Hugging Face data set name; "
         "several, comma-separated: each client has examples of one of them (docs/how-to/several-data-sets.md); empty: "
         "the server has no data, and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own test set, else held-out examples")
+    separator: str = option(
+        "auto",
+        "CSV files: character between columns; auto: a comma, in a .tsv file a tab",
+        choices=("auto", "comma", "semicolon", "tab", "pipe"),
+    )
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with the prompt that the text responds to; empty: no prompts")
     prompt_template: str = option(

@@ -33,7 +33,7 @@ def run_comparison(
     Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
     """
     with superlink(directory / "flower.log", request.ray_address) as link:
-        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        configs = dict(zip(configs, preflight.check(configs.values(), console, request), strict=True))
         workers = request.allocate(list(configs.values()), console)
         create_output(directory, overwrite)
         for name, config in configs.items():

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
+from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
@@ -57,7 +57,12 @@ class Recipe:
         settings = read_toml(path)
         methods = {method: flatten(table) for method, table in settings.pop("methods", {}).items()}
         study = settings.pop("study", {})
-        return cls(flatten(settings), methods, dict(parse_override(text) for text in overrides), study)
+        return cls(flatten(settings), methods, dict(parse_override(text, KEYS) for text in overrides), study)
+
+    def refuse_seed(self, remedy: str) -> None:
+        """Raise ConfigError if ``--set`` sets the seed, where each run gets its own; `remedy` says how."""
+        if "seed" in self.overrides:
+            raise ConfigError(f"--set seed={self.overrides['seed']} has no effect here: {remedy}")
 
     def config(self, method: str | None = None, seed: int | None = None) -> Config:
         """Return the configuration of one run. Raises ConfigError that lists everything wrong with it."""
@@ -105,6 +110,8 @@ def method_settings(method: str) -> dict[str, Any]:
     built_in = built_in_methods()
     path = built_in.get(method, Path(method))
     if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise ConfigError(f"there is no method file {method!r} in {Path.cwd()}")
         raise ConfigError(unknown_name("method", method, built_in))
     return flatten(read_toml(path))
 

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from copra_fl.config import ConfigError
+from copra_fl.provenance import pip_install
 from copra_fl.wording import unknown_name
 
 #: each is a module of this package, an extra of copra-fl, and the package that this extra installs
@@ -23,5 +24,5 @@ def checked(names: Iterable[str] | None) -> list[str]:
         if name not in NAMES:
             raise ConfigError(unknown_name("tracker", name, NAMES))
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'copra-fl[{name}]'")
+            raise ConfigError(f"{name} is not installed: {pip_install(name)}")
     return names
