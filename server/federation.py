@@ -219,9 +219,10 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     state = strategy.state
     clients = evaluate_clients(grid, strategy, len(journal.records))
     test, held_out = evaluator.test(state)
+    base = evaluator.evaluate_base() if test else (None, None)
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         data = evaluator.config.data
         save(evaluator.model, journal.directory / "adapter", evaluator.data.label_names, data, state.residual)
-    journal.write_summary(summarize(journal.records, evaluator, clients, test, held_out))
+    journal.write_summary(summarize(journal.records, evaluator, clients, test, held_out, base))
     emit("finished", accuracy=test.accuracy if test else None)

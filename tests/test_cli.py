@@ -104,6 +104,10 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["study", "smoke", "--set", "seed=3"], "--set seed=3 has no effect here: a study's seeds are those of its"),
         (["simulate", "--set", "rank"], "--set 'rank' must have the form KEY=VALUE"),
         (["simulate", "--nonsense"], "No such option"),
+        (
+            ["simulate", "--set", "p0=0.1"],
+            "--set p0=0.1 has no effect with local-training = 'lora'; add --set local-training",
+        ),
         (["simulate", "--gpus-per-worker", "99"], "which has room for 0 such workers, not 1"),
         (["simulate", "--track", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
         (["report", "."], "is not the folder of a run or comparison"),

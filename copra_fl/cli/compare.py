@@ -17,7 +17,7 @@ def compare(
     recipe: options.RecipeOption = None,
     set_: options.SetOption = None,
     methods: options.MethodsOption = "lora,copra",
-    seeds: options.SeedsOption = "0,1",
+    seeds: options.SeedsOption = "0,1,2",
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,

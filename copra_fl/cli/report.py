@@ -24,9 +24,9 @@ def show_results(directory: Path, console: Console, as_json: bool = False) -> No
     With `as_json`, print summary.json on standard output too. Raises ResultsError and ConfigError.
     """
     from copra_fl.reporting.report import write  # slow to import
-    from copra_fl.reporting.tables import table
+    from copra_fl.reporting.terminal import results
 
-    console.print(table(write(directory)))
+    console.print(results(write(directory)), highlight=False)
     if (directory / "adapter").exists():
         console.print(f"adapter: {directory / 'adapter'}", soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)

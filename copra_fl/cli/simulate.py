@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 
 from rich.console import Console
 
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
-from copra_fl.config import Config
+from copra_fl.config import Config, ConfigError
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.run_folder import choose_output, create_output, write_config
 from copra_fl.simulation.superlink import superlink
+
+#: keys that only CopRA reads
+SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
 
 
 def simulate(
@@ -35,7 +39,9 @@ def simulate(
     if resume and stored.exists() and recipe is None and not set_:
         config = Config.from_toml(stored)
     else:
-        config = Recipe.read(recipe or "base", set_ or []).config()
+        settings = Recipe.read(recipe or "base", set_ or [])
+        config = settings.config()
+        refuse_idle_schedule(config, settings.overrides)
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     with superlink(directory / "flower.log", ray_address) as link:
         (config,) = preflight.check([config], console, request)
@@ -49,3 +55,14 @@ def simulate(
         with closing(Tracking(track or [], [directory], console)) as tracking:
             progress.watch(link, link.start_run(run_config, allocated), 1, console, tracking.update)
     show_results(directory, console, as_json)
+
+
+def refuse_idle_schedule(config: Config, overrides: Collection[str]) -> None:
+    """Raise ConfigError if ``--set`` sets a key of CopRA's schedule for a run that trains otherwise."""
+    idle = [key for key in SCHEDULE_KEYS if key in overrides]
+    training = config.copra.local_training
+    if idle and training != "copra":
+        raise ConfigError(
+            f"--set {idle[0]}={config.to_flat()[idle[0]]} has no effect with local-training = {training!r}; add "
+            "--set local-training=copra"
+        )

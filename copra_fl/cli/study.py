@@ -51,7 +51,7 @@ def study(
 
     from copra_fl.reporting.statistics import summarize
     from copra_fl.reporting.study import write
-    from copra_fl.reporting.tables import table  # slow to import
+    from copra_fl.reporting.terminal import results  # slow to import
 
     for grid, cells in cells_by_grid.items():
         directory = output.absolute() / grid
@@ -59,7 +59,7 @@ def study(
             console.rule(f"{grid} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}")
             rates = tune(cell, console, request)
             console.print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
-            console.print(table(summarize(run_test(cell, rates, console, request))))
+            console.print(results(summarize(run_test(cell, rates, console, request))), highlight=False)
             finished = [cell.directory for cell in cells[:number]]
             write(directory, finished, shlex.join(["copra-fl", *sys.argv[1:]]))
         console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)

@@ -173,10 +173,10 @@ class CopraConfig:
     """Local training: the CopRA schedule, and the gates that switch adapters."""
 
     local_training: str = option(
-        "copra",
-        "local training; copra: adapters on with a rising probability, lora: always on, line: always on, each step at "
+        "lora",
+        "local training; lora: adapters always on, copra: on with a rising probability, line: always on, each step at "
         "a random point of the line from the round's start to the client's adapter, head: the task head alone",
-        choices=("copra", "lora", "line", "head"),
+        choices=("lora", "copra", "line", "head"),
     )
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)

@@ -108,6 +108,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
             "train/loss": record.train_loss,
             "validation/loss": validation.loss if validation else None,
             "validation/accuracy": validation.accuracy if validation else None,
+            **{f"validation/{name}": value for name, value in (validation.metrics if validation else {}).items()},
             "merge_gap/loss": gap.loss if gap else None,
             "merge_gap/accuracy": gap.accuracy if gap else None,
             "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
