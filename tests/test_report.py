@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, RunSummary, UnfinishedRun
+from copra_fl.reporting import export
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES, Figure
 from copra_fl.reporting.report import render, sections, write
@@ -153,6 +154,28 @@ def test_a_table_as_markdown() -> None:
     shown = DataTable(["method", "MB"], [["lora", "1.5"]], caption="Per round.", title="Cost")
     assert shown.markdown() == "## Cost\n\n| method | MB |\n| --- | --- |\n| lora | 1.5 |\n\nPer round.\n"
     assert DataTable(["a"], [["b"]]).markdown() == "| a |\n| --- |\n| b |\n"
+
+
+def test_a_table_as_csv_and_latex() -> None:
+    shown = DataTable(["method", "gain, %", "MB"], [["a_b", "−0.5 [−1.0, +0.0]", "1"], ["c", "–", "2"]], "Caption.")
+    assert shown.csv() == 'method,"gain, %","gain, % low","gain, % high",MB\na_b,-0.5,-1.0,+0.0,1\nc,,,,2\n'
+    latex = shown.latex()
+    assert "\\caption{Caption.}" in latex and "\\begin{tabular}{lrr}" in latex
+    assert "a\\_b & $-$0.5 [$-$1.0, +0.0] & 1 \\\\" in latex and "gain, \\%" in latex
+
+
+def test_figures_and_tables_are_written_under_their_names(
+    comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kaleido: the message names the missing images, and all else is written."""
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    message = run_command("report", comparison, "--figures", tmp_path / "figures", code=1).message
+    assert "no SVG and PNG: kaleido is not installed. The buttons under the charts of" in message
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"accuracy-by-round.csv", "confusion-with-copra.csv", "results.csv", "results.md", "results.tex"} <= names
+    lines = (tmp_path / "figures" / "accuracy-by-round.csv").read_text().splitlines()
+    assert lines[0] == "series,x,y,value,error_above,error_below" and len(lines) == 1 + 2 * 3
+    assert "seed0" not in " ".join(names) and len(names) > 25
 
 
 def test_brackets_in_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

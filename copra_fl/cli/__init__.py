@@ -94,7 +94,7 @@ app.command(
     )
 )(compare)
 app.command(epilog=examples("copra-fl study smoke", "copra-fl study passes --grids optimizer"))(study)
-app.command(epilog=examples("copra-fl report runs/demo"))(report)
+app.command(epilog=examples("copra-fl report runs/demo", "copra-fl report runs/demo --figures figures"))(report)
 app.command(epilog=examples("copra-fl track runs/demo --to tensorboard"))(track)
 app.command(epilog=examples("copra-fl bench --quick"))(bench)
 app.command(epilog=examples("copra-fl config learning-rate"))(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 
 from copra_fl.cli import options
@@ -28,7 +30,7 @@ def compare(
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare methods, paired by seed; write a table, summary.json and report.html."""
-    console = Console(stderr=True)
+    console, started = Console(stderr=True), time.monotonic()
     directory = choose_output(output, "compare", resume, overwrite)
     plan = directory / "comparison.toml"
     if resume and plan.exists() and recipe is None and not set_:
@@ -48,7 +50,7 @@ def compare(
         }
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])
-    show_results(directory, console, as_json)
+    show_results(directory, console, as_json, started)
 
 
 def parse_methods(text: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from contextlib import closing
 
@@ -33,11 +34,12 @@ def simulate(
     as_json: options.JsonOption = False,
 ) -> None:
     """Simulate one federation with Flower on Ray, on this machine or a Ray cluster; write adapter and report."""
-    console = Console(stderr=True)
+    console, started = Console(stderr=True), time.monotonic()
     directory = choose_output(output, "simulate", resume, overwrite)
     stored = directory / "config.toml"
-    if resume and stored.exists() and recipe is None and not set_:
-        config = Config.from_toml(stored)
+    if resume and stored.exists() and recipe is None:
+        overrides = Recipe.read("base", set_ or []).overrides
+        config = Config.from_flat(Config.from_toml(stored).to_flat() | overrides)
     else:
         settings = Recipe.read(recipe or "base", set_ or [])
         config = settings.config()
@@ -47,14 +49,14 @@ def simulate(
         (config,) = preflight.check([config], console, request)
         allocated = request.allocate([config], console)
         create_output(directory, overwrite)
-        write_config(directory, config)
+        write_config(directory, config, lengthen=resume)
         run_config = config.to_flat() | {"output": str(directory), "resume": resume}
 
         from copra_fl.trackers.feed import Tracking  # slow to import
 
         with closing(Tracking(track or [], [directory], console)) as tracking:
             progress.watch(link, link.start_run(run_config, allocated), 1, console, tracking.update)
-    show_results(directory, console, as_json)
+    show_results(directory, console, as_json, started)
 
 
 def refuse_idle_schedule(config: Config, overrides: Collection[str]) -> None:

@@ -11,7 +11,6 @@ import csv
 import functools
 import io
 import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from copra_fl.reporting.tables import DataTable
+from copra_fl.reporting.tables import DataTable, file_stem
 
 HEIGHT = 340
 
@@ -62,7 +61,7 @@ class Figure:
     @property
     def file_name(self) -> str:
         """Return a name for files with the chart, without suffix: ``accuracy-by-round``."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+        return file_stem(self.title)
 
     @property
     def csv(self) -> str:

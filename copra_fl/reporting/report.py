@@ -69,6 +69,8 @@ RUN_COLUMNS = (
     Column("merge gap, loss", "merge_gap_loss", spec="+.3f"),
     *WORK,
 )
+#: sections whose tables are no results
+TECHNICAL_SECTIONS = ("Configuration", "Provenance", "Notes of the aggregation rules", "Failures and data left out")
 #: with more methods than this the title does not name them
 MAX_IN_TITLE = 3
 
@@ -96,6 +98,21 @@ def render(comparison: Comparison, summary: ComparisonSummary) -> str:
         results=[_results(summary), *dataset_tables(summary)],
         sections=sections(comparison, summary),
     )
+
+
+def figures_and_tables(directory: Path) -> tuple[list[html.Figure], list[tuple[str, DataTable]]]:
+    """Return all figures of the report, and its tables of results with names for files.
+
+    Raises ResultsError and ConfigError as `load_comparison` does.
+    """
+    comparison = load_comparison(directory)
+    summary = summarize(comparison)
+    arranged = sections(comparison, summary)
+    tables = [("results", _results(summary)), *((f"results {n}", t) for n, t in enumerate(dataset_tables(summary), 2))]
+    for section in arranged:
+        if section.title not in TECHNICAL_SECTIONS:
+            tables += [(f"{section.title} {table.title}", table) for table in section.tables]
+    return [figure for section in arranged for figure in section.figures], tables
 
 
 def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section]:

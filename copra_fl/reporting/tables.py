@@ -6,6 +6,8 @@ A `DataTable` is the one form of every table: of reports (`reporting.html`), ter
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -34,6 +36,10 @@ MARKDOWN_COLUMNS = 120
 NO_VALUE = "–"
 #: a cell that counts as a number when a column is aligned
 NUMBER = re.compile(rf"[+−-]?\.?\d[\d.,]*(e[+−-]?\d+)?[%/]?\d*( .*)?|none|{NO_VALUE}|")
+
+
+#: a cell with a mean and its interval
+INTERVAL = re.compile(r"([^ ]+) \[([^,]+), ([^\]]+)\]")
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,45 @@ class DataTable:
         title = f"## {self.title}\n\n" if self.title else ""
         caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
         return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
+
+    def csv(self) -> str:
+        """Return header and rows as CSV; intervals have columns of their own, ``NAME low`` and ``NAME high``."""
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        split = [any(INTERVAL.fullmatch(row[index]) for row in self.rows) for index in range(len(self.header))]
+        ends = ("", " low", " high")
+        writer.writerow(
+            f"{name}{end}"
+            for name, is_split in zip(self.header, split, strict=True)
+            for end in ends[: 3 if is_split else 1]
+        )
+        for row in self.rows:
+            cells: list[str] = []
+            for cell, is_split in zip(row, split, strict=True):
+                match = INTERVAL.fullmatch(cell) if is_split else None
+                cells += match.groups() if match else [cell, "", ""] if is_split else [cell]
+            writer.writerow(cell.replace("−", "-").replace(NO_VALUE, "") for cell in cells)
+        return lines.getvalue()
+
+    def latex(self) -> str:
+        """Return a LaTeX table environment; it needs the package booktabs."""
+        import pandas as pd  # slow to import
+
+        frame = pd.DataFrame(list(map(list, self.rows)), columns=list(self.header))
+        columns = "".join("r" if numeric else "l" for numeric in self.numeric)
+        text = frame.to_latex(
+            index=False, escape=True, column_format=columns, caption=_latex_text(self.caption) or None
+        )
+        return text.replace("−", "$-$").replace("–", "--")
+
+
+def _latex_text(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+
+
+def file_stem(name: str) -> str:
+    """Return a name for files: ``accuracy-by-round`` for ``Accuracy by round``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def with_minus(value: float, spec: str) -> str:

@@ -81,10 +81,31 @@ def create_output(directory: Path, overwrite: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def write_config(directory: Path, config: Config) -> None:
-    """Write the run's ``config.toml``. Raises ConfigError with the changed keys if the folder has a different one."""
+def write_config(directory: Path, config: Config, lengthen: bool = False) -> None:
+    """Write the run's ``config.toml``. Raises ConfigError with the changed keys if the folder has a different one.
+
+    With `lengthen`, num-rounds may become larger, also of a finished run, as `check_lengthened` allows.
+    """
     path = directory / "config.toml"
-    if path.exists() and (changed := Config.from_toml(path).differences(config)):
-        raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+    if path.exists() and (changed := (stored := Config.from_toml(path)).differences(config)):
+        longer = config.federation.num_rounds
+        if not lengthen or stored.changed(num_rounds=longer) != config or longer < stored.federation.num_rounds:
+            raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+        check_lengthened(config)
+        (directory / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
     directory.mkdir(exist_ok=True)
     path.write_text(config.to_toml(), encoding="utf-8")
+
+
+def check_lengthened(config: Config) -> None:
+    """Raise ConfigError if the rounds that are done would have been others with the num-rounds of `config`."""
+    copra, schedule = config.copra, ""
+    if config.training.lr_schedule != "constant":
+        schedule = f"lr-schedule = {config.training.lr_schedule!r}"
+    if copra.local_training == "copra" and copra.schedule_progress == "federation" and copra.p0 != copra.p1:
+        schedule = "local-training = 'copra' with schedule-progress = 'federation'"
+    if schedule:
+        raise ConfigError(
+            f"num-rounds = {config.federation.num_rounds}: the run cannot be made longer, because {schedule} follows "
+            "the progress of the whole run, so that its rounds would have been others; start a new run"
+        )
