@@ -54,10 +54,11 @@ def test_an_unregistered_node_is_rejected(deployment: Containers, tmp_path: Path
     key = [] if kind == "no key" else ["--auth-supernode-private-key=/tls/node.key"]
     image = deployment.engine("inspect", "--format", "{{.Image}}", deployment.container("superlink"))
     command = ["run", "--rm", f"--network={deployment.network()}", f"--volume={tls}:/tls:ro", "--tmpfs=/state:mode=777"]
-    node = ["flower-supernode", "--superlink=superlink:8000", "--root-certificates=/tls/ca.crt", *key]
+    module = ["python", "-m", "copra_fl.deployment.supernode"]
+    node = [*module, "--superlink=superlink:8000", "--root-certificates=/tls/ca.crt", *key]
     with pytest.raises(subprocess.CalledProcessError) as rejected:
         deployment.engine(*command, image, *node)
-    reason = {"no key": "All SuperNodes must be registered", "wrong CA": "certificate verify failed"}[kind]
+    reason = {"no key": "its key is not", "wrong CA": "certificate verify failed"}[kind]
     assert reason in rejected.value.stdout + rejected.value.stderr
 
 
