@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
 from copra_fl.records import ClientEvaluation, ComparisonSummary, Estimate, RunSummary, UnfinishedRun
 from copra_fl.reporting import export
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import STYLES, Figure
+from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
 from copra_fl.reporting.report import render, sections, write
 from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, possible_range, summarize
@@ -176,6 +179,20 @@ def test_figures_and_tables_are_written_under_their_names(
     lines = (tmp_path / "figures" / "accuracy-by-round.csv").read_text().splitlines()
     assert lines[0] == "series,x,y,value,error_above,error_below" and len(lines) == 1 + 2 * 3
     assert "seed0" not in " ".join(names) and len(names) > 25
+
+
+def test_a_chart_as_csv_also_after_it_was_stored_by_a_probe() -> None:
+    """By hand: a line with an interval, a band that is left out, and a heat map of two cells."""
+    chart = go.Figure()
+    error = {"array": np.array([0.5, 0.25]), "arrayminus": np.array([0.125, 0.0])}
+    chart.add_scatter(name="a", x=np.array([1, 2]), y=np.array([3.0, 4.5]), error_y=error)
+    chart.add_scatter(x=[1, 2], y=[0, 0], mode="none", fill="toself")
+    chart.add_heatmap(x=["u", "v"], y=["w"], z=np.array([[1.5, 2.5]]))
+    figure = Figure("Some Chart, %", "Caption.", chart)
+    expected = "series,x,y,value,error_above,error_below\na,1,3.0,,0.5,0.125\na,2,4.5,,0.25,0.0\n,u,w,1.5\n,v,w,2.5\n"
+    assert figure.csv == expected and figure.file_name == "some-chart"
+    (stored,) = unpack(json.loads(json.dumps(pack([Section("Charts", [figure])]))))
+    assert stored.csv == expected
 
 
 def test_brackets_in_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -70,22 +71,29 @@ class Figure:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(("series", "x", "y", "value", "error_above", "error_below"))
         for trace in self.chart.data:
-            name = trace.name or ""
-            if trace.type == "heatmap":
-                for y, row in zip(trace.y, trace.z, strict=True):
-                    writer.writerows((name, x, y, value) for x, value in zip(trace.x, row, strict=True))
+            name, x, y = trace.name or "", _values(trace.x), _values(trace.y)
+            if "z" in trace:
+                for row_y, row in zip(y, _values(trace.z), strict=True):
+                    writer.writerows((name, row_x, row_y, value) for row_x, value in zip(x, row, strict=True))
             elif trace.type != "scatter" or trace.mode != "none":  # a band repeats the lines inside it
-                errors = trace.error_y if "error_y" in trace and trace.error_y.array is not None else None
-                above = errors.array if errors else [""] * len(trace.x)
-                below = above if errors is None or errors.arrayminus is None else errors.arrayminus
-                for x, y, *ends in zip(trace.x, trace.y, above, below, strict=True):
-                    writer.writerow((name, x, y, "", *ends))
+                bars = [trace[key] for key in ("error_x", "error_y") if key in trace and trace[key].array is not None]
+                above = _values(bars[0].array) if bars else [""] * len(x)
+                below = _values(bars[0].arrayminus) if bars and bars[0].arrayminus is not None else above
+                writer.writerows(zip([name] * len(x), x, y, [""] * len(x), above, below, strict=True))
         return lines.getvalue()
 
     @property
     def json(self) -> str:
         """Return data and layout for ``Plotly.newPlot``, safe inside a ``script`` element."""
         return self.chart.to_json().replace("<", "\\u003c")
+
+
+def _values(array: Any) -> Sequence[Any]:
+    """Return an array of a trace; one that was read from JSON is an object with its bytes (plotly's typed array)."""
+    if not isinstance(array, Mapping):
+        return array
+    values = np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+    return values.reshape([int(size) for size in str(array.get("shape", len(values))).split(",")])
 
 
 @dataclass(frozen=True)
