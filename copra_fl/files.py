@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 #: columns of a line of `write_json`
 JSON_WIDTH = 120
+#: numbers of the errors that a user can mend: a full or read-only disk, a folder of somebody else
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 #: file with the digests of a folder made by `build_once`, in the format of sha256sum
 DIGESTS = "SHA256SUMS"
 
@@ -76,9 +79,20 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def in_words(error: OSError) -> str:
+    """Return an error of the file system in one sentence: the file, the reason, and what to do about a full disk."""
+    place = error.filename or error.filename2
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk{f' of {place}' if place else ''} is full; free some space, then repeat the command"
+    return f"cannot read or write {place or 'a file'}: {error.strerror or error}"
 
 
 def append_line(path: Path, line: str) -> None:

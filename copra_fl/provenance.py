@@ -30,6 +30,13 @@ def library_digest(clients: Path) -> str:
     return source_digest(Path(__file__).parent, clients)
 
 
+def pip_install(extra: str) -> str:
+    """Return the command that installs an extra of copra-fl, which is on no package index."""
+    checkout = Path(__file__).parent.parent
+    source = checkout if (checkout / "pyproject.toml").exists() else "PATH-OF-COPRA-FL"
+    return f"pip install '{source}[{extra}]'"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of `PACKAGES`."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}

@@ -99,7 +99,9 @@ def command_section(path: list[str], command: click.Command) -> str:
         for parameter in parameters
     ]
     listing = table(["argument or option", "default", "meaning"], rows) if rows else ""
-    return f"## {' '.join(path)}\n\n```text\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n\n{listing}"
+    examples = "\n".join((command.epilog or "").split("\n\n")[1:])
+    shown = f"\n\n```bash\n{examples}\n```" if examples else ""
+    return f"## {' '.join(path)}\n\n```text\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n\n{listing}{shown}"
 
 
 def name(parameter: click.Parameter) -> str:

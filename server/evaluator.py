@@ -48,7 +48,8 @@ class Evaluator:
     def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[Metrics]:
         """Return the metrics of each adapter on W0 + `residual`, on the examples `indices`."""
         self.model.write_residual(residual)
-        return evaluate_each(self.engine, adapters, self.data, indices, self.config.evaluation.eval_batch_size)
+        batch_size, num_classes = self.config.evaluation.eval_batch_size, len(self.data.label_names)
+        return evaluate_each(self.engine, adapters, self.data, indices, batch_size, num_classes)
 
     def validate(self, adapters: Sequence[Adapter], residual: Adapter) -> list[Metrics]:
         """Return the metrics of each adapter on W0 + `residual`, on the server's validation data."""
@@ -110,9 +111,16 @@ class Evaluator:
             return None, None
         (test,) = self.score([state.adapter], state.residual, self.data.test)
         if not len(self.data.held_out):
-            return Evaluation.of(test), None
+            return Evaluation.of(test, with_confusion=True), None
         (held_out,) = self.score([state.adapter], state.residual, self.data.held_out)
-        return Evaluation.of(test), Evaluation.of(held_out)
+        return Evaluation.of(test, with_confusion=True), Evaluation.of(held_out)
+
+    def evaluate_base(self) -> tuple[Evaluation, Evaluation]:
+        """Return the metrics of the model before the first round, on the test data and on the validation data."""
+        state = self.start_state()
+        (test,) = self.score([state.adapter], state.residual, self.data.test)
+        (validation,) = self.validate([state.adapter], state.residual)
+        return Evaluation.of(test), Evaluation.of(validation)
 
     def _path_examples(self, numbers: Collection[int | None]) -> np.ndarray:
         """Return validation examples for a line, at most ``path-examples`` of each of these data sets."""

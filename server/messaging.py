@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from copra_fl.wording import foreign
+from copra_fl.wording import foreign, shortened
 
 #: seconds between two polls: this share of the time waited so far, within these limits
 POLL_SHARE, MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.005, 1.0
+
+
+#: characters of Ray's own words on such an error that are shown
+MAX_RAY = 200
+#: Ray's errors for a worker process that ended before it replied
+KILLED = ("ActorDiedError", "OutOfMemoryError", "WorkerCrashedError")
 
 
 def wait_for_all(replies: Sequence[Message]) -> bool:
@@ -59,5 +65,16 @@ def exchange(
 
 
 def failed(message: Message, error: Error) -> Message:
-    """Return the reply to `message` of a node that failed. The node chose the reason, whatever its length."""
-    return Message(Error(error.code, foreign(error.reason)), reply_to=message)
+    """Return the reply to `message` of a node that failed."""
+    return Message(Error(error.code, readable_reason(error.reason)), reply_to=message)
+
+
+def readable_reason(reason: str) -> str:
+    """Return why a node failed. The node chose the `reason`, whatever its length, or Ray did."""
+    reason = foreign(reason)
+    if not any(f"ray.exceptions.{name}" in reason for name in KILLED):
+        return reason
+    return (
+        "its worker process was killed, most often because memory ran out; fewer --workers or a smaller "
+        f"max-memory-gb need less (Ray: {shortened(reason, MAX_RAY)})"
+    )

@@ -92,8 +92,12 @@ def summarize(
     clients: Sequence[ClientEvaluation],
     test: Evaluation | None,
     held_out: Evaluation | None,
+    base: tuple[Evaluation | None, Evaluation | None],
 ) -> RunSummary:
-    """Return the summary of a run from its rounds and its final evaluations."""
+    """Return the summary of a run from its rounds and its final evaluations.
+
+    `base` is the evaluation of the model before the first round, on test and validation data.
+    """
     config, data, last = evaluator.config, evaluator.data, records[-1]
     errors = [record.aggregation_error.total for record in records if record.aggregation_error]
     return RunSummary(
@@ -108,6 +112,9 @@ def summarize(
         aggregation_error_of_change=work.error_of_change(records),
         test=test,
         held_out=held_out,
+        base_test=base[0],
+        base_validation=base[1],
+        labels=tuple(data.label_names) if test and test.confusion else (),
         validation=last.validation,
         merge_gap=last.merge_gap,
         privacy=last.privacy,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Iterator
 from logging import INFO
@@ -25,7 +26,7 @@ startup.prepare()
 
 from copra_fl.config import KEYS, Config, ConfigError, read_toml
 from copra_fl.events import emit
-from copra_fl.files import DamagedFile, atomic_write
+from copra_fl.files import STORAGE_ERRORS, DamagedFile, atomic_write, in_words
 from copra_fl.records import RecordError
 from server import audit, federation
 from server.errors import FederationError
@@ -37,6 +38,7 @@ LOCK_TIMEOUT = 60
 
 def main(grid: Grid, context: Context) -> None:
     """Run all federations of a run configuration; report an error to the command line before it is raised."""
+    emit("server", pid=os.getpid())
     flat = dict(context.run_config)
     output, resume = str(flat.pop("output")), bool(flat.pop("resume"))
     directory = Path(output or f"runs/{context.run_id}").absolute()
@@ -48,6 +50,9 @@ def main(grid: Grid, context: Context) -> None:
                 run(grid, config, run_directory)
     except Timeout:
         emit("failed", error=f"another run is writing to {directory}")
+        raise
+    except OSError as error:
+        emit("failed", error=in_words(error) if error.errno in STORAGE_ERRORS else traceback.format_exc())
         raise
     except (FederationError, ConfigError, RecordError, DamagedFile) as error:
         emit("failed", error=str(error))

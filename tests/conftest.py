@@ -114,6 +114,7 @@ def tiny(tiny_model: str, texts: str) -> dict[str, object]:
         "local-steps": 3,
         "batch-size": 4,
         "rank": 2,
+        "local-training": "copra",
         "max-length": 16,
         "server-validation-examples": 60,
         "test-examples": 60,

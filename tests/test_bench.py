@@ -98,7 +98,7 @@ def test_expected_blocks_over_the_schedule() -> None:
 
 
 def test_rounds_of_one_step_reach_every_p_of_the_schedule() -> None:
-    points = rounds_of_points(CopraConfig()).values()
+    points = rounds_of_points(CopraConfig("copra")).values()
     assert list(points) == [(0.75 * eighth / 8, eighth / 8) for eighth in range(9)]
 
 

@@ -33,7 +33,7 @@ from tests.support.documents import blocks
 from tests.support.tiny import NUM_LAYERS, Settings
 
 STEPS = 6
-MASKS = schedule.client_masks(CopraConfig(p0=0.3), 3, 0, STEPS, NUM_LAYERS, 1, 1)[0]
+MASKS = schedule.client_masks(CopraConfig("copra", p0=0.3), 3, 0, STEPS, NUM_LAYERS, 1, 1)[0]
 
 
 def make_callback() -> CopraCallback:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
+import io
 import re
+import resource
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +19,17 @@ from filelock import FileLock
 from rich.console import Console
 
 from copra_fl import events
+from copra_fl.aggregation import accounting
+from copra_fl.cli.options import complete_method, complete_recipe, complete_setting
 from copra_fl.config import Config, ConfigError
+from copra_fl.files import in_words
 from copra_fl.simulation.comparison import expand_all
 from copra_fl.simulation.progress import ProgressState, watch
 from copra_fl.simulation.recipes import Recipe
-from tests.support.command_line import run_command
+from copra_fl.simulation.superlink import RunFailed
+from tests.support.command_line import all_commands, root_command, run_command
 from tests.support.real_runs import SCRIPT, settings
+from tests.support.run_folders import write_run
 from tests.support.tiny import Settings
 
 
@@ -50,6 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # One setting for each part that checks: the keys, their ranges, rule, data, model, device. The settings that
         # each part rejects are in its own tests.
         ({"learning-rat": 1}, "unknown configuration key 'learning-rat'. Did you mean 'learning-rate'"),
+        ({"rank": 10**8}, "the run does not fit into memory: "),
         ({"rank": 0}, "rank = 0 must be at least 1"),
         ({"rule": "fedavgg"}, "unknown rule 'fedavgg'. Did you mean 'fedavg'?"),
         ({"dataset": "health-tweet"}, "unknown data set 'health-tweet'. Did you mean 'health-tweets'?"),
@@ -60,6 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"dataset": "small.csv", "num-clients": 50}, "num-clients = 50"),
         ({"target-modules": "query,valeu"}, "target-modules: 'valeu' matches no linear module"),
         ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` on a machine with a network"),
+        ({"max-length": 513}, "max-length = 513 is more than the 512 tokens that model ="),
         ({"num-clients": 0}, "num-clients = 0: set the number of clients to simulate"),
         ({"partitioner": "own"}, "partitioner = 'own' needs nodes with data files of their own"),
         ({"device": "cuda"}, "torch sees no CUDA device"),
@@ -85,8 +96,19 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["compare", "--seeds", "1,1"], "--seeds '1,1' names a seed twice"),
         (["simulate", "--recipe", "nothing.toml"], "no recipe file 'nothing.toml'"),
         (["simulate", "--recipe", "bad.toml"], "is not valid TOML"),
+        (["simulate", "--recipe", "latin.toml"], "latin.toml is not text in UTF-8: byte 9 is 0xe9"),
+        (["simulate", "--resume", "--output", "gone"], "--resume: there is no run in"),
+        (["simulate", "--resume"], "--resume needs --output: the folder of the run to continue"),
+        (["simulate", "--output", "/proc/runs/one"], "--output /proc/runs/one: cannot write in /proc: "),
+        (["compare", "--set", "seed=3"], "--set seed=3 has no effect here: use --seeds, as in --seeds 0,1,2"),
+        (["study", "smoke", "--set", "seed=3"], "--set seed=3 has no effect here: a study's seeds are those of its"),
         (["simulate", "--set", "rank"], "--set 'rank' must have the form KEY=VALUE"),
         (["simulate", "--nonsense"], "No such option"),
+        (
+            ["simulate", "--set", "p0=0.1"],
+            "--set p0=0.1 has no effect with local-training = 'lora'; add --set local-training",
+        ),
+        (["simulate", "--gpus-per-worker", "99"], "which has room for 0 such workers, not 1"),
         (["simulate", "--track", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
         (["report", "."], "is not the folder of a run or comparison"),
         (["track", ".", "--to", "tensorboard"], "is not the folder of a run or comparison"),
@@ -97,8 +119,38 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
 )
 def test_wrong_arguments_are_exit_code_2(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "bad.toml").write_text("rank = = 3")
+    (folder / "latin.toml").write_bytes(b'model = "\xe9"')
     assert message in run_command(*arguments, code=2).message
-    assert list(folder.iterdir()) == [folder / "bad.toml"]
+    assert {path.name for path in folder.iterdir()} == {"bad.toml", "latin.toml"}
+
+
+def test_dp_clip_without_its_package_is_refused_before_the_data_are_prepared(
+    folder: Path, tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    private = tiny | {"dp-clip": 1.0, "failures": "tolerant", "weighting": "equal", "dataset": "none.csv"}
+    message = run_command("simulate", *settings(private), "--output", "run", code=2).message
+    assert "dp-clip needs the package dp-accounting: pip install '" in message and "[privacy]'" in message
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    directory = tmp_path / "run"
+    write_run(directory, "lora", 0)
+    before = {path.name for path in directory.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        message = run_command("report", directory, code=1).message
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message == f"copra-fl: cannot read or write {directory / 'report.html'}: File too large"
+    assert {path.name for path in directory.iterdir()} == before
+
+
+def test_a_full_disk_is_named() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/runs/report.html")
+    assert in_words(error) == "the disk of /runs/report.html is full; free some space, then repeat the command"
 
 
 def test_a_failure_that_is_not_the_user_s_is_exit_code_1(folder: Path, empty_cache: Path) -> None:
@@ -182,6 +234,53 @@ def test_help_lists_every_command() -> None:
     assert {
         "simulate", "compare", "study", "report", "track", "bench", "chat", "deploy", "probe", "assets"
     } <= set(listed)  # fmt: skip
+
+
+def test_every_argument_and_option_has_help() -> None:
+    """With click 8.5 the help of arguments was lost: typer 0.20 sets it before click's constructor does."""
+    for words, command in all_commands(root_command(), []):
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{words}: {parameter.name}"
+
+
+def test_every_example_in_help_is_a_command_with_known_options() -> None:
+    commands = {" ".join(words): command for words, command in all_commands(root_command(), ["copra-fl"])}
+    examples = [(name, line) for name, command in commands.items() for line in (command.epilog or "").split("\n\n")[1:]]
+    assert len(examples) > 10
+    for name, line in examples:
+        assert line.startswith(name), line
+        called = max((known for known in commands if f"{line} ".startswith(f"{known} ")), key=len)
+        options = {text for parameter in commands[called].params for text in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= options, line
+
+
+def test_version_and_completion() -> None:
+    assert run_command("--version").out == f"copra-fl {importlib.metadata.version('copra-fl')}\n"
+    assert complete_setting("partit") == ["partitioner="]
+    assert complete_setting("partitioner=di") == ["partitioner=dirichlet"]
+    assert complete_method("lora,flora+co") == ["lora,flora+connectivity", "lora,flora+copra"]
+    assert complete_recipe("smo") == ["smoke"]
+
+
+def test_a_narrow_terminal_cuts_no_time_and_keeps_finished_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    events.emit("run", directory="runs/trimmed-mean-product-seed10", rounds=12)
+    for number in (1, 2):
+        events.emit("round", round=number, clients=12)
+        events.emit("recorded", round=number, accuracy=0.5)
+    events.emit("round", round=3, clients=12)
+    link: Any = SimpleNamespace(
+        environment={events.VARIABLE: str(tmp_path / "events")}, log=tmp_path / "log", status=lambda: "failed"
+    )
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80, color_system=None)
+    with pytest.raises(RunFailed):
+        watch(link, subprocess.Popen(["sleep", "0.5"]), 1, console)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "trimmed-mean-product-seed10  round 1/12  done  accuracy 0.500\n" in text
+    assert "round 2/12  done" in text and re.search(r"0:00:00 +left +-:--:--", text) and "…" not in text
 
 
 def test_clients_count_when_they_are_trained_or_have_replied() -> None:

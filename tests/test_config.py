@@ -10,7 +10,7 @@ from flwr.common.config import flatten_dict
 
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
-from copra_fl.config import SECTIONS, Config, ConfigError, parse_override
+from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, parse_override
 from copra_fl.simulation.recipes import Recipe, method_settings, short_name
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
@@ -60,6 +60,7 @@ def test_a_rule_parameter_is_kept_replaced_and_compared() -> None:
         ({"rank": True}, "rank = True must be a whole number"),
         ({"rescale": 1}, "rescale = 1 must be true or false"),
         ({"model": 3}, "model = 3 must be a string"),
+        ({"client-ranks": 8}, 'client-ranks = 8 must be a string, in quotes: "8"'),
         ({"ramp": 1.5}, "ramp = 1.5 must be more than 0 and at most 1"),
         ({"learning-rate": float("inf")}, "learning-rate = inf"),
         ({"learning-rate": float("nan")}, "learning-rate = nan"),
@@ -120,6 +121,13 @@ def test_overrides_of_the_command_line() -> None:
     assert parse_override("rescale=true") == ("rescale", True)
     assert parse_override("model=/some/where=odd") == ("model", "/some/where=odd")
     assert parse_override('model="minilm"') == ("model", "minilm")
+    assert parse_override("learning-rate=.005") == ("learning-rate", 0.005)
+    assert parse_override("trimmed-mean.trim-fraction=1.e-1") == ("trimmed-mean.trim-fraction", 0.1)
+    assert parse_override("rescale=True") == ("rescale", True)
+    assert parse_override("client-ranks=8", KEYS) == ("client-ranks", "8")
+    assert parse_override('labels="1,2"', KEYS) == ("labels", "1,2")
+    assert parse_override("labels=true", KEYS) == ("labels", "true")
+    assert parse_override("rank=8", KEYS) == ("rank", 8)
     with pytest.raises(ConfigError, match="must have the form KEY=VALUE"):
         parse_override("rank")
 
@@ -208,3 +216,5 @@ def test_unknown_recipe_and_method() -> None:
         Recipe.read("demoo", [])
     with pytest.raises(ConfigError, match="unknown method 'flor'. Did you mean 'flora'"):
         method_settings("flor")
+    with pytest.raises(ConfigError, match=r"there is no method file 'nofile\.toml' in /"):
+        method_settings("nofile.toml")

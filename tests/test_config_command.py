@@ -41,7 +41,7 @@ def test_config_shows_one_key_in_full() -> None:
         "  allowed     a number, more than 0",
         "  belongs to  rule lora-fair",
     ]
-    assert "  allowed     copra | lora | line | head" in output_of("config", "local-training")
+    assert "  allowed     lora | copra | line | head" in output_of("config", "local-training")
     assert "  allowed     a number, at least 0 and at most 0.99" in output_of("config", "lora-dropout")
 
 

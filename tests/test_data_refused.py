@@ -23,6 +23,15 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("binary.csv", {}, r"binary\.csv cannot be read as CSV in UTF-8"),
     ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON with one object per line"),
     ("broken.parquet", {}, r"broken\.parquet cannot be read as Parquet"),
+    ("table.xlsx", {}, r"dataset: there is no file .*table\.xlsx"),
+    ("semicolons.csv", {}, r"'text' is not a column .* are text;label\. .* otherwise: set separator = 'semicolon'"),
+    ("tabs.csv", {"separator": "comma"}, r"'text' is not a column .*: set separator = 'tab'"),
+    (
+        "fractions.csv",
+        {},
+        r"label-column = 'label' of .* has numbers with fractions, such as 0\.5, .* list all labels in",
+    ),
+    ("names.csv", {}, r"label-column = 'label' of .* has 600 different labels in 600 rows; choose another column, or"),
     ("rows.csv", {"text_column": "body"}, r"text-column = 'body' is not a column .* columns are text, label, owner"),
     (
         "rows.csv",
@@ -82,6 +91,10 @@ def test_errors_name_the_file_setting_or_value(
     rows.assign(label="air").to_csv("oneclass.csv", index=False)
     rows.assign(label=None).to_csv("nolabels.csv", index=False)
     rows[:1].assign(label="wind").to_csv("newlabel.csv", index=False)
+    rows.assign(label=[str(row % 4 / 2) for row in range(len(rows))]).to_csv("fractions.csv", index=False)
+    rows.assign(label=[f"name{row}" for row in range(len(rows))]).to_csv("names.csv", index=False)
+    rows[["text", "label"]].to_csv("semicolons.csv", index=False, sep=";")
+    rows.to_csv("tabs.csv", index=False, sep="\t")
     Path("empty.csv").write_text("")
     Path("header.csv").write_text("text,label\n")
     Path("binary.csv").write_bytes(b"text,label\n\xff\xfe\x00,1\n")
@@ -89,6 +102,19 @@ def test_errors_name_the_file_setting_or_value(
     Path("broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(ConfigError, match=message):
         load_data(make_config(dataset, **changes), tokenizer)
+
+
+def test_files_with_other_separators_and_listed_fractions_are_read(
+    rows: pd.DataFrame, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = rows.assign(label=[str(row % 4 / 2) for row in range(len(rows))])
+    digests = set()
+    for name, separator, value in [("a.csv", ",", "auto"), ("b.tsv", "\t", "auto"), ("c.csv", ";", "semicolon")]:
+        rows.to_csv(tmp_path / name, index=False, sep=separator)
+        data = load_data(make_config(tmp_path / name, separator=value, labels="0.0,0.5,1.0,1.5"), tokenizer)
+        assert data.label_names == ["0.0", "0.5", "1.0", "1.5"]
+        digests.add(tuple(data.examples.lengths))
+    assert len(digests) == 1
 
 
 def test_a_tokenizer_without_padding_is_refused(

@@ -20,14 +20,15 @@ from clients.app import app as client_app
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import difference, norm
-from copra_fl.config import Config
+from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.export import load
 from copra_fl.records import Provenance, RecordError, RunSummary
+from copra_fl.simulation.run_folder import check_lengthened, write_config
 from copra_fl.training import batches, cohort, engine
 from server.errors import FederationError
-from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
+from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, finished_run, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
@@ -116,6 +117,35 @@ def test_a_stopped_run_resumes_bitwise_equal(tiny: Settings, messages: int, tmp_
     provenance = Provenance.from_json((resumed / "provenance.json").read_text())
     assert (provenance.seed, provenance.start.after_round) == (0, 0)
     assert [origin.after_round for origin in provenance.resumes] == [messages // 2]
+
+
+def test_a_finished_run_is_lengthened_to_what_the_longer_run_would_be(tiny: Settings, tmp_path: Path) -> None:
+    lora = tiny | {"local-training": "lora", "optimizer-state": "client", "merge-gap-clients": 0, "path-pairs": 0}
+    short, long = (Config.from_flat(lora | {"num-rounds": number}) for number in (1, 2))
+    directory = finished_run(lora | {"num-rounds": 1}, tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot resume .* with a changed configuration: num-rounds: 1 -> 2"):
+        write_config(directory, long)
+    with pytest.raises(ConfigError, match="num-rounds: 1 -> 2"):  # and nothing else may change
+        write_config(directory, long.changed(rank=1), lengthen=True)
+    write_config(directory, long, lengthen=True)
+    run_federation(lora | {"num-rounds": 2}, directory)
+    assert len(journal(directory)) == 2
+    assert_equal(final_adapter(directory), final_adapter(run_federation(lora | {"num-rounds": 2}, tmp_path / "whole")))
+    with pytest.raises(ConfigError, match="num-rounds: 2 -> 1"):
+        write_config(directory, short, lengthen=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lr-schedule": "cosine", "local-training": "lora"}, "lr-schedule = 'cosine'"),
+        ({"local-training": "copra"}, "local-training = 'copra' with schedule-progress = 'federation'"),
+    ],
+)
+def test_a_run_whose_schedule_follows_the_whole_run_is_not_lengthened(changes: Settings, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"num-rounds = 5: the run cannot be made longer, because {reason} follows"):
+        check_lengthened(Config.from_flat(changes | {"num-rounds": 5}))
+    check_lengthened(Config.from_flat({"local-training": "copra", "schedule-progress": "local"}))
 
 
 def test_a_resume_completes_a_journal_that_misses_its_last_line(tiny: Settings, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from copra_fl.config import Config, ConfigError
 from copra_fl.models.export import load
 from copra_fl.probes.open_run import open_run
 from copra_fl.reporting import report
-from copra_fl.reporting.tables import dataset_tables, table
+from copra_fl.reporting.tables import dataset_tables
+from copra_fl.reporting.terminal import results
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
@@ -289,7 +290,7 @@ def test_the_report_and_the_table_show_each_data_set(run: Path) -> None:
     for row in rows:
         metrics = test["datasets"][row[0]]
         assert row[2:] == [f"{100 * metrics['accuracy']:.1f}", f"{metrics['loss']:.3f}"]
-    console.print(table(summary))
+    console.print(results(summary))
     shown = console.export_text()
     assert "topics" in shown and rows[1][3] in shown
     page = (run / "report.html").read_text()

@@ -39,7 +39,8 @@ def test_the_json_is_one_line_of_plain_data() -> None:
     assert "\n" not in line
     plain = json.loads(line)
     assert plain["validation"] == {
-        "loss": 1.0, "accuracy": 0.5, "examples": 7, "metrics": {"perplexity": 2.7}, "datasets": {},
+        "loss": 1.0, "accuracy": 0.5, "examples": 7, "metrics": {"perplexity": 2.7}, "confusion": [],
+        "datasets": {},
     }  # fmt: skip
     assert plain["privacy"] is None and plain["paths"] == []
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
@@ -16,14 +19,25 @@ from copra_fl.records import (
     Estimate,
     PrivacySpent,
     RoundRecord,
+    RunSummary,
     UnfinishedRun,
 )
+from copra_fl.reporting import export
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import STYLES, Figure
+from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
 from copra_fl.reporting.report import render, sections, write
 from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
-from copra_fl.reporting.statistics import estimate, metrics, summarize
-from copra_fl.reporting.tables import COLUMNS, DataTable, ranking, results_table, rows, table
+from copra_fl.reporting.statistics import estimate, metrics, possible_range, summarize
+from copra_fl.reporting.tables import (
+    COLUMNS,
+    TEST_ACCURACY,
+    DataTable,
+    no_better_than_majority,
+    ranking,
+    results_table,
+    rows,
+)
+from copra_fl.reporting.terminal import results
 from copra_fl.reporting.verdict import verdict
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
@@ -103,7 +117,7 @@ def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
     three = verdict(summarize(load_comparison(comparison)))
     assert three.startswith("copra ends 3.0 points above lora in test accuracy (95 % interval +0.5 to +5.5 points")
     two = verdict(summarize(load_comparison(write_comparison(tmp_path / "two", seeds=[0, 1]))))
-    assert two.startswith("No significant difference: copra ends 2.5 points above lora in test accuracy, but the ")
+    assert two.startswith("Too few seeds to tell: copra ends 2.5 points above lora in test accuracy (95 % interval ")
     one = verdict(summarize(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
     assert "neither method can be called better" in one
 
@@ -153,8 +167,44 @@ def test_a_table_as_markdown() -> None:
     assert DataTable(["a"], [["b"]]).markdown() == "| a |\n| --- |\n| b |\n"
 
 
+def test_a_table_as_csv_and_latex() -> None:
+    shown = DataTable(["method", "gain, %", "MB"], [["a_b", "−0.5 [−1.0, +0.0]", "1"], ["c", "–", "2"]], "Caption.")
+    assert shown.csv() == 'method,"gain, %","gain, % low","gain, % high",MB\na_b,-0.5,-1.0,+0.0,1\nc,,,,2\n'
+    latex = shown.latex()
+    assert "\\caption{Caption.}" in latex and "\\begin{tabular}{lrr}" in latex
+    assert "a\\_b & $-$0.5 [$-$1.0, +0.0] & 1 \\\\" in latex and "gain, \\%" in latex
+
+
+def test_figures_and_tables_are_written_under_their_names(
+    comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kaleido: the message names the missing images, and all else is written."""
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    message = run_command("report", comparison, "--figures", tmp_path / "figures", code=1).message
+    assert "no SVG and PNG: kaleido is not installed. The buttons under the charts of" in message
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"accuracy-by-round.csv", "confusion-with-copra.csv", "results.csv", "results.md", "results.tex"} <= names
+    lines = (tmp_path / "figures" / "accuracy-by-round.csv").read_text().splitlines()
+    assert lines[0] == "series,x,y,value,error_above,error_below" and len(lines) == 1 + 2 * 3
+    assert "seed0" not in " ".join(names) and len(names) > 25
+
+
+def test_a_chart_as_csv_also_after_it_was_stored_by_a_probe() -> None:
+    """By hand: a line with an interval, a band that is left out, and a heat map of two cells."""
+    chart = go.Figure()
+    error = {"array": np.array([0.5, 0.25]), "arrayminus": np.array([0.125, 0.0])}
+    chart.add_scatter(name="a", x=np.array([1, 2]), y=np.array([3.0, 4.5]), error_y=error)
+    chart.add_scatter(x=[1, 2], y=[0, 0], mode="none", fill="toself")
+    chart.add_heatmap(x=["u", "v"], y=["w"], z=np.array([[1.5, 2.5]]))
+    figure = Figure("Some Chart, %", "Caption.", chart)
+    expected = "series,x,y,value,error_above,error_below\na,1,3.0,,0.5,0.125\na,2,4.5,,0.25,0.0\n,u,w,1.5\n,v,w,2.5\n"
+    assert figure.csv == expected and figure.file_name == "some-chart"
+    (stored,) = unpack(json.loads(json.dumps(pack([Section("Charts", [figure])]))))
+    assert stored.csv == expected
+
+
 def test_brackets_in_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().print(DataTable(["name"], [["[bold]x[/bold]"]], caption="[red]").rich())
+    Console().print(DataTable(["name"], [["[bold]x[/bold]"]], caption="[red]"))
     out = capsys.readouterr().out
     assert "[bold]x[/bold]" in out and "[red]" in out
 
@@ -167,11 +217,12 @@ def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path
     summary = summarize(load_comparison(folder))
     assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
     shown = results_table(summary)
-    first, second, last = shown.rows
+    first, second, last, *references = shown.rows
+    assert [row[:3] for row in references] == [["", "majority class", "30.0"], ["", "before round 1", "10.0"]]
     assert shown.header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
     assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
     assert second[:2] == ["2", "lora"] and second[3] == ""
-    assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[5] == "–"
+    assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[4] == last[-1] == "–"
     sentences = verdict(summary)
     assert sentences.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Significantly above lora")
     assert sentences.endswith("Not ranked, because there is no global model to test: fedsa-lora.")
@@ -191,7 +242,7 @@ def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:
     summary = summarize(load_comparison(many))
     cells = results_table(summary).rows
     assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
-    assert [row[:4] for row in cells[-2:]] == [
+    assert [row[:4] for row in cells[-4:-2]] == [
         ["–", "hetlora (0 of 2 seeds)", "–", "–"],
         ["–", "fedsa-lora", "none", "–"],
     ]
@@ -241,9 +292,45 @@ def test_pareto_optimal_methods_are_labeled(tmp_path: Path) -> None:
 
 
 def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=100).print(table(summarize(load_comparison(many))))
-    out = " ".join(capsys.readouterr().out.split())
-    assert "fedex-lora+copra" in out and "there is no global model" in out and "…" not in out
+    summary = summarize(load_comparison(many))
+    for width in (100, 80):
+        Console(width=width).print(results(summary))
+        out = " ".join(capsys.readouterr().out.split())
+        assert "fedex-lora+copra" in out and "there is no global model" in out and "…" not in out
+        assert "Too wide for this terminal: " in out and "MB up and aggregation error, %." in out
+        assert "Too few seeds to tell whether methods differ from lora: 2 paired seeds; run 3 or more." in out
+        assert all(TEST_ACCURACY.show(estimates.get("test_accuracy")) in out for estimates in summary.methods.values())
+
+
+def test_intervals_stay_in_the_possible_range() -> None:
+    """By hand: mean 0.99, s = 0.01, half width 4.302653 * 0.01 / sqrt(3) = 0.024842, and no accuracy is above 1."""
+    assert estimate([0.98, 0.99, 1.0], *possible_range("test_accuracy", False)).interval == pytest.approx((0.965158, 1))
+    assert possible_range("test_accuracy/moods", True) == (-1, 1)
+    assert possible_range("merge_gap_accuracy", False) == (-math.inf, math.inf)
+    assert possible_range("bytes_up", False) == (0, math.inf) and possible_range("seconds", True)[0] == -math.inf
+
+
+def test_methods_that_look_equal_share_a_place(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "ties", [0, 1, 2], ["lora", "copra", "flora"])
+    for seed in (0, 1, 2):
+        summary = folder / f"copra-seed{seed}" / "summary.json"
+        summary.write_text((folder / f"lora-seed{seed}" / "summary.json").read_text())
+    places = dict((method, place) for place, method in ranking(summarize(load_comparison(folder))))
+    assert places["lora"] == places["copra"] and places["flora"] in (1, 3)
+
+
+def test_a_method_that_is_no_better_than_the_most_frequent_class_is_warned_of(comparison: Path) -> None:
+    """The most frequent of the classes has 600 of 2000 test examples."""
+    assert no_better_than_majority(summarize(load_comparison(comparison))) == []
+    for path in comparison.glob("copra-seed*/summary.json"):
+        summary = RunSummary.from_json(path.read_text())
+        path.write_text(
+            summary.model_copy(update={"test": summary.test.model_copy(update={"accuracy": 0.25})}).to_json()
+        )
+    summary = summarize(load_comparison(comparison))
+    warning = "No better than always predicting the most frequent class (30.0 %): copra (25.0 %)."
+    assert no_better_than_majority(summary) == [warning]
+    assert warning in render(load_comparison(comparison), summary)
 
 
 def test_half_a_journal_line_is_not_a_round(tmp_path: Path) -> None:
@@ -290,6 +377,9 @@ def test_the_report_has_every_figure(comparison: Path) -> None:
     assert list(figures) == [
         "Accuracy by round",
         "Loss by round",
+        "Macro-F1 by round",
+        "Confusion with lora",
+        "Confusion with copra",
         "Aggregation error by round",
         "Aggregation error by layer",
         "Merge gap in accuracy",

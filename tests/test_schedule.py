@@ -41,11 +41,11 @@ def test_mean_probability_is_its_closed_form() -> None:
 
 
 def test_progress_runs_over_the_federation_or_restarts_each_round() -> None:
-    federation, local = CopraConfig(), CopraConfig(schedule_progress="local")
+    federation, local = CopraConfig("copra"), CopraConfig("copra", schedule_progress="local")
     assert progress(federation, step=0, num_steps=10, server_round=1, num_rounds=4) == 0.0
     assert progress(federation, step=5, num_steps=10, server_round=3, num_rounds=4) == pytest.approx(2.5 / 4)
     assert progress(local, step=5, num_steps=10, server_round=3, num_rounds=4) == 0.5
-    middle = CopraConfig(mask_scope="round")
+    middle = CopraConfig("copra", mask_scope="round")
     assert progress(middle, step=0, num_steps=10, server_round=1, num_rounds=4) == pytest.approx(0.5 / 4)
 
 
@@ -89,7 +89,7 @@ def masks_of(copra: CopraConfig, client: int = 0, server_round: int = 1) -> np.n
 
 
 def test_mask_scopes() -> None:
-    step, shared, whole = (CopraConfig(p0=0.5, mask_scope=scope) for scope in ("step", "shared", "round"))
+    step, shared, whole = (CopraConfig("copra", p0=0.5, mask_scope=scope) for scope in ("step", "shared", "round"))
     assert not np.array_equal(masks_of(step, client=0), masks_of(step, client=1))
     assert np.array_equal(masks_of(shared, client=0), masks_of(shared, client=1))
     assert not np.array_equal(masks_of(shared, server_round=1), masks_of(shared, server_round=2))
@@ -104,7 +104,7 @@ def test_plain_lora_and_head_training_draw_no_masks() -> None:
 
 def test_over_a_whole_run_the_share_of_active_layers_is_the_closed_form() -> None:
     masks = [
-        client_masks(CopraConfig(), 7, client, 50, 6, server_round, num_rounds=4)[0]
+        client_masks(CopraConfig("copra"), 7, client, 50, 6, server_round, num_rounds=4)[0]
         for client in range(20)
         for server_round in range(1, 5)
     ]

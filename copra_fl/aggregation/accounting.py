@@ -25,8 +25,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from copra_fl.config import ConfigError
+from copra_fl.provenance import pip_install
+
+#: message for a machine without the package that counts
+MISSING = f"dp-clip needs the package dp-accounting: {pip_install('privacy')}"
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,19 @@ def epsilon_of_participants(charges: Iterable[tuple[Iterable[int], float]], delt
     return epsilon([Release(1.0, largest**-0.5)], delta) if largest else 0.0
 
 
+def check_installed() -> None:
+    """Raise ConfigError if dp-accounting is missing."""
+    if find_spec("dp_accounting") is None:
+        raise ConfigError(MISSING)
+
+
 def epsilon(releases: Iterable[Release], delta: float) -> float:
     """Return the epsilon at `delta` of all `releases` together. Raises ConfigError if dp-accounting is missing."""
     try:
         import dp_accounting  # slow, and only private runs need it
         from dp_accounting.pld import PLDAccountant
     except ImportError:
-        raise ConfigError("dp-clip needs the package dp-accounting: pip install 'copra-fl[privacy]'") from None
+        raise ConfigError(MISSING) from None
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     for release, count in Counter(releases).items():
         gaussian = dp_accounting.GaussianDpEvent(release.noise_multiplier)

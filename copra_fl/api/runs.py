@@ -86,8 +86,8 @@ def simulate(
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "simulate", resume, overwrite)
     stored = directory / "config.toml"
-    if resume and stored.exists() and recipe is None and not given:
-        config = Config.from_toml(stored)
+    if resume and stored.exists() and recipe is None:
+        config = Config.from_flat(Config.from_toml(stored).to_flat() | given)
     else:
         config = open_recipe(recipe, given).config()
     rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -31,8 +31,9 @@ from copra_fl.cli.study import study
 from copra_fl.cli.track import track
 from copra_fl.config import ConfigError
 from copra_fl.deployment.compose_command import ComposeFailed
-from copra_fl.files import CacheError
+from copra_fl.files import STORAGE_ERRORS, CacheError, in_words
 from copra_fl.models.hub import PushError
+from copra_fl.provenance import versions
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import AssetError, UnknownAssetError
 
@@ -50,28 +51,66 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def show_version(is_given: bool) -> None:
+    """Print the version of copra-fl and exit, for the option --version."""
+    if is_given:
+        print(f"copra-fl {versions()['copra-fl']}")
+        raise typer.Exit
+
+
+def examples(*commands: str) -> str:
+    """Return the end of a command's help: one example per line."""
+    return "\n\n".join(("[bold]Examples[/bold]", *commands))
+
+
 app = typer.Typer(
     name="copra-fl",
     help="Federated LoRA with CopRA: simulate clients, compare methods, measure how well adapters average.",
+    epilog=examples(
+        "copra-fl simulate --recipe smoke",
+        "copra-fl compare --recipe demo --methods lora,copra --seeds 0,1,2",
+        "copra-fl --install-completion",
+    ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(simulate)
-app.command()(compare)
-app.command()(study)
-app.command()(report)
-app.command()(track)
-app.command()(bench)
-app.command()(config)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(
+    epilog=examples(
+        "copra-fl simulate --recipe smoke",
+        "copra-fl simulate --set rule=flora --set num-rounds=10 --output runs/flora",
+        "copra-fl simulate --resume --output runs/flora",
+    )
+)(simulate)
+app.command(
+    epilog=examples(
+        "copra-fl compare --recipe demo --seeds 0,1,2",
+        "copra-fl compare --methods lora,flora,flora+copra --set dataset=notes.csv",
+    )
+)(compare)
+app.command(epilog=examples("copra-fl study smoke", "copra-fl study passes --grids optimizer"))(study)
+app.command(epilog=examples("copra-fl report runs/demo", "copra-fl report runs/demo --figures figures"))(report)
+app.command(epilog=examples("copra-fl track runs/demo --to tensorboard"))(track)
+app.command(epilog=examples("copra-fl bench --quick"))(bench)
+app.command(epilog=examples("copra-fl config learning-rate"))(config)
 app.command()(recipes)
-app.command()(chat)
-app.command()(predict)
-app.command()(export)
-app.command()(push)
-app.command()(clean)
-probe.app.command()(prune)
-probe.app.command()(shapley)
+app.command(epilog=examples("copra-fl chat runs/shakespeare"))(chat)
+app.command(epilog=examples("copra-fl predict runs/notes --data notes.csv --to predictions.csv"))(predict)
+app.command(epilog=examples("copra-fl export runs/notes --merge --to my-model"))(export)
+app.command(epilog=examples("copra-fl push runs/notes OWNER/NAME"))(push)
+app.command(epilog=examples("copra-fl clean --dry-run", "copra-fl clean runs/demo --keep 1"))(clean)
+probe.app.command(epilog=examples("copra-fl probe prune runs/demo/lora-seed0 runs/demo/copra-seed0"))(prune)
+probe.app.command(epilog=examples("copra-fl probe shapley runs/demo/copra-seed0"))(shapley)
 deploy.app.command()(deploy_run.run)
 deploy.app.command()(deploy_run.status)
 deploy.app.command()(audit)
@@ -93,6 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         fail(str(error), ExitCode.USAGE)
     except (RunFailed, AssetError, CacheError, ComposeFailed, PushError) as error:
         fail(str(error), ExitCode.FAILED)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        fail(in_words(error), ExitCode.FAILED)
     except click.ClickException as error:  # exit_code is USAGE for click's own errors
         error.show()
         sys.exit(error.exit_code)
@@ -104,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         fail(str(error), ExitCode.USAGE)
     if code == ExitCode.INTERRUPTED:
         fail(
-            "stopped. To continue after the last finished round, repeat the command with --resume "
-            "(`copra-fl study`: without it)",
+            "stopped. To continue after the last finished round, repeat the command with --resume and the --output of "
+            "the run (`copra-fl study`: without --resume)",
             ExitCode.INTERRUPTED,
         )
     sys.exit(code or ExitCode.DONE)

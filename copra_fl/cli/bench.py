@@ -156,7 +156,7 @@ def bench(
 
 def _print_tables(tables: list[DataTable], left_out: list[str], console: Console) -> None:
     for table in tables:
-        console.print(table.rich())
+        console.print(table)
     for sentence in left_out:
         console.print(sentence, highlight=False)
 

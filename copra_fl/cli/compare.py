@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 
 from copra_fl.cli import options
@@ -17,7 +19,7 @@ def compare(
     recipe: options.RecipeOption = None,
     set_: options.SetOption = None,
     methods: options.MethodsOption = "lora,copra",
-    seeds: options.SeedsOption = "0,1",
+    seeds: options.SeedsOption = "0,1,2",
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,
@@ -28,12 +30,13 @@ def compare(
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare methods, paired by seed; write a table, summary.json and report.html."""
-    console = Console(stderr=True)
+    console, started = Console(stderr=True), time.monotonic()
     directory = choose_output(output, "compare", resume, overwrite)
     if resume and (directory / "comparison.toml").exists() and recipe is None and not set_:
         method_names, seed_numbers, configs = load_plan(directory)
     else:
         settings, seed_numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
+        settings.refuse_seed("use --seeds, as in --seeds 0,1,2")
         sources = expand_all(parse_methods(methods), settings, console)
         method_names = list(sources)
         configs = {
@@ -42,7 +45,7 @@ def compare(
         }
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])
-    show_results(directory, console, as_json)
+    show_results(directory, console, as_json, started)
 
 
 def parse_methods(text: str) -> dict[str, str]:

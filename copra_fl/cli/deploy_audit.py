@@ -55,7 +55,7 @@ def show(records: Sequence[Line], num_damaged: int, row: Callable[[Line], dict[s
     if not rows:
         Console().print("the audit log is empty")
         return
-    Console().print(DataTable(list(rows[0]), [[foreign(cell) for cell in cells.values()] for cells in rows]).rich())
+    Console().print(DataTable(list(rows[0]), [[foreign(cell) for cell in cells.values()] for cells in rows]))
 
 
 def event_row(event: AuditEvent) -> dict[str, str]:

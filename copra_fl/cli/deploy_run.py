@@ -156,9 +156,9 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
         console.print(f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}", soft_wrap=True)
     else:
         rows = [[node.name, node.status, node.since] for node in listed]
-        console.print(DataTable(["node", "status", "since (UTC)"], rows).rich())
+        console.print(DataTable(["node", "status", "since (UTC)"], rows))
     columns = ["run", "round", "clients", "missing", "accuracy", "finished"]
-    console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]).rich())
+    console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]))
     for warning in certificate_warnings(days_left, directory):
         console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
 

@@ -9,16 +9,41 @@ from typing import Annotated
 import typer
 
 from copra_fl import trackers
+from copra_fl.config import KEYS
 from copra_fl.simulation import ray_cluster
-from copra_fl.simulation.recipes import built_in_recipes
+from copra_fl.simulation.recipes import built_in_methods, built_in_recipes
 
 RECIPE_HELP = f"Recipe: a TOML file, or the name of a built-in recipe ({', '.join(built_in_recipes())})."
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help=RECIPE_HELP)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the built-in recipes for shell completion."""
+    return [name for name in built_in_recipes() if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Return the configuration keys, or the allowed values of a key, for shell completion."""
+    name, equals, value = incomplete.partition("=")
+    if equals and name in KEYS:
+        return [f"{name}={choice}" for choice in KEYS[name].choices if choice.startswith(value)]
+    return [f"{key}=" for key in KEYS if key.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Return the built-in methods for shell completion, also of the last name in a list like ``lora,flora+co``."""
+    cut = max(incomplete.rfind(","), incomplete.rfind("+")) + 1
+    return [incomplete[:cut] + name for name in built_in_methods() if name.startswith(incomplete[cut:])]
+
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help=RECIPE_HELP, autocompletion=complete_recipe, metavar="FILE")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
+        autocompletion=complete_setting,
         help="Set a configuration key; overrides recipe and method. May be repeated.",
     ),
 ]
@@ -26,6 +51,7 @@ MethodsOption = Annotated[
     str,
     typer.Option(
         "--methods",
+        autocompletion=complete_method,
         help="Methods, separated by commas: built-in names or TOML files. flora+copra combines two methods, the later "
         "one wins; all means every built-in method.",
     ),

@@ -155,7 +155,7 @@ def leave(findings: Findings, directory: Path) -> None:
     from copra_fl.probes.findings import write_findings
 
     console = Console()
-    console.print(replace(findings.results, title=findings.setting).rich())
+    console.print(replace(findings.results, title=findings.setting))
     for warning in findings.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     console.print(findings.verdict, highlight=False, soft_wrap=True)

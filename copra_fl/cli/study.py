@@ -44,13 +44,14 @@ def study(
     """Run or continue a study: compare methods at their best learning rates, in several splits and regimes."""
     console = Console(stderr=True)
     recipe, request = Recipe.read(file, set_ or []), WorkerRequest(workers, gpus_per_worker, ray_address)
+    recipe.refuse_seed("a study's seeds are those of its tables [study.grids.NAME]")
     cells_by_grid = {name: list(cells) for name, cells in read_grids(recipe, grids, output.absolute())}
     samples = [config for cells in cells_by_grid.values() for cell in cells for config in sample_configs(cell)]
-    preflight.check(samples, console)
+    preflight.check(samples, console, request)
 
     from copra_fl.reporting.statistics import summarize
     from copra_fl.reporting.study import write
-    from copra_fl.reporting.tables import table  # slow to import
+    from copra_fl.reporting.terminal import results  # slow to import
 
     for grid, cells in cells_by_grid.items():
         directory = output.absolute() / grid
@@ -58,7 +59,7 @@ def study(
             console.rule(f"{grid} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}")
             rates = tune(cell, console, request)
             console.print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
-            console.print(table(summarize(run_test(cell, rates, console, request))))
+            console.print(results(summarize(run_test(cell, rates, console, request))), highlight=False)
             finished = [cell.directory for cell in cells[:number]]
             write(directory, finished, shlex.join(["copra-fl", *sys.argv[1:]]))
         console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)

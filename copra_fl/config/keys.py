@@ -69,7 +69,8 @@ class Key:
         if (type(self.default), type(value)) == (float, int):  # TOML and Flower write 1 for 1.0
             value = float(value)
         if type(value) is not type(self.default):
-            raise ConfigError(f"{self.name} = {value!r} must be {self.type_name}")
+            hint = f', in quotes: "{value}"' if isinstance(self.default, str) and isinstance(value, int | float) else ""
+            raise ConfigError(f"{self.name} = {value!r} must be {self.type_name}{hint}")
         if self.choices and value not in self.choices and not self._is_plugin(cast(str, value)):
             or_plugin = ", or the name of a plugin, as in hospital.splits:BY_YEAR" if self.plugins else ""
             raise ConfigError(f"{self.name} = {value!r} must be one of {', '.join(self.choices)}{or_plugin}")

@@ -38,11 +38,16 @@ class DataConfig:
 
     dataset: str = option(
         "health-tweets",
-        "asset name, path of a CSV, JSONL or Parquet file or of a folder of images, or Hugging Face data set name; "
+        "asset name, path of a CSV, TSV, JSONL or Parquet file or a folder of images, or Hugging Face data set name; "
         "several, comma-separated: each client has examples of one of them (docs/how-to/several-data-sets.md); empty: "
         "the server has no data, and only clients evaluate (partitioner = own)",
     )
     test_file: str = option("", "file with the test set; empty: the data set's own test set, else held-out examples")
+    separator: str = option(
+        "auto",
+        "CSV files: character between columns; auto: a comma, in a .tsv file a tab",
+        choices=("auto", "comma", "semicolon", "tab", "pipe"),
+    )
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with the prompt that the text responds to; empty: no prompts")
     prompt_template: str = option(
@@ -177,10 +182,10 @@ class CopraConfig:
     """Local training: the CopRA schedule, and the gates that switch adapters."""
 
     local_training: str = option(
-        "copra",
-        "local training; copra: adapters on with a rising probability, lora: always on, line: always on, each step at "
+        "lora",
+        "local training; lora: adapters always on, copra: on with a rising probability, line: always on, each step at "
         "a random point of the line from the round's start to the client's adapter, head: the task head alone",
-        choices=("copra", "lora", "line", "head"),
+        choices=("lora", "copra", "line", "head"),
     )
     p0: float = option(0.0, "probability at the start that a layer's adapters are on", low=0, high=1)
     p1: float = option(1.0, "the same probability from the end of the ramp on", above=0, high=1)

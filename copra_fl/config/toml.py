@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config.keys import ConfigError, Value
+from copra_fl.config.keys import ConfigError, Key, Value
+
+#: a number that Python writes and TOML does not: .5, 5., 1.e-3
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def csv_line(names: Iterable[str]) -> str:
@@ -51,21 +55,38 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def parse_override(text: str) -> tuple[str, Value]:
-    """Parse ``key=value`` from the command line; a value that is not TOML is a string.
+def parse_override(text: str, keys: Mapping[str, Key] | None = None) -> tuple[str, Value]:
+    """Parse ``key=value`` from the command line, where a string needs no quotes.
 
-    >>> parse_override("learning-rate=1e-3"), parse_override("model=minilm")
-    (('learning-rate', 0.001), ('model', 'minilm'))
+    The value is TOML, or a number or truth value as Python writes it, and else a string. `keys` are the known keys: the
+    value of one whose type is a string is always a string. Raises ConfigError for a text without ``=``.
+
+    >>> parse_override("learning-rate=1e-3"), parse_override("model=minilm"), parse_override("rescale=True")
+    (('learning-rate', 0.001), ('model', 'minilm'), ('rescale', True))
     """
-    key, equals, raw = text.partition("=")
+    name, equals, raw = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text!r} must have the form KEY=VALUE")
+    name = name.strip()
+    value = _parse_value(raw)
+    if keys and name in keys and isinstance(keys[name].default, str) and not isinstance(value, str):
+        value = raw.strip()
+    return name, value
+
+
+def _parse_value(raw: str) -> Any:
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        return tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
-        value = raw
-    return key.strip(), value
+        pass
+    if raw.strip().lower() in ("true", "false"):
+        return raw.strip().lower() == "true"
+    return float(raw) if NUMBER.fullmatch(raw.strip()) else raw

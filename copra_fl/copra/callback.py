@@ -57,6 +57,7 @@ class CopraCallback(TrainerCallback):
         rescale: bool = False,
     ) -> None:
         settings = {
+            "local-training": "copra",
             "p0": p0,
             "ramp": ramp,
             "min-active": min_active,

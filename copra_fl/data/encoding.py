@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from copra_fl.tasks import Task
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
+#: a label column with more different labels than this number and this share of the rows names the rows
+MAX_LABELS, MAX_LABELS_PER_ROW = 20, 0.5
 #: Raise it whenever the same inputs would give other held-out sets or partitions.
 CACHE_VERSION = 3
 
@@ -29,7 +32,8 @@ def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
     """
     columns = list(columns_of(task, data).values())
     digest, options = task.processor_digest(processor), task.option_values(data).values()
-    return [task.name, task.version, columns, data.labels, data.max_length, digest, *options]
+    separator = [] if data.separator == DataConfig.separator else [data.separator]
+    return [task.name, task.version, columns, data.labels, data.max_length, digest, *options, *separator]
 
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
@@ -90,6 +94,8 @@ def _label_names(task: Task, data: DataConfig, train: Table, rows: pd.DataFrame)
     """
     labels = labels_in(task, rows)
     label_names = (data.label_list or sort_names(labels)) if task.labels != "none" else []
+    if task.labels == "one" and not data.label_list:
+        _refuse_numbers_and_names(data, train, label_names, len(rows))
     if len(label_names) == 1:
         raise ConfigError(
             f"{train.where} has one label only, {label_names[0]!r}, in column {data.label_column!r}; "
@@ -100,6 +106,24 @@ def _label_names(task: Task, data: DataConfig, train: Table, rows: pd.DataFrame)
             f"{train.where} has labels that labels = {data.labels!r} does not list: {', '.join(sort_names(new))}"
         )
     return label_names
+
+
+def _refuse_numbers_and_names(data: DataConfig, train: Table, labels: list[str], num_rows: int) -> None:
+    """Raise ConfigError for labels that are numbers with fractions, or nearly as many as rows: both are no classes."""
+    column = f"label-column = {data.label_column!r} of {train.where}"
+    remedy = "choose another column, or list all labels in `labels` if they are classes"
+    if all(map(is_number, labels)) and (fraction := next((label for label in labels if float(label) % 1), None)):
+        raise ConfigError(f"{column} has numbers with fractions, such as {fraction}, which are no classes; {remedy}")
+    if len(labels) > max(MAX_LABELS, num_rows * MAX_LABELS_PER_ROW):
+        raise ConfigError(f"{column} has {len(labels)} different labels in {num_rows} rows; {remedy}")
+
+
+def is_number(text: str) -> bool:
+    """Return True if `text` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def labels_in(task: Task, rows: pd.DataFrame) -> set[str]:

@@ -31,7 +31,7 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
     """
     data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
     assert data.labels or task.labels == "none", "labels = '' must be resolved by the server"
-    table = file_table("data-path", Path(path))
+    table = file_table("data-path", Path(path), data.separator)
     digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_key(task, data, processor))
     tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table), table.where)
     examples = task.examples(tokens, processor, data)

@@ -21,6 +21,7 @@ from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
 from copra_fl.models import base_weights
 from copra_fl.models.adapted import AdaptedModel, lora_layers
 from copra_fl.models.base_weights import open_base, open_quantized
+from copra_fl.provenance import pip_install
 from copra_fl.seeding import torch_stream
 from copra_fl.sources import assets
 from copra_fl.tasks import Task, find_task
@@ -155,6 +156,22 @@ def check_model(config: ModelConfig) -> None:
         check_targets(find_task(config.task).model_class.from_config(description), config.target_modules)
 
 
+def check_max_length(config: ModelConfig, max_length: int) -> None:
+    """Raise ConfigError for texts of up to `max_length` tokens if the model has fewer positions."""
+    if "text-column" not in find_task(config.task).columns:
+        return
+    description = AutoConfig.from_pretrained(model_source(config.model))
+    positions = getattr(description.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    # Some of RoBERTa's positions are not for tokens; its tokenizer knows how many are.
+    limit = min(positions, load_processor(config).model_max_length)
+    if max_length > limit:
+        raise ConfigError(
+            f"max-length = {max_length} is more than the {limit} tokens that model = {config.model!r} takes"
+        )
+
+
 def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
     """Return PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
     return LoraConfig(
@@ -212,7 +229,7 @@ def check_quantization(quantization: str) -> None:
     missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
     if quantization != "none" and missing:
         raise ConfigError(
-            f"quantization = {quantization!r} needs {' and '.join(missing)}: pip install 'copra-fl[quantization]'"
+            f"quantization = {quantization!r} needs {' and '.join(missing)}: {pip_install('quantization')}"
         )
 
 

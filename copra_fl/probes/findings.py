@@ -12,6 +12,7 @@ from typing import Any
 from copra_fl.files import atomic_write
 from copra_fl.probes.open_run import OpenRun, Split
 from copra_fl.reporting.html import Section, pack, render
+from copra_fl.reporting.results import short_name
 from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
@@ -68,7 +69,9 @@ def setting_line(runs: Sequence[OpenRun], split: Split, *details: str) -> str:
     first = runs[0].config
     names = join_words(f"{run.name} (seed {run.config.federation.seed})" for run in runs)
     held_out = f"{len(runs[0].indices(split))} examples ({split})"
-    return " · ".join((names, f"{first.model.model} on {first.data.dataset}", held_out, *details))
+    return " · ".join(
+        (names, f"{short_name(first.model.model)} on {short_name(first.data.dataset)}", held_out, *details)
+    )
 
 
 def setting_facts(runs: Sequence[OpenRun], split: Split) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import binomtest
+
 from copra_fl.adapters.state import Adapter
 from copra_fl.probes import charts
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
@@ -91,7 +93,7 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
         probe="merge",
         title=f"Merging {members.description}",
         setting=setting,
-        verdict=_verdict(merged, mean),
+        verdict=_verdict(merged, mean, len(members.runs[0].indices(split))),
         results=_results(before, merged),
         facts=setting_facts(members.runs, split)
         | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
@@ -106,11 +108,18 @@ def _accuracies(models: Sequence[ScoredModel]) -> dict[str, float]:
     return {model.name: model.accuracy for model in models}
 
 
-def _verdict(merged: Sequence[ScoredModel], mean: float) -> str:
+def _verdict(merged: Sequence[ScoredModel], mean: float, examples: int) -> str:
+    """Return the best merge in one sentence; with one data set with Wilson's interval of its accuracy."""
     best = max(merged, key=lambda model: model.accuracy)
+    evidence = ""
+    if not best.datasets:
+        low, high = binomtest(round(best.accuracy * examples), examples).proportion_ci(method="wilson")
+        evidence = f"; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+        if low <= mean <= high:
+            evidence += ", which includes the mean before merging: too few examples to tell them apart"
     return (
-        f"The mean accuracy before merging is {100 * mean:.1f} %. The best of {len(merged)} merges on these examples "
-        f"is {best.name}, with {100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points)."
+        f"The mean accuracy before merging is {100 * mean:.1f} %. The best of {len(merged)} merges on these {examples} "
+        f"examples is {best.name}, with {100 * best.accuracy:.1f} % ({100 * best.gap:+.1f} points{evidence})."
     ).replace("(-", "(−")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from copra_fl.class_metrics import MAX_CLASSES
 from copra_fl.records.record import DamagedRecord, Record
 
 
@@ -15,7 +16,9 @@ class Evaluation(Record):
     Attributes:
         loss: mean over targets, in nats.
         accuracy: share of targets predicted correctly, in [0, 1].
-        metrics: the task's own, such as ``perplexity``.
+        metrics: the task's own, such as ``perplexity``, and those of `class_metrics`.
+        confusion: row i, column j counts the examples of class i that were predicted as class j; empty except in the
+            final test of a task with one label per example, of at most `class_metrics.MAX_CLASSES` classes.
         datasets: the same for each data set, where there are several; then the other fields are means over data sets.
     """
 
@@ -23,15 +26,18 @@ class Evaluation(Record):
     accuracy: float
     examples: int
     metrics: dict[str, float] = {}
+    confusion: tuple[tuple[int, ...], ...] = ()
     datasets: dict[str, Evaluation] = {}
 
     @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> Evaluation:
+    def of(cls, measured: Mapping[str, Any], with_confusion: bool = False) -> Evaluation:
         """Return the record of what `training.evaluation.evaluate_each` measured of one adapter."""
         known = {name: measured[name] for name in ("loss", "accuracy", "examples")}
         datasets = {name: cls.of(metrics) for name, metrics in measured.get("datasets", {}).items()}
-        metrics = {name: value for name, value in measured.items() if name not in known and name != "datasets"}
-        return cls(**known, metrics=metrics, datasets=datasets)
+        others = {name: value for name, value in measured.items() if name not in (*known, "datasets", "confusion")}
+        matrix = measured.get("confusion", ())
+        shown = matrix if with_confusion and len(matrix) <= MAX_CLASSES else ()
+        return cls(**known, metrics=others, confusion=tuple(map(tuple, shown)), datasets=datasets)
 
 
 class MergeGap(Record):
@@ -225,6 +231,9 @@ class RunSummary(Record):
         personal: whether each client keeps a part of the model, so that there is no global model to test.
         test: on test data; None for a personal rule or a server without data.
         held_out: on the clients that are held out whole; None without such clients.
+        base_test, base_validation: of the model before the first round; None where `test` is None, and in summaries
+            from before it was measured.
+        labels: names of the classes, in the order of `Evaluation.confusion`; empty without it.
         aggregation_error: `AggregationError.total`, mean over the rounds in which it is known.
         clients: the final model on each client's own validation data.
         skipped_clients: clients without training examples.
@@ -261,6 +270,9 @@ class RunSummary(Record):
     passes: Passes | None = None
     flops: float | None = None
     aggregation_error_of_change: float | None = None
+    base_test: Evaluation | None = None
+    base_validation: Evaluation | None = None
+    labels: tuple[str, ...] = ()
 
 
 class Origin(Record):

@@ -18,15 +18,17 @@ from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
 from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenance
 from copra_fl.reporting import html
-from copra_fl.reporting.figures import averaging, clients, cost, learning
+from copra_fl.reporting.figures import averaging, classes, clients, cost, learning
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.results import Comparison, load_comparison
+from copra_fl.reporting.results import Comparison, load_comparison, short_name
 from copra_fl.reporting.statistics import Value, metrics, partition_settings, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
+    BALANCED_ACCURACY,
     CLIENT_ACCURACY,
     COST,
     ERROR_OF_CHANGE,
+    MACRO_F1,
     MERGE_GAP,
     NO_VALUE,
     OPTIONAL_COLUMNS,
@@ -40,6 +42,7 @@ from copra_fl.reporting.tables import (
     early_ends,
     measured,
     merge_gap_note,
+    no_better_than_majority,
     optional_columns,
     results_table,
     rows,
@@ -50,7 +53,7 @@ from copra_fl.reporting.verdict import verdict
 from copra_fl.reporting.work import work_by_depth
 from copra_fl.wording import join_words
 
-RESULT_COLUMNS = (TEST_ACCURACY, CLIENT_ACCURACY, AGGREGATION_ERROR, ERROR_OF_CHANGE, MERGE_GAP, *COST)
+RESULT_COLUMNS = (TEST_ACCURACY, MACRO_F1, CLIENT_ACCURACY, AGGREGATION_ERROR, ERROR_OF_CHANGE, MERGE_GAP, *COST)
 CONNECTIVITY_COLUMNS = (
     Column("barrier (Entezari), loss", "barrier_entezari", spec="+.3f"),
     Column("barrier (Frankle), loss", "barrier_frankle", spec="+.3f"),
@@ -59,6 +62,8 @@ CONNECTIVITY_COLUMNS = (
 RUN_COLUMNS = (
     TEST_ACCURACY,
     TEST_LOSS,
+    MACRO_F1,
+    BALANCED_ACCURACY,
     Column("validation accuracy, %", "validation_accuracy", scale=100),
     Column("validation loss", "validation_loss", spec=".3f"),
     CLIENT_ACCURACY,
@@ -68,6 +73,8 @@ RUN_COLUMNS = (
     Column("merge gap, loss", "merge_gap_loss", spec="+.3f"),
     *WORK,
 )
+#: sections whose tables are no results
+TECHNICAL_SECTIONS = ("Configuration", "Provenance", "Notes of the aggregation rules", "Failures and data left out")
 #: with more methods than this the title does not name them
 MAX_IN_TITLE = 3
 
@@ -97,10 +104,26 @@ def render(comparison: Comparison, summary: ComparisonSummary) -> str:
     )
 
 
+def figures_and_tables(directory: Path) -> tuple[list[html.Figure], list[tuple[str, DataTable]]]:
+    """Return all figures of the report, and its tables of results with names for files.
+
+    Raises ResultsError and ConfigError as `load_comparison` does.
+    """
+    comparison = load_comparison(directory)
+    summary = summarize(comparison)
+    arranged = sections(comparison, summary)
+    tables = [("results", _results(summary)), *((f"results {n}", t) for n, t in enumerate(dataset_tables(summary), 2))]
+    for section in arranged:
+        if section.title not in TECHNICAL_SECTIONS:
+            tables += [(f"{section.title} {table.title}", table) for table in section.tables]
+    return [figure for section in arranged for figure in section.figures], tables
+
+
 def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section]:
     """Return everything below the results, in reading order, without the sections that the runs have no data for."""
     arranged = [
         Section("Learning", learning.learning(comparison)),
+        Section("Classes", classes.confusions(comparison)),
         Section(
             "Aggregation",
             [
@@ -125,6 +148,7 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
         ),
         *_probes(comparison),
         Section("Differential privacy", tables=_privacy(comparison)),
+        Section("Results of each class", tables=classes.class_tables(comparison), collapsed=True),
         Section("Results of each run", tables=_each_run(comparison, summary), collapsed=True),
         Section("Configuration", tables=_settings(summary), collapsed=True),
         Section("Provenance", tables=_provenance(comparison), collapsed=True),
@@ -166,7 +190,7 @@ def _setting(comparison: Comparison, summary: ComparisonSummary) -> str:
     unit = "local-epochs" if settings["local-epochs"] else "local-steps"
     length = f"{settings[unit]} {unit.replace('-', ' ')}{_passes(summary)}"
     return (
-        f"{settings['model']} on {settings['dataset']} · {num_clients}, {split} · "
+        f"{short_name(settings['model'])} on {short_name(settings['dataset'])} · {num_clients}, {split} · "
         f"{rounds} of {length} · {comparison.named_seeds}"
     )
 
@@ -191,6 +215,7 @@ def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[st
     if not_started := len(summary.unfinished) - len(started):
         yield f"Runs without a finished round: {not_started}."
     missing = sum(len(record.missing) for _, run in comparison.runs for record in run.journal)
+    yield from no_better_than_majority(summary)
     yield from early_ends(summary)
     if missing:
         yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
@@ -200,14 +225,18 @@ def _results(summary: ComparisonSummary) -> DataTable:
     accuracy, *others = RESULT_COLUMNS
     optional = optional_columns(summary)
     has_held_out = any(column.metric.startswith("held_out") for column in optional)
+    has_held_out = any(column.metric.startswith("held_out") for column in optional)
+    of_classes = "Macro-F1: mean F1 of the classes, so that a class that is never found counts, however rare it is. "
     caption = (
-        "After the last round. No client has seen the test data. Client accuracy: on the clients' validation data. "
-        f"{'Held-out clients took no part in training. ' if has_held_out else ''}Aggregation error: relative error of "
-        "the new global adapter against the average of the clients' products, mean over rounds; also relative to the "
-        f"change of that average in the round.{merge_gap_note(summary.settings.common)}"
+        "After the last round. No client has seen the test data. "
+        f"{of_classes if measured([MACRO_F1], [summary]) else ''}"
+        "Client accuracy: on the clients' validation data. "
+        f"{'Held-out clients took no part in training. ' if has_held_out else ''}"
+        "Aggregation error (lower is closer, 0 is exact): relative error of the new global adapter against the average "
+        "of the clients' products B A, mean over rounds; also relative to the change of that average in the round. "
+        "Merge gap (above 0 is good): accuracy of the averaged model minus the mean of the clients' models before "
+        f"averaging.{merge_gap_note(summary.settings.common)}"
     )
-    if not measured([ERROR_OF_CHANGE], [summary]):  # not in journals of earlier versions
-        others.remove(ERROR_OF_CHANGE)
     return results_table(summary, (accuracy, *optional, *others), caption)
 
 

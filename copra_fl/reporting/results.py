@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from copra_fl.config import Config, read_toml
+from copra_fl.config import Config, csv_list, read_toml
 from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary, read_lines
 from copra_fl.wording import join_words
 
@@ -217,6 +217,11 @@ def method_name(config: Config) -> str:
     if rule == "fedavg":
         return training
     return rule if training == "lora" else f"{rule}+{training}"
+
+
+def short_name(value: object) -> str:
+    """Return the setting ``model`` or ``dataset`` without the folders of local paths."""
+    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in csv_list(str(value)))
 
 
 def _read_journal(path: Path) -> list[RoundRecord]:

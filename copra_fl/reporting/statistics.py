@@ -31,13 +31,18 @@ from copra_fl.reporting.results import Comparison, Run
 
 CONFIDENCE = 0.95
 
+#: ends of the names of metrics in [0, 1]
+SHARES = ("_accuracy", "_f1", "majority")
+#: metrics that are differences themselves
+SIGNED = ("merge_gap_accuracy", "merge_gap_loss", "barrier_frankle", "midpoint_gap")
+
 Value = TypeVar("Value")
 #: metric -> value of a finished run; None where it was not measured
 Metrics = dict[str, float | None]
 
 
-def estimate(values: Sequence[float | None]) -> Estimate:
-    """Return the mean and 95 % t-interval of one value per seed.
+def estimate(values: Sequence[float | None], low: float = -math.inf, high: float = math.inf) -> Estimate:
+    """Return the mean and 95 % t-interval of one value per seed, within the possible values `low` to `high`.
 
     >>> [round(end, 3) for end in estimate([1.0, 2.0, 3.0]).interval]  # 2 ± 4.3027 * 1 / sqrt(3)
     [-0.484, 4.484]
@@ -49,7 +54,20 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     if len(finite) == 1:
         return Estimate(mean=mean, interval=None, values=tuple(values))
     half = float(stdtrit(len(finite) - 1, (1 + CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(len(finite))
-    return Estimate(mean=mean, interval=(mean - half, mean + half), values=tuple(values))
+    return Estimate(mean=mean, interval=(max(mean - half, low), min(mean + half, high)), values=tuple(values))
+
+
+def possible_range(metric: str, is_difference: bool) -> tuple[float, float]:
+    """Return the lowest and the highest value that one of `metrics`, or a difference of two, can have.
+
+    >>> possible_range("test_accuracy", False), possible_range("test_accuracy", True), possible_range("seconds", False)
+    ((0.0, 1.0), (-1.0, 1.0), (0.0, inf))
+    """
+    name = metric.partition("/")[0]
+    is_share = name.endswith(SHARES)
+    if name in SIGNED or is_difference:
+        return (-1.0, 1.0) if is_share and name not in SIGNED else (-math.inf, math.inf)
+    return 0.0, 1.0 if is_share else math.inf
 
 
 def metrics(run: Run) -> Metrics:
@@ -75,6 +93,8 @@ def metrics(run: Run) -> Metrics:
         | held_out
         | validation
         | {
+            "majority": summary.test.metrics.get("majority") if summary.test else None,
+            "base_accuracy": summary.base_test.accuracy if summary.base_test else None,
             "client_accuracy": correct / examples if examples else None,
             "aggregation_error": summary.aggregation_error,
             "aggregation_error_of_change": work.error_of_change(run.journal),
@@ -111,6 +131,7 @@ def round_metrics(record: RoundRecord) -> dict[str, float]:
             "train/loss": record.train_loss,
             "validation/loss": validation.loss if validation else None,
             "validation/accuracy": validation.accuracy if validation else None,
+            **{f"validation/{name}": value for name, value in (validation.metrics if validation else {}).items()},
             "merge_gap/loss": gap.loss if gap else None,
             "merge_gap/accuracy": gap.accuracy if gap else None,
             "aggregation_error": record.aggregation_error.total if record.aggregation_error else None,
@@ -138,6 +159,8 @@ def _evaluation(split: str, evaluation: Evaluation | None) -> Metrics:
     return {
         f"{split}_accuracy": evaluation.accuracy if evaluation else None,
         f"{split}_loss": evaluation.loss if evaluation else None,
+        f"{split}_macro_f1": evaluation.metrics.get("macro_f1") if evaluation else None,
+        f"{split}_balanced_accuracy": evaluation.metrics.get("balanced_accuracy") if evaluation else None,
         f"{split}_perplexity": evaluation.metrics.get("perplexity") if evaluation else None,
     }
 
@@ -160,7 +183,8 @@ def summarize(comparison: Comparison) -> ComparisonSummary:
         seeds=tuple(comparison.seeds),
         methods={method: _estimates(by_seed) for method, by_seed in by_method.items()},
         differences={
-            method: _estimates(_paired_differences(by_method[method], by_method[baseline])) for method in others
+            method: _estimates(_paired_differences(by_method[method], by_method[baseline]), are_differences=True)
+            for method in others
         },
         personal=tuple(
             method for method in by_method if any(summary.personal for _, summary in comparison.finished(method))
@@ -195,9 +219,12 @@ def _paired_differences(minuends: Mapping[int, Metrics], subtrahends: Mapping[in
     }
 
 
-def _estimates(by_seed: Mapping[int, Metrics]) -> MetricEstimates:
+def _estimates(by_seed: Mapping[int, Metrics], are_differences: bool = False) -> MetricEstimates:
     names = next(iter(by_seed.values()), {})
-    estimates = {name: estimate([run[name] for run in by_seed.values()]) for name in names}
+    estimates = {
+        name: estimate([run[name] for run in by_seed.values()], *possible_range(name, are_differences))
+        for name in names
+    }
     return MetricEstimates.model_validate({"seeds": tuple(by_seed), **estimates})
 
 

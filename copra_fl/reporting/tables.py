@@ -1,11 +1,13 @@
 """Tables: `DataTable` for any rows, `Column` for the format of one metric, and the result tables of a comparison.
 
-A `DataTable` is the one form of every table: of reports (`reporting.html`), terminals (`rich`) and documents
+A `DataTable` is the one form of every table: of reports (`reporting.html`), terminals (printed with rich) and documents
 (`markdown`).
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -14,21 +16,30 @@ from itertools import pairwise
 from statistics import fmean
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
 from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
+#: a column of text on a terminal is at least so wide, or as its longest cell
+MIN_TEXT_COLUMN = 18
+#: more than any table's width
+MAX_WIDTH = 10_000
 #: width of text in Markdown
 MARKDOWN_COLUMNS = 120
 #: a cell without a value
 NO_VALUE = "–"
 #: a cell that counts as a number when a column is aligned
 NUMBER = re.compile(rf"[+−-]?\.?\d[\d.,]*(e[+−-]?\d+)?[%/]?\d*( .*)?|none|{NO_VALUE}|")
+
+
+#: a cell with a mean and its interval
+INTERVAL = re.compile(r"([^ ]+) \[([^,]+), ([^\]]+)\]")
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,25 @@ class DataTable:
             for index in range(len(self.header))
         ]
 
-    def rich(self) -> Table:
-        """Return the table for a terminal; headings are wrapped so that a column is as narrow as its cells."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render for a terminal: of a table that is too wide, the last columns are left out, and no number is cut."""
+        shown, unlimited = self, options.update(max_width=MAX_WIDTH)
+        while len(shown.header) > 2 and console.measure(shown._rich(), options=unlimited).minimum > options.max_width:
+            shown = replace(shown, header=shown.header[:-1], rows=[row[:-1] for row in shown.rows])
+        yield shown._rich()
+        left_out = self.header[len(shown.header) :]
+        note = f"Too wide for this terminal: {join_words(left_out)}." if left_out else ""
+        if footnote := " ".join(filter(None, (self.caption, note))):
+            yield Text(footnote, style="dim italic")
+
+    def _rich(self) -> Table:
+        """Return the table alone; headings are wrapped so that a column is as narrow as its cells."""
         table = Table(
             title=escape(self.title) or None,
-            caption=escape(self.caption) or None,
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
             title_justify="left",
-            caption_justify="left",
         )
         for index, (heading, numeric) in enumerate(zip(self.header, self.numeric, strict=True)):
             width = max(map(len, (*heading.split(), *(row[index] for row in self.rows))), default=1)
@@ -73,7 +93,7 @@ class DataTable:
                 vertical="bottom",
                 no_wrap=numeric,
                 overflow="fold",
-                min_width=width if numeric else None,
+                min_width=width if numeric else min(width, MIN_TEXT_COLUMN),
             )
         for number, row in enumerate(self.rows, start=1):
             table.add_row(*map(escape, row), end_section=number in self.dividers)
@@ -85,6 +105,45 @@ class DataTable:
         title = f"## {self.title}\n\n" if self.title else ""
         caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
         return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
+
+    def csv(self) -> str:
+        """Return header and rows as CSV; intervals have columns of their own, ``NAME low`` and ``NAME high``."""
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        split = [any(INTERVAL.fullmatch(row[index]) for row in self.rows) for index in range(len(self.header))]
+        ends = ("", " low", " high")
+        writer.writerow(
+            f"{name}{end}"
+            for name, is_split in zip(self.header, split, strict=True)
+            for end in ends[: 3 if is_split else 1]
+        )
+        for row in self.rows:
+            cells: list[str] = []
+            for cell, is_split in zip(row, split, strict=True):
+                match = INTERVAL.fullmatch(cell) if is_split else None
+                cells += match.groups() if match else [cell, "", ""] if is_split else [cell]
+            writer.writerow(cell.replace("−", "-").replace(NO_VALUE, "") for cell in cells)
+        return lines.getvalue()
+
+    def latex(self) -> str:
+        """Return a LaTeX table environment; it needs the package booktabs."""
+        import pandas as pd  # slow to import
+
+        frame = pd.DataFrame(list(map(list, self.rows)), columns=list(self.header))
+        columns = "".join("r" if numeric else "l" for numeric in self.numeric)
+        text = frame.to_latex(
+            index=False, escape=True, column_format=columns, caption=_latex_text(self.caption) or None
+        )
+        return text.replace("−", "$-$").replace("–", "--")
+
+
+def _latex_text(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+
+
+def file_stem(name: str) -> str:
+    """Return a name for files: ``accuracy-by-round`` for ``Accuracy by round``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def with_minus(value: float, spec: str) -> str:
@@ -128,6 +187,8 @@ TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
 TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
 CLIENT_ACCURACY = Column("client accuracy, %", "client_accuracy", scale=100)
+MACRO_F1 = Column("macro-F1, %", "test_macro_f1", scale=100, interval=False)
+BALANCED_ACCURACY = Column("balanced accuracy, %", "test_balanced_accuracy", scale=100, interval=False)
 AGGREGATION_ERROR = Column("aggregation error, %", "aggregation_error", scale=100, interval=False)
 ERROR_OF_CHANGE = Column("aggregation error, % of the change", "aggregation_error_of_change", scale=100, interval=False)
 MERGE_GAP = Column("merge gap, points", "merge_gap_accuracy", scale=100, spec="+.1f")
@@ -148,34 +209,33 @@ WORK = (
     FLOPS,
     *COST,
 )
+#: metrics of what a method must exceed -> name in tables
+REFERENCES = {"majority": "majority class", "base_accuracy": "before round 1"}
+#: metrics whose columns are left out if no method has them
+OPTIONAL = ("test_macro_f1", "test_balanced_accuracy", "aggregation_error_of_change")
 #: shown only if measured: not every task and split has them
 OPTIONAL_COLUMNS = (
     Column("held-out clients, %", "held_out_accuracy", scale=100),
     Column("test perplexity", "test_perplexity", spec=".2f"),
     Column("held-out perplexity", "held_out_perplexity", spec=".2f"),
 )
-#: fits a terminal
-COLUMNS = (TEST_ACCURACY, replace(CLIENT_ACCURACY, interval=False), AGGREGATION_ERROR, *COST)
-
-
-def table(summary: ComparisonSummary) -> Group:
-    """Return the results for a terminal: a table of the methods, with several data sets one by data set, early ends."""
-    accuracy = replace(TEST_ACCURACY, interval=not is_ranked(summary))
-    optional = [replace(column, interval=False) for column in optional_columns(summary)]
-    columns = (accuracy, *optional, *(COST if optional else COLUMNS[1:]))
-    tables = [shown.rich() for shown in (results_table(summary, columns), *dataset_tables(summary))]
-    return Group(*tables, *map(escape, early_ends(summary)))
+#: of a terminal, the most important first: a narrow one leaves the last out
+COLUMNS = (TEST_ACCURACY, MACRO_F1, replace(CLIENT_ACCURACY, interval=False), *COST[::-1], AGGREGATION_ERROR)
 
 
 def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMNS, caption: str = "") -> DataTable:
     """Return one row per method: up to two methods in their order with their difference, more methods ranked.
 
-    `columns` begins with the test accuracy, which the ranking follows.
+    `columns` begins with the test accuracy, which the ranking follows. The last rows are what a method must exceed: the
+    accuracy of always predicting the most frequent class (majority class), and of the model before round 1.
     """
+    columns = [column for column in columns if column.metric not in OPTIONAL or measured([column], [summary])]
     headings = [column.heading for column in columns]
     if not is_ranked(summary):
-        dividers = [len(summary.methods)] if summary.differences else []
         cells = rows(summary, columns)
+        dividers = {len(summary.methods), len(cells)}
+        cells += [[name, value, *[""] * (len(columns) - 1)] for name, value in references(summary)]
+        dividers.discard(len(cells))
         return DataTable(["method", *headings], cells, f"{caption} {note(summary, cells)}".lstrip(), dividers=dividers)
     header = ["", "method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
     narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
@@ -185,7 +245,33 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
         name, accuracy, *others = _cells(summary, method, narrow)
         difference = "" if method == summary.baseline else points.show(summary.differences[method].get(POINTS.metric))
         ranked.append([NO_VALUE if place is None else str(place), name, accuracy, difference, *others])
-    return DataTable(header, ranked, f"{caption} {note(summary, ranked)}".lstrip())
+    lines = [["", name, value, *[""] * (len(header) - 3)] for name, value in references(summary)]
+    caption = f"{caption} {note(summary, ranked)}".lstrip()
+    return DataTable(header, [*ranked, *lines], caption, dividers={len(ranked)} if lines else ())
+
+
+def references(summary: ComparisonSummary) -> list[tuple[str, str]]:
+    """Return name and test accuracy of what needs no training, as far as it was measured."""
+    baseline = summary.methods[summary.baseline]
+    return [
+        (name, TEST_ACCURACY.format(mean))
+        for metric, name in REFERENCES.items()
+        if (mean := baseline.get(metric).mean) is not None
+    ]
+
+
+def no_better_than_majority(summary: ComparisonSummary) -> list[str]:
+    """Return a warning that names the methods that do no better than always predicting the most frequent class."""
+    majority = summary.methods[summary.baseline].get("majority").mean
+    worse = [
+        f"{method} ({TEST_ACCURACY.format(mean)} %)"
+        for method, estimates in summary.methods.items()
+        if majority is not None and (mean := estimates.get("test_accuracy").mean) is not None and mean <= majority
+    ]
+    if not worse or majority is None:
+        return []
+    shown = TEST_ACCURACY.format(majority)
+    return [f"No better than always predicting the most frequent class ({shown} %): {join_words(worse)}."]
 
 
 def dataset_tables(summary: ComparisonSummary) -> list[DataTable]:
@@ -314,7 +400,10 @@ def is_ranked(summary: ComparisonSummary) -> bool:
 
 
 def ranking(summary: ComparisonSummary) -> list[tuple[int | None, str]]:
-    """Return (place, method), by test accuracy. Last and without a place: methods that have no test accuracy (yet)."""
+    """Return (place, method), by test accuracy. Last and without a place: methods that have no test accuracy (yet).
+
+    Methods whose test accuracies look equal, as they are rounded in tables, share a place.
+    """
 
     def mean(method: str, metric: str) -> float:
         value = summary.methods[method].get(metric).mean
@@ -324,8 +413,10 @@ def ranking(summary: ComparisonSummary) -> list[tuple[int | None, str]]:
         return method in summary.personal, -mean(method, "test_accuracy"), -mean(method, "client_accuracy")
 
     ordered = sorted(summary.methods, key=order)
+    shown = [TEST_ACCURACY.format(mean(method, "test_accuracy")) for method in ordered]
     return [
-        (place if mean(method, "test_accuracy") >= 0 else None, method) for place, method in enumerate(ordered, start=1)
+        (shown.index(value) + 1 if mean(method, "test_accuracy") >= 0 else None, method)
+        for method, value in zip(ordered, shown, strict=True)
     ]
 
 
@@ -355,7 +446,7 @@ def note(summary: ComparisonSummary, cells: Sequence[Sequence[str]]) -> str:
     text = f"Means over seeds {join_words(seeds)}" if len(seeds) > 1 else f"Seed {seeds[0]}"
     if any(" [" in cell for row in cells for cell in row):
         text += "; in brackets: 95 % t-interval"
-    if len(seeds) > 1:
+    if len(seeds) > 1 and summary.differences:
         text += "; differences are paired by seed"
     if summary.personal:
         text += ". Test accuracy none: there is no global model, each client keeps its own"

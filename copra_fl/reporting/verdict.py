@@ -8,6 +8,9 @@ from copra_fl.records import ComparisonSummary
 from copra_fl.reporting.tables import CLIENT_ACCURACY, POINTS, TEST_ACCURACY, is_ranked, ranking
 from copra_fl.wording import join_words
 
+#: with fewer paired seeds no verdict is given: two values hardly show how much results vary
+MIN_SEEDS = 3
+
 
 def verdict(summary: ComparisonSummary) -> str:
     """Return what the test accuracies show, in plain sentences."""
@@ -49,6 +52,11 @@ def _verdict_on_two(summary: ComparisonSummary, method: str) -> str:
             "One seed does not show how much results vary, so neither method can be called better."
         )
     low, high = map(POINTS.format, interval)
+    if len(differences.seeds) < MIN_SEEDS:
+        return (
+            f"Too few seeds to tell: {result} (95 % interval {low} to {high} points, 2 paired seeds); "
+            f"run {MIN_SEEDS} or more."
+        )
     evidence = f"95 % interval {low} to {high} points, {len(differences.seeds)} paired seeds"
     if interval[0] <= 0 <= interval[1]:
         return f"No significant difference: {result}, but the interval includes 0 ({evidence})."
@@ -62,7 +70,9 @@ def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
         yield "No method has a test accuracy yet; the charts by round show their progress."
     else:
         highest = TEST_ACCURACY.format(methods[best].get("test_accuracy").mean)
-        yield f"{best} has the highest test accuracy of {len(methods)} methods, {highest} %."
+        first = [method for place, method in ranking(summary) if place == 1]
+        has = f"{best} has" if len(first) == 1 else f"{join_words(first)} have"
+        yield f"{has} the highest test accuracy of {len(methods)} methods, {highest} %."
     differences = {
         method: difference
         for method, estimates in summary.differences.items()
@@ -73,6 +83,11 @@ def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
     below = [method for method, (_, high) in intervals.items() if high < 0]
     if differences and not intervals:
         yield f"One seed does not show how much results vary, so no method can be called better than {baseline}."
+    if intervals and max(len(summary.differences[method].seeds) for method in intervals) < MIN_SEEDS:
+        yield (
+            f"Too few seeds to tell whether methods differ from {baseline}: 2 paired seeds; run {MIN_SEEDS} or more."
+        )
+        above, below, intervals = [], [], {}
     if above:
         yield f"Significantly above {baseline} (the 95 % interval of the difference excludes 0): {join_words(above)}."
     if below:

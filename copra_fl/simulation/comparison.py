@@ -38,7 +38,7 @@ def run_comparison(
     """
     folders = plugins.import_folders(configs.values())
     with superlink(directory / "flower.log", request.ray_address, folders) as link:
-        configs = dict(zip(configs, preflight.check(configs.values(), console), strict=True))
+        configs = dict(zip(configs, preflight.check(configs.values(), console, request), strict=True))
         workers = request.allocate(list(configs.values()), console)
         create_output(directory, overwrite)
         for name, config in configs.items():

@@ -16,34 +16,49 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
+from copra_fl.simulation.ray_cluster import WorkerRequest
+from copra_fl.simulation.superlink import num_gpus
 from copra_fl.sources.assets import fetch, find_asset, is_asset, is_fetched
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
+    from copra_fl.models.memory_plan import MemoryPlan
 
 
-def check(configs: Iterable[Config], console: Console) -> list[Config]:
+def check(configs: Iterable[Config], console: Console, request: WorkerRequest) -> list[Config]:
     """Check configurations and return them with number of clients, dtype and attention resolved.
 
-    Raises ConfigError for a configuration that cannot run, AssetError for an asset that cannot be fetched.
+    Raises ConfigError for a configuration that cannot run, and for workers that this machine has no memory or GPUs for;
+    the memory of a Ray cluster is not known. Raises AssetError for an asset that cannot be fetched.
     """
     from copra_fl import startup
 
     startup.prepare()
     from copra_fl.aggregation import compatibility
+    from copra_fl.aggregation.accounting import check_installed
+    from copra_fl.simulation import capacity
     from copra_fl.tasks import find_task
 
     configs = list(configs)
+    if request.ray_address is None:
+        capacity.check_gpus(request.workers, request.gpus_per_worker, num_gpus())
     for config in configs:
         compatibility.check(config, find_task(config.model.task))
+        if config.privacy.dp_clip:
+            check_installed()
     names = {name for config in configs for name in (*config.data.datasets, config.model.model)}
     fetch_with_progress(sorted(filter(is_asset, names)), console)
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
     with console.status("preparing the data"):
         checked = [_check_one(config, prepared) for config in configs]
-    for note in dict.fromkeys(note for _, notes in checked for note in notes):
+    for note in dict.fromkeys(note for _, _, notes in checked for note in notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return [config for config, _ in checked]
+    if request.ray_address is None:
+        workers = request.share([config for config, _, _ in checked])
+        free, gpu_memory = capacity.free_memory(), capacity.smallest_gpu_memory()
+        for config, plan, _ in checked:
+            capacity.check_memory(config, plan, workers, free, gpu_memory)
+    return [config for config, _, _ in checked]
 
 
 def fetch_with_progress(names: Iterable[str], console: Console) -> None:
@@ -67,8 +82,8 @@ def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, list[str]]:
-    """Return the resolved configuration, and notes about its data for the user."""
+def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> tuple[Config, MemoryPlan, list[str]]:
+    """Return the resolved configuration, its memory plan, and notes about its data for the user."""
     from copra_fl.aggregation import compatibility
     from copra_fl.copra.layers import check_layers, deep_enough
     from copra_fl.models import memory_plan
@@ -93,15 +108,17 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         )
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
-    return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
+    notes = [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
+    return config, needed, notes
 
 
 def _prepare(config: Config) -> FederatedData:
     """Check the model of `config` and return its data."""
     from copra_fl.data.federated import load_data
-    from copra_fl.models.build import check_model, load_processor
+    from copra_fl.models.build import check_max_length, check_model, load_processor
 
     check_model(config.model)
+    check_max_length(config.model, config.data.max_length)
     if config.data.partitioner == "own":
         raise ConfigError(
             "partitioner = 'own' needs nodes with data files of their own, which simulated nodes do not have; "
@@ -128,12 +145,6 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
         names = ", ".join(federated.client_names[client] for client in federated.skipped)
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")
     return notes
-
-
-def local_paths(config: Config) -> list[str]:
-    """Return the files and folders that a checked configuration names; `check` has made them absolute."""
-    names = [*config.data.datasets, config.data.test_file, config.model.model]
-    return [name for name in names if Path(name).is_absolute()]
 
 
 def _absolute(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,19 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from copra_fl import events
 from copra_fl.simulation.superlink import RunFailed, SuperLink
 
 #: share of local training in a round's part of the bar; the rest is evaluation
 TRAINING_SHARE = 0.8
+#: characters of the bar
+BAR_WIDTH = 12
+#: ANSI escape sequences of colors
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+#: a line of a log that names an error: a level, or the class of an exception
+ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\w(Error|Exception)\b")
 
 
 @dataclass
 class ProgressState:
-    """Progress of all runs, updated by the events of their processes (`copra_fl.events`)."""
+    """Progress of all runs, updated by the events of their processes (`copra_fl.events`).
+
+    Attributes:
+        server: id of the process of the server app.
+    """
 
     name: str = "starting Flower and Ray"
     runs_done: int = 0
@@ -35,11 +48,14 @@ class ProgressState:
     accuracy: float | None = None
     phase: str = ""
     error: str | None = None
+    server: int | None = None
     notes: set[str] = field(default_factory=set)
 
     def apply(self, event: dict[str, Any]) -> None:
         """Update the state with one event."""
         match event["event"]:
+            case "server":
+                self.server = event["pid"]
             case "run":
                 self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
                 self.round = self.recorded = 0
@@ -105,14 +121,21 @@ def watch(
 ) -> None:
     """Show progress until the server app has finished `num_runs` runs.
 
-    `on_progress` is called after each round and each run. Raises RunFailed if a run fails, or if `process` (the
-    streaming ``flwr run``) ends before the runs are finished.
+    `on_progress` is called after each round and each run. Raises RunFailed with the reason if a run fails, if the
+    process of the server app is killed, or if `process` (the streaming ``flwr run``) ends before the runs are finished.
     """
     state, reader = ProgressState(), EventReader(Path(link.environment[events.VARIABLE]))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    oom_kills_before = oom_kills()
+    whole = Column(no_wrap=True, min_width=7)  # in a narrow terminal the description wraps, and no time is cut
+    columns = (
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        BarColumn(BAR_WIDTH),
+        TimeElapsedColumn(table_column=whole),
+        TextColumn("left", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=whole),
+    )
     with Progress(
         *columns,
-        TimeRemainingColumn(),
         console=console,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # what callbacks print must not go to the console's standard error
@@ -121,14 +144,14 @@ def watch(
         task = bar.add_task(str(state), total=num_runs)
         running = True
         while running and not state.error and state.runs_done < num_runs:
-            running = process.poll() is None
+            running = process.poll() is None and not (state.server and is_gone(state.server))
             for event in reader.read_new():
                 state.apply(event)
                 if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison repeat notes
                     state.notes.add(event["text"])
                     console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
-                if event["event"] == "recorded" and not console.is_terminal:
-                    console.print(str(state))
+                if event["event"] == "recorded":
+                    console.print(str(state), highlight=False, soft_wrap=True)
                 if event["event"] in ("recorded", "finished"):
                     on_progress()
             bar.update(task, description=str(state), completed=state.done)
@@ -136,7 +159,43 @@ def watch(
     if state.error:
         raise RunFailed(f"{state.error.strip()}\nFlower's log: {link.log}")
     if state.runs_done < num_runs:
+        done = f"{state.runs_done} of {num_runs} runs finished"
+        if state.server and is_gone(state.server):  # an error of the server app would have been an event
+            raise RunFailed(
+                f"the process of the server app was killed, with {done}, {cause_of_kill(oom_kills_before)}. --resume "
+                f"continues after the last round\nFlower's log: {link.log}"
+            )
         raise RunFailed(
-            f"Flower ended with {state.runs_done} of {num_runs} runs finished (status: {link.status()}); "
-            f"see its log: {link.log}"
+            f"Flower ended with {done} (status: {link.status()}): {last_error(link.log)}\nFlower's log: {link.log}"
         )
+
+
+def is_gone(pid: int) -> bool:
+    """Return True if the process `pid` has ended."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def cause_of_kill(oom_kills_before: int) -> str:
+    """Return why a process was killed, as a phrase, from `oom_kills` before it started."""
+    if oom_kills() > oom_kills_before:
+        return "since memory ran out: the kernel has killed a process of this machine meanwhile"
+    return "by a signal such as SIGKILL"
+
+
+def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """Return the number of processes that the kernel has killed for want of memory since it started; 0 if unknown."""
+    try:
+        counters = dict(line.split() for line in vmstat.read_text(encoding="utf-8").splitlines())
+    except OSError:  # not Linux
+        return 0
+    return int(counters.get("oom_kill", 0))
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of Flower's log that names an error, without colors."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [COLORS.sub("", line).strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if ERROR.search(line)), "its log names no error")

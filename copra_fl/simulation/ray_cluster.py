@@ -22,7 +22,6 @@ from rich.console import Console
 from copra_fl import provenance
 from copra_fl.config import Config, ConfigError
 from copra_fl.files import cache_dir
-from copra_fl.simulation.preflight import local_paths
 from copra_fl.simulation.superlink import MAX_DEFAULT_WORKERS, Workers, worker_variables
 
 CONNECT_SECONDS = 5
@@ -63,11 +62,16 @@ class WorkerRequest:
     gpus_per_worker: float | None
     ray_address: str | None
 
+    def share(self, configs: Sequence[Config]) -> Workers:
+        """Return the workers for runs of `configs` on this machine."""
+        num_clients = max(config.data.num_clients for config in configs)
+        return Workers.share(self.workers, num_clients, self.gpus_per_worker)
+
     def allocate(self, configs: Sequence[Config], console: Console) -> Workers:
         """Return the workers for runs of `configs`. Raises ConfigError if the cluster cannot train them."""
-        num_clients = max(config.data.num_clients for config in configs)
         if self.ray_address is None:
-            return Workers.share(self.workers, num_clients, self.gpus_per_worker)
+            return self.share(configs)
+        num_clients = max(config.data.num_clients for config in configs)
         with console.status("inspecting the Ray cluster"):
             cluster = inspect_cluster(
                 self.ray_address, sorted({path for config in configs for path in local_paths(config)})
@@ -82,6 +86,12 @@ class WorkerRequest:
             highlight=False,
         )
         return workers
+
+
+def local_paths(config: Config) -> list[str]:
+    """Return the files and folders that a checked configuration names; `check` has made them absolute."""
+    names = [*config.data.datasets, config.data.test_file, config.model.model]
+    return [name for name in names if Path(name).is_absolute()]
 
 
 @dataclass(frozen=True)

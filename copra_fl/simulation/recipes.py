@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
+from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
@@ -54,7 +54,12 @@ class Recipe:
             if name not in built_in:
                 raise ConfigError(f"no recipe file {name!r}. Built-in recipes: {', '.join(built_in)}")
             path = built_in[name]
-        return cls.of(read_toml(path), dict(parse_override(text) for text in overrides))
+        return cls.of(read_toml(path), dict(parse_override(text, KEYS) for text in overrides))
+
+    def refuse_seed(self, remedy: str) -> None:
+        """Raise ConfigError if ``--set`` sets the seed, where each run gets its own; `remedy` says how."""
+        if "seed" in self.overrides:
+            raise ConfigError(f"--set seed={self.overrides['seed']} has no effect here: {remedy}")
 
     @classmethod
     def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:
@@ -119,6 +124,8 @@ def method_settings(method: str) -> dict[str, Any]:
     built_in = built_in_methods()
     path = built_in.get(method, Path(method))
     if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise ConfigError(f"there is no method file {method!r} in {Path.cwd()}")
         raise ConfigError(unknown_name("method", method, built_in))
     return flatten(read_toml(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,14 +24,19 @@ OUR_FILES = (
 def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
     """Return the absolute folder for the results; nothing is created or deleted yet.
 
-    Raises ConfigError for a folder with content, unless it holds a run and `resume` or `overwrite` is set, and as
-    `check_deletable` does.
+    Raises ConfigError for a folder that cannot be written, for a missing one with `resume`, and as `check_deletable`
+    does; also for one with content, unless it holds a run and `resume` or `overwrite` is set.
     """
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: use one of them")
     directory = (output or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--output {directory} is a file, not a folder")
+    if resume and output is None:
+        raise ConfigError("--resume needs --output: the folder of the run to continue")
+    if resume and not directory.exists():
+        raise ConfigError(f"--resume: there is no run in {directory}; leave --resume out to start one")
+    check_writable(directory)
     if directory.exists() and any(directory.iterdir()):
         is_run = any((directory / marker).exists() for marker in MARKER_FILES)
         if not is_run:
@@ -40,6 +46,16 @@ def choose_output(output: Path | None, command: str, resume: bool, overwrite: bo
         if overwrite:
             check_deletable(directory)
     return directory
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ConfigError unless files can be made in the folder, or in the nearest one above it that exists."""
+    existing = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".copra-fl-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {directory}: cannot write in {existing}: {error.strerror}") from None
 
 
 def check_deletable(directory: Path) -> None:
@@ -65,10 +81,31 @@ def create_output(directory: Path, overwrite: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def write_config(directory: Path, config: Config) -> None:
-    """Write the run's ``config.toml``. Raises ConfigError with the changed keys if the folder has a different one."""
+def write_config(directory: Path, config: Config, lengthen: bool = False) -> None:
+    """Write the run's ``config.toml``. Raises ConfigError with the changed keys if the folder has a different one.
+
+    With `lengthen`, num-rounds may become larger, also of a finished run, as `check_lengthened` allows.
+    """
     path = directory / "config.toml"
-    if path.exists() and (changed := Config.from_toml(path).differences(config)):
-        raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+    if path.exists() and (changed := (stored := Config.from_toml(path)).differences(config)):
+        longer = config.federation.num_rounds
+        if not lengthen or stored.changed(num_rounds=longer) != config or longer < stored.federation.num_rounds:
+            raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+        check_lengthened(config)
+        (directory / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
     directory.mkdir(exist_ok=True)
     path.write_text(config.to_toml(), encoding="utf-8")
+
+
+def check_lengthened(config: Config) -> None:
+    """Raise ConfigError if the rounds that are done would have been others with the num-rounds of `config`."""
+    copra, schedule = config.copra, ""
+    if config.training.lr_schedule != "constant":
+        schedule = f"lr-schedule = {config.training.lr_schedule!r}"
+    if copra.local_training == "copra" and copra.schedule_progress == "federation" and copra.p0 != copra.p1:
+        schedule = "local-training = 'copra' with schedule-progress = 'federation'"
+    if schedule:
+        raise ConfigError(
+            f"num-rounds = {config.federation.num_rounds}: the run cannot be made longer, because {schedule} follows "
+            "the progress of the whole run, so that its rounds would have been others; start a new run"
+        )

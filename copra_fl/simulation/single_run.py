@@ -31,10 +31,10 @@ def run_single(
     Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
     """
     with superlink(directory / "flower.log", request.ray_address, plugins.import_folders([config])) as link:
-        (config,) = preflight.check([config], console)
+        (config,) = preflight.check([config], console, request)
         workers = request.allocate([config], console)
         create_output(directory, overwrite)
-        write_config(directory, config)
+        write_config(directory, config, lengthen=resume)
         process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
 
         from copra_fl.trackers.feed import Tracking  # slow to import

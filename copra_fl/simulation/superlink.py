@@ -41,6 +41,8 @@ NICENESS = "RAY_worker_niceness"
 PREFIX = "copra-fl-"
 #: folder of the app in a SuperLink's home
 APP = "app"
+#: file in a SuperLink's home with its output
+SUPERLINK_LOG = "superlink.log"
 #: environment variables that are passed to workers on all machines
 FORWARDED = ("COPRA_FL_CACHE", "COPRA_FL_LOG")
 
@@ -157,7 +159,12 @@ class SuperLink:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
-        raise RunFailed(f"Flower's SuperLink did not start within {START_SECONDS} s; see its log: {self.log}")
+        ended = f"ended at once (exit code {code})" if (code := self.guard.poll()) is not None else "does not answer"
+        output = (self.home / SUPERLINK_LOG).read_text(encoding="utf-8", errors="replace").strip()
+        raise RunFailed(
+            f"Flower's SuperLink {ended}: {output.splitlines()[-1] if output else 'it has written nothing'}\n"
+            f"Flower's log: {self.log}"
+        )
 
 
 def worker_variables() -> dict[str, str]:
@@ -222,7 +229,7 @@ def superlink(log: Path, ray_address: str | None = None, import_folders: Sequenc
     command = [sys.executable, guard.__file__, mark, sys.executable, "-m", "copra_fl.simulation.private_superlink"]
     command += ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-runtime-dependency-installation"]
-    superlink_log = home / "superlink.log"
+    superlink_log = home / SUPERLINK_LOG
     with open(superlink_log, "wb") as output:
         guard_process = subprocess.Popen(
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,

@@ -23,7 +23,10 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import datasets
     import pandas as pd
 
-FORMATS = (".csv", ".json", ".jsonl", ".parquet")
+FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
+#: formats of tables that are not read
+OTHER_FORMATS = (".feather", ".ods", ".txt", ".xls", ".xlsm", ".xlsx")
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -67,7 +70,7 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
 
     Raises ConfigError for a data set that does not exist or cannot be read, AssetError as `fetch` does.
     """
-    test = file_table("test-file", Path(data.test_file)) if data.test_file else None
+    test = file_table("test-file", Path(data.test_file), data.separator) if data.test_file else None
     if is_asset(data.dataset, "data"):
         folder = fetch(data.dataset)
         if test is None and (folder / "test.parquet").exists():
@@ -80,8 +83,8 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
         return file_table("dataset", path / "train"), test
     if _images(path):
         return file_table("dataset", path), test
-    if path.is_file() or path.suffix.lower() in FORMATS:
-        return file_table("dataset", path), test
+    if path.is_file() or path.suffix.lower() in (*FORMATS, *OTHER_FORMATS):
+        return file_table("dataset", path, data.separator), test
     if "/" not in data.dataset:
         known = [name for name, asset in ASSETS.items() if asset.kind == "data"]
         raise ConfigError(
@@ -92,8 +95,10 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
     return train, test or hub_test
 
 
-def file_table(key: str, path: Path) -> Table:
+def file_table(key: str, path: Path, separator: str = DataConfig.separator) -> Table:
     """Return the table in the file or image folder `path`, the value of the setting `key`.
+
+    `separator` is the value of the setting of that name.
 
     Raises TableError for a path that does not exist or has another format.
     """
@@ -105,10 +110,10 @@ def file_table(key: str, path: Path) -> Table:
     if path.suffix.lower() not in FORMATS:
         known = ", ".join(FORMATS)
         raise TableError(
-            f"{key}: {path} ends in {path.suffix!r}; supported formats are {known}",
+            f"{key}: {path} ends in {path.suffix!r}; supported formats are {known}. Save a spreadsheet as CSV",
             f"{key}: the format of its file is not supported; supported formats are {known}",
         )
-    return Table(str(path), _sha256(key, path), lambda: _read_file(key, path), path.parent)
+    return Table(str(path), _sha256(key, path), lambda: _read_file(key, path, separator), path.parent)
 
 
 def image_folder(key: str, path: Path) -> Table:
@@ -148,21 +153,22 @@ def _sha256(key: str, path: Path) -> str:
         ) from error
 
 
-def _read_file(key: str, path: Path) -> pd.DataFrame:
+def _read_file(key: str, path: Path, separator: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
         if not path.stat().st_size:
             return pd.DataFrame()
         match path.suffix.lower():
-            case ".csv":  # by default pandas reads texts such as "NA" or "null" as missing
-                return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            case ".csv" | ".tsv" as suffix:  # by default pandas reads texts such as "NA" or "null" as missing
+                character = SEPARATORS.get(separator, "\t" if suffix == ".tsv" else ",")
+                return pd.read_csv(path, sep=character, dtype=str, keep_default_na=False, na_values=[""])
             case ".parquet":
                 return pd.read_parquet(path)
             case _:
                 return pd.read_json(path, lines=True, dtype=False)
     except (ValueError, OSError) as error:
-        format_name = {".csv": "CSV in UTF-8", ".parquet": "Parquet"}.get(
+        format_name = {".csv": "CSV in UTF-8", ".tsv": "CSV in UTF-8", ".parquet": "Parquet"}.get(
             path.suffix.lower(), "JSON with one object per line"
         )
         raise TableError(
@@ -253,7 +259,7 @@ def read_examples(
         if column not in rows:
             known = ", ".join(map(str, rows.columns))
             raise TableError(
-                f"{key} = {column!r} is not a column of {table.where}; its columns are {known}",
+                f"{key} = {column!r} is not a column of {table.where}; its columns are {known}{_separator_hint(rows)}",
                 f"{key} = {column!r} is not a column of its file",
             )
     read = pd.DataFrame(
@@ -269,6 +275,13 @@ def read_examples(
             f"{table.where} has no example with all of {names}", f"its file has no example with all of {names}"
         )
     return read[complete].reset_index(drop=True), int((~complete).sum())
+
+
+def _separator_hint(rows: pd.DataFrame) -> str:
+    """Return a hint at ``separator`` for a table of one column whose name contains another separator."""
+    (name, *others) = map(str, rows.columns)
+    found = next((word for word, character in SEPARATORS.items() if character in name), None)
+    return f". Its columns seem to be separated otherwise: set separator = '{found}'" if found and not others else ""
 
 
 def as_text(column: pd.Series) -> pd.Series:

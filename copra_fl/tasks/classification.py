@@ -41,5 +41,8 @@ class Classification(Task):
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
         return F.cross_entropy(logits, batch["labels"], reduction="none")
 
+    def predictions(self, logits: Tensor, batch: Inputs) -> Tensor | None:
+        return logits.argmax(1) if self.labels == "one" else None
+
     def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
         return logits.argmax(1) == batch["labels"]

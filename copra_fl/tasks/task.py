@@ -191,6 +191,10 @@ class Task(ABC):
     def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
         """Return (targets,) the score of each target from (targets, outputs) logits: 0 to 1, or a bool."""
 
+    def predictions(self, logits: Tensor, batch: Inputs) -> Tensor | None:
+        """Return (targets,) int64 the predicted label of each target; None for a task without one label per target."""
+        return None
+
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """Return further metrics of an evaluation, from its mean loss and accuracy."""
         return {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from copra_fl import plugins
 from copra_fl.config import ConfigError
+from copra_fl.provenance import pip_install
 
 if TYPE_CHECKING:
     from copra_fl.reporting.results import Run
@@ -29,7 +30,7 @@ def checked(names: Iterable[str] | None) -> list[str]:
         if name not in NAMES:
             find_plugin(name)
         elif importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'copra-fl[{name}]'")
+            raise ConfigError(f"{name} is not installed: {pip_install(name)}")
     return names
 
 

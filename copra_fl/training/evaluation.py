@@ -12,6 +12,7 @@ from torch import Tensor
 
 from copra_fl.adapters.interpolation import merge_gap
 from copra_fl.adapters.state import Adapter
+from copra_fl.class_metrics import class_metrics
 from copra_fl.data.federated import FederatedData
 from copra_fl.tasks import Examples, Inputs, Task
 
@@ -29,28 +30,34 @@ class Predictor(Protocol):
 
 
 def evaluate_each(
-    model: Predictor, adapters: Sequence[Adapter], data: FederatedData, indices: np.ndarray, batch_size: int
+    model: Predictor,
+    adapters: Sequence[Adapter],
+    data: FederatedData,
+    indices: np.ndarray,
+    batch_size: int,
+    num_classes: int = 0,
 ) -> list[dict[str, Any]]:
-    """Evaluate each adapter on the held-out examples `indices` of `data`.
+    """Evaluate each adapter on the held-out examples `indices` of `data`, as `evaluate` does.
 
     With several data sets, the adapter is evaluated on each data set that `indices` belong to. The metrics are then the
     unweighted means over these data sets, and ``datasets`` has the metrics of each.
     """
     if not data.datasets:
-        return list(evaluate(model, adapters, data.examples, indices, batch_size))
+        return evaluate(model, adapters, data.examples, indices, batch_size, num_classes)
     by_dataset = {dataset.name: dataset.among(indices) for dataset in data.datasets}
     results = {
-        name: evaluate(model, adapters, data.examples, dataset_indices, batch_size)
+        name: evaluate(model, adapters, data.examples, dataset_indices, batch_size, num_classes)
         for name, dataset_indices in by_dataset.items()
         if len(dataset_indices)
     }
     return [mean_over({name: metrics[number] for name, metrics in results.items()}) for number in range(len(adapters))]
 
 
-def mean_over(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def mean_over(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the means of metrics by data set, the total of ``examples``, and the given metrics as ``datasets``."""
     by_dataset = list(datasets.values())
-    means = {name: fmean(metrics[name] for metrics in by_dataset) for name in by_dataset[0]}
+    numbers = [name for name, value in by_dataset[0].items() if isinstance(value, int | float)]
+    means = {name: fmean(metrics[name] for metrics in by_dataset) for name in numbers}
     if "examples" in means:
         means["examples"] = sum(metrics["examples"] for metrics in by_dataset)
     return {**means, "datasets": dict(datasets)}
@@ -79,24 +86,41 @@ def merge_gap_each(
 
 @torch.inference_mode()
 def evaluate(
-    model: Predictor, adapters: Sequence[Adapter], examples: Examples, indices: np.ndarray, batch_size: int
-) -> list[dict[str, float]]:
+    model: Predictor,
+    adapters: Sequence[Adapter],
+    examples: Examples,
+    indices: np.ndarray,
+    batch_size: int,
+    num_classes: int = 0,
+) -> list[dict[str, Any]]:
     """Return for each adapter its mean ``loss`` and ``accuracy`` over the targets of `indices`, and ``examples``.
 
-    Further metrics are those of `Task.metrics`. Examples are batched in order of length to save padding; a batch has at
-    most `batch_size` rows, one for each pair of adapter and example.
+    Further metrics are those of `Task.metrics`, and with `num_classes` those of `class_metrics` with the matrix
+    ``confusion`` itself, for a task with one label per target. Clients leave `num_classes` out, because the matrix
+    tells how many examples of each class they have. Examples are batched in order of length to save padding; a batch
+    has at most `batch_size` rows, one for each pair of adapter and example.
     """
     predict, task = model.predictor(adapters), model.task
     by_length = indices[np.argsort(examples.lengths[indices], kind="stable")]
     at_once = max(1, batch_size // len(adapters))
     loss, correct = torch.zeros(2, len(adapters), dtype=torch.float64, device=model.device)
+    matrices = torch.zeros(len(adapters), num_classes, num_classes, dtype=torch.int64, device=model.device)
     for start in range(0, len(by_length), at_once):
         batch = examples.batch(by_length[start : start + at_once], model.device)
         logits = predict(batch)
         loss += torch.stack([task.losses(adapter_logits, batch) for adapter_logits in logits]).sum(1)
         correct += torch.stack([task.correct(adapter_logits, batch) for adapter_logits in logits]).sum(1)
+        for matrix, adapter_logits in zip(matrices, logits, strict=True) if num_classes else ():
+            if (predictions := task.predictions(adapter_logits, batch)) is not None:
+                matrix += confusion(predictions, batch["labels"], num_classes)
     means = (torch.stack([loss, correct]) / examples.num_targets[indices].sum()).T.tolist()
     return [
         {"loss": mean_loss, "accuracy": accuracy, "examples": len(indices), **task.metrics(mean_loss, accuracy)}
-        for mean_loss, accuracy in means
+        | (class_metrics(matrix) | {"confusion": matrix.tolist()} if matrix.any() else {})
+        for (mean_loss, accuracy), matrix in zip(means, matrices.cpu().numpy(), strict=True)
     ]
+
+
+def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return (C, C) int64: row i, column j counts the examples of class i that are predicted as class j."""
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)

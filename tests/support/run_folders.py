@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from copra_fl.class_metrics import class_metrics
 from copra_fl.config import Config
 from copra_fl.records import (
     AggregationError,
@@ -29,6 +30,7 @@ from copra_fl.reporting.statistics import summarize
 NUM_CLIENTS, NUM_STEPS = 8, 150
 LAYERS = tuple(f"encoder.layer.{index}" for index in range(6))
 MODULES = [f"{layer}.attention.self.{name}" for layer in LAYERS for name in ("query", "value")]
+LABELS = ("air", "fire", "sea", "soil")
 ACCURACY = {"lora": [0.40, 0.43, 0.39], "copra": [0.43, 0.45, 0.43]}
 #: relative aggregation errors, bytes up and bytes down of a client and round, as multiples of LoRA's; others: 0.2, 1, 1
 RULES = {
@@ -109,7 +111,9 @@ def round_record(
         current = accuracy - 0.2 * 0.4**number
         layers = {name: error * float(rng.uniform(0.5, 1.5)) * number for name in MODULES}
         aggregation_error = AggregationError(total=error * number, layers=layers, of_change=2 * error)
-        validation = Evaluation(loss=3.2 - 3 * current, accuracy=current, examples=1000)
+        validation = Evaluation(
+            loss=3.2 - 3 * current, accuracy=current, examples=1000, metrics=class_metrics(confusion_of(current))
+        )
         merge_gap = MergeGap(loss=-0.4 + 0.1 * number, accuracy=0.12 - 0.02 * number + 0.01 * rng.normal())
     return RoundRecord(
         round=number,
@@ -145,7 +149,18 @@ def run_summary(
         personal=personal,
         seed=seed,
         rounds=len(journal),
-        test=None if personal else Evaluation(loss=3.2 - 3 * accuracy, accuracy=accuracy, examples=2000),
+        test=None
+        if personal
+        else Evaluation(
+            loss=3.2 - 3 * accuracy,
+            accuracy=accuracy,
+            examples=2000,
+            metrics=class_metrics(confusion_of(accuracy)),
+            confusion=confusion_of(accuracy),
+        ),
+        base_test=None if personal else Evaluation(loss=3.2, accuracy=0.1, examples=2000),
+        base_validation=None if personal else Evaluation(loss=3.2, accuracy=0.12, examples=1000),
+        labels=() if personal else LABELS,
         held_out=None,
         validation=journal[-1].validation,
         merge_gap=journal[-1].merge_gap,
@@ -166,6 +181,17 @@ def run_summary(
         dropped_duplicates=7,
         dropped_empty=1,
     )
+
+
+def confusion_of(accuracy: float) -> tuple[tuple[int, ...], ...]:
+    """Return the confusion of 2000 examples of `LABELS`, of which about the share `accuracy` is correct."""
+    rows = []
+    for label, examples in enumerate((600, 500, 500, 400)):
+        correct = round(accuracy * examples)
+        others = [(examples - correct) // 3] * 3
+        others[0] += examples - correct - sum(others)
+        rows.append((*others[:label], correct, *others[label:]))
+    return tuple(rows)
 
 
 def line_path(clients: tuple[int, int], goal: float, training: str, rng: np.random.Generator) -> LinePath:

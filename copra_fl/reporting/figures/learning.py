@@ -13,6 +13,8 @@ from copra_fl.reporting.figures.canvas import by_round, legended, round_ticks, s
 from copra_fl.reporting.html import HEIGHT, Figure, Style, colorbar, empty_chart
 from copra_fl.reporting.results import Comparison, Run
 from copra_fl.reporting.statistics import activity
+from copra_fl.reporting.tables import REFERENCES
+from copra_fl.wording import join_words
 
 Evaluate = Callable[[RoundRecord], Evaluation | None]
 
@@ -33,22 +35,53 @@ def _evaluation_on(dataset: str) -> Evaluate:
 
 def _learning(comparison: Comparison, evaluate: Evaluate, dataset: str) -> list[Figure]:
     data = f"The global model on the server's validation data{dataset}."
-    return [
-        *by_round(
-            comparison,
-            lambda record: 100 * evaluation.accuracy if (evaluation := evaluate(record)) else None,
-            f"Accuracy by round{dataset}",
-            f"Higher is better. {data}",
-            {"title": "accuracy, %"},
-        ),
-        *by_round(
-            comparison,
-            lambda record: evaluation.loss if (evaluation := evaluate(record)) else None,
-            f"Loss by round{dataset}",
-            f"Lower is better. Cross-entropy in nats. {data}",
-            {"title": "loss"},
-        ),
-    ]
+    lines = {} if dataset else _references(comparison)
+    named = f" Dotted lines: {join_words(lines)}." if lines else ""
+    accuracy = by_round(
+        comparison,
+        lambda record: 100 * evaluation.accuracy if (evaluation := evaluate(record)) else None,
+        f"Accuracy by round{dataset}",
+        f"Higher is better. {data}{named}",
+        {"title": "accuracy, %"},
+    )
+    for figure in accuracy:
+        for name, value in lines.items():
+            figure.chart.add_hline(
+                y=100 * value, line={"color": "#52606d", "width": 1.5, "dash": "dot"}, annotation_text=name,
+                annotation_position="top right", annotation_font={"size": 12, "color": "#52606d"},
+            )  # fmt: skip
+    macro_f1 = by_round(
+        comparison,
+        lambda record: _percent(evaluation.metrics.get("macro_f1")) if (evaluation := evaluate(record)) else None,
+        f"Macro-F1 by round{dataset}",
+        f"Higher is better. Mean F1 of the classes, all with equal weight, however many examples they have. {data}",
+        {"title": "macro-F1, %"},
+    )
+    loss = by_round(
+        comparison,
+        lambda record: evaluation.loss if (evaluation := evaluate(record)) else None,
+        f"Loss by round{dataset}",
+        f"Lower is better. Cross-entropy in nats. {data}",
+        {"title": "loss"},
+    )
+    return [*accuracy, *loss, *macro_f1]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _references(comparison: Comparison) -> dict[str, float]:
+    """Return the validation accuracies that need no training by name, means over runs, as far as they are known."""
+    majority, base = [], []
+    for _, run in comparison.runs:
+        last = next((record.validation for record in reversed(run.journal) if record.validation), None)
+        if last and "majority" in last.metrics:
+            majority.append(last.metrics["majority"])
+        if run.summary and run.summary.base_validation:
+            base.append(run.summary.base_validation.accuracy)
+    known = {REFERENCES["majority"]: majority, REFERENCES["base_accuracy"]: base}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 def schedule(comparison: Comparison) -> list[Figure]:

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from copra_fl.records import CellResults, MetricEstimates, StudyResults
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import Figure, empty_chart
+from copra_fl.reporting.results import short_name
 from copra_fl.reporting.tables import with_minus
 from copra_fl.wording import join_words
 
@@ -145,7 +146,7 @@ def _by_cell(
     )
     for place, (method, style) in enumerate(styles(methods).items()):
         shift = 0.6 * ((place + 0.5) / len(methods) - 0.5)
-        x, means, half_widths = [], [], []
+        x, means, above, below = [], [], [], []
         for index, cell in enumerate(cells):
             if method not in estimates(cell):
                 continue
@@ -153,7 +154,9 @@ def _by_cell(
             if estimate.mean is not None:
                 x.append(index + shift)
                 means.append(100 * estimate.mean)
-                half_widths.append(100 * (estimate.interval[1] - estimate.mean) if estimate.interval else 0.0)
+                low, high = estimate.interval or (estimate.mean, estimate.mean)
+                above.append(100 * (high - estimate.mean))
+                below.append(100 * (estimate.mean - low))
         if means:
             chart.add_scatter(
                 x=x,
@@ -161,7 +164,7 @@ def _by_cell(
                 name=method,
                 mode="markers",
                 marker={"color": style.color, "symbol": style.symbol, "size": 11},
-                error_y={"array": half_widths, "thickness": 2, "width": 5},
+                error_y={"array": above, "arrayminus": below, "thickness": 2, "width": 5},
                 hovertemplate="%{y:.1f}",
             )
     return chart
@@ -170,4 +173,5 @@ def _by_cell(
 def _data(results: StudyResults) -> str:
     """Return model and data, and the meaning of the cells' names, as a sentence."""
     settings = results.cells[0].settings.common
-    return f"{settings['model']} on {settings['dataset']}; names of cells: rounds x local steps, split."
+    subject = f"{short_name(settings['model'])} on {short_name(settings['dataset'])}"
+    return f"{subject}; names of cells: rounds x local steps, split."

@@ -1,0 +1,130 @@
+"""A run that this machine has no memory or GPUs for is refused; a process that is killed all the same is named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from copra_fl import events
+from copra_fl.config import Config, ConfigError
+from copra_fl.models.memory_plan import MemoryPlan
+from copra_fl.simulation import capacity
+from copra_fl.simulation.progress import cause_of_kill, last_error, oom_kills, watch
+from copra_fl.simulation.superlink import RunFailed, Workers
+from server.messaging import readable_reason
+
+#: 1 GB of base, and 2 clients of 1 GB of adapter and 4 rows of 0.25 GB: 5 GB
+PLAN = MemoryPlan(base=10**9, client=10**9, row=10**9 // 4, cache=0, clients=2, batch_size=4, tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "available", "room"),
+    [
+        (None, None, 0, None),
+        (4, 0.0, 0, None),
+        (None, 1.0, 0, 0),
+        (4, 0.5, 2, None),
+        (5, 0.5, 2, 4),
+        (3, 0.6, 2, 2),  # no worker uses parts of two GPUs
+        (2, 2.0, 3, 1),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    workers: int | None, gpus: float | None, available: int, room: int | None
+) -> None:
+    refused = pytest.raises(ConfigError, match=f"torch sees {available} GPUs .* room for {room} such workers")
+    with nullcontext() if room is None else refused:
+        capacity.check_gpus(workers, gpus, available)
+
+
+@pytest.mark.parametrize(
+    ("number", "gpus", "free", "gpu_memory", "message"),
+    [
+        (2, 0.0, 9.1e9, 0, ""),  # 1 GB of base that both share, and twice 4 GB
+        (2, 0.0, 8.9e9, 0, "2 workers need 9.00 GB .* 8.90 GB are free.* or set max-memory-gb = 4.9 to train fewer"),
+        (2, 0.0, 1.5e9, 0, "use fewer --workers$"),  # not even one client fits
+        (2, 0.5, 1e9, 11e9, ""),
+        (2, 0.5, 1e9, 9e9, "does not fit on a GPU: a worker needs 5.00 GB .* 0.5 of a GPU has 4.50 GB"),
+    ],
+)
+def test_workers_that_do_not_fit_into_memory_are_refused(
+    number: int, gpus: float, free: float, gpu_memory: float, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        capacity.check_memory(Config(), PLAN, Workers(number, 1, gpus, number), free, gpu_memory)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "cached"),
+    [
+        ("0::/a/b", "a", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:/a/b", "memory/a", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_memory_is_that_of_the_tightest_control_group(
+    tmp_path: Path, line: str, folder: str, limit: str, used: str, cached: str
+) -> None:
+    (tmp_path / "groups").write_text(f"9:cpuset:/other\n{line}\n")
+    outer = tmp_path / folder
+    (outer / "b").mkdir(parents=True)
+    for group, number in ((outer, "1000"), (outer / "b", "max")):
+        (group / limit).write_text(f"{number}\n")
+        (group / used).write_text("700\n")
+        (group / "memory.stat").write_text(f"anon 5\n{cached} 200\n")
+    assert capacity.free_memory(tmp_path / "groups", tmp_path) == 1000 - 700 + 200
+    available = capacity.free_memory(tmp_path / "none", tmp_path)
+    assert available == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+
+
+def test_a_killed_server_app_ends_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flwr run` would go on for a minute, until Flower misses the heartbeats of the run."""
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    events.emit("server", pid=server.pid)
+    server.kill()
+    link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")}, log=tmp_path / "flower.log")
+    streaming = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with pytest.raises(RunFailed, match="the process of the server app was killed, with 0 of 1 runs finished, by"):
+            watch(link, streaming, 1, Console(quiet=True))
+    finally:
+        streaming.kill()
+        streaming.wait()
+        server.wait()
+
+
+def test_a_run_that_flower_ends_is_reported_with_the_error_in_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    log = tmp_path / "flower.log"
+    log.write_text("\x1b[92mINFO\x1b[0m: go\n\x1b[91mERROR\x1b[0m: no space left for apps\nand more\n")
+    link: Any = SimpleNamespace(
+        environment={events.VARIABLE: str(tmp_path / "events")}, log=log, status=lambda: "finished:failed"
+    )
+    message = "Flower ended with 0 of 1 runs finished (status: finished:failed): ERROR: no space left for apps\n"
+    with pytest.raises(RunFailed, match=re.escape(message)):
+        watch(link, subprocess.Popen(["true"]), 1, Console(quiet=True))
+    assert last_error(tmp_path / "none") == "its log names no error"
+
+
+def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 3\n")
+    assert oom_kills(tmp_path / "vmstat") == 3 and oom_kills(tmp_path / "none") == 0
+    assert cause_of_kill(oom_kills() - 1).startswith("since memory ran out")
+    assert cause_of_kill(oom_kills()) == "by a signal such as SIGKILL"
+
+
+def test_a_worker_that_was_killed_is_named_as_such() -> None:
+    reason = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before finishing this task.'>"
+    assert readable_reason(reason).startswith("its worker process was killed, most often because memory ran out; ")
+    assert readable_reason("a KeyError") == "a KeyError"
