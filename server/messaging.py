@@ -69,12 +69,12 @@ def failed(message: Message, error: Error) -> Message:
     return Message(Error(error.code, readable_reason(error.reason)), reply_to=message)
 
 
-def readable_reason(reason: str) -> str:
+def readable_reason(reason: str | None) -> str:
     """Return why a node failed. The node chose the `reason`, whatever its length, or Ray did."""
-    reason = foreign(reason)
-    if not any(f"ray.exceptions.{name}" in reason for name in KILLED):
-        return reason
+    text = foreign(reason)
+    if not any(f"ray.exceptions.{name}" in text for name in KILLED):
+        return text
     return (
         "its worker process was killed, most often because memory ran out; fewer --workers or a smaller "
-        f"max-memory-gb need less (Ray: {shortened(reason, MAX_RAY)})"
+        f"max-memory-gb need less (Ray: {shortened(text, MAX_RAY)})"
     )

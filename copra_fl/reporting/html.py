@@ -92,8 +92,9 @@ def _values(array: Any) -> Sequence[Any]:
     """Return an array of a trace; one that was read from JSON is an object with its bytes (plotly's typed array)."""
     if not isinstance(array, Mapping):
         return array
-    values = np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
-    return values.reshape([int(size) for size in str(array.get("shape", len(values))).split(",")])
+    values: Any = np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+    reshaped: Sequence[Any] = values.reshape([int(size) for size in str(array.get("shape", len(values))).split(",")])
+    return reshaped
 
 
 @dataclass(frozen=True)
