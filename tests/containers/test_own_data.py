@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,15 +13,20 @@ from tests.support.tiny import Settings, make_texts
 
 
 @pytest.fixture(scope="module")
-def local_files(deployment: Containers, settings: Settings) -> Settings:
-    """Settings of a run on the files of 3 nodes, all of different sizes."""
-    with (deployment.root / ".env").open("a") as file:
+def local_files(deployment: Containers, settings: Settings) -> Iterator[Settings]:
+    """Settings of a run on the files of 3 nodes, all of different sizes; afterwards the nodes have none again."""
+    options = deployment.root / ".env"
+    before = options.read_text()
+    up = ("up", str(deployment.root), "--no-build", "--wait", str(HANG_SECONDS))
+    with options.open("a") as file:
         for number in range(NUM_CLIENTS):
             data = deployment.root / "clients" / f"client-{number}" / "data"
             make_texts(data / "ward.csv", 100 + number, seed=number + 1).chmod(0o644)
             file.write(f'COPRA_FL_CLIENT_{number}=data-path="/data/ward.csv"\n')
-    deployment.deploy("up", str(deployment.root), "--no-build", "--wait", str(HANG_SECONDS))
-    return settings | {"partitioner": "own", "num-rounds": 1}
+    deployment.deploy(*up)
+    yield settings | {"partitioner": "own", "num-rounds": 1}
+    options.write_text(before)
+    deployment.deploy(*up)
 
 
 def test_each_node_trains_on_its_own_file(deployment: Containers, local_files: Settings) -> None:
