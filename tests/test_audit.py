@@ -144,7 +144,8 @@ def test_the_command_shows_both_logs_in_order_and_survives_damage(tmp_path: Path
         of_server.unlink()
 
 
-def test_the_command_shows_the_log_of_a_node(tmp_path: Path) -> None:
+def test_the_command_shows_the_log_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     run_command("deploy", "init", tmp_path / "d")
     client = DeploymentLayout.open(tmp_path / "d").client(1)
     client.audit.mkdir()

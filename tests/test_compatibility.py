@@ -24,7 +24,7 @@ CAUSAL = {"task": "causal-lm", "partitioner": "iid"}
 #: for each row of the table: settings that do not combine, settings that remedy it, the reason
 CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "ravan", "rank": 6}, {"ravan.heads": 3}, "rank = 6: ravan.heads = 4 does not divide it"),
-    ({"rule": "fedsa-lora"}, LORA, "each client keeps its own B"),
+    ({"rule": "fedsa-lora", "local-training": "copra"}, LORA, "each client keeps its own B"),
     (
         {"rule": "trimmed-mean", "num-clients": 4},
         {"trimmed-mean.trim-fraction": 0.25},
@@ -191,7 +191,7 @@ def test_every_rule_runs_with_its_defaults(rule: Rule) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_rule_that_needs_copra_off_or_one_data_set_says_why(rule: Rule) -> None:
     two = TWO | LORA | {"num-clients": 6}
-    for settings, reason in (({}, rule.no_copra), (two, rule.no_several_datasets)):
+    for settings, reason in (({"local-training": "copra"}, rule.no_copra), (two, rule.no_several_datasets)):
         config = Config.from_flat(settings | {"rule": rule.name})
         if reason:
             with pytest.raises(ConfigError, match=reason):

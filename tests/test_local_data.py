@@ -210,7 +210,7 @@ def test_a_file_of_unknown_format_is_not_quoted(own: Settings, files: list[Path]
     files[0] = files[0].rename(files[0].with_suffix(".patient1x1"))
     with pytest.raises(
         FederationError,
-        match=r"the format of its file is not supported; supported formats are .csv, .json, .jsonl, .parquet$",
+        match=r"the format of its file is not supported; supported formats are .csv, .json, .jsonl, .parquet, .tsv$",
     ):
         run_federation(own, tmp_path / "run", grid=grid_of(files))
 

@@ -201,7 +201,7 @@ def test_a_message_or_reply_that_is_too_large_is_withheld(
         ("max-epsilon = 3", "min-noise-multiplier and max-epsilon need protection = 'private'"),
         ("protection = 'private'\nmin-colluding-nodes = 1", "min-colluding-nodes needs protection = 'private+secure'"),
         ("max-rounds = ", "policy-path is not valid TOML"),
-        ("\udcff", "can't decode byte"),
+        ("\udcff", "byte 0 is 0xff"),
         (None, "cannot read policy-path: No such file or directory"),
     ],
 )
