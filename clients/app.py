@@ -21,7 +21,7 @@ from logging import WARNING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 from copra_fl import logs
 

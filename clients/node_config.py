@@ -23,7 +23,7 @@ from logging import ERROR
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, RecordDict
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 from clients.warm_cache import open_data, open_own_data
 from copra_fl.config import Config

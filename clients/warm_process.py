@@ -35,7 +35,7 @@ from pathlib import Path
 
 import psutil
 from flwr.app import Context, RecordDict
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 #: seconds between two checks whether the process is still needed
 CHECK_SECONDS = 1.0

@@ -13,7 +13,7 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 from copra_fl.config import Config
 from copra_fl.deployment import registration

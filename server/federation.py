@@ -12,8 +12,8 @@ from logging import INFO, WARNING
 from math import isfinite
 from pathlib import Path
 
-from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.logger import log
 
 from copra_fl import plugins, provenance
 from copra_fl.adapters.server_state import ServerState

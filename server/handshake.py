@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.logger import log
 
 from copra_fl import plugins, provenance, wire
 from copra_fl.config import Config

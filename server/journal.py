@@ -20,7 +20,7 @@ from functools import cached_property
 from logging import WARNING
 from pathlib import Path
 
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.events import emit

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 from flwr.app import Message
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 
 from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import decode

@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from flwr.app import Context
-from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.logger import log
 
 from copra_fl import startup
 from copra_fl.aggregation.compatibility import with_explicit_parameters

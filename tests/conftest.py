@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -23,6 +24,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from tests.support.tiny import NUM_LAYERS, WORDS, make_texts
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+
+def fail_on_deprecation(record: logging.LogRecord) -> bool:
+    """Raise AssertionError in the code that uses a deprecated feature of Flower, which warns in its log alone."""
+    assert "DEPRECATED FEATURE" not in str(record.msg), record.getMessage()
+    return True
+
+
+logging.getLogger("flwr").addFilter(fail_on_deprecation)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

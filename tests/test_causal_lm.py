@@ -14,10 +14,12 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from copra_fl.config import Config, ConfigError
+from copra_fl.models.export import load
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import optional_columns, results_table
+from copra_fl.simulation.recipes import Recipe
 from copra_fl.tasks import find_task
-from copra_fl.tasks.causal_lm import NO_TARGET, opening, response, truncate
+from copra_fl.tasks.causal_lm import NO_TARGET, opening, response, truncate, with_template
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -109,6 +111,37 @@ def test_without_a_template_a_prompt_ends_with_a_line_break(tiny_llama: str) -> 
     tokenizer.chat_template = None
     assert opening(tokenizer, "who is there") == "<s>who is there\n"
     assert response(tokenizer, "who is there", "it is I") == "it is I</s>"
+
+
+def test_a_prompt_template_writes_prompts_as_flowertune_does(tiny_llama: str) -> None:
+    """Oracle: the format string of Flower's baseline (adap/flower, examples/flowertune-llm, dataset.py)."""
+    config = Recipe.read("flowertune", []).config("lora", 0)
+    tokenizer = with_template(AutoTokenizer.from_pretrained(tiny_llama), config.data.prompt_template)
+    message = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    instruction, answer = 'say "sea1 {{ sky1 }}"\\n', "sky2"
+    text = f"{message}\n### Instruction:\n{instruction}\n### Response: {answer}"
+    assert opening(tokenizer, instruction) + response(tokenizer, instruction, answer) == f"<s>{text}</s>"
+
+
+def test_a_prompt_template_goes_with_the_adapter(plain: Settings, tmp_path: Path) -> None:
+    run = run_federation(
+        plain | {"prompt-column": "prompt", "prompt-template": "sea1 {prompt} sky1 "}, tmp_path / "run"
+    )
+    assert opening(load(run / "adapter").processor, "sea2") == "<s>sea1 sea2 sky1 "
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt-template": "user {text}"}, r"'user \{text\}' must contain \{prompt\} once"),
+        ({"prompt-template": "{prompt}", "prompt-column": ""}, "'{prompt}' needs prompt-column"),
+    ],
+)
+def test_a_prompt_template_without_its_prompt_is_rejected(plain: Settings, changes: Settings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        World(plain | {"prompt-column": "prompt"} | changes)
 
 
 def test_a_template_with_another_generation_prompt_is_refused(tiny_llama: str) -> None:

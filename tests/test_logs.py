@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 PROGRAM = """
 from logging import INFO
-from flwr.common.logger import log
+from flwr.supercore.logger import log
 from copra_fl import logs
 logs.configure()
 log(INFO, "round %s: it's \\"done\\"\\nand more", 3, extra={"round": 3, "missing": [{"client": 1}]})

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.fab_format_version import normalize_and_validate_fab_format
 
 from copra_fl.simulation.superlink import copy_app
 from tests.support.real_runs import RealRun, settings
@@ -56,8 +58,12 @@ def test_wheel_source_archive_and_flower_app_carry_the_license(wheel: Path, tmp_
     copy_app(tmp_path / "app")
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "app"))) as app:
         assert app.read("LICENSE") == license_text
+        metadata = normalize_and_validate_fab_format(tomllib.loads(app.read("pyproject.toml").decode()))
+    assert metadata.fab_format_version == 1
+    assert f"flwr=={metadata.flwr_version_target}\n" in (ROOT / "constraints.txt").read_text(), "the tested release"
 
 
+@pytest.mark.slow
 def test_an_installed_copy_runs_from_another_directory(wheel: Path, tiny: dict, tmp_path: Path) -> None:
     """A new virtual environment with the wheel; the dependencies are those of this environment."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

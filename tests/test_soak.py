@@ -37,13 +37,14 @@ def test_a_run_whose_processes_are_killed_at_random_ends_bitwise_equal(
     while True:
         resumed = ["--resume"] if (tmp_path / "soak" / "config.toml").exists() else []
         run = RealRun([*arguments, "soak", *resumed], tmp_path)
-        goal = num_rounds(tmp_path / "soak") + dice.randint(1, 2 * ROUNDS_PER_KILL)
-        while run.process.poll() is None and num_rounds(tmp_path / "soak") < goal:
-            time.sleep(0.01)
-        time.sleep(dice.random() / 4)  # anywhere in a round
-        if run.process.poll() is None and (victim := find_victim(run, dice)) is not None:
-            victim.kill()
-            killed += 1
+        while run.process.poll() is None:
+            goal = num_rounds(tmp_path / "soak") + dice.randint(1, 2 * ROUNDS_PER_KILL)
+            while run.process.poll() is None and num_rounds(tmp_path / "soak") < goal:
+                time.sleep(0.01)
+            time.sleep(dice.random() / 4)  # anywhere in a round
+            if run.process.poll() is None and (victim := find_victim(run, dice)) is not None:
+                victim.kill()  # a run survives the loss of its guard
+                killed += 1
         out, err = run.process.communicate(timeout=600)
         if (tmp_path / "soak" / "summary.json").exists() and run.process.returncode == 0:
             break

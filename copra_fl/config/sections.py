@@ -39,8 +39,10 @@ class DataConfig:
     text_column: str = option("text", "column with the text")
     prompt_column: str = option("", "causal-lm: column with the prompt that the text responds to; empty: no prompts")
     prompt_template: str = option(
-        "{text}\nLabel:",
-        "label-words: prompt, with {text} in place of the text; the label's word follows after a space",
+        "",
+        "causal-lm: text before the response, with {prompt} in place of the prompt; empty: the tokenizer's chat "
+        "template. label-words: prompt, with {text} in place of the text; the label's word follows after a space; "
+        "empty: {text}, a line break and Label:",
     )
     label_words: str = option(
         "",

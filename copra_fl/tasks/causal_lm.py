@@ -3,13 +3,15 @@
     plain text        BOS | text EOS               targets: the text and EOS
     with a prompt     prompt | response EOS        targets: the response and EOS; the prompt is only read
 
-With ``prompt-column`` set, the tokenizer's chat template renders prompt and response as turns of user and assistant;
-without a template the input is BOS, the prompt, a line break, the response, EOS. Because vocabularies are large, logits
-are computed for targets only.
+With ``prompt-column`` set, ``prompt-template``, or else the tokenizer's chat template, renders prompt and response as
+turns of user and assistant; without a template the input is BOS, the prompt, a line break, the response, EOS. Because
+vocabularies are large, logits are computed for targets only.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 
 #: the label of a token that is not a target, as in Transformers
 NO_TARGET = -100
+
+#: the place of the prompt in a template
+PROMPT = "{prompt}"
 
 #: losses are cut to this before exp, which overflows a float at 710
 LARGEST_LOSS = 700.0
@@ -65,6 +70,26 @@ class Continuations(Texts):
         is_target = (places >= self.targets_from[torch.as_tensor(indices), None]) & (batch["attention_mask"] > 0)
         batch["labels"] = batch["input_ids"].where(is_target, NO_TARGET)
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with `template` as its chat template; the same tokenizer if `template` is empty.
+
+    A turn of the user is the template with the prompt in its place, one of the assistant the response and EOS. Raises
+    ConfigError for a template without one place for the prompt.
+    """
+    if not template:
+        return tokenizer
+    if template.count(PROMPT) != 1:
+        raise ConfigError(f"prompt-template = {template!r} must contain {PROMPT} once, in place of the prompt")
+    before, after = (json.dumps(part) for part in template.split(PROMPT))
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token or '' }}{% for turn in messages %}{% if turn['role'] == 'user' %}"
+        f"{{{{ {before} + turn['content'] + {after} }}}}"
+        "{% else %}{{ turn['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -115,6 +140,7 @@ def truncate(before: list[int], targets: list[int], max_length: int) -> tuple[li
 class CausalLM(Task):
     columns = ("text-column",)
     optional_columns = ("prompt-column",)
+    options = ("prompt-template",)
     labels = "none"
     trains_head = False
     model_class = AutoModelForCausalLM
@@ -128,6 +154,9 @@ class CausalLM(Task):
 
     def encode(self, rows: pd.DataFrame, labels: list[str], processor: Any, data: DataConfig) -> dict[str, Tensor]:
         texts = rows["text-column"].tolist()
+        if data.prompt_template and "prompt-column" not in rows:
+            raise ConfigError(f"prompt-template = {data.prompt_template!r} needs prompt-column, the column of prompts")
+        processor = with_template(processor, data.prompt_template)
         if "prompt-column" in rows:
             prompts = rows["prompt-column"].tolist()
             befores = [opening(processor, prompt) for prompt in prompts]
@@ -143,6 +172,9 @@ class CausalLM(Task):
     def examples(self, tensors: Mapping[str, Tensor], processor: Any, data: DataConfig) -> Continuations:
         tokens = tensors["input_ids"], tensors["offsets"]
         return Continuations(*tokens, int(processor.eos_token_id), data.max_length, tensors["targets_from"])
+
+    def opened_processor(self, processor: Any, labels: list[str], options: Mapping[str, str]) -> Any:
+        return with_template(processor, options.get("prompt-template", ""))  # absent in folders of earlier versions
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
         return super().inputs(batch) | {"use_cache": False}

@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 
 #: the place of the text in a template
 TEXT = "{text}"
+#: used where ``prompt-template`` is empty
+DEFAULT_TEMPLATE = "{text}\nLabel:"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class LabelWords(TextClassification):
                 f"label-words = {words!r} has {len(listed)} words for {len(labels)} labels, which are, in order, "
                 f"{csv_line(labels)}"
             )
-        return Prompter(tokenizer, template, listed)
+        return Prompter(tokenizer, template or DEFAULT_TEMPLATE, listed)
 
     def opened_processor(self, processor: Any, labels: list[str], options: Mapping[str, str]) -> Prompter:
         return self.prompter(processor, labels, options["prompt-template"], options["label-words"])
