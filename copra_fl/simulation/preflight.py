@@ -78,6 +78,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
         test_file=_absolute(config.data.test_file),
+        script=_absolute(config.training.script),
         model=_absolute(config.model.model),
     )
     federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
@@ -132,7 +133,7 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
 
 def local_paths(config: Config) -> list[str]:
     """Return the files and folders that a checked configuration names; `check` has made them absolute."""
-    names = [*config.data.datasets, config.data.test_file, config.model.model]
+    names = [*config.data.datasets, config.data.test_file, config.model.model, config.training.script]
     return [name for name in names if Path(name).is_absolute()]
 
 
