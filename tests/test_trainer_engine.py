@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import random
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -26,6 +23,7 @@ from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.seeding import derive, global_stream
+from copra_fl.training.batches import plan_steps
 from copra_fl.training.engine import TrainerEngine
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.script import run_script
@@ -128,8 +126,6 @@ def test_a_trainer_equals_our_own_training(settings: Settings, tmp_path: Path, c
     plan, start = Plan(2, (0,), config), Start(jitter(model.read_adapter(), 3))
     expected = train_client(model, data, plan, 0, start)
 
-    from copra_fl.training.batches import plan_steps
-
     order = np.concatenate([np.concatenate(step) for step in plan_steps(plan, data, 0, 3).batches])
     places = {index: place for place, index in enumerate(data.train[0])}
     accumulation = config.training.gradient_accumulation
@@ -147,35 +143,36 @@ def test_a_trainer_equals_our_own_training(settings: Settings, tmp_path: Path, c
     assert update.metrics.keys() == expected.metrics.keys()
 
 
-def alone(script: str, rows: pd.DataFrame, seed: int, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def alone(
+    script: str, rows: pd.DataFrame, seed: int, start: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
     """Run the script without a federation on `rows`, from the adapter `start`; return its adapter."""
     folder = Path(script).parent
     rows.to_csv(folder / "rows.csv", index=False)
     torch.save(start, folder / "start.pt")
-    source = Path(script).read_text()
-    (folder / "alone.py").write_text(
-        source.replace("copra_fl.federate(trainer)", "copra_fl.federate(trainer)\n"
-            "from peft import get_peft_model_state_dict, set_peft_model_state_dict\n"
-            "set_peft_model_state_dict(model, torch.load('start.pt'))")
-        + "torch.save(get_peft_model_state_dict(model), 'trained.pt')\n"
-    )  # fmt: skip
-    environment = os.environ | {"ROWS": str(folder / "rows.csv"), "SEED": str(seed)}
-    subprocess.run([sys.executable, "alone.py"], cwd=folder, env=environment, check=True, capture_output=True)
-    return torch.load(folder / "trained.pt")
+    written = "copra_fl.federate(trainer)\nimport peft\npeft.set_peft_model_state_dict(model, torch.load('start.pt'))"
+    (folder / "alone.py").write_text(Path(script).read_text().replace("copra_fl.federate(trainer)", written))
+    with monkeypatch.context() as patch, torch.random.fork_rng():
+        patch.setenv("ROWS", "rows.csv")
+        patch.setenv("SEED", str(seed))
+        patch.chdir(folder)
+        model = runpy.run_path("alone.py", run_name="__main__")["model"]
+    return get_peft_model_state_dict(model)
 
 
 def test_a_round_of_a_federation_is_the_average_of_two_trainers_that_run_alone(
-    settings: Settings, tmp_path: Path
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the script, run by Python on each client's rows, and the mean by examples in float64."""
+    """Oracle: the script, run alone on each client's rows, and the mean by examples in float64."""
     config = Config.from_flat(settings | {"num-rounds": 1})
     data = load_data(config, load_processor(config.model))
     assert data.read_rows is not None
     rows = data.read_rows()
     start = build_model(config.model, "layer", 0, seed=config.federation.seed).read_adapter()
+    seeds = [derive(0, "trainer", 1, client) % 2**32 for client in range(2)]
     adapters = [
-        alone(str(settings["script"]), rows.iloc[data.train[client]], derive(0, "trainer", 1, client) % 2**32, start)
-        for client in range(2)
+        alone(str(settings["script"]), rows.iloc[indices], seed, start, monkeypatch)
+        for seed, indices in zip(seeds, data.train, strict=True)
     ]
     sizes = [len(indices) for indices in data.train]
     run = run_federation(settings | {"num-rounds": 1}, tmp_path / "run")
@@ -219,8 +216,11 @@ def test_global_streams_are_equal_for_equal_names() -> None:
     assert draws[0] == draws[1] and draws[0] != draws[2]
 
 
-def test_client_data_are_the_rows_of_the_table_that_the_client_trains_on(settings: Settings) -> None:
-    config = Config.from_flat(settings)
+@pytest.mark.parametrize(
+    "changes", [{}, {"partitioner": "natural", "client-column": "owner", "held-out-clients": 2}], ids=str
+)
+def test_client_data_are_the_rows_of_the_table_that_the_client_trains_on(settings: Settings, changes: Settings) -> None:
+    config = Config.from_flat(settings | changes)
     data = load_data(config, load_processor(config.model))
     assert data.read_rows is not None
     rows = data.read_rows().iloc[data.train[1]]
@@ -322,7 +322,7 @@ def test_a_site_loads_its_own_data_in_the_script(tmp_path: Path) -> None:
         ({"local-training": "line"}, "local-training = 'line' and off = 'global'"),
         ({"proximal-mu": 0.1}, "proximal-mu and gucci-beta"),
         ({"client-depths": "1,2"}, "client-depths = '1,2'"),
-        ({"partitioner": "natural", "client-column": "owner", "held-out-clients": 1}, "held-out-clients"),
+        ({"dataset": "a.csv,b.csv"}, r"dataset = 'a.csv,b.csv' \(several data sets\)"),
     ],
 )
 def test_settings_that_a_trainer_does_not_follow_are_refused(

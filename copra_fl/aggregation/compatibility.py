@@ -238,8 +238,8 @@ def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflict
         ),
         (
             bool(rule.core) or rule.grams,
-            f"{it} rule = {rule.name!r}: its clients need more than a LoRA adapter of PEFT: a matrix between A and B, or "
-            "Gram matrices; use another rule",
+            f"{it} rule = {rule.name!r}, whose clients train or send more than a LoRA adapter of PEFT (a matrix between A "
+            "and B, or Gram matrices); use another rule",
         ),
         (
             training.local_epochs > 0,
@@ -266,9 +266,9 @@ def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflict
             "control-variates = false, proximal-mu = 0 and gucci-beta = 0",
         ),
         (
-            config.data.held_out_clients > 0 or len(config.data.datasets) > 1,
-            f"{it} held-out-clients and several data sets: rows of one table are dealt out to the scripts; use "
-            "held-out-clients = 0 and one dataset",
+            len(config.data.datasets) > 1,
+            f"{it} dataset = {config.data.dataset!r} (several data sets): rows of one table are dealt out to the "
+            "scripts; use one dataset",
         ),
     ]
 

@@ -83,11 +83,15 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
 
 
 def read_train_rows(task: Task, data: DataConfig, train: Table) -> pd.DataFrame:
-    """Return the rows of `train`, with all its columns, in the order in which `encode_tables` encodes them.
-
-    With held-out-clients, which leaves rows out, the order is another one.
-    """
-    return read_rows(train, columns_of(task, data) | _client_column(data), {task.columns[0]: task.content})
+    """Return the rows of `train`, with all its columns, in the order in which `encode_tables` encodes them."""
+    columns, readers = columns_of(task, data) | _client_column(data), {task.columns[0]: task.content}
+    rows = read_rows(train, columns, readers)
+    if not data.held_out_clients:
+        return rows
+    examples, _ = read_examples(train, columns, readers)
+    examples["place"] = range(len(examples))
+    kept, _ = choose_clients(data, examples, sort_names(examples["client-column"].unique()))
+    return rows.iloc[kept["place"]].reset_index(drop=True)
 
 
 def _client_column(data: DataConfig) -> dict[str, str]:

@@ -17,11 +17,10 @@ aggregates and evaluates with the task of the configuration, and never runs the 
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +119,12 @@ def run_script(script: str, rows: pd.DataFrame, shared: bool) -> Trainer:
 @contextmanager
 def _as_main(path: Path) -> Iterator[None]:
     """Set folder, import path and arguments inside the block as ``python FILE`` has them."""
-    folder, argv, imports = Path.cwd(), sys.argv, list(sys.path)
-    os.chdir(path.parent)
+    argv, imports = sys.argv, list(sys.path)
     sys.argv = [str(path)]
     sys.path.insert(0, str(path.parent))
     try:
-        yield
+        with chdir(path.parent):
+            yield
     finally:
         sys.path[:] = imports
         sys.argv = argv
-        os.chdir(folder)

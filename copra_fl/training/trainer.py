@@ -16,6 +16,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import chdir
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,12 +50,14 @@ class ScriptedClient:
     Attributes:
         trainer: the Trainer that the script has made.
         model: its PEFT model, with gates and adapter tensors under the names of the federation.
+        folder: the folder of the script, in which it trains, as it would alone.
     """
 
     def __init__(self, trainer: Trainer, reference: AdaptedModel, config: Config) -> None:
         check_trainer(trainer, reference, config)
         peft: Any = trainer.model
         self.trainer = trainer
+        self.folder = Path(config.training.script).expanduser().absolute().parent
         group, pooling = config.copra.gate_group, config.model.pooling
         self.model = AdaptedModel(reference.task, peft, None, pooling, group, trainer.args.device)
         handler = trainer.callback_handler
@@ -172,7 +176,9 @@ def _check_base(it: str, model: PeftModel, reference: AdaptedModel, config: Conf
         if not (mine.is_floating_point() and theirs.is_floating_point()):
             continue
         dtype = min(mine.dtype, theirs.dtype, key=lambda kind: torch.finfo(kind).bits)
-        if mine.shape != theirs.shape or not torch.equal(mine.detach().to(dtype), theirs.detach().to(mine.device, dtype)):
+        if mine.shape != theirs.shape or not torch.equal(
+            mine.detach().to(dtype), theirs.detach().to(mine.device, dtype)
+        ):
             raise ConfigError(
                 f"{it} has another base than model = {config.model.model!r}: the weights of {name} differ; open the "
                 "same model in both"
@@ -220,7 +226,7 @@ def train_client(
     callback = _RoundCallback(model.gates, masks, scales, type(trainer).__name__)
     trainer.add_callback(callback)
     try:
-        with global_stream(config.federation.seed, "trainer", plan.server_round, client):
+        with global_stream(config.federation.seed, "trainer", plan.server_round, client), chdir(scripted.folder):
             output = trainer.train()
     finally:
         model.gates.open()
