@@ -238,7 +238,7 @@ def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflict
         ),
         (
             bool(rule.core) or rule.grams,
-            f"{it} rule = {rule.name!r}, whose clients train or send more than a LoRA adapter of PEFT (a matrix between A "
+            f"{it} rule = {rule.name!r}, whose clients train or send more than PEFT's LoRA adapter (a matrix between A "
             "and B, or Gram matrices); use another rule",
         ),
         (

@@ -41,6 +41,9 @@ def check(configs: Iterable[Config], console: Console) -> list[Config]:
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
     with console.status("preparing the data"):
         checked = [_check_one(config, prepared) for config in configs]
+    scripted = {(config.model, config.training.script): config for config, _ in checked if config.training.script}
+    for config in scripted.values():
+        _check_script(config, prepared, console)
     for note in dict.fromkeys(note for _, notes in checked for note in notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return [config for config, _ in checked]
@@ -81,7 +84,7 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
         script=_absolute(config.training.script),
         model=_absolute(config.model.model),
     )
-    federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
+    federated = prepared(_without_training(config))
     config = resolve_config(config.changed(num_clients=len(federated.train)))
     compatibility.check(config, find_task(config.model.task))  # again, now that the number of clients is known
     size = len(federated.label_names), federated.examples.max_length
@@ -95,6 +98,19 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)
     return config, [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
+
+
+def _check_script(config: Config, prepared: Callable[[Config], FederatedData], console: Console) -> None:
+    """Run the script for one client. Raises ConfigError if it fails, or makes a Trainer that cannot be federated."""
+    from copra_fl.training.trainer import check_script
+
+    with console.status("running the script for one client"):
+        check_script(prepared(_without_training(config)), config)
+
+
+def _without_training(config: Config) -> Config:
+    """Return the configuration with the settings that the data depend on."""
+    return Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed))
 
 
 def _prepare(config: Config) -> FederatedData:

@@ -95,6 +95,8 @@ def run_script(script: str, rows: pd.DataFrame, shared: bool) -> Trainer:
     global _client
     path = Path(script).expanduser().absolute()
     it = f"script = {path.name!r}"
+    if not path.is_file():
+        raise ConfigError(f"script = {script!r}: there is no file {path}")
     _client = client = _Client(rows)
     try:
         with _as_main(path):

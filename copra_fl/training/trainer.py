@@ -14,6 +14,7 @@ differ: dropout, gradient checkpointing, mixed precision, NEFTune, further froze
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 from collections.abc import Mapping
 from contextlib import chdir
@@ -32,6 +33,7 @@ from copra_fl.config import Config, ConfigError
 from copra_fl.copra.gates import Gates
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel, lora_layers
+from copra_fl.models.build import build_model
 from copra_fl.seeding import derive, global_stream
 from copra_fl.training.batches import draw_masks
 from copra_fl.training.plan import Plan, Start, num_steps
@@ -83,6 +85,23 @@ def open_client(data: FederatedData, config: Config, client: int, reference: Ada
     with global_stream(config.federation.seed, "script", client):
         trainer = run_script(config.training.script, rows, shared=config.data.partitioner != "own")
         return ScriptedClient(trainer, reference, config)
+
+
+def check_script(data: FederatedData, config: Config) -> None:
+    """Run the script for one client. Raises ConfigError as `open_client` does, and for an error of the script."""
+    client = next(client for client, indices in enumerate(data.train) if len(indices))
+    group, seed = config.copra.gate_group, config.federation.seed
+    reference = build_model(config.model, group, len(data.label_names), seed)
+    try:
+        open_client(data, config, client, reference)
+    except ConfigError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"script = {config.training.script!r} fails for client {client}: {type(error).__name__}: {error} (in "
+            f"{Path(frame.filename).name}, line {frame.lineno})"
+        ) from error
 
 
 def check_trainer(trainer: Any, reference: AdaptedModel, config: Config) -> None:
@@ -140,7 +159,7 @@ def _check_layout(it: str, model: PeftModel, reference: AdaptedModel, config: Co
     if others := sorted(trains.keys() - expected.keys()):
         raise ConfigError(
             f"{it} also trains {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, which no rule averages; "
-            "use bias='none' and no modules_to_save or trainable_token_indices, so that it trains LoRA's A and B alone"
+            "use no bias, lora_bias, modules_to_save or trainable_token_indices, so that it trains LoRA's A and B alone"
         )
     for name, tensor in expected.items():
         other = parameters[name]
