@@ -20,6 +20,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import copra_fl
+from clients.policy import Policy, PolicyViolation
 from clients.warm_cache import open_engine
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
@@ -352,6 +353,11 @@ def test_settings_that_a_trainer_does_not_follow_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         check(Config.from_flat(settings | changes))
+
+
+def test_a_policy_that_limits_examples_excludes_trainers(settings: Settings) -> None:
+    with pytest.raises(PolicyViolation, match="engine = 'trainer' does not say on how many examples"):
+        Policy(max_examples_per_round=10**6).check_examples(Config.from_flat(settings), {0: 10})
 
 
 def test_nodes_compare_the_script_and_one_with_its_own_data_runs_no_other(

@@ -191,7 +191,8 @@ def _check_base(it: str, model: PeftModel, reference: AdaptedModel, config: Conf
     Weights that either model has quantized are not compared.
     """
     for name, module in reference.linears.items():
-        mine, theirs = module.weight, model.get_submodule(f"{name}.base_layer").weight
+        other: Any = model.get_submodule(f"{name}.base_layer")
+        mine, theirs = module.weight, other.weight
         if not (mine.is_floating_point() and theirs.is_floating_point()):
             continue
         dtype = min(mine.dtype, theirs.dtype, key=lambda kind: torch.finfo(kind).bits)
