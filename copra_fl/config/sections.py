@@ -270,7 +270,7 @@ class TrainingConfig:
     engine: str = option(
         "stacked",
         "training engine; stacked: clients of a cohort step together, if the model supports it; peft: one by one; "
-        "trainer: one by one, each by the Trainer of Transformers or TRL that script makes (docs/how-to/federated-trainer.md)",
+        "trainer: one by one, each by the Trainer that script makes (docs/how-to/federated-trainer.md)",
         choices=("stacked", "peft", "trainer"),
     )
     script: str = option(
