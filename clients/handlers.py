@@ -71,7 +71,7 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
         with node.redact_errors():
             policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
         check_weights(node.adapt(config).model)
-        digests = plugins.digests(config)
+        digests = plugins.digests(node.with_script(config))
         with node.redact_errors():
             answer = replace(_describe(node, digest, node.adapt(config)), plugins=digests)
         record = record.model_copy(update={"examples": sum(answer.num_examples.values())})

@@ -3,6 +3,8 @@
     partition-id, num-partitions    which of how many nodes this is
     data-path                       the node's own file of examples; it is then one client (``partitioner = own``)
     model-path                      where the base model is stored on this node; by default the run's ``model``
+    script-path                     where the script that makes the Trainer is stored on this node; by default the run's
+                                    ``script``, on a node with its own data none
     policy-path                     the node's policy (`clients.policy`); without it every run is allowed
     audit-path                      folder of the node's audit log (`clients.audit`); without it nothing is logged
     node-key                        the node's private key, which signs its keys of secure aggregation
@@ -32,7 +34,7 @@ from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
 
 #: paths in a node config, in the order of the fields of `NodeConfig`
-PATHS = ("data-path", "model-path", "policy-path", "audit-path", "node-key", "peers")
+PATHS = ("data-path", "model-path", "policy-path", "audit-path", "node-key", "peers", "script-path")
 #: innermost calls of an error that a public message names
 NUM_FRAMES = 3
 
@@ -53,6 +55,7 @@ class NodeConfig:
         audit_path: the folder of the node's audit log; empty without one.
         node_key: file of the node's private key; empty without one.
         peers: folder with the public keys of all nodes; empty: any node may take part in secure aggregation.
+        script_path: the node's copy of the script that makes the Trainer; empty without one.
     """
 
     partition: int
@@ -63,6 +66,7 @@ class NodeConfig:
     audit_path: str = ""
     node_key: str = ""
     peers: str = ""
+    script_path: str = ""
 
     @classmethod
     def of(cls, context: Context) -> NodeConfig:
@@ -78,8 +82,23 @@ class NodeConfig:
         return cls(partition, num_partitions, *paths)
 
     def adapt(self, config: Config) -> Config:
-        """Return the run's configuration with this node's path of the base model."""
+        """Return the run's configuration with this node's paths of the base model and the script.
+
+        Raises Rejected as `with_script` does.
+        """
+        config = self.with_script(config)
         return config.changed(model=self.model_path) if self.model_path else config
+
+    def with_script(self, config: Config) -> Config:
+        """Return the run's configuration with this node's path of the script.
+
+        Raises Rejected if the run needs a script and the node has its own data, but no script: it runs no other file.
+        """
+        if not config.training.script:
+            return config
+        if self.data_path and not self.script_path:
+            raise Rejected("engine = 'trainer' needs a script on each node, but its node config has no script-path")
+        return config.changed(script=self.script_path) if self.script_path else config
 
     def open_data(self, config: Config) -> FederatedData:
         """Load the examples of the clients that this node can host.
@@ -137,8 +156,8 @@ class NodeConfig:
 
     def without_paths(self, message: str) -> str:
         """Return `message` with the names of this node's paths in place of the paths."""
-        paths = (self.data_path, self.model_path, self.policy_path, self.audit_path, self.node_key, self.peers)
-        for name, path in zip(PATHS, paths, strict=True):
+        for name in PATHS:
+            path = getattr(self, name.replace("-", "_"))
             message = message.replace(path, name) if path else message
         return message
 

@@ -143,6 +143,8 @@ class Policy:
 
         The message does not tell the number of examples.
         """
+        if self.max_examples_per_round and config.training.engine == "trainer":
+            raise PolicyViolation("engine = 'trainer' does not say on how many examples a client trains in a round")
         for client, number in num_examples.items():
             if 0 < number < self.min_examples:
                 raise PolicyViolation(

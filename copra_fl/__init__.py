@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from copra_fl.models.export import load
     from copra_fl.reporting.results import Comparison, Run, load_comparison, load_run
     from copra_fl.simulation.superlink import RunFailed
+    from copra_fl.training.script import client_data, federate
 
 __all__ = [
     "Comparison",
@@ -22,7 +23,9 @@ __all__ = [
     "CopraCallback",
     "Run",
     "RunFailed",
+    "client_data",
     "compare",
+    "federate",
     "load",
     "load_comparison",
     "load_run",
@@ -41,7 +44,9 @@ _MODULES = {
     "CopraCallback": "copra_fl.copra.callback",
     "Run": "copra_fl.reporting.results",
     "RunFailed": "copra_fl.simulation.superlink",
+    "client_data": "copra_fl.training.script",
     "compare": "copra_fl.api.runs",
+    "federate": "copra_fl.training.script",
     "load": "copra_fl.models.export",
     "load_comparison": "copra_fl.reporting.results",
     "load_run": "copra_fl.reporting.results",

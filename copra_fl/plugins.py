@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from copra_fl.config import Config, ConfigError
+from copra_fl.files import sha256
 from copra_fl.provenance import source_digest
 from copra_fl.wording import unknown_name
 
@@ -123,8 +124,20 @@ def named_in(config: Config) -> dict[str, str]:
 
 
 def digests(config: Config) -> dict[str, str]:
-    """Return name -> `digest` of the plugins of `config`. Raises ConfigError for one that cannot be imported."""
-    return {name: digest(name, place) for name, place in named_in(config).items()}
+    """Return name -> `digest` of the plugins of `config`, and of its `script`.
+
+    Raises ConfigError for a plugin that cannot be imported and a script that cannot be read.
+    """
+    digests_by_name = {name: digest(name, place) for name, place in named_in(config).items()}
+    return digests_by_name | ({"script": script_digest(config.training.script)} if config.training.script else {})
+
+
+def script_digest(script: str) -> str:
+    """Return the SHA-256 of the file `script`. Raises ConfigError if it cannot be read."""
+    try:
+        return sha256(Path(script).expanduser())
+    except OSError as error:
+        raise ConfigError(f"script = {script!r} cannot be read: {error.strerror}; it must be a Python file") from None
 
 
 def digest(name: str, place: str) -> str:

@@ -7,6 +7,7 @@ drawing masks does not change the data order.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -46,3 +47,22 @@ def torch_stream(device: torch.device, root: int, *names: str | int) -> Iterator
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(root, *names))
         yield
+
+
+@contextmanager
+def global_stream(root: int, *names: str | int) -> Iterator[None]:
+    """Replace the global generators of Python, NumPy and torch by the stream `names`, as `torch_stream` does torch's.
+
+    This is for the code of users, which may draw from any of them.
+    """
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            seed = derive(root, *names)
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

@@ -44,6 +44,7 @@ def check(config: Config, task: TaskTraits) -> None:
         _rule_conflicts(config, rule),
         _start_conflicts(config, rule),
         _optimizer_conflicts(config),
+        _trainer_conflicts(config, rule, task),
         privacy_conflicts(config, rule),
         secure_conflicts(config, rule) if config.privacy.secure_aggregation else [],
         _task_conflicts(config, task),
@@ -213,6 +214,61 @@ def _optimizer_conflicts(config: Config) -> Conflicts:
             training.optimizer_state == "shared" and bool(config.aggregation.client_ranks),
             f"{it} does not combine with client-ranks = {config.aggregation.client_ranks!r}: moments of unequal ranks "
             "cannot be averaged; use optimizer-state = 'client'",
+        ),
+    ]
+
+
+def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflicts:
+    """Settings of the local training that a user's Trainer does not follow (`training.trainer`)."""
+    training, settings, copra = config.training, config.aggregation, config.copra
+    if training.engine != "trainer":
+        return [
+            (
+                bool(training.script),
+                f"script = {training.script!r} has no effect with engine = {training.engine!r}; use engine = 'trainer'",
+            )
+        ]
+    it = "engine = 'trainer' does not combine with"
+    return [
+        (not training.script, "engine = 'trainer' needs script, the Python file that makes the Trainer"),
+        (
+            task.trains_head,
+            f"{it} task = {task.name!r}, which trains a head that no Transformers model has; use a task without one, "
+            "such as causal-lm or label-words",
+        ),
+        (
+            bool(rule.core) or rule.grams,
+            f"{it} rule = {rule.name!r}, whose clients train or send more than PEFT's LoRA adapter (a matrix between A "
+            "and B, or Gram matrices); use another rule",
+        ),
+        (
+            training.local_epochs > 0,
+            f"{it} local-epochs = {training.local_epochs}: the Trainer decides the size of a step; use local-steps",
+        ),
+        (
+            training.optimizer_state != "fresh",
+            f"{it} optimizer-state = {training.optimizer_state!r}: each round begins with a new optimizer of the "
+            "Trainer's; use optimizer-state = 'fresh'",
+        ),
+        (
+            copra.local_training == "line" or copra.off == "global",
+            f"{it} local-training = 'line' and off = 'global', which need a training loop of copra-fl; use "
+            "local-training = 'copra' or 'lora', and off = 'base'",
+        ),
+        (
+            bool(copra.client_depths),
+            f"{it} client-depths = {copra.client_depths!r}: a Trainer does not count the memory of a step; use "
+            "layers-per-round",
+        ),
+        (
+            settings.control_variates or settings.proximal_mu > 0 or settings.gucci_beta > 0,
+            f"{it} control-variates = true, proximal-mu and gucci-beta, which change the gradients of each step; use "
+            "control-variates = false, proximal-mu = 0 and gucci-beta = 0",
+        ),
+        (
+            len(config.data.datasets) > 1,
+            f"{it} dataset = {config.data.dataset!r} (several data sets): rows of one table are dealt out to the "
+            "scripts; use one dataset",
         ),
     ]
 

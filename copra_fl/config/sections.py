@@ -281,8 +281,14 @@ class TrainingConfig:
     )
     engine: str = option(
         "stacked",
-        "training engine; stacked: clients of a cohort step together, if the model supports it; peft: one by one",
-        choices=("stacked", "peft"),
+        "training engine; stacked: clients of a cohort step together, if the model supports it; peft: one by one; "
+        "trainer: one by one, each by the Trainer that script makes (docs/how-to/federated-trainer.md)",
+        choices=("stacked", "peft", "trainer"),
+    )
+    script: str = option(
+        "",
+        "trainer: Python file that makes a client's Trainer and federates it; optimizer, learning rate and batches are "
+        "those of this Trainer",
     )
     step_tokens: int = option(4096, "stacked: maximum tokens per step over all its clients; limits memory", low=1)
     max_memory_gb: float = option(

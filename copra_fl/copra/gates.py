@@ -59,6 +59,11 @@ class Gates:
         for tensor in self._frozen:
             tensor.requires_grad_(False)
 
+    def holds(self) -> bool:
+        """Return whether every adapter is still on or off as `set` left it; other code can switch adapters too."""
+        modules = zip(self._modules, self._state, strict=True)
+        return all(module.disable_adapters is not on for group, (on, _) in modules for module in group)
+
     def open(self) -> None:
         """Switch every group on, unscaled, as for evaluation."""
         self.set([True] * len(self.names))

@@ -13,7 +13,7 @@ import torch
 from copra_fl.config import ConfigError, DataConfig
 from copra_fl.data.cache import Stored
 from copra_fl.data.held_out import choose_clients, hold_out
-from copra_fl.sources.tables import Table, codes, read_examples
+from copra_fl.sources.tables import Table, codes, read_examples, read_rows
 from copra_fl.tasks import Task
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -50,8 +50,7 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
     import pandas as pd
 
     columns, content = columns_of(task, data), task.columns[0]
-    client_column = {"client-column": data.client_column} if data.client_column else {}
-    rows, dropped_empty = read_examples(train, columns | client_column, {content: task.content})
+    rows, dropped_empty = read_examples(train, columns | _client_column(data), {content: task.content})
     label_names = _label_names(task, data, train, rows)
     held_out_names: list[str] = []
     if data.held_out_clients:
@@ -67,13 +66,13 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
             )
         rows = pd.concat([rows, test_rows], ignore_index=True)
     is_held_out = np.zeros(len(rows), bool)
-    if client_column:
+    if data.client_column:
         is_held_out = rows["client-column"].isin(held_out_names).to_numpy()
     subsets, dropped_duplicates = hold_out(data, rows[content], num_train, np.flatnonzero(is_held_out))
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
     client_names: list[str] = []
-    if client_column:
+    if data.client_column:
         client_names = sort_names(set(rows["client-column"].dropna()) - set(held_out_names))
         tensors["clients"] = codes(rows["client-column"], client_names)
     tensors |= task.encode(rows, label_names, processor, data)
@@ -85,6 +84,22 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
         "dropped_empty": dropped_empty,
     }
     return tensors, facts
+
+
+def read_train_rows(task: Task, data: DataConfig, train: Table) -> pd.DataFrame:
+    """Return the rows of `train`, with all its columns, in the order in which `encode_tables` encodes them."""
+    columns, readers = columns_of(task, data) | _client_column(data), {task.columns[0]: task.content}
+    rows = read_rows(train, columns, readers)
+    if not data.held_out_clients:
+        return rows
+    examples, _ = read_examples(train, columns, readers)
+    examples["place"] = range(len(examples))
+    kept, _ = choose_clients(data, examples, sort_names(examples["client-column"].unique()))
+    return rows.iloc[kept["place"]].reset_index(drop=True)
+
+
+def _client_column(data: DataConfig) -> dict[str, str]:
+    return {"client-column": data.client_column} if data.client_column else {}
 
 
 def _label_names(task: Task, data: DataConfig, train: Table, rows: pd.DataFrame) -> list[str]:

@@ -14,9 +14,10 @@ them into memory and imports none of the libraries that made them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -24,12 +25,15 @@ from torch import Tensor
 from copra_fl import plugins
 from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.cache import cached
-from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key, read_train_rows
 from copra_fl.data.multi import DatasetRanges, MultiDatasetExamples, consecutive_ranges, split_evenly
 from copra_fl.data.partition import limit_train, partition, split_clients
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import dataset_name, find_tables
 from copra_fl.tasks import Examples, Task, find_task
+
+if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
+    import pandas as pd
 
 #: tensors of the cache that are subsets, and not the task's encoding of the examples
 SUBSETS = {"test", "held_out", "server_validation", "pool", "clients"}
@@ -77,6 +81,8 @@ class FederatedData:
         digest: digest of content, encoding, held-out sets and partition; equal on all machines with the same data.
         tokens_digest: the same without the partition.
         datasets: ranges of each data set, if there are several; else empty.
+        read_rows: return the rows of the table that the clients' examples were encoded from, in their order; None
+            with several data sets and on a server without data.
     """
 
     examples: Examples
@@ -93,6 +99,7 @@ class FederatedData:
     skipped: list[int] = field(default_factory=list)
     dropped: Dropped = Dropped()
     datasets: list[DatasetRanges] = field(default_factory=list)
+    read_rows: Callable[[], pd.DataFrame] | None = None
 
     @property
     def head_sizes(self) -> list[int]:
@@ -208,6 +215,7 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         dropped=Dropped(duplicates=facts["dropped_duplicates"], empty=facts["dropped_empty"]),
         digest=tokens_digest,
         tokens_digest=tokens_digest,
+        read_rows=partial(read_train_rows, task, data, train),
     )
     encoded = {name: tensor for name, tensor in tokens.items() if name not in SUBSETS}
     if clients_elsewhere:

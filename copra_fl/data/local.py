@@ -8,6 +8,8 @@ names settings of the run and counts, never a column, a label or a text of the f
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
-from copra_fl.data.encoding import CACHE_VERSION, columns_of, encoding_key
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, encoding_key, read_train_rows
 from copra_fl.data.federated import Dropped, FederatedData
 from copra_fl.data.partition import limit_train, split_client
 from copra_fl.files import digest_of
@@ -48,6 +50,7 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
         dropped=Dropped(empty=facts["dropped_empty"], limited=len(unlimited) - len(train)),
         digest=digest,
         tokens_digest=digest,
+        read_rows=partial(read_train_rows, task, replace(data, client_column=""), table),
     )
 
 

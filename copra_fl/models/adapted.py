@@ -57,7 +57,9 @@ class AdaptedModel(nn.Module):
         self.base.config.use_cache = False  # keys and values are cached for text generation only
         self.gates = Gates(self.base, group)
         self._trainable = {
-            name.replace(".default.", "."): parameter for name, parameter in peft.named_parameters() if ".lora_" in name
+            name.replace(".default.", "."): parameter
+            for name, parameter in peft.named_parameters()
+            if ".lora_" in name and ".default." in name
         }
         self.group_of = {
             name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
@@ -176,6 +178,16 @@ class AdaptedModel(nn.Module):
         for name in modules:
             matrices = residuals.matrices(residual, name)
             self.residual_factors[name] = tuple(matrix.to(self.device, self.base.dtype) for matrix in matrices)
+        self._hook_residual()
+
+    def share_residual(self, other: AdaptedModel) -> None:
+        """Add the residual of `other` in every forward pass, replacing any other."""
+        for hook in self._hooks:
+            hook.remove()
+        self.residual_factors = dict(other.residual_factors)
+        self._hook_residual()
+
+    def _hook_residual(self) -> None:
         self._hooks = [
             self.linears[name].register_forward_hook(partial(_add_product, matrices))
             for name, matrices in self.residual_factors.items()

@@ -51,6 +51,9 @@ def check(configs: Iterable[Config], console: Console, request: WorkerRequest) -
     prepared = functools.cache(_prepare)  # compared methods share model, data and seed
     with console.status("preparing the data"):
         checked = [_check_one(config, prepared) for config in configs]
+    scripted = {(config.model, config.training.script): config for config, _, _ in checked if config.training.script}
+    for config in scripted.values():
+        _check_script(config, prepared, console)
     for note in dict.fromkeys(note for _, _, notes in checked for note in notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if request.ray_address is None:
@@ -93,9 +96,10 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     config = config.changed(
         dataset=csv_line(map(_absolute, config.data.datasets)),
         test_file=_absolute(config.data.test_file),
+        script=_absolute(config.training.script),
         model=_absolute(config.model.model),
     )
-    federated = prepared(Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed)))
+    federated = prepared(_without_training(config))
     config = resolve_config(config.changed(num_clients=len(federated.train)))
     compatibility.check(config, find_task(config.model.task))  # again, now that the number of clients is known
     size = len(federated.label_names), federated.examples.max_length
@@ -110,6 +114,19 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     needed = memory_plan.plan(config, *size)
     notes = [*_notes(federated, config.federation.seed), f"memory per worker during training: {needed}"]
     return config, needed, notes
+
+
+def _check_script(config: Config, prepared: Callable[[Config], FederatedData], console: Console) -> None:
+    """Run the script for one client. Raises ConfigError if it fails, or makes a Trainer that cannot be federated."""
+    from copra_fl.training.trainer import check_script
+
+    with console.status("running the script for one client"):
+        check_script(prepared(_without_training(config)), config)
+
+
+def _without_training(config: Config) -> Config:
+    """Return the configuration with the settings that the data depend on."""
+    return Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed))
 
 
 def _prepare(config: Config) -> FederatedData:

@@ -90,7 +90,7 @@ class WorkerRequest:
 
 def local_paths(config: Config) -> list[str]:
     """Return the files and folders that a checked configuration names; `check` has made them absolute."""
-    names = [*config.data.datasets, config.data.test_file, config.model.model]
+    names = [*config.data.datasets, config.data.test_file, config.model.model, config.training.script]
     return [name for name in names if Path(name).is_absolute()]
 
 

@@ -250,9 +250,28 @@ def read_examples(
     Values are texts, unless `readers` has a function for the key: from the column and the table's folder to values,
     with NA for missing ones. Raises TableError for a table without examples or without one of the columns.
     """
+    read, complete = _read_columns(table, table.read(), columns, readers)
+    return read[complete].reset_index(drop=True), int((~complete).sum())
+
+
+def read_rows(
+    table: Table, columns: Mapping[str, str], readers: Mapping[str, Callable[[pd.Series, Path], pd.Series]]
+) -> pd.DataFrame:
+    """Return the examples of `read_examples` in the same order, with all columns of `table` as they are."""
+    rows = table.read()
+    _, complete = _read_columns(table, rows, columns, readers)
+    return rows[complete].reset_index(drop=True)
+
+
+def _read_columns(
+    table: Table,
+    rows: pd.DataFrame,
+    columns: Mapping[str, str],
+    readers: Mapping[str, Callable[[pd.Series, Path], pd.Series]],
+) -> tuple[pd.DataFrame, pd.Series]:
+    """Return `columns` of `rows` under their configuration keys, and which rows have a value in each of them."""
     import pandas as pd
 
-    rows = table.read()
     if rows.empty:
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     for key, column in columns.items():
@@ -274,7 +293,7 @@ def read_examples(
         raise TableError(
             f"{table.where} has no example with all of {names}", f"its file has no example with all of {names}"
         )
-    return read[complete].reset_index(drop=True), int((~complete).sum())
+    return read, complete
 
 
 def _separator_hint(rows: pd.DataFrame) -> str:

@@ -83,18 +83,24 @@ class LocalSteps:
 def plan_steps(plan: Plan, data: FederatedData, client: int, num_groups: int) -> LocalSteps:
     """Draw the steps of `client` in the round of `plan`."""
     config, seed, server_round = plan.config, plan.config.federation.seed, plan.server_round
-    copra, rounds = config.copra, config.federation.num_rounds
     indices = data.train[client]
     order, buckets = generator(seed, "order", server_round, client), generator(seed, "buckets", server_round)
     batches = list(data_order(indices, data.examples.lengths, config.training, order, buckets))
+    masks, scales, rank_scale = draw_masks(plan, client, len(batches), num_groups)
+    on_line = config.copra.local_training == "line"
+    positions = generator(seed, "line", server_round, client).random(len(batches)) if on_line else np.ones(len(batches))
+    t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / config.federation.num_rounds
+    return LocalSteps(client, batches, masks, scales, rank_scale, positions, t)
+
+
+def draw_masks(plan: Plan, client: int, num_steps: int, num_groups: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return `masks`, `scales` and `rank_scale` of `LocalSteps` for the steps of `client` in the round of `plan`."""
+    config, server_round = plan.config, plan.server_round
+    copra, seed, rounds = config.copra, config.federation.seed, config.federation.num_rounds
     trained = trained_layers(config, num_groups, server_round, client)
-    among, probabilities = schedule.client_masks(copra, seed, client, len(batches), len(trained), server_round, rounds)
-    masks = np.zeros((len(batches), num_groups), dtype=bool)
+    among, probabilities = schedule.client_masks(copra, seed, client, num_steps, len(trained), server_round, rounds)
+    masks = np.zeros((num_steps, num_groups), dtype=bool)
     masks[:, trained] = among
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()
     rank_scale = relative_scaling(config, ranks[client]) if ranks else 1.0
-    scales = rank_scale * schedule.scales(copra, among, probabilities)
-    on_line = copra.local_training == "line"
-    positions = generator(seed, "line", server_round, client).random(len(batches)) if on_line else np.ones(len(batches))
-    t = (server_round - 1 + np.arange(len(batches)) / len(batches)) / rounds
-    return LocalSteps(client, batches, masks, scales, rank_scale, positions, t)
+    return masks, rank_scale * schedule.scales(copra, among, probabilities), rank_scale

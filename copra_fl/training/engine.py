@@ -1,14 +1,15 @@
-"""The two engines that train and evaluate in a process: ``stacked`` and ``peft``.
+"""The engines that train and evaluate in a process: ``stacked``, ``peft`` and ``trainer``.
 
 `StackedEngine` trains all clients of a slice together, `PeftEngine` one after the other with plain PEFT. Both give the
 same adapters up to floating-point rounding. `stacked` is fast; `peft` is its reference and takes every model that PEFT
-takes, so it also replaces `stacked` for models that cannot be stacked.
+takes, so it also replaces `stacked` for models that cannot be stacked. `TrainerEngine` evaluates as `PeftEngine` does
+and trains with the Trainer of a user's script (`training.script`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -24,6 +25,9 @@ from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked import NotStackable, StackedModel
 from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
+
+if TYPE_CHECKING:  # slow to import
+    from copra_fl.training.trainer import ScriptedClient
 
 #: called with the number of clients' worth of training since the last call
 OnTrained = Callable[[float], None]
@@ -86,6 +90,46 @@ class PeftEngine:
         return updates
 
 
+class TrainerEngine(PeftEngine):
+    """The clients of a script. The last one's Trainer stays in memory: a node that is one client runs its script once.
+
+    A process with several clients runs it for each of them in each round, because each has a model of its own.
+    """
+
+    def __init__(self, model: AdaptedModel) -> None:
+        super().__init__(model)
+        self._key: tuple[object, ...] = ()
+        self._scripted: ScriptedClient | None = None
+
+    def train(
+        self,
+        data: FederatedData,
+        plan: Plan,
+        clients: Sequence[int],
+        starts: Mapping[int, Start],
+        progress: OnTrained,
+    ) -> list[Update]:
+        from copra_fl.training.trainer import train_client as train_by_script
+
+        updates = []
+        for client in clients:
+            scripted = self._open(data, plan.config, client)
+            num_examples = len(data.train[client])
+            updates.append(train_by_script(client, scripted, plan, starts[client], num_examples, self.model))
+            progress(1)
+        return updates
+
+    def _open(self, data: FederatedData, config: Config, client: int) -> ScriptedClient:
+        from copra_fl.training.trainer import open_client
+
+        key = config.model, config.copra.gate_group, config.training.script, config.federation.seed, data.digest, client
+        if self._scripted is None or key != self._key:
+            self._scripted = None  # frees its model before the next one is made
+            self._scripted = open_client(data, config, client, self.model)
+            self._key = key
+        return self._scripted
+
+
 class StackedEngine:
     note = ""
 
@@ -130,6 +174,8 @@ def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, see
     `build_model` does.
     """
     model = build_model(config, group, num_labels, seed, heads)
+    if kind == "trainer":
+        return TrainerEngine(model)
     if kind == "peft":
         return PeftEngine(model)
     try:
