@@ -12,7 +12,7 @@ def test_a_client_killed_between_shares_and_vector_costs_its_update(deployment: 
     """It has sent its shares when it trains, and its vector when it replies to the training."""
     unanswered = deployment.num_unanswered("client-1")
     tolerant = {"failures": "tolerant", "min-replies": 2, "round-timeout-s": 90, "num-rounds": 4}
-    run = deployment.start_run("secure", settings | tolerant | {"secure-aggregation": True})
+    run = deployment.start_run("secure", settings | tolerant | {"secure-aggregation": True, "path-pairs": 0})
     deployment.kill_while_training("client-1", unanswered)
     deployment.finish(run)
     rows = [json.loads(line) for line in deployment.rounds("secure")]
