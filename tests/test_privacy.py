@@ -324,6 +324,7 @@ def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Pa
         PrivacyBudget(tmp_path, settings, 1)
 
 
+@pytest.mark.slow
 def test_a_round_without_clients_adds_noise_and_spends_privacy(private: Settings, tmp_path: Path) -> None:
     """One of six clients is wanted, so a third of the Poisson samples is empty; odds of 6e-5 that none of 24 is."""
     rows = journal(

@@ -27,6 +27,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.seeding import derive, global_stream
 from copra_fl.simulation import preflight
+from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.engine import TrainerEngine
 from copra_fl.training.plan import Plan, Start
@@ -325,7 +326,7 @@ def test_the_script_is_checked_before_anything_starts(
     source = Path("script.py").read_text()
     Path("failing.py").write_text(source.replace("seed = int(", "rows[0]['absent']\nseed = int("))
     with pytest.raises(ConfigError, match=reason):
-        preflight.check([Config.from_flat(settings | changes)], Console(quiet=True))
+        preflight.check([Config.from_flat(settings | changes)], Console(quiet=True), WorkerRequest(1, 0, None))
 
 
 def test_a_site_loads_its_own_data_in_the_script(tmp_path: Path) -> None:
