@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 from flwr.app import Message
-from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.logger import log
 
 from copra_fl import secure_wire, wire
 from copra_fl.adapters.state import Adapter, Update
@@ -229,9 +229,10 @@ class SecureRound:
         enough: Callable[[Mapping[int, Answer]], bool] = lambda answers: False,
         missing: dict[int, str] | None = None,
     ) -> dict[int, Answer]:
-        """Send each node its content, and return node -> answer; other nodes' clients are added to `missing`.
+        """Send each node its content, and return node -> answer; clients of refused nodes are added to `missing`.
 
-        The wait ends when all nodes have answered, the answers so far are `enough`, or after round-timeout-s.
+        The wait ends when all nodes have answered, the answers so far are `enough`, or after round-timeout-s; in the
+        last case the clients of silent nodes are missing too.
         """
         timeout = self._run.config.federation.round_timeout_s
         messages = [Message(content, node, f"query.{action}") for node, content in contents.items()]
@@ -258,7 +259,8 @@ class SecureRound:
         replies = exchange(self._grid, messages, timeout, is_enough)
         is_enough(replies)
         silent = f"its node dropped out in step {action!r} of secure aggregation: no answer within {timeout:g} s"
-        for node in contents.keys() - answers.keys():
+        without_answer = reasons.keys() if enough(answers) else contents.keys() - answers.keys()
+        for node in without_answer:
             reason = reasons.get(node, silent)
             log(INFO, "node %s: %s", self._numbers[node], reason)
             (self.missing if missing is None else missing).update(dict.fromkeys(self._request.cohorts[node], reason))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +191,21 @@ def test_a_node_that_drops_out_costs_its_own_clients_only(
     assert len(row["clients"]) == 5 - len(gone)
     for name, tensor in final_adapter(plain_runs[bool(missing)]).items():
         assert torch.allclose(final_adapter(directory)[name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+class SlowGrid(SecureGrid):
+    """Delivers one reply at a time, so that the last ones come when enough have."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return super().pull_messages(sorted(message_ids & self.replies.keys())[:1])
+
+
+def test_a_node_whose_answer_was_not_needed_has_not_dropped_out(tiny: Settings, tmp_path: Path) -> None:
+    grid = SlowGrid(5)
+    rows = journal(run_federation(dict(tiny) | SECURE | TOLERANT | FIVE, tmp_path / "run", grid=grid))
+    assert grid.replies, "some answers were not waited for"
+    assert [row["notes"]["secure_aggregation"]["refused"] for row in rows] == [[]] * len(rows)
+    assert not [row["missing"] for row in rows if row["missing"]]
 
 
 def test_below_the_threshold_a_run_stops_by_name_and_its_checkpoint_resumes(

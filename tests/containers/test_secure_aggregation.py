@@ -20,3 +20,4 @@ def test_a_client_killed_between_shares_and_vector_costs_its_update(deployment: 
     assert [1] in absent and all(clients in ([], [1]) for clients in absent)
     assert absent[-1] == [], "it came back"
     assert [row["notes"]["secure_aggregation"]["dropped"] for row in rows] == absent, "a node is one client here"
+    assert not any(row["notes"]["secure_aggregation"]["refused"] for row in rows)
