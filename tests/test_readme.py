@@ -95,6 +95,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 def marked(command: str) -> Any:
     """Mark the commands that take minutes; shorter tests cover the same code."""
     slow = ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
+    slow += ("compare --recipe smoke --methods", "report runs/compare", "probe merge runs/compare", "track runs/compare")
     is_slow = "flwr run" in command or any(f"copra-fl {name}" in command for name in slow)
     return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
@@ -133,7 +134,7 @@ def test_the_merged_model_opens_in_a_pipeline(reader: Reader) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("run", ["runs/smoke", "runs/compare"])
+@pytest.mark.parametrize("run", ["runs/smoke", pytest.param("runs/compare", marks=pytest.mark.slow)])
 def test_reports_open_in_a_browser(reader: Reader, run: str) -> None:
     folder = reader.provide(run)
     report.write(folder)  # again, because probes may have added figures
