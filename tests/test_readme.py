@@ -95,7 +95,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 def marked(command: str) -> Any:
     """Mark the commands that take minutes; shorter tests cover the same code."""
     slow = ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
-    slow += ("compare --recipe smoke --methods", "report runs/compare", "probe merge runs/compare", "track runs/compare")
+    slow += ("compare --recipe smoke --methods", "report runs/compare", "probe merge runs/compare")
+    slow += ("track runs/compare",)
     is_slow = "flwr run" in command or any(f"copra-fl {name}" in command for name in slow)
     return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
