@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, SetOption
-from copra_fl.config import ConfigError
+from copra_fl.config import ConfigError, DataConfig
 from copra_fl.simulation.recipes import parse_override
 
 
@@ -20,13 +20,13 @@ def predict(
         Path,
         typer.Option(
             "--data",
-            help="CSV, JSONL or Parquet file with the column that the model was trained on, or a folder of images.",
+            help="CSV, TSV, JSONL or Parquet file with the column of the training data, or a folder of images.",
             show_default=False,
         ),
     ],
     to: Annotated[
         Path,
-        typer.Option("--to", help="CSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
+        typer.Option("--to", help="CSV, TSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
     ],
     set_: SetOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")] = 64,
@@ -46,9 +46,11 @@ def predict(
     from copra_fl.sources.tables import check_target, file_table, write_table
 
     check_target("--to", to)
-    adapter, table = adapter_folder(run), file_table("--data", data)
+    changes = dict(parse_override(text) for text in set_ or [])
+    adapter = adapter_folder(run)
+    table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
     saved = load(adapter, device, base)
-    settings = data_settings(saved, adapter, dict(parse_override(text) for text in set_ or []))
+    settings = data_settings(saved, adapter, changes)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("predicting", total=None)
         rows = prediction.predict(

@@ -186,11 +186,11 @@ def check_target(key: str, path: Path) -> None:
 
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
-    """Write `rows` to a CSV, JSONL or Parquet file that `file_table` reads. Raises OSError."""
+    """Write `rows` to a file of one of FORMATS, as `file_table` reads it. Raises OSError."""
     content: str | bytes
     match path.suffix.lower():
-        case ".csv":
-            content = rows.to_csv(index=False)
+        case ".csv" | ".tsv" as suffix:
+            content = rows.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",")
         case ".parquet":
             content = rows.to_parquet(index=False)
         case _:
