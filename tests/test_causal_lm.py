@@ -129,7 +129,8 @@ def test_a_prompt_template_goes_with_the_adapter(plain: Settings, tmp_path: Path
     run = run_federation(
         plain | {"prompt-column": "prompt", "prompt-template": "sea1 {prompt} sky1 "}, tmp_path / "run"
     )
-    assert opening(load(run / "adapter").processor, "sea2") == "<s>sea1 sea2 sky1 "
+    for tokenizer in (load(run / "adapter").processor, AutoTokenizer.from_pretrained(run / "adapter")):
+        assert opening(tokenizer, "sea2") == "<s>sea1 sea2 sky1 "
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,8 @@ def save(
         "quantization": "4bit" if getattr(model.base, "is_loaded_in_4bit", False) else "none",
     }
     (directory / "task.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    processor = task.processor_class.from_pretrained(source)
-    if task.trains_head:
-        processor = task.classifier_processor(processor, data.max_length)
+    opened = task.opened_processor(task.processor_class.from_pretrained(source), labels, task.option_values(data))
+    processor = task.classifier_processor(opened, data.max_length) if task.trains_head else task.saved_processor(opened)
     processor.save_pretrained(directory)
     facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
     write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")

@@ -187,6 +187,9 @@ class LabelWords(TextClassification):
     def opened_processor(self, processor: Any, labels: list[str], options: Mapping[str, str]) -> Prompter:
         return self.prompter(processor, labels, options["prompt-template"], options["label-words"])
 
+    def saved_processor(self, opened: Prompter) -> PreTrainedTokenizerBase:
+        return opened.tokenizer
+
     def inputs(self, batch: Inputs) -> dict[str, Any]:
         inputs = super().inputs(batch) | {"use_cache": False}
         inputs.pop("label_tokens", None)

@@ -141,6 +141,10 @@ class Task(ABC):
         """
         return processor
 
+    def saved_processor(self, opened: Any) -> Any:
+        """Return the tokenizer or image processor of an adapter folder, from the `opened_processor`."""
+        return opened
+
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join the encoded tensors of several tables into those of one table with all their rows, in order."""
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
