@@ -31,6 +31,14 @@ def named_refusals() -> Iterator[None]:
         raise Rejected(f"secure aggregation: {error}") from None
 
 
+def open_session(context: Context, node: NodeConfig) -> protocol.Session:
+    """Return the node's session of a round. Raises SecureAggregationError without one."""
+    session = secure_wire.read_session(context.state)
+    if session is None:
+        raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
+    return session
+
+
 def keys(content: RecordDict, context: Context) -> RecordDict:
     """Step 1: make keys for a round and sign them."""
     node = NodeConfig.of(context)
@@ -57,9 +65,7 @@ def survivors(content: RecordDict, context: Context) -> RecordDict:
     """Step 4: sign one list of the nodes whose vectors are in the sum."""
     node = NodeConfig.of(context)
     with node.redact_errors(), named_refusals():
-        session = secure_wire.read_session(context.state)
-        if session is None:
-            raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
+        session = open_session(context, node)
         identity = node.identity(context.state, session.roster.run)
         session, signature = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
         secure_wire.write_session(context.state, session)
@@ -70,10 +76,10 @@ def unmask(content: RecordDict, context: Context) -> RecordDict:
     """Step 5: reveal shares once; whatever the answer, the secrets of the round are deleted."""
     node = NodeConfig.of(context)
     with node.redact_errors(), named_refusals():
-        session = secure_wire.read_session(context.state)
-        secure_wire.forget_session(context.state)
-        if session is None:
-            raise SecureAggregationError(f"node {node.partition} takes part in no round, or has revealed its shares")
+        try:
+            session = open_session(context, node)
+        finally:
+            secure_wire.forget_session(context.state)
         return secure_wire.pack_revealed(protocol.reveal(session, *secure_wire.unpack_confirmed(content)))
 
 

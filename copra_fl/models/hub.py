@@ -35,13 +35,12 @@ def check_access(repository: str) -> None:
 def push(folder: Path, repository: str, private: bool) -> str:
     """Upload the files in `folder` to the model `repository`, created if needed, in one commit; return its address.
 
-    Raises as `check_access` does, and PushError for an upload that failed.
+    `check_access` comes first. Raises PushError for an upload that failed.
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    check_access(repository)
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)

@@ -85,9 +85,13 @@ class PeftEngine:
     ) -> list[Update]:
         updates = []
         for client in clients:
-            updates.append(train_client(self.model, data, plan, client, starts[client]))
+            updates.append(self.train_one(data, plan, client, starts[client]))
             progress(1)
         return updates
+
+    def train_one(self, data: FederatedData, plan: Plan, client: int, start: Start) -> Update:
+        """Train one client from `start`, and return its update."""
+        return train_client(self.model, data, plan, client, start)
 
 
 class TrainerEngine(PeftEngine):
@@ -101,23 +105,11 @@ class TrainerEngine(PeftEngine):
         self._key: tuple[object, ...] = ()
         self._scripted: ScriptedClient | None = None
 
-    def train(
-        self,
-        data: FederatedData,
-        plan: Plan,
-        clients: Sequence[int],
-        starts: Mapping[int, Start],
-        progress: OnTrained,
-    ) -> list[Update]:
-        from copra_fl.training.trainer import train_client as train_by_script
+    def train_one(self, data: FederatedData, plan: Plan, client: int, start: Start) -> Update:
+        from copra_fl.training.trainer import train_client as train_by_script  # slow to import
 
-        updates = []
-        for client in clients:
-            scripted = self._open(data, plan.config, client)
-            num_examples = len(data.train[client])
-            updates.append(train_by_script(client, scripted, plan, starts[client], num_examples, self.model))
-            progress(1)
-        return updates
+        scripted = self._open(data, plan.config, client)
+        return train_by_script(client, scripted, plan, start, len(data.train[client]), self.model)
 
     def _open(self, data: FederatedData, config: Config, client: int) -> ScriptedClient:
         from copra_fl.training.trainer import open_client

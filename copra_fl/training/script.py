@@ -94,25 +94,25 @@ def run_script(script: str, rows: pd.DataFrame, shared: bool) -> Trainer:
     """
     global _client
     path = Path(script).expanduser().absolute()
-    it = f"script = {path.name!r}"
+    name = f"script = {path.name!r}"
     if not path.is_file():
         raise ConfigError(f"script = {script!r}: there is no file {path}")
     _client = client = _Client(rows)
     try:
         with _as_main(path):
             runpy.run_path(str(path), run_name="__main__")
-        raise ConfigError(f"{it} ended without a call of copra_fl.federate(trainer); call it before trainer.train()")
+        raise ConfigError(f"{name} ended without a call of copra_fl.federate(trainer); call it before trainer.train()")
     except _Federated as end:
         trainer: Trainer = end.trainer
     except SystemExit as end:
         raise ConfigError(
-            f"{it} ended with exit code {end.code}; a node runs it without arguments, so it must need none"
+            f"{name} ended with exit code {end.code}; a node runs it without arguments, so it must need none"
         ) from None
     finally:
         _client = None
     if shared and not client.has_asked:
         raise ConfigError(
-            f"{it} does not call copra_fl.client_data(), so that every client would train on the same data; use "
+            f"{name} does not call copra_fl.client_data(), so that every client would train on the same data; use "
             "train_dataset=copra_fl.client_data(dataset)"
         )
     return trainer

@@ -109,35 +109,35 @@ def check_trainer(trainer: Any, reference: AdaptedModel, config: Config) -> None
 
     `reference` is the model of the configuration.
     """
-    it = f"the Trainer of script = {config.training.script.rpartition('/')[2]!r}"
+    owner = f"the Trainer of script = {config.training.script.rpartition('/')[2]!r}"
     if not isinstance(trainer, Trainer):
-        raise ConfigError(f"{it}: copra_fl.federate needs a transformers.Trainer, not {type(trainer).__name__}")
+        raise ConfigError(f"{owner}: copra_fl.federate needs a transformers.Trainer, not {type(trainer).__name__}")
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise ConfigError(
-            f"{it} has an optimizer or schedule of its own, but each round begins with a new one; set optim and "
+            f"{owner} has an optimizer or schedule of its own, but each round begins with a new one; set optim and "
             "lr_scheduler_type in its arguments, or optimizer_cls_and_kwargs, in place of optimizers"
         )
     if trainer.model_init is not None:
-        raise ConfigError(f"{it} has model_init, which would replace the global adapter in each round; pass a model")
+        raise ConfigError(f"{owner} has model_init, which would replace the global adapter in each round; pass a model")
     model: Any = trainer.model
     if not isinstance(model, PeftModel):
         raise ConfigError(
-            f"{it} has a {type(model).__name__}, not a PEFT model, and a federation averages adapters; pass "
+            f"{owner} has a {type(model).__name__}, not a PEFT model, and a federation averages adapters; pass "
             "peft_config=LoraConfig(...), or a model of peft.get_peft_model"
         )
     if list(model.active_adapters) != ["default"]:
         raise ConfigError(
-            f"{it} trains the adapters {join_words(model.active_adapters)}, but the federation has one; call it "
+            f"{owner} trains the adapters {join_words(model.active_adapters)}, but the federation has one; call it "
             "'default', and leave the others inactive"
         )
     kind = str(getattr(model.peft_config["default"].peft_type, "value", model.peft_config["default"].peft_type))
     if kind != "LORA":
-        raise ConfigError(f"{it} has an adapter of type {kind}; aggregation rules average LoRA adapters alone")
-    _check_layout(it, model, reference, config)
-    _check_base(it, model, reference, config)
+        raise ConfigError(f"{owner} has an adapter of type {kind}; aggregation rules average LoRA adapters alone")
+    _check_layout(owner, model, reference, config)
+    _check_base(owner, model, reference, config)
 
 
-def _check_layout(it: str, model: PeftModel, reference: AdaptedModel, config: Config) -> None:
+def _check_layout(owner: str, model: PeftModel, reference: AdaptedModel, config: Config) -> None:
     """Raise ConfigError unless `model` trains tensors of the names, shapes, type and scaling of `reference`."""
     expected: Mapping[str, Tensor] = reference.read_adapter()
     parameters = {name.replace(".default.", "."): tensor for name, tensor in model.named_parameters()}
@@ -146,19 +146,19 @@ def _check_layout(it: str, model: PeftModel, reference: AdaptedModel, config: Co
     modules = {name.partition(".lora_")[0] for name in expected}
     if magnitudes := [name for name in trains if ".lora_magnitude_vector" in name]:
         raise ConfigError(
-            f"{it} has use_dora=True: the magnitudes of DoRA ({magnitudes[0]}) are no part of an adapter B A, and no "
-            "aggregation rule averages them; use use_dora=False"
+            f"{owner} has use_dora=True: the magnitudes of DoRA ({magnitudes[0]}) are no part of an adapter B A, and "
+            "no aggregation rule averages them; use use_dora=False"
         )
     if adapted != modules:
         more, fewer = sorted(adapted - modules), sorted(modules - adapted)
         raise ConfigError(
-            f"{it} has adapters on {len(adapted)} modules, the configuration on {len(modules)}, by target-modules = "
+            f"{owner} has adapters on {len(adapted)} modules, the configuration on {len(modules)}, by target-modules = "
             f"{config.model.target_modules!r} (only in the Trainer: {', '.join(more[:3]) or 'none'}; only in the "
             f"configuration: {', '.join(fewer[:3]) or 'none'}); use the same target_modules in both"
         )
     if others := sorted(trains.keys() - expected.keys()):
         raise ConfigError(
-            f"{it} also trains {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, which no rule averages; "
+            f"{owner} also trains {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, which no rule averages; "
             "use no bias, lora_bias, modules_to_save or trainable_token_indices, so that it trains LoRA's A and B alone"
         )
     for name, tensor in expected.items():
@@ -166,12 +166,12 @@ def _check_layout(it: str, model: PeftModel, reference: AdaptedModel, config: Co
         if other.shape != tensor.shape:
             rank = min(other.shape)
             raise ConfigError(
-                f"{it} has {name} of shape {tuple(other.shape)}, the configuration {tuple(tensor.shape)} with rank = "
-                f"{config.model.rank}; use the same rank in both, for example --set rank={rank}"
+                f"{owner} has {name} of shape {tuple(other.shape)}, the configuration {tuple(tensor.shape)} with "
+                f"rank = {config.model.rank}; use the same rank in both, for example --set rank={rank}"
             )
         if other.dtype != tensor.dtype:
             raise ConfigError(
-                f"{it} has adapters in {other.dtype}, but a federation averages them in float32; leave PEFT's "
+                f"{owner} has adapters in {other.dtype}, but a federation averages them in float32; leave PEFT's "
                 "autocast_adapter_dtype at True, and use bf16=True for mixed precision"
             )
     scaling = {layer.scaling["default"] for layer in lora_layers(model)}
@@ -179,28 +179,28 @@ def _check_layout(it: str, model: PeftModel, reference: AdaptedModel, config: Co
     if any(abs(value - scaling_here) > 1e-6 * scaling_here for value in scaling):
         values = join_words([f"{value:g}" for value in sorted(scaling)])
         raise ConfigError(
-            f"{it} scales its adapters by {values}, the configuration by {scaling_here:g} (lora-alpha = "
+            f"{owner} scales its adapters by {values}, the configuration by {scaling_here:g} (lora-alpha = "
             f"{config.model.lora_alpha:g}, rank = {config.model.rank}, lora-scaling = {config.model.lora_scaling!r}); "
             "use the same lora_alpha in both, and lora-scaling = 'rslora' for use_rslora=True"
         )
 
 
-def _check_base(it: str, model: PeftModel, reference: AdaptedModel, config: Config) -> None:
+def _check_base(owner: str, model: PeftModel, reference: AdaptedModel, config: Config) -> None:
     """Raise ConfigError unless the frozen weights are those of `reference`, in the coarser of both types.
 
     Weights that either model has quantized are not compared.
     """
     for name, module in reference.linears.items():
         other: Any = model.get_submodule(f"{name}.base_layer")
-        mine, theirs = module.weight, other.weight
-        if not (mine.is_floating_point() and theirs.is_floating_point()):
+        expected, given = module.weight, other.weight
+        if not (expected.is_floating_point() and given.is_floating_point()):
             continue
-        dtype = min(mine.dtype, theirs.dtype, key=lambda kind: torch.finfo(kind).bits)
-        if mine.shape != theirs.shape or not torch.equal(
-            mine.detach().to(dtype), theirs.detach().to(mine.device, dtype)
+        dtype = min(expected.dtype, given.dtype, key=lambda kind: torch.finfo(kind).bits)
+        if expected.shape != given.shape or not torch.equal(
+            expected.detach().to(dtype), given.detach().to(expected.device, dtype)
         ):
             raise ConfigError(
-                f"{it} has another base than model = {config.model.model!r}: the weights of {name} differ; open the "
+                f"{owner} has another base than model = {config.model.model!r}: the weights of {name} differ; open the "
                 "same model in both"
             )
 

@@ -18,7 +18,7 @@ LARGE = ".safetensors"
 
 @dataclass
 class Hub:
-    """What the server has: its address, models with their files, and the token that may write."""
+    """State of the server: address, models with their files, and the token that may write."""
 
     token: str
     address: str = ""
