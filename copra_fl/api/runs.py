@@ -18,7 +18,7 @@ from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
 from copra_fl.simulation.recipes import Recipe, short_name
 from copra_fl.simulation.run_folder import choose_output
-from copra_fl.simulation.single_run import run_single
+from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
 from copra_fl.wording import join_words
 
@@ -85,11 +85,7 @@ def simulate(
     console, track, folder = open_console(progress), checked(track), _path(output)
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "simulate", resume, overwrite)
-    stored = directory / "config.toml"
-    if resume and stored.exists() and recipe is None:
-        config = Config.from_flat(Config.from_toml(stored).to_flat() | given)
-    else:
-        config = open_recipe(recipe, given).config()
+    config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
     rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
     run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
 

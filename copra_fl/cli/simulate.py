@@ -13,7 +13,7 @@ from copra_fl.config import Config, ConfigError
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.run_folder import choose_output
-from copra_fl.simulation.single_run import run_single
+from copra_fl.simulation.single_run import choose_config, run_single
 
 #: keys that only CopRA reads
 SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
@@ -34,14 +34,9 @@ def simulate(
     """Simulate one federation with Flower on Ray, on this machine or a Ray cluster; write adapter and report."""
     console, started = Console(stderr=True), time.monotonic()
     directory = choose_output(output, "simulate", resume, overwrite)
-    stored = directory / "config.toml"
-    if resume and stored.exists() and recipe is None:
-        overrides = Recipe.read("base", set_ or []).overrides
-        config = Config.from_flat(Config.from_toml(stored).to_flat() | overrides)
-    else:
-        settings = Recipe.read(recipe or "base", set_ or [])
-        config = settings.config()
-        refuse_idle_schedule(config, settings.overrides)
+    chosen = Recipe.read(recipe or "base", set_ or [])
+    config = choose_config(directory, chosen, continues=resume and recipe is None)
+    refuse_idle_schedule(config, chosen.overrides)
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_single(directory, config, console, request, resume, overwrite, track or [])
     show_results(directory, console, as_json, started)

@@ -12,7 +12,7 @@ from copra_fl.config import Config
 from copra_fl.files import atomic_write
 from copra_fl.models.base_reference import BaseReference
 from copra_fl.records import Evaluation, RunSummary
-from copra_fl.reporting.results import method_name
+from copra_fl.reporting.results import method_name, without_folder
 from copra_fl.sources.assets import ASSETS
 from copra_fl.sources.tables import dataset_name
 from copra_fl.tasks import Task
@@ -136,8 +136,7 @@ def _datasets(training: Training | None) -> list[str]:
     """Return the names of the data sets, without the folders of files."""
     if training is None:
         return []
-    names = [dataset_name(dataset) for dataset in training.config.data.datasets]
-    return [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return [without_folder(dataset_name(dataset)) for dataset in training.config.data.datasets]
 
 
 def _results(facts: ModelFacts) -> list[EvalResult]:

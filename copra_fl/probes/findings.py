@@ -12,7 +12,7 @@ from typing import Any
 from copra_fl.files import atomic_write
 from copra_fl.probes.open_run import OpenRun, Split
 from copra_fl.reporting.html import Section, pack, render
-from copra_fl.reporting.results import short_name
+from copra_fl.reporting.results import without_folders
 from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
@@ -70,7 +70,7 @@ def setting_line(runs: Sequence[OpenRun], split: Split, *details: str) -> str:
     names = join_words(f"{run.name} (seed {run.config.federation.seed})" for run in runs)
     held_out = f"{len(runs[0].indices(split))} examples ({split})"
     return " · ".join(
-        (names, f"{short_name(first.model.model)} on {short_name(first.data.dataset)}", held_out, *details)
+        (names, f"{without_folders(first.model.model)} on {without_folders(first.data.dataset)}", held_out, *details)
     )
 
 

@@ -20,7 +20,7 @@ from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenanc
 from copra_fl.reporting import html
 from copra_fl.reporting.figures import averaging, classes, clients, cost, learning
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.results import Comparison, load_comparison, short_name
+from copra_fl.reporting.results import Comparison, load_comparison, without_folders
 from copra_fl.reporting.statistics import Value, metrics, partition_settings, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
@@ -190,7 +190,7 @@ def _setting(comparison: Comparison, summary: ComparisonSummary) -> str:
     unit = "local-epochs" if settings["local-epochs"] else "local-steps"
     length = f"{settings[unit]} {unit.replace('-', ' ')}{_passes(summary)}"
     return (
-        f"{short_name(settings['model'])} on {short_name(settings['dataset'])} · {num_clients}, {split} · "
+        f"{without_folders(settings['model'])} on {without_folders(settings['dataset'])} · {num_clients}, {split} · "
         f"{rounds} of {length} · {comparison.named_seeds}"
     )
 

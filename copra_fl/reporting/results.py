@@ -219,9 +219,14 @@ def method_name(config: Config) -> str:
     return rule if training == "lora" else f"{rule}+{training}"
 
 
-def short_name(value: object) -> str:
+def without_folders(value: object) -> str:
     """Return the setting ``model`` or ``dataset`` without the folders of local paths."""
-    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in csv_list(str(value)))
+    return ", ".join(map(without_folder, csv_list(str(value))))
+
+
+def without_folder(name: str) -> str:
+    """Return the name of a model or data set; of a local path its last part."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _read_journal(path: Path) -> list[RoundRecord]:

@@ -12,8 +12,20 @@ from copra_fl import plugins
 from copra_fl.config import Config
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
+from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.run_folder import create_output, write_config
 from copra_fl.simulation.superlink import superlink
+
+
+def choose_config(directory: Path, recipe: Recipe, continues: bool) -> Config:
+    """Return the configuration of a run in `directory`: that of `recipe`.
+
+    If the run `continues` without naming a recipe, it is the stored configuration with the overrides of `recipe`.
+    """
+    stored = directory / "config.toml"
+    if continues and stored.exists():
+        return Config.from_flat(Config.from_toml(stored).to_flat() | recipe.overrides)
+    return recipe.config()
 
 
 def run_single(

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from copra_fl.records import CellResults, MetricEstimates, StudyResults
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import Figure, empty_chart
-from copra_fl.reporting.results import short_name
+from copra_fl.reporting.results import without_folders
 from copra_fl.reporting.tables import with_minus
 from copra_fl.wording import join_words
 
@@ -173,5 +173,5 @@ def _by_cell(
 def _data(results: StudyResults) -> str:
     """Return model and data, and the meaning of the cells' names, as a sentence."""
     settings = results.cells[0].settings.common
-    subject = f"{short_name(settings['model'])} on {short_name(settings['dataset'])}"
+    subject = f"{without_folders(settings['model'])} on {without_folders(settings['dataset'])}"
     return f"{subject}; names of cells: rounds x local steps, split."
