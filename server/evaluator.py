@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from copra_fl import tensor_files
 from copra_fl.adapters.interpolation import walk
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, complete
@@ -24,6 +25,9 @@ from copra_fl.records import Evaluation, LinePath, MergeGap
 from copra_fl.seeding import generator
 from copra_fl.training.engine import open_engine
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
+
+#: start -> metrics of `Evaluator.evaluate_base`, of the last run in this process: compared methods have the same start
+_base_metrics: dict[object, tuple[Evaluation, Evaluation]] = {}
 
 #: metrics of one adapter, as `evaluate_each` returns them
 Metrics = dict[str, Any]
@@ -118,9 +122,13 @@ class Evaluator:
     def evaluate_base(self) -> tuple[Evaluation, Evaluation]:
         """Return the metrics of the model before the first round, on the test data and on the validation data."""
         state = self.start_state()
-        (test,) = self.score([state.adapter], state.residual, self.data.test)
-        (validation,) = self.validate([state.adapter], state.residual)
-        return Evaluation.of(test), Evaluation.of(validation)
+        start = self.config.model, self.data.digest, tensor_files.digest(state.adapter)
+        if start not in _base_metrics:
+            (test,) = self.score([state.adapter], state.residual, self.data.test)
+            (validation,) = self.validate([state.adapter], state.residual)
+            _base_metrics.clear()
+            _base_metrics[start] = Evaluation.of(test), Evaluation.of(validation)
+        return _base_metrics[start]
 
     def _path_examples(self, numbers: Collection[int | None]) -> np.ndarray:
         """Return validation examples for a line, at most ``path-examples`` of each of these data sets."""
