@@ -15,13 +15,14 @@ from statistics import fmean
 from typing import Any
 
 from copra_fl.records import CellResults, Estimate, StudyResults
+from copra_fl.reporting.data_table import DataTable, with_minus
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import averaging_table
 from copra_fl.reporting.study import table as study_table
-from copra_fl.reporting.tables import POINTS, DataTable, with_minus
+from copra_fl.reporting.tables import POINTS
 from copra_fl.wording import join_words
 from experiments.papers_summary import PUBLISHED, column
 

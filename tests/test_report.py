@@ -23,20 +23,13 @@ from copra_fl.records import (
     UnfinishedRun,
 )
 from copra_fl.reporting import export
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
 from copra_fl.reporting.report import render, sections, write
 from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, possible_range, summarize
-from copra_fl.reporting.tables import (
-    COLUMNS,
-    TEST_ACCURACY,
-    DataTable,
-    no_better_than_majority,
-    ranking,
-    results_table,
-    rows,
-)
+from copra_fl.reporting.tables import COLUMNS, TEST_ACCURACY, no_better_than_majority, ranking, results_table, rows
 from copra_fl.reporting.terminal import results
 from copra_fl.reporting.verdict import verdict
 from tests.support.browser import check_page, needs_chromium

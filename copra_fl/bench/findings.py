@@ -13,7 +13,7 @@ from copra_fl.bench.runner import CompetitorResult
 from copra_fl.bench.sizes import SIZES, STEADY_ROUNDS, TRAININGS, Workload
 from copra_fl.bench.steps import expected_blocks, mean_expected_blocks
 from copra_fl.bench.workers import TimedRun
-from copra_fl.reporting.tables import DataTable
+from copra_fl.reporting.data_table import DataTable
 
 #: results as plain data, as they are written to NAME.json
 BenchFacts = dict[str, Any]

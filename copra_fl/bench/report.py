@@ -11,8 +11,8 @@ from copra_fl.bench import figures, findings
 from copra_fl.bench.findings import BenchFacts
 from copra_fl.bench.summary import left_out
 from copra_fl.reporting import html
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.tables import DataTable
 
 CHARTS = (
     figures.speed,

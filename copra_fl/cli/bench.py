@@ -22,7 +22,7 @@ from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.bench.sizes import Size
-    from copra_fl.reporting.tables import DataTable
+    from copra_fl.reporting.data_table import DataTable
 
 
 class SizeName(StrEnum):

@@ -49,7 +49,7 @@ def show(records: Sequence[Line], num_damaged: int, row: Callable[[Line], dict[s
     if as_json:
         print(json.dumps([record.model_dump(mode="json") for record in records], indent=2))
         return
-    from copra_fl.reporting.tables import DataTable  # slow to import
+    from copra_fl.reporting.data_table import DataTable  # slow to import
 
     rows = [row(record) for record in records]
     if not rows:

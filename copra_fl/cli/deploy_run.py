@@ -149,7 +149,7 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
         shown_nodes = None if listed is None else [vars(node) for node in listed]
         print(json.dumps({"nodes": shown_nodes, "runs": runs, "certificate_days_left": days_left}, indent=2))
         return
-    from copra_fl.reporting.tables import DataTable  # slow to import
+    from copra_fl.reporting.data_table import DataTable  # slow to import
 
     console = Console()
     if listed is None:

@@ -17,8 +17,9 @@ from copra_fl.probes import charts
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.members import Members
 from copra_fl.probes.open_run import Metrics, Progress, Split
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.tables import Column, DataTable
+from copra_fl.reporting.tables import Column
 
 #: evaluates adapters together
 Evaluate = Callable[[Sequence[Adapter]], Sequence[Metrics]]

@@ -11,9 +11,9 @@ from typing import Any
 
 from copra_fl.files import atomic_write
 from copra_fl.probes.open_run import OpenRun, Split
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Section, pack, render
 from copra_fl.reporting.results import without_folders
-from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
 

@@ -14,8 +14,9 @@ from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.members import Members
 from copra_fl.probes.merging import MERGE_METHODS, merge
 from copra_fl.probes.open_run import Metrics, Progress, Split, rank_of
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.tables import Column, DataTable
+from copra_fl.reporting.tables import Column
 from copra_fl.training.evaluation import merge_gap_each
 
 ACCURACY = Column("accuracy, %", "accuracy", scale=100)

@@ -13,9 +13,9 @@ from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.open_run import Metrics, OpenRun, Progress, Split, rank_of
 from copra_fl.probes.pruned_adapters import Pruned
 from copra_fl.probes.shapley import folded_residual_warning
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import HEIGHT, Figure, Section, empty_chart
-from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
 

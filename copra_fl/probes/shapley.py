@@ -16,9 +16,9 @@ from copra_fl.probes.exported import METRICS, Game, export_runs, solve
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.open_run import OpenRun, Progress, Split
 from copra_fl.probes.shapley_values import MAX_EXACT, ShapleyValues, gini, top_third
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import HEIGHT, Figure, Section, empty_chart
-from copra_fl.reporting.tables import DataTable
 from copra_fl.wording import join_words
 
 #: metric -> name, unit, and factor to the unit shown

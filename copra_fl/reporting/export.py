@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from copra_fl.files import atomic_write
+from copra_fl.reporting.data_table import DataTable, file_stem
 from copra_fl.reporting.html import Figure
-from copra_fl.reporting.tables import DataTable, file_stem
 
 #: of images, in pixels
 WIDTH, EXTRA_HEIGHT = 760, 44

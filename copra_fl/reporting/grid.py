@@ -11,9 +11,10 @@ from statistics import fmean
 from scipy.stats import rankdata
 
 from copra_fl.records import CellResults, RankedMethod, RateRegret
+from copra_fl.reporting.data_table import NO_VALUE, DataTable, with_minus
 from copra_fl.reporting.figures.study import label
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.tables import NO_VALUE, POINTS, TEST_ACCURACY, DataTable, with_minus
+from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
 from copra_fl.wording import join_words
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from copra_fl.reporting.tables import DataTable, file_stem
+from copra_fl.reporting.data_table import DataTable, file_stem
 
 HEIGHT = 340
 

@@ -18,6 +18,7 @@ from copra_fl.config import toml_value
 from copra_fl.files import atomic_write
 from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenance
 from copra_fl.reporting import html
+from copra_fl.reporting.data_table import NO_VALUE, DataTable
 from copra_fl.reporting.figures import averaging, classes, clients, cost, learning
 from copra_fl.reporting.html import Section
 from copra_fl.reporting.results import Comparison, load_comparison, without_folders
@@ -30,13 +31,11 @@ from copra_fl.reporting.tables import (
     ERROR_OF_CHANGE,
     MACRO_F1,
     MERGE_GAP,
-    NO_VALUE,
     OPTIONAL_COLUMNS,
     TEST_ACCURACY,
     TEST_LOSS,
     WORK,
     Column,
-    DataTable,
     barrier_note,
     dataset_tables,
     early_ends,

@@ -16,6 +16,7 @@ from copra_fl.config import Config
 from copra_fl.files import atomic_write, write_json
 from copra_fl.records import CellResults, ChosenRate, StudyResults
 from copra_fl.reporting import html
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures import cost
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
@@ -31,7 +32,6 @@ from copra_fl.reporting.tables import (
     POINTS,
     TEST_ACCURACY,
     Column,
-    DataTable,
     barrier_note,
     early_ends,
     measured,

@@ -1,158 +1,18 @@
-"""Tables: `DataTable` for any rows, `Column` for the format of one metric, and the result tables of a comparison.
-
-A `DataTable` is the one form of every table: of reports (`reporting.html`), terminals (printed with rich) and documents
-(`markdown`).
-"""
+"""Result tables of a comparison, and `Column`: the format of one metric in them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
+from copra_fl.reporting.data_table import NO_VALUE, DataTable, with_minus
 from copra_fl.wording import join_words
 
 #: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
-#: a column of text on a terminal is at least so wide, or as its longest cell
-MIN_TEXT_COLUMN = 18
-#: more than any table's width
-MAX_WIDTH = 10_000
-#: width of text in Markdown
-MARKDOWN_COLUMNS = 120
-#: a cell without a value
-NO_VALUE = "–"
-#: a cell that counts as a number when a column is aligned
-NUMBER = re.compile(rf"[+−-]?\.?\d[\d.,]*(e[+−-]?\d+)?[%/]?\d*( .*)?|none|{NO_VALUE}|")
-
-
-#: a cell with a mean and its interval
-INTERVAL = re.compile(r"([^ ]+) \[([^,]+), ([^\]]+)\]")
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """A table of text; the first cell of a row names it.
-
-    Attributes:
-        caption: explains the columns.
-        dividers: numbers of the rows, from 1, that are followed by a line on a terminal.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    title: str = ""
-    dividers: Collection[int] = ()
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Return for each column True if all its cells are numbers; these columns are right-aligned."""
-        return [
-            bool(self.rows) and all(NUMBER.fullmatch(row[index]) for row in self.rows)
-            for index in range(len(self.header))
-        ]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render for a terminal: of a table that is too wide, the last columns are left out, and no number is cut."""
-        shown, unlimited = self, options.update(max_width=MAX_WIDTH)
-        while len(shown.header) > 2 and console.measure(shown._rich(), options=unlimited).minimum > options.max_width:
-            shown = replace(shown, header=shown.header[:-1], rows=[row[:-1] for row in shown.rows])
-        yield shown._rich()
-        left_out = self.header[len(shown.header) :]
-        note = f"Too wide for this terminal: {join_words(left_out)}." if left_out else ""
-        if footnote := " ".join(filter(None, (self.caption, note))):
-            yield Text(footnote, style="dim italic")
-
-    def _rich(self) -> Table:
-        """Return the table alone; headings are wrapped so that a column is as narrow as its cells."""
-        table = Table(
-            title=escape(self.title) or None,
-            box=box.SIMPLE_HEAD,
-            collapse_padding=True,
-            pad_edge=False,
-            title_justify="left",
-        )
-        for index, (heading, numeric) in enumerate(zip(self.header, self.numeric, strict=True)):
-            width = max(map(len, (*heading.split(), *(row[index] for row in self.rows))), default=1)
-            table.add_column(
-                escape("\n".join(textwrap.wrap(heading, width))),
-                justify="right" if numeric else "left",
-                vertical="bottom",
-                no_wrap=numeric,
-                overflow="fold",
-                min_width=width if numeric else min(width, MIN_TEXT_COLUMN),
-            )
-        for number, row in enumerate(self.rows, start=1):
-            table.add_row(*map(escape, row), end_section=number in self.dividers)
-        return table
-
-    def markdown(self) -> str:
-        """Return the table as Markdown: title, table, caption."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        title = f"## {self.title}\n\n" if self.title else ""
-        caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
-        return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
-
-    def csv(self) -> str:
-        """Return header and rows as CSV; intervals have columns of their own, ``NAME low`` and ``NAME high``."""
-        lines = io.StringIO()
-        writer = csv.writer(lines, lineterminator="\n")
-        split = [any(INTERVAL.fullmatch(row[index]) for row in self.rows) for index in range(len(self.header))]
-        ends = ("", " low", " high")
-        writer.writerow(
-            f"{name}{end}"
-            for name, is_split in zip(self.header, split, strict=True)
-            for end in ends[: 3 if is_split else 1]
-        )
-        for row in self.rows:
-            cells: list[str] = []
-            for cell, is_split in zip(row, split, strict=True):
-                match = INTERVAL.fullmatch(cell) if is_split else None
-                cells += match.groups() if match else [cell, "", ""] if is_split else [cell]
-            writer.writerow(cell.replace("−", "-").replace(NO_VALUE, "") for cell in cells)
-        return lines.getvalue()
-
-    def latex(self) -> str:
-        """Return a LaTeX table environment; it needs the package booktabs."""
-        import pandas as pd  # slow to import
-
-        frame = pd.DataFrame(list(map(list, self.rows)), columns=list(self.header))
-        columns = "".join("r" if numeric else "l" for numeric in self.numeric)
-        text = frame.to_latex(
-            index=False, escape=True, column_format=columns, caption=_latex_text(self.caption) or None
-        )
-        return text.replace("−", "$-$").replace("–", "--")
-
-
-def _latex_text(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
-
-
-def file_stem(name: str) -> str:
-    """Return a name for files: ``accuracy-by-round`` for ``Accuracy by round``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def with_minus(value: float, spec: str) -> str:
-    """Return `value` in the Python format `spec`, with a true minus sign (U+2212).
-
-    >>> with_minus(-0.5, ".1f")
-    '−0.5'
-    """
-    return f"{value:{spec}}".replace("-", "−")
 
 
 @dataclass(frozen=True)

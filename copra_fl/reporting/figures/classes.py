@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from copra_fl.class_metrics import by_class
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import started
 from copra_fl.reporting.html import HEIGHT, Figure, colorbar, empty_chart
 from copra_fl.reporting.results import Comparison
-from copra_fl.reporting.tables import DataTable
 
 #: methods whose confusion is drawn: the first one, which the others are compared with, and the best others
 MAX_METHODS = 4

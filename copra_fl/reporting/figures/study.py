@@ -12,10 +12,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.records import CellResults, MetricEstimates, StudyResults
+from copra_fl.reporting.data_table import with_minus
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import Figure, empty_chart
 from copra_fl.reporting.results import without_folders
-from copra_fl.reporting.tables import with_minus
 from copra_fl.wording import join_words
 
 #: metrics of `statistics.metrics` that may predict a gain: metric, name, and factor to the unit shown
