@@ -24,7 +24,7 @@ from copra_fl.records import (
 )
 from copra_fl.reporting import export
 from copra_fl.reporting.data_table import DataTable
-from copra_fl.reporting.figures.canvas import styles
+from copra_fl.reporting.figures.canvas import by_round, styles
 from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
 from copra_fl.reporting.report import render, sections, write
 from copra_fl.reporting.results import Comparison, ResultsError, load_comparison, load_run, method_name
@@ -203,6 +203,14 @@ def test_brackets_in_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
 
 
 # --- many methods -------------------------------------------------------------------------
+
+
+def test_a_metric_that_no_round_has_gets_no_chart(comparison: Path) -> None:
+    """Runs from before macro-F1 was measured, over several seeds."""
+    loaded = load_comparison(comparison)
+    assert len(loaded.seeds) > 1
+    assert by_round(loaded, lambda record: None, "Macro-F1 by round", "", {}) == []
+    assert len(by_round(loaded, lambda record: 1.0, "One by round", "", {})) == 1
 
 
 def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path) -> None:

@@ -98,20 +98,21 @@ def by_round(
             if (measured := value(record)) is not None:
                 values.setdefault(record.round, []).append(measured)
         rounds = sorted(values)
+        if not rounds:
+            continue
         if len(runs) > 1 and not many:
             edges = [max(values[n]) for n in rounds] + [min(values[n]) for n in rounds[::-1]]
             add_band(chart, method, style, rounds + rounds[::-1], edges)
-        if rounds:
-            chart.add_scatter(
-                x=rounds,
-                y=[float(np.mean(values[n])) for n in rounds],
-                name=method,
-                legendgroup=method,
-                mode="lines+markers",
-                line={"color": style.color, "dash": style.dash} if many else {"color": style.color},
-                marker={"symbol": style.symbol, "size": 9},
-                hovertemplate="round %{x}: %{y:.4g}",
-            )
+        chart.add_scatter(
+            x=rounds,
+            y=[float(np.mean(values[n])) for n in rounds],
+            name=method,
+            legendgroup=method,
+            mode="lines+markers",
+            line={"color": style.color, "dash": style.dash} if many else {"color": style.color},
+            marker={"symbol": style.symbol, "size": 9},
+            hovertemplate="round %{x}: %{y:.4g}",
+        )
     seeds = comparison.mean_over_seeds.capitalize()
     if len(comparison.seeds) > 1 and not many:
         seeds += "; band: lowest to highest seed"
