@@ -23,14 +23,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_fl import events
-from copra_fl.config import Value, toml_value
+from copra_fl import events, plugins, startup
+from copra_fl.config import Config, Value, toml_value
 from copra_fl.simulation import guard
 
 START_SECONDS = 300
@@ -193,12 +193,12 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def superlink(log: Path, ray_address: str | None = None, import_folders: Sequence[str] = ()) -> Iterator[SuperLink]:
+def superlink(log: Path, configs: Collection[Config], ray_address: str | None = None) -> Iterator[SuperLink]:
     """Run a SuperLink for the duration of the block; afterwards none of its processes and files are left.
 
-    Simulations run on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes import from
-    `import_folders` too. The SuperLink starts in the background: `start_run` waits for it. If a run is started, `log`
-    gets the output of server app and workers, and at the end that of the SuperLink.
+    It is for runs of `configs`, on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes
+    import plugins from where this one does. The SuperLink starts in the background: `start_run` waits for it. If a run
+    is started, `log` gets the output of server app and workers, and at the end that of the SuperLink.
     """
     # Ray's sockets lie in it, and the path of a socket must be short; TMPDIR may be long.
     temporary = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
@@ -220,9 +220,10 @@ def superlink(log: Path, ray_address: str | None = None, import_folders: Sequenc
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PYTHONPATH": import_path(import_folders),
+        "PYTHONPATH": import_path(plugins.import_folders(configs)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",  # they would start workers that no actor uses
+        **startup.environment(configs),
         **worker_variables(),
         **ray_variables(home, ray_address),
     }
