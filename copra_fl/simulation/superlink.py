@@ -182,14 +182,18 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
     Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default of 15
-    any other process on the machine would starve them, and the user asked for the simulation. Workers of a cluster
-    have the priority that the cluster was started with.
-    Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a submitted job.
+    any other process on the machine would starve them, and the user asked for the simulation. They import the large
+    modules while the server app does, before its first message. Workers of a cluster have the priority that the cluster
+    was started with. Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a
+    submitted job.
     """
     if address is None:
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
-    runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
-    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+        variables = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
+        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "copra_fl.startup.prepare"}
+    else:
+        variables = {"RAY_ADDRESS": address}
+        runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
+    return variables | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
 
 
 @contextmanager
