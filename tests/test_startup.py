@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,14 @@ def test_help_imports_nothing_large(command: str) -> None:
         f"print({large} & sys.modules.keys())"
     )
     assert printed_by(code).splitlines()[-2:] == ["code 0", "set()"]
+
+
+@pytest.mark.parametrize("has_arguments", [True, False])
+def test_flwr_waits_for_its_arguments_and_ends_without_them(has_arguments: bool, tmp_path: Path) -> None:
+    log = tmp_path / "flower.log"
+    log.write_text("before\n")
+    line = json.dumps([["--version"], str(log)]) + "\n" if has_arguments else ""
+    command = [sys.executable, "-m", "copra_fl.simulation.waiting_flwr"]
+    ended = subprocess.run(command, input=line, capture_output=True, text=True, check=True)
+    assert ended.stdout == ended.stderr == ""
+    assert log.read_text() == "before\n" + f"Flower version: {version('flwr')}\n" * has_arguments

@@ -24,7 +24,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class SuperLink:
         home: its folder, FLWR_HOME.
         environment: environment of the commands that talk to it.
         guard: the process that runs it, see `copra_fl.simulation.guard`.
+        submitter: the process that will submit the run, see `copra_fl.simulation.waiting_flwr`.
         log: log file of server app and workers.
     """
 
@@ -117,6 +118,7 @@ class SuperLink:
     environment: dict[str, str]
     port: int
     guard: subprocess.Popen[bytes]
+    submitter: subprocess.Popen[bytes]
     log: Path
 
     def flwr(self, *arguments: str) -> list[str]:
@@ -125,21 +127,21 @@ class SuperLink:
     def start_run(
         self, run_config: Mapping[str, Value], workers: Workers, copy: Callable[[Path], object] = copy_app
     ) -> subprocess.Popen[bytes]:
-        """Submit the app that `copy` copies into a new folder; the returned process ends with the run.
+        """Submit the app that `copy` copies into a new folder, once; the returned process ends with the run.
 
         Server app and workers write to `log`. Raises RunFailed if the SuperLink does not start.
         """
         app, config = self.home / APP, self.home / "run-config.toml"
         copy(app)
         config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
-        command = self.flwr("run", str(app), "local", "--stream", "--run-config", str(config))
-        command += ["--federation-config", workers.federation_config()]
-        with open(self.log, "ab") as log:
-            self._wait_until_healthy()
-            return subprocess.Popen(
-                command, env=self.environment, cwd=self.home, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        arguments = ["run", str(app), "local", "--stream", "--run-config", str(config)]
+        arguments += ["--federation-config", workers.federation_config()]
+        self.log.touch()
+        self._wait_until_healthy()
+        assert self.submitter.stdin is not None
+        with suppress(BrokenPipeError), self.submitter.stdin as channel:  # if it has ended, the caller sees that
+            channel.write(json.dumps([arguments, str(self.log)]).encode() + b"\n")
+        return self.submitter
 
     def status(self) -> str:
         """Return Flower's status of the last run, like ``finished:failed``."""
@@ -240,12 +242,17 @@ def superlink(log: Path, configs: Collection[Config], ray_address: str | None = 
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
+        submitter = subprocess.Popen(
+            [sys.executable, "-P", "-m", "copra_fl.simulation.waiting_flwr"], env=environment, cwd=home,
+            stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
     guard.write_record(home, guard_process.pid, mark)
     try:
-        yield SuperLink(home, environment, port, guard_process, log)
+        yield SuperLink(home, environment, port, guard_process, submitter, log)
     finally:
-        assert guard_process.stdin is not None
-        guard_process.stdin.close()
+        for process in (submitter, guard_process):
+            assert process.stdin is not None
+            process.stdin.close()
         guard_process.wait()
         if log.exists():
             with open(log, "ab") as output:
