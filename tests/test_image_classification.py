@@ -130,14 +130,15 @@ def test_every_format_gives_the_pixels_of_transformers(
 
 
 def test_a_folder_is_listed_once_and_read_once_for_all_processes(
-    images: Settings, photos: Path, monkeypatch: pytest.MonkeyPatch
+    images: Settings, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(photos, folder := tmp_path / "new")
     listed, hashed = Counter[str](), Counter[Path]()
     list_images, sha256 = tables._images, tables.sha256
 
-    def counted_list(folder: Path) -> list[Path]:
-        listed[folder.name] += 1
-        return list_images(folder)
+    def counted_list(listed_folder: Path) -> list[Path]:
+        listed[listed_folder.name] += 1
+        return list_images(listed_folder)
 
     def counted_sha256(path: Path) -> str:
         hashed[path] += 1
@@ -146,9 +147,9 @@ def test_a_folder_is_listed_once_and_read_once_for_all_processes(
     monkeypatch.setattr(tables, "_images", counted_list)
     monkeypatch.setattr(tables, "sha256", counted_sha256)
     monkeypatch.setattr(files, "SETTLED_SECONDS", -1)  # the files are new
-    data = Config.from_flat(images).data
+    data = Config.from_flat(images | {"dataset": str(folder)}).data
     (first, _), (second, _) = find_tables(data), find_tables(data)
-    assert listed == {"train": 2, photos.name: 2} and set(hashed.values()) == {1} and len(hashed) == 240
+    assert listed == {"train": 2, "new": 2} and set(hashed.values()) == {1} and len(hashed) == 240
     assert first.digest == second.digest
 
     load_processor(Config.from_flat(images).model)
