@@ -52,17 +52,18 @@ def prepare() -> None:
 
 
 def environment(configs: Iterable[Config]) -> dict[str, str]:
-    """Return the environment variable for processes of runs of `configs`; none if one needs all packages.
+    """Return the environment variable for processes of runs of `configs`; none if one may need all packages.
 
     PEFT imports bitsandbytes wherever it is installed, but only bases in 4 bits use it. The user's own code may use it
     too.
     """
     from copra_fl import plugins
 
-    for config in configs:
-        if config.model.quantization != "none" or config.training.script or plugins.named_in(config):
-            return {}
-    return {HIDDEN: "bitsandbytes"}
+    may_need_all = [
+        config.model.quantization != "none" or bool(config.training.script or plugins.named_in(config))
+        for config in configs
+    ]
+    return {} if any(may_need_all) or not may_need_all else {HIDDEN: "bitsandbytes"}
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> N
     handshake compares its digest with the server's."""
     original = Path(__file__).parent.parent / "clients"
     config = Config.from_flat(long)
-    with superlink(tmp_path / "flower.log", []) as link:
+    with superlink(tmp_path / "flower.log") as link:
         decoy = link.home / "empty" / "clients"
         decoy.mkdir()
         for path in original.glob("*.py"):

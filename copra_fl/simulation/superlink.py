@@ -199,7 +199,7 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def superlink(log: Path, configs: Collection[Config], ray_address: str | None = None) -> Iterator[SuperLink]:
+def superlink(log: Path, configs: Collection[Config] = (), ray_address: str | None = None) -> Iterator[SuperLink]:
     """Run a SuperLink for the duration of the block; afterwards none of its processes and files are left.
 
     It is for runs of `configs`, on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes
