@@ -84,6 +84,7 @@ WRONG = [
     ({"lora": {"r": 4}}, "lora is of type dict; it must be a peft.LoraConfig"),
     ({"processor": object()}, "processor belongs to a model in memory"),
     ({"model": nn.Linear(2, 2)}, "model is of type Linear; it must be a Transformers model"),
+    ({"ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'; set local-training = 'copra'"),
     ({"ray_address": "nowhere"}, "--ray-address 'nowhere' is not HOST:PORT"),
     ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite deletes it"),
 ]
@@ -105,6 +106,7 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
         ({"methods": {"mine": {"rul": "median"}}}, "unknown configuration key 'rul'"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be whole numbers"),
         ({"seeds": [0.5]}, "must be whole numbers"),
+        ({"methods": {"lora": {}}, "ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'"),
         ({"seed": 3}, r"compare takes seeds, not a seed: seeds=\[3\]"),
     ],
 )

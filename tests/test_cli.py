@@ -106,7 +106,15 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["simulate", "--nonsense"], "No such option"),
         (
             ["simulate", "--set", "p0=0.1"],
-            "--set p0=0.1 has no effect with local-training = 'lora'; add --set local-training",
+            "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
+        ),
+        (
+            ["compare", "--methods", "lora,median", "--set", "p0=0.1"],
+            "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
+        ),
+        (
+            ["simulate", "--recipe", "shakespeare", "--set", "engine=trainer", "--set", "learning-rate=0.01"],
+            "learning-rate = 0.01 has no effect with engine = 'trainer', where the script decides; set it in the",
         ),
         (["simulate", "--gpus-per-worker", "99"], "which has room for 0 such workers, not 1"),
         (["simulate", "--track", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),

@@ -11,7 +11,7 @@ from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
 from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
 from copra_fl.simulation.run_folder import choose_output
 
 
@@ -43,6 +43,7 @@ def compare(
             name: settings.config(sources[method], seed)
             for name, (method, seed) in run_names(method_names, seed_numbers).items()
         }
+        refuse_idle(settings.overrides, configs.values())
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])
     show_results(directory, console, as_json, started)
