@@ -202,6 +202,7 @@ def test_a_lora_config_becomes_settings(tiny_model: str) -> None:
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
         assert getattr(again, name) == getattr(lora, name), name
     assert Config.from_flat(lora_settings(LoraConfig(use_rslora=True))).model.lora_scaling == "rslora"
+    assert Config.from_flat(lora_settings(LoraConfig(use_dora=True))).model.dora
     assert lora_settings(LoraConfig(target_modules="all-linear"))["target-modules"] == "all-linear"
     assert "target-modules" not in lora_settings(LoraConfig())
 
@@ -209,7 +210,10 @@ def test_a_lora_config_becomes_settings(tiny_model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True, "bias": "all"}, "lora sets bias and use_dora, which no setting of a federation stands for"),
+        (
+            {"lora_bias": True, "bias": "all"},
+            "lora sets bias and lora_bias, which no setting",
+        ),
         ({"target_modules": r".*\.query"}, "is a regular expression; list the names of the modules"),
     ],
 )

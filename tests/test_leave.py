@@ -79,13 +79,15 @@ def expected_scores(model: Any, folder: Path) -> Tensor:
     return torch.cat(logits).softmax(1)
 
 
-@pytest.mark.parametrize(("pooling", "stock"), [("mean", False), ("cls", False), ("pooler", True)])
+@pytest.mark.parametrize(
+    ("pooling", "stock", "dora"), [("mean", False, True), ("cls", False, False), ("pooler", True, True)]
+)
 def test_stock_libraries_open_the_adapter_and_the_merged_model_with_our_scores(
-    tiny: Settings, tmp_path: Path, pooling: str, stock: bool
+    tiny: Settings, tmp_path: Path, pooling: str, stock: bool, dora: bool
 ) -> None:
     """BertForSequenceClassification has the pooler's head only; the code is that of the model cards."""
     folder, merged = tmp_path / "adapter", tmp_path / "merged"
-    model = saved_adapter(tiny | {"pooling": pooling}, folder)
+    model = saved_adapter(tiny | {"pooling": pooling, "dora": dora}, folder)
     expected = expected_scores(model, folder)
     assert float((expected[0] - expected[1]).abs().max()) > 0.01
     opened = card_code(folder, 1, tiny["model"])

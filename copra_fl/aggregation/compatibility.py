@@ -143,6 +143,16 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "do not have; use quantization = 'none'",
         ),
         (
+            model.dora and not rule.takes_magnitudes,
+            f"{it} dora = true: it computes products B A, which leave out DoRA's magnitudes; use dora = false, or "
+            f"one of {rule_names(lambda other: other.takes_magnitudes)}",
+        ),
+        (
+            model.dora and copra.local_training == "copra" and (copra.rescale or copra.off == "global"),
+            f"{'rescale = true' if copra.rescale else 'off = global'} does not combine with dora = true: it takes B A "
+            "for the whole change of a layer; use dora = false, or rescale = false and off = 'base'",
+        ),
+        (
             rule.personal and config.evaluation.target_accuracy > 0,
             f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
             "validation accuracy to reach; use target-accuracy = 0",
