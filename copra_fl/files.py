@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def copy_permissions(source: Path, files: Iterable[Path]) -> None:
+    """Give `files` the permissions of `source`, a new file: safetensors makes its own readable by their owner only."""
+    for file in files:
+        file.chmod(source.stat().st_mode)
 
 
 def in_words(error: OSError) -> str:

@@ -109,6 +109,10 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
             "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
         ),
         (
+            ["compare", "--methods", "lora,median", "--set", "rule=median"],
+            "methods 'lora' and 'median' have the same settings here, so their runs would be the same; leave one out",
+        ),
+        (
             ["compare", "--methods", "lora,median", "--set", "p0=0.1"],
             "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
         ),

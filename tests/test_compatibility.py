@@ -31,7 +31,11 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "leave out DoRA's magnitudes; use dora = false, or one of fedavg, ffa-lora, rolora, ",
     ),
     ({"dora": True, "local-training": "copra", "rescale": True}, {"rescale": False}, "rescale = true does not combine"),
-    ({"dora": True, "local-training": "copra", "off": "global"}, {"off": "base"}, "off = global does not combine with"),
+    (
+        {"dora": True, "local-training": "copra", "off": "global"},
+        {"off": "base"},
+        "off = 'global' does not combine",
+    ),
     (
         {"rule": "trimmed-mean", "num-clients": 4},
         {"trimmed-mean.trim-fraction": 0.25},

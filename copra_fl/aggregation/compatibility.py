@@ -148,9 +148,14 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"one of {rule_names(lambda other: other.takes_magnitudes)}",
         ),
         (
-            model.dora and copra.local_training == "copra" and (copra.rescale or copra.off == "global"),
-            f"{'rescale = true' if copra.rescale else 'off = global'} does not combine with dora = true: it takes B A "
-            "for the whole change of a layer; use dora = false, or rescale = false and off = 'base'",
+            model.dora and copra.local_training == "copra" and copra.rescale,
+            "rescale = true does not combine with dora = true: it scales the product B A, which is not the whole "
+            "change of a layer; use rescale = false",
+        ),
+        (
+            model.dora and copra.local_training == "copra" and copra.off == "global",
+            "off = 'global' does not combine with dora = true: it adds the product B A of the round's start, which is "
+            "not the whole change of a layer; use off = 'base'",
         ),
         (
             rule.personal and config.evaluation.target_accuracy > 0,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
 from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
-from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison, run_names
+from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
 from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
 from copra_fl.simulation.run_folder import choose_output
@@ -147,6 +147,7 @@ def compare(
             run: chosen.config(tables[method].method, seed, tables[method].settings)
             for run, (method, seed) in run_names(names, numbers).items()
         }
+        refuse_equal(run_names(names, numbers), configs)
         refuse_idle(map(kebab, settings), configs.values())
     runs = run_names(names, numbers)
     rounds = NewRounds(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of, parts
 from copra_fl.config import ConfigError, DataConfig, Value
+from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.base_reference import BaseReference
 from copra_fl.models.build import choose_device, open_model
@@ -117,6 +118,7 @@ def save(
     processor.save_pretrained(directory)
     facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
     write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")
+    copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
 
 
 def _plain_adapter(model: AdaptedModel, residual: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
