@@ -290,6 +290,21 @@ def test_the_script_is_checked_before_anything_starts(
         preflight.check([Config.from_flat(settings | changes)], Console(quiet=True), WorkerRequest(1, 0, None))
 
 
+def test_a_script_shows_no_progress_bars_and_no_future_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would stand on the terminal of the command that checks the script."""
+    source = (
+        "import warnings, copra_fl\nfrom datasets import Dataset\n"
+        "Dataset.from_dict({'a': list(range(5000))}).map(lambda row: row, num_proc=None)\n"
+        "warnings.warn('soon gone', FutureWarning)\nprint('mine')\ncopra_fl.federate('trainer')"
+    )
+    (tmp_path / "script.py").write_text(source)
+    run_script(str(tmp_path / "script.py"), pd.DataFrame(), shared=False)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("mine\n", "")
+
+
 def test_a_site_loads_its_own_data_in_the_script(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import copra_fl; copra_fl.federate('trainer')")
     assert run_script(str(tmp_path / "script.py"), pd.DataFrame(), shared=False) == "trainer"
