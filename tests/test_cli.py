@@ -313,6 +313,8 @@ def test_a_note_that_several_runs_repeat_is_printed_once(
     for _ in range(2):
         events.emit("note", text="clients train one by one")
         events.emit("finished", accuracy=None)
-    link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")})
+    link: Any = SimpleNamespace(
+        environment={events.VARIABLE: str(tmp_path / "events")}, status=lambda: "finished:completed"
+    )
     watch(link, subprocess.Popen(["true"]), 2, Console())
     assert capsys.readouterr().out.count("note: clients train one by one") == 1

@@ -48,10 +48,10 @@ def run(tiny: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved_adapter(settings: Settings, folder: Path) -> Any:
-    """Write a random model to `folder` and return it; large random magnitudes of DoRA would saturate it."""
+    """Write a random model to `folder` and return it; DoRA needs larger noise, because it normalizes the rows."""
     config = Config.from_flat(settings)
     model = build_model(config.model, "layer", len(LABELS), seed=0)
-    model.write_adapter(jitter(model.read_adapter(), 3, 0.1 if config.model.dora else 0.3))
+    model.write_adapter(jitter(model.read_adapter(), 3, 1.0 if config.model.dora else 0.3))
     save(model, folder, LABELS, config.data)
     return model
 
@@ -89,7 +89,7 @@ def test_stock_libraries_open_the_adapter_and_the_merged_model_with_our_scores(
     folder, merged = tmp_path / "adapter", tmp_path / "merged"
     model = saved_adapter(tiny | {"pooling": pooling, "dora": dora}, folder)
     expected = expected_scores(model, folder)
-    assert float((expected[0] - expected[1]).abs().max()) > 0.01
+    assert float((expected[0] - expected[1]).abs().max()) > 100 * TOLERANCE
     opened = card_code(folder, 1, tiny["model"])
     if stock:
         assert torch.allclose(scores(opened["run"]), expected, atol=TOLERANCE)
