@@ -28,7 +28,7 @@ from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModel
 
-from copra_fl.config import toml_value
+from copra_fl.config import Config, toml_value
 from copra_fl.deployment import certificates, operator_secret
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import fingerprint
@@ -332,9 +332,11 @@ def test_a_plugin_and_a_script_reach_real_nodes(
     changes = {
         "task": "causal-lm", "model": tiny_llama, "target-modules": "q_proj,v_proj", "local-training": "lora",
         "engine": "trainer", "partitioner": "iid", "script": str(folders[0] / "script.py"), "num-rounds": 2,
-        "rule": "hospital.rules", "by-loss.sharpness": 2.0, "output": str(output),
+        "rule": "hospital.rules", "by-loss.sharpness": 2.0,
     }  # fmt: skip
-    printed, _ = deployment.start_run(tmp_path / "app", settings | changes).communicate(timeout=HANG_SECONDS)
+    flat = {key: value for key, value in (settings | changes).items() if key != "output"}
+    run_config = Config.from_flat(flat).to_run_config() | {"output": str(output)}
+    printed, _ = deployment.start_run(tmp_path / "app", run_config).communicate(timeout=HANG_SECONDS)
     assert (output / "summary.json").exists(), printed
     assert json.loads((output / "summary.json").read_text())["rule"] == "hospital.rules"
     digests = json.loads((output / "provenance.json").read_text())["plugins"]
