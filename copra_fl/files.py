@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def copy_permissions(source: Path, files: Iterable[Path]) -> None:
+    """Give `files` the permissions of `source`, a new file: safetensors makes its own readable by their owner only."""
+    for file in files:
+        file.chmod(source.stat().st_mode)
 
 
 def in_words(error: OSError) -> str:

@@ -84,6 +84,7 @@ WRONG = [
     ({"lora": {"r": 4}}, "lora is of type dict; it must be a peft.LoraConfig"),
     ({"processor": object()}, "processor belongs to a model in memory"),
     ({"model": nn.Linear(2, 2)}, "model is of type Linear; it must be a Transformers model"),
+    ({"ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'; set local-training = 'copra'"),
     ({"ray_address": "nowhere"}, "--ray-address 'nowhere' is not HOST:PORT"),
     ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite deletes it"),
 ]
@@ -105,6 +106,7 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
         ({"methods": {"mine": {"rul": "median"}}}, "unknown configuration key 'rul'"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be whole numbers"),
         ({"seeds": [0.5]}, "must be whole numbers"),
+        ({"methods": {"lora": {}}, "ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'"),
         ({"seed": 3}, r"compare takes seeds, not a seed: seeds=\[3\]"),
     ],
 )
@@ -200,6 +202,7 @@ def test_a_lora_config_becomes_settings(tiny_model: str) -> None:
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
         assert getattr(again, name) == getattr(lora, name), name
     assert Config.from_flat(lora_settings(LoraConfig(use_rslora=True))).model.lora_scaling == "rslora"
+    assert Config.from_flat(lora_settings(LoraConfig(use_dora=True))).model.dora
     assert lora_settings(LoraConfig(target_modules="all-linear"))["target-modules"] == "all-linear"
     assert "target-modules" not in lora_settings(LoraConfig())
 
@@ -207,7 +210,10 @@ def test_a_lora_config_becomes_settings(tiny_model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True, "bias": "all"}, "lora sets bias and use_dora, which no setting of a federation stands for"),
+        (
+            {"lora_bias": True, "bias": "all"},
+            "lora sets bias and lora_bias, which no setting",
+        ),
         ({"target_modules": r".*\.query"}, "is a regular expression; list the names of the modules"),
     ],
 )

@@ -102,6 +102,30 @@ def test_a_killed_server_app_ends_the_run_with_its_reason(tmp_path: Path, monkey
         server.wait()
 
 
+def test_a_run_goes_on_without_the_command_that_streams_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flwr run --stream` has ended; the SuperLink does not answer at first, then has started the server app."""
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    finish = "from copra_fl.events import emit; emit('finished', accuracy=None)"
+    statuses = iter(["unknown", "starting", "running"])
+    server = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(1); {finish}; time.sleep(9)"])
+
+    def status() -> str:
+        if (status := next(statuses)) == "running":
+            events.emit("server", pid=server.pid)
+        return status
+
+    link: Any = SimpleNamespace(
+        environment={events.VARIABLE: str(tmp_path / "events")}, log=tmp_path / "log", status=status, guard=server
+    )
+    try:
+        watch(link, subprocess.Popen(["true"]), 1, Console(quiet=True))
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_a_run_that_flower_ends_is_reported_with_the_error_in_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

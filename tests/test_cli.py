@@ -106,7 +106,19 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["simulate", "--nonsense"], "No such option"),
         (
             ["simulate", "--set", "p0=0.1"],
-            "--set p0=0.1 has no effect with local-training = 'lora'; add --set local-training",
+            "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
+        ),
+        (
+            ["compare", "--methods", "lora,median", "--set", "rule=median"],
+            "methods 'lora' and 'median' have the same settings here, so their runs would be the same; leave one out",
+        ),
+        (
+            ["compare", "--methods", "lora,median", "--set", "p0=0.1"],
+            "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
+        ),
+        (
+            ["simulate", "--recipe", "shakespeare", "--set", "engine=trainer", "--set", "learning-rate=0.01"],
+            "learning-rate = 0.01 has no effect with engine = 'trainer', where the script decides; set it in the",
         ),
         (["simulate", "--gpus-per-worker", "99"], "which has room for 0 such workers, not 1"),
         (["simulate", "--track", "tensorbord"], "unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
@@ -301,6 +313,8 @@ def test_a_note_that_several_runs_repeat_is_printed_once(
     for _ in range(2):
         events.emit("note", text="clients train one by one")
         events.emit("finished", accuracy=None)
-    link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")})
+    link: Any = SimpleNamespace(
+        environment={events.VARIABLE: str(tmp_path / "events")}, status=lambda: "finished:completed"
+    )
     watch(link, subprocess.Popen(["true"]), 2, Console())
     assert capsys.readouterr().out.count("note: clients train one by one") == 1

@@ -26,6 +26,17 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "ravan", "rank": 6}, {"ravan.heads": 3}, "rank = 6: ravan.heads = 4 does not divide it"),
     ({"rule": "fedsa-lora", "local-training": "copra"}, LORA, "each client keeps its own B"),
     (
+        {"rule": "flora", "dora": True},
+        {"rule": "rolora"},
+        "leave out DoRA's magnitudes; use dora = false, or one of fedavg, ffa-lora, rolora, ",
+    ),
+    ({"dora": True, "local-training": "copra", "rescale": True}, {"rescale": False}, "rescale = true does not combine"),
+    (
+        {"dora": True, "local-training": "copra", "off": "global"},
+        {"off": "base"},
+        "off = 'global' does not combine",
+    ),
+    (
         {"rule": "trimmed-mean", "num-clients": 4},
         {"trimmed-mean.trim-fraction": 0.25},
         "trims nobody: trimmed-mean.trim-fraction = 0.2 of 4 clients",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -16,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +28,15 @@ from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModel
 
-from copra_fl.config import toml_value
+from copra_fl.config import Config, toml_value
 from copra_fl.deployment import certificates, operator_secret
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import fingerprint
 from copra_fl.records import AuditEvent, read_records
 from copra_fl.simulation.superlink import copy_app, free_port
+from tests.support.documents import ROOT
 from tests.support.real_runs import HANG_SECONDS
+from tests.support.scripts import write_script
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +76,7 @@ class Processes:
             "COPRA_FL_LOG": "json",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PYTHONPATH": f"{self.plugins}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }
         with open(self.log(name), "ab") as log:
             self.started[name] = subprocess.Popen(
@@ -91,21 +95,33 @@ class Processes:
         )  # fmt: skip
 
     def start_node(
-        self, name: str, ca: Path, key: Path | None, partition: int = 0, keep_warm: int = 0, seconds_ahead: int = 0
+        self,
+        name: str,
+        ca: Path,
+        key: Path | None,
+        partition: int = 0,
+        keep_warm: int = 0,
+        seconds_ahead: int = 0,
+        config: str = "",
     ) -> subprocess.Popen[bytes]:
-        """Start a SuperNode with a clock that is so far ahead."""
+        """Start a SuperNode with a clock that is so far ahead, and further words of its node config."""
         keys = [f"--auth-supernode-private-key={key}"] if key else []
-        config = f"partition-id={partition} num-partitions=2 warm-process={keep_warm}"
+        config = f"partition-id={partition} num-partitions=2 warm-process={keep_warm} {config}"
         return self.start(
             name, sys.executable, "-c", SUPERNODE, str(seconds_ahead),
             f"--superlink=localhost:{self.port}", f"--port={free_port()}",
             f"--root-certificates={ca}", f"--node-config={config}", *keys,
         )  # fmt: skip
 
+    @property
+    def plugins(self) -> Path:
+        """The folder of modules that all processes can import."""
+        return self.layout.root / "plugins"
+
     def log(self, name: str) -> Path:
         return self.layout.root / f"{name}.log"
 
-    def start_nodes(self, keep_warm: int) -> None:
+    def start_nodes(self, keep_warm: int, configs: Sequence[str] = ("", "")) -> None:
         """Start both nodes in place of those that run, and wait until they are connected."""
         for number in range(2):
             name, client = f"node-{number}", self.layout.client(number)
@@ -113,7 +129,7 @@ class Processes:
                 self.started[name].terminate()
                 self.started[name].wait()
                 self.log(name).unlink()
-            self.start_node(name, client.tls / "ca.crt", client.key, number, keep_warm)
+            self.start_node(name, client.tls / "ca.crt", client.key, number, keep_warm, config=configs[number])
         self.wait(
             lambda: all(self.logged(f"node-{number}", "SuperNode ID") for number in range(2)), "both nodes connected"
         )
@@ -295,6 +311,41 @@ def test_a_warm_process_answers_all_of_a_run_and_one_that_is_killed_is_replaced(
     assert adapters[0] == adapters[1]
     deployment.start_nodes(keep_warm=0)
     deployment.wait(lambda: not any(map(psutil.pid_exists, (first[1], second[0]))), "the end of warm processes")
+
+
+def test_a_plugin_and_a_script_reach_real_nodes(
+    deployment: Processes, settings: dict[str, object], tiny_llama: str, tmp_path: Path
+) -> None:
+    """The rule of docs/how-to/plugins.md over Trainers of a script, of which server and nodes have a file each."""
+    page = (ROOT / "docs" / "how-to" / "plugins.md").read_text(encoding="utf-8")
+    hospital = deployment.plugins / "hospital"
+    hospital.mkdir(parents=True)
+    rules = re.search(r"^`hospital/rules.py`.*?```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert rules is not None
+    (hospital / "rules.py").write_text(rules[1])
+    folders = [deployment.layout.root / name / "script" for name in ("server", "node-0", "node-1")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(write_script(tmp_path, tiny_llama, {}), folder / "script.py")
+    deployment.start_nodes(0, [f"script-path='{folder / 'script.py'}'" for folder in folders[1:]])
+    output = deployment.layout.runs / "scripted"
+    changes = {
+        "task": "causal-lm", "model": tiny_llama, "target-modules": "q_proj,v_proj", "local-training": "lora",
+        "engine": "trainer", "partitioner": "iid", "script": str(folders[0] / "script.py"), "num-rounds": 2,
+        "rule": "hospital.rules", "by-loss.sharpness": 2.0,
+    }  # fmt: skip
+    flat = {key: value for key, value in (settings | changes).items() if key != "output"}
+    run_config = Config.from_flat(flat).to_run_config() | {"output": str(output)}
+    printed, _ = deployment.start_run(tmp_path / "app", run_config).communicate(timeout=HANG_SECONDS)
+    assert (output / "summary.json").exists(), printed
+    assert json.loads((output / "summary.json").read_text())["rule"] == "hospital.rules"
+    digests = json.loads((output / "provenance.json").read_text())["plugins"]
+    assert digests.keys() == {"hospital.rules", "script"}
+    steps = [
+        (folder / "rates.txt").read_text().count("\n") if (folder / "rates.txt").exists() else 0 for folder in folders
+    ]
+    assert steps == [0, 6, 6], "two rounds of three steps by the Trainer of each node, none on the server"
+    deployment.start_nodes(keep_warm=0)
 
 
 def test_removing_a_key_ends_its_node_only(deployment: Processes) -> None:

@@ -160,6 +160,11 @@ def test_no_page_uses_a_banned_phrase(path: Path) -> None:
     assert [match[0] for match in BANNED.finditer(path.read_text(encoding="utf-8"))] == []
 
 
+@pytest.mark.parametrize("path", [*WRITTEN, *NOTEBOOKS], ids=named)
+def test_no_page_installs_from_an_index_that_does_not_have_the_package(path: Path) -> None:
+    assert re.findall(r"pip install \W*copra-fl\b", path.read_text(encoding="utf-8")) == []
+
+
 @pytest.mark.parametrize("path", ROOT_PAGES, ids=lambda path: path.name)
 def test_links_of_the_pages_at_the_root_hold(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -132,6 +132,7 @@ def test_incomplete_and_changed_runs_are_refused(run: OpenRun, altered: Callable
 
 REFUSED: dict[str, Settings] = {
     "rule": {"rule": "fedsa-lora", "local-training": "lora"},
+    "dora": {"dora": True},
     "partitioner": {"partitioner": "own", "labels": "sea,sky,sand"},
     "num-clients": {"num-clients": 0},
     "client-ranks": {"rule": "zero-pad", "client-ranks": "2,2,2,2,1,1"},

@@ -93,10 +93,17 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 
 
 def marked(command: str) -> Any:
-    """Mark the commands that take minutes; shorter tests cover the same code."""
-    slow = ("study", "probe shapley", "probe prune", "simulate --recipe smoke --output runs/tracked")
-    slow += ("compare --recipe smoke --methods", "report runs/compare", "probe merge runs/compare")
-    slow += ("track runs/compare",)
+    """Mark the commands that take minutes; shorter tests cover the same code.
+
+    `compare` on the README's own CSV runs always, and what reads its runs.
+    """
+    slow = ("study", "probe", "simulate --recipe smoke")
+    slow += (
+        "compare --recipe smoke --methods",
+        "report runs/compare",
+        "track runs/compare",
+        "export runs/notes/copra-seed0 --to",
+    )
     is_slow = "flwr run" in command or any(f"copra-fl {name}" in command for name in slow)
     return pytest.param(command, marks=pytest.mark.slow) if is_slow else command
 
@@ -111,6 +118,7 @@ def test_command(reader: Reader, command: str) -> None:
         assert json.loads((directory / "summary.json").read_text())["rounds"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "run", "adapter", "num_labels"),
     [
@@ -135,7 +143,9 @@ def test_the_merged_model_opens_in_a_pipeline(reader: Reader) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("run", ["runs/smoke", pytest.param("runs/compare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "run", ["runs/notes", *(pytest.param(run, marks=pytest.mark.slow) for run in ("runs/smoke", "runs/compare"))]
+)
 def test_reports_open_in_a_browser(reader: Reader, run: str) -> None:
     folder = reader.provide(run)
     report.write(folder)  # again, because probes may have added figures

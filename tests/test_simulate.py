@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from copra_fl.config import Config
-from copra_fl.simulation.progress import watch
+from copra_fl.simulation.progress import STARTING, watch
 from copra_fl.simulation.superlink import RunFailed, Workers, ray_variables, superlink
 from tests.support.federations import final_adapter
 from tests.support.real_runs import RealRun, num_rounds, settings
@@ -58,6 +58,7 @@ def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, st
     assert not [path for path in directory.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pth", ".partial")]
 
 
+@pytest.mark.slow
 def test_killed_in_round_2_and_resumed_is_bitwise_equal(
     undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
 ) -> None:
@@ -114,6 +115,21 @@ def test_a_decoy_clients_folder_is_rejected(long: Settings, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_when_flwr_run_has_lost_its_connection(tiny: Settings, tmp_path: Path) -> None:
+    """As on a machine whose cores other programs need; killed before the server app has begun."""
+    config = Config.from_flat(tiny)
+    with superlink(tmp_path / "flower.log") as link:
+        run_config = config.to_run_config() | {"output": str(tmp_path / "run"), "resume": False}
+        process = link.start_run(run_config, Workers.share(1, num_clients=6))
+        RealRun.wait_until(lambda: link.status() in STARTING, "the run is submitted")
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "run").exists()
+        watch(link, process, 1, Console(stderr=True))
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     many = {"num-clients": 200, "fraction-clients": 0.2, "local-steps": 1, "num-rounds": 1, "partitioner": "iid"}
     out, _ = RealRun(
@@ -124,21 +140,34 @@ def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     assert json.loads(out)["rounds"] == 1
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stop_leaves_no_process_and_the_comparison_can_be_resumed(
-    long: Settings, stop: signal.Signals, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (signal.SIGKILL, -9),
+        *(pytest.param(stop, 130, marks=pytest.mark.slow) for stop in (signal.SIGINT, signal.SIGTERM)),
+    ],
+)
+def test_a_stop_leaves_no_process_and_the_resumed_comparison_is_bitwise_equal(
+    undisturbed: tuple[Path, str], long: Settings, stop: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    """2 methods, stopped after the first run; resumed, the summary has both runs."""
-    short = {"num-rounds": 2, "local-steps": 40}
-    arguments = ["compare", *settings(long | short), "--methods", "head,copra", "--seeds", "0", "--output", "both"]
-    run = RealRun([*arguments, "--workers", "1"], tmp_path)
-    first = tmp_path / "both" / "head-seed0"
-    run.wait_until(lambda: (first / "summary.json").exists(), "the first run's end")
+    """2 methods, stopped in round 2 of the second run, which is the undisturbed one; --resume alone finishes it.
+
+    SIGKILL of the command ends its SuperLink, server app and workers too.
+    """
+    arguments = ["compare", *settings(long), "--methods", "head,copra", "--seeds", "0", "--output", "both"]
+    run = RealRun([*arguments, "--workers", "2"], tmp_path)
+    first, second = (tmp_path / "both" / f"{method}-seed0" for method in ("head", "copra"))
+    run.wait_until(lambda: num_rounds(second) >= 1, "round 1 of the second run")
     run.process.send_signal(stop)
-    _, err = run.finish(code=130)
-    assert "--resume" in err
+    _, err = run.finish(code)
+    assert ("--resume" in err) == (code == 130)
+    assert 1 <= num_rounds(second) < 4 and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime
-    out, _ = RealRun(["compare", "--output", "both", "--resume", "--json", "--workers", "1"], tmp_path).finish()
+    out, _ = RealRun(["compare", "--output", "both", "--resume", "--json", "--workers", "2"], tmp_path).finish()
+    expected, resumed = final_adapter(undisturbed[0]), final_adapter(second)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    again = json.loads((second / "summary.json").read_text())
+    assert again["test"] == json.loads(undisturbed[1])["test"]
     summary = json.loads(out)
     assert (first / "summary.json").stat().st_mtime == before, "the finished run is not repeated"
     values = {name: len(method["test_accuracy"]["values"]) for name, method in summary["methods"].items()}

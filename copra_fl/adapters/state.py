@@ -1,8 +1,8 @@
 """Adapters and clients' updates as plain data: tensor name -> tensor.
 
 Names are PEFT's (``base_model.model.encoder.layer.0...lora_A.weight``), plus ``head.weight`` and ``head.bias`` if the
-task trains a head, and ``lora_R`` and ``lora_S`` for a matrix R between the factors (`copra_fl.adapters.core`). Tensors
-are float32 on the CPU.
+task trains a head, ``lora_R`` and ``lora_S`` for a matrix R between the factors (`copra_fl.adapters.core`), and
+``lora_magnitude_vector`` for DoRA's magnitudes. Tensors are float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _is_inside(inner: slice, outer: slice) -> bool:
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that tensor `name` belongs to: ``A``, ``B``, ``R``, ``S`` or ``head``."""
+    """Return the part that tensor `name` belongs to: ``A``, ``B``, ``R``, ``S``, ``m`` (magnitudes) or ``head``."""
     return name.partition(".lora_")[2][:1] or "head"
 
 

@@ -143,6 +143,21 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "do not have; use quantization = 'none'",
         ),
         (
+            model.dora and not rule.takes_magnitudes,
+            f"{it} dora = true: it computes products B A, which leave out DoRA's magnitudes; use dora = false, or "
+            f"one of {rule_names(lambda other: other.takes_magnitudes)}",
+        ),
+        (
+            model.dora and copra.local_training == "copra" and copra.rescale,
+            "rescale = true does not combine with dora = true: it scales the product B A, which is not the whole "
+            "change of a layer; use rescale = false",
+        ),
+        (
+            model.dora and copra.local_training == "copra" and copra.off == "global",
+            "off = 'global' does not combine with dora = true: it adds the product B A of the round's start, which is "
+            "not the whole change of a layer; use off = 'base'",
+        ),
+        (
             rule.personal and config.evaluation.target_accuracy > 0,
             f"{it} target-accuracy = {config.evaluation.target_accuracy:g}: it has no global model, so there is no "
             "validation accuracy to reach; use target-accuracy = 0",

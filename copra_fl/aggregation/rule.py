@@ -81,7 +81,7 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-ALL = frozenset({"A", "B", "R", "head"})
+ALL = frozenset({"A", "B", "R", "m", "head"})
 
 
 def train_all(server_round: int) -> frozenset[str]:
@@ -113,6 +113,8 @@ class Rule:
             as a gradient step.
         keeps_factors: the clients' factors keep their meaning from round to round, so that moments of an earlier round
             fit them: the rule neither draws nor recomputes them.
+        takes_magnitudes: DoRA's magnitudes can be aggregated like every other tensor, because the rule does not compute
+            products B A.
         needs_data: the server needs validation data.
         no_copra: the reason why the rule does not combine with CopRA; empty if it does.
         no_several_datasets: the reason why it does not combine with several data sets; empty if it does.
@@ -131,6 +133,7 @@ class Rule:
     unequal_ranks: bool = False
     averages: bool = True
     keeps_factors: bool = True
+    takes_magnitudes: bool = False
     needs_data: bool = False
     no_copra: str = ""
     no_several_datasets: str = ""

@@ -148,7 +148,7 @@ def _model_digest(model: Any, processor: Any) -> str:
 
 
 def lora_settings(lora: LoraConfig) -> dict[str, Any]:
-    """Return the settings of a LoraConfig: rank, alpha, dropout, scaling, and the target modules if it names them.
+    """Return the settings of a LoraConfig: rank, alpha, dropout, scaling, DoRA, and target modules if it has any.
 
     Raises ConfigError that names every other option that is set.
     """
@@ -156,7 +156,7 @@ def lora_settings(lora: LoraConfig) -> dict[str, Any]:
 
     if not isinstance(lora, LoraConfig):
         raise ConfigError(f"lora is of type {type(lora).__name__}; it must be a peft.LoraConfig")
-    taken = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    taken = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
     defaults = LoraConfig()
     others = [
         field.name
@@ -172,6 +172,7 @@ def lora_settings(lora: LoraConfig) -> dict[str, Any]:
         "rank": lora.r,
         "lora-alpha": float(lora.lora_alpha),
         "lora-dropout": float(lora.lora_dropout),
+        "dora": lora.use_dora,
         "lora-scaling": "rslora" if lora.use_rslora else "standard",
     }
     targets = lora.target_modules

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
-from copra_fl.config import KEYS, Config, ConfigError, unknown_key
-from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison, run_names
+from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
+from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
-from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
 from copra_fl.simulation.run_folder import choose_output
 from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
@@ -86,6 +86,7 @@ def simulate(
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "simulate", resume, overwrite)
     config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
+    refuse_idle(map(kebab, settings), [config])
     rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
     run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
 
@@ -146,6 +147,8 @@ def compare(
             run: chosen.config(tables[method].method, seed, tables[method].settings)
             for run, (method, seed) in run_names(names, numbers).items()
         }
+        refuse_equal(run_names(names, numbers), configs)
+        refuse_idle(map(kebab, settings), configs.values())
     runs = run_names(names, numbers)
     rounds = NewRounds(
         [directory / run for run in runs],

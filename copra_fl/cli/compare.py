@@ -11,9 +11,9 @@ from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
-from copra_fl.simulation.comparison import expand_all, load_plan, run_comparison, run_names
+from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
 from copra_fl.simulation.run_folder import choose_output
 
 
@@ -41,10 +41,10 @@ def compare(
         settings.refuse_seed("use --seeds, as in --seeds 0,1,2")
         sources = expand_all(parse_methods(methods), settings, console)
         method_names = list(sources)
-        configs = {
-            name: settings.config(sources[method], seed)
-            for name, (method, seed) in run_names(method_names, seed_numbers).items()
-        }
+        runs = run_names(method_names, seed_numbers)
+        configs = {name: settings.config(sources[method], seed) for name, (method, seed) in runs.items()}
+        refuse_equal(runs, configs)
+        refuse_idle(settings.overrides, configs.values())
     os.environ |= startup.environment(configs.values())  # for this process too
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])

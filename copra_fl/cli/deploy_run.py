@@ -27,7 +27,7 @@ from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.runs import COMPLETED, choose_name, report, share_assets, submit
 from copra_fl.files import append_line
 from copra_fl.simulation.preflight import fetch_with_progress
-from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.recipes import Recipe, refuse_idle
 from copra_fl.simulation.superlink import RunFailed, app_directory
 from copra_fl.sources.assets import is_asset
 from copra_fl.wording import foreign
@@ -55,6 +55,7 @@ def run(
         config = config.changed(num_clients=0)
         if config.federation.failures == "strict" and "min-nodes" not in chosen.overrides:
             config = config.changed(min_nodes=compose.num_clients(layout))  # each node has a client of its own
+    refuse_idle(chosen.overrides, [config])
     check_combinations(config)
     run_folder = layout.runs / choose_name(layout, output, resume)
     sets = [word for text in set_ or [] for word in ("--set", text)]

@@ -145,6 +145,9 @@ class ModelConfig:
         "sfed: number N of clients; 0: those of a round, by num-clients and fraction-clients or clients-per-round",
         low=0,
     )
+    dora: bool = option(
+        False, "DoRA (arXiv 2402.09353): train the norm of each row of an adapted weight too; not in the stacked engine"
+    )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", low=0, high=0.99)
     dtype: str = option(
         "auto",

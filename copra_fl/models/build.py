@@ -179,6 +179,7 @@ def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
         r=config.rank,
         lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
         target_modules=check_targets(base, config.target_modules),
         exclude_modules=r".*pooler.*" if hasattr(base, "pooler") and config.pooling != "pooler" else None,
     )

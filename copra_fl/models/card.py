@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from copra_fl.config import Config
+from copra_fl.config import Config, TrainingConfig
 from copra_fl.files import atomic_write
 from copra_fl.models.base_reference import BaseReference
 from copra_fl.records import Evaluation, RunSummary
@@ -182,11 +182,9 @@ def _training_rows(training: Training) -> dict[str, str]:
         "clients": f"{data.num_clients or len(summary.clients)}, split by `partitioner = {data.partitioner}`",
         "method": f"{method_name(config)} (local training {summary.method}, rule {summary.rule})",
         "rounds": f"{summary.rounds}{f', ended early: {summary.ended_early}' if summary.ended_early else ''}",
-        "local work": f"{config.training.local_epochs} epochs"
-        if config.training.local_epochs
-        else f"{config.training.local_steps} steps of {config.training.batch_size} examples",
-        "optimizer": f"{config.training.optimizer}, learning rate {config.training.learning_rate:g}",
-        "adapter": f"rank {model.rank}, alpha {model.lora_alpha:g}, modules {model.target_modules}",
+        **_local_training(config.training),
+        "adapter": f"rank {model.rank}, alpha {model.lora_alpha:g}, modules {model.target_modules}"
+        f"{', DoRA' if model.dora else ''}",
         "seed": str(federation.seed),
         "compute": f"{model.dtype}, attention {model.attention}",
     }
@@ -196,6 +194,17 @@ def _training_rows(training: Training) -> dict[str, str]:
     if config.privacy.secure_aggregation:
         rows["secure aggregation"] = "yes"
     return rows
+
+
+def _local_training(training: TrainingConfig) -> dict[str, str]:
+    """Return the rows on the work of a client in a round."""
+    if training.engine == "trainer":
+        return {"local work": f"{training.local_steps} steps of the Trainer of {Path(training.script).name}"}
+    examples = f"{training.local_steps} steps of {training.batch_size} examples"
+    return {
+        "local work": f"{training.local_epochs} epochs" if training.local_epochs else examples,
+        "optimizer": f"{training.optimizer}, learning rate {training.learning_rate:g}",
+    }
 
 
 def _result_rows(summary: RunSummary) -> dict[str, str]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import Adapter, part_of, parts
 from copra_fl.config import ConfigError, DataConfig, Value
+from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.base_reference import BaseReference
 from copra_fl.models.build import choose_device, open_model
@@ -117,16 +118,22 @@ def save(
     processor.save_pretrained(directory)
     facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
     write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")
+    copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
 
 
 def _plain_adapter(model: AdaptedModel, residual: Adapter) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return PEFT's configuration and tensors of the adapter, with core and `residual` folded in."""
     adapter, lora = model.read_adapter(), cast(LoraConfig, copy.copy(model.peft.peft_config["default"]))
     if not residual and not parts(adapter, {"R"}):
-        return lora, parts(adapter, {"A", "B"})
+        return lora, {_peft_name(name): tensor for name, tensor in parts(adapter, {"A", "B", "m"}).items()}
     folded = residuals.fold(adapter, residual, lora.lora_alpha / lora.r)
     lora.r = lora.lora_alpha = next(len(tensor) for name, tensor in folded.items() if part_of(name) == "A")
     return lora, folded
+
+
+def _peft_name(name: str) -> str:
+    """Return PEFT's name of the tensor `name` in a file: DoRA's magnitudes have no ``.weight`` there."""
+    return name.removesuffix(".weight") if part_of(name) == "m" else name
 
 
 def _of_classifier(tensors: Mapping[str, Tensor], classifier: Classifier) -> dict[str, Tensor]:
@@ -209,7 +216,11 @@ def load_for_merging(directory: str | Path, device: str, base: str, dtype: str =
 
 def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:
     """Return the tensors of the adapter without a head, by their names in the base alone, whose prefix is `body`."""
-    tensors = parts(load_file(directory / "adapter_model.safetensors"), {"A", "B"})
+    stored = load_file(directory / "adapter_model.safetensors")
+    tensors = {
+        name if part_of(name) in ("A", "B") else f"{name}.weight": tensor
+        for name, tensor in parts(stored, {"A", "B", "m"}).items()
+    }
     if not lora.modules_to_save:
         return tensors
     prefix = f"{PEFT_PREFIX}{body}."

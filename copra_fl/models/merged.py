@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import ConfigError
+from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
@@ -57,6 +58,7 @@ def export_merged(
     merged.save_pretrained(directory, state_dict={name: tensors[name] for name in weights} if weights else None)
     processor.save_pretrained(directory)
     write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
+    copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
     return merged
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from copra_fl.adapters.interpolation import LossPath
 from copra_fl.reporting.figures.lines import add_lines
-from copra_fl.reporting.html import STYLES, Figure, empty_chart
+from copra_fl.reporting.html import STYLES, Figure, colorbar, empty_chart
 
 #: color scale from 0 (white) upwards
 BLUES = [[0, "#ffffff"], [1, "#0072B2"]]
@@ -46,7 +46,7 @@ def barriers(matrices: Mapping[str, np.ndarray], names: Sequence[str], setting: 
             zmin=0,
             zmax=highest or 1,
             colorscale=BLUES,
-            colorbar={"title": {"text": "barrier, loss", "side": "right"}, "thickness": 12},
+            colorbar=colorbar("barrier, loss"),
             texttemplate="%{z:.3f}" if len(names) <= 8 else None,
             hovertemplate="%{y} – %{x}: %{z:.4g}<extra></extra>",
         )
@@ -74,7 +74,7 @@ def _plane(
         y=list(lattice),
         z=scale * np.array(cells),
         colorscale="Viridis" if metric == "accuracy" else "Viridis_r",
-        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
+        colorbar=colorbar(unit),
         line={"width": 0.5},
         hovertemplate="u = %{x:.2f}, v = %{y:.2f}: %{z:.4g}<extra></extra>",
     )

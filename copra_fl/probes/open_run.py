@@ -72,6 +72,12 @@ LIMITATIONS = (
     ),
     Limitation(
         "opening",
+        "dora",
+        lambda config: config.model.dora,
+        "probes take the product B A for the whole change of a module, which leaves out DoRA's magnitudes",
+    ),
+    Limitation(
+        "opening",
         "partitioner",
         lambda config: config.data.partitioner == "own",
         "the clients' data is only on their own nodes",

@@ -18,7 +18,7 @@ from copra_fl.probes.open_run import OpenRun, Progress, Split
 from copra_fl.probes.shapley_values import MAX_EXACT, ShapleyValues, gini, top_third
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import HEIGHT, Figure, Section, empty_chart
+from copra_fl.reporting.html import HEIGHT, Figure, Section, colorbar, empty_chart
 from copra_fl.wording import join_words
 
 #: metric -> name, unit, and factor to the unit shown
@@ -189,7 +189,7 @@ def _heat_maps(values: Sequence[RunValues], metric: str, evaluated: str) -> list
             zmin=-largest,
             zmax=largest,
             colorscale="RdBu",
-            colorbar={"title": {"text": unit}},
+            colorbar=colorbar(unit),
             hovertemplate=f"%{{y}}, %{{x}}: %{{z:.3g}} {unit}<extra></extra>",
         )
         chart.add_trace(heat)

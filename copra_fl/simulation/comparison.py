@@ -73,6 +73,20 @@ def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[s
     return {f"{method}-seed{seed}": (method, seed) for seed in seeds for method in methods}
 
 
+def refuse_equal(runs: Mapping[str, tuple[str, int]], configs: Mapping[str, Config]) -> None:
+    """Raise ConfigError for two methods with the same configuration, as one has if a setting of all runs replaces its.
+
+    `runs` is the result of `run_names`.
+    """
+    first: dict[Config, str] = {}
+    for name, (method, _) in runs.items():
+        if (other := first.setdefault(configs[name], method)) != method:
+            raise ConfigError(
+                f"methods {other!r} and {method!r} have the same settings here, so their runs would be the same; leave "
+                "one out, or leave out the setting that replaces theirs"
+            )
+
+
 def expand_all(methods: Mapping[str, str], recipe: Recipe, console: Console) -> dict[str, str]:
     """Return `methods` (short name -> name or file) with the method ``all`` replaced by every built-in method."""
     expanded: dict[str, str] = {}

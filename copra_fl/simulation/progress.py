@@ -26,6 +26,8 @@ TRAINING_SHARE = 0.8
 BAR_WIDTH = 12
 #: ANSI escape sequences of colors
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
+#: Flower's status of a run whose server app has not ended
+STARTING = ("pending", "starting", "running")
 #: a line of a log that names an error: a level, or the class of an exception
 ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\w(Error|Exception)\b")
 
@@ -121,8 +123,9 @@ def watch(
 ) -> None:
     """Show progress until the server app has finished `num_runs` runs.
 
-    `on_progress` is called after each round and each run. Raises RunFailed with the reason if a run fails, if the
-    process of the server app is killed, or if `process` (the streaming ``flwr run``) ends before the runs are finished.
+    `process` is the streaming ``flwr run``, as `is_running` has it. `on_progress` is called after each round and each
+    run. Raises RunFailed with the reason if a run fails, if the process of the server app is killed, or if Flower ends
+    before the runs are finished.
     """
     state, reader = ProgressState(), EventReader(Path(link.environment[events.VARIABLE]))
     oom_kills_before = oom_kills()
@@ -144,7 +147,7 @@ def watch(
         task = bar.add_task(str(state), total=num_runs)
         running = True
         while running and not state.error and state.runs_done < num_runs:
-            running = process.poll() is None and not (state.server and is_gone(state.server))
+            running = is_running(link, process, state.server)
             for event in reader.read_new():
                 state.apply(event)
                 if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison repeat notes
@@ -168,6 +171,20 @@ def watch(
         raise RunFailed(
             f"Flower ended with {done} (status: {link.status()}): {last_error(link.log)}\nFlower's log: {link.log}"
         )
+
+
+def is_running(link: SuperLink, process: subprocess.Popen[bytes], server: int | None) -> bool:
+    """Return whether a run goes on: its server app, or until that has begun, what starts it.
+
+    The end of `process`, ``flwr run --stream``, alone does not tell: where other programs need all cores, it loses its
+    connection to the SuperLink, while the run goes on. Then Flower's status of the run counts.
+    """
+    if server:
+        return not is_gone(server)
+    if process.poll() is None:
+        return True
+    status = link.status()
+    return status in STARTING or (status == "unknown" and link.guard.poll() is None)
 
 
 def is_gone(pid: int) -> bool:

@@ -26,6 +26,14 @@ from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatt
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
+#: keys that only CopRA reads
+SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
+#: keys of the local training that the script of engine = "trainer" decides in its own way
+TRAINER_KEYS = (
+    "optimizer", "learning-rate", "head-learning-rate", "lr-schedule", "weight-decay", "momentum", "batch-size",
+    "gradient-accumulation", "max-grad-norm", "bucket-batches", "step-tokens", "lora-dropout", "gradient-checkpointing",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -102,6 +110,36 @@ class Recipe:
 
     def _method_settings(self, name: str) -> dict[str, Any]:
         return self.methods[name] if name in self.methods.keys() - built_in_methods() else method_settings(name)
+
+
+def refuse_idle(keys: Iterable[str], configs: Iterable[Config]) -> None:
+    """Raise ConfigError for the first of `keys`, those that the user sets, that has no effect in any of `configs`."""
+    reasons_by_run = [_idle_reasons(config) for config in configs]
+    for key in keys:
+        reasons = [reasons.get(key, "") for reasons in reasons_by_run]
+        if reasons and all(reasons):
+            raise ConfigError(reasons[0])
+
+
+def _idle_reasons(config: Config) -> dict[str, str]:
+    """Return, by key, why a setting has no effect in a run of `config`."""
+    flat = config.to_flat()
+    rows = [
+        (
+            config.copra.local_training != "copra",
+            SCHEDULE_KEYS,
+            f"local-training = {config.copra.local_training!r}; set local-training = 'copra', or leave it out",
+        ),
+        (
+            config.training.engine == "trainer",
+            TRAINER_KEYS,
+            "engine = 'trainer', where the script decides; set it in the script, and leave it out here",
+        ),
+    ]
+    return {
+        key: f"{key} = {flat[key]!r} has no effect with {reason}" for applies, keys, reason in rows if applies
+        for key in keys
+    }  # fmt: skip
 
 
 def short_name(method: str) -> str:

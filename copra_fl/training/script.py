@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def run_script(script: str, rows: pd.DataFrame, shared: bool) -> Trainer:
         raise ConfigError(f"script = {script!r}: there is no file {path}")
     _client = client = _Client(rows)
     try:
-        with _as_main(path):
+        with _as_main(path), _quiet():
             runpy.run_path(str(path), run_name="__main__")
         raise ConfigError(f"{name} ended without a call of copra_fl.federate(trainer); call it before trainer.train()")
     except _Federated as end:
@@ -116,6 +117,22 @@ def run_script(script: str, rows: pd.DataFrame, shared: bool) -> Trainer:
             "train_dataset=copra_fl.client_data(dataset)"
         )
     return trainer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bars of Datasets and no FutureWarning inside the block; the script shows them alone."""
+    import datasets
+
+    shows_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shows_bars:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

@@ -144,10 +144,11 @@ def _check_layout(owner: str, model: PeftModel, reference: AdaptedModel, config:
     trains = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     adapted = {name.partition(".lora_")[0] for name in trains if ".lora_A." in name or ".lora_B." in name}
     modules = {name.partition(".lora_")[0] for name in expected}
-    if magnitudes := [name for name in trains if ".lora_magnitude_vector" in name]:
+    dora = any(".lora_magnitude_vector." in name for name in trains)
+    if dora != config.model.dora:
         raise ConfigError(
-            f"{owner} has use_dora=True: the magnitudes of DoRA ({magnitudes[0]}) are no part of an adapter B A, and "
-            "no aggregation rule averages them; use use_dora=False"
+            f"{owner} has use_dora={dora}, the configuration dora = {str(config.model.dora).lower()}; use the same in "
+            f"both, for example --set dora={str(dora).lower()}"
         )
     if adapted != modules:
         more, fewer = sorted(adapted - modules), sorted(modules - adapted)
@@ -159,7 +160,7 @@ def _check_layout(owner: str, model: PeftModel, reference: AdaptedModel, config:
     if others := sorted(trains.keys() - expected.keys()):
         raise ConfigError(
             f"{owner} also trains {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, which no rule averages; "
-            "use no bias, lora_bias, modules_to_save or trainable_token_indices, so that it trains LoRA's A and B alone"
+            "use no bias, lora_bias, modules_to_save or trainable_token_indices, so that it trains adapters alone"
         )
     for name, tensor in expected.items():
         other = parameters[name]

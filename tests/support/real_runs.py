@@ -47,21 +47,31 @@ class RealRun:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Return the running processes of this command with `name` in their command lines."""
-        processes = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("COPRA_FL_TEST") == self.mark and name in " ".join(process.cmdline()):
-                    processes.append(process)
-            except psutil.Error:
-                continue
-        return processes
+        return marked_processes(self.mark, name)
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + HANG_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}"
-            time.sleep(0.05)
+        wait_until(condition, what)
+
+
+def marked_processes(mark: str, name: str = "") -> list[psutil.Process]:
+    """Return the running processes with COPRA_FL_TEST=`mark` in their environment and `name` in their command lines."""
+    processes = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("COPRA_FL_TEST") == mark and name in " ".join(process.cmdline()):
+                processes.append(process)
+        except psutil.Error:
+            continue
+    return processes
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until `condition` returns True; fail after HANG_SECONDS."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {HANG_SECONDS} s for: {what}"
+        time.sleep(0.05)
 
 
 def num_rounds(directory: Path) -> int:

@@ -55,4 +55,4 @@ def mean(old: Tensor, tensors: Sequence[Tensor], weights: np.ndarray) -> Tensor:
     return total.to(old.dtype)
 
 
-RULE = Rule("fedavg", fedavg, linear=True)
+RULE = Rule("fedavg", fedavg, linear=True, takes_magnitudes=True)

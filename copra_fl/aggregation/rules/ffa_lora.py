@@ -16,4 +16,4 @@ def trained_parts(server_round: int) -> frozenset[str]:
     return ALL - {"A"}
 
 
-RULE = Rule("ffa-lora", fedavg, linear=True, trains=trained_parts)
+RULE = Rule("ffa-lora", fedavg, linear=True, trains=trained_parts, takes_magnitudes=True)

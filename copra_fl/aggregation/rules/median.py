@@ -29,4 +29,4 @@ def middle(values: Tensor) -> Tensor:
     return ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1].mean(dim=0)
 
 
-RULE = Rule("median", median)
+RULE = Rule("median", median, takes_magnitudes=True)

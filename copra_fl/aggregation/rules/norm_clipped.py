@@ -43,4 +43,4 @@ def norm_clipped(round_: Round) -> Outcome:
     return Outcome(averaged, notes={"clip_norm": bound, "norms": norms.tolist()})
 
 
-RULE = Rule("norm-clipped", norm_clipped, Parameters)
+RULE = Rule("norm-clipped", norm_clipped, Parameters, takes_magnitudes=True)

@@ -17,4 +17,4 @@ def trained_parts(server_round: int) -> frozenset[str]:
     return ALL - {"A" if server_round % 2 else "B"}
 
 
-RULE = Rule("rolora", fedavg, linear=True, trains=trained_parts)
+RULE = Rule("rolora", fedavg, linear=True, trains=trained_parts, takes_magnitudes=True)

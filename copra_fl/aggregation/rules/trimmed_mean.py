@@ -53,4 +53,4 @@ def num_trimmed(fraction: float, num_values: int) -> int:
     return int(fraction * num_values + 1e-9)  # 0.29 * 100 is a little less than 29
 
 
-RULE = Rule("trimmed-mean", trimmed_mean, Parameters)
+RULE = Rule("trimmed-mean", trimmed_mean, Parameters, takes_magnitudes=True)
