@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def source_digest(*folders: Path) -> str:
     return digest.hexdigest()
 
 
+@lru_cache(maxsize=1)  # the server compares it with each node's, and a process runs the sources that it has read
 def library_digest(clients: Path) -> str:
     """Return the `source_digest` of this library and of the folder ``clients``."""
     return source_digest(Path(__file__).parent, clients)

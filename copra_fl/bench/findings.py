@@ -106,7 +106,7 @@ def machine(facts: BenchFacts) -> str:
 
 def tables(facts: BenchFacts) -> list[DataTable]:
     """Return all tables: the competitors, those of each size, and the targets if any was measured."""
-    shown = [competitors(facts)]
+    shown = [competitors(facts)] if facts["sizes"] else []
     for name in facts["sizes"]:
         shown += size_tables(facts, name)
     verdicts = targets(facts)
