@@ -35,13 +35,13 @@ class SizeName(StrEnum):
 
 
 #: of `bench.runner.COMPETITORS`, which is slow to import
-LETTERS = "abcdefg"
+LETTERS = "abcBCdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
 #: smallest number of clients of --populations
 MIN_POPULATION = 10
-#: --quick: one engine of ours and one rival, neither over Flower
-QUICK_LETTERS = "cg"
+#: --quick: one engine of ours and one rival, in both dtypes, none over Flower
+QUICK_LETTERS = "cCg"
 
 SizeOption = Annotated[
     list[SizeName] | None,
@@ -72,7 +72,7 @@ QuickOption = Annotated[
     bool,
     typer.Option(
         "--quick",
-        help="At most 3 minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
+        help="A few minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
         "clients and one repeat. The output lists what is left out.",
     ),
 ]
@@ -160,7 +160,7 @@ def bench(
             chosen_size, repeats, letters, engine_only or quick, random_base, console
         )
         _store(facts, stem)  # after each size, because the next one can take an hour
-    _print_tables(_tables(facts), list(summary.left_out(facts)), console if as_json else Console())
+    _print_tables(_tables(facts), [*summary.left_out(facts), *_sentences(facts)], console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -189,7 +189,7 @@ def _store(facts: dict[str, Any], stem: Path) -> None:
     from copra_fl.files import write_json
 
     write_json(stem.with_suffix(".json"), facts)
-    markdown = _markdown(facts, _tables(facts), list(summary.left_out(facts)))
+    markdown = _markdown(facts, _tables(facts), _sentences(facts), list(summary.left_out(facts)))
     stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
 
 
@@ -199,10 +199,16 @@ def _tables(facts: dict[str, Any]) -> list[DataTable]:
     return [*findings.tables(facts), *population.tables(facts), *gpu.tables(facts)]
 
 
-def _print_tables(tables: list[DataTable], left_out: list[str], console: Console) -> None:
+def _sentences(facts: dict[str, Any]) -> list[str]:
+    from copra_fl.bench.verdict import verdict
+
+    return [f"{name}: {' '.join(parts)}" for name, parts in verdict(facts).items()]
+
+
+def _print_tables(tables: list[DataTable], sentences: list[str], console: Console) -> None:
     for table in tables:
         console.print(table)
-    for sentence in left_out:
+    for sentence in sentences:
         console.print(sentence, highlight=False)
 
 
@@ -283,7 +289,7 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str]) -> str:
+def _markdown(facts: dict[str, Any], tables: list[DataTable], sentences: list[str], left_out: list[str]) -> str:
     from copra_fl.bench import findings
 
     origin = [
@@ -292,4 +298,6 @@ def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         *left_out,
     ]
-    return "# Benchmark\n\n" + "\\\n".join(origin) + "\n\n" + "\n".join(table.markdown() for table in tables)
+    verdict = "\n".join(f"- {sentence}" for sentence in sentences)
+    shown = "\n".join(table.markdown() for table in tables)
+    return "# Benchmark\n\n" + "\\\n".join(origin) + f"\n\n{verdict}\n\n{shown}"
