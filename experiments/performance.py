@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from copra_fl.bench import population, population_figures
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Figure
 from experiments.findings import BLOCK, IMAGES, RESULTS, ROOT, source
 
@@ -32,6 +33,22 @@ def blocks() -> Iterator[tuple[str, str]]:
     times, memory = (replace(table, title="").markdown() for table in population.tables(facts))
     yield "clients", f"{times}\n{source(path, facts['command'])}\n"
     yield "clients memory", memory
+    yield "workers", workers().markdown()
+
+
+def workers() -> DataTable:
+    """Return time and memory of each size in both splits of the cores, of our engine over Flower or else in process."""
+    rows = []
+    for size in ("overhead", "small", "compute"):
+        path, facts = newest(size)
+        competitors = facts["sizes"][size]["competitors"]
+        ours = competitors.get("e") or competitors["g"]
+        for split, seconds in ours["trial_seconds"].items():
+            cells = [f"{seconds:.1f}", f"{ours['peak_memory'][split] / 1e6:,.0f}"]
+            rows.append([size, f"{ours['name']}, {ours['dtype']}", split, *cells, f"`{path.name}`"])
+    header = ["size", "of", "workers x threads", "seconds", "peak MB", "file"]
+    caption = "Seconds of all steady rounds in the first run of each split, and the memory of all processes together."
+    return DataTable(header, rows, caption)
 
 
 def chart() -> Figure:

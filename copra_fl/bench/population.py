@@ -1,6 +1,6 @@
 """Size ``clients``: time and memory of a federation by phase, from 100 to 100,000 clients; 1 % train in a round.
 
-The base is tiny (BERT of 2 layers, 32 wide), and each client trains one step of 4 x 8 tokens, so that what is left is
+The base is tiny (BERT of 1 layer, 32 wide), and each client trains one step of 4 x 8 tokens, so that what is left is
 the cost of a client itself: its example counts in the handshake, its place in the sample, its message, its line in the
 journal. `experiments/bench/phases.py` runs server and nodes in one process, without Flower's and Ray's own processes,
 and times each phase. A phase may grow as fast as the number of clients, and not faster (`GROWTH`).
@@ -9,6 +9,7 @@ and times each phase. A phase may grow as fast as the number of clients, and not
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,9 @@ POPULATIONS = (100, 1_000, 10_000, 100_000)
 SHARE, ROUNDS = 0.01, 4
 NODES = 2
 #: examples of each client, of which one is a validation example; held-out examples of each kind
-EXAMPLES, HELD_OUT = 5, 100
-TOKENS = 8
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+EXAMPLES, HELD_OUT = 2, 20
+BATCH_SIZE, TOKENS = 4, 8
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 #: phases whose work is in every round; all others happen once in a run
 PER_ROUND = ("sampling and placement", "training", "aggregation", "checkpoint and journal")
 #: a phase of less than so many seconds is not judged
@@ -46,13 +47,13 @@ GROWTH = 11.0
 
 
 def measure(populations: Sequence[int], announce: Callable[[str], None]) -> BenchFacts:
-    """Run a federation of each number of clients; return its seconds by phase, its memory and the sizes of its files.
+    """Run a federation of each number of clients; return its times by phase, its memory and the sizes of its files.
 
     Raises RunFailed.
     """
     cache = cache_dir() / "bench"
     cache.mkdir(parents=True, exist_ok=True)
-    model = made_once(cache / "random-bert-32", partial(write_base, shape=SHAPE))
+    model = made_once(cache / "random-bert-32x1", partial(write_base, shape=SHAPE))
     facts = {}
     for clients in populations:
         announce(f"{clients:,} clients")
@@ -62,7 +63,8 @@ def measure(populations: Sequence[int], announce: Callable[[str], None]) -> Benc
             (folder / "recipe.toml").write_text(make_config(clients, model, texts).to_toml(), "utf-8")
             arguments = [str(folder / "recipe.toml"), str(folder), str(NODES)]
             command = [sys.executable, "-m", "experiments.bench.phases", *arguments]
-            result = subprocess.run(command, cwd=app_directory(), capture_output=True, text=True)
+            environment = os.environ | {"COPRA_FL_CACHE": str(folder / "cache")}  # so that the data are encoded
+            result = subprocess.run(command, cwd=app_directory(), env=environment, capture_output=True, text=True)
             if result.returncode:
                 raise RunFailed(f"the federation of {clients} clients failed: {result.stderr}")
             facts[str(clients)] = json.loads((folder / "phases.json").read_text("utf-8"))
@@ -82,7 +84,7 @@ def make_config(clients: int, model: Path, texts: Path) -> Config:
         "test-examples": HELD_OUT,
         "max-length": TOKENS,
         "rank": 2,
-        "batch-size": EXAMPLES - 1,
+        "batch-size": BATCH_SIZE,
         "local-steps": 1,
         "num-rounds": ROUNDS,
         "fraction-clients": SHARE,
@@ -104,8 +106,8 @@ def write_texts(path: Path, clients: int) -> None:
 
 
 def seconds(of_population: BenchFacts, phase: str) -> float:
-    """Return the seconds of a phase: the median over rounds without the first, or those of its only time."""
-    measured = of_population["seconds"][phase]
+    """Return the CPU seconds of a phase: the median over rounds without the first, or those of its only time."""
+    measured = of_population["cpu_seconds"][phase]
     return float(median(measured[1:] if phase in PER_ROUND else measured))
 
 
@@ -136,9 +138,10 @@ def tables(facts: BenchFacts) -> list[DataTable]:
         rows.append([phase, "round" if phase in PER_ROUND else "run", *shown, verdict])
     faster = [phase for phase, factor in _growths(populations).items() if factor > GROWTH]
     caption = (
-        f"Seconds. Each round samples {SHARE:.0%} of the clients; {NODES} nodes in the server's process. Of a round: "
-        f"medians of {ROUNDS - 1} rounds. Growth: with ten times as many clients, between the last two columns; up to "
-        f"{GROWTH:g} is as fast as the number of clients. Phases below {NEGLIGIBLE:g} s are not judged. "
+        f"CPU seconds of one thread. Each round samples {SHARE:.0%} of the clients; {NODES} nodes in the server's "
+        f"process. Of a round: medians of {ROUNDS - 1} rounds. Growth: with ten times as many clients, between the "
+        f"last two columns; up to {GROWTH:g} is as fast as the number of clients. Phases below {NEGLIGIBLE:g} s are "
+        "not judged. "
         f"{_verdict(faster) if len(counts) > 1 else ''}{machine(facts)}."
     )
     times = DataTable(["phase", "once per", *heading, "growth"], rows, caption, "clients: seconds by phase")

@@ -18,7 +18,7 @@ def figures(facts: BenchFacts) -> list[Figure]:
         return []
     counts = sorted(map(int, populations))
     axis = {"title": "clients", "type": "log", "tickvals": counts, "ticktext": [f"{clients:,}" for clients in counts]}
-    chart = empty_chart(axis, {"title": "seconds", "type": "log"})
+    chart = empty_chart(axis, {"title": "CPU seconds", "type": "log"})
     for number, phase in enumerate(_longest(populations[str(counts[-1])])):
         style = STYLES[number % len(STYLES)]
         chart.add_scatter(
@@ -32,8 +32,8 @@ def figures(facts: BenchFacts) -> list[Figure]:
         )
     _add_proportional(chart, counts, min(seconds(populations[str(counts[0])], phase) for phase in PER_ROUND))
     caption = (
-        f"Seconds of the phases that take longest, by number of clients; {SHARE:.0%} of them train in a round. Solid: "
-        "in each round; dotted: once in a run. The gray line grows as the number of clients. "
+        f"CPU seconds of the phases that take longest, by number of clients; {SHARE:.0%} of them train in a round. "
+        "Solid: in each round; dotted: once in a run. The gray line grows as the number of clients. "
         f"{machine(facts)}."
     )
     return [Figure("Seconds by number of clients", caption, chart)]

@@ -2,8 +2,9 @@
 
     python -m experiments.bench.phases CONFIG.toml FOLDER NUM_NODES     in the folder of the apps
 
-Writes ``phases.json``: seconds of each phase (one number for each time that it ran), and the peak memory of the process
-up to the end of each phase. A message is pickled and unpickled on its way, as Ray does.
+Writes ``phases.json``: CPU seconds and seconds of each phase (one number for each time that it ran), and the peak
+memory of the process up to the end of each phase. Only one thread computes, and nothing waits but for the disk, so CPU
+seconds are the seconds of an idle machine. A message is pickled and unpickled on its way, as Ray does.
 """
 
 import json
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -36,17 +38,19 @@ from server.strategy import CohortStrategy
 
 
 class Phases:
-    """Seconds of each phase, and the peak memory in bytes of this process up to the end of its last time."""
+    """Times of each phase, and the peak memory in bytes of this process up to the end of its last time."""
 
     def __init__(self) -> None:
+        self.cpu_seconds: dict[str, list[float]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.peak_memory: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         yield
         self.seconds.setdefault(phase, []).append(time.perf_counter() - started)
+        self.cpu_seconds.setdefault(phase, []).append(time.process_time() - cpu_started)
         unit = 1 if sys.platform == "darwin" else 1024
         self.peak_memory[phase] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -121,7 +125,7 @@ def run(config: Config, directory: Path, num_nodes: int) -> Phases:
         replies = exchange(grid, messages, config.federation.round_timeout_s)
         evaluations = strategy.aggregate_evaluate(request, replies)
     with phase("summary"):
-        journal.write_summary(summarize(journal.records, evaluator, evaluations, None, None, (None, None)))
+        journal.write_summary(summarize(journal.read(), evaluator, evaluations, None, None, (None, None)))
     with phase("report"):
         write_report(directory)
     return phase
@@ -129,9 +133,10 @@ def run(config: Config, directory: Path, num_nodes: int) -> Phases:
 
 if __name__ == "__main__":
     path, folder, number = sys.argv[1:]
+    torch.set_num_threads(1)  # as a worker with one core
     directory = Path(folder)
     (directory / "config.toml").write_bytes(Path(path).read_bytes())
     phases = run(Config.from_toml(directory / "config.toml"), directory, int(number))
     sizes = {name: (directory / name).stat().st_size for name in ("journal.jsonl", "summary.json", "report.html")}
-    facts = {"seconds": phases.seconds, "peak_memory": phases.peak_memory, "file_bytes": sizes}
+    facts = {**vars(phases), "file_bytes": sizes}
     (directory / "phases.json").write_text(json.dumps(facts), encoding="utf-8")
