@@ -225,7 +225,7 @@ PROCESSES = ("flwr-simulation", "private_superlink", "ClientAppActor")
 
 @pytest.mark.slow
 def test_no_process_grows_over_200_rounds(tiny: Settings, tmp_path: Path) -> None:
-    """Unique memory of each process after 50 and after 190 rounds; the journal's records alone grow on the server."""
+    """Unique memory of each process after 50 and after 190 rounds, in which a worker gains 2 MB."""
     flat = tiny | {"num-rounds": 200, "local-steps": 1, "eval-every": 10, "path-pairs": 0, "keep-checkpoints": 2}
     run = RealRun(["simulate", *settings(flat), "--workers", "2", "--output", "run"], tmp_path)
     measured: dict[int, dict[int, tuple[str, int]]] = {}
@@ -239,4 +239,4 @@ def test_no_process_grows_over_200_rounds(tiny: Settings, tmp_path: Path) -> Non
     for pid, (name, memory) in measured[190].items():
         curve = [measured[goal][pid][1] / 1e6 for goal in measured]
         print(f"{name}: " + ", ".join(f"{megabytes:.1f}" for megabytes in curve) + " MB")
-        assert memory - measured[50][pid][1] < 10e6, name
+        assert memory - measured[50][pid][1] < 5e6, name
