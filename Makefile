@@ -9,7 +9,7 @@ IMAGE ?= copra-fl
 BASE_IMAGE ?=
 TORCH_INDEX ?=
 
-.PHONY: help demo test test-slow soak test-containers check lint types imports docs image defaults constraints clean
+.PHONY: help demo test test-slow soak test-gpu test-containers check lint types imports docs image defaults constraints clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,6 +26,9 @@ test-slow: .venv/developed  ## what `test` leaves out: the whole demo, a killed 
 
 soak: .venv/developed  ## kill random processes of a run again and again (ROUNDS=500); it must end bitwise equal
 	$(BIN)/python -m pytest -s tests/test_soak.py --soak-rounds $(or $(ROUNDS),40) --soak-seed $(or $(SEED),0)
+
+test-gpu: .venv/developed  ## tests that need a GPU
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 test-containers: .venv/developed  ## a deployment in real containers, and faults in it; needs docker or podman
 	$(BIN)/python -m pytest -m containers tests/containers

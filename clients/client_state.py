@@ -1,9 +1,9 @@
 """State of clients between rounds, on the node's disk: personal tensors, control variates, quantization errors, and
 the state of the local optimizer.
 
-It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has one file per
-round, and the two newest are kept: a run that resumes at round t needs the state from before t, also if the interrupted
-round t has already written its own.
+It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has a folder
+with one file per round, and the two newest are kept: a run that resumes at round t needs the state from before t, also
+if the interrupted round t has already written its own.
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ class ClientStateStore:
 
     def write(self, client: int, server_round: int, state: ClientState) -> None:
         """Write the state of `client` after a round, and remove all but the two newest."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._folder(client).mkdir(parents=True, exist_ok=True)
         write_tensors(self._file(client, server_round), join_names(vars(state)), {})
         current = [path for path in self._files(client) if path.name <= self._file(client, server_round).name]
         for path in current[:-NUM_KEPT]:
             path.unlink()
 
+    def _folder(self, client: int) -> Path:
+        """Return the client's own folder: a search among the files of all clients would take ever longer."""
+        return self._directory / f"client-{client}"
+
     def _file(self, client: int, server_round: int) -> Path:
-        return self._directory / f"client-{client}-round-{server_round:05d}.safetensors"
+        return self._folder(client) / f"round-{server_round:05d}.safetensors"
 
     def _files(self, client: int) -> list[Path]:
-        return sorted(self._directory.glob(f"client-{client}-round-*.safetensors"))
+        return sorted(self._folder(client).glob("round-*.safetensors"))

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,10 +27,15 @@ def generator(root: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(root, *names))
 
 
-def assign(values: Sequence[int], assignment: str, num_clients: int, root: int, name: str) -> list[int]:
+def assign(values: Sequence[int], assignment: str, num_clients: int, root: int, name: str) -> Sequence[int]:
     """Return the value of each client: `values` as ``listed``, ``repeated`` until there is one for each client, or
     ``drawn`` from `values` with stream `name`.
     """
+    return _assign(tuple(values), assignment, num_clients, root, name)
+
+
+@lru_cache(maxsize=8)  # it is asked for each client of a round
+def _assign(values: tuple[int, ...], assignment: str, num_clients: int, root: int, name: str) -> list[int]:
     if assignment == "repeated":
         return [values[client % len(values)] for client in range(num_clients)]
     if assignment == "drawn":

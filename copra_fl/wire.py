@@ -337,10 +337,10 @@ def unpack_arrays(content: RecordDict, name: str) -> Arrays:
 
 
 def _metrics(content: RecordDict, client: int) -> dict[str, Any]:
-    name = f"metrics-{client}"
-    if name not in content.metric_records:
+    record = content.get(f"metrics-{client}")  # `metric_records` copies all records
+    if not isinstance(record, MetricRecord):
         raise ValueError(f"the metrics of client {client} are missing")
-    return dict(content.metric_records[name])
+    return dict(record)
 
 
 def pack_evaluations(evaluations: Mapping[int, Mapping[str, float]], failures: Mapping[int, str]) -> RecordDict:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: longest text of a node that is stored or shown, in characters
 MAX_FOREIGN = 2000
+#: number of items of a long list that a message names
+MAX_LISTED = 20
 #: stands for the end of a line in such a text
 LINE_END = " | "
 
@@ -15,6 +17,12 @@ def join_words(items: Iterable[object]) -> str:
     """Return `items` as in ``1, 2 and 3``."""
     *head, last = map(str, items)
     return f"{', '.join(head)} and {last}" if head else last
+
+
+def listed(items: Sequence[object]) -> str:
+    """Return the first `MAX_LISTED` of `items`, and the number of the others."""
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(map(str, items[:MAX_LISTED])) + more
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

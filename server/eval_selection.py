@@ -7,7 +7,7 @@ Each selection is drawn from its own stream among the clients of the round. Sele
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TypeVar
 
@@ -16,6 +16,9 @@ from copra_fl.config import Config
 from copra_fl.seeding import generator
 
 Item = TypeVar("Item")
+
+#: pairs are drawn from all pairs of so many clients, because the number of pairs grows with the square
+MAX_PAIRED = 1000
 
 
 def is_evaluated(config: Config, server_round: int) -> bool:
@@ -37,8 +40,19 @@ def path_pairs(config: Config, clients: Sequence[int]) -> list[tuple[int, int]]:
     """Return pairs of `clients` whose connecting line is evaluated after the run's last round."""
     if not config.data.dataset or find_rule(config.aggregation.rule).personal:
         return []
-    pairs = list(combinations(clients, 2))
-    return _draw(pairs, config.evaluation.path_pairs, config.federation.seed, "paths")
+    number, seed = config.evaluation.path_pairs, config.federation.seed
+    if len(clients) > MAX_PAIRED:
+        clients = _draw(clients, MAX_PAIRED, seed, "paths", "clients")
+    return _draw(list(combinations(clients, 2)), number, seed, "paths")
+
+
+def evaluating_clients(config: Config, clients: Iterable[int]) -> list[int]:
+    """Return those of the `clients` with validation examples that evaluate the global adapter on them, sorted.
+
+    They are the same at each evaluation of a run, so that differences between rounds are not those of the draw.
+    """
+    number, seed = config.evaluation.client_eval_clients, config.federation.seed
+    return _draw(sorted(clients), number, seed, "client-eval") if number else sorted(clients)
 
 
 def inspected_clients(config: Config, server_round: int, clients: Sequence[int]) -> set[int]:

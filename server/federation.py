@@ -225,7 +225,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     clients = evaluate_clients(grid, strategy, len(journal.records))
     test, held_out = evaluator.test(state)
     base = evaluator.evaluate_base() if test else (None, None)
-    summary = summarize(journal.records, evaluator, clients, test, held_out, base)
+    summary = summarize(journal.read(), evaluator, clients, test, held_out, base)
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         folder, labels, config = journal.directory / "adapter", evaluator.data.label_names, evaluator.config

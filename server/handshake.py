@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from copra_fl import plugins, provenance, wire
 from copra_fl.config import Config
 from copra_fl.deployment import registration
 from copra_fl.events import emit
-from copra_fl.wording import foreign
+from copra_fl.wording import foreign, listed
 from server.audit import AuditLog
 from server.errors import FederationError
 from server.messaging import exchange
@@ -89,12 +90,39 @@ def admit(handshakes: Mapping[int, wire.Handshake], config: Config, audit: Audit
     """Return the nodes that fit together; labels and number of clients are those that most nodes have."""
     votes = Counter((handshake.num_clients, tuple(handshake.label_names)) for handshake in handshakes.values())
     usual = max(votes, key=votes.__getitem__, default=(0, ()))
-    admitted: dict[int, wire.Handshake] = {}
+    admitted = Admitted.of({})
     for node, handshake in handshakes.items():
         with leave_out(config, audit):
             check_node(node, handshake, admitted, usual, config)
-            admitted[node] = handshake
-    return admitted
+            admitted.add(node, handshake)
+    return admitted.nodes
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The nodes that fit, indexed for the checks of the next one.
+
+    Attributes:
+        nodes: node -> handshake.
+        node_of: partition-id -> node.
+        counts: client -> its training and validation examples.
+    """
+
+    nodes: dict[int, wire.Handshake]
+    node_of: dict[int, int]
+    counts: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, nodes: Mapping[int, wire.Handshake]) -> Admitted:
+        admitted = cls({}, {}, {})
+        for node, handshake in nodes.items():
+            admitted.add(node, handshake)
+        return admitted
+
+    def add(self, node: int, handshake: wire.Handshake) -> None:
+        self.nodes[node] = handshake
+        self.node_of[handshake.partition] = node
+        self.counts.update(handshake.counts)
 
 
 def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
@@ -144,7 +172,8 @@ def admit_late_nodes(
                 if other in connected or known.partition != handshake.partition
             }
             known = next(iter(nodes.values()))
-            check_node(node, handshake, others, (known.num_clients, tuple(known.label_names)), config)
+            usual = known.num_clients, tuple(known.label_names)
+            check_node(node, handshake, Admitted.of(others), usual, config)
         except FederationError as error:
             log(WARNING, "a late node is left out: %s", error)
             audit.leave_out(str(error))
@@ -157,7 +186,7 @@ def admit_late_nodes(
 def check_node(
     node: int,
     handshake: wire.Handshake,
-    others: Mapping[int, wire.Handshake],
+    others: Admitted,
     usual: tuple[int, tuple[str, ...]],
     config: Config,
 ) -> None:
@@ -169,12 +198,11 @@ def check_node(
     check_identity(name, node, handshake)
     check_code(name, handshake, config)
     check_agreement(name, handshake, usual, config)
-    if twin := next((other for other, known in others.items() if known.partition == handshake.partition), None):
+    if twin := others.node_of.get(handshake.partition):
         raise FederationError(f"{name} has the same partition-id as node {twin}")
-    elsewhere = {client: count for known in others.values() for client, count in known.counts.items()}
     for client, count in handshake.counts.items():
         check_count(name, handshake, client, count, config)
-        if (other := elsewhere.get(client, count)) != count:
+        if (other := others.counts.get(client, count)) != count:
             raise FederationError(f"{name} has {count} examples of client {client}, other nodes {other}")
 
 
@@ -183,8 +211,8 @@ def check_all_clients(nodes: Mapping[int, wire.Handshake]) -> None:
     clients = range(next(iter(nodes.values())).num_clients)
     if homeless := set(clients).difference(*(handshake.num_examples for handshake in nodes.values())):
         raise FederationError(
-            f"no connected node can host the clients {sorted(homeless)}; the connected partition-ids are "
-            f"{sorted(handshake.partition for handshake in nodes.values())}"
+            f"no connected node can host the clients [{listed(sorted(homeless))}]; the connected partition-ids are "
+            f"[{listed(sorted(handshake.partition for handshake in nodes.values()))}]"
         )
 
 

@@ -35,7 +35,8 @@ class Journal:
     """Writer of the run folder `directory`.
 
     Attributes:
-        records: the finished rounds; filled by `resume`.
+        records: the finished rounds, without their clients, which would fill the memory in a long run; filled by
+            `resume`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -79,6 +80,7 @@ class Journal:
         except RecordError as error:
             raise self._other_version() from error
         atomic_write(self._journal, "".join(record.to_json() + "\n" for record in self.records))
+        self.records = list(map(without_clients, self.records))
         return state
 
     def record(self, record: RoundRecord, state: ServerState, keep: int = 0) -> None:
@@ -88,9 +90,18 @@ class Journal:
         """
         state.save(self._path(record.round), {RECORD: record.to_json(), RUN: self.run})
         append_line(self._journal, record.to_json())
-        self.records.append(record)
+        self.records.append(without_clients(record))
         for path in self._paths()[:-keep] if keep else []:
             path.unlink()
+
+    def read(self) -> list[RoundRecord]:
+        """Return the finished rounds with their clients. Raises DamagedFile if the files lack one."""
+        lines = {record.round: record for record in self._journal_lines()}
+        stored = [lines.get(record.round) or self._line_of(record.round) for record in self.records]
+        records = [record for record in stored if record is not None]
+        if len(records) < len(stored):
+            raise DamagedFile(self._journal, "rounds are missing, and their checkpoints too")
+        return records
 
     def add_origin(self, seed: int, origin: Origin) -> None:
         """Write ``provenance.json`` at the start of a run, or add `origin` as a resume."""
@@ -172,6 +183,11 @@ class Journal:
     @staticmethod
     def _write(path: Path, record: Record) -> None:
         atomic_write(path, record.to_json(indent=2) + "\n")
+
+
+def without_clients(record: RoundRecord) -> RoundRecord:
+    """Return the record of a round without its clients."""
+    return record.model_copy(update={"clients": ()})
 
 
 def warn(text: str) -> None:

@@ -24,7 +24,7 @@ from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, num_trained, sent_parts
 from server import sampling
 from server.aggregate import aggregate
-from server.eval_selection import inspected_clients
+from server.eval_selection import evaluating_clients, inspected_clients
 from server.placement import place
 from server.replies import CHANGES, check_missing, decode_evaluations, decode_updates, read_replies, without_outliers
 from server.round_request import RoundRequest
@@ -64,6 +64,7 @@ class CohortStrategy:
         partitions: node -> its partition-id.
         num_examples: client -> training examples.
         num_validation: client -> validation examples, of clients that have any.
+        eligible: clients that have training examples, and that ``min-depth`` admits.
     """
 
     def __init__(self, run: RunContext, nodes: Mapping[int, wire.Handshake], state: ServerState) -> None:
@@ -80,11 +81,7 @@ class CohortStrategy:
         counts = {client: count for handshake in nodes.values() for client, count in handshake.counts.items()}
         self.num_examples = {client: train for client, (train, _) in counts.items()}
         self.num_validation = {client: validation for client, (_, validation) in counts.items() if validation > 0}
-
-    @property
-    def eligible(self) -> list[int]:
-        """Clients that have training examples, and that ``min-depth`` admits."""
-        return deep_enough(self.run.config, sampling.eligible(self.num_examples))
+        self.eligible = deep_enough(self.run.config, sampling.eligible(self.num_examples))
 
     @property
     def sampling_rate(self) -> float:
@@ -160,9 +157,10 @@ class CohortStrategy:
         self._sync = StateSync(self.run)
 
     def configure_evaluate(self, server_round: int) -> tuple[RoundRequest, list[Message]]:
-        """Place every client with validation data; it evaluates the global adapter after the round."""
+        """Place the clients that evaluate the global adapter after the round (`eval_selection.evaluating_clients`)."""
         max_examples = self.run.config.evaluation.client_eval_examples
-        work = {client: min(number, max_examples) for client, number in self.num_validation.items()}
+        clients = evaluating_clients(self.run.config, self.num_validation)
+        work = {client: min(self.num_validation[client], max_examples) for client in clients}
         request = RoundRequest(server_round, cohorts=place(work, self.hosts), num_wanted=len(work))
         return request, self.messages(request, server_round, MessageType.EVALUATE)
 

@@ -9,7 +9,7 @@ scaling   a client trains W0 + s_i B_i A_i with its own s_i = alpha / r_i. The s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from copra_fl.config import Config
 from copra_fl.seeding import assign
 
 
-def client_ranks(config: Config, num_clients: int) -> list[int]:
+def client_ranks(config: Config, num_clients: int) -> Sequence[int]:
     """Return the rank of each client."""
     ranks = config.aggregation.rank_list
     if not ranks:

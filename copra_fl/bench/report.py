@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from copra_fl.bench import figures, findings, verdict
+from copra_fl.bench import figures, findings, gpu, population, population_figures, verdict
 from copra_fl.bench.findings import BenchFacts
 from copra_fl.bench.summary import left_out
 from copra_fl.reporting import html
@@ -34,8 +34,8 @@ def render(runs: Sequence[BenchFacts]) -> str:
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
         warnings=list(_warnings(runs)),
-        results=[*map(verdict.table, runs), *(table for table in verdicts if table.rows)],
-        sections=[section for facts in runs for section in _sections(facts, dated=len(runs) > 1)],
+        results=[table for table in (*map(verdict.table, runs), *verdicts) if table.rows],
+        sections=[*_other_sections(runs), *(s for facts in runs for s in _sections(facts, dated=len(runs) > 1))],
     )
 
 
@@ -44,6 +44,15 @@ def _warnings(runs: Sequence[BenchFacts]) -> Iterator[str]:
     for facts in runs:
         if sentences := " ".join(left_out(facts)):
             yield f"{facts['date']}: {sentences}"
+
+
+def _other_sections(runs: Sequence[BenchFacts]) -> Iterator[Section]:
+    """Yield the sections of the sizes without competitors, ``clients`` and ``gpu``."""
+    for facts in runs:
+        if charts := population_figures.figures(facts):
+            yield Section(f"From 100 to 100,000 clients, {facts['date']}", charts, population.tables(facts))
+        if tables := gpu.tables(facts):
+            yield Section(f"{tables[0].title}, {facts['date']}", tables=tables)
 
 
 def _sections(facts: BenchFacts, dated: bool) -> Iterator[Section]:

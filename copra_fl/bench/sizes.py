@@ -155,9 +155,9 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
     cache.mkdir(exist_ok=True)
     if random_base or not is_asset(model):
-        model = str(_made_once(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
+        model = str(made_once(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
-        dataset = str(_made_once(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
+        dataset = str(made_once(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
     workload = Workload(size, model_source(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]
@@ -166,7 +166,7 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     return workload
 
 
-def _made_once(path: Path, make: Callable[[Path], None]) -> Path:
+def made_once(path: Path, make: Callable[[Path], None]) -> Path:
     """Return `path`, after making it if it does not exist. It is renamed when it is complete."""
     if not path.exists():
         unfinished = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")

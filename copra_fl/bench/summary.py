@@ -59,6 +59,8 @@ def summary(facts: BenchFacts) -> dict[str, Any]:
 def left_out(facts: BenchFacts) -> Iterator[str]:
     """Yield a sentence for each part of the full benchmark that a run did not measure."""
     sizes = facts["sizes"]
+    if not sizes:  # the sizes clients and gpu have no competitors
+        return
     if missing := [name for name in MEASURED if name not in sizes]:
         yield f"Not measured: size {', '.join(missing)}."
     sizes_by_absent: dict[str, list[str]] = {}

@@ -216,10 +216,11 @@ def _worker_main(
 def matmul_rate(split: CoreSplit, dtype: str, device: str) -> float:
     """Return floating point operations per second of large square matrix products, in all workers at the same time."""
     with PROCESSES.Pool(split.workers) as pool:
-        return sum(pool.starmap(_multiply, [(split.threads, dtype, device)] * split.workers, chunksize=1))
+        return sum(pool.starmap(measure_matmul_rate, [(split.threads, dtype, device)] * split.workers, chunksize=1))
 
 
-def _multiply(threads: int, dtype: str, device: str) -> float:
+def measure_matmul_rate(threads: int, dtype: str, device: str) -> float:
+    """Return the same of this process, with `threads` threads."""
     torch.set_num_threads(threads)
     torch_device = choose_device(device)
     side = MATMUL_SIDE[torch_device.type]

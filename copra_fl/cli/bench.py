@@ -30,17 +30,30 @@ class SizeName(StrEnum):
     SMALL = "small"
     COMPUTE = "compute"
     SMOKE = "smoke"
+    CLIENTS = "clients"
+    GPU = "gpu"
 
 
 #: of `bench.runner.COMPETITORS`, which is slow to import
 LETTERS = "abcBCdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
+#: smallest number of clients of --populations
+MIN_POPULATION = 10
 #: --quick: one engine of ours and one rival, in both dtypes, none over Flower
 QUICK_LETTERS = "cCg"
 
 SizeOption = Annotated[
-    list[SizeName] | None, typer.Option("--size", help="Size of the work. May be repeated. Default: all but smoke.")
+    list[SizeName] | None,
+    typer.Option(
+        "--size",
+        help="Size of the work. May be repeated. Default: overhead, small and compute. clients: a federation by phase, "
+        "from 100 to 100,000 clients. gpu: many clients of a language model, needs neither Flower nor Ray.",
+    ),
+]
+PopulationsOption = Annotated[
+    str | None,
+    typer.Option("--populations", help="With --size clients: numbers of clients. Default: 100,1000,10000,100000."),
 ]
 RepeatsOption = Annotated[
     int | None, typer.Option("--repeats", min=1, help=f"Timed runs of each competitor. Default: {DEFAULT_REPEATS}.")
@@ -91,6 +104,7 @@ OutputOption = Annotated[
 
 def bench(
     size: SizeOption = None,
+    populations: PopulationsOption = None,
     repeats: RepeatsOption = None,
     competitors: CompetitorsOption = None,
     engine_only: EngineOnlyOption = False,
@@ -105,26 +119,27 @@ def bench(
     No time counts unless all competitors end with the adapters that plain PEFT trains. Wants an idle machine.
     """
     if page:
-        if any((size, repeats, competitors, engine_only, random_base, quick, as_json)):
+        if any((size, populations, repeats, competitors, engine_only, random_base, quick, as_json)):
             raise ConfigError("--page measures nothing and can be combined with --output only")
         _write_page(output or page[0], list(map(_read_facts, page)))
         return
     if quick and (size or repeats or competitors):
         raise ConfigError("--quick chooses sizes, competitors and repeats; leave it out to choose them yourself")
+    if populations and SizeName.CLIENTS not in (size or ()):
+        raise ConfigError("--populations needs --size clients")
     if strangers := set(competitors or "") - set(LETTERS):
         raise ConfigError(f"--competitors {competitors!r}: {', '.join(sorted(strangers))} is not one of {LETTERS}")
     startup.prepare()  # for all competitors alike: their processes inherit this environment
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # Transformers warns of its own attributes, and breaks the progress bar
-    from copra_fl.bench import findings, sizes, summary
-    from copra_fl.bench.verdict import verdict
-    from copra_fl.files import write_json
+    from copra_fl.bench import findings, gpu, population, sizes, summary
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
-    chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in size or DEFAULT_SIZES]
+    compared = [name for name in size or DEFAULT_SIZES if name in sizes.SIZES]
+    chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in compared]
     letters = QUICK_LETTERS if quick else competitors or LETTERS
     repeats = 1 if quick else repeats or DEFAULT_REPEATS
     facts: findings.BenchFacts = {
@@ -135,16 +150,17 @@ def bench(
         "repeats": repeats,
         "sizes": {},
     }
+    if SizeName.CLIENTS in (size or ()):
+        facts["clients"] = population.measure(_numbers(populations) or population.POPULATIONS, console.print)
+    if SizeName.GPU in (size or ()):
+        facts["gpu"] = gpu.measure(repeats, console.print)
+    _store(facts, stem)
     for chosen_size in chosen:
         facts["sizes"][chosen_size.name] = _measure(
             chosen_size, repeats, letters, engine_only or quick, random_base, console
         )
-        tables = findings.tables(facts)  # written after each size, because the next one can take an hour
-        left_out = list(summary.left_out(facts))
-        sentences = [f"{name}: {' '.join(parts)}" for name, parts in verdict(facts).items()]
-        write_json(stem.with_suffix(".json"), facts)
-        stem.with_suffix(".md").write_text(_markdown(facts, tables, sentences, left_out), encoding="utf-8")
-    _print_tables(tables, [*left_out, *sentences], console if as_json else Console())
+        _store(facts, stem)  # after each size, because the next one can take an hour
+    _print_tables(_tables(facts), [*summary.left_out(facts), *_sentences(facts)], console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -154,6 +170,39 @@ def bench(
         )
     if as_json:
         print(json.dumps(summary.summary(facts), indent=2))
+
+
+def _numbers(populations: str | None) -> list[int]:
+    """Return the numbers of --populations; none without the option. Raises ConfigError."""
+    words = [word.strip() for word in (populations or "").split(",") if word.strip()]
+    if not all(word.isdecimal() and int(word) >= MIN_POPULATION for word in words):
+        raise ConfigError(
+            f"--populations {populations!r}: must be numbers of clients of at least {MIN_POPULATION}, for example "
+            "100,1000"
+        )
+    return [int(word) for word in words]
+
+
+def _store(facts: dict[str, Any], stem: Path) -> None:
+    """Write the results so far as JSON and as Markdown."""
+    from copra_fl.bench import summary
+    from copra_fl.files import write_json
+
+    write_json(stem.with_suffix(".json"), facts)
+    markdown = _markdown(facts, _tables(facts), _sentences(facts), list(summary.left_out(facts)))
+    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
+
+
+def _tables(facts: dict[str, Any]) -> list[DataTable]:
+    from copra_fl.bench import findings, gpu, population
+
+    return [*findings.tables(facts), *population.tables(facts), *gpu.tables(facts)]
+
+
+def _sentences(facts: dict[str, Any]) -> list[str]:
+    from copra_fl.bench.verdict import verdict
+
+    return [f"{name}: {' '.join(parts)}" for name, parts in verdict(facts).items()]
 
 
 def _print_tables(tables: list[DataTable], sentences: list[str], console: Console) -> None:

@@ -471,6 +471,12 @@ class EvaluationConfig:
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1
     )
+    client_eval_clients: int = option(
+        0,
+        "clients that evaluate the final model on their own validation examples, drawn from those that have any, the "
+        "same ones at each evaluation of a run; 0: all of them",
+        low=0,
+    )
     merge_gap_clients: int = option(
         4,
         "clients to evaluate with their own adapters for the merge gap; 0: no merge gap, which is the default with "

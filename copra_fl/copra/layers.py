@@ -21,7 +21,7 @@ average over the clients that have a layer without weights; `weighting = "activi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from copra_fl.config import Config, ConfigError, CopraConfig
 from copra_fl.seeding import assign, generator
 
 
-def client_depths(config: Config) -> list[int]:
+def client_depths(config: Config) -> Sequence[int]:
     """Return the depth of each client; empty if all train all layers. The number of clients must be known."""
     copra, depths = config.copra, config.copra.depth_list
     if not depths:

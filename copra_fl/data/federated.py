@@ -20,17 +20,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from copra_fl import plugins
 from copra_fl.config import Config, ConfigError, DataConfig
-from copra_fl.data.cache import cached
+from copra_fl.data.cache import Stored, cached
 from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key, read_train_rows
 from copra_fl.data.multi import DatasetRanges, MultiDatasetExamples, consecutive_ranges, split_evenly
 from copra_fl.data.partition import limit_train, partition, split_clients
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import dataset_name, find_tables
 from copra_fl.tasks import Examples, Task, find_task
+from copra_fl.wording import listed
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
@@ -224,16 +226,15 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
     plugin = plugins.PARTITIONER.place(data.partitioner)
     code = (plugins.digest(data.partitioner, plugin),) if plugin else ()
     digest = digest_of(tokens_digest, split, seed, *code)
-    partitioned, owners = cached("partitions", digest, lambda: partition(data, seed, tokens, facts["client_names"]))
-
-    pool, owner, client_names = tokens["pool"].numpy(), partitioned["owner"].numpy(), owners["client_names"]
-    unlimited, validation_sets = split_clients(pool, owner, len(client_names), data.validation_fraction, seed)
+    splits, clients = cached("splits", digest, lambda: _split(data, seed, tokens, facts["client_names"]))
+    client_names, unassigned = clients["client_names"], int((splits["owner"] < 0).sum())
+    unlimited, validation_sets = (_subsets(splits, name) for name in ("train", "validation"))
     labels = tokens["labels"].numpy() if task.labels == "one" else None
     train_sets = [limit_train(train, data, labels) for train in unlimited]
     limits = (data.client_examples, data.shots)
     skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
     if skipped and data.empty_clients == "refuse":
-        names = ", ".join(client_names[client] for client in skipped)
+        names = listed([client_names[client] for client in skipped])
         raise ConfigError(f"empty-clients = 'refuse', and these clients have no training examples: {names}")
     federated = replace(
         unpartitioned,
@@ -242,10 +243,26 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         validation=validation_sets,
         skipped=skipped,
         dropped=unpartitioned.dropped
-        + Dropped(unassigned=int((owner < 0).sum()), limited=sum(map(len, unlimited)) - sum(map(len, train_sets))),
+        + Dropped(unassigned=unassigned, limited=sum(map(len, unlimited)) - sum(map(len, train_sets))),
         digest=digest_of(digest, limits) if any(limits) else digest,
     )
     return federated, encoded
+
+
+def _split(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_names: list[str]) -> Stored:
+    """Partition the pool; return the tensors and facts of `partition`, and each client's subsets for `_subsets`."""
+    tensors, facts = partition(data, seed, tokens, natural_names)
+    pool, owner, number = tokens["pool"].numpy(), tensors["owner"].numpy(), len(facts["client_names"])
+    both = split_clients(pool, owner, number, data.validation_fraction, seed)
+    for name, subsets in zip(("train", "validation"), both, strict=True):
+        tensors[name] = torch.from_numpy(np.concatenate(subsets))
+        tensors[f"{name}_ends"] = torch.tensor([len(subset) for subset in subsets]).cumsum(0)
+    return tensors, facts
+
+
+def _subsets(splits: dict[str, Tensor], name: str) -> list[np.ndarray]:
+    """Return the subset `name` of each client."""
+    return np.split(splits[name].numpy(), splits[f"{name}_ends"].numpy()[:-1])
 
 
 def _empty(task: Task, data: DataConfig, processor: Any) -> FederatedData:

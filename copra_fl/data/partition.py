@@ -1,7 +1,8 @@
 """Partition the pool over clients, and split each client's examples into training and validation.
 
-The partitioners are those of flwr-datasets, seeded, and plugins (`copra_fl.plugins`), each a `Partitioner`. Partitions
-are kept in the cache (`copra_fl.data.federated`).
+By label the partitioners are those of flwr-datasets, seeded. ``iid`` and ``natural`` deal out as theirs do, in one
+operation for all clients, since theirs read one client after another (``natural``: the whole table for each). Plugins
+(`copra_fl.plugins`) are each a `Partitioner`. Partitions are kept in the cache (`copra_fl.data.federated`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from copra_fl import plugins
-from copra_fl.config import BY_LABEL, ConfigError, DataConfig
+from copra_fl.config import ConfigError, DataConfig
 from copra_fl.seeding import derive, generator
 
 
@@ -67,47 +68,64 @@ def partition(
 
     `natural_names` are the values of the client column. Raises ConfigError if the data cannot be partitioned as asked.
     """
-    from datasets import Dataset
-
     pool = tokens["pool"].numpy()
+    names = [str(client) for client in range(data.num_clients)]
     if plugins.PARTITIONER.place(data.partitioner):
         owner = _assign(data, seed, pool, tokens, natural_names)
-        return {"owner": torch.from_numpy(owner)}, {"client_names": [str(client) for client in range(data.num_clients)]}
-    # Partitioners split the table in its own order, which can be one of time or of source.
-    order = generator(seed, "partition", "order").permutation(len(pool))
-    columns = {"position": order}
-    if data.partitioner in BY_LABEL:
-        columns["label"] = tokens["labels"].numpy()[pool[order]]
-    names = [str(client) for client in range(data.num_clients)]
-    if data.partitioner == "natural":
-        clients = tokens["clients"].numpy()[pool[order]]
+    elif data.num_clients > len(pool):
+        raise ConfigError(
+            f"num-clients = {data.num_clients} is more than the {len(pool)} examples that are left for clients"
+        )
+    elif data.partitioner == "natural":
+        clients = tokens["clients"].numpy()[pool]
         chosen = largest(clients, natural_names, data.num_clients)
+        owner = np.where(np.isin(clients, chosen), np.searchsorted(chosen, clients), -1)
         names = [natural_names[client] for client in chosen]
-        kept = np.isin(clients, chosen)
-        columns = {name: column[kept] for name, column in columns.items()} | {
-            "client": np.searchsorted(chosen, clients[kept])
-        }
-    partitioner = _make_partitioner(data, derive(seed, "partition"), columns)
-    partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
-    owner = np.full(len(pool), -1, np.int32)
+    else:
+        # Partitioners split the table in its own order, which can be one of time or of source.
+        order = generator(seed, "partition", "order").permutation(len(pool))
+        if data.partitioner == "iid":
+            owner = np.empty(len(pool), int)
+            owner[order] = _equal_parts(len(pool), data.num_clients)
+        else:
+            owner = _by_label(data, derive(seed, "partition"), order, tokens["labels"].numpy()[pool[order]])
+    return {"owner": torch.from_numpy(owner.astype(np.int32))}, {"client_names": names}
+
+
+def _equal_parts(size: int, num_clients: int) -> np.ndarray:
+    """Return (size,) int: the client of each position, with consecutive parts that differ by one example at most."""
+    smallest, num_larger = divmod(size, num_clients)
+    clients = np.arange(num_clients)
+    return np.repeat(clients, smallest + (clients < num_larger))
+
+
+def _by_label(data: DataConfig, seed: int, order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return (pool,) int: the client of each position of the pool, -1 for none, by a partitioner of flwr-datasets.
+
+    `order` are the positions in the order in which they are split, `labels` their labels. Raises ConfigError if the
+    data cannot be split as asked.
+    """
+    from datasets import Dataset
+
+    partitioner = _make_partitioner(data, seed, labels)
+    partitioner.dataset = Dataset.from_dict({"position": order, "label": labels}).with_format("arrow")
+    owner = np.full(len(order), -1)
     try:
         # Partitioners print progress bars and warnings of unused classes to stderr; we count unassigned examples
         # instead.
         with redirect_stderr(io.StringIO()):
             for number in range(partitioner.num_partitions):
-                part = partitioner.load_partition(number)[:]
-                client = part["client"][0].as_py() if data.partitioner == "natural" else number
-                owner[part["position"].to_numpy()] = client
+                owner[partitioner.load_partition(number)[:]["position"].to_numpy()] = number
     except ValueError as error:
         reason = str(error).split(". ")[0]
         raise ConfigError(f"partitioner = {data.partitioner!r} cannot split this data: {reason}") from error
-    return {"owner": torch.from_numpy(owner)}, {"client_names": names}
+    return owner
 
 
 def _assign(
     data: DataConfig, seed: int, pool: np.ndarray, tokens: dict[str, Tensor], group_names: list[str]
 ) -> np.ndarray:
-    """Return (pool,) int32: the client that a plugin assigns each example of the pool to.
+    """Return (pool,) int: the client that a plugin assigns each example of the pool to.
 
     Raises ConfigError for a plugin that is missing, that lacks what it needs, or that returns anything else.
     """
@@ -129,7 +147,7 @@ def _assign(
             f"{it} returned {shown}; it must return a whole number for each of the {len(pool)} examples: the client, "
             f"0 to {data.num_clients - 1}, or -1 for no client"
         )
-    return owner.astype(np.int32)
+    return owner
 
 
 def largest(clients: np.ndarray, names: list[str], number: int) -> np.ndarray:
@@ -143,32 +161,26 @@ def largest(clients: np.ndarray, names: list[str], number: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[: number or len(names)])
 
 
-def _make_partitioner(data: DataConfig, seed: int, columns: dict[str, np.ndarray]) -> Any:
-    """Return the partitioner of flwr-datasets. Raises ConfigError for more clients, classes or shards than exist."""
+def _make_partitioner(data: DataConfig, seed: int, labels: np.ndarray) -> Any:
+    """Return the partitioner of flwr-datasets. Raises ConfigError for more classes or shards than exist."""
     from flwr_datasets import partitioner
 
-    clients, per_client, number = data.num_clients, data.classes_per_client, len(columns["position"])
-    if clients > number:
-        raise ConfigError(f"num-clients = {clients} is more than the {number} examples that are left for clients")
+    clients, per_client, number = data.num_clients, data.classes_per_client, len(labels)
     match data.partitioner:
-        case "iid":
-            return partitioner.IidPartitioner(clients)
         case "dirichlet":
             return partitioner.DirichletPartitioner(clients, "label", data.alpha, min_partition_size=0, seed=seed)
         case "pathological":
-            classes = len(np.unique(columns["label"]))
+            classes = len(np.unique(labels))
             if per_client > classes:
                 raise ConfigError(f"classes-per-client = {per_client} is more than the {classes} classes of the data")
             return partitioner.PathologicalPartitioner(clients, "label", per_client, "first-deterministic", seed=seed)
-        case "shards":
+        case _:
             if clients * per_client > number:
                 raise ConfigError(
                     f"num-clients = {clients} with classes-per-client = {per_client} shards is {clients * per_client} "
                     f"shards, more than the {number} examples that are left for clients"
                 )
             return partitioner.ShardPartitioner(clients, "label", num_shards_per_partition=per_client, seed=seed)
-        case _:
-            return partitioner.NaturalIdPartitioner("client")
 
 
 def split_clients(

@@ -8,7 +8,7 @@ data and its named random streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -133,6 +133,11 @@ class AdaptedModel(nn.Module):
             parameter.requires_grad_(part_of(name) in parts)
         self.gates.freeze(parameter for name, parameter in self._trainable.items() if part_of(name) not in parts)
         return {name: parameter for name, parameter in self._trainable.items() if part_of(name) in parts}
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """The parameters of adapter and head, by adapter tensor name."""
+        return self._trainable
 
     def read_adapter(self) -> Adapter:
         """Return a copy of adapter and head on the CPU."""

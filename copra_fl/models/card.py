@@ -219,7 +219,8 @@ def _result_rows(summary: RunSummary) -> dict[str, str]:
     if summary.clients:
         total = sum(client.examples for client in summary.clients)
         mean = sum(client.accuracy * client.examples for client in summary.clients) / max(total, 1)
-        rows["clients' validation examples"] = f"accuracy {mean:.4f} over {total} examples"
+        evaluated = f"{total} examples of {len(summary.clients)} clients"
+        rows["clients' validation examples"] = f"accuracy {mean:.4f} over {evaluated}"
     return rows
 
 

@@ -37,6 +37,7 @@ from copra_fl.reporting.tables import (
     WORK,
     Column,
     barrier_note,
+    client_accuracy_note,
     dataset_tables,
     early_ends,
     measured,
@@ -50,7 +51,7 @@ from copra_fl.reporting.tables import (
 )
 from copra_fl.reporting.verdict import verdict
 from copra_fl.reporting.work import work_by_depth
-from copra_fl.wording import join_words
+from copra_fl.wording import join_words, listed
 
 RESULT_COLUMNS = (TEST_ACCURACY, MACRO_F1, CLIENT_ACCURACY, AGGREGATION_ERROR, ERROR_OF_CHANGE, MERGE_GAP, *COST)
 CONNECTIVITY_COLUMNS = (
@@ -229,7 +230,7 @@ def _results(summary: ComparisonSummary) -> DataTable:
     caption = (
         "After the last round. No client has seen the test data. "
         f"{of_classes if measured([MACRO_F1], [summary]) else ''}"
-        "Client accuracy: on the clients' validation data. "
+        f"Client accuracy: on the clients' validation data.{client_accuracy_note(summary.settings.common)} "
         f"{'Held-out clients took no part in training. ' if has_held_out else ''}"
         "Aggregation error (lower is closer, 0 is exact): relative error of the new global adapter against the average "
         "of the clients' products B A, mean over rounds; also relative to the change of that average in the round. "
@@ -403,7 +404,7 @@ def _failures(comparison: Comparison) -> list[DataTable]:
         [
             method,
             str(seed),
-            ", ".join(map(str, summary.skipped_clients)) or "none",
+            listed(summary.skipped_clients) or "none",
             str(summary.unassigned_examples),
             str(summary.dropped_duplicates),
             str(summary.dropped_empty),

@@ -234,6 +234,17 @@ def merge_gap_note(settings: Mapping[str, ConfigValue]) -> str:
     return f" The merge gap is that of {min(int(evaluated), all_clients)} of the {all_clients} clients of a round."
 
 
+def client_accuracy_note(settings: Mapping[str, ConfigValue]) -> str:
+    """Return a sentence on the sample of clients behind the client accuracy; empty if all clients evaluate."""
+    evaluating = settings.get("client-eval-clients")
+    if not evaluating:
+        return ""
+    return (
+        f" Client accuracy is that of {evaluating} clients, drawn anew for each seed, so that an interval over seeds "
+        "includes the error of the draw."
+    )
+
+
 def barrier_note(settings: Mapping[str, ConfigValue]) -> str:
     """Return a sentence on the limits of a measured barrier; empty where no line is evaluated."""
     lines, points = settings.get("path-pairs"), settings.get("path-points")

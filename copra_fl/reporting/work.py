@@ -44,11 +44,14 @@ class DepthWork(NamedTuple):
 def points(journal: Sequence[RoundRecord]) -> list[Point]:
     """Return the evaluated rounds of a run."""
     evaluated = []
-    for number, record in enumerate(journal, start=1):
+    up = down = 0
+    operations: float | None = 0
+    for record in journal:
+        up, down = up + record.bytes_up, down + record.bytes_down
+        of_round = flops([record])
+        operations = None if operations is None or of_round is None else operations + of_round
         if record.validation:
-            done = journal[:number]
-            up, down = sum(r.bytes_up for r in done), sum(r.bytes_down for r in done)
-            evaluated.append(Point(record.round, record.validation.accuracy, up, up + down, flops(done)))
+            evaluated.append(Point(record.round, record.validation.accuracy, up, up + down, operations))
     return evaluated
 
 

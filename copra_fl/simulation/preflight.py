@@ -19,6 +19,7 @@ from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.superlink import num_gpus
 from copra_fl.sources.assets import fetch, find_asset, is_asset, is_fetched
+from copra_fl.wording import listed
 
 if TYPE_CHECKING:
     from copra_fl.data.federated import FederatedData
@@ -159,7 +160,7 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
     if federated.dropped.limited:
         notes.append(f"seed {seed}: client-examples and shots leave out {federated.dropped.limited} training examples")
     if federated.skipped:
-        names = ", ".join(federated.client_names[client] for client in federated.skipped)
+        names = listed([federated.client_names[client] for client in federated.skipped])
         notes.append(f"seed {seed}: clients without training data are skipped: {names}")
     return notes
 

@@ -41,8 +41,8 @@ class StackedModel:
         self.size = model.size
         self.pooling = model.pooling
         self.context = ForwardContext()
-        adapter, group_of = model.read_adapter(), model.group_of
-        self._floats = next(iter(adapter.values())).numpy().dtype
+        adapter, group_of = model.trainable, model.group_of
+        self._floats = torch.empty(0, dtype=next(iter(adapter.values())).dtype).numpy().dtype
         self.num_groups = len(model.gates.names)
         order = sorted(adapter, key=lambda name: (group_of.get(name, self.num_groups), part_of(name)))
         self.layout = Layout.of({name: adapter[name] for name in order})
