@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from copra_fl.adapters.state import Update, difference, norm
 from copra_fl.bench import workers
-from copra_fl.bench.findings import machine
+from copra_fl.bench.findings import BenchFacts, machine
 from copra_fl.bench.runner import Disagreement
 from copra_fl.bench.sizes import SYNTHETIC, made_once
 from copra_fl.config import Config
@@ -39,7 +39,6 @@ from copra_fl.tasks.causal_lm import Continuations
 from copra_fl.training.engine import Engine, PeftEngine, StackedEngine
 from copra_fl.training.plan import Plan, Start
 
-BenchFacts = dict[str, Any]
 
 #: config.json of SmolLM2-135M
 SMOLLM2: dict[str, Any] = {

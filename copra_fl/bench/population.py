@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from copra_fl.bench.findings import machine
+from copra_fl.bench.findings import BenchFacts, machine
 from copra_fl.bench.sizes import SPECIAL, VOCABULARY, made_once, write_base
 from copra_fl.config import Config, Value
 from copra_fl.files import cache_dir
@@ -27,8 +27,6 @@ from copra_fl.reporting.data_table import NO_VALUE, DataTable
 from copra_fl.seeding import generator
 from copra_fl.simulation.superlink import RunFailed, app_directory
 from copra_fl.wording import join_words
-
-BenchFacts = dict[str, Any]
 
 POPULATIONS = (100, 1_000, 10_000, 100_000)
 #: share of the clients in a round, and rounds; the first round is not timed
