@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from copra_fl.training.stacked.chain import Chain
 from copra_fl.training.stacked.step import ClientRows, ForwardContext, Step
 
-#: number of parts in which the clients of a step join the graph. Each further number of rows costs a CPU 0.5 ms and
-#: 0.5 MB per product when it comes up first, and each part calls a block twice (experiments/LOG.md).
-PARTS = 4
+#: number of a client's tokens in a step from which clients join the graph one by one
+LARGE_CLIENT = 512
 
 #: inputs of a block after the hidden states, by position (from 1 on) or name
 Inputs = dict[Any, Any]
@@ -51,7 +50,7 @@ class Trunk(nn.Module):
         per_client = num_rows // num_clients
         live, frozen = hidden[:0], hidden
         for depth, block in enumerate(self.blocks):
-            joined = num_joined(step.depth, depth)
+            joined = num_joined(step.depth, depth, per_client * hidden.shape[1])
             fresh = joined * per_client - len(live)
             live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
             first = joined * per_client
@@ -108,13 +107,16 @@ class Trunk(nn.Module):
         return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
 
 
-def num_joined(depths: np.ndarray, block: int) -> int:
-    """Return the number of clients in the graph at `block`: those of at most that depth, rounded up to whole parts.
+def num_joined(depths: np.ndarray, block: int, tokens: int) -> int:
+    """Return the number of clients in the graph at `block`, at least those whose depth it has reached.
 
-    The clients, sorted by their `depths`, join in `PARTS` equal parts.
+    `depths` are ascending, `tokens` the number of each client in the step. Large clients join one by one, all others in
+    two halves: with each further number of rows a CPU needs new kernels for all products of a block (0.5 ms and 0.5 MB
+    each), which costs small clients more than it saves (experiments/LOG.md).
     """
     reached, number = int(np.searchsorted(depths, block, side="right")), len(depths)
-    return -(-reached * PARTS // number) * number // PARTS
+    parts = number if tokens >= LARGE_CLIENT else 2
+    return -(-reached * parts // number) * number // parts
 
 
 def _set_states(streams: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
