@@ -10,7 +10,6 @@ from torch import nn
 from copra_fl.training.cohort import slices
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
 
@@ -19,9 +18,6 @@ from tests.support.worlds import CASES, World, assert_alike
 def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, PEFT's modules and one torch optimizer, for each client alone."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
-    if megabytes := world.config.training.hidden_state_cache_mb:
-        room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
-        world.stacked.context.cache = HiddenStateCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 

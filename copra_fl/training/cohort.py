@@ -183,12 +183,12 @@ def _backward(
         weights[row, : len(indices)] = 1 / examples.num_targets[np.concatenate(parts)].sum()
     shapes = [(len(indices), int(examples.lengths[indices].max(initial=0))) for indices in chosen]
     targets = examples.num_targets[samples].sum(1)
-    rows = ClientRows(samples.ravel(), shapes, targets)
-    batch = examples.batch(rows.samples, model.device)
+    rows = ClientRows(shapes, targets)
+    batch = examples.batch(samples.ravel(), model.device)
     record = partial(_record, gram_sums, clients, _is_token(batch, shapes)) if gram_sums else None
     with kept.counting(1 / len(batches)) if kept else nullcontext():
         target_losses = model.task.losses(model(step, batch, rows, record), batch)
-    weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
+    weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[samples.ravel()]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()

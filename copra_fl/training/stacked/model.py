@@ -124,8 +124,8 @@ class StackedModel:
     ) -> Tensor:
         """Return the (targets, outputs) logits of a batch, in float32 or wider.
 
-        Each client of the step has equally many rows. `rows` is needed for dropout, for a hidden-state cache, and if
-        clients have different numbers of targets. `record` is called with the inputs of the adapters.
+        Each client of the step has equally many rows. `rows` is needed for dropout, and if clients have different
+        numbers of targets. `record` is called with the inputs of the adapters.
         """
         rows = rows or ClientRows()
         with self.context.forward(step, rows, range(len(step)), record):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copra_fl.adapters.state import Layout, part_of
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 
 
 class Stack:
@@ -122,12 +121,10 @@ class ClientRows:
     """The rows of one batch, client after client, each client with equally many.
 
     Attributes:
-        samples: (rows,) index of each row's example, the key of the hidden-state cache.
         shapes: rows and tokens of each client's batch without padding, for which dropout is drawn.
         targets: (c,) number of targets in each client's rows; None if all clients have equally many.
     """
 
-    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     shapes: Sequence[tuple[int, int]] = ()
     targets: np.ndarray | None = None
 
@@ -137,23 +134,19 @@ Record = Callable[[str, np.ndarray, Tensor], None]
 
 
 class ForwardContext:
-    """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
+    """State that the layers of a stacked model share during a forward pass.
 
     Attributes:
         step: the step that is computed.
         rows: the rows of its batch.
         clients: the step's clients whose rows are computed at present.
         record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
-        cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
     clients: range
     record: Record | None
-
-    def __init__(self) -> None:
-        self.cache: HiddenStateCache | None = None
 
     @contextmanager
     def forward(self, step: Step, rows: ClientRows, clients: range, record: Record | None = None) -> Iterator[None]:
