@@ -16,7 +16,7 @@ from clients.node_config import NodeConfig, Rejected
 from copra_fl import plugins
 from copra_fl.aggregation.accounting import Release, epsilon
 from copra_fl.config import Config, ConfigError, csv_list, keys_of, option, read_toml, values_by_owner
-from copra_fl.models.base_weights import SHA256
+from copra_fl.files import SHA256
 from copra_fl.models.build import check_weights
 from copra_fl.records import NodeRecord
 from copra_fl.training.plan import num_trained

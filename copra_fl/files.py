@@ -7,8 +7,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
+SHA256 = re.compile("[0-9a-f]{64}")
 #: columns of a line of `write_json`
 JSON_WIDTH = 120
 #: numbers of the errors that a user can mend: a full or read-only disk, a folder of somebody else
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+#: age of a file, in seconds, from which its time of change tells every change apart
+SETTLED_SECONDS = 2
 #: file with the digests of a folder made by `build_once`, in the format of sha256sum
 DIGESTS = "SHA256SUMS"
 
@@ -61,6 +66,34 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of the file at `path` in hexadecimal, as sha256sum prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_digest(files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """Return ``compute()``, a digest of the content of `files`. It is computed once, and again after they have changed.
+
+    It is kept under the names, sizes and times of the files. Raises OSError for a file that is missing.
+    """
+    stamps = [
+        (str(path.absolute()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        for path in files
+        for status in [path.stat()]
+    ]
+    changed = max((stamp[-1] for stamp in stamps), default=0) / 1e9
+    if time.time() - changed < SETTLED_SECONDS:
+        return compute()
+    return kept_text(digest_of(stamps), compute)
+
+
+def kept_text(key: str, compute: Callable[[], str]) -> str:
+    """Return ``compute()``, computed once for all processes and kept in the cache under the digest `key`."""
+    path = cache_dir() / "kept" / key
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        text = compute()
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, text)
+    return text
 
 
 def atomic_write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -175,7 +208,12 @@ def changed_files(place: Path) -> list[str]:
         digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return [DIGESTS]
-    return [name for name, digest in digests.items() if not (place / name).is_file() or sha256(place / name) != digest]
+    files = [place / name for name in digests]
+    if not (missing := [name for name, file in zip(digests, files, strict=True) if not file.is_file()]):
+        written = digest_of(list(digests.values()))
+        if kept_digest(files, lambda: digest_of([sha256(file) for file in files])) == written:
+            return []
+    return missing or [name for name, digest in digests.items() if sha256(place / name) != digest]
 
 
 def _names(folder: Path) -> list[str]:

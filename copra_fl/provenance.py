@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def source_digest(*folders: Path) -> str:
     return digest.hexdigest()
 
 
+@cache
 def library_digest(clients: Path) -> str:
-    """Return the `source_digest` of this library and of the folder ``clients``."""
+    """Return the `source_digest` of this library and of the folder ``clients``, computed once per process."""
     return source_digest(Path(__file__).parent, clients)
 
 

@@ -9,8 +9,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from copra_fl import logs
+from server import delivery
 
 logs.configure()
+delivery.replace_polling()
 app = ServerApp()
 
 

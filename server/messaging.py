@@ -13,6 +13,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from copra_fl.wording import foreign, shortened
+from server import delivery
 
 #: seconds between two polls: this share of the time waited so far, within these limits
 POLL_SHARE, MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.005, 1.0
@@ -48,6 +49,7 @@ def exchange(
     messages = list(messages)
     pushed = set(grid.push_messages(messages))  # the id of a message to a node that is gone is missing, or None
     sent = {message.metadata.message_id: message for message in messages}
+    delivery.announce()
     waiting = pushed & sent.keys()
     replies: list[Message] = []
     started = time.monotonic()

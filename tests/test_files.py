@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from copra_fl import files
 from copra_fl.data.cache import cached
-from copra_fl.files import DamagedFile, cache_dir, write_json
+from copra_fl.files import DamagedFile, cache_dir, kept_digest, sha256, write_json
 from copra_fl.tensor_files import read_tensors, write_tensors
 
 
@@ -51,3 +52,23 @@ def test_a_damaged_cache_file_is_named_and_built_again(caplog: pytest.LogCapture
     tensors, facts = cached("tests", "damaged", build)
     assert tensors["tokens"].tolist() == list(range(9)) and facts == {"length": 9} and len(built) == 2
     assert f"{path} is damaged" in caplog.text
+
+
+def test_a_digest_is_computed_again_only_after_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, computed = tmp_path / "weights", []
+    path.write_text("a")
+
+    def compute() -> str:
+        computed.append(1)
+        return sha256(path)
+
+    digests = [kept_digest([path], compute) for _ in range(2)]
+    assert digests == [sha256(path)] * 2 and len(computed) == 2  # it could still change without another time
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)
+    assert [kept_digest([path], compute) for _ in range(3)] == [sha256(path)] * 3 and len(computed) == 3
+    path.write_text("b")
+    assert kept_digest([path], compute) == sha256(path) and len(computed) == 4
+    with pytest.raises(FileNotFoundError):
+        kept_digest([tmp_path / "none"], compute)

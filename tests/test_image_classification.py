@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ import transformers as tf
 from peft import PeftModel
 from PIL import Image
 
-from copra_fl import tasks
+from copra_fl import files, tasks
 from copra_fl.config import Config, ConfigError
 from copra_fl.data import federated
 from copra_fl.data.federated import load_data
@@ -23,7 +24,8 @@ from copra_fl.models import memory_plan
 from copra_fl.models.build import build_model, load_processor
 from copra_fl.models.export import load, save
 from copra_fl.models.merged import export_merged
-from copra_fl.sources.tables import file_table
+from copra_fl.sources import tables
+from copra_fl.sources.tables import file_table, find_tables
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -124,6 +126,34 @@ def test_every_format_gives_the_pixels_of_transformers(
         assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
         torch.testing.assert_close(batch["pixel_values"], expected)
         assert [LABELS[label] for label in batch["labels"]] == rows["label"].tolist()
+
+
+def test_a_folder_is_listed_once_and_read_once_for_all_processes(
+    images: Settings, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photos, folder := tmp_path / "new")
+    listed, hashed = Counter[str](), Counter[Path]()
+    list_images, sha256 = tables._images, tables.sha256
+
+    def counted_list(listed_folder: Path) -> list[Path]:
+        listed[listed_folder.name] += 1
+        return list_images(listed_folder)
+
+    def counted_sha256(path: Path) -> str:
+        hashed[path] += 1
+        return sha256(path)
+
+    monkeypatch.setattr(tables, "_images", counted_list)
+    monkeypatch.setattr(tables, "sha256", counted_sha256)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)  # the files are new
+    data = Config.from_flat(images | {"dataset": str(folder)}).data
+    (first, _), (second, _) = find_tables(data), find_tables(data)
+    assert listed == {"train": 2, "new": 2} and set(hashed.values()) == {1} and len(hashed) == 240
+    assert first.digest == second.digest
+
+    load_processor(Config.from_flat(images).model)
+    monkeypatch.setattr("copra_fl.tasks.images.AutoModel", None)  # the number of tokens needs no model any more
+    assert load_processor(Config.from_flat(images).model).num_tokens == NUM_TOKENS
 
 
 def test_a_folder_can_have_a_test_set_and_be_the_file_of_a_node(images: Settings, photos: Path, tmp_path: Path) -> None:

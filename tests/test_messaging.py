@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
+from queue import Queue
+from typing import ClassVar
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.server.superlink.fleet.vce import vce_api
 
+from server import delivery
 from server.messaging import MIN_POLL_SECONDS, exchange
 from tests.support.local_grid import LocalGrid
 
@@ -74,3 +80,36 @@ def test_the_wait_ends_when_the_replies_are_enough(clock: Clock) -> None:
     grid = SlowGrid(4, clock)
     assert len(exchange(grid, queries(grid), timeout=60.0, enough=lambda replies: len(replies) >= 2)) == 2
     assert 0.1 <= clock.now < 0.11
+
+
+def test_messages_reach_simulated_nodes_as_soon_as_they_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own loop would look for them every 0.1 s; ours waits for a minute here, unless it is woken."""
+    delivery.replace_polling()  # as server.app does
+    assert vce_api.add_messages_to_queue is delivery.deliver
+    monkeypatch.setattr(delivery, "POLL_SECONDS", 60)
+
+    class State:
+        waiting: ClassVar[list[str]] = []
+
+        def get_message_ins(self, node_id: int, limit: int) -> list[str]:
+            return [self.waiting.pop()] if self.waiting else []
+
+    queue, stop, grid = Queue[str](), threading.Event(), LocalGrid(1)
+    thread = threading.Thread(target=vce_api.add_messages_to_queue, args=(State(), queue, [100], stop))
+    thread.start()
+    time.sleep(0.05)  # the loop has looked, and found nothing
+    State.waiting.append("message")
+    exchange(grid, [], timeout=1)
+    assert queue.get(timeout=10) == "message"
+    stop.set()
+    delivery.announce()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_another_loop_of_flower_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(state: object, messages: object) -> None: ...
+
+    monkeypatch.setattr(vce_api, "add_messages_to_queue", other)
+    delivery.replace_polling()
+    assert vce_api.add_messages_to_queue is other

@@ -153,10 +153,12 @@ def training(raylet: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("secure", [{}, {"secure-aggregation": True, "path-pairs": 0}], ids=["plain", "secure"])
 def test_two_nodes_train_and_give_what_one_machine_gives(
-    ray_cluster: LocalCluster, tiny: Settings, tmp_path: Path
+    ray_cluster: LocalCluster, tiny: Settings, secure: Settings, tmp_path: Path
 ) -> None:
-    mine = settings(tiny | {"local-steps": 100, "num-rounds": 3})
+    """With secure aggregation too, whose secrets of a round lie in the state that Flower keeps for each node."""
+    mine = settings(tiny | secure | {"local-steps": 100, "num-rounds": 3})
     arguments = ["simulate", *mine, "--ray-address", ray_cluster.address, "--output", "cluster", "--json"]
     run, active = RealRun(arguments, tmp_path), set[int]()
     raylets = {node.all_processes["raylet"][0].process.pid for node in ray_cluster.list_all_nodes()}

@@ -1,18 +1,24 @@
-"""Start of the processes of a run: the apps import nothing large, and torch's threads sleep while they wait."""
+"""Start of the processes of a run: they import no more than they need, and torch's threads sleep while they wait."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from copra_fl import startup
+from copra_fl.config import Config
+
 
 def printed_by(code: str) -> str:
-    """Return the standard output of a new Python process in which nobody has set OMP_WAIT_POLICY."""
+    """Return the standard output of a new process of a run, in which nobody has set OMP_WAIT_POLICY."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= startup.environment([Config()])
     root = Path(__file__).parent.parent
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout.strip()
@@ -23,9 +29,39 @@ def test_the_apps_import_nothing_large() -> None:
 
 
 @pytest.mark.parametrize("module", ["clients.handlers", "server.runs"])
-def test_threads_sleep_at_barriers_and_garbage_collection_is_on(module: str) -> None:
-    code = f"import {module}, gc, os; print(os.environ['OMP_WAIT_POLICY'], gc.isenabled(), gc.get_freeze_count() > 1e5)"
-    assert printed_by(code) == "PASSIVE True True"
+def test_a_process_imports_what_it_needs_and_its_threads_sleep_at_barriers(module: str) -> None:
+    """Each of these modules would add a second or 40 MB. Garbage collection is on again after the imports."""
+    code = f"""
+import {module}, gc, os, sys
+print(os.environ['OMP_WAIT_POLICY'], gc.isenabled(), gc.get_freeze_count() > 1e5)
+print({{'bitsandbytes.nn', 'scipy.optimize', 'pandas', 'datasets', 'plotly', 'ray'}} & sys.modules.keys())
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+print(*linear_sum_assignment([[9, 1, 9], [1, 9, 9], [9, 9, 1]])[1])
+"""
+    assert printed_by(code).splitlines() == ["PASSIVE True True", "set()", "1 0 2"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quantization": "4bit"}, {"engine": "trainer", "script": "train.py"}, {"rule": "hospital.rules:OWN"}]
+)
+def test_nothing_is_hidden_from_runs_that_may_need_it(settings: dict[str, str]) -> None:
+    configs = [Config(), Config.from_flat(settings)]
+    assert startup.environment(configs[:1]) == {startup.HIDDEN: "bitsandbytes"}
+    assert startup.environment(configs) == {}
+
+
+def test_other_parts_of_a_deferred_module_are_imported_at_once() -> None:
+    code = """
+import sys
+from copra_fl.startup import deferred
+with deferred('scipy.optimize', 'linear_sum_assignment'):
+    from scipy.optimize._linesearch import line_search_wolfe1
+    from scipy.optimize import linear_sum_assignment
+    print('scipy.optimize._optimize' in sys.modules)
+    from scipy.optimize import brentq
+print(round(brentq(lambda x: x * x - 4, 0, 9), 6), 'scipy.optimize._optimize' in sys.modules)
+"""
+    assert printed_by(code).splitlines() == ["False", "2.0 True"]
 
 
 @pytest.mark.parametrize("command", ["--help", "simulate --help", "deploy run --help", "probe shapley --help"])
@@ -40,3 +76,14 @@ def test_help_imports_nothing_large(command: str) -> None:
         f"print({large} & sys.modules.keys())"
     )
     assert printed_by(code).splitlines()[-2:] == ["code 0", "set()"]
+
+
+@pytest.mark.parametrize("has_arguments", [True, False])
+def test_flwr_waits_for_its_arguments_and_ends_without_them(has_arguments: bool, tmp_path: Path) -> None:
+    log = tmp_path / "flower.log"
+    log.write_text("before\n")
+    line = json.dumps([["--version"], str(log)]) + "\n" if has_arguments else ""
+    command = [sys.executable, "-m", "copra_fl.simulation.waiting_flwr"]
+    ended = subprocess.run(command, input=line, capture_output=True, text=True, check=True)
+    assert ended.stdout == ended.stderr == ""
+    assert log.read_text() == "before\n" + f"Flower version: {version('flwr')}\n" * has_arguments

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from copra_fl.bench.findings import FLAT, RATES, RATIOS, BenchFacts, has_targets, machine, ratio
+from copra_fl.bench.findings import FLAT, RATES, RATIOS, RIVALS, BenchFacts, has_targets, machine, ratio
 from copra_fl.bench.sizes import TRAININGS
 from copra_fl.bench.steps import expected_blocks
 from copra_fl.reporting.html import STYLES, Figure, Style, empty_chart
@@ -35,10 +35,10 @@ def speed(facts: BenchFacts, name: str) -> list[Figure]:
 
 
 def ratios(facts: BenchFacts, name: str) -> list[Figure]:
-    """Return charts of clients per second relative to Flower with warm actors and to the PEFT loop, with targets."""
+    """Return charts of clients per second relative to each rival, with targets."""
     judged = has_targets(name, facts["sizes"][name])
     competitors, figures = facts["sizes"][name]["competitors"], []
-    for rival in "bc":
+    for rival in RIVALS:
         ours = {letter: competitor for letter, competitor in competitors.items() if letter in "defg"}
         if rival not in competitors or not ours:
             continue

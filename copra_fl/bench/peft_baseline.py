@@ -1,4 +1,4 @@
-"""Local training with PEFT as its users write it: float32, Transformers' default attention, AdamW, one batch per step.
+"""Local training with PEFT as its users write it: AdamW, one batch per step, base in the configuration's dtype.
 
 The baselines use it in process and over Flower. It shares with our engine only what must be equal for equal results:
 the data, and the batches and masks (`training.batches.plan_steps`). CopRA switches each layer's adapters on or off
@@ -32,7 +32,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ModelConfig, num_labels: int) -> None:
         super().__init__()
-        base = AutoModel.from_pretrained(model_source(config.model), dtype=torch.float32)
+        dtype = getattr(torch, config.dtype)
+        base = AutoModel.from_pretrained(model_source(config.model), dtype=dtype, attn_implementation=config.attention)
         lora = LoraConfig(
             task_type="FEATURE_EXTRACTION",
             r=config.rank,

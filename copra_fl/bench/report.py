@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from copra_fl.bench import figures, findings
+from copra_fl.bench import figures, findings, verdict
 from copra_fl.bench.findings import BenchFacts
 from copra_fl.bench.summary import left_out
 from copra_fl.reporting import html
@@ -34,7 +34,7 @@ def render(runs: Sequence[BenchFacts]) -> str:
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
         verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
         warnings=list(_warnings(runs)),
-        results=[table for table in verdicts if table.rows],
+        results=[*map(verdict.table, runs), *(table for table in verdicts if table.rows)],
         sections=[section for facts in runs for section in _sections(facts, dated=len(runs) > 1)],
     )
 

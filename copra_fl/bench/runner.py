@@ -1,7 +1,8 @@
 """Run the competitors: the equality check, the faster split of the cores, the repeats, scaling with more clients.
 
-(a) and (b) are the ways of Flower's users, (c) is the way of PEFT's users without Flower, (d) to (g) are this package.
-Each run of a competitor trains LoRA and CopRA (see `sizes`).
+(a) and (b) are the ways of Flower's users, (c) is the way of PEFT's users without Flower, all with the defaults of
+Transformers: float32 and sdpa. (B) and (C) are the same programs with the dtype and attention that this package
+chooses. (d) to (g) are this package. Each run of a competitor trains LoRA and CopRA (see `sizes`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ COMPETITORS = [
     Competitor("b", "Flower + Ray, warm actors", "float32", "sdpa",
                partial(simulations.run_baseline, warm=True), on_flower=True),
     Competitor("c", "PEFT loop in process", "float32", "sdpa", partial(workers.run, workers.open_peft_baseline)),
+    Competitor("B", "Flower + Ray, warm actors, our dtype", "auto", "auto",
+               partial(simulations.run_baseline, warm=True), on_flower=True),
+    Competitor("C", "PEFT loop in process, our dtype", "auto", "auto",
+               partial(workers.run, workers.open_peft_baseline)),
     Competitor("d", "copra-fl, one client per node", "auto", "auto",
                partial(simulations.run_copra_fl, one_client_per_node=True), on_flower=True),
     Competitor("e", "copra-fl, cohorts", "auto", "auto",

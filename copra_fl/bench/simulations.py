@@ -39,7 +39,7 @@ def run_copra_fl(
     with _folder() as folder:
         _write_configs(configs, folder)
         run_config: dict[str, Value] = {"output": str(folder), "resume": False}
-        started, sampler = _simulate(folder, run_config, copy_app, len(configs), split, nodes, memory)
+        started, sampler = _simulate(folder, configs, run_config, copy_app, len(configs), split, nodes, memory)
         rounds: dict[str, list[TimedRound]] = {}
         adapters = {}
         for phase in configs:
@@ -62,7 +62,7 @@ def run_baseline(configs: dict[str, Config], start: Adapter, split: CoreSplit, m
         _write_configs(configs, folder)
         write_tensors(folder / "start.safetensors", start, {})
         run_config: dict[str, Value] = {"output": str(folder), "warm": warm}
-        started, sampler = _simulate(folder, run_config, copy, 1, split, _num_clients(configs), memory)
+        started, sampler = _simulate(folder, configs, run_config, copy, 1, split, _num_clients(configs), memory)
         recorded = json.loads((folder / "rounds.json").read_text("utf-8"))
         rounds = {phase: [TimedRound(**row) for row in rows] for phase, rows in recorded.items()}
         adapters = {
@@ -112,6 +112,7 @@ def _phase_folder(folder: Path, phase: str) -> Path:
 
 def _simulate(
     folder: Path,
+    configs: dict[str, Config],
     run_config: dict[str, Value],
     copy: Callable[[Path], object],
     num_runs: int,
@@ -125,7 +126,7 @@ def _simulate(
     """
     started = time.time()
     workers = replace(Workers.share(split.workers, num_clients=split.workers), cpus=split.threads, nodes=nodes)
-    with superlink(folder / "flower.log") as link:
+    with superlink(folder / "flower.log", configs.values()) as link:
         command = link.start_run(run_config, workers, copy)
         roots = [psutil.Process(link.guard.pid), psutil.Process(command.pid)]
         with Sampler(partial(with_descendants, roots), memory) as sampler:

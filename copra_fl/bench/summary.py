@@ -15,6 +15,8 @@ NAMES = {
     "a": "naive",
     "b": "tuned",
     "c": "loop",
+    "B": "tuned_our_dtype",
+    "C": "loop_our_dtype",
     "d": "node",
     "e": "cohort",
     "f": "engine_float32",

@@ -33,11 +33,11 @@ class SizeName(StrEnum):
 
 
 #: of `bench.runner.COMPETITORS`, which is slow to import
-LETTERS = "abcdefg"
+LETTERS = "abcBCdefg"
 DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
-#: --quick: one engine of ours and one rival, neither over Flower
-QUICK_LETTERS = "cg"
+#: --quick: one engine of ours and one rival, in both dtypes, none over Flower
+QUICK_LETTERS = "cCg"
 
 SizeOption = Annotated[
     list[SizeName] | None, typer.Option("--size", help="Size of the work. May be repeated. Default: all but smoke.")
@@ -59,7 +59,7 @@ QuickOption = Annotated[
     bool,
     typer.Option(
         "--quick",
-        help="At most 3 minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
+        help="A few minutes on 2 idle cores: the stacked engine against a PEFT loop, without Flower, with few "
         "clients and one repeat. The output lists what is left out.",
     ),
 ]
@@ -118,6 +118,7 @@ def bench(
         "ignore", FutureWarning
     )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.bench import findings, sizes, summary
+    from copra_fl.bench.verdict import verdict
     from copra_fl.files import write_json
 
     console = Console(stderr=True)
@@ -140,9 +141,10 @@ def bench(
         )
         tables = findings.tables(facts)  # written after each size, because the next one can take an hour
         left_out = list(summary.left_out(facts))
+        sentences = [f"{name}: {' '.join(parts)}" for name, parts in verdict(facts).items()]
         write_json(stem.with_suffix(".json"), facts)
-        stem.with_suffix(".md").write_text(_markdown(facts, tables, left_out), encoding="utf-8")
-    _print_tables(tables, left_out, console if as_json else Console())
+        stem.with_suffix(".md").write_text(_markdown(facts, tables, sentences, left_out), encoding="utf-8")
+    _print_tables(tables, [*left_out, *sentences], console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -154,10 +156,10 @@ def bench(
         print(json.dumps(summary.summary(facts), indent=2))
 
 
-def _print_tables(tables: list[DataTable], left_out: list[str], console: Console) -> None:
+def _print_tables(tables: list[DataTable], sentences: list[str], console: Console) -> None:
     for table in tables:
         console.print(table)
-    for sentence in left_out:
+    for sentence in sentences:
         console.print(sentence, highlight=False)
 
 
@@ -238,7 +240,7 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str]) -> str:
+def _markdown(facts: dict[str, Any], tables: list[DataTable], sentences: list[str], left_out: list[str]) -> str:
     from copra_fl.bench import findings
 
     origin = [
@@ -247,4 +249,6 @@ def _markdown(facts: dict[str, Any], tables: list[DataTable], left_out: list[str
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         *left_out,
     ]
-    return "# Benchmark\n\n" + "\\\n".join(origin) + "\n\n" + "\n".join(table.markdown() for table in tables)
+    verdict = "\n".join(f"- {sentence}" for sentence in sentences)
+    shown = "\n".join(table.markdown() for table in tables)
+    return "# Benchmark\n\n" + "\\\n".join(origin) + f"\n\n{verdict}\n\n{shown}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.console import Console
 
+from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
@@ -43,6 +45,7 @@ def compare(
             name: settings.config(sources[method], seed)
             for name, (method, seed) in run_names(method_names, seed_numbers).items()
         }
+    os.environ |= startup.environment(configs.values())  # for this process too
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])
     show_results(directory, console, as_json, started)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection
 
 from rich.console import Console
 
+from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import Config, ConfigError
@@ -37,6 +39,7 @@ def simulate(
     chosen = Recipe.read(recipe or "base", set_ or [])
     config = choose_config(directory, chosen, continues=resume and recipe is None)
     refuse_idle_schedule(config, chosen.overrides)
+    os.environ |= startup.environment([config])  # for this process too
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_single(directory, config, console, request, resume, overwrite, track or [])
     show_results(directory, console, as_json, started)

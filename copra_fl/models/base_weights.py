@@ -4,15 +4,13 @@ Processes that map one file share its pages, so that another worker costs only i
 Converting while loading would give every process its own copy. A base stored in another dtype is therefore converted
 once and kept:
 
-    CACHE/bases/DIGEST/           a folder that Transformers' from_pretrained opens
-    CACHE/bases/DIGEST.sha256     `weights_digest`; a model's own folder need not be writable
+    CACHE/bases/DIGEST/     a folder that Transformers' from_pretrained opens
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from copra_fl.files import CacheError, atomic_write, build_once, cache_dir, changed_files, digest_of, sha256
+from copra_fl.files import CacheError, build_once, cache_dir, changed_files, digest_of, kept_digest, sha256
 
 transformers_logging.disable_progress_bar()
 
-SHA256 = re.compile("[0-9a-f]{64}")
 #: files in which Transformers looks for weights, in its order; an index lists the files of sharded weights
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -97,15 +94,16 @@ def _identity(source: str) -> list[object]:
 def weights_digest(source: str) -> str:
     """Return the SHA-256 of the weights of the model `source`; for several files, that of their digests, one per line.
 
-    It is computed once and kept until the files change. Raises OSError for a model without weights.
+    It is computed once and kept until the files change (`files.kept_digest`). Raises OSError for a model without
+    weights.
     """
-    kept = cache_dir() / "bases" / f"{digest_of(_identity(source))}.sha256"
-    if not kept.exists() or not SHA256.fullmatch(kept.read_text(encoding="ascii", errors="replace")):
-        digests = [sha256(path) for path in _weights(source)]
-        digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        kept.parent.mkdir(exist_ok=True)
-        atomic_write(kept, digest)
-    return kept.read_text(encoding="ascii")
+    files = _weights(source)
+
+    def compute() -> str:
+        digests = [sha256(path) for path in files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    return kept_digest(files, compute)
 
 
 def _weights(source: str) -> list[Path]:

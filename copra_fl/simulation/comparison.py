@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copra_fl import plugins
 from copra_fl.config import Config, ConfigError, read_toml
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
@@ -36,8 +35,7 @@ def run_comparison(
     `configs` has the configuration of each run, by the names of `run_names`.
     Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
     """
-    folders = plugins.import_folders(configs.values())
-    with superlink(directory / "flower.log", request.ray_address, folders) as link:
+    with superlink(directory / "flower.log", configs.values(), request.ray_address) as link:
         configs = dict(zip(configs, preflight.check(configs.values(), console, request), strict=True))
         workers = request.allocate(list(configs.values()), console)
         create_output(directory, overwrite)

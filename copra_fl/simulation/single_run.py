@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from copra_fl import plugins
 from copra_fl.config import Config
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
@@ -42,7 +41,7 @@ def run_single(
 
     Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
     """
-    with superlink(directory / "flower.log", request.ray_address, plugins.import_folders([config])) as link:
+    with superlink(directory / "flower.log", [config], request.ray_address) as link:
         (config,) = preflight.check([config], console, request)
         workers = request.allocate([config], console)
         create_output(directory, overwrite)

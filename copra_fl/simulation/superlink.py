@@ -23,14 +23,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_fl import events
-from copra_fl.config import Value, toml_value
+from copra_fl import events, plugins, startup
+from copra_fl.config import Config, Value, toml_value
 from copra_fl.simulation import guard
 
 START_SECONDS = 300
@@ -110,6 +110,7 @@ class SuperLink:
         home: its folder, FLWR_HOME.
         environment: environment of the commands that talk to it.
         guard: the process that runs it, see `copra_fl.simulation.guard`.
+        submitter: the process that will submit the run, see `copra_fl.simulation.waiting_flwr`.
         log: log file of server app and workers.
     """
 
@@ -117,6 +118,7 @@ class SuperLink:
     environment: dict[str, str]
     port: int
     guard: subprocess.Popen[bytes]
+    submitter: subprocess.Popen[bytes]
     log: Path
 
     def flwr(self, *arguments: str) -> list[str]:
@@ -125,21 +127,21 @@ class SuperLink:
     def start_run(
         self, run_config: Mapping[str, Value], workers: Workers, copy: Callable[[Path], object] = copy_app
     ) -> subprocess.Popen[bytes]:
-        """Submit the app that `copy` copies into a new folder; the returned process ends with the run.
+        """Submit the app that `copy` copies into a new folder, once; the returned process ends with the run.
 
         Server app and workers write to `log`. Raises RunFailed if the SuperLink does not start.
         """
         app, config = self.home / APP, self.home / "run-config.toml"
         copy(app)
         config.write_text("".join(f"{key} = {toml_value(value)}\n" for key, value in run_config.items()), "utf-8")
-        command = self.flwr("run", str(app), "local", "--stream", "--run-config", str(config))
-        command += ["--federation-config", workers.federation_config()]
-        with open(self.log, "ab") as log:
-            self._wait_until_healthy()
-            return subprocess.Popen(
-                command, env=self.environment, cwd=self.home, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        arguments = ["run", str(app), "local", "--stream", "--run-config", str(config)]
+        arguments += ["--federation-config", workers.federation_config()]
+        self.log.touch()
+        self._wait_until_healthy()
+        assert self.submitter.stdin is not None
+        with suppress(BrokenPipeError), self.submitter.stdin as channel:  # if it has ended, the caller sees that
+            channel.write(json.dumps([arguments, str(self.log)]).encode() + b"\n")
+        return self.submitter
 
     def status(self) -> str:
         """Return Flower's status of the last run, like ``finished:failed``."""
@@ -182,23 +184,27 @@ def ray_variables(home: Path, address: str | None) -> dict[str, str]:
     """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
 
     Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default of 15
-    any other process on the machine would starve them, and the user asked for the simulation. Workers of a cluster
-    have the priority that the cluster was started with.
-    Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a submitted job.
+    any other process on the machine would starve them, and the user asked for the simulation. They import the large
+    modules while the server app does, before its first message. Workers of a cluster have the priority that the cluster
+    was started with. Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a
+    submitted job.
     """
     if address is None:
-        return {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
-    runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
-    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+        variables = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
+        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "copra_fl.startup.prepare"}
+    else:
+        variables = {"RAY_ADDRESS": address}
+        runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
+    return variables | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
 
 
 @contextmanager
-def superlink(log: Path, ray_address: str | None = None, import_folders: Sequence[str] = ()) -> Iterator[SuperLink]:
+def superlink(log: Path, configs: Collection[Config] = (), ray_address: str | None = None) -> Iterator[SuperLink]:
     """Run a SuperLink for the duration of the block; afterwards none of its processes and files are left.
 
-    Simulations run on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes import from
-    `import_folders` too. The SuperLink starts in the background: `start_run` waits for it. If a run is started, `log`
-    gets the output of server app and workers, and at the end that of the SuperLink.
+    It is for runs of `configs`, on the Ray cluster at `ray_address`, else on a Ray started for them. Their processes
+    import plugins from where this one does. The SuperLink starts in the background: `start_run` waits for it. If a run
+    is started, `log` gets the output of server app and workers, and at the end that of the SuperLink.
     """
     # Ray's sockets lie in it, and the path of a socket must be short; TMPDIR may be long.
     temporary = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
@@ -220,9 +226,10 @@ def superlink(log: Path, ray_address: str | None = None, import_folders: Sequenc
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PYTHONPATH": import_path(import_folders),
+        "PYTHONPATH": import_path(plugins.import_folders(configs)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_prestart_worker_first_driver": "0",  # they would start workers that no actor uses
+        **startup.environment(configs),
         **worker_variables(),
         **ray_variables(home, ray_address),
     }
@@ -235,12 +242,17 @@ def superlink(log: Path, ray_address: str | None = None, import_folders: Sequenc
             command, env=environment, cwd=empty, stdin=subprocess.PIPE, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
+        submitter = subprocess.Popen(
+            [sys.executable, "-P", "-m", "copra_fl.simulation.waiting_flwr"], env=environment, cwd=home,
+            stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
     guard.write_record(home, guard_process.pid, mark)
     try:
-        yield SuperLink(home, environment, port, guard_process, log)
+        yield SuperLink(home, environment, port, guard_process, submitter, log)
     finally:
-        assert guard_process.stdin is not None
-        guard_process.stdin.close()
+        for process in (submitter, guard_process):
+            assert process.stdin is not None
+            process.stdin.close()
         guard_process.wait()
         if log.exists():
             with open(log, "ab") as output:

@@ -5,7 +5,8 @@ Each source is a `Table`, which has a digest of its content and is read only whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from copra_fl.config import ConfigError, DataConfig
-from copra_fl.files import atomic_write, digest_of, sha256
+from copra_fl.files import atomic_write, digest_of, kept_digest, sha256
 from copra_fl.sources.assets import ASSETS, fetch, is_asset
 from copra_fl.wording import unknown_name
 
@@ -76,13 +77,13 @@ def find_tables(data: DataConfig) -> tuple[Table, Table | None]:
         if test is None and (folder / "test.parquet").exists():
             test = file_table("dataset", folder / "test.parquet")
         return file_table("dataset", folder / "train.parquet"), test
-    path = Path(data.dataset).expanduser()
-    if _images(path / "train"):
-        if test is None and _images(path / "test"):
-            test = file_table("dataset", path / "test")
-        return file_table("dataset", path / "train"), test
-    if _images(path):
-        return file_table("dataset", path), test
+    path = Path(data.dataset).expanduser().absolute()
+    if train_images := _images(path / "train"):
+        if test is None and (test_images := _images(path / "test")):
+            test = image_folder("dataset", path / "test", test_images)
+        return image_folder("dataset", path / "train", train_images), test
+    if images := _images(path):
+        return image_folder("dataset", path, images), test
     if path.is_file() or path.suffix.lower() in (*FORMATS, *OTHER_FORMATS):
         return file_table("dataset", path, data.separator), test
     if "/" not in data.dataset:
@@ -104,7 +105,7 @@ def file_table(key: str, path: Path, separator: str = DataConfig.separator) -> T
     """
     path = path.expanduser().absolute()
     if path.is_dir():
-        return image_folder(key, path)
+        return image_folder(key, path, _images(path))
     if not path.is_file():
         raise TableError(f"{key}: there is no file {path}", f"{key}: there is no such file")
     if path.suffix.lower() not in FORMATS:
@@ -113,15 +114,16 @@ def file_table(key: str, path: Path, separator: str = DataConfig.separator) -> T
             f"{key}: {path} ends in {path.suffix!r}; supported formats are {known}. Save a spreadsheet as CSV",
             f"{key}: the format of its file is not supported; supported formats are {known}",
         )
-    return Table(str(path), _sha256(key, path), lambda: _read_file(key, path, separator), path.parent)
+    with _readable(key, path):
+        digest = kept_digest([path], lambda: sha256(path))
+    return Table(str(path), digest, lambda: _read_file(key, path, separator), path.parent)
 
 
-def image_folder(key: str, path: Path) -> Table:
-    """Return the table of the images in the subfolders of `path`, one subfolder per label.
+def image_folder(key: str, path: Path, files: list[Path]) -> Table:
+    """Return the table of the images `files` in the subfolders of `path`, one subfolder per label.
 
     Its columns are ``image`` and ``label``. Raises TableError for a folder without images.
     """
-    files = _images(path)
     if not files:
         raise TableError(
             f"{key}: the folder {path} has no images. It must have one subfolder per label, with the label's images "
@@ -136,7 +138,9 @@ def image_folder(key: str, path: Path) -> Table:
 
         return pd.DataFrame({"image": names, "label": labels})
 
-    return Table(str(path), digest_of(names, [_sha256(key, file) for file in files]), read, path)
+    with _readable(key, path):
+        digest = kept_digest(files, lambda: digest_of(names, [sha256(file) for file in files]))
+    return Table(str(path), digest, read, path)
 
 
 def _images(folder: Path) -> list[Path]:
@@ -144,12 +148,15 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*/**/*") if file.suffix.lower() in IMAGES)
 
 
-def _sha256(key: str, path: Path) -> str:
+@contextmanager
+def _readable(key: str, path: Path) -> Iterator[None]:
+    """Raise TableError for an error of the file system inside the block; `path` is a file, or a folder of files."""
     try:
-        return sha256(path)
+        yield
     except OSError as error:
         raise TableError(
-            f"{key}: cannot read {path}: {error.strerror}", f"{key}: cannot read its file: {error.strerror}"
+            f"{key}: cannot read {error.filename or path}: {error.strerror}",
+            f"{key}: cannot read its file: {error.strerror}",
         ) from error
 
 

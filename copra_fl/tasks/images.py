@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from copra_fl.config import ConfigError
-from copra_fl.files import digest_of
+from copra_fl.files import digest_of, kept_text
 from copra_fl.sources.tables import TableError
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -79,9 +80,16 @@ class ImageProcessor:
 
 
 def _num_tokens(source: str) -> int:
+    """Return the number of tokens of an image; the model is run once, and its number kept in the cache."""
+    config = AutoConfig.from_pretrained(source)
+    key = digest_of("image tokens", transformers.__version__, config.to_dict())
+    return int(kept_text(key, lambda: str(_count_tokens(source, config))))
+
+
+def _count_tokens(source: str, config: PreTrainedConfig) -> int:
     """Return the number of tokens of an image, from a run on torch's meta device, which computes shapes only."""
     with torch.device("meta"):
-        base = AutoModel.from_config(AutoConfig.from_pretrained(source)).eval()
+        base = AutoModel.from_config(config).eval()
         if base.main_input_name != "pixel_values":
             raise ConfigError(f"model = {source!r} expects {base.main_input_name}, so it is not an image model")
         shape = base(**blank_images(base, 1)).last_hidden_state.shape
