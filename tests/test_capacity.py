@@ -23,7 +23,7 @@ from copra_fl.simulation.superlink import RunFailed, Workers
 from server.messaging import readable_reason
 
 #: 1 GB of base, and 2 clients of 1 GB of adapter and 4 rows of 0.25 GB: 5 GB
-PLAN = MemoryPlan(base=10**9, client=10**9, row=10**9 // 4, cache=0, clients=2, batch_size=4, tokens=16)
+PLAN = MemoryPlan(base=10**9, client=10**9, row=10**9 // 4, clients=2, batch_size=4, tokens=16)
 
 
 @pytest.mark.parametrize(

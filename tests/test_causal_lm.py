@@ -81,7 +81,7 @@ def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:
     "changes",
     [
         {"rule": "ffa-lora-gram"},
-        {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3},
+        {"gradient-accumulation": 3, "lora-dropout": 0.2},
     ],
 )
 def test_clients_train_together_as_if_alone(settings: Settings, changes: Settings) -> None:

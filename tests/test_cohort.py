@@ -10,7 +10,6 @@ from torch import nn
 from copra_fl.training.cohort import slices
 from copra_fl.training.evaluation import evaluate
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike
 
@@ -19,9 +18,6 @@ from tests.support.worlds import CASES, World, assert_alike
 def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, PEFT's modules and one torch optimizer, for each client alone."""
     world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
-    if megabytes := world.config.training.hidden_state_cache_mb:
-        room = {5: megabytes * 10**6, 1: 50 * 16 * 32 * 4}[megabytes]
-        world.stacked.context.cache = HiddenStateCache(room / 1e6, 16, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 
@@ -68,6 +64,10 @@ def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:
     assert_alike(together[longest], world.alone(longest), 1e-5)
 
 
+#: block, whether it is in the graph, number
+Rows = list[tuple[int, bool, float]]
+
+
 class Recorder:
     """Records the rows that each block of the base computes, with and without a graph."""
 
@@ -81,33 +81,37 @@ class Recorder:
             )
 
 
-@pytest.mark.parametrize(("off", "cached"), [("base", False), ("base", True), ("global", False)])
-def test_nothing_below_a_clients_lowest_active_adapter_is_in_the_graph(
-    tiny: Settings, off: str, cached: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clients 0, 1, 2 with lowest active layers 1, 2, none; 4 rows each; 3 blocks.
-
-    In the second training the cache has every state that is not in the graph.
-    """
-    world = World(tiny | {"local-steps": 1, "off": off})
-    if cached:
-        world.stacked.context.cache = HiddenStateCache(5, 16, 32, torch.float32, torch.device("cpu"))
-    masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
+def blocks_computed(world: World, clients: int, masks: dict[int, list[bool]], monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """Train `clients` with `masks` and return the rows that each block computed: block, in the graph, clients."""
     monkeypatch.setattr(
         "copra_fl.copra.schedule.client_masks",
         lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1)),
     )
     recorder = Recorder(world.stacked)
-    world.together(0, 1, 2)
-    without_graph = [(0, False, 12, False), (1, False, 8, False), (2, False, 4, False)]
-    with_graph = [(1, True, 4, True), (2, True, 8, True)]
-    assert sorted(recorder.rows) == sorted(without_graph + with_graph)
-    recorder.rows.clear()
-    updates = world.together(0, 1, 2)
-    assert sorted(recorder.rows) == sorted(with_graph if cached else without_graph + with_graph)
-    assert [update.active_steps for update in updates] == [(0, 1, 0), (0, 0, 1), (0, 0, 0)]
-    for update in updates:
+    for update in world.together(*range(clients)):
         assert_alike(update, world.alone(update.client), 1e-5)
+        assert list(update.active_steps) == masks[update.client]
+    assert all(with_grad == has_grad for _, with_grad, _, has_grad in recorder.rows)
+    per_client = world.config.training.batch_size
+    return sorted((block, with_grad, rows / per_client) for block, with_grad, rows, _ in recorder.rows)
+
+
+@pytest.mark.parametrize("off", ["base", "global"])
+def test_nothing_below_a_large_clients_lowest_active_adapter_is_in_the_graph(
+    tiny: Settings, off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients 0, 1, 2 with lowest active layers 1, 2, none; 3 blocks."""
+    world = World(tiny | {"local-steps": 1, "off": off, "batch-size": 64})
+    masks = {0: [False, True, False], 1: [False, False, True], 2: [False, False, False]}
+    without_graph = [(0, False, 3), (1, False, 2), (2, False, 1)]
+    assert blocks_computed(world, 3, masks, monkeypatch) == sorted([*without_graph, (1, True, 1), (2, True, 2)])
+
+
+def test_small_clients_join_the_graph_in_halves(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest active layers of clients 0 to 3 are 1, 2, 2, none. Client 1 joins with 0, and client 3 with 2."""
+    world = World(tiny | {"local-steps": 1})
+    masks = {0: [False, True, True], 1: [False, False, True], 2: [False, False, True], 3: [False, False, False]}
+    assert blocks_computed(world, 4, masks, monkeypatch) == [(0, False, 4), (1, False, 2), (1, True, 2), (2, True, 4)]
 
 
 def test_slices_bound_the_tokens_of_a_step_and_group_clients_with_similar_numbers_of_steps(tiny: Settings) -> None:

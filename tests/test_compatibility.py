@@ -65,7 +65,6 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         {"control-variates": False},
         "client-ranks = '8,4' does not combine with control-variates",
     ),
-    ({"rule": "fedex-lora", "hidden-state-cache-mb": 64}, {"hidden-state-cache-mb": 0}, "hidden states of the old W0"),
     (
         {"rule": "ffa-lora", "start": "own"},
         {"rule": "fedavg"},
@@ -98,7 +97,6 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ),
     (PRIVATE | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "moments travel without clipping"),
     (TWO | {"optimizer-state": "shared"}, {"optimizer-state": "client"}, "a client has no moments for the rows"),
-    ({"off": "global", "hidden-state-cache-mb": 64}, {"off": "base"}, "hidden states of the plain base"),
     (PRIVATE | {"rule": "median"}, {"rule": "rolora"}, "rule = 'median' does not combine with dp-clip = 1"),
     (PRIVATE | {"weighting": "examples"}, {"weighting": "equal"}, "dp-clip = 1 needs weighting = 'equal'"),
     (PRIVATE | {"rule": "ffa-lora-gram"}, {"rule": "ffa-lora"}, "Gram matrices travel without clipping and noise"),

@@ -27,7 +27,6 @@ from copra_fl.models.merged import export_merged
 from copra_fl.sources import tables
 from copra_fl.sources.tables import file_table, find_tables
 from copra_fl.training.evaluation import evaluate
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
 from tests.support.worlds import CASES, World, assert_alike, jitter
@@ -185,14 +184,12 @@ def test_no_test_image_equals_a_training_image(images: Settings, photos: Path, t
 
 @pytest.mark.parametrize(
     "case",
-    ["lora", "copra", "all linear, pooler", "cls", "hidden-state cache", "epochs: unequal steps, short last batches"],
+    ["lora", "copra", "all linear, pooler", "cls", "epochs: unequal steps, short last batches"],
 )
 def test_both_engines_train_the_same_adapters(images: Settings, case: str) -> None:
     """Oracle: `train_client`, each client alone with plain PEFT. The case with the pooler has Gram matrices too."""
     rule = "ffa-lora-gram" if "pooler" in case else "fedavg"
     world = World(images | {"local-steps": 8, "num-rounds": 4, "alpha": 1.0, "rule": rule} | CASES[case])
-    if world.config.training.hidden_state_cache_mb:
-        world.stacked.context.cache = HiddenStateCache(5, NUM_TOKENS, 32, torch.float32, torch.device("cpu"))
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 

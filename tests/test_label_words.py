@@ -78,7 +78,7 @@ def test_scores_and_loss_are_those_of_transformers_at_the_last_token(settings: S
 
 @pytest.mark.parametrize(
     "changes",
-    [{"off": "global"}, {"gradient-accumulation": 3, "lora-dropout": 0.2, "hidden-state-cache-mb": 3}],
+    [{"off": "global"}, {"gradient-accumulation": 3, "lora-dropout": 0.2}],
 )
 def test_clients_train_together_as_if_alone(settings: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, plain PEFT. Every step has its own mask."""

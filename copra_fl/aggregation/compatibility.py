@@ -202,17 +202,6 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{it} optimizer-state = 'shared': a part of each model stays with its client, and so must its moments; "
             "use optimizer-state = 'client'",
         ),
-        (
-            training.hidden_state_cache_mb > 0 and rule.changes_base,
-            f"{it} hidden-state-cache-mb = {training.hidden_state_cache_mb}: it changes W0, and the cache holds hidden "
-            "states of the old W0; use hidden-state-cache-mb = 0",
-        ),
-        (
-            training.hidden_state_cache_mb > 0 and config.copra.off == "global",
-            f"off = 'global' does not combine with hidden-state-cache-mb = {training.hidden_state_cache_mb}: the cache "
-            "holds hidden states of the plain base, and layers that are off use the adapter of the round; use "
-            "hidden-state-cache-mb = 0",
-        ),
     ]
 
 

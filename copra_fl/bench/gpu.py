@@ -39,7 +39,6 @@ from copra_fl.tasks.causal_lm import Continuations
 from copra_fl.training.engine import Engine, PeftEngine, StackedEngine
 from copra_fl.training.plan import Plan, Start
 
-
 #: config.json of SmolLM2-135M
 SMOLLM2: dict[str, Any] = {
     "vocab_size": 49_152,

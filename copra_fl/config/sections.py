@@ -297,9 +297,6 @@ class TrainingConfig:
     max_memory_gb: float = option(
         0.0, "memory limit of a worker in training, in GB, met by lowering step-tokens; 0: no limit", low=0
     )
-    hidden_state_cache_mb: int = option(
-        0, "MB per worker to cache hidden states below the lowest active adapter; 0: no cache", low=0
-    )
 
 
 @dataclass(frozen=True)

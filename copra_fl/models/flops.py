@@ -13,8 +13,8 @@ With n tokens in a step (rows x the longest text of their micro-batch) and m tar
 
 Below the lowest block with an adapter that is on, there is no backward pass. That block counts whole, though the inputs
 of its first layers need no gradient. Frozen factors of an adapter count as if they were trained. Attention scores,
-embeddings, norms, activations, optimizer, residuals, recomputed blocks (gradient-checkpointing) and savings of the
-hidden-state cache are not counted. `bench.flops` counts a BERT step exactly.
+embeddings, norms, activations, optimizer, residuals and recomputed blocks (gradient-checkpointing) are not counted.
+`bench.flops` counts a BERT step exactly.
 """
 
 from __future__ import annotations

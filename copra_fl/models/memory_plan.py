@@ -1,6 +1,6 @@
 """Compute the memory that a worker needs for training before anything is loaded.
 
-    base + c x (adapter, gradients, moments) + c x batch-size x (activations of a row) + hidden-state cache
+    base + c x (adapter, gradients, moments) + c x batch-size x (activations of a row)
 
 c is the number of clients that one step trains together (``step-tokens``). The activations of a row are the tensors
 that autograd keeps for the backward pass with every adapter on, the maximum of CopRA. They are counted, not estimated
@@ -44,7 +44,6 @@ class MemoryPlan:
         base: bytes of the frozen base; on a CPU all workers share them.
         client: bytes per client of a step: adapter, gradients, moments of the optimizer.
         row: bytes that autograd keeps for the longest example.
-        cache: bytes of the hidden-state cache.
         clients: maximum number of clients that a step trains together.
         batch_size: rows per client.
         tokens: tokens of the longest row.
@@ -54,7 +53,6 @@ class MemoryPlan:
     base: int
     client: int
     row: int
-    cache: int
     clients: int
     batch_size: int
     tokens: int
@@ -62,7 +60,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.base + self.cache + self.clients * self._per_client
+        return self.base + self.clients * self._per_client
 
     @property
     def _per_client(self) -> int:
@@ -70,12 +68,11 @@ class MemoryPlan:
 
     def clients_within(self, limit: float) -> int:
         """Return the number of clients that can step together within `limit` bytes."""
-        return max(0, int((limit - self.base - self.cache) // self._per_client))
+        return max(0, int((limit - self.base) // self._per_client))
 
     def __str__(self) -> str:
-        cache = f" + hidden-state cache {_in_units(self.cache)}" if self.cache else ""
         return (
-            f"{_in_units(self.total)} = base {_in_units(self.base)}{cache} + {self.clients} clients x "
+            f"{_in_units(self.total)} = base {_in_units(self.base)} + {self.clients} clients x "
             f"(adapter and optimizer {_in_units(self.client)} + "
             f"{self.batch_size} rows x activations {_in_units(self.row)})" + self._tiers
         )
@@ -129,7 +126,6 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
         base=model.base,
         client=(model.adapter + head) * torch.float32.itemsize * _copies(training),
         row=max(tiers.values(), default=model.row),
-        cache=int(training.hidden_state_cache_mb * 1e6),
         clients=min(together, config.data.num_clients),
         batch_size=training.batch_size,
         tokens=tokens,
@@ -180,7 +176,7 @@ def limit_step_tokens(config: Config, needed: MemoryPlan) -> Config:
     if not clients:
         raise ConfigError(
             f"max-memory-gb = {config.training.max_memory_gb:g} (GB) is too little for a single client: "
-            f"{replace(needed, clients=1)}; reduce batch-size, max-length or hidden-state-cache-mb"
+            f"{replace(needed, clients=1)}; reduce batch-size or max-length"
         )
     return config.changed(step_tokens=clients * needed.batch_size * needed.tokens)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -74,24 +73,24 @@ def train_cohort(
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
-    fallback = _fallback(model, start_values, cohort) if plan.config.copra.off == "global" else None
-    points = StackedPoints(model, stack, plan, start_values)
+    points = StackedPoints(model, start_values)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
     kept = KeptBytes([*model.base_tensors(), stack.values, start_values]) if plan.config.copra.client_depths else None
     for index in range(lengths.max()):
-        step = _make_step(model, plan, stack, fallback, cohort, index)
-        rows = step.clients
+        rows, step = _make_step(model, plan, stack, start_values, cohort, index)
         batches = [cohort[row].batches[index] for row in rows]
         by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
         for number, client_points in enumerate(zip(*by_client_points, strict=True)):
             recorded = gram_sums if number == 0 else None
-            with points.moved(step, client_points) as moved_step:
+            with points.moved(step, rows, client_points) as moved_step:
                 for micro_batch in range(max(map(len, batches))):
-                    part = _backward(model, data, moved_step, batches, micro_batch, kept, recorded)
+                    part = _backward(model, data, moved_step, rows, batches, micro_batch, kept, recorded)
                     if number == 0:
                         losses[index, model.tensor(rows)] += part
+        if step.stack is not stack:
+            stack.grads.index_copy_(0, model.tensor(rows), step.stack.grads)
         terms.add(rows, step.on)
         optimizer.step(rows, step.on, index)
         progress(float((1 / lengths[rows]).sum()))
@@ -124,24 +123,17 @@ def _rows(model: StackedModel, adapters: Sequence[Adapter]) -> Tensor:
     return torch.stack([model.layout.flatten(adapter) for adapter in adapters]).to(model.device)
 
 
-def _fallback(model: StackedModel, start_values: Tensor, cohort: Sequence[LocalSteps]) -> Fallback:
-    """Return the adapters in `start_values`, of all clients of the cohort, for layers that are off."""
-    shared = start_values.stride(0) == 0
-    tensors = views(start_values[0] if shared else start_values, model.layout)
-    return Fallback(tensors, shared, model.tensor([steps.rank_scale for steps in cohort]))
-
-
 def _make_step(
     model: StackedModel,
     plan: Plan,
     stack: Stack,
-    fallback: Fallback | None,
+    start_values: Tensor,
     cohort: Sequence[LocalSteps],
     index: int,
-) -> Step:
+) -> tuple[np.ndarray, Step]:
     """Return step `index` of the clients that have so many, sorted by the depth of their lowest active adapter.
 
-    `fallback` is that of the whole cohort.
+    With it come the clients' rows in the cohort.
     """
     rows = np.array([row for row, steps in enumerate(cohort) if len(steps) > index])
     on = np.stack([cohort[row].masks[index] for row in rows])
@@ -152,14 +144,24 @@ def _make_step(
     seed, dropout = plan.config.federation.seed, plan.config.model.lora_dropout
     seeds = [derive(seed, "dropout", plan.server_round, cohort[row].client, index) for row in rows if dropout]
     streams = [torch.Generator(model.device).manual_seed(stream_seed) for stream_seed in seeds]
-    off = replace(fallback, scale=fallback.scale[model.tensor(rows)]) if fallback else None
-    return Step(stack, rows, on, depth, scale, streams, off)
+    fallback = None
+    if plan.config.copra.off == "global":
+        fallback = _fallback(model, start_values, rows, [cohort[row].rank_scale for row in rows])
+    return rows, Step(stack.select(rows), on, depth, scale, streams, fallback)
+
+
+def _fallback(model: StackedModel, start_values: Tensor, rows: np.ndarray, scales: Sequence[float]) -> Fallback:
+    """Return the adapters of the clients at `rows` of `start_values`, for layers that are off."""
+    shared = start_values.stride(0) == 0
+    values = start_values[0] if shared else start_values.index_select(0, model.tensor(rows))
+    return Fallback(views(values, model.layout), shared, model.tensor(scales))
 
 
 def _backward(
     model: StackedModel,
     data: FederatedData,
     step: Step,
+    clients: np.ndarray,
     batches: list[list[np.ndarray]],
     micro_batch: int,
     kept: KeptBytes | None,
@@ -167,11 +169,10 @@ def _backward(
 ) -> Tensor:
     """Add up the gradients of each client's loss on one micro-batch, and return these losses (clients,).
 
-    `kept` counts the bytes that autograd keeps, per client.
-
-    `batches` are the micro-batches of each client. A loss is the sum over the targets of the micro-batch, divided by
-    the number of targets in all micro-batches of the client's step. Clients with fewer examples in the micro-batch than
-    others get more rows of their first example, with weight 0. The inputs of adapters go into `gram_sums`.
+    `clients` are the rows of the step's clients in the cohort, `batches` their micro-batches. A loss is the sum over
+    the targets of the micro-batch, divided by the number of targets in all micro-batches of the client's step. Clients
+    with fewer examples in the micro-batch than others get more rows of their first example, with weight 0. `kept`
+    counts the bytes that autograd keeps, per client. The inputs of adapters go into `gram_sums`.
     """
     examples = data.examples
     chosen = [parts[micro_batch] if micro_batch < len(parts) else parts[0][:0] for parts in batches]
@@ -182,12 +183,12 @@ def _backward(
         weights[row, : len(indices)] = 1 / examples.num_targets[np.concatenate(parts)].sum()
     shapes = [(len(indices), int(examples.lengths[indices].max(initial=0))) for indices in chosen]
     targets = examples.num_targets[samples].sum(1)
-    rows = ClientRows(samples.ravel(), shapes, targets)
-    batch = examples.batch(rows.samples, model.device)
-    record = partial(_record, gram_sums, step, _is_token(batch, shapes)) if gram_sums else None
+    rows = ClientRows(shapes, targets)
+    batch = examples.batch(samples.ravel(), model.device)
+    record = partial(_record, gram_sums, clients, _is_token(batch, shapes)) if gram_sums else None
     with kept.counting(1 / len(batches)) if kept else nullcontext():
         target_losses = model.task.losses(model(step, batch, rows, record), batch)
-    weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[rows.samples]))
+    weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[samples.ravel()]))
     losses = by_client(weighted, targets).sum(1)
     step.stack.backward(losses.sum())
     return losses.detach().float()
@@ -202,10 +203,10 @@ def _is_token(batch: Inputs, shapes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _record(
-    gram_sums: GramSums, step: Step, is_token: Tensor, module: str, positions: np.ndarray, values: Tensor
+    gram_sums: GramSums, clients: np.ndarray, is_token: Tensor, module: str, positions: np.ndarray, values: Tensor
 ) -> None:
-    clients, places = (torch.from_numpy(index).to(values.device) for index in (step.clients[positions], positions))
-    gram_sums.add(module, clients, values, is_token[places])
+    rows, places = (torch.from_numpy(index).to(values.device) for index in (clients[positions], positions))
+    gram_sums.add(module, rows, values, is_token[places])
 
 
 class StackedOptimizer:

@@ -8,6 +8,7 @@ and trains with the Trainer of a user's script (`training.script`).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,10 +25,16 @@ from copra_fl.training.evaluation import Predict
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
 from copra_fl.training.stacked import NotStackable, StackedModel
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.training.trainer import ScriptedClient
+
+#: parameters of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+#: free memory that a process keeps; the activations of a step of the default size are smaller (experiments/LOG.md)
+KEPT_BYTES = 512 * 2**20
+#: tensors from this size on are returned at once; glibc's largest value
+LARGE_TENSOR_BYTES = 32 * 2**20
 
 #: called with the number of clients' worth of training since the last call
 OnTrained = Callable[[float], None]
@@ -131,7 +138,6 @@ class StackedEngine:
         self.device = model.device
         self.stacked = StackedModel(model)
         self.predictor = self.stacked.predictor
-        self._cache_key = ""
 
     def slices(self, data: FederatedData, plan: Plan) -> list[tuple[int, ...]]:
         return slices(plan.config, data, plan.clients)
@@ -144,19 +150,17 @@ class StackedEngine:
         starts: Mapping[int, Start],
         progress: OnTrained,
     ) -> list[Update]:
-        self._set_cache(data, plan.config)
         return train_cohort(self.stacked, data, plan, clients, starts, progress)
 
-    def _set_cache(self, data: FederatedData, config: Config) -> None:
-        """Make a hidden-state cache of the configured size for these examples, unless it exists already."""
-        megabytes, tokens = config.training.hidden_state_cache_mb, data.examples.max_length
-        key = f"{data.tokens_digest} {megabytes}" if megabytes else ""
-        if key != self._cache_key:
-            width, dtype = self.model.base.config.hidden_size, self.model.base.dtype
-            self.stacked.context.cache = (
-                HiddenStateCache(megabytes, tokens, width, dtype, self.device) if megabytes else None
-            )
-            self._cache_key = key
+
+def keep_freed_memory() -> None:
+    """Let the C library keep `KEPT_BYTES` of freed memory in this process, if it is GNU's.
+
+    By default it returns the activations of each step to the system, and gets them back page by page in the next.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR_BYTES)
 
 
 def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, heads: int = 0) -> Engine:
@@ -165,6 +169,7 @@ def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, see
     A model that cannot be stacked gets a `PeftEngine`, with the reason as its `note`. Raises ConfigError as
     `build_model` does.
     """
+    keep_freed_memory()
     model = build_model(config, group, num_labels, seed, heads)
     if kind == "trainer":
         return TrainerEngine(model)

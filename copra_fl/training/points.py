@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from copra_fl.adapters.state import Adapter, part_of
 from copra_fl.config import Config
-from copra_fl.training.plan import Plan
 from copra_fl.training.stacked import StackedModel
-from copra_fl.training.stacked.step import Stack, Step
+from copra_fl.training.stacked.step import Step
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,18 @@ class StackedPoints:
     `start_values` (C, P) are the values of the stack before training.
     """
 
-    def __init__(self, model: StackedModel, stack: Stack, plan: Plan, start_values: Tensor) -> None:
-        self._model, self._stack, self._start_values = model, stack, start_values
-        if plan.config.copra.local_training == "line" or plan.config.aggregation.gucci_beta:
-            self._there = Stack(model.layout, start_values.clone(), plan.trained_parts)
-            self._is_head = torch.zeros(model.layout.size, dtype=torch.bool, device=model.device)
-            for _, span in model.spans({"head"}):
-                self._is_head[span] = True
+    def __init__(self, model: StackedModel, start_values: Tensor) -> None:
+        self._model, self._start_values = model, start_values
+        self._is_head = torch.zeros(model.layout.size, dtype=torch.bool, device=model.device)
+        for _, span in model.spans({"head"}):
+            self._is_head[span] = True
 
     @contextmanager
-    def moved(self, step: Step, points: Sequence[Point]) -> Iterator[Step]:
+    def moved(self, step: Step, rows: np.ndarray, points: Sequence[Point]) -> Iterator[Step]:
         """Return `step` with the adapter of each of its clients at its entry of `points`, which have one weight.
 
-        At the end of the block the gradients of that step are added to those of the stack.
+        `rows` are the clients' rows of the start values. At the end of the block the gradients of that step are added
+        to those of `step`.
         """
         if all(point == Point() for point in points):
             yield step
@@ -104,9 +103,8 @@ class StackedPoints:
         adapters, heads = (
             self._model.tensor([getattr(point, part) for point in points])[:, None] for part in ("adapters", "head")
         )
-        position = torch.ones_like(self._stack.values)
-        position[self._model.tensor(step.clients)] = torch.where(self._is_head, heads, adapters)
-        self._there.values.copy_(torch.lerp(self._start_values, self._stack.values, position))
-        yield replace(step, stack=self._there)
-        self._stack.grads.addcmul_(position, self._there.grads, value=points[0].weight)
-        self._there.grads.zero_()
+        position = torch.where(self._is_head, heads, adapters)
+        start_values = self._start_values.index_select(0, self._model.tensor(rows))
+        there = step.stack.with_values(torch.lerp(start_values, step.stack.values, position))
+        yield replace(step, stack=there)
+        step.stack.grads.addcmul_(position, there.grads, value=points[0].weight)

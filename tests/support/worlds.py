@@ -43,8 +43,6 @@ CASES: dict[str, Settings] = {
     "bucketed": {"bucket-batches": 4},
     "off layers use the start": {"off": "global", "lora-dropout": 0.2, "rescale": True, "min-active": 1},
     "off modules use the start": {"off": "global", "gate-group": "module", "gradient-accumulation": 2},
-    "hidden-state cache": {"hidden-state-cache-mb": 5},
-    "hidden-state cache with room for 50 states": {"hidden-state-cache-mb": 1},
 }  # fmt: skip
 
 

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from copra_fl.adapters import residual
-from copra_fl.training.stacked.step import ForwardContext, Route
+from copra_fl.training.stacked.step import ForwardContext
 
 
 @dataclass(frozen=True)
 class FrozenProduct:
-    """The product y_c = scale_c x_c A_c^T B_c^T of adapters that are not trained, for the clients at `places`.
+    """The product y_c = scale_c x_c A_c^T B_c^T of adapters that are not trained.
 
     A (c, r, in) and B (c, out, r), or (r, in) and (out, r) if all clients have the same; scale (c, 1, 1).
     """
@@ -25,72 +26,59 @@ class FrozenProduct:
     a: Tensor
     b: Tensor
     scale: Tensor
-    places: Tensor | None
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add the product for x (clients, N, in) to y (clients, N, out), in place."""
-        self._add(y, x, self.a.mT, self.b.mT)
+        y += (x @ self.a.mT * self.scale) @ self.b.mT
 
     def add_gradient(self, grad_x: Tensor, grad_y: Tensor) -> None:
         """Add the gradient of the product with respect to x to `grad_x`, in place."""
-        self._add(grad_x, grad_y, self.b, self.a)
-
-    def _add(self, total: Tensor, rows: Tensor, first: Tensor, second: Tensor) -> None:
-        if self.places is None:
-            total += (rows @ first * self.scale) @ second
-        else:
-            total.index_add_(0, self.places, (rows.index_select(0, self.places) @ first * self.scale) @ second)
+        grad_x += (grad_y @ self.b * self.scale) @ self.a
 
 
 class AdapterProduct(torch.autograd.Function):
-    """y = x W^T + b, and y_c += scale_c (noise x)_c A_c^T B_c^T for the clients at `places`, in few memory passes.
+    """y_c = x_c W^T + b + scale_c (noise x)_c A_c^T B_c^T, in few memory passes.
 
-    x (clients, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; A and B in x's dtype.
-    For a factor that needs no gradient, nothing is stored or computed. `frozen` is added as well.
+    x (c, N, in), A (c, r, in), B (c, out, r), scale (c, 1, 1), noise (c, N, in) or None; scale and noise in x's dtype,
+    to which A and B are converted. A client whose adapter is off has scale 0. For a factor that needs no gradient,
+    nothing is stored or computed. `frozen` is added as well.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor,
-                places: Tensor | None, noise: Tensor | None, frozen: FrozenProduct | None) -> Tensor:  # fmt: skip
+                noise: Tensor | None, frozen: FrozenProduct | None) -> Tensor:  # fmt: skip
+        a, b = a.to(x.dtype), b.to(x.dtype)
         y = F.linear(x, weight, bias)
-        adapted = x if places is None else x.index_select(0, places)
-        if noise is not None:
-            adapted = adapted * noise
+        adapted = x if noise is None else x * noise
         inner = torch.bmm(adapted, a.mT).mul_(scale)
-        if places is None:
-            y.baddbmm_(inner, b.mT)
-        else:
-            y.index_add_(0, places, torch.bmm(inner, b.mT))
+        y.baddbmm_(inner, b.mT)
         if frozen is not None:
             frozen.add(y, x)
         ctx.frozen = frozen
         for_a, for_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(weight, a, b, scale, places, noise, adapted if for_a else None, inner if for_b else None)
+        ctx.save_for_backward(weight, a, b, scale, noise, adapted if for_a else None, inner if for_b else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, a, b, scale, places, noise, adapted, inner = ctx.saved_tensors
-        adapted_grad = grad if places is None else grad.index_select(0, places)
+        weight, a, b, scale, noise, adapted, inner = ctx.saved_tensors
         for_x, for_a, for_b = (ctx.needs_input_grad[index] for index in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if for_b:
-            grad_b = torch.bmm(adapted_grad.mT, inner)
+            grad_b = torch.bmm(grad.mT, inner)
         if for_a or for_x:
-            grad_inner = torch.bmm(adapted_grad, b).mul_(scale)
+            grad_inner = torch.bmm(grad, b).mul_(scale)
         if for_a:
             grad_a = torch.bmm(grad_inner.mT, adapted)
         if for_x:
             grad_x = grad @ weight
-            if places is None and noise is None:
+            if noise is None:
                 grad_x.baddbmm_(grad_inner, a)
             else:
-                part = torch.bmm(grad_inner, a)
-                part = part if noise is None else part.mul_(noise)
-                grad_x = grad_x + part if places is None else grad_x.index_add_(0, places, part)
+                grad_x += torch.bmm(grad_inner, a).mul_(noise)
             if ctx.frozen is not None:
                 ctx.frozen.add_gradient(grad_x, grad)
-        return grad_x, None, None, grad_a, grad_b, None, None, None, None
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 class StackedLinear(nn.Module):
@@ -119,53 +107,58 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         step, clients = self.context.step, self.context.clients
-        route, frozen = step.route(self.group, clients), self._frozen(x.dtype)
-        by_client = x.reshape(len(clients), -1, x.shape[-1]) if route or frozen else x
-        if route is None:
+        scale, frozen = step.scales(self.group, clients), self._frozen(x.dtype)
+        has_product = scale is not None or frozen is not None
+        by_client = x.reshape(len(clients), -1, x.shape[-1]) if has_product else x
+        if scale is None:
             y = self.base(by_client)
             if frozen is not None:
                 frozen.add(y, by_client)
             return y.view(*x.shape[:-1], -1)
-        a, b = self._factors(step.stack.tensors, route, x.dtype)
-        scale = (self.scaling * route.scale(step.scale)).to(x.dtype)
+        a, b = self._factors(step.stack.tensors, clients)
         if self.context.record is not None:
             with torch.no_grad():
-                inputs = by_client if route.places is None else by_client.index_select(0, route.places)
-                self.context.record(self.name, route.positions, torch.bmm(inputs, a.mT))
-        noise = self._noise(route, x) if step.dropout and self.dropout else None
+                positions = np.flatnonzero(step.on[clients.start : clients.stop, self.group])
+                inner = torch.bmm(by_client, a.to(x.dtype).mT)
+                self.context.record(self.name, clients.start + positions, inner[torch.from_numpy(positions)])
+        noise = self._noise(x) if step.dropout and self.dropout else None
         weight, bias = self.base.weight, self.base.bias
-        y = AdapterProduct.apply(by_client, weight, bias, a, b, scale, route.places, noise, frozen)
+        y = AdapterProduct.apply(by_client, weight, bias, a, b, (self.scaling * scale).to(x.dtype), noise, frozen)
         if self.name in self.residual_factors:
             y = y + residual.product(by_client, self.residual_factors[self.name])
         return y.view(*x.shape[:-1], -1)
 
     def _frozen(self, dtype: torch.dtype) -> FrozenProduct | None:
         """Return the product of the step's `Fallback` for clients whose adapter is off; None without such a client."""
-        step, fallback = self.context.step, self.context.step.fallback
-        route = step.route(self.group, self.context.clients, on=False) if fallback else None
-        if fallback is None or route is None:
+        fallback, clients = self.context.step.fallback, self.context.clients
+        scale = self.context.step.fallback_scales(self.group, clients)
+        if fallback is None or scale is None:
             return None
-        a, b = self._factors(fallback.tensors, None if fallback.shared else route, dtype)
-        return FrozenProduct(a, b, (self.scaling * route.scale(fallback.scale)).to(dtype), route.places)
+        a, b = self._factors(fallback.tensors, None if fallback.shared else clients)
+        return FrozenProduct(a.to(dtype), b.to(dtype), (self.scaling * scale).to(dtype))
 
-    def _factors(self, tensors: Mapping[str, Tensor], route: Route | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A, or R A, and B of the clients of `route`; None: `tensors` are those of one adapter."""
+    def _factors(self, tensors: Mapping[str, Tensor], clients: range | None) -> tuple[Tensor, Tensor]:
+        """Return A, or R A, and B of `clients`; None: `tensors` are those of one adapter."""
         names = {part: f"{self.name}.lora_{part}.weight" for part in "ABRS"}
         parts = {part: tensors[name] for part, name in names.items() if name in tensors}
-        if route is not None:
-            parts = {part: route.select(tensor) for part, tensor in parts.items()}
-        a = _times_core(parts["A"], parts["R"], parts.get("S")) if "R" in parts else parts["A"]
-        return a.to(dtype), parts["B"].to(dtype)
+        if clients is not None and len(clients) < len(parts["A"]):
+            parts = {part: tensor[clients.start : clients.stop] for part, tensor in parts.items()}
+        return (_times_core(parts["A"], parts["R"], parts.get("S")) if "R" in parts else parts["A"]), parts["B"]
 
-    def _noise(self, route: Route, x: Tensor) -> Tensor:
-        """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only."""
-        context = self.context
-        noise = x.new_zeros(len(route.positions), len(x) // len(context.clients), *x.shape[1:])
-        for client_noise, position in zip(noise, route.positions, strict=True):
-            num_rows, num_tokens = context.rows.shapes[position]
+    def _noise(self, x: Tensor) -> Tensor:
+        """Return the dropout factors of the clients' rows, drawn from each client's stream over its own tokens only.
+
+        A client whose adapter is off draws nothing.
+        """
+        step, clients = self.context.step, self.context.clients
+        noise = x.new_zeros(len(clients), len(x) // len(clients), *x.shape[1:])
+        for client_noise, position in zip(noise, clients, strict=True):
+            if not step.on[position, self.group]:
+                continue
+            num_rows, num_tokens = self.context.rows.shapes[position]
             unpadded = client_noise[:num_rows, :num_tokens] if x.dim() == 3 else client_noise[:num_rows]
             drawn = torch.empty(unpadded.shape, device=x.device)
-            drawn.bernoulli_(1 - self.dropout, generator=context.step.dropout[position])
+            drawn.bernoulli_(1 - self.dropout, generator=step.dropout[position])
             unpadded.copy_(drawn.div_(1 - self.dropout))
         return noise.view(len(noise), -1, x.shape[-1])
 

@@ -104,9 +104,7 @@ class StackedModel:
         number = len(adapters)
         on = np.ones((number, self.num_groups), dtype=bool)
         rows = torch.stack([self.layout.flatten(adapter) for adapter in adapters]).to(self.device)
-        step = Step(
-            Stack(self.layout, rows), np.arange(number), on, np.zeros(number, int), self.tensor(np.ones(number))
-        )
+        step = Step(Stack(self.layout, rows), on, np.zeros(number, int), self.tensor(np.ones(number)))
 
         def predict(batch: Inputs) -> Tensor:
             repeated = {name: tensor.repeat(number, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
@@ -126,11 +124,11 @@ class StackedModel:
     ) -> Tensor:
         """Return the (targets, outputs) logits of a batch, in float32 or wider.
 
-        Each client of the step has equally many rows. `rows` is needed for dropout, for a hidden-state cache, and if
-        clients have different numbers of targets. `record` is called with the inputs of the adapters.
+        Each client of the step has equally many rows. `rows` is needed for dropout, and if clients have different
+        numbers of targets. `record` is called with the inputs of the adapters.
         """
         rows = rows or ClientRows()
-        with self.context.forward(step, rows, range(len(step.clients)), record):
+        with self.context.forward(step, rows, range(len(step)), record):
             output = self._tree.base_model(**self.task.inputs(batch))
         features = self.task.features(output, batch, self.pooling)
         if self.task.trains_head:
@@ -141,10 +139,8 @@ class StackedModel:
 
     def _heads(self, step: Step, features: Tensor, targets: np.ndarray | None) -> Tensor:
         """Apply each client's head to the features of its targets."""
-        clients = self.tensor(step.clients)
-        weight = step.stack.tensors["head.weight"].index_select(0, clients)
-        bias = step.stack.tensors["head.bias"].index_select(0, clients)
-        counts = np.full(len(clients), len(features) // len(clients)) if targets is None else targets
+        weight, bias = (step.stack.tensors[f"head.{name}"] for name in ("weight", "bias"))
+        counts = np.full(len(step), len(features) // len(step)) if targets is None else targets
         logits = torch.baddbmm(bias[:, None], by_client(features, counts), weight.mT)
         return logits.flatten(0, 1).index_select(0, places(counts, self.device))
 

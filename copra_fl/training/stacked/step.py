@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from copra_fl.adapters.state import Layout, part_of
-from copra_fl.training.stacked.hidden_state_cache import HiddenStateCache
 
 
 class Stack:
@@ -24,18 +23,30 @@ class Stack:
     """
 
     def __init__(self, layout: Layout, values: Tensor, trained: Collection[str] = ()) -> None:
+        self.layout = layout
+        self.trained = trained
         self.values = values
         self.grads = torch.zeros_like(values)
         self.tensors = views(values, layout)
         names = [name for name in layout.shapes if part_of(name) in trained]
-        self._trained = [self.tensors[name].requires_grad_() for name in names]
+        self._leaves = [self.tensors[name].requires_grad_() for name in names]
         self._totals = [_view(self.grads, layout, name) for name in names]
+
+    def with_values(self, values: Tensor) -> Stack:
+        """Return a stack of the adapters in `values` (c, P), of which the same parts are trained."""
+        return Stack(self.layout, values, self.trained)
+
+    def select(self, rows: np.ndarray) -> Stack:
+        """Return a stack of the adapters in `rows`: a copy, or this stack if these are all its rows in order."""
+        if np.array_equal(rows, np.arange(len(self.values))):
+            return self
+        return self.with_values(self.values.index_select(0, torch.from_numpy(rows).to(self.values.device)))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to `grads`. Without an active adapter and a trained head they are zero."""
         if not loss.requires_grad:
             return
-        grads = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         for total, grad in zip(self._totals, grads, strict=True):
             if grad is not None:
                 total += grad
@@ -55,8 +66,8 @@ class Fallback:
     """The frozen adapters that layers use while they are off.
 
     Attributes:
-        tensors: adapter tensor name -> (C, *shape), or (*shape) if `shared`.
-        shared: whether all clients of the stack have the same.
+        tensors: adapter tensor name -> (c, *shape), or (*shape) if all clients of the step have the same.
+        shared: whether all clients of the step have the same.
         scale: (c,) factor of each client of the step, in addition to the scaling of the model.
     """
 
@@ -70,8 +81,7 @@ class Step:
     """The adapters of one optimizer step. Clients are sorted by `depth`, and so are their rows of a batch.
 
     Attributes:
-        stack: the adapters.
-        clients: (c,) row of each participating client in the stack.
+        stack: the adapters of the c participating clients.
         on: (c, groups) bool, whether the client's adapters of a gate group are on.
         depth: (c,) number of blocks below the client's lowest active adapter.
         scale: (c,) factor of active adapters, in addition to the scaling of the model.
@@ -80,60 +90,30 @@ class Step:
     """
 
     stack: Stack
-    clients: np.ndarray
     on: np.ndarray
     depth: np.ndarray
     scale: Tensor
     dropout: Sequence[torch.Generator] = ()
     fallback: Fallback | None = None
-    _routes: dict[tuple[int, range, bool], Route | None] = field(default_factory=dict)
 
-    def route(self, group: int, clients: range, on: bool = True) -> Route | None:
-        """Return those of the step's `clients` whose gate `group` is `on` (or off); None if it is for no client."""
-        key = group, clients, on
-        if key not in self._routes:
-            positions = clients.start + np.flatnonzero(self.on[clients.start : clients.stop, group] == on)
-            self._routes[key] = Route.to(self, positions, clients) if len(positions) else None
-        return self._routes[key]
+    def __len__(self) -> int:
+        return len(self.on)
 
+    def scales(self, group: int, clients: range) -> Tensor | None:
+        """Return the `scale` of `clients` as (c, 1, 1), 0 where gate `group` is off; None if it is off for all."""
+        return self._where(self.on[clients.start : clients.stop, group], self.scale, clients)
 
-@dataclass(frozen=True)
-class Route:
-    """The clients that an adapter product is computed for.
+    def fallback_scales(self, group: int, clients: range) -> Tensor | None:
+        """Return the scale of the fallback as (c, 1, 1), 0 where gate `group` is on; None if none of it is needed."""
+        if self.fallback is None:
+            return None
+        return self._where(~self.on[clients.start : clients.stop, group], self.fallback.scale, clients)
 
-    Attributes:
-        positions: their indices among the step's clients.
-        places: their indices among the clients that are computed; None if these are all of them.
-        rows: their rows of the stack; None if these are all rows in order.
-        indices: `positions` as a tensor.
-    """
-
-    positions: np.ndarray
-    places: Tensor | None
-    rows: Tensor | None
-    indices: Tensor
-
-    @classmethod
-    def to(cls, step: Step, positions: np.ndarray, clients: range) -> Route:
-        """Return the route to the clients of `step` at `positions`, where only `clients` of the step are computed."""
-        device = step.scale.device
-        indices = torch.from_numpy(positions).to(device, non_blocking=True)
-        rows = step.clients[positions]
-        whole_stack = np.array_equal(rows, np.arange(len(step.stack.values)))
-        return cls(
-            positions,
-            None if len(positions) == len(clients) else indices - clients.start,
-            None if whole_stack else torch.from_numpy(rows).to(device, non_blocking=True),
-            indices,
-        )
-
-    def scale(self, scale: Tensor) -> Tensor:
-        """Return the values of these clients in `scale`, which has one for each client of the step, as (c, 1, 1)."""
-        return scale[self.indices][:, None, None]
-
-    def select(self, tensor: Tensor) -> Tensor:
-        """Return the rows of a stacked tensor that belong to these clients."""
-        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+    def _where(self, chosen: np.ndarray, scale: Tensor, clients: range) -> Tensor | None:
+        if not chosen.any():
+            return None
+        scale = scale[clients.start : clients.stop, None, None]
+        return scale if chosen.all() else scale * torch.from_numpy(chosen).to(scale.device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -141,12 +121,10 @@ class ClientRows:
     """The rows of one batch, client after client, each client with equally many.
 
     Attributes:
-        samples: (rows,) index of each row's example, the key of the hidden-state cache.
         shapes: rows and tokens of each client's batch without padding, for which dropout is drawn.
         targets: (c,) number of targets in each client's rows; None if all clients have equally many.
     """
 
-    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     shapes: Sequence[tuple[int, int]] = ()
     targets: np.ndarray | None = None
 
@@ -156,23 +134,19 @@ Record = Callable[[str, np.ndarray, Tensor], None]
 
 
 class ForwardContext:
-    """State that the layers of a stacked model share during a forward pass; `cache` stays between passes.
+    """State that the layers of a stacked model share during a forward pass.
 
     Attributes:
         step: the step that is computed.
         rows: the rows of its batch.
         clients: the step's clients whose rows are computed at present.
         record: called by each adapter with its inputs, as far as A lets them through; None if nobody asks for them.
-        cache: hidden states of rows that no adapter has changed; None without a cache.
     """
 
     step: Step
     rows: ClientRows
     clients: range
     record: Record | None
-
-    def __init__(self) -> None:
-        self.cache: HiddenStateCache | None = None
 
     @contextmanager
     def forward(self, step: Step, rows: ClientRows, clients: range, record: Record | None = None) -> Iterator[None]:

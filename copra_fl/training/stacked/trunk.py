@@ -4,8 +4,8 @@
     block 1    [ c0 c0 | c1 c1 ]  c2 c2    the lowest active adapter of c2 is in block 2: its rows pass without a graph
     block 0    [ c0 c0 ]  c1 c1   c2 c2
 
-Rows are sorted by that depth, so the rows in the graph always come first. The others pass without a graph: through the
-plain base, whose results can be kept from step to step (`hidden_state_cache`), or with the step's `Fallback`.
+Rows are sorted by that depth, so the rows in the graph always come first. The others pass without a graph, through the
+plain base or with the step's `Fallback`. Rows can join the graph below that depth, where it saves time (`num_joined`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from copra_fl.training.stacked.chain import Chain
 from copra_fl.training.stacked.step import ClientRows, ForwardContext, Step
+
+#: number of a client's tokens in a step from which clients join the graph one by one
+LARGE_CLIENT = 512
 
 #: inputs of a block after the hidden states, by position (from 1 on) or name
 Inputs = dict[Any, Any]
@@ -43,18 +46,18 @@ class Trunk(nn.Module):
         context, num_rows = self.context, len(hidden)
         step = context.step
         inputs: Inputs = {**dict(enumerate(args, start=1)), **kwargs}
-        num_clients = len(step.clients)
+        num_clients = len(step)
         per_client = num_rows // num_clients
         live, frozen = hidden[:0], hidden
         for depth, block in enumerate(self.blocks):
-            joined = int(np.searchsorted(step.depth, depth, side="right"))
+            joined = num_joined(step.depth, depth, per_client * hidden.shape[1])
             fresh = joined * per_client - len(live)
             live, frozen = _append(live, frozen[:fresh]), frozen[fresh:]
             first = joined * per_client
             if len(frozen):
                 context.clients = range(joined, num_clients)
                 with torch.no_grad():
-                    frozen = self._frozen(depth, block, frozen, self._rows(inputs, slice(first, None), num_rows))
+                    frozen = _run(block, frozen, self._rows(inputs, slice(first, None), num_rows))
             if len(live):
                 context.clients = range(joined)
                 live = self._live(block, live, self._rows(inputs, slice(0, first), num_rows))
@@ -82,26 +85,22 @@ class Trunk(nn.Module):
         finally:
             _set_states(step.dropout, later)
 
-    def _frozen(self, depth: int, block: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """Run `block` on rows that no trained adapter has changed, or take its output from the cache."""
-        cache = self.context.cache
-        if cache is None:
-            return _run(block, hidden, inputs)
-        samples = self.context.rows.samples[-len(hidden) :]
-        slots = cache.find(samples, depth)
-        missing = np.flatnonzero(slots < 0)
-        output = cache.load(slots, hidden.shape[1])
-        if len(missing):
-            places = torch.from_numpy(missing).to(hidden.device, non_blocking=True)
-            computed = _run(block, hidden.index_select(0, places), self._rows(inputs, places, len(hidden)))
-            cache.store(samples[missing], depth, computed)
-            output.index_copy_(0, places, computed)
-        return output
-
-    def _rows(self, inputs: Inputs, chosen: slice | Tensor, num_rows: int) -> Inputs:
+    def _rows(self, inputs: Inputs, chosen: slice, num_rows: int) -> Inputs:
         """Return `inputs`, where inputs with a row for each of `num_rows` examples are cut to the `chosen` rows."""
         with_rows = self.chain.with_rows
         return {key: _rows(value, chosen, num_rows) if key in with_rows else value for key, value in inputs.items()}
+
+
+def num_joined(depths: np.ndarray, block: int, tokens: int) -> int:
+    """Return the number of clients in the graph at `block`, at least those whose depth it has reached.
+
+    `depths` are ascending, `tokens` the number of each client in the step. Large clients join one by one, all others in
+    two halves: with each further number of rows a CPU needs new kernels for all products of a block (0.5 ms and 0.5 MB
+    each), which costs small clients more than it saves (experiments/LOG.md).
+    """
+    reached, number = int(np.searchsorted(depths, block, side="right")), len(depths)
+    parts = number if tokens >= LARGE_CLIENT else 2
+    return -(-reached * parts // number) * number // parts
 
 
 def _set_states(streams: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
@@ -121,7 +120,7 @@ def _append(rows: Tensor, more: Tensor) -> Tensor:
     return torch.cat([rows, more])
 
 
-def _rows(value: Any, chosen: slice | Tensor, num_rows: int) -> Any:
+def _rows(value: Any, chosen: slice, num_rows: int) -> Any:
     """Return the `chosen` rows of an input. A tensor that all `num_rows` examples share has one row and stays whole."""
     if isinstance(value, Tensor):
         return value[chosen] if len(value) == num_rows else value
