@@ -246,6 +246,16 @@ def test_from_csv_to_predictions_through_the_pipeline(run: Path, tiny: Settings,
     assert -np.log(of_label).mean() == pytest.approx(summary["loss"], rel=1e-4)
 
 
+def test_predictions_of_a_run_in_bfloat16_are_those_of_the_merged_model(tiny: Settings, tmp_path: Path) -> None:
+    folder, merged, predictions = tmp_path / "adapter", tmp_path / "merged", tmp_path / "predictions.csv"
+    saved_adapter(tiny | {"dtype": "bfloat16"}, folder)
+    export_merged(folder, merged, "float32")
+    pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "rows.csv", index=False)
+    run_command("predict", folder, "--data", tmp_path / "rows.csv", "--to", predictions)
+    written = pd.read_csv(predictions)[[f"probability {label}" for label in LABELS]].to_numpy()
+    assert np.allclose(written, scores(card_code(merged, 0)["run"]), atol=TOLERANCE)
+
+
 def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny: Settings, tmp_path: Path) -> None:
     rows = pd.DataFrame({"note": [" ".join(WORDS[i : i + 3]) for i in range(0, 30, 3)], "id": range(10)})
     rows.to_parquet(tmp_path / "notes.parquet")

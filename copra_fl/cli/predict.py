@@ -41,7 +41,7 @@ def predict(
 
     startup.prepare()
     from copra_fl.models import prediction
-    from copra_fl.models.export import load
+    from copra_fl.models.export import load_exact
     from copra_fl.models.release import adapter_folder, data_settings
     from copra_fl.sources.tables import check_target, file_table, write_table
 
@@ -49,7 +49,7 @@ def predict(
     changes = dict(parse_override(text) for text in set_ or [])
     adapter = adapter_folder(run)
     table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
-    saved = load(adapter, device, base)
+    saved = load_exact(adapter, device, base)
     settings = data_settings(saved, adapter, changes)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("predicting", total=None)

@@ -178,6 +178,13 @@ def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedMo
     return load_for_merging(directory, device, base)
 
 
+def load_exact(directory: str | Path, device: str, base: str) -> SavedModel:
+    """Open a model as `load` does, with an unquantized base in float32: it has the scores of the merged model."""
+    description = json.loads((Path(directory) / "task.json").read_text(encoding="utf-8"))
+    quantized = description.get("quantization", "none") != "none"
+    return load_for_merging(directory, device, base, "" if quantized else "float32")
+
+
 def load_for_merging(directory: str | Path, device: str, base: str, dtype: str = "") -> SavedModel:
     """Open a model as `load` does; with a `dtype` the base is in that dtype, dequantized."""
     directory = Path(directory)
