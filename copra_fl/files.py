@@ -81,16 +81,18 @@ def kept_digest(files: Sequence[Path], compute: Callable[[], str]) -> str:
     changed = max((stamp[-1] for stamp in stamps), default=0) / 1e9
     if time.time() - changed < SETTLED_SECONDS:
         return compute()
-    return kept_text(digest_of(stamps), compute)
+    return kept_text(digest_of(stamps), SHA256, compute)
 
 
-def kept_text(key: str, compute: Callable[[], str]) -> str:
-    """Return ``compute()``, computed once for all processes and kept in the cache under the digest `key`."""
+def kept_text(key: str, form: re.Pattern[str], compute: Callable[[], str]) -> str:
+    """Return ``compute()``, computed once for all processes and kept in the cache under the digest `key`.
+
+    A kept text that is not of the `form`, as a power failure can leave one, is computed again.
+    """
     path = cache_dir() / "kept" / key
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
-        text = compute()
+    if path.exists() and form.fullmatch(kept := path.read_text(encoding="utf-8", errors="replace")):
+        return kept
+    text = compute()
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, text)
     return text

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model
 
+from copra_fl import files
 from copra_fl.files import CacheError, cache_dir
 from copra_fl.models import base_weights
 from copra_fl.models.base_weights import open_base, weights_digest
@@ -138,6 +139,7 @@ def test_the_digest_is_computed_once_until_the_files_change(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)  # the files are new
     digest, read = weights_digest(str(model)), []
     monkeypatch.setattr(base_weights, "sha256", lambda path: read.append(path) or sha256sum(path))
     assert weights_digest(str(model)) == digest and not read
@@ -147,12 +149,13 @@ def test_the_digest_is_computed_once_until_the_files_change(
     assert read == [model / "model.safetensors"]
 
 
-def test_an_empty_digest_is_computed_again(tiny_model: str, tmp_path: Path) -> None:
+def test_an_empty_digest_is_computed_again(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power failure can leave one; the agreement on the base must not be switched off by it."""
     model = str(shutil.copytree(tiny_model, tmp_path / "model"))
-    before = converted()
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)  # the files are new
+    before = set((cache_dir() / "kept").glob("*"))
     digest = weights_digest(model)
-    (kept,) = converted() - before
+    (kept,) = set((cache_dir() / "kept").glob("*")) - before
     kept.write_text("")
     assert weights_digest(model) == digest == kept.read_text()
 

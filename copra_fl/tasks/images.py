@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from copra_fl.sources.tables import TableError
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
+NUMBER = re.compile("[1-9][0-9]*")
 #: images that are resized in one call
 IMAGES_PER_CALL = 256
 
@@ -83,7 +85,7 @@ def _num_tokens(source: str) -> int:
     """Return the number of tokens of an image; the model is run once, and its number kept in the cache."""
     config = AutoConfig.from_pretrained(source)
     key = digest_of("image tokens", transformers.__version__, config.to_dict())
-    return int(kept_text(key, lambda: str(_count_tokens(source, config))))
+    return int(kept_text(key, NUMBER, lambda: str(_count_tokens(source, config))))
 
 
 def _count_tokens(source: str, config: PreTrainedConfig) -> int:
