@@ -34,10 +34,10 @@ def announce() -> None:
 
 def replace_polling() -> None:
     """Replace Flower's loop in this process, if it is that of a simulation; before Flower starts it."""
-    runtime = sys.modules.get(MODULE)
-    loop = getattr(runtime, "add_messages_to_queue", None)
+    names = vars(sys.modules[MODULE]) if MODULE in sys.modules else {}
+    loop = names.get("add_messages_to_queue")
     if loop and inspect.signature(loop).parameters.keys() == inspect.signature(deliver).parameters.keys():
-        runtime.add_messages_to_queue = deliver  # type: ignore[union-attr]
+        names["add_messages_to_queue"] = deliver
 
 
 def deliver(state: LinkState, queue: Queue[Message], nodes_mapping: Iterable[int], f_stop: threading.Event) -> None:
