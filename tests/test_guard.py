@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from copra_fl.simulation import guard
-from tests.support.real_runs import HANG_SECONDS, RealRun
+from copra_fl.simulation.superlink import superlink
+from tests.support.real_runs import HANG_SECONDS, RealRun, marked_processes, wait_until
 
 #: the shell leaves an orphan without a mark, as Ray's agents are
 ORPHAN = "(env -i sleep 1000 & echo $! > pid); exec sleep 1000"
@@ -31,6 +32,16 @@ def test_orphans_without_a_mark_end_too(tmp_path: Path) -> None:
 def test_the_guard_ends_with_its_command(tmp_path: Path) -> None:
     keeper = subprocess.Popen([sys.executable, guard.__file__, "mark", "true"], stdin=subprocess.PIPE)
     assert keeper.wait(timeout=HANG_SECONDS) == 0
+
+
+def test_a_command_that_outlives_its_guard_ends_what_the_guard_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COPRA_FL_TEST", "outlived")
+    with superlink(tmp_path / "flower.log") as link:
+        wait_until(lambda: bool(marked_processes("outlived", "flower-superexec")), "all processes of the SuperLink")
+        link.guard.kill()
+    assert not marked_processes("outlived")
 
 
 def test_the_next_command_removes_what_a_killed_guard_has_left(tmp_path: Path) -> None:

@@ -253,7 +253,8 @@ def superlink(log: Path, configs: Collection[Config] = (), ray_address: str | No
         for process in (submitter, guard_process):
             assert process.stdin is not None
             process.stdin.close()
-        guard_process.wait()
+        if guard_process.wait() < 0:  # killed, so it has ended nothing
+            guard.kill_marked(mark, home)
         if log.exists():
             with open(log, "ab") as output:
                 output.write(superlink_log.read_bytes())
