@@ -33,10 +33,11 @@ def test_a_run_whose_processes_are_killed_at_random_ends_bitwise_equal(
     flat = tiny | {"num-rounds": total, "local-steps": 5, "optimizer-state": "client", "eval-every": 10}
     arguments = ["simulate", *settings(flat), "--workers", "2", "--output"]
     RealRun([*arguments, "whole"], tmp_path).finish()
-    killed = 0
+    killed, runs = 0, []
     while True:
         resumed = ["--resume"] if (tmp_path / "soak" / "config.toml").exists() else []
         run = RealRun([*arguments, "soak", *resumed], tmp_path)
+        runs.append(run)
         while run.process.poll() is None:
             goal = num_rounds(tmp_path / "soak") + dice.randint(1, 2 * ROUNDS_PER_KILL)
             while run.process.poll() is None and num_rounds(tmp_path / "soak") < goal:
@@ -55,6 +56,7 @@ def test_a_run_whose_processes_are_killed_at_random_ends_bitwise_equal(
     assert [row["round"] for row in journal(tmp_path / "soak")] == list(range(1, total + 1))
     whole, soaked = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "soak"))
     assert whole["test"] == soaked["test"]
+    wait_until(lambda: not any(run.processes() for run in runs), "no process left")
 
 
 def find_victim(run: RealRun, dice: random.Random) -> psutil.Process | None:
