@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.support.federations import assert_equal, final_adapter, journal
-from tests.support.real_runs import RealRun, num_rounds, settings
+from tests.support.real_runs import RealRun, num_rounds, settings, wait_until
 from tests.support.tiny import Settings
 
 #: a kill every so many rounds
