@@ -164,7 +164,7 @@ def test_the_adapter_product_computes_only_the_required_gradients(with_gradient:
     x, a, b = torch.randn(c, n, k), torch.randn(c, r, k), torch.randn(c, d, r)
     for name, tensor in {"x": x, "a": a, "b": b}.items():
         tensor.requires_grad_(name in with_gradient)
-    y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None, None)
+    y = AdapterProduct.apply(x, torch.randn(d, k), None, a, b, torch.ones(c, 1, 1), None, None)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     products = {
