@@ -150,12 +150,13 @@ def test_a_stacked_step_with_the_shapes_of_smollm2_runs_on_the_meta_device() -> 
     data = FederatedData(examples=examples, label_names=list("abc"), train=train, digest="", tokens_digest="")
     plan = Plan(1, tuple(range(clients)), config)
     cohort = [plan_steps(plan, data, client, model.num_groups) for client in plan.clients]
-    stack = Stack(model.layout, torch.zeros(clients, model.layout.size, device=meta), plan.trained_parts)
-    step = _make_step(model, plan, stack, None, cohort, 0)
-    losses = _backward(model, data, step, [cohort[row].batches[0] for row in step.clients], 0, None, None)
+    start_values = torch.zeros(model.layout.size, device=meta).expand(clients, -1)
+    stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
+    chosen, step = _make_step(model, plan, stack, start_values, cohort, 0)
+    losses = _backward(model, data, step, chosen, [cohort[row].batches[0] for row in chosen], 0, None, None)
     assert (losses.shape, losses.dtype, losses.device) == ((clients,), torch.float32, meta)
     assert model.num_groups == 30 and len(model.blocks) == 30
-    assert stack.grads.device == meta and stack.grads.shape == (clients, model.layout.size)
+    assert step.stack.grads.device == meta and step.stack.grads.shape == (clients, model.layout.size)
 
 
 BLOCKED = """
