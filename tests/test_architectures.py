@@ -183,7 +183,7 @@ def test_stacked_clients_get_the_gradients_of_plain_peft(name: str, attention: s
     batch = make_inputs(base, NUM_CLIENTS * ROWS_EACH) | {"labels": torch.arange(8) % NUM_LABELS}
     stack = Stack(stacked.layout, 0.3 * torch.randn(NUM_CLIENTS, stacked.layout.size).double(), {"A", "B", "head"})
     adapters = [stacked.layout.unflatten(values) for values in stack.values.detach().clone()]
-    step = Step(stack, np.arange(NUM_CLIENTS), on, stacked.depth(on), torch.ones(NUM_CLIENTS).double())
+    step = Step(stack, on, stacked.depth(on), torch.ones(NUM_CLIENTS).double())
     losses = model.task.losses(stacked(step, batch), batch).view(NUM_CLIENTS, ROWS_EACH).mean(1)
     stack.backward(losses.sum())
     for client, (adapter, mask) in enumerate(zip(adapters, on, strict=True)):

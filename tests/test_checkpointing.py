@@ -66,7 +66,7 @@ def stacked(world: World, on: list[bool]) -> Callable[[], Tensor]:
     batch = world.data.examples.batch(world.data.train[0][:8])
     stack = Stack(world.stacked.layout, world.stacked.layout.flatten(world.start)[None].clone(), ("A", "B"))
     mask = np.array([on])
-    step = Step(stack, np.zeros(1, int), mask, world.stacked.depth(mask), torch.ones(1))
+    step = Step(stack, mask, world.stacked.depth(mask), torch.ones(1))
     return lambda: world.stacked.task.losses(world.stacked(step, batch), batch).mean()
 
 
