@@ -339,7 +339,7 @@ def test_a_plugin_and_a_script_reach_real_nodes(
     printed, _ = deployment.start_run(tmp_path / "app", run_config).communicate(timeout=HANG_SECONDS)
     assert (output / "summary.json").exists(), printed
     assert json.loads((output / "summary.json").read_text())["rule"] == "hospital.rules"
-    digests = json.loads((output / "provenance.json").read_text())["plugins"]
+    digests = json.loads((output / "provenance.json").read_text())["start"]["plugins"]
     assert digests.keys() == {"hospital.rules", "script"}
     steps = [
         (folder / "rates.txt").read_text().count("\n") if (folder / "rates.txt").exists() else 0 for folder in folders
