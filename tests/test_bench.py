@@ -144,13 +144,14 @@ def open_lazy(config: Config, data: FederatedData) -> Train:
 
 
 def test_equality_check_refuses_a_competitor_that_trains_less() -> None:
+    """The fair one passes, in the dtype and attention of (C)."""
     workload = prepare(SIZES["smoke"], random_base=True, as_file=False)
-    fair = Competitor("c", "the PEFT loop", "float32", "sdpa", partial(workers.run, workers.open_peft_baseline))
+    fair = Competitor("C", "the PEFT loop", "bfloat16", "eager", partial(workers.run, workers.open_peft_baseline))
     lazy = Competitor("x", "the lazy loop", "float32", "sdpa", partial(workers.run, open_lazy))
     announced: list[str] = []
     with pytest.raises(Disagreement, match=r"\(x\) the lazy loop .* after the last round of phase lora .* differs"):
         run_all(workload, [fair, lazy], [CoreSplit(1, 1)], 1, announced.append)
-    assert any("(c)" in line for line in announced) and not any("repeat" in line for line in announced)
+    assert any("(C)" in line for line in announced) and not any("repeat" in line for line in announced)
 
 
 @pytest.mark.slow
