@@ -257,8 +257,8 @@ def test_verdict_says_how_fast_where_time_went_and_what_would_be_faster() -> Non
     assert "would take 70% of the time" in sentences
     assert "Faster would be: more cores or a GPU, since arithmetic takes most of the time" in sentences
     assert sentences.endswith("CopRA, 1.20 times as fast as LoRA.")
-    slow_format = verdict(facts_of(c=(10, 12), C=(5, 6), g=(10, 10)))["compute"]
-    assert "dtype = 'float32' with attention = 'sdpa', which a PEFT loop runs 2.00 times as fast" in slow_format[-1]
+    slow_format = verdict(facts_of(f=(20, 12), g=(10, 10)))["compute"]
+    assert "dtype = 'float32', in which the engine is 2.00 times as fast" in slow_format[-1]
     assert not verdict(facts_of(c=(10, 12))), "none of our engines was measured"
 
 

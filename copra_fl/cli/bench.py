@@ -40,8 +40,8 @@ DEFAULT_SIZES = [SizeName.OVERHEAD, SizeName.SMALL, SizeName.COMPUTE]
 DEFAULT_REPEATS = 5
 #: smallest number of clients of --populations
 MIN_POPULATION = 10
-#: --quick: one engine of ours and one rival, in both dtypes, none over Flower
-QUICK_LETTERS = "cCg"
+#: --quick: our engine and one rival, each in both dtypes, none over Flower
+QUICK_LETTERS = "cCfg"
 
 SizeOption = Annotated[
     list[SizeName] | None,
