@@ -10,15 +10,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from copra_fl.bench import population, population_figures
+from copra_fl.bench import findings, population, population_figures
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Figure
 from experiments.findings import BLOCK, IMAGES, RESULTS, ROOT, source
 
 PAGE = ROOT / "docs" / "explanations" / "performance.md"
 CHART = "performance-clients.svg"
+#: results with the rivals in both number formats: ``bench-DATE-NAME.json``
+COMPARED = ("quick",)
 
 
 def newest(size: str) -> tuple[Path, dict[str, Any]]:
@@ -34,6 +37,30 @@ def blocks() -> Iterator[tuple[str, str]]:
     yield "clients", f"{times}\n{source(path, facts['command'])}\n"
     yield "clients memory", memory
     yield "workers", workers().markdown()
+    commands = "".join(f"{source(path, facts['command'])}\n" for path, facts in map(newest, COMPARED))
+    yield "gains", f"{gains().markdown()}\n{commands}"
+
+
+def gains() -> DataTable:
+    """Return clients per second and the two parts of each gain, of every size of the compared results."""
+    rows = []
+    for path, facts in map(newest, COMPARED):
+        for name, size in facts["sizes"].items():
+            for gain in findings.split_gains(size["competitors"]):
+                ours = size["competitors"][gain.letter]
+                speed = median(ours["trainings"][gain.training]["clients_per_second"])
+                factors = [f"{factor:.2f}" for factor in (gain.total, gain.number_format, gain.engine)]
+                rival = size["competitors"][gain.rival]["name"]
+                what = f"{ours['name']} / {rival}"
+                rows.append(
+                    [name, str(size["size"]["clients"]), what, gain.training, f"{speed:.3g}", *factors, path.stem]
+                )
+    header = ["size", "clients", "ratio", "training", "clients/s", "total", "number format", "engine", "file"]
+    caption = (
+        "Ratios of clients per second. Number format: the rival in bfloat16 with eager attention, as ours, over itself "
+        "in float32 with sdpa. Engine: ours over the rival in our format. Their product is the total."
+    )
+    return DataTable(header, rows, caption)
 
 
 def workers() -> DataTable:
