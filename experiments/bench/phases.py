@@ -12,17 +12,18 @@ import pickle
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.app import app
+from clients.app import app as client_app
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import load_processor
@@ -56,14 +57,20 @@ class Phases:
 
 
 class ProcessGrid(Grid):
-    """`num_nodes` nodes in this process; each message is answered when it is sent."""
+    """Nodes in this process that run `app`; each message is answered when it is sent.
 
-    def __init__(self, num_nodes: int) -> None:
+    There is a node for each of `node_configs`, its configuration in addition to partition-id and num-partitions: node
+    100 + i has partition-id i.
+    """
+
+    def __init__(self, node_configs: Sequence[Mapping[str, str | int]], app: ClientApp = client_app) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # messages need it
+        self.app = app
         self.replies: dict[str, Message] = {}
+        number = len(node_configs)
         self.contexts = {
-            number + 1: Context(1, number + 1, {"partition-id": number, "num-partitions": num_nodes}, RecordDict(), {})
-            for number in range(num_nodes)
+            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": number} | config, RecordDict(), {})
+            for i, config in enumerate(node_configs)
         }
 
     def get_node_ids(self) -> Iterable[int]:
@@ -72,15 +79,14 @@ class ProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-            node = message.metadata.dst_node_id
-            message.content = through_pickle(message.content)
-            reply = app(message, self.contexts[node])
-            reply.content = through_pickle(reply.content)
-            self.replies[message.metadata.message_id] = reply
+            self.replies[message.metadata.message_id] = self.answer(message)
             yield message.metadata.message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self.replies.pop(number) for number in list(message_ids) if number in self.replies]
+
+    def answer(self, message: Message) -> Message:
+        return self.app(message, self.contexts[message.metadata.dst_node_id])
 
     def set_run(self, run: object) -> None: ...
     def run(self) -> None: ...
@@ -89,13 +95,23 @@ class ProcessGrid(Grid):
     def send_and_receive(self, messages: object, *, timeout: float | None = None) -> None: ...
 
 
+class PicklingGrid(ProcessGrid):
+    """Pickles what a message carries on both ways, as Ray does."""
+
+    def answer(self, message: Message) -> Message:
+        message.content = through_pickle(message.content)
+        reply = super().answer(message)
+        reply.content = through_pickle(reply.content)
+        return reply
+
+
 def through_pickle(content: RecordDict) -> RecordDict:
     return pickle.loads(pickle.dumps(content))
 
 
 def run(config: Config, directory: Path, num_nodes: int) -> Phases:
     """Run the federation of `config` in `directory`, as `server.federation.run` does, phase by phase."""
-    phase, grid = Phases(), ProcessGrid(num_nodes)
+    phase, grid = Phases(), PicklingGrid([{}] * num_nodes)
     for name in ("encode and split the data", "open the data again"):
         with phase(name):
             load_data(config, load_processor(config.model))
