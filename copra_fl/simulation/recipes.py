@@ -136,10 +136,8 @@ def _idle_reasons(config: Config) -> dict[str, str]:
             "engine = 'trainer', where the script decides; set it in the script, and leave it out here",
         ),
     ]
-    return {
-        key: f"{key} = {flat[key]!r} has no effect with {reason}" for applies, keys, reason in rows if applies
-        for key in keys
-    }  # fmt: skip
+    reasons = {key: reason for applies, keys, reason in rows if applies for key in keys}
+    return {key: f"{key} = {flat[key]!r} has no effect with {reason}" for key, reason in reasons.items()}
 
 
 def short_name(method: str) -> str:
