@@ -253,7 +253,10 @@ def test_gains_are_split_into_number_format_and_engine_by_hand() -> None:
 def test_verdict_says_how_fast_where_time_went_and_what_would_be_faster() -> None:
     sentences = " ".join(verdict(facts_of(c=(10, 12), C=(15, 12), g=(30, 36)))["compute"])
     assert "30 clients a second with LoRA, 36 with CopRA, in process" in sentences
-    assert "3.00 times c (c): 1.50 by number format and attention, 2.00 by training clients together" in sentences
+    assert (
+        "3.00 times as fast as c (c): 1.50 by number format and attention, 2.00 by training clients together"
+        in sentences
+    )
     assert "would take 70% of the time" in sentences
     assert "Faster would be: more cores or a GPU, since arithmetic takes most of the time" in sentences
     assert sentences.endswith("CopRA, 1.20 times as fast as LoRA.")

@@ -19,8 +19,7 @@ def figures(facts: BenchFacts) -> list[Figure]:
     counts = sorted(map(int, populations))
     axis = {"title": "clients", "type": "log", "tickvals": counts, "ticktext": [f"{clients:,}" for clients in counts]}
     chart = empty_chart(axis, {"title": "CPU seconds", "type": "log"})
-    for number, phase in enumerate(_longest(populations[str(counts[-1])])):
-        style = STYLES[number % len(STYLES)]
+    for style, phase in zip(STYLES, _longest(populations[str(counts[-1])]), strict=False):
         chart.add_scatter(
             x=counts,
             y=[seconds(populations[str(clients)], phase) for clients in counts],
@@ -40,9 +39,11 @@ def figures(facts: BenchFacts) -> list[Figure]:
 
 
 def _longest(largest: BenchFacts) -> list[str]:
-    """Return the phases of a round, and those of a run that take longest, in their order."""
+    """Return the phases of a round, and those of a run that take longest, one for each style."""
     of_run = sorted((p for p in largest["seconds"] if p not in PER_ROUND), key=lambda p: -seconds(largest, p))
-    return [phase for phase in largest["seconds"] if phase in PER_ROUND or phase in of_run[:4]]
+    return [
+        phase for phase in largest["seconds"] if phase in PER_ROUND or phase in of_run[: len(STYLES) - len(PER_ROUND)]
+    ]
 
 
 def _add_proportional(chart: go.Figure, counts: Sequence[int], start: float) -> None:

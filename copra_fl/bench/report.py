@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from copra_fl.bench import figures, findings, gpu, population, population_figures, verdict
+from copra_fl.bench import figures, findings, gpu, population, population_figures
 from copra_fl.bench.findings import BenchFacts
 from copra_fl.bench.summary import left_out
+from copra_fl.bench.verdict import paragraphs
 from copra_fl.reporting import html
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Section
@@ -29,12 +30,13 @@ def render(runs: Sequence[BenchFacts]) -> str:
     verdicts = [findings.targets(facts) for facts in runs]
     judged = [row for table in verdicts for row in table.rows]
     met = sum(row[-1] == "met" for row in judged)
+    targets_met = f"{met} of {len(judged)} targets met." if judged else "No target was measured."
     return html.render(
         title="Benchmark",
         setting=" · ".join(f"{findings.machine(facts)}, {facts['date']}" for facts in runs),
-        verdict=f"{met} of {len(judged)} targets met." if judged else "No target was measured.",
+        verdict="\n\n".join([targets_met, *(text for facts in runs for text in paragraphs(facts))]),
         warnings=list(_warnings(runs)),
-        results=[table for table in (*map(verdict.table, runs), *verdicts) if table.rows],
+        results=[table for table in verdicts if table.rows],
         sections=[*_other_sections(runs), *(s for facts in runs for s in _sections(facts, dated=len(runs) > 1))],
     )
 

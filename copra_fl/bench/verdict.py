@@ -7,7 +7,6 @@ from statistics import median
 
 from copra_fl.bench.findings import BenchFacts, copra_ratio, ratio, split_gains
 from copra_fl.bench.sizes import TRAININGS
-from copra_fl.reporting.data_table import DataTable
 
 #: share of the matmul rate below which a size is bound by overhead, and above which by arithmetic
 OVERHEAD_BOUND, ARITHMETIC_BOUND = 0.25, 0.5
@@ -21,10 +20,9 @@ def verdict(facts: BenchFacts) -> dict[str, list[str]]:
     return {name: sentences for name, sentences in by_size.items() if sentences}
 
 
-def table(facts: BenchFacts) -> DataTable:
-    """Return the verdict as a table."""
-    rows = [[name, " ".join(sentences)] for name, sentences in verdict(facts).items()]
-    return DataTable(["size", "in words"], rows, title="Verdict")
+def paragraphs(facts: BenchFacts) -> list[str]:
+    """Return the verdict as one paragraph for each size."""
+    return [f"{name}: {' '.join(sentences)}" for name, sentences in verdict(facts).items()]
 
 
 def _sentences(size: BenchFacts) -> Iterator[str]:
@@ -44,7 +42,7 @@ def _sentences(size: BenchFacts) -> Iterator[str]:
         if gain.letter == letter and gain.training == "lora":
             rival = competitors[gain.rival]["name"]
             yield (
-                f"{gain.total:.2f} times {rival} ({gain.rival}): {gain.number_format:.2f} by number format "
+                f"{gain.total:.2f} times as fast as {rival} ({gain.rival}): {gain.number_format:.2f} by number format "
                 f"and attention, {gain.engine:.2f} by training clients together."
             )
     share = median(ours["trainings"]["lora"]["share_of_matmul_rate"])

@@ -134,6 +134,7 @@ def bench(
         "ignore", FutureWarning
     )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.bench import findings, gpu, population, sizes, summary
+    from copra_fl.bench.verdict import paragraphs
 
     console = Console(stderr=True)
     stem = (output or _default_output()).absolute()
@@ -160,7 +161,7 @@ def bench(
             chosen_size, repeats, letters, engine_only or quick, random_base, console
         )
         _store(facts, stem)  # after each size, because the next one can take an hour
-    _print_tables(_tables(facts), [*summary.left_out(facts), *_sentences(facts)], console if as_json else Console())
+    _print_tables(_tables(facts), [*summary.left_out(facts), *paragraphs(facts)], console if as_json else Console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -185,24 +186,16 @@ def _numbers(populations: str | None) -> list[int]:
 
 def _store(facts: dict[str, Any], stem: Path) -> None:
     """Write the results so far as JSON and as Markdown."""
-    from copra_fl.bench import summary
     from copra_fl.files import write_json
 
     write_json(stem.with_suffix(".json"), facts)
-    markdown = _markdown(facts, _tables(facts), _sentences(facts), list(summary.left_out(facts)))
-    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    stem.with_suffix(".md").write_text(_markdown(facts), encoding="utf-8")
 
 
 def _tables(facts: dict[str, Any]) -> list[DataTable]:
     from copra_fl.bench import findings, gpu, population
 
     return [*findings.tables(facts), *population.tables(facts), *gpu.tables(facts)]
-
-
-def _sentences(facts: dict[str, Any]) -> list[str]:
-    from copra_fl.bench.verdict import verdict
-
-    return [f"{name}: {' '.join(parts)}" for name, parts in verdict(facts).items()]
 
 
 def _print_tables(tables: list[DataTable], sentences: list[str], console: Console) -> None:
@@ -289,15 +282,16 @@ def _default_output() -> Path:
     return folder / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _markdown(facts: dict[str, Any], tables: list[DataTable], sentences: list[str], left_out: list[str]) -> str:
-    from copra_fl.bench import findings
+def _markdown(facts: dict[str, Any]) -> str:
+    from copra_fl.bench import findings, summary
+    from copra_fl.bench.verdict import paragraphs
 
     origin = [
         f"`{facts['command']}`",
         f"{findings.machine(facts)}, {facts['machine']['system']}, {facts['date']}, {facts['repeats']} repeats",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-        *left_out,
+        *summary.left_out(facts),
     ]
-    verdict = "\n".join(f"- {sentence}" for sentence in sentences)
-    shown = "\n".join(table.markdown() for table in tables)
+    verdict = "\n".join(f"- {sentence}" for sentence in paragraphs(facts))
+    shown = "\n".join(table.markdown() for table in _tables(facts))
     return "# Benchmark\n\n" + "\\\n".join(origin) + f"\n\n{verdict}\n\n{shown}"
