@@ -5,6 +5,12 @@ Nothing large is imported before the app runs: Flower holds a lock while it impo
 
 from __future__ import annotations
 
+import sys
+
+# In a simulation, Flower's main thread removes a folder from sys.path meanwhile (`object_ref.validate`). An import that
+# walks the list at that moment skips one entry, so list each entry twice.
+sys.path.extend(sys.path)
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 

@@ -28,6 +28,31 @@ def test_the_apps_import_nothing_large() -> None:
     assert printed_by("import sys, clients.app, server.app; print({'torch', 'peft'} & sys.modules.keys())") == "set()"
 
 
+def test_the_server_app_is_imported_while_flower_removes_a_folder_from_sys_path() -> None:
+    """Flower's main thread does so while the app's thread imports; here a finder does it at the worst moment."""
+    code = """
+import importlib.machinery, os, sys, sysconfig
+removed = []
+class Meddler:
+    def find_spec(self, name, target=None):
+        if name == 'copra_fl' and not removed:
+            removed.append(sys.path.pop(0))
+def meddle(path):
+    if path != '/meddler':
+        raise ImportError
+    return Meddler()
+import flwr.app, flwr.serverapp
+sys.path_hooks.insert(0, meddle)
+root, packages = os.getcwd(), sysconfig.get_paths()['purelib']
+others = [path for path in sys.path if path not in ('', root, packages)]
+sys.path[:] = ['/of-flower', *others, packages, '/meddler', root]
+sys.path_importer_cache.clear()
+import server.app
+print(removed, server.app.logs.__name__)
+"""
+    assert printed_by(code) == "['/of-flower'] copra_fl.logs"
+
+
 @pytest.mark.parametrize("module", ["clients.handlers", "server.runs"])
 def test_a_process_imports_what_it_needs_and_its_threads_sleep_at_barriers(module: str) -> None:
     """Each of these modules would add a second or 40 MB. Garbage collection is on again after the imports."""
