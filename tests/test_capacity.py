@@ -139,6 +139,8 @@ def test_a_run_that_flower_ends_is_reported_with_the_error_in_its_log(
     with pytest.raises(RunFailed, match=re.escape(message)):
         watch(link, subprocess.Popen(["true"]), 1, Console(quiet=True))
     assert last_error(tmp_path / "none") == "its log names no error"
+    log.write_text("Traceback\n  raise\na.ImportError: no module 'server'\n\x1b[91mERROR\x1b[0m: Exit Code: 607\n")
+    assert last_error(log) == "a.ImportError: no module 'server'"
 
 
 def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path: Path) -> None:
