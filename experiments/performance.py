@@ -21,7 +21,7 @@ from experiments.findings import BLOCK, IMAGES, RESULTS, ROOT, source
 PAGE = ROOT / "docs" / "explanations" / "performance.md"
 CHART = "performance-clients.svg"
 #: results with the rivals in both number formats: ``bench-DATE-NAME.json``
-COMPARED = ("quick",)
+COMPARED = ("overhead", "small", "compute")
 
 
 def newest(size: str) -> tuple[Path, dict[str, Any]]:
