@@ -171,7 +171,7 @@ def test_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     assert "no page: plotly must not be imported" in result.stderr and not (tmp_path / "results.html").exists()
     facts = json.loads((tmp_path / "results.json").read_text())
     competitors = facts["sizes"]["smoke"]["competitors"]
-    assert list(competitors) == ["c", "f", "g"]
+    assert list(competitors) == ["c", "C", "f", "g"]
     for competitor in competitors.values():
         for training in TRAININGS:
             measured = competitor["trainings"][training]
@@ -183,9 +183,9 @@ def test_command_needs_neither_flower_nor_ray(tmp_path: Path) -> None:
     assert json.loads(result.stdout) == summary(facts)
     assert_schedule(facts["sizes"]["smoke"]["schedule"])
     markdown = (tmp_path / "results.md").read_text()
-    assert markdown.count("\n## ") == 6
+    assert markdown.count("\n## ") == 7
     captions = " ".join(markdown.split())  # lines break at other words where times have more digits
-    assert captions.count(f"{machine(facts)}.") == 5, "in the caption of every table with numbers"
+    assert captions.count(f"{machine(facts)}.") == 6, "in the caption of every table with numbers"
 
 
 def assert_schedule(savings: dict) -> None:
