@@ -22,7 +22,7 @@ from copra_fl.reporting.html import Figure
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import averaging_table
 from copra_fl.reporting.study import table as study_table
-from copra_fl.reporting.tables import POINTS
+from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
 from copra_fl.wording import join_words
 from experiments.papers_summary import PUBLISHED, column
 
@@ -64,6 +64,7 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield f"{name} predictors", predictors(results).markdown()
         yield f"{name} rates", plain(regret_table(rate_regret(results.cells), len(results.cells)))
         yield f"{name} ranking", "".join(map(plain, ranking_table(results.cells, rank_methods(results.cells))))
+        yield f"{name} traffic", f"{traffic(results).markdown()}\n{source(path, results.command)}\n"
     yield "advice", advice(studies()).markdown()
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -77,6 +78,9 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     shared, kept = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora"))
     times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, kept)))
     depths, uplink = results["passes-depths"][1], results["passes-bytes"][1]
+    rules = results["ranking-rules"][1]
+    fewest, most = (rules.cells[0].methods[name].get("bytes").mean or 0 for name in ("fed-sb", "fedavg"))
+    share = fewest / most
     best, rival = (rates[name].worst for name in ("copra", "lora"))
     at_equal_bytes = join_words(
         f"{POINTS.show(gain(one, 'lora+shared', 'lora'))} ({one.split})" for one in equal_bytes.cells
@@ -111,6 +115,13 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             f"`{uplink.command}`",
         ],
         [
+            "bytes up and down, very few of them",
+            'LoRA, `rule = "fed-sb"`',
+            f"{POINTS.show(gain(rules.cells[0], 'fed-sb', 'fedavg'))} points against FedAvg at the same rounds "
+            f"({rules.cells[0].split}), with {100 * share:.0f} % of the bytes",
+            f"`{rules.command}`",
+        ],
+        [
             "weak clients: little memory, slow processors",
             "LoRA, `client-depths` (method `depth-tiers`)",
             f"{POINTS.show(gain(depths.cells[0], 'depth-tiers', 'strong-clients'))} points over leaving them out "
@@ -143,6 +154,20 @@ def plain(shown: DataTable) -> str:
 def source(path: Path, command: str) -> str:
     """Return the sentence below a table: its file, and the command that wrote the file."""
     return f"From `experiments/results/{path.name}`.\nCommand: `{command}`."
+
+
+def traffic(results: StudyResults) -> DataTable:
+    """Return test accuracy and bytes of every method, the most accurate of each cell first."""
+    rows = []
+    for cell in results.cells:
+        for name in sorted(cell.methods, key=lambda name: -(cell.methods[name].get("test_accuracy").mean or 0)):
+            method = cell.methods[name]
+            up, down = (f"{(method.get(metric).mean or 0) / 1e6:.1f}" for metric in ("bytes_up", "bytes_down"))
+            against = "" if name == cell.baseline else POINTS.show(gain(cell, name, cell.baseline))
+            rate, accuracy = f"{cell.rates[name].chosen:g}", TEST_ACCURACY.show(method.get("test_accuracy"))
+            rows.append([figures.label(cell), name, rate, accuracy, against, up, down])
+    difference = f"minus {results.cells[0].baseline}, points"
+    return DataTable(["cell", "method", "rate", "test accuracy, %", difference, "MB up", "MB down"], rows)
 
 
 def copra_against(results: StudyResults) -> DataTable:
