@@ -150,7 +150,8 @@ def digest(name: str, place: str) -> str:
         module = import_new(top)
     except ImportError as error:
         raise ConfigError(f"plugin {name!r}: {top} cannot be imported: {error}") from None
-    return source_digest(*map(Path, getattr(module, "__path__", [module.__file__])))
+    folders = dict.fromkeys(getattr(module, "__path__", [module.__file__]))  # sys.path may have a folder twice
+    return source_digest(*map(Path, folders))
 
 
 def import_folders(configs: Iterable[Config]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -79,6 +81,16 @@ def test_a_federation_of_plugins_trains_and_names_their_digests(tiny: Settings, 
         tracking.update()
     accuracies = pd.read_csv(run.with_suffix(".csv"))["accuracy"].tolist()
     assert accuracies == [record.validation.accuracy for record in load_run(run).journal if record.validation]
+
+
+def test_the_digest_is_that_of_the_files_where_sys_path_has_their_folder_twice(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the server app (`server/app.py`). Without ``__init__.py``, a package's path follows sys.path."""
+    once = plugins.digest("rule", "hospital.rules")
+    monkeypatch.setattr(sys, "path", [*sys.path, *sys.path])
+    assert len(importlib.import_module("hospital").__path__) == 2
+    assert plugins.digest("rule", "hospital.rules") == once
 
 
 def test_the_rule_of_the_page_is_the_mean_by_loss(hospital: Path) -> None:
