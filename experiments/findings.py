@@ -163,7 +163,7 @@ def traffic(results: StudyResults) -> DataTable:
         for name in sorted(cell.methods, key=lambda name: -(cell.methods[name].get("test_accuracy").mean or 0)):
             method = cell.methods[name]
             up, down = (f"{(method.get(metric).mean or 0) / 1e6:.1f}" for metric in ("bytes_up", "bytes_down"))
-            against = "" if name == cell.baseline else POINTS.show(gain(cell, name, cell.baseline))
+            against = POINTS.show(cell.differences[name].get(POINTS.metric)) if name in cell.differences else ""
             rate, accuracy = f"{cell.rates[name].chosen:g}", TEST_ACCURACY.show(method.get("test_accuracy"))
             rows.append([figures.label(cell), name, rate, accuracy, against, up, down])
     difference = f"minus {results.cells[0].baseline}, points"

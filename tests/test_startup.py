@@ -31,7 +31,7 @@ def test_the_apps_import_nothing_large() -> None:
 def test_the_server_app_is_imported_while_flower_removes_a_folder_from_sys_path() -> None:
     """Flower's main thread does so while the app's thread imports; here a finder does it at the worst moment."""
     code = """
-import importlib.machinery, os, sys, sysconfig
+import os, sys, sysconfig
 removed = []
 class Meddler:
     def find_spec(self, name, target=None):

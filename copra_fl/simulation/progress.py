@@ -28,8 +28,8 @@ BAR_WIDTH = 12
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
 #: Flower's status of a run whose server app has not ended
 STARTING = ("pending", "starting", "running")
-#: lines of a log that name an error, the most telling first: the class of an exception, or a level
-ERRORS = (re.compile(r"\w(Error|Exception)\b"), re.compile(r"\b(ERROR|CRITICAL)\b"))
+#: a line of a log that names an error: a level, or the class of an exception
+ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|\w(Error|Exception)\b")
 
 
 @dataclass
@@ -212,8 +212,9 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of Flower's log that names an exception, else an error, without colors."""
+    """Return the last line of Flower's log that names an error, without colors; an exit code only if nothing else."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [COLORS.sub("", line).strip() for line in text.splitlines()]
-    named = (line for error in ERRORS for line in reversed(lines) if error.search(line))
-    return next(named, "its log names no error")
+    errors = [line for line in lines if ERROR.search(line)]
+    causes = [line for line in errors if "Exit Code:" not in line]
+    return next(reversed(causes or errors), "its log names no error")
