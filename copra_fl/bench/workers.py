@@ -206,11 +206,19 @@ def _worker_main(
     with suppress(EOFError, BrokenPipeError):  # the benchmark was stopped
         while (job := pipe.recv()) is not None:
             config, server_round, row = job
-            adapter = layout.unflatten(torch.from_numpy(row))
-            updates = train(Plan(server_round, clients, config), adapter)
-            average = layout.flatten(weighted_average(adapter, updates, "examples", {})).numpy()
-            pipe.send((average, sum(update.num_examples for update in updates)))
+            pipe.send(_trained_average(train, Plan(server_round, clients, config), layout, row))
         pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _trained_average(train: Train, plan: Plan, layout: Layout, row: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the average of the clients of `plan`, trained from the adapter `row`, and their number of examples.
+
+    The updates are freed on return; otherwise they would add to the memory of the next round.
+    """
+    adapter = layout.unflatten(torch.from_numpy(row))
+    updates = train(plan, adapter)
+    average = layout.flatten(weighted_average(adapter, updates, "examples", {})).numpy()
+    return average, sum(update.num_examples for update in updates)
 
 
 def matmul_rate(split: CoreSplit, dtype: str, device: str) -> float:
