@@ -17,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.text import Text
 
 from copra_fl import events
 from copra_fl.aggregation import accounting
@@ -69,6 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"dataset": "one-class.csv"}, "has one label only"),
         ({"dataset": "small.csv", "num-clients": 50}, "num-clients = 50"),
         ({"target-modules": "query,valeu"}, "target-modules: 'valeu' matches no linear module"),
+        ({"target-modules": "layer.7.attention.self.query"}, "encoder.layer.0.attention.self.query names one of them"),
         ({"model": "no/such-model"}, "run `hf download no/such-model --local-dir FOLDER` on a machine with a network"),
         ({"max-length": 513}, "max-length = 513 is more than the 512 tokens that model ="),
         ({"num-clients": 0}, "num-clients = 0: set the number of clients to simulate"),
@@ -253,6 +255,13 @@ def test_every_argument_and_option_has_help() -> None:
     for words, command in all_commands(root_command(), []):
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{words}: {parameter.name}"
+
+
+def test_help_shows_words_in_brackets() -> None:
+    """Rich takes [study] for a style and drops it, unless it is escaped."""
+    for words, command in all_commands(root_command(), []):
+        for text in [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]:
+            assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "["), words
 
 
 def test_every_example_in_help_is_a_command_with_known_options() -> None:

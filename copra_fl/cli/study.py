@@ -26,7 +26,7 @@ FileArgument = Annotated[
     str,
     typer.Argument(
         metavar="FILE",
-        help="Recipe with a table [study]: a TOML file, or the name of a built-in recipe.",
+        help="Recipe with a table \\[study]: a TOML file, or the name of a built-in recipe.",
         show_default=False,
     ),
 ]

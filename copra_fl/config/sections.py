@@ -131,7 +131,11 @@ class ModelConfig:
         "", "SHA-256 that the base weights must have, as sha256sum prints it; empty: that of the server's weights"
     )
     pooling: str = option("mean", "pooling of token features for the head", choices=("mean", "cls", "pooler"))
-    target_modules: str = option("query,value", "linear modules that get an adapter, comma-separated, or all-linear")
+    target_modules: str = option(
+        "query,value",
+        "linear modules that get an adapter, by name or by the end of their path (layer.5.attention.self.query), "
+        "comma-separated, or all-linear",
+    )
     rank: int = option(8, "LoRA rank r", low=1)
     lora_alpha: float = option(16.0, "LoRA alpha", above=0)
     lora_scaling: str = option(

@@ -129,17 +129,21 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
 
 
 def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
-    """Return `target_modules` in PEFT's form. Raises ConfigError for a target that matches no linear module."""
+    """Return `target_modules` in PEFT's form: names of modules, or the ends of their dotted paths.
+
+    Raises ConfigError for a target that matches no linear module.
+    """
     if target_modules == "all-linear":
         return target_modules
     kinds = nn.Linear, Conv1D  # GPT-2's Conv1D is a linear layer too
-    linear = sorted({name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, kinds)})
+    linear = [name for name, module in base.named_modules() if isinstance(module, kinds)]
     targets = [target.strip() for target in target_modules.split(",")]
     for target in targets:
-        if target not in linear:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            last_names = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
                 f"target-modules: {target!r} matches no linear module of the model; its linear modules are "
-                f"{', '.join(linear)}"
+                f"{', '.join(last_names)}, and {linear[0]} names one of them alone"
             )
     return targets
 

@@ -36,6 +36,7 @@ CASES: dict[str, Settings] = {
                                     "local-training": "lora", "off": "global"},
     "a gate per module": {"gate-group": "module"},
     "all linear, pooler": {"target-modules": "all-linear", "pooling": "pooler"},
+    "modules of two layers": {"target-modules": "layer.0.attention.self.query,layer.2.attention.self.value"},
     "cls": {"pooling": "cls"},
     "micro-batches": {"gradient-accumulation": 3, "lora-dropout": 0.2},
     "epochs: unequal steps, short last batches": {"local-epochs": 2, "gradient-accumulation": 2, "alpha": 0.2,
