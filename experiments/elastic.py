@@ -1,0 +1,168 @@
+"""Elastic adapters in a federation: do CopRA's adapters with fewer layers beat LoRA's, repaired after pruning?
+
+Devices keep some layers of one adapter. Its elastic score (`probes.elastic`) is measured twice for each run: as
+trained, and with each subset of the layers repaired: all clients train the layers that are kept, and the head, for one
+epoch in rounds like those of the run, with FedAvg and plain LoRA. A repair costs a federation of its own for each
+subset; CopRA's promise is to need none.
+
+    copra-fl study passes --grids partial --output runs/passes
+    python -m experiments.elastic runs/passes/partial/fashion/12x10/test --date 20261128
+
+The folder is that of a comparison. A finished run's measures are kept in its folder, so the command can be stopped and
+started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from copra_fl import startup
+
+startup.prepare()
+
+from copra_fl import provenance
+from copra_fl.adapters.state import Adapter
+from copra_fl.aggregation.rules.fedavg import weighted_average
+from copra_fl.files import write_json
+from copra_fl.probes import pruned_adapters
+from copra_fl.probes.elastic import subsets
+from copra_fl.probes.open_run import OpenRun, open_run
+from copra_fl.probes.pruned_adapters import SHARES, size_of
+from copra_fl.reporting.data_table import DataTable
+from copra_fl.reporting.statistics import estimate
+from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
+from copra_fl.seeding import generator
+from copra_fl.training.engine import open_engine
+from copra_fl.training.evaluation import evaluate_each
+from copra_fl.training.plan import Plan, Start
+
+RESULTS = Path(__file__).parent / "results"
+STATES = ("as trained", "repaired")
+#: state -> share of the layers -> mean test accuracy over the subsets
+Scores = dict[str, dict[str, float]]
+
+
+def rounds_per_epoch(run: OpenRun) -> int:
+    """Return the number of rounds in which the client with the most examples sees all of them once."""
+    training = run.config.training
+    return -(-max(map(len, run.data.train)) // (training.batch_size * training.local_steps))
+
+
+def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, float]:
+    """Train the final adapter with only `modules` in it for some rounds; return it and its test accuracy.
+
+    The rounds continue those of the run: their batches are new, and the moments of the optimizers begin anew.
+    """
+    config = run.config.changed(
+        target_modules=",".join(module.removeprefix("base_model.model.") for module in modules),
+        local_training="lora",
+        num_rounds=run.num_rounds + rounds,
+    )
+    engine = open_engine(config.training.engine, config.model, config.copra.gate_group, len(run.data.label_names), 0)
+    adapter = {name: run.adapter[name] for name in engine.model.read_adapter()}
+    clients = tuple(range(len(run.data.train)))
+    starts = dict.fromkeys(clients, Start(adapter))
+    for server_round in range(run.num_rounds + 1, config.federation.num_rounds + 1):
+        plan = Plan(server_round, clients, config)
+        slices = engine.slices(run.data, plan)
+        updates = [one for part in slices for one in engine.train(run.data, plan, part, starts, lambda done: None)]
+        adapter = weighted_average(adapter, updates, config.aggregation.weighting, engine.model.group_of)
+        starts = {update.client: Start(adapter, optimizer=update.optimizer) for update in updates}
+    [metrics] = evaluate_each(engine, [adapter], run.data, run.indices("test"), config.evaluation.eval_batch_size)
+    return adapter, metrics["accuracy"]
+
+
+def measure(run: OpenRun, max_subsets: int) -> Scores:
+    """Return the accuracies of a run's adapter; the subsets are the same for all runs with as many layers."""
+    layers = pruned_adapters.layers(run.adapter)
+    scores: Scores = {state: {} for state in STATES}
+    for share in SHARES:
+        size = size_of(share, len(layers))
+        kept = [
+            [module for modules, keep in zip(layers.values(), row, strict=True) if keep for module in modules]
+            for row in subsets(len(layers), size, max_subsets, generator(0, "elastic", len(layers), size))
+        ]
+        pruned = run.score([pruned_adapters.keep(run.adapter, modules) for modules in kept], "test")
+        scores["as trained"][str(share)] = fmean(metrics["accuracy"] for metrics in pruned)
+        scores["repaired"][str(share)] = (
+            fmean(repair(run, modules, rounds_per_epoch(run))[1] for modules in kept)
+            if size < len(layers)
+            else scores["as trained"][str(share)]
+        )
+    return scores
+
+
+def measured_once(folder: Path, max_subsets: int) -> Scores:
+    """Return the measures of the run in `folder`, which keeps them."""
+    path = folder / f"elastic-{max_subsets}.json"
+    if not path.exists():
+        print(folder.name, file=sys.stderr)
+        write_json(path, measure(open_run(folder), max_subsets))
+    scores: Scores = json.loads(path.read_text(encoding="utf-8"))
+    return scores
+
+
+def table(facts: Mapping[str, Any]) -> DataTable:
+    """Return one row per method and state: accuracies by share of the layers, the elastic score, and its difference.
+
+    The difference is that from the first method's repaired adapters, paired by seed.
+    """
+    measured: Mapping[str, Sequence[Scores]] = facts["measured"]
+    rival = [fmean(scores["repaired"].values()) for scores in next(iter(measured.values()))]
+    rows = []
+    for method, runs in measured.items():
+        for state in STATES:
+            by_share = [[scores[state][str(share)] for scores in runs] for share in SHARES]
+            elastic = [fmean(scores[state].values()) for scores in runs]
+            difference = estimate([ours - theirs for ours, theirs in zip(elastic, rival, strict=True)])
+            rows.append(
+                [
+                    method,
+                    state,
+                    *(f"{100 * fmean(values):.1f}" for values in by_share),
+                    TEST_ACCURACY.show(estimate(elastic)),
+                    POINTS.show(difference) if elastic != rival else "",
+                ]
+            )
+    first = next(iter(measured))
+    headings = ["all layers", *(f"{share:.0%} of them" for share in SHARES[1:])]
+    return DataTable(["method", "adapter", *headings, "elastic score, %", f"minus {first} repaired, points"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the runs of a comparison, and write ``elastic-SPLIT-DATE.json``."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.elastic", description=__doc__.partition("\n")[0])
+    parser.add_argument("comparison", type=Path, help="folder of a comparison, SPLIT/REGIME/test of a study")
+    parser.add_argument("--methods", default="lora,copra,anchored,stochastic-depth", help="the first is the rival")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--subsets", type=int, default=4, help="maximum number of subsets of each size")
+    parser.add_argument("--date", required=True, help="date in the name of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    folders = {
+        method: [options.comparison / f"{method}-seed{seed}" for seed in options.seeds.split(",")]
+        for method in options.methods.split(",")
+    }
+    split = options.comparison.absolute().parts[-3]
+    measured = {name: [measured_once(folder, options.subsets) for folder in runs] for name, runs in folders.items()}
+    facts = {
+        "command": shlex.join(["python", "-m", "experiments.elastic", *(arguments or sys.argv[1:])]),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "split": split,
+        "subsets": options.subsets,
+        "measured": measured,
+    }
+    write_json(options.results / f"elastic-{split}-{options.date}.json", facts)
+    print(table(facts).markdown())
+
+
+if __name__ == "__main__":
+    main()
