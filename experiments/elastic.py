@@ -18,10 +18,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from copra_fl import startup
 
@@ -35,16 +34,13 @@ from copra_fl.probes import pruned_adapters
 from copra_fl.probes.elastic import subsets
 from copra_fl.probes.open_run import OpenRun, open_run
 from copra_fl.probes.pruned_adapters import SHARES, size_of
-from copra_fl.reporting.data_table import DataTable
-from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
 from copra_fl.seeding import generator
 from copra_fl.training.engine import open_engine
 from copra_fl.training.evaluation import evaluate_each
 from copra_fl.training.plan import Plan, Start
+from experiments import findings
 
 RESULTS = Path(__file__).parent / "results"
-STATES = ("as trained", "repaired")
 #: state -> share of the layers -> mean test accuracy over the subsets
 Scores = dict[str, dict[str, float]]
 
@@ -82,7 +78,7 @@ def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, 
 def measure(run: OpenRun, max_subsets: int) -> Scores:
     """Return the accuracies of a run's adapter; the subsets are the same for all runs with as many layers."""
     layers = pruned_adapters.layers(run.adapter)
-    scores: Scores = {state: {} for state in STATES}
+    scores: Scores = {"as trained": {}, "repaired": {}}
     for share in SHARES:
         size = size_of(share, len(layers))
         kept = [
@@ -107,33 +103,6 @@ def measured_once(folder: Path, max_subsets: int) -> Scores:
         write_json(path, measure(open_run(folder), max_subsets))
     scores: Scores = json.loads(path.read_text(encoding="utf-8"))
     return scores
-
-
-def table(facts: Mapping[str, Any]) -> DataTable:
-    """Return one row per method and state: accuracies by share of the layers, the elastic score, and its difference.
-
-    The difference is that from the first method's repaired adapters, paired by seed.
-    """
-    measured: Mapping[str, Sequence[Scores]] = facts["measured"]
-    rival = [fmean(scores["repaired"].values()) for scores in next(iter(measured.values()))]
-    rows = []
-    for method, runs in measured.items():
-        for state in STATES:
-            by_share = [[scores[state][str(share)] for scores in runs] for share in SHARES]
-            elastic = [fmean(scores[state].values()) for scores in runs]
-            difference = estimate([ours - theirs for ours, theirs in zip(elastic, rival, strict=True)])
-            rows.append(
-                [
-                    method,
-                    state,
-                    *(f"{100 * fmean(values):.1f}" for values in by_share),
-                    TEST_ACCURACY.show(estimate(elastic)),
-                    POINTS.show(difference) if elastic != rival else "",
-                ]
-            )
-    first = next(iter(measured))
-    headings = ["all layers", *(f"{share:.0%} of them" for share in SHARES[1:])]
-    return DataTable(["method", "adapter", *headings, "elastic score, %", f"minus {first} repaired, points"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "measured": measured,
     }
     write_json(options.results / f"elastic-{split}-{options.date}.json", facts)
-    print(table(facts).markdown())
+    print(findings.elastic(facts).markdown())
 
 
 if __name__ == "__main__":

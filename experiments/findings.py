@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGE = ROOT / "docs" / "explanations" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
-BLOCK = re.compile(r"(<!-- (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<name>[\w. -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAPERS_MEASURES = (
     "alone",
     "factor path: accuracy at the midpoint",
@@ -66,6 +66,9 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield f"{name} ranking", "".join(map(plain, ranking_table(results.cells, rank_methods(results.cells))))
         yield f"{name} traffic", f"{traffic(results).markdown()}\n{source(path, results.command)}\n"
     yield "advice", advice(studies()).markdown()
+    for path in sorted(RESULTS.glob("elastic-*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        yield f"elastic {facts['split']}", f"{elastic(facts).markdown()}\n{source(path, facts['command'])}\n"
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
     yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
@@ -82,9 +85,6 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     fewest, most = (rules.cells[0].methods[name].get("bytes").mean or 0 for name in ("fed-sb", "fedavg"))
     share = fewest / most
     best, rival = (rates[name].worst for name in ("copra", "lora"))
-    at_equal_bytes = join_words(
-        f"{POINTS.show(gain(one, 'lora+shared', 'lora'))} ({one.split})" for one in equal_bytes.cells
-    )
     rows = [
         [
             "none",
@@ -104,29 +104,27 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             "bytes up and down",
             'LoRA, `optimizer-state = "client"`, more and shorter rounds',
             "level with shared moments at the same bytes and steps, in three times the rounds: shared minus kept is "
-            f"{at_equal_bytes} points",
+            f"{gains(equal_bytes, 'lora+shared', 'lora')} points",
             f"`{equal_bytes.command}`",
         ],
         [
             "bytes up",
             'LoRA, `uplink-dtype = "int8"`, four times the rounds',
-            f"{POINTS.show(gain(uplink.cells[0], 'int8', 'lora'))} points over float32 at the same MB up "
-            f"({uplink.cells[0].split}; a fifth more steps)",
+            f"{gains(uplink, 'int8', 'lora')} points over float32 at the same MB up (with a fifth more steps)",
             f"`{uplink.command}`",
         ],
         [
             "bytes up and down, very few of them",
             'LoRA, `rule = "fed-sb"`',
-            f"{POINTS.show(gain(rules.cells[0], 'fed-sb', 'fedavg'))} points against FedAvg at the same rounds "
-            f"({rules.cells[0].split}), with {100 * share:.0f} % of the bytes",
+            f"{gains(rules, 'fed-sb', 'fedavg')} points against FedAvg at the same rounds, with "
+            f"{100 * share:.0f} % of the bytes",
             f"`{rules.command}`",
         ],
         [
             "weak clients: little memory, slow processors",
             "LoRA, `client-depths` (method `depth-tiers`)",
-            f"{POINTS.show(gain(depths.cells[0], 'depth-tiers', 'strong-clients'))} points over leaving them out "
-            f"({depths.cells[0].split}); {POINTS.show(gain(depths.cells[0], 'depth-tiers', 'lora'))} from clients that "
-            "could all train everything",
+            f"{gains(depths, 'depth-tiers', 'strong-clients')} points over leaving them out; "
+            f"{gains(depths, 'depth-tiers', 'lora')} from clients that could all train everything",
             f"`{depths.command}`",
         ],
         [
@@ -144,6 +142,11 @@ def gain(cell: CellResults, method: str, rival: str) -> Estimate:
     """Return the test accuracy of `method` minus that of `rival`, paired by seed."""
     pairs = zip(*(cell.methods[name].get("test_accuracy").values for name in (method, rival)), strict=True)
     return estimate([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def gains(results: StudyResults, method: str, rival: str) -> str:
+    """Return `gain` in points for each cell, with the name of its data split."""
+    return join_words(f"{POINTS.show(gain(cell, method, rival))} ({cell.split})" for cell in results.cells)
 
 
 def plain(shown: DataTable) -> str:
@@ -205,6 +208,32 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
     return DataTable(
         ["measure (%, points; barriers in nats)", "lora", "copra", "copra − lora", "published elsewhere"], rows
     )
+
+
+def elastic(facts: Mapping[str, Any]) -> DataTable:
+    """Return accuracies by share of the layers and the elastic score: one row per method and state of its adapters.
+
+    The last column is the difference from the first method's repaired adapters, paired by seed.
+    """
+    measured: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]] = facts["measured"]
+    rival, *_ = measured
+    shares = list(measured[rival][0]["repaired"])
+    rival_scores = [fmean(scores["repaired"].values()) for scores in measured[rival]]
+    rows = []
+    for method, runs in measured.items():
+        for state in ("as trained", "repaired"):
+            by_share = [
+                100 * fmean(values) for values in zip(*(scores[state].values() for scores in runs), strict=True)
+            ]
+            elastic_scores = [fmean(scores[state].values()) for scores in runs]
+            pairs = zip(elastic_scores, rival_scores, strict=True)
+            difference = POINTS.show(estimate([ours - theirs for ours, theirs in pairs]))
+            is_rival = (method, state) == (rival, "repaired")
+            accuracies = [f"{100 * accuracy:.1f}" for accuracy in by_share]
+            score = TEST_ACCURACY.show(estimate(elastic_scores))
+            rows.append([method, state, *accuracies, score, "" if is_rival else difference])
+    headings = [f"{float(share):.0%} of the layers" for share in shares]
+    return DataTable(["method", "adapter", *headings, "elastic score, %", f"minus {rival} repaired, points"], rows)
 
 
 def images(page: str) -> Iterator[tuple[str, Figure]]:
