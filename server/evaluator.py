@@ -110,8 +110,12 @@ class Evaluator:
         return tuple(records)
 
     def test(self, state: ServerState) -> tuple[Evaluation | None, Evaluation | None]:
-        """Return the final model's metrics on the test data and on the held-out clients; None without such data."""
-        if not self.config.data.dataset or find_rule(self.config.aggregation.rule).personal:
+        """Return the final model's metrics on the test data and on the held-out clients.
+
+        None without such data, with a personal rule, and without ``final-test``.
+        """
+        config = self.config
+        if not config.evaluation.final_test or not config.data.dataset or find_rule(config.aggregation.rule).personal:
             return None, None
         (test,) = self.score([state.adapter], state.residual, self.data.test)
         if not len(self.data.held_out):

@@ -6,7 +6,9 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
@@ -19,7 +21,7 @@ from transformers import AutoModel
 from clients.app import app as client_app
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
-from copra_fl.adapters.state import difference, norm
+from copra_fl.adapters.state import Adapter, difference, norm
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
@@ -28,6 +30,7 @@ from copra_fl.records import Provenance, RecordError, RunSummary
 from copra_fl.simulation.run_folder import check_lengthened, write_config
 from copra_fl.training import batches, cohort, engine
 from server.errors import FederationError
+from server.evaluator import Evaluator
 from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, finished_run, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
@@ -156,6 +159,26 @@ def test_a_resume_completes_a_journal_that_misses_its_last_line(tiny: Settings, 
     (directory / "summary.json").unlink()
     run_federation(tiny, directory)
     assert (directory / "journal.jsonl").read_text() == whole
+
+
+def test_without_a_final_test_no_test_example_is_evaluated(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[np.ndarray] = []
+    score = Evaluator.score
+
+    def spy(self: Evaluator, adapters: list[Adapter], residual: Adapter, indices: np.ndarray) -> Any:
+        evaluated.append(indices)
+        return score(self, adapters, residual, indices)
+
+    monkeypatch.setattr(Evaluator, "score", spy)
+    directory = run_federation(tiny | {"final-test": False}, tmp_path / "run")
+    summary = RunSummary.from_json((directory / "summary.json").read_text())
+    assert summary.test is summary.held_out is summary.base_test is None
+    assert summary.validation is not None and (directory / "adapter" / "README.md").exists()
+    config = Config.from_flat(tiny)
+    test = load_data(config, load_processor(config.model)).test
+    assert len(test) and not np.isin(np.concatenate(evaluated), test).any()
 
 
 def test_peft_opens_the_final_adapter_and_agrees_on_the_test(tiny: Settings, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import plotly.graph_objects as go
@@ -113,6 +114,27 @@ def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
     assert two.startswith("Too few seeds to tell: copra ends 2.5 points above lora in test accuracy (95 % interval ")
     one = verdict(summarize(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
     assert "neither method can be called better" in one
+
+
+@pytest.mark.parametrize("methods", [["lora"], ["lora", "copra"], ["lora", "copra", "flora"]])
+def test_runs_without_a_final_test_are_compared_on_validation_data(tmp_path: Path, methods: list[str]) -> None:
+    folder = write_comparison(tmp_path / "untested", [0, 1, 2], methods)
+    means = {}
+    for method in methods:
+        accuracies = []
+        for path in folder.glob(f"{method}-seed*/summary.json"):
+            summary = json.loads(path.read_text())
+            accuracies.append(summary["validation"]["accuracy"])
+            path.write_text(json.dumps(summary | {"test": None, "base_test": None, "base_validation": None}))
+        means[method] = f"{100 * fmean(accuracies):.1f}"
+    summary = summarize(load_comparison(folder))
+    shown = results_table(summary)
+    column = shown.header.index("validation accuracy, %")
+    assert "test accuracy, %" not in shown.header
+    by_method = {row[column - 1]: row[column].partition(" ")[0] for row in shown.rows}
+    assert {method: by_method[method] for method in methods} == means
+    sentences = verdict(summary)
+    assert "validation accuracy" in sentences and "test accuracy" not in sentences
 
 
 def test_missing_and_unfinished_runs_are_listed_and_not_averaged(comparison: Path) -> None:

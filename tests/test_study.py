@@ -68,7 +68,8 @@ def test_tuning_and_test_runs_differ_in_rate_seed_and_tuning_settings_only(tiny:
     (cell,) = cells(make_study(tiny, tuning={"seeds": [10], "learning-rates": [0.01], "settings": {"path-pairs": 0}}))
     tuning, test = cell.tuning_config("lora", 0.01, 10), cell.config("lora", 0.005, 0)
     changed = {difference.partition(":")[0] for difference in tuning.differences(test)}
-    assert changed == {"learning-rate", "seed", "path-pairs"}
+    assert changed == {"learning-rate", "seed", "path-pairs", "final-test"}
+    assert not tuning.evaluation.final_test, "test data serve for the last number only"
     head = cell.config("head", 0.005, 0).training
     assert (
         head.head_learning_rate == 0.005

@@ -469,6 +469,11 @@ class EvaluationConfig:
         0, "evaluations in a row without a new best validation accuracy after which a run ends; 0: no limit", low=0
     )
     eval_batch_size: int = option(64, "examples per evaluation batch", low=1)
+    final_test: bool = option(
+        True,
+        "evaluate the final model on the test data and on held-out clients; false: in runs that choose settings, which "
+        "test data must not influence",
+    )
     client_eval_examples: int = option(
         200, "maximum number of its validation examples that each client evaluates at the end", low=1
     )

@@ -229,7 +229,7 @@ class RunSummary(Record):
     Attributes:
         method: local training.
         personal: whether each client keeps a part of the model, so that there is no global model to test.
-        test: on test data; None for a personal rule or a server without data.
+        test: on test data; None for a personal rule, a server without data, or without ``final-test``.
         held_out: on the clients that are held out whole; None without such clients.
         base_test, base_validation: of the model before the first round; None where `test` is None, and in summaries
             from before it was measured.

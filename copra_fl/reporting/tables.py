@@ -44,6 +44,7 @@ class Column:
 
 
 TEST_ACCURACY = Column("test accuracy, %", "test_accuracy", scale=100)
+VALIDATION_ACCURACY = Column("validation accuracy, %", "validation_accuracy", scale=100)
 TEST_LOSS = Column("test loss", "test_loss", spec=".3f")
 POINTS = replace(TEST_ACCURACY, spec="+.1f")
 CLIENT_ACCURACY = Column("client accuracy, %", "client_accuracy", scale=100)
@@ -86,9 +87,11 @@ COLUMNS = (TEST_ACCURACY, MACRO_F1, replace(CLIENT_ACCURACY, interval=False), *C
 def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMNS, caption: str = "") -> DataTable:
     """Return one row per method: up to two methods in their order with their difference, more methods ranked.
 
-    `columns` begins with the test accuracy, which the ranking follows. The last rows are what a method must exceed: the
-    accuracy of always predicting the most frequent class (majority class), and of the model before round 1.
+    `columns` begins with the test accuracy, which `compared_by` may replace. The last rows are what a method must
+    exceed: the accuracy of always predicting the most frequent class (majority class), and of the model before round 1.
     """
+    lead = compared_by(summary)
+    columns = [replace(lead, interval=columns[0].interval), *columns[1:]]
     columns = [column for column in columns if column.metric not in OPTIONAL or measured([column], [summary])]
     headings = [column.heading for column in columns]
     if not is_ranked(summary):
@@ -99,15 +102,21 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
         return DataTable(["method", *headings], cells, f"{caption} {note(summary, cells)}".lstrip(), dividers=dividers)
     header = ["", "method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
     narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
-    points = replace(POINTS, interval=columns[0].interval)
+    points = replace(POINTS, metric=lead.metric, interval=columns[0].interval)
     ranked = []
     for place, method in ranking(summary):
         name, accuracy, *others = _cells(summary, method, narrow)
-        difference = "" if method == summary.baseline else points.show(summary.differences[method].get(POINTS.metric))
+        difference = "" if method == summary.baseline else points.show(summary.differences[method].get(points.metric))
         ranked.append([NO_VALUE if place is None else str(place), name, accuracy, difference, *others])
     lines = [["", name, value, *[""] * (len(header) - 3)] for name, value in references(summary)]
     caption = f"{caption} {note(summary, ranked)}".lstrip()
     return DataTable(header, [*ranked, *lines], caption, dividers={len(ranked)} if lines else ())
+
+
+def compared_by(summary: ComparisonSummary) -> Column:
+    """Return the test accuracy, by which methods are compared; without ``final-test`` the validation accuracy."""
+    on_validation = measured([VALIDATION_ACCURACY], [summary]) and not measured([TEST_ACCURACY], [summary])
+    return VALIDATION_ACCURACY if on_validation else TEST_ACCURACY
 
 
 def references(summary: ComparisonSummary) -> list[tuple[str, str]]:
@@ -271,22 +280,23 @@ def is_ranked(summary: ComparisonSummary) -> bool:
 
 
 def ranking(summary: ComparisonSummary) -> list[tuple[int | None, str]]:
-    """Return (place, method), by test accuracy. Last and without a place: methods that have no test accuracy (yet).
+    """Return (place, method), by the accuracy of `compared_by`. Last and without a place: methods without it (yet).
 
-    Methods whose test accuracies look equal, as they are rounded in tables, share a place.
+    Methods whose accuracies look equal, as they are rounded in tables, share a place.
     """
+    lead = compared_by(summary)
 
     def mean(method: str, metric: str) -> float:
         value = summary.methods[method].get(metric).mean
         return -1.0 if value is None else value
 
     def order(method: str) -> tuple[bool, float, float]:
-        return method in summary.personal, -mean(method, "test_accuracy"), -mean(method, "client_accuracy")
+        return method in summary.personal, -mean(method, lead.metric), -mean(method, "client_accuracy")
 
     ordered = sorted(summary.methods, key=order)
-    shown = [TEST_ACCURACY.format(mean(method, "test_accuracy")) for method in ordered]
+    shown = [lead.format(mean(method, lead.metric)) for method in ordered]
     return [
-        (shown.index(value) + 1 if mean(method, "test_accuracy") >= 0 else None, method)
+        (shown.index(value) + 1 if mean(method, lead.metric) >= 0 else None, method)
         for method, value in zip(ordered, shown, strict=True)
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from copra_fl.records import ComparisonSummary
-from copra_fl.reporting.tables import CLIENT_ACCURACY, POINTS, TEST_ACCURACY, is_ranked, ranking
+from copra_fl.reporting.tables import CLIENT_ACCURACY, POINTS, Column, compared_by, is_ranked, ranking
 from copra_fl.wording import join_words
 
 #: with fewer paired seeds no verdict is given: two values hardly show how much results vary
@@ -13,7 +13,7 @@ MIN_SEEDS = 3
 
 
 def verdict(summary: ComparisonSummary) -> str:
-    """Return what the test accuracies show, in plain sentences."""
+    """Return what the accuracies of `compared_by` show, in plain sentences."""
     if is_ranked(summary):
         return " ".join(_verdict_on_many(summary))
     if not summary.differences:
@@ -32,19 +32,25 @@ def _verdict_on_one(summary: ComparisonSummary, method: str) -> str:
             f"With {method} each client keeps its own model, so there is no global model to test; on the clients' own "
             f"validation data these models reach an accuracy of {accuracy} %."
         )
-    return f"{method} reaches a test accuracy of {TEST_ACCURACY.show(estimates.get('test_accuracy'))} %."
+    lead = compared_by(summary)
+    return f"{method} reaches a {name_of(lead)} of {lead.show(estimates.get(lead.metric))} %."
+
+
+def name_of(column: Column) -> str:
+    """Return a column's heading without its unit."""
+    return column.heading.partition(",")[0]
 
 
 def _verdict_on_two(summary: ComparisonSummary, method: str) -> str:
-    baseline, differences = summary.baseline, summary.differences[method]
+    baseline, differences, lead = summary.baseline, summary.differences[method], compared_by(summary)
     if not differences.seeds:
         return f"{method} cannot be compared with {baseline} yet: no seed has finished with both."
-    mean, interval = differences.get("test_accuracy").mean, differences.get("test_accuracy").interval
+    mean, interval = differences.get(lead.metric).mean, differences.get(lead.metric).interval
     if mean is None:
         results = " ".join(_verdict_on_one(summary, name) for name in (baseline, method))
         return f"{results} The two can only be compared on the clients' own data."
     result = (
-        f"{method} ends {100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'} {baseline} in test accuracy"
+        f"{method} ends {100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'} {baseline} in {name_of(lead)}"
     )
     if interval is None:
         return (
@@ -64,19 +70,19 @@ def _verdict_on_two(summary: ComparisonSummary, method: str) -> str:
 
 
 def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
-    baseline, methods = summary.baseline, summary.methods
+    baseline, methods, lead = summary.baseline, summary.methods, compared_by(summary)
     best = next((method for place, method in ranking(summary) if place), None)
     if best is None:
         yield "No method has a test accuracy yet; the charts by round show their progress."
     else:
-        highest = TEST_ACCURACY.format(methods[best].get("test_accuracy").mean)
+        highest = lead.format(methods[best].get(lead.metric).mean)
         first = [method for place, method in ranking(summary) if place == 1]
         has = f"{best} has" if len(first) == 1 else f"{join_words(first)} have"
-        yield f"{has} the highest test accuracy of {len(methods)} methods, {highest} %."
+        yield f"{has} the highest {name_of(lead)} of {len(methods)} methods, {highest} %."
     differences = {
         method: difference
         for method, estimates in summary.differences.items()
-        if (difference := estimates.get("test_accuracy")).mean is not None
+        if (difference := estimates.get(lead.metric)).mean is not None
     }
     intervals = {method: difference.interval for method, difference in differences.items() if difference.interval}
     above = [method for method, (low, _) in intervals.items() if low > 0]

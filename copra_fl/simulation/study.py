@@ -66,8 +66,9 @@ class StudyCell:
         return Config.from_flat(config.to_flat() | regime | {rate_key(config): rate})
 
     def tuning_config(self, method: str, rate: float, seed: int) -> Config:
-        """Return the configuration of a tuning run: that of a test run with the settings of ``[study.tuning]``."""
-        return Config.from_flat(self.config(method, rate, seed).to_flat() | self.tuning["settings"])
+        """Return the configuration of a tuning run: the settings of ``[study.tuning]``, and no look at test data."""
+        settings = {**self.tuning["settings"], "final-test": False}
+        return Config.from_flat(self.config(method, rate, seed).to_flat() | settings)
 
 
 def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tuple[str, Iterator[StudyCell]]]:
