@@ -100,8 +100,8 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": []}, r"methods = \[\] must be at least one method"),
-        ({"methods": ["lora", "lora"]}, "must be at least one method, each once"),
+        ({"methods": ["lora", "lora"]}, "method 'lora' is named twice; name it once"),
+        ({"methods": []}, "methods is empty; name at least one method"),
         ({"methods": {"a/b": {}}}, "method 'a/b': the name of a method of your own has letters"),
         ({"methods": {"mine": {"rul": "median"}}}, "unknown configuration key 'rul'"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be whole numbers"),

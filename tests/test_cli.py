@@ -93,7 +93,7 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
     [
         (["compare", "--methods", "lora,copar"], "unknown method 'copar'. Did you mean 'copra'?"),
         (["compare", "--methods", "fedavg+copar"], "unknown method 'copar'. Did you mean 'copra'?"),
-        (["compare", "--methods", "lora, lora"], "--methods 'lora, lora' names a method twice"),
+        (["compare", "--methods", "lora, lora"], "method 'lora' is named twice; name it once"),
         (["compare", "--seeds", "0,x"], "--seeds '0,x' is not a list of whole numbers"),
         (["compare", "--seeds", "1,1"], "--seeds '1,1' names a seed twice"),
         (["simulate", "--recipe", "nothing.toml"], "no recipe file 'nothing.toml'"),

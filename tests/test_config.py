@@ -11,7 +11,7 @@ from flwr.common.config import flatten_dict
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, parse_override
-from copra_fl.simulation.recipes import Recipe, method_settings, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, short_name
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +197,13 @@ def test_a_user_file_overrides_the_table_of_its_local_training(tuned: Recipe, tm
     assert (config.aggregation.rule, config.training.learning_rate, config.model.rank) == ("flora", 0.5, 2)
     assert config.copra.local_training == "lora"
     assert short_name(f"flora+{tmp_path / 'mine.toml'}") == "flora+mine"
+
+
+def test_two_methods_cannot_have_one_name() -> None:
+    """Their runs would have the same folder. A dot is part of a name; only .toml is an extension."""
+    assert by_short_name(["fedadam+rate-0.1", "fedadam+rate-0.3"]).keys() == {"fedadam+rate-0.1", "fedadam+rate-0.3"}
+    with pytest.raises(ConfigError, match="'mine' is named twice; 'a/mine.toml' and 'b/mine.toml' have this name"):
+        by_short_name(["a/mine.toml", "b/mine.toml"])
 
 
 def test_a_method_without_effect_is_refused(tuned: Recipe) -> None:

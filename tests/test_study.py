@@ -113,6 +113,7 @@ def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
         ({"tuning": {"seeds": [1], "learning-rates": [1], "rate": 2}}, "\\[study.tuning\\]: unknown key 'rate'"),
         ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
         ({"grids": {"first": GRID | {"tuning": {"rate": 2}}}}, "\\[study.grids.first.tuning\\]: unknown key 'rate'"),
+        ({"grids": {"first": GRID | {"methods": ["lora", "lora"]}}}, "method 'lora' is named twice"),
         (
             {"regimes": {"2x3": {"num-rounds": 2, "methods": {"haed": {"num-rounds": 4}}}}},
             "\\[study.regimes.2x3.methods\\]: unknown method 'haed'. Did you mean 'head'",

@@ -16,7 +16,7 @@ from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_t
 from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
 from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
-from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
 from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
@@ -237,20 +237,18 @@ def _settings(
 
 def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console: Console) -> dict[str, MethodSettings]:
     """Return the methods of a comparison by name. Raises ConfigError for a wrong or repeated name, or without any."""
+    if not methods:
+        raise ConfigError("methods is empty; name at least one method")
     if not isinstance(methods, Mapping):
         names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
-        sources = {short_name(name): name for name in names}
-        if not sources or len(sources) < len(names):
-            raise ConfigError(f"methods = {names!r} must be at least one method, each once")
-        return {name: MethodSettings(source, {}) for name, source in expand_all(sources, recipe, console).items()}
+        sources = expand_all(by_short_name(names), recipe, console)
+        return {name: MethodSettings(source, {}) for name, source in sources.items()}
     tables = {}
     for name, table in methods.items():
         is_known = recipe.knows(name)
         if not is_known and not METHOD.fullmatch(name):
             raise ConfigError(f"method {name!r}: the name of a method of your own has letters, digits, _, - and . only")
         tables[name] = MethodSettings(name if is_known else None, as_settings(table))
-    if not tables:
-        raise ConfigError("methods is empty; name at least one method")
     return tables
 
 

@@ -13,7 +13,7 @@ from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
 from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, refuse_idle, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
 
 
@@ -53,11 +53,7 @@ def compare(
 
 def parse_methods(text: str) -> dict[str, str]:
     """Return short name -> name or file of each method in `text`. Raises ConfigError for a repeated method."""
-    sources = [name.strip() for name in text.split(",")]
-    methods = {short_name(source): source for source in sources}
-    if len(methods) < len(sources):
-        raise ConfigError(f"--methods {text!r} names a method twice")
-    return methods
+    return by_short_name(name.strip() for name in text.split(","))
 
 
 def parse_seeds(text: str) -> list[int]:

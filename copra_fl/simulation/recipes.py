@@ -104,8 +104,8 @@ class Recipe:
         training = (self.settings | overlaid | self.overrides).get("local-training", CopraConfig.local_training)
         flat = self.settings | self.methods.get(training, {}) | overlaid
         for name in names:
-            if Path(name).stem != training:
-                flat |= self.methods.get(Path(name).stem, {})
+            if short_name(name) != training:
+                flat |= self.methods.get(short_name(name), {})
         return flat
 
     def _method_settings(self, name: str) -> dict[str, Any]:
@@ -142,7 +142,20 @@ def _idle_reasons(config: Config) -> dict[str, str]:
 
 def short_name(method: str) -> str:
     """Return a method's name in tables and folders: ``flora+mine`` for ``flora+path/to/mine.toml``."""
-    return "+".join(Path(name).stem for name in method.split("+"))
+    return "+".join(Path(name).name.removesuffix(".toml") for name in method.split("+"))
+
+
+def by_short_name(methods: Iterable[str]) -> dict[str, str]:
+    """Return short name -> name or file of each method. Raises ConfigError for two methods of one short name."""
+    sources: dict[str, str] = {}
+    for source in methods:
+        name = short_name(source)
+        if name in sources:
+            others = f"{sources[name]!r} and {source!r}"
+            remedy = "name it once" if source == sources[name] else f"{others} have this name: rename a file"
+            raise ConfigError(f"method {name!r} is named twice; {remedy}")
+        sources[name] = source
+    return sources
 
 
 def built_in_recipes() -> dict[str, Path]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from copra_fl.config import Config, ConfigError, flatten
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, short_name
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import
@@ -94,7 +94,7 @@ def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], direct
     replaced = grid.pop("tuning", {})
     check_keys(f"study.grids.{grid_name}", grid, GRID_KEYS)
     check_keys(f"study.grids.{grid_name}.tuning", tuning | replaced, TUNING_KEYS)
-    methods = {short_name(method): method for method in grid["methods"]}
+    methods = by_short_name(grid["methods"])
     for split in grid["splits"]:
         for regime in grid["regimes"]:
             of_regime = dict(named_settings(recipe, "regimes", regime))
