@@ -133,7 +133,10 @@ def test_a_run_that_flower_ends_is_reported_with_the_error_in_its_log(
     log = tmp_path / "flower.log"
     log.write_text("\x1b[92mINFO\x1b[0m: go\n\x1b[91mERROR\x1b[0m: no space left for apps\nand more\n")
     link: Any = SimpleNamespace(
-        environment={events.VARIABLE: str(tmp_path / "events")}, log=log, status=lambda: "finished:failed"
+        environment={events.VARIABLE: str(tmp_path / "events")},
+        log=log,
+        superlink_log=tmp_path / "superlink.log",
+        status=lambda: "finished:failed",
     )
     message = "Flower ended with 0 of 1 runs finished (status: finished:failed): ERROR: no space left for apps\n"
     with pytest.raises(RunFailed, match=re.escape(message)):
@@ -141,6 +144,10 @@ def test_a_run_that_flower_ends_is_reported_with_the_error_in_its_log(
     assert last_error(tmp_path / "none") == "its log names no error"
     log.write_text("Traceback\n  raise\na.ImportError: no module 'server'\n\x1b[91mERROR\x1b[0m: Exit Code: 607\n")
     assert last_error(log) == "a.ImportError: no module 'server'"
+    link.superlink_log.write_text("INFO: start\nERROR: Could not start run: Key 'rank' is not present\n")
+    assert last_error(log, link.superlink_log) == "a.ImportError: no module 'server'"
+    log.write_text("│ [code: 15] Invalid run configuration.\n")
+    assert last_error(log, link.superlink_log) == "ERROR: Could not start run: Key 'rank' is not present"
 
 
 def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path: Path) -> None:

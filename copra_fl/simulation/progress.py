@@ -169,7 +169,8 @@ def watch(
                 f"continues after the last round\nFlower's log: {link.log}"
             )
         raise RunFailed(
-            f"Flower ended with {done} (status: {link.status()}): {last_error(link.log)}\nFlower's log: {link.log}"
+            f"Flower ended with {done} (status: {link.status()}): {last_error(link.log, link.superlink_log)}\n"
+            f"Flower's log: {link.log}"
         )
 
 
@@ -211,10 +212,16 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
     return int(counters.get("oom_kill", 0))
 
 
-def last_error(log: Path) -> str:
-    """Return the last line of Flower's log that names an error, without colors; an exit code only if nothing else."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [COLORS.sub("", line).strip() for line in text.splitlines()]
-    errors = [line for line in lines if ERROR.search(line)]
-    causes = [line for line in errors if "Exit Code:" not in line]
-    return next(reversed(causes or errors), "its log names no error")
+def last_error(*logs: Path) -> str:
+    """Return the last line that names an error in the first of Flower's logs that has one, without colors.
+
+    A line with an exit code counts only if no other line of that log names an error.
+    """
+    for log in logs:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        lines = [COLORS.sub("", line).strip() for line in text.splitlines()]
+        errors = [line for line in lines if ERROR.search(line)]
+        causes = [line for line in errors if "Exit Code:" not in line]
+        if errors:
+            return (causes or errors)[-1]
+    return "its log names no error"

@@ -121,6 +121,11 @@ class SuperLink:
     submitter: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def superlink_log(self) -> Path:
+        """Log file of the SuperLink itself, which has the reason why it rejects a run."""
+        return self.home / SUPERLINK_LOG
+
     def flwr(self, *arguments: str) -> list[str]:
         return [str(Path(sys.executable).parent / "flwr"), *arguments]
 
@@ -162,7 +167,7 @@ class SuperLink:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
         ended = f"ended at once (exit code {code})" if (code := self.guard.poll()) is not None else "does not answer"
-        output = (self.home / SUPERLINK_LOG).read_text(encoding="utf-8", errors="replace").strip()
+        output = self.superlink_log.read_text(encoding="utf-8", errors="replace").strip()
         raise RunFailed(
             f"Flower's SuperLink {ended}: {output.splitlines()[-1] if output else 'it has written nothing'}\n"
             f"Flower's log: {self.log}"
