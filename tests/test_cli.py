@@ -293,7 +293,10 @@ def test_a_narrow_terminal_cuts_no_time_and_keeps_finished_rounds(
         events.emit("recorded", round=number, accuracy=0.5)
     events.emit("round", round=3, clients=12)
     link: Any = SimpleNamespace(
-        environment={events.VARIABLE: str(tmp_path / "events")}, log=tmp_path / "log", status=lambda: "failed"
+        environment={events.VARIABLE: str(tmp_path / "events")},
+        log=tmp_path / "log",
+        superlink_log=tmp_path / "superlink.log",
+        status=lambda: "failed",
     )
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80, color_system=None)
