@@ -1,9 +1,9 @@
 """Elastic adapters in a federation: do CopRA's adapters with fewer layers beat LoRA's, repaired after pruning?
 
-Devices keep some layers of one adapter. Its elastic score (`probes.elastic`) is measured twice for each run: as
-trained, and with each subset of the layers repaired: all clients train the layers that are kept, and the head, for one
-epoch in rounds like those of the run, with FedAvg and plain LoRA. A repair costs a federation of its own for each
-subset; CopRA's promise is to need none.
+Devices keep some layers of one adapter. Its elastic score (`probes.elastic`) is measured for each run. The adapters of
+the first method, the rival, are also repaired for each subset of the layers: all clients train the layers that are
+kept, and the head, for one epoch in rounds like those of the run, with FedAvg and plain LoRA. A repair costs a
+federation of its own for each subset; CopRA's promise is to need none.
 
     copra-fl study passes --grids partial --output runs/passes
     python -m experiments.elastic runs/passes/partial/fashion/12x10/test --date 20261128
@@ -75,10 +75,10 @@ def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, 
     return adapter, metrics["accuracy"]
 
 
-def measure(run: OpenRun, max_subsets: int) -> Scores:
+def measure(run: OpenRun, max_subsets: int, repaired: bool) -> Scores:
     """Return the accuracies of a run's adapter; the subsets are the same for all runs with as many layers."""
     layers = pruned_adapters.layers(run.adapter)
-    scores: Scores = {"as trained": {}, "repaired": {}}
+    as_trained, after_repair = dict[str, float](), dict[str, float]()
     for share in SHARES:
         size = size_of(share, len(layers))
         kept = [
@@ -86,21 +86,18 @@ def measure(run: OpenRun, max_subsets: int) -> Scores:
             for row in subsets(len(layers), size, max_subsets, generator(0, "elastic", len(layers), size))
         ]
         pruned = run.score([pruned_adapters.keep(run.adapter, modules) for modules in kept], "test")
-        scores["as trained"][str(share)] = fmean(metrics["accuracy"] for metrics in pruned)
-        scores["repaired"][str(share)] = (
-            fmean(repair(run, modules, rounds_per_epoch(run))[1] for modules in kept)
-            if size < len(layers)
-            else scores["as trained"][str(share)]
-        )
-    return scores
+        as_trained[str(share)] = after_repair[str(share)] = fmean(metrics["accuracy"] for metrics in pruned)
+        if repaired and size < len(layers):
+            after_repair[str(share)] = fmean(repair(run, modules, rounds_per_epoch(run))[1] for modules in kept)
+    return {"as trained": as_trained} | ({"repaired": after_repair} if repaired else {})
 
 
-def measured_once(folder: Path, max_subsets: int) -> Scores:
+def measured_once(folder: Path, max_subsets: int, repaired: bool) -> Scores:
     """Return the measures of the run in `folder`, which keeps them."""
-    path = folder / f"elastic-{max_subsets}.json"
+    path = folder / f"elastic-{max_subsets}{'-repaired' if repaired else ''}.json"
     if not path.exists():
         print(folder.name, file=sys.stderr)
-        write_json(path, measure(open_run(folder), max_subsets))
+        write_json(path, measure(open_run(folder), max_subsets, repaired))
     scores: Scores = json.loads(path.read_text(encoding="utf-8"))
     return scores
 
@@ -115,12 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--date", required=True, help="date in the name of the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
-    folders = {
-        method: [options.comparison / f"{method}-seed{seed}" for seed in options.seeds.split(",")]
-        for method in options.methods.split(",")
-    }
+    methods, seeds = options.methods.split(","), options.seeds.split(",")
     split = options.comparison.absolute().parts[-3]
-    measured = {name: [measured_once(folder, options.subsets) for folder in runs] for name, runs in folders.items()}
+    measured = {
+        method: [
+            measured_once(options.comparison / f"{method}-seed{seed}", options.subsets, method == methods[0])
+            for seed in seeds
+        ]
+        for method in methods
+    }
     facts = {
         "command": shlex.join(["python", "-m", "experiments.elastic", *(arguments or sys.argv[1:])]),
         "versions": provenance.versions(),

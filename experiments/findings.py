@@ -213,7 +213,7 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
 def elastic(facts: Mapping[str, Any]) -> DataTable:
     """Return accuracies by share of the layers and the elastic score: one row per method and state of its adapters.
 
-    The last column is the difference from the first method's repaired adapters, paired by seed.
+    The last column is the difference from the rival's repaired adapters, paired by seed.
     """
     measured: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]] = facts["measured"]
     rival, *_ = measured
@@ -221,17 +221,14 @@ def elastic(facts: Mapping[str, Any]) -> DataTable:
     rival_scores = [fmean(scores["repaired"].values()) for scores in measured[rival]]
     rows = []
     for method, runs in measured.items():
-        for state in ("as trained", "repaired"):
-            by_share = [
-                100 * fmean(values) for values in zip(*(scores[state].values() for scores in runs), strict=True)
-            ]
+        for state in runs[0]:
+            by_share = [f"{100 * fmean(scores[state][share] for scores in runs):.1f}" for share in shares]
             elastic_scores = [fmean(scores[state].values()) for scores in runs]
             pairs = zip(elastic_scores, rival_scores, strict=True)
             difference = POINTS.show(estimate([ours - theirs for ours, theirs in pairs]))
             is_rival = (method, state) == (rival, "repaired")
-            accuracies = [f"{100 * accuracy:.1f}" for accuracy in by_share]
             score = TEST_ACCURACY.show(estimate(elastic_scores))
-            rows.append([method, state, *accuracies, score, "" if is_rival else difference])
+            rows.append([method, state, *by_share, score, "" if is_rival else difference])
     headings = [f"{float(share):.0%} of the layers" for share in shares]
     return DataTable(["method", "adapter", *headings, "elastic score, %", f"minus {rival} repaired, points"], rows)
 
