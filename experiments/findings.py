@@ -213,24 +213,31 @@ def papers(facts: Mapping[str, Any]) -> DataTable:
 def elastic(facts: Mapping[str, Any]) -> DataTable:
     """Return accuracies by share of the layers and the elastic score: one row per method and state of its adapters.
 
-    The last column is the difference from the rival's repaired adapters, paired by seed.
+    The last columns are the differences from the rival's adapters as trained and repaired, paired by seed.
     """
     measured: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]] = facts["measured"]
     rival, *_ = measured
     shares = list(measured[rival][0]["repaired"])
-    rival_scores = [fmean(scores["repaired"].values()) for scores in measured[rival]]
     rows = []
     for method, runs in measured.items():
         for state in runs[0]:
             by_share = [f"{100 * fmean(scores[state][share] for scores in runs):.1f}" for share in shares]
-            elastic_scores = [fmean(scores[state].values()) for scores in runs]
-            pairs = zip(elastic_scores, rival_scores, strict=True)
-            difference = POINTS.show(estimate([ours - theirs for ours, theirs in pairs]))
-            is_rival = (method, state) == (rival, "repaired")
-            score = TEST_ACCURACY.show(estimate(elastic_scores))
-            rows.append([method, state, *by_share, score, "" if is_rival else difference])
+            differences = [
+                "" if (method, state) == (rival, other) else POINTS.show(elastic_gain(facts, method, state, other))
+                for other in ("as trained", "repaired")
+            ]
+            score = TEST_ACCURACY.show(estimate([fmean(scores[state].values()) for scores in runs]))
+            rows.append([method, state, *by_share, score, *differences])
     headings = [f"{float(share):.0%} of the layers" for share in shares]
-    return DataTable(["method", "adapter", *headings, "elastic score, %", f"minus {rival} repaired, points"], rows)
+    against = [f"minus {rival} {state}, points" for state in ("as trained", "repaired")]
+    return DataTable(["method", "adapter", *headings, "elastic score, %", *against], rows)
+
+
+def elastic_gain(facts: Mapping[str, Any], method: str, state: str, rival_state: str) -> Estimate:
+    """Return the elastic score of a method's adapters minus that of the first method's, paired by seed."""
+    rival, *_ = facts["measured"].values()
+    pairs = zip(facts["measured"][method], rival, strict=True)
+    return estimate([fmean(ours[state].values()) - fmean(theirs[rival_state].values()) for ours, theirs in pairs])
 
 
 def images(page: str) -> Iterator[tuple[str, Figure]]:
