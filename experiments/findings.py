@@ -85,6 +85,11 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     fewest, most = (rules.cells[0].methods[name].get("bytes").mean or 0 for name in ("fed-sb", "fedavg"))
     share = fewest / most
     best, rival = (rates[name].worst for name in ("copra", "lora"))
+    layers = json.loads(sorted(RESULTS.glob("elastic-fashion-*.json"))[-1].read_text(encoding="utf-8"))
+    pruned, repaired = (
+        POINTS.show(elastic_gain(layers, method, state, "as trained", ["0.25"]))
+        for method, state in (("copra", "as trained"), ("lora", "repaired"))
+    )
     rows = [
         [
             "none",
@@ -126,6 +131,13 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             f"{gains(depths, 'depth-tiers', 'strong-clients')} points over leaving them out; "
             f"{gains(depths, 'depth-tiers', 'lora')} from clients that could all train everything",
             f"`{depths.command}`",
+        ],
+        [
+            "devices keep a third of the layers, and cannot repair them",
+            "CopRA",
+            f"{pruned} points over LoRA with 2 of 6 layers (fashion); one epoch of repair for each subset would buy LoRA "
+            f"{repaired}",
+            f"`{layers['command']}`",
         ],
         [
             "the learning rate cannot be tuned",
@@ -233,11 +245,13 @@ def elastic(facts: Mapping[str, Any]) -> DataTable:
     return DataTable(["method", "adapter", *headings, "elastic score, %", *against], rows)
 
 
-def elastic_gain(facts: Mapping[str, Any], method: str, state: str, rival_state: str) -> Estimate:
-    """Return the elastic score of a method's adapters minus that of the first method's, paired by seed."""
+def elastic_gain(
+    facts: Mapping[str, Any], method: str, state: str, rival_state: str, shares: Sequence[str] = ()
+) -> Estimate:
+    """Return the mean over `shares` (default: all) of a method's adapters minus that of the first method's, paired."""
     rival, *_ = facts["measured"].values()
-    pairs = zip(facts["measured"][method], rival, strict=True)
-    return estimate([fmean(ours[state].values()) - fmean(theirs[rival_state].values()) for ours, theirs in pairs])
+    pairs = [(ours[state], theirs[rival_state]) for ours, theirs in zip(facts["measured"][method], rival, strict=True)]
+    return estimate([fmean(ours[share] - theirs[share] for share in shares or ours) for ours, theirs in pairs])
 
 
 def images(page: str) -> Iterator[tuple[str, Figure]]:
