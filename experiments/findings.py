@@ -135,8 +135,8 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
         [
             "devices keep a third of the layers, and cannot repair them",
             "CopRA",
-            f"{pruned} points over LoRA with 2 of 6 layers (fashion); one epoch of repair for each subset would buy LoRA "
-            f"{repaired}",
+            f"{pruned} points over LoRA with 2 of 6 layers (fashion); one epoch of repair for each subset would buy "
+            f"LoRA {repaired}",
             f"`{layers['command']}`",
         ],
         [
