@@ -91,7 +91,10 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
     exceed: the accuracy of always predicting the most frequent class (majority class), and of the model before round 1.
     """
     lead = compared_by(summary)
-    columns = [replace(lead, interval=columns[0].interval), *columns[1:]]
+    columns = [
+        replace(lead, interval=column.interval) if column.metric == TEST_ACCURACY.metric else column
+        for column in columns
+    ]
     columns = [column for column in columns if column.metric not in OPTIONAL or measured([column], [summary])]
     headings = [column.heading for column in columns]
     if not is_ranked(summary):
