@@ -74,6 +74,7 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """The local index, as the one that pip uses."""
     with Index(wheel.parent.parent) as server:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", str(HANG_SECONDS))  # pip gives up after 15 s of a busy machine
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.go_on.set()
