@@ -74,7 +74,6 @@ def index(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """The local index, as the one that pip uses."""
     with Index(wheel.parent.parent) as server:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", str(HANG_SECONDS))  # pip gives up after 15 s of a busy machine
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.go_on.set()
@@ -136,7 +135,13 @@ def test_two_processes_fetch_it_once(empty_cache: Path, index: Index) -> None:
 
 
 def test_an_interrupt_leaves_nothing_behind(empty_cache: Path, index: Index) -> None:
-    process = subprocess.Popen(FETCH_TWEETS, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        FETCH_TWEETS,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     assert index.half_sent.wait(timeout=HANG_SECONDS)
     assert _left_in(empty_cache) != []
     process.send_signal(signal.SIGINT)  # to it alone: a terminal would interrupt pip as well
