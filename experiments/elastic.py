@@ -41,8 +41,8 @@ from copra_fl.training.plan import Plan, Start
 from experiments import findings
 
 RESULTS = Path(__file__).parent / "results"
-#: state -> share of the layers -> mean test accuracy over the subsets
-Scores = dict[str, dict[str, float]]
+#: share of the layers -> mean test accuracy over the subsets
+Scores = dict[str, float]
 
 
 def rounds_per_epoch(run: OpenRun) -> int:
@@ -63,7 +63,7 @@ def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, 
     )
     engine = open_engine(config.training.engine, config.model, config.copra.gate_group, len(run.data.label_names), 0)
     adapter = {name: run.adapter[name] for name in engine.model.read_adapter()}
-    clients = tuple(range(len(run.data.train)))
+    clients = tuple(run.sampled(run.num_rounds))
     starts = dict.fromkeys(clients, Start(adapter))
     for server_round in range(run.num_rounds + 1, config.federation.num_rounds + 1):
         plan = Plan(server_round, clients, config)
@@ -75,29 +75,44 @@ def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, 
     return adapter, metrics["accuracy"]
 
 
-def measure(run: OpenRun, max_subsets: int, repaired: bool) -> Scores:
-    """Return the accuracies of a run's adapter; the subsets are the same for all runs with as many layers."""
+def kept_modules(run: OpenRun, max_subsets: int) -> dict[float, list[list[str]]]:
+    """Return share -> the modules of each random subset of the layers; the same for all runs with as many layers."""
     layers = pruned_adapters.layers(run.adapter)
-    as_trained, after_repair = dict[str, float](), dict[str, float]()
-    for share in SHARES:
-        size = size_of(share, len(layers))
-        kept = [
+    sizes = {share: size_of(share, len(layers)) for share in SHARES}
+    return {
+        share: [
             [module for modules, keep in zip(layers.values(), row, strict=True) if keep for module in modules]
             for row in subsets(len(layers), size, max_subsets, generator(0, "elastic", len(layers), size))
         ]
-        pruned = run.score([pruned_adapters.keep(run.adapter, modules) for modules in kept], "test")
-        as_trained[str(share)] = after_repair[str(share)] = fmean(metrics["accuracy"] for metrics in pruned)
-        if repaired and size < len(layers):
-            after_repair[str(share)] = fmean(repair(run, modules, rounds_per_epoch(run))[1] for modules in kept)
-    return {"as trained": as_trained} | ({"repaired": after_repair} if repaired else {})
+        for share, size in sizes.items()
+    }
 
 
-def measured_once(folder: Path, max_subsets: int, repaired: bool) -> Scores:
-    """Return the measures of the run in `folder`, which keeps them."""
-    path = folder / f"elastic-{max_subsets}{'-repaired' if repaired else ''}.json"
+def score_pruned(run: OpenRun, kept: Sequence[Sequence[str]]) -> float:
+    """Return the mean test accuracy of the final adapter with each subset of its modules."""
+    scores = run.score([pruned_adapters.keep(run.adapter, modules) for modules in kept], "test")
+    return fmean(metrics["accuracy"] for metrics in scores)
+
+
+def score_repaired(run: OpenRun, kept: Sequence[Sequence[str]]) -> float:
+    """Return the mean test accuracy after a repair of each subset; the whole adapter needs none."""
+    if len(kept[0]) == len(pruned_adapters.adapted_modules(run.adapter)):
+        return score_pruned(run, kept)
+    return fmean(repair(run, modules, rounds_per_epoch(run))[1] for modules in kept)
+
+
+#: state of an adapter -> how its subsets of modules are scored
+STATES = {"as trained": score_pruned, "repaired": score_repaired}
+
+
+def measured_once(folder: Path, max_subsets: int, state: str) -> Scores:
+    """Return share of the layers -> score of the run in `folder`, which keeps them."""
+    path = folder / f"elastic-{max_subsets}-{state.replace(' ', '-')}.json"
     if not path.exists():
-        print(folder.name, file=sys.stderr)
-        write_json(path, measure(open_run(folder), max_subsets, repaired))
+        print(f"{folder.name}, {state}", file=sys.stderr)
+        run = open_run(folder)
+        kept = kept_modules(run, max_subsets)
+        write_json(path, {str(share): STATES[state](run, subsets) for share, subsets in kept.items()})
     scores: Scores = json.loads(path.read_text(encoding="utf-8"))
     return scores
 
@@ -114,13 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     methods, seeds = options.methods.split(","), options.seeds.split(",")
     split = options.comparison.absolute().parts[-3]
-    measured = {
-        method: [
-            measured_once(options.comparison / f"{method}-seed{seed}", options.subsets, method == methods[0])
-            for seed in seeds
+    measured = {}
+    for method in methods:
+        states = STATES if method == methods[0] else ["as trained"]
+        folders = [options.comparison / f"{method}-seed{seed}" for seed in seeds]
+        measured[method] = [
+            {state: measured_once(folder, options.subsets, state) for state in states} for folder in folders
         ]
-        for method in methods
-    }
     facts = {
         "command": shlex.join(["python", "-m", "experiments.elastic", *(arguments or sys.argv[1:])]),
         "versions": provenance.versions(),
