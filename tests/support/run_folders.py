@@ -23,8 +23,9 @@ from copra_fl.records import (
     RoundRecord,
     RunSummary,
 )
+from copra_fl.reporting.html import Figure
 from copra_fl.reporting.report import sections
-from copra_fl.reporting.results import load_comparison
+from copra_fl.reporting.results import Comparison, load_comparison
 from copra_fl.reporting.statistics import summarize
 
 NUM_CLIENTS, NUM_STEPS = 8, 150
@@ -245,3 +246,9 @@ def num_figures(folder: Path) -> int:
     """Return the number of figures in the report of `folder`."""
     comparison = load_comparison(folder)
     return sum(len(section.figures) for section in sections(comparison, summarize(comparison)))
+
+
+def figures_by_title(comparison: Comparison) -> dict[str, Figure]:
+    """Return the figures of the report, in their order."""
+    arranged = sections(comparison, summarize(comparison))
+    return {figure.title: figure for section in arranged for figure in section.figures}
