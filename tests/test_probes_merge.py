@@ -83,6 +83,11 @@ def test_command_merges_clients_and_runs(tiny: Settings, tmp_path: Path) -> None
     opened = open_run(run)
     (federated,) = opened.score([opened.adapter], "test")
     assert facts["merged"][0]["loss"] == pytest.approx(federated["loss"], rel=1e-5), "FedAvg of the round"
+    n, z = len(opened.indices("test")), 1.959964
+    share = federated["accuracy"]
+    center, spread = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    wilson = [(center - spread) / (1 + z**2 / n), (center + spread) / (1 + z**2 / n)]
+    assert facts["merged"][0]["interval"] == pytest.approx(wilson, rel=1e-6)
     report.write(run)
     assert "<h2>Merging " in (run / "report.html").read_text()
     shown = num_figures(run)

@@ -128,7 +128,7 @@ def test_prunings_are_scored_on_the_test_split(prunings: ProbeOutput, runs: list
     lora_points = {point["name"]: point for point in facts["prunings"][0]["points"]}
     (metrics,) = lora_run.score([query.adapter], "test")
     assert lora_points[query.name]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
-    assert "every other layer" in printed and "largest 50%" in printed
+    assert "every other layer" in printed and "largest 50 %" in printed
 
 
 def test_elastic_scores_are_means_over_subsets_of_layers_and_prefixes_of_the_rank(

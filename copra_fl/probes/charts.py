@@ -93,19 +93,32 @@ def _plane(
     return Figure(f"{metric.capitalize()} on the plane through three", caption, chart)
 
 
-def merges(before: Mapping[str, float], after: Mapping[str, float], mean: float, setting: str) -> list[Figure]:
-    """Return a bar chart of accuracy before and after merging, with a line at the mean before."""
+def merges(
+    before: Mapping[str, tuple[float, float, float]],
+    after: Mapping[str, tuple[float, float, float]],
+    mean: float,
+    setting: str,
+) -> list[Figure]:
+    """Return a chart of accuracy before and after merging, with a line at the mean before.
+
+    `before` and `after` are name -> accuracy, lower and upper end of its interval.
+    """
     chart = empty_chart({"title": "accuracy, %"}, {"type": "category", "autorange": "reversed"})
-    for name, values, style in (("before", before, STYLES[1]), ("merged", after, STYLES[0])):
-        chart.add_bar(
-            orientation="h",
-            x=[100 * value for value in values.values()],
-            y=list(values),
+    for name, scores, style in (("before", before, STYLES[1]), ("merged", after, STYLES[0])):
+        accuracy, low, high = 100 * np.array(list(scores.values())).T
+        chart.add_scatter(
+            x=accuracy,
+            y=list(scores),
+            error_x={"array": high - accuracy, "arrayminus": accuracy - low},
             name=name,
-            marker={"color": style.color},
+            mode="markers",
+            marker={"color": style.color, "symbol": style.symbol, "size": 9},
             hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
         )
     chart.add_vline(x=100 * mean, line={"dash": "dash", "width": 1})
-    chart.update_layout(height=140 + 26 * (len(before) + len(after)), barmode="overlay")
-    caption = f"Dashed line: mean accuracy of the models before merging; a merge to its right is better. {setting}"
+    chart.update_layout(height=140 + 26 * (len(before) + len(after)))
+    caption = (
+        "Dashed line: mean accuracy of the models before merging; a merge to its right is better. Bars, for one data "
+        f"set: 95 % interval (Wilson). {setting}"
+    )
     return [Figure("Accuracy before and after merging", caption, chart, wide=True)]

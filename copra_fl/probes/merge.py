@@ -38,6 +38,7 @@ class ScoredModel:
         kind: PEFT's combination type; an en dash before merging.
         rank: largest rank of its modules.
         gap: accuracy minus the weighted mean accuracy of the members.
+        interval: Wilson's 95 % interval of the accuracy; None with several data sets.
         datasets: with several data sets: metrics by data set; a client has its own, a merge those of all its members.
     """
 
@@ -47,12 +48,13 @@ class ScoredModel:
     loss: float
     accuracy: float
     gap: float
+    interval: tuple[float, float] | None
     datasets: Mapping[str, Metrics]
 
     @property
     def facts(self) -> dict[str, Any]:
         """Name and scores as plain data."""
-        return {name: value for name, value in vars(self).items() if name != "datasets" or value}
+        return {name: value for name, value in vars(self).items() if name not in ("interval", "datasets") or value}
 
 
 def probe(members: Members, split: Split, scale: float, density: float, seed: int, progress: Progress) -> Findings:
@@ -62,14 +64,16 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
     if mismatch:
         warnings.append(f"Merges of factors are left out: {mismatch}.")
     member_metrics: list[Metrics] = []
+    num_examples = len(members.runs[0].indices(split))
     for member, adapter in enumerate(adapters):
         member_metrics += members.score_plain([member], [adapter], split)
         progress("before", 1, len(adapters))
 
     def scored(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> ScoredModel:
         gap = merge_gap_each(metrics, member_metrics, members.weights)["accuracy"]
-        datasets = metrics.get("datasets", {})
-        return ScoredModel(name, kind, rank_of(adapter), metrics["loss"], metrics["accuracy"], gap, datasets)
+        accuracy, datasets = metrics["accuracy"], metrics.get("datasets", {})
+        interval = None if datasets else wilson_interval(accuracy, num_examples)
+        return ScoredModel(name, kind, rank_of(adapter), metrics["loss"], accuracy, gap, interval, datasets)
 
     before = [
         scored(name, "–", adapter, metrics)
@@ -94,27 +98,34 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
         probe="merge",
         title=f"Merging {members.description}",
         setting=setting,
-        verdict=_verdict(merged, mean, len(members.runs[0].indices(split))),
+        verdict=_verdict(merged, mean, num_examples),
         results=_results(before, merged),
         facts=setting_facts(members.runs, split)
         | {"scale": scale, "density": density, "merge_seed": seed, "weights": list(members.weights)}
         | {"before": [model.facts for model in before], "mean_accuracy_before": mean}
         | {"merged": [model.facts for model in merged]},
-        sections=[Section("Before and after", charts.merges(_accuracies(before), _accuracies(merged), mean, setting))],
+        sections=[Section("Before and after", charts.merges(_scores(before), _scores(merged), mean, setting))],
         warnings=warnings,
     )
 
 
-def _accuracies(models: Sequence[ScoredModel]) -> dict[str, float]:
-    return {model.name: model.accuracy for model in models}
+def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of an accuracy that was measured on `num_examples`."""
+    low, high = binomtest(round(accuracy * num_examples), num_examples).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def _scores(models: Sequence[ScoredModel]) -> dict[str, tuple[float, float, float]]:
+    """Return name -> accuracy with its interval, whose ends are the accuracy itself if it has none."""
+    return {model.name: (model.accuracy, *(model.interval or (model.accuracy, model.accuracy))) for model in models}
 
 
 def _verdict(merged: Sequence[ScoredModel], mean: float, examples: int) -> str:
-    """Return the best merge in one sentence; with one data set with Wilson's interval of its accuracy."""
+    """Return the best merge in one sentence, with the interval of its accuracy if there is one data set."""
     best = max(merged, key=lambda model: model.accuracy)
     evidence = ""
-    if not best.datasets:
-        low, high = binomtest(round(best.accuracy * examples), examples).proportion_ci(method="wilson")
+    if best.interval:
+        low, high = best.interval
         evidence = f"; 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
         if low <= mean <= high:
             evidence += ", which includes the mean before merging: too few examples to tell them apart"

@@ -132,7 +132,7 @@ def _verdict(scored_by_run: dict[str, Scored]) -> str:
         return f"{run} from {accuracies['whole adapter']:.1f} to {accuracies[name]:.1f}"
 
     every_other = join_words(change(run, "every other layer") for run in scored_by_run)
-    half = join_words(change(run, "largest 50%") for run in scored_by_run)
+    half = join_words(change(run, "largest 50 %") for run in scored_by_run)
     elastic = join_words(
         f"{run} {_cell(scored.layer_score('accuracy'), 'accuracy')}" for run, scored in scored_by_run.items()
     )

@@ -154,7 +154,8 @@ def in_order(adapter: Adapter, values: Mapping[str, float]) -> Iterator[Pruned]:
 def magnitudes(adapter: Adapter) -> Iterator[Pruned]:
     """Yield the adapter with its largest values in magnitude, from 90 % of them down to 10 %."""
     for sparsity in SPARSITIES:
-        yield Pruned("magnitude", f"largest {1 - sparsity:.0%}", by_magnitude(adapter, sparsity), 1 - sparsity)
+        kept = 1 - sparsity
+        yield Pruned("magnitude", f"largest {100 * kept:.0f} %", by_magnitude(adapter, sparsity), kept)
 
 
 def rank_prefixes(adapter: Adapter) -> Iterator[Pruned]:

@@ -16,7 +16,7 @@ from copra_fl.probes.exported import METRICS, Game, export_runs, solve
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
 from copra_fl.probes.open_run import OpenRun, Progress, Split
 from copra_fl.probes.shapley_values import MAX_EXACT, ShapleyValues, gini, top_third
-from copra_fl.reporting.data_table import DataTable
+from copra_fl.reporting.data_table import DataTable, with_minus
 from copra_fl.reporting.figures.canvas import styles
 from copra_fl.reporting.html import HEIGHT, Figure, Section, colorbar, empty_chart
 from copra_fl.wording import join_words
@@ -96,10 +96,11 @@ def _evaluated(values: Sequence[RunValues], seed: int) -> str:
 def _verdict(values: Sequence[RunValues]) -> str:
     num_layers = len(values[0].players)
     even = -(-num_layers // 3) / num_layers
-    shares = [f"{run_values.run} {top_third(run_values.by_metric['accuracy'].values):.0%}" for run_values in values]
+    shares = {run_values.run: top_third(run_values.by_metric["accuracy"].values) for run_values in values}
     return (
-        f"Share of the Shapley mass of accuracy in the third of layers with the largest values: {join_words(shares)}; "
-        f"{even:.0%} if all layers have the same value."
+        f"Share of the Shapley mass of accuracy in the third of layers with the largest values: "
+        f"{join_words(f'{run} {100 * share:.0f} %' for run, share in shares.items())}; "
+        f"{100 * even:.0f} % if all layers have the same value."
     )
 
 
@@ -115,8 +116,8 @@ def _results(values_by_kind: dict[str, list[RunValues]]) -> DataTable:
                         run_values.run,
                         f"{len(run_values.players)} {kind}s",
                         f"{name}{', %' if scale > 1 else ''}",
-                        f"{scale * solved.empty:.3g}",
-                        f"{scale * solved.grand:.3g}",
+                        with_minus(scale * solved.empty, ".3g"),
+                        with_minus(scale * solved.grand, ".3g"),
                         f"{100 * top_third(solved.values):.1f}",
                         f"{gini(solved.values):.2f}",
                     ]
