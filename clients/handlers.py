@@ -34,7 +34,7 @@ from copra_fl.aggregation.grams import templates
 from copra_fl.aggregation.pooling import pool
 from copra_fl.aggregation.ranks import as_sent, pad
 from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
-from copra_fl.aggregation.starts import client_starts
+from copra_fl.aggregation.starts import ages, client_anchors, client_starts
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import FederatedData
 from copra_fl.events import emit
@@ -168,11 +168,20 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     if server_state.control:
         corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
 
-    global_starts = client_starts(config, delta.number, server_state.adapter, server_state.stale, plan.clients)
-    adapters = _local_starts(config, global_starts, previous)
+    by_age = {0: server_state.adapter, **server_state.earlier}
+    global_starts = client_starts(config, delta.number, by_age, ages(config, delta.number, plan.clients))
+    anchors = [
+        _local_starts(config, adapters, previous)
+        for adapters in client_anchors(config, delta.number, by_age, plan.clients)
+    ]
     starts = {
-        client: Start(adapter, corrections.get(client, {}), server_state.optimizer or previous[client].optimizer)
-        for client, adapter in adapters.items()
+        client: Start(
+            adapter,
+            corrections.get(client, {}),
+            server_state.optimizer or previous[client].optimizer,
+            tuple(adapters[client] for adapters in anchors),
+        )
+        for client, adapter in _local_starts(config, global_starts, previous).items()
     }
     updates, failures = _train_clients(node, plan, engine, data, starts)
 
@@ -363,8 +372,8 @@ def _receive_state(content: RecordDict, node_state: RecordDict, template: Adapte
         adapter, residual = cached.adapter | adapter, add(cached.residual, residual)
     if caches_state(plan.config):
         wire.write_cached_state(node_state, delta.run, wire.CachedState(delta.number, adapter, residual))
-    stale = adapter | pad(payload.stale, plan.config.model.rank)
-    return replace(payload, adapter=adapter, residual=residual, stale=stale)
+    earlier = {age: adapter | pad(old, plan.config.model.rank) for age, old in payload.earlier.items()}
+    return replace(payload, adapter=adapter, residual=residual, earlier=earlier)
 
 
 def _report_progress(num_clients: float) -> None:

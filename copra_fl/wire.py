@@ -2,7 +2,7 @@
 
     to a node    plan: configuration, round, clients     state-delta: which part of the server's state follows
                  adapter: the global adapter             residual, control, optimizer: only if the run has them
-                 stale: an older global adapter, for stale clients only
+                 earlier: older global adapters, only for clients that need them
     back         echo: run and round of the message      failures: client -> error message
                  metrics-C: scalars of client C          adapters: of the inspected clients
                  pooled: one update for all the others   controls: changes of the clients' control variates
@@ -77,7 +77,8 @@ class StateDelta:
             the whole state.
         tensors: the adapter's tensors that the message carries: indices in the alphabetical order of all names.
         rank: rank to which A and B are cut.
-        stale: the tensors of an older global adapter that the message carries for stale clients, as `tensors`.
+        changed: the tensors of older global adapters that the message carries, as `tensors`.
+        ages: of these older adapters, in rounds before the newest.
     """
 
     run: str
@@ -85,11 +86,12 @@ class StateDelta:
     since: int
     tensors: tuple[int, ...]
     rank: int
-    stale: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    ages: tuple[int, ...] = ()
 
 
 #: fields of a `StateDelta` that are lists in a record
-INDICES = ("tensors", "stale")
+LISTS = ("tensors", "changed", "ages")
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,14 @@ class Payload:
         residual: the change of W0, in total or since the state that the node has cached.
         control: the global control variate; empty without control variates.
         optimizer: the shared state of the local optimizers for the parts that the round trains; else empty.
-        stale: the tensors of the older global adapter that differ from the newest, cut to the same rank.
+        earlier: age -> the tensors of an older global adapter that differ from the newest, cut to the same rank.
     """
 
     adapter: Adapter
     residual: Adapter
     control: Adapter
     optimizer: OptimizerState
-    stale: Adapter = field(default_factory=dict)
+    earlier: Mapping[int, Adapter] = field(default_factory=dict)
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -184,7 +186,7 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
     content = RecordDict(
         {
             "plan": record,
-            "state-delta": ConfigRecord(asdict(delta) | {name: list(getattr(delta, name)) for name in INDICES}),
+            "state-delta": ConfigRecord(asdict(delta) | {name: list(getattr(delta, name)) for name in LISTS}),
             "adapter": _pack_flat(payload.adapter),
         }
     )
@@ -194,8 +196,8 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
         content["control"] = _pack_flat(payload.control)
     if payload.optimizer:
         content["optimizer"] = _pack_moments(payload.optimizer, plan.config.federation.moments_dtype)
-    if payload.stale:
-        content["stale"] = _pack_flat(payload.stale)
+    if earlier := _by_age(payload.earlier):
+        content["earlier"] = _pack_flat(earlier)
     return content
 
 
@@ -207,7 +209,7 @@ def unpack_plan(content: RecordDict) -> Plan:
 
 def unpack_delta(content: RecordDict) -> StateDelta:
     record: dict[str, Any] = dict(content.config_records["state-delta"])
-    return StateDelta(**record | {name: tuple(record[name]) for name in INDICES})
+    return StateDelta(**record | {name: tuple(record[name]) for name in LISTS})
 
 
 def unpack_payload(
@@ -218,17 +220,23 @@ def unpack_payload(
 
     Raises ValueError if the server's model has another size.
     """
-    sent, stale = (
+    sent, changed = (
         cut({name: template[name] for index, name in enumerate(sorted(template)) if index in indices}, delta.rank)
-        for indices in (delta.tensors, delta.stale)
+        for indices in (delta.tensors, delta.changed)
     )
+    earlier = split_names(_unpack_flat(content, "earlier", _by_age(dict.fromkeys(delta.ages, changed))))
     return Payload(
         _unpack_flat(content, "adapter", sent),
         unpack_arrays(content, "residual") if "residual" in content else {},
         _unpack_flat(content, "control", template) if "control" in content else {},
         _unpack_moments(content, moments, moments_dtype) if "optimizer" in content else {},
-        _unpack_flat(content, "stale", stale),
+        {age: earlier.get(str(age), {}) for age in delta.ages},
     )
+
+
+def _by_age(earlier: Mapping[int, Adapter]) -> Adapter:
+    """Return the tensors of older adapters in one mapping; a name starts with the adapter's age."""
+    return join_names({str(age): adapter for age, adapter in earlier.items()})
 
 
 def _pack_moments(state: OptimizerState, dtype: str) -> ArrayRecord:

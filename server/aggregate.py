@@ -17,6 +17,7 @@ from copra_fl.aggregation.private import moved, private_average
 from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.shared_moments import average_moments
+from copra_fl.aggregation.starts import num_earlier
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
 from copra_fl.training.plan import sent_parts
@@ -122,8 +123,7 @@ def state_after(
     num_eligible: int,
 ) -> ServerState:
     """Return the server's next state: server optimizer's step, residual, control variate, moments, old adapters."""
-    settings, federation = run.config.aggregation, run.config.federation
-    num_earlier = federation.staleness if federation.stale_clients else 0
+    settings = run.config.aggregation
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
         before = heads.split(state.adapter, run.head_sizes)
@@ -135,5 +135,5 @@ def state_after(
         first_moment=first,
         second_moment=second,
         optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
-        earlier=(state.adapter, *state.earlier)[:num_earlier],
+        earlier=(state.adapter, *state.earlier)[: num_earlier(run.config)],
     )

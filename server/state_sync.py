@@ -4,8 +4,8 @@ With most settings the whole adapter changes in every round. If a part of it may
 what they received (`training.plan.caches_state`), and a node that answered the last round gets only the tensors that
 this round has changed. A node that failed or joined late, and every node after a resume, gets the whole state.
 
-In every round a node that trains stale clients also gets the older global adapter that they start from, without the
-tensors in which it equals the newest.
+In every round a node also gets the older global adapters that its clients need (`aggregation.starts`), without the
+tensors in which they equal the newest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, parts
 from copra_fl.aggregation import client_ranks
 from copra_fl.aggregation.ranks import cut
-from copra_fl.aggregation.starts import ages
+from copra_fl.aggregation.starts import older_ages
 from copra_fl.training.plan import Plan, caches_state
 from server.run_context import RunContext
 
@@ -44,8 +44,8 @@ class StateSync:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate and the shared moments of the optimizers are included, and for stale clients the older
-        adapter.
+        and the control variate and the shared moments of the optimizers are included, and the older adapters that
+        its clients need.
         """
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
@@ -53,23 +53,25 @@ class StateSync:
         _, cached_rank = self._cached.get(node, (-1, rank))
         shared_rank = rank if since < 0 or sent == state.adapter.keys() else min(rank, cached_rank)
         self._sent[node] = number, shared_rank if sent else cached_rank
-        old = (
-            state.of_age(max(ages(self._run.config, number, plan.clients).values(), default=0))
-            if is_training
-            else state.adapter
-        )
-        stale = {name for name, tensor in old.items() if not torch.equal(tensor, state.adapter[name])}
+        older = older_ages(self._run.config, number, plan.clients) if is_training else ()
+        earlier = {age: state.of_age(age) for age in older}
+        changed = {
+            name
+            for old in earlier.values()
+            for name, tensor in old.items()
+            if not torch.equal(tensor, state.adapter[name])
+        }
         return wire.pack_plan(
             plan,
             wire.StateDelta(
-                self._run.run, number, since, indices(state.adapter, sent), rank, indices(state.adapter, stale)
+                self._run.run, number, since, indices(state.adapter, sent), rank, indices(state.adapter, changed), older
             ),
             wire.Payload(
                 cut(chosen(state.adapter, sent), rank),
                 residual,
                 state.control if is_training else {},
                 {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
-                cut(chosen(old, stale), rank),
+                {age: cut(chosen(old, changed), rank) for age, old in earlier.items()},
             ),
         )
 

@@ -95,8 +95,8 @@ class CohortStrategy:
         work = {client: num_trained(config.training, self.num_examples[client]) for client in clients}
         number = server_round - 1
         ages_of = ages(config, number, clients)
-        old = self.state.of_age(max(ages_of.values(), default=0))
-        starts = client_starts(config, number, self.state.adapter, old, clients)
+        by_age = {age: self.state.of_age(age) for age in ages_of.values()}
+        starts = client_starts(config, number, by_age, ages_of)
         cohorts, is_secure = place(work, self.hosts), config.privacy.secure_aggregation
         if config.privacy.is_local:  # the other nodes add their share of the noise
             cohorts = {node: cohorts.get(node, []) for node in self.hosts}

@@ -75,11 +75,16 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         {"server-optimizer": "none"},
         "average of random factors is no gradient step",
     ),
+    (
+        {"gucci-beta": 0.1, "gucci-anchors": 3, "stale-clients": 0.5},
+        {"gucci-anchors": 1},
+        "gucci-anchors = 3 does not combine with stale-clients = 0.5",
+    ),
     ({"rule": "flora", "stale-clients": 0.5}, {"rule": "flexlora"}, "an old adapter belongs to an old W0"),
     (
         {"rule": "rolora", "stale-clients": 0.5},
         {"rule": "ffa-lora"},
-        "rule = 'rolora' .* and stale clients have an old one",
+        "rule = 'rolora' .* and an old adapter has an old one; use stale-clients = 0",
     ),
     (
         {"stale-clients": 0.5, "control-variates": True},
@@ -215,6 +220,14 @@ def test_scales_that_stay_with_a_client_have_no_shared_control_variates_or_momen
     with pytest.raises(ConfigError, match="'ravan' does not combine with optimizer-state = 'shared'"):
         check(Config().changed(rule="ravan", optimizer_state="shared"))
     check(Config().changed(rule="ravan", optimizer_state="client"))
+
+
+@pytest.mark.parametrize("rule", ["flora", "rolora"])
+def test_older_anchors_need_a_base_and_factors_that_stay(rule: str) -> None:
+    settings = {"rule": rule, "gucci-beta": 0.1, "gucci-anchors": 3}
+    with pytest.raises(ConfigError, match=f"'{rule}' does not combine with gucci-anchors = 3: .* gucci-anchors = 1"):
+        check(Config.from_flat(settings))
+    check(Config.from_flat(settings | {"gucci-beta": 0}))
 
 
 def test_all_conflicts_are_listed() -> None:

@@ -60,13 +60,14 @@ class Texts:
 def test_tokens_are_rows_times_the_longest_text_of_a_micro_batch() -> None:
     """Steps of 2 x 7 + 1 x 3 and of 2 x 4 tokens, all adapters off, no trained head: 2 x 600 and 2 x 7 per target.
 
-    FedGuCci computes everything twice.
+    FedGuCci computes everything once more for each anchor.
     """
     frozen = ModelSize((600,), (10,), (0,), output=7, trains_output=False)
     steps = drawn([[np.array([0, 1]), np.array([2])], [np.array([3, 1])]], np.zeros((2, 1), dtype=bool))
     once = 2 * 600 * (17 + 8) + 2 * 7 * (6 + 6)
     assert local_flops(Config(), frozen, steps, Texts()) == once
     assert local_flops(Config().changed(gucci_beta=0.1), frozen, steps, Texts()) == 2 * once
+    assert local_flops(Config().changed(gucci_beta=0.1), frozen, steps, Texts(), num_anchors=3) == 4 * once
 
 
 def test_the_estimate_differs_from_torchs_count_by_the_named_parts_only(tiny: Settings) -> None:

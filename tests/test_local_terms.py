@@ -58,6 +58,10 @@ def padded_starts(world: World) -> None:
     world.starts = {client: pad(cut(world.start, rank), 2) for client, rank in enumerate(ranks)}
 
 
+def older_anchors(world: World) -> None:
+    world.anchors = {client: (jitter(world.start, 30), jitter(world.start, 40 + client)) for client in range(6)}
+
+
 def residual(dense: bool) -> Callable[[World], None]:
     return lambda world: world.plain.write_residual(random_residual(world.plain, dense))
 
@@ -84,6 +88,8 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
     "on the line": ({"local-training": "line"} | HARSH, 2, (individual_starts,)),
     "FedGuCci": ({"rule": "ffa-lora-gram", "gucci-beta": 0.5, "off": "global", "gradient-accumulation": 2} | HARSH, 2,
                  ()),
+    "FedGuCci with older anchors": ({"gucci-beta": 0.5, "gradient-accumulation": 2} | HARSH, 2,
+                                    (individual_starts, older_anchors)),
     "everything": ({"rule": "ffa-lora-gram", "proximal-mu": 0.3, "control-variates": True, "local-epochs": 1,
                    "alpha": 0.3, "max-grad-norm": 0.1, "off": "global"} | RANKS | HARSH, 2,
                   (individual_starts, individual_corrections, residual(True))),
@@ -232,9 +238,16 @@ def test_a_layer_that_is_off_uses_the_adapter_of_the_start(tiny: Settings, monke
         assert relative_error(update.adapter, plain.read_adapter()) < 1e-10
 
 
-@pytest.mark.parametrize("changes", [{"local-training": "line"}, {"local-training": "lora", "gucci-beta": 0.7}])
-def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings) -> None:
-    """Oracle: autograd differentiates the losses of PEFT's model with parameters start + u (theta - start)."""
+@pytest.mark.parametrize(
+    ("changes", "num_older"),
+    [
+        ({"local-training": "line"}, 0),
+        ({"local-training": "lora", "gucci-beta": 0.7}, 0),
+        ({"local-training": "lora", "gucci-beta": 0.7}, 2),
+    ],
+)
+def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings, num_older: int) -> None:
+    """Oracle: autograd differentiates the losses of PEFT's model with parameters anchor + u (theta - anchor)."""
     world = World(tiny | {"local-steps": 4, "max-grad-norm": 0.1, "weight-decay": 0.1} | changes, double=True)
     plain = build_model(world.config.model, "layer", 3, seed=0).double()
     plain.write_adapter(world.start)
@@ -243,20 +256,25 @@ def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings) -> No
     optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.1)
     shuffled = generator(0, "order", 2, 0).permutation(world.data.train[0])
     positions = generator(0, "line", 2, 0).random(4)
+    older = tuple(jitter(world.start, 30 + number) for number in range(num_older))
+    world.anchors = {0: older}
     losses = []
     for step in range(4):
         batch = world.data.examples.batch(shuffled[4 * step : 4 * step + 4])
 
-        def loss_at(adapters: float, head: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+        def loss_at(
+            adapters: float, head: float, anchor: Adapter = world.start, batch: dict[str, torch.Tensor] = batch
+        ) -> torch.Tensor:
             moved = {}
             for name, tensor in parameters.items():
                 u = head if part_of(name) == "head" else adapters
-                moved[names[name]] = (1 - u) * world.start[name] + u * tensor
+                moved[names[name]] = (1 - u) * anchor[name] + u * tensor
             return F.cross_entropy(torch.func.functional_call(plain, moved, kwargs=batch), batch["labels"])
 
         if "gucci-beta" in changes:
             loss = loss_at(1, 1)
-            (loss + 0.7 * loss_at(0.5, 0.5)).backward()
+            halfway = [loss_at(0.5, 0.5, anchor) for anchor in (world.start, *older)]
+            (loss + 0.7 * sum(halfway) / len(halfway)).backward()
         else:
             loss = loss_at(positions[step], 1)
             loss.backward()
@@ -270,14 +288,15 @@ def test_the_loss_at_points_of_the_line(tiny: Settings, changes: Settings) -> No
 
 
 @pytest.mark.parametrize("engine", ["peft", "stacked"])
-def test_fedgucci_computes_every_step_twice(tiny: Settings, engine: str) -> None:
+def test_fedgucci_computes_every_step_once_more_for_each_anchor(tiny: Settings, engine: str) -> None:
     work = []
-    for beta in (0.0, 0.1):
+    for beta, num_older in ((0.0, 0), (0.1, 0), (0.1, 2)):
         world = World(tiny | {"local-training": "lora", "gucci-beta": beta})
+        world.anchors = {0: (world.start,) * num_older}
         with FlopCounterMode(display=False) as counter:
             _ = world.alone(0) if engine == "peft" else world.together(0)
         work.append(counter.get_total_flops())
-    assert work[1] == 2 * work[0] > 0
+    assert work == [work[0], 2 * work[0], 4 * work[0]] and work[0] > 0
 
 
 def test_from_a_start_without_a_product_nothing_changes(tiny: Settings) -> None:

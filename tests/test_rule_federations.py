@@ -38,7 +38,7 @@ LOCAL_TERMS = [
     {"optimizer-state": "client", "optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.1, "engine": "peft"},
     {"optimizer-state": "shared", "weighting": "activity"},
     {"off": "global"},
-    {"local-training": "line", "gucci-beta": 0.3},
+    {"local-training": "line", "gucci-beta": 0.3, "gucci-anchors": 2},
     {"uplink-dtype": "int8"},
     {"uplink-dtype": "int8", "start": "own", "stale-clients": 0.5, "optimizer-state": "client"},
     {"uplink-dtype": "int8", "rule": "hetlora", "client-ranks": "1,2,2,1,1,2", "lora-scaling": "rslora"},

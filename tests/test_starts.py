@@ -1,4 +1,4 @@
-"""Own starts and stale clients: against rounds that are trained with plain PEFT and averaged by hand."""
+"""Own starts, stale clients, anchors: against rounds that are trained with plain PEFT and averaged by hand."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from tests.support.tiny import Settings
 LATE: Settings = {
     "start": "own", "stale-clients": 0.5, "staleness": 2, "num-rounds": 4, "mask-scope": "round", "p0": 0.5, "p1": 0.5,
 }  # fmt: skip
+
+ANCHORS: Settings = {"gucci-beta": 0.5, "gucci-anchors": 3, "num-rounds": 4, "local-training": "lora"}
 
 
 def own_start(initial: Adapter, client: int) -> Adapter:
@@ -94,6 +96,29 @@ def test_probes_train_the_same_clients_again(run: Path) -> None:
         again = averaged(opened.clients(server_round), opened.data)
         expected = opened.state(server_round).adapter
         assert norm(difference(again, expected)) < 1e-5 * norm(expected), server_round
+
+
+def test_a_federation_of_fedgucci_equals_its_rounds_by_hand(tiny: Settings, tmp_path: Path) -> None:
+    """The anchors are the last three global adapters, or all before there are so many; nodes receive them."""
+    run, config = finished_run(tiny | ANCHORS, tmp_path / "anchors"), Config.from_flat(tiny | ANCHORS)
+    data = load_data(config, load_processor(config.model))
+    model = build_model(config.model, "layer", 3, seed=0)
+    states = [model.read_adapter()]
+    for server_round in range(1, 5):
+        plan, start = Plan(server_round, tuple(range(6)), config), Start(states[-1], anchors=tuple(states[-2:-4:-1]))
+        updates = {client: train_client(model, data, plan, client, start) for client in range(6)}
+        states.append(averaged({client: start.adapter | update.adapter for client, update in updates.items()}, data))
+        assert {update.metrics["flops"] for update in updates.values()} == {
+            row["flops"] for row in journal(run)[server_round - 1]["clients"]
+        }
+    final = {name: tensor for name, tensor in final_adapter(run).items() if "/" not in name}
+    assert norm(difference(final, states[4])) < 1e-4 * norm(states[4])
+    one_adapter = 4 * sum(tensor.numel() for tensor in final.values())
+    down = [row["bytes_down"] / (2 * one_adapter) for row in journal(run)]
+    assert down == pytest.approx([1, 2, 3, 3], rel=0.1), "adapters for each of two nodes"
+    opened = open_run(run)
+    again = averaged(opened.clients(4), opened.data)
+    assert norm(difference(again, opened.state(4).adapter)) < 1e-5 * norm(again)
 
 
 def test_stale_clients_are_drawn_once_and_at_least_one() -> None:

@@ -23,7 +23,7 @@ class ServerState:
         first_moment: of the server optimizer.
         second_moment: of the server optimizer.
         optimizer: average state of the clients' optimizers, with ``optimizer-state = "shared"``.
-        earlier: the global adapters before `adapter`, newest first, as many as stale clients need.
+        earlier: the global adapters before `adapter`, newest first, as many as clients may need.
     """
 
     adapter: Adapter

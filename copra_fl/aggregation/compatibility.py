@@ -278,12 +278,15 @@ def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflict
 
 
 def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
-    """Clients that do not all start from the newest global adapter (`aggregation.starts`)."""
+    """Clients that need other adapters than the newest global one (`aggregation.starts`)."""
     federation, settings = config.federation, config.aggregation
     has_own, has_stale = federation.start == "own", federation.stale_clients > 0
     own, stale = "start = 'own'", f"stale-clients = {federation.stale_clients:g}"
     either = own if has_own else stale
     remedy = "start = 'common'" if has_own else "stale-clients = 0"
+    has_older_anchors = settings.gucci_beta > 0 and settings.gucci_anchors > 1
+    anchors = f"gucci-anchors = {settings.gucci_anchors}"
+    older, newest_only = (stale, "stale-clients = 0") if has_stale else (anchors, "gucci-anchors = 1")
     fixes_a = bool(rule.core) or rule.keeps_factors
     return [
         (
@@ -297,14 +300,20 @@ def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
             "initial adapter to an average of random factors is no gradient step; use server-optimizer = 'none'",
         ),
         (
-            has_stale and rule.changes_base,
-            f"rule = {rule.name!r} does not combine with {stale}: it changes W0 in every round, and an old adapter "
-            "belongs to an old W0; use stale-clients = 0",
+            has_stale and has_older_anchors,
+            f"{anchors} does not combine with {stale}: stale clients have not received the newest global adapters; use "
+            "gucci-anchors = 1 or stale-clients = 0",
         ),
         (
-            has_stale and (rule.trains(1) != rule.trains(2) or not (fixes_a or "A" in rule.sends(1))),
-            f"rule = {rule.name!r} does not combine with {stale}: what it averages was trained under the newest value "
-            "of a factor that changes from round to round, and stale clients have an old one; use stale-clients = 0",
+            (has_stale or has_older_anchors) and rule.changes_base,
+            f"rule = {rule.name!r} does not combine with {older}: it changes W0 in every round, and an old adapter "
+            f"belongs to an old W0; use {newest_only}",
+        ),
+        (
+            (has_stale or has_older_anchors)
+            and (rule.trains(1) != rule.trains(2) or not (fixes_a or "A" in rule.sends(1))),
+            f"rule = {rule.name!r} does not combine with {older}: clients train one factor under the newest value of "
+            f"another, which changes from round to round, and an old adapter has an old one; use {newest_only}",
         ),
         (
             (has_own or has_stale) and settings.control_variates,

@@ -399,8 +399,9 @@ class AggregationConfig:
         low=0,
     )
     gucci_beta: float = option(
-        0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the global; 0: off", low=0
+        0.0, "FedGuCci: weight beta of the loss half-way between the client's parameters and the anchors; 0: off", low=0
     )
+    gucci_anchors: int = option(1, "gucci-beta: number N of the newest global adapters, which are the anchors", low=1)
     control_variates: bool = option(False, "SCAFFOLD: correct local gradients by control variates")
     server_optimizer: str = option(
         "none",

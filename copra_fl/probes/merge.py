@@ -116,7 +116,7 @@ def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:
 
 
 def _scores(models: Sequence[ScoredModel]) -> dict[str, tuple[float, float, float]]:
-    """Return name -> accuracy with its interval, whose ends are the accuracy itself if it has none."""
+    """Return name -> accuracy and the ends of its interval; without an interval, both ends are the accuracy."""
     return {model.name: (model.accuracy, *(model.interval or (model.accuracy, model.accuracy))) for model in models}
 
 

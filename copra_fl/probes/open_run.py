@@ -21,7 +21,7 @@ from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.ranks import pad
-from copra_fl.aggregation.starts import ages, client_starts
+from copra_fl.aggregation.starts import ages, client_anchors, client_starts, older_ages
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import DamagedFile
@@ -270,11 +270,15 @@ class OpenRun:
             )
         chosen = [client for client in sampled if client in (only or sampled)]
         number = server_round - 1
-        before, age = self.state(number), max(ages(self.config, number, chosen).values())
-        old = self.state(number - age).adapter
-        global_starts = client_starts(self.config, number, before.adapter, old, chosen)
+        before, older = self.state(number), older_ages(self.config, number, chosen)
+        by_age = {0: before.adapter} | {age: self.state(number - age).adapter for age in older}
+        global_starts = client_starts(self.config, number, by_age, ages(self.config, number, chosen))
+        anchors = client_anchors(self.config, number, by_age, chosen)
         plan = Plan(server_round, tuple(chosen), self.config)
-        starts = {client: Start(adapter, optimizer=before.optimizer) for client, adapter in global_starts.items()}
+        starts = {
+            client: Start(adapter, optimizer=before.optimizer, anchors=tuple(adapters[client] for adapters in anchors))
+            for client, adapter in global_starts.items()
+        }
         self.engine.model.write_residual(before.residual)
 
         def report(done: float) -> None:

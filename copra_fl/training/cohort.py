@@ -73,7 +73,9 @@ def train_cohort(
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
     optimizer = StackedOptimizer(model, stack, plan, cohort)
     optimizer.write_states([starts[client].optimizer for client in clients])
-    points = StackedPoints(model, start_values)
+    older = list(zip(*(starts[client].anchors for client in clients), strict=True))
+    anchors = [start_values, *(_rows(model, adapters) for adapters in older)]
+    points = StackedPoints(model, anchors)
     terms = StackedLocalTerms(model, stack, plan, start_values, [starts[client].correction for client in clients])
     losses = torch.zeros(lengths.max(), len(cohort), device=model.device)
     gram_sums = GramSums(len(cohort)) if plan.collects_grams else None
@@ -81,7 +83,7 @@ def train_cohort(
     for index in range(lengths.max()):
         rows, step = _make_step(model, plan, stack, start_values, cohort, index)
         batches = [cohort[row].batches[index] for row in rows]
-        by_client_points = [step_points(plan.config, cohort[row].positions[index]) for row in rows]
+        by_client_points = [step_points(plan.config, cohort[row].positions[index], len(anchors)) for row in rows]
         for number, client_points in enumerate(zip(*by_client_points, strict=True)):
             recorded = gram_sums if number == 0 else None
             with points.moved(step, rows, client_points) as moved_step:
@@ -104,7 +106,7 @@ def train_cohort(
             "loss": float(loss[: len(steps)].mean()),
             "seconds": seconds,
             "distance": distances[row],
-            "flops": local_flops(plan.config, model.size, steps, data.examples),
+            "flops": local_flops(plan.config, model.size, steps, data.examples, len(anchors)),
         }
         metrics |= {"memory": kept.peak} if kept else {}
         adapter, num_examples = model.layout.unflatten(values), len(data.train[steps.client])

@@ -11,10 +11,10 @@ from copra_fl.training.batches import LocalSteps
 from copra_fl.training.points import step_points
 
 
-def local_flops(config: Config, size: ModelSize, steps: LocalSteps, examples: Examples) -> float:
+def local_flops(config: Config, size: ModelSize, steps: LocalSteps, examples: Examples, num_anchors: int = 1) -> float:
     """Return the operations of a client's steps in a round.
 
-    A step computes everything once for each of its points (`points.step_points`): twice with FedGuCci.
+    A step computes everything once for each of its points (`points.step_points`): 1 + `num_anchors` with FedGuCci.
     """
     lengths, num_targets = examples.lengths, examples.num_targets
     tokens = [sum(len(indices) * int(lengths[indices].max()) for indices in step) for step in steps.batches]
@@ -22,6 +22,6 @@ def local_flops(config: Config, size: ModelSize, steps: LocalSteps, examples: Ex
     falls_back = config.copra.off == "global"
     of_steps = step_flops(size, steps.masks, np.array(tokens), np.array(targets), falls_back)
     return sum(
-        len(step_points(config, position)) * float(flops)
+        len(step_points(config, position, num_anchors)) * float(flops)
         for position, flops in zip(steps.positions, of_steps, strict=True)
     )

@@ -47,11 +47,13 @@ class Start:
         correction: c - c_k of SCAFFOLD, added to each gradient (`training.local_terms`); empty without control
             variates.
         optimizer: state of the local optimizer; empty where the client starts without moments.
+        anchors: older global adapters that are FedGuCci's anchors after `adapter`, newest first.
     """
 
     adapter: Adapter
     correction: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
+    anchors: tuple[Adapter, ...] = ()
 
 
 def sent_parts(config: Config, server_round: int) -> frozenset[str]:

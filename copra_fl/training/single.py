@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from copra_fl.adapters.state import Update, difference, norm, part_of
+from copra_fl.adapters.state import Adapter, Update, difference, norm, part_of
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.kept_bytes import KeptBytes
@@ -47,14 +47,15 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     losses, gradient_sums = [], dict[str, Tensor]()
     gram_sums = GramSums(1) if plan.collects_grams else None
     kept = KeptBytes([*model.parameters(), *model.buffers()]) if plan.config.copra.client_depths else None
+    anchors = (start.adapter, *start.anchors)
     off = start.adapter if plan.config.copra.off == "global" else {}
     with model.fallback(off, steps.rank_scale):
         for step, micro_batches in enumerate(steps.batches):
             set_learning_rates(optimizer, training, steps.t[step])
             model.gates.set(steps.masks[step], steps.scales[step])
             with torch_stream(model.device, seed, "dropout", plan.server_round, client, step):
-                points = step_points(plan.config, steps.positions[step])
-                losses.append(_add_up_points(model, data, micro_batches, parameters, start, points, kept, gram_sums))
+                points = step_points(plan.config, steps.positions[step], len(anchors))
+                losses.append(_add_up_points(model, data, micro_batches, parameters, anchors, points, kept, gram_sums))
             grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
             if aggregation.control_variates:
                 gradient_sums |= {name: grad + gradient_sums.get(name, 0) for name, grad in grads.items()}
@@ -68,7 +69,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
         "loss": float(torch.stack(losses).mean()),
         "seconds": time.perf_counter() - started,
         "distance": norm(difference(adapter, start.adapter)),
-        "flops": local_flops(plan.config, model.size, steps, data.examples),
+        "flops": local_flops(plan.config, model.size, steps, data.examples, len(anchors)),
     }
     metrics |= {"memory": kept.peak} if kept else {}
     gradient_sums = {name: gradient.cpu() for name, gradient in gradient_sums.items()}
@@ -83,7 +84,7 @@ def _add_up_points(
     data: FederatedData,
     micro_batches: list[np.ndarray],
     parameters: Mapping[str, nn.Parameter],
-    start: Start,
+    anchors: Sequence[Adapter],
     points: Sequence[Point],
     kept: KeptBytes | None,
     gram_sums: GramSums | None,
@@ -92,7 +93,7 @@ def _add_up_points(
     losses, totals = [], dict[str, Tensor]()
     for number, point in enumerate(points):
         recorded = gram_sums if number == 0 else None
-        with moved(parameters, start.adapter, point):
+        with moved(parameters, anchors[point.anchor], point):
             losses.append(_accumulate_gradients(model, data, micro_batches, kept, recorded))
         for name, parameter in parameters.items():
             if parameter.grad is not None:

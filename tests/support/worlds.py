@@ -48,7 +48,7 @@ CASES: dict[str, Settings] = {
 
 
 class World:
-    """A training setup: data, the model for both engines, a plan, the clients' starts, corrections and moments."""
+    """A training setup: data, the model for both engines, a plan, and the clients' starts, moments and the like."""
 
     def __init__(self, flat: Settings, server_round: int = 2, double: bool = False, heads: int = 0) -> None:
         self.config = Config.from_flat({"dtype": "float32"} | flat)
@@ -62,6 +62,7 @@ class World:
         self.starts = dict.fromkeys(range(6), self.start)
         self.corrections: dict[int, Adapter] = {}
         self.optimizers: dict[int, OptimizerState] = {}
+        self.anchors: dict[int, tuple[Adapter, ...]] = {}
         self.plan = Plan(server_round, tuple(range(6)), self.config)
 
     def alone(self, client: int) -> Update:
@@ -74,7 +75,8 @@ class World:
         return train_cohort(self.stacked, self.data, self.plan, clients, starts)
 
     def _start(self, client: int) -> Start:
-        return Start(self.starts[client], self.corrections.get(client, {}), self.optimizers.get(client, {}))
+        correction, optimizer = self.corrections.get(client, {}), self.optimizers.get(client, {})
+        return Start(self.starts[client], correction, optimizer, self.anchors.get(client, ()))
 
 
 def jitter(adapter: Adapter, seed: int, size: float = 0.02) -> Adapter:
