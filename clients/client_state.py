@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from copra_fl.adapters.state import Adapter, OptimizerState, join_names, split_names
+from copra_fl.adapters.state import Adapter, OptimizerState, Update, join_names, parts, split_names
+from copra_fl.aggregation import ALL, find_rule
+from copra_fl.config import Config
 from copra_fl.files import cache_dir
 from copra_fl.tensor_files import read_tensors, write_tensors
 
@@ -38,6 +40,16 @@ class ClientState:
     control: Adapter = field(default_factory=dict)
     quantization_error: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
+
+    def after(self, update: Update, config: Config, quantization_error: Adapter) -> ClientState:
+        """Return the state after the training that gave `update`; tensors that were not trained keep their values."""
+        moments = {kind: self.optimizer.get(kind, {}) | tensors for kind, tensors in update.optimizer.items()}
+        return ClientState(
+            personal=self.personal | parts(update.adapter, ALL - find_rule(config.aggregation.rule).shares),
+            control=self.control | update.gradient,
+            quantization_error=quantization_error,
+            optimizer=(moments or self.optimizer) if config.training.optimizer_state == "client" else {},
+        )
 
 
 class ClientStateStore:

@@ -19,22 +19,19 @@ startup.prepare()
 
 from clients import secure_handlers
 from clients.audit import AuditLog
-from clients.client_state import ClientState, ClientStateStore
+from clients.client_state import ClientStateStore
 from clients.node_config import NodeConfig, Rejected
 from clients.policy import Policy
+from clients.starts import make_global_starts, make_starts
+from clients.uplink import encode_updates, reported, shared
 from clients.warm_cache import open_engine
 from copra_fl import plugins, wire
-from copra_fl.adapters.compression import FEEDBACK, Arrays, Starts, encode, encode_with_feedback
 from copra_fl.adapters.residual import add
-from copra_fl.adapters.state import Adapter, OptimizerState, Update, parts
-from copra_fl.aggregation import ALL, find_rule
+from copra_fl.adapters.state import Adapter, Update, parts
 from copra_fl.aggregation.checking import BadUpdate, check_grams, check_update
 from copra_fl.aggregation.compatibility import heads_of
-from copra_fl.aggregation.grams import templates
-from copra_fl.aggregation.pooling import pool
-from copra_fl.aggregation.ranks import as_sent, pad
-from copra_fl.aggregation.shared_moments import moment_kinds, no_moments
-from copra_fl.aggregation.starts import ages, client_anchors, client_starts
+from copra_fl.aggregation.ranks import pad
+from copra_fl.aggregation.shared_moments import no_moments
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import FederatedData
 from copra_fl.events import emit
@@ -44,15 +41,7 @@ from copra_fl.records import NodeRecord
 from copra_fl.records.audit import now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import (
-    Plan,
-    Start,
-    caches_state,
-    expected_update,
-    leaves_state,
-    reported_metrics,
-    sent_parts,
-)
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state, sent_parts
 from copra_fl.wording import foreign
 
 Result = TypeVar("Result")
@@ -158,85 +147,28 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 
 def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     plan, engine, data, server_state = _open(node, content, context)
-    config, rule, group_of = plan.config, find_rule(plan.config.aggregation.rule), engine.model.group_of
+    config, group_of = plan.config, engine.model.group_of
     delta = wire.unpack_delta(content)
     secure = config.privacy.secure_aggregation
     upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
-    previous = {client: store.read(client, plan.server_round) for client in plan.clients}
-    corrections: dict[int, Adapter] = {}
-    if server_state.control:
-        corrections = {client: _minus(server_state.control, state.control) for client, state in previous.items()}
-
-    by_age = {0: server_state.adapter, **server_state.earlier}
-    global_starts = client_starts(config, delta.number, by_age, ages(config, delta.number, plan.clients))
-    anchors = [
-        _local_starts(config, adapters, previous)
-        for adapters in client_anchors(config, delta.number, by_age, plan.clients)
-    ]
-    starts = {
-        client: Start(
-            adapter,
-            corrections.get(client, {}),
-            server_state.optimizer or previous[client].optimizer,
-            tuple(adapters[client] for adapters in anchors),
-        )
-        for client, adapter in _local_starts(config, global_starts, previous).items()
-    }
+    kept = {client: store.read(client, plan.server_round) for client in plan.clients}
+    starts = make_starts(plan, delta.number, server_state, kept)
     updates, failures = _train_clients(node, plan, engine, data, starts)
 
-    sent_starts = {client: parts(start, rule.sends(plan.server_round)) for client, start in global_starts.items()}
-    errors = {client: state.quantization_error for client, state in previous.items()}
-    buffers: dict[str, Arrays] = {}
+    quantization_errors: dict[int, Adapter] = {}
     if upload:
-        shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
         start = parts(server_state.adapter, sent_parts(config, plan.server_round))
-        buffers["masked"] = upload.pack(plan, shared, start, group_of, len(engine.model.gates.names))
+        masked = upload.pack(plan, shared(config, updates), start, group_of, len(engine.model.gates.names))
+        buffers = {"masked": masked}
     else:
-        buffers, errors = _pack(plan, updates, sent_starts, errors, group_of)
-    if server_state.control and updates and not upload:
-        changes = {update.client: _minus(update.gradient, previous[update.client].control) for update in updates}
-        changed = [replace(update, adapter=changes[update.client]) for update in updates]
-        buffers["controls"] = encode(changed, sent_starts, group_of, "float32")
-    if server_state.optimizer and updates and not upload:
-        for kind in moment_kinds(config.training):
-            moments = [replace(update, adapter=update.optimizer.get(kind, {})) for update in updates]
-            buffers[kind] = encode(moments, sent_starts, group_of, config.federation.moments_dtype)
+        global_starts = make_global_starts(plan, delta.number, server_state)
+        buffers, quantization_errors = encode_updates(plan, updates, global_starts, server_state, kept, group_of)
     if leaves_state(config):
-        keeps_moments = config.training.optimizer_state == "client"
         for update in updates:
-            before = previous[update.client]
-            after = ClientState(
-                personal=before.personal | parts(update.adapter, ALL - rule.shares),
-                control=before.control | update.gradient,
-                quantization_error=errors.get(update.client, {}),
-                optimizer=_updated(before.optimizer, update.optimizer) if keeps_moments else {},
-            )
+            after = kept[update.client].after(update, config, quantization_errors.get(update.client, {}))
             store.write(update.client, plan.server_round, after)
-    return wire.echo(content, wire.pack_updates(_reported(config, updates), buffers, failures))
-
-
-def _reported(config: Config, updates: Sequence[Update]) -> list[Update]:
-    """Return the updates with the metrics that the server may see."""
-    if not config.privacy.is_local:
-        return list(updates)
-    kept = reported_metrics(config)
-    return [
-        replace(update, metrics={name: value for name, value in update.metrics.items() if name in kept})
-        for update in updates
-    ]
-
-
-def _local_starts(
-    config: Config, global_starts: Mapping[int, Adapter], previous: Mapping[int, ClientState]
-) -> dict[int, Adapter]:
-    """Return the adapter that each client trains from: padded to the full rank, with the client's personal tensors."""
-    starts = dict(global_starts)
-    if config.aggregation.client_ranks:
-        starts = {client: pad(start, config.model.rank) for client, start in starts.items()}
-    if find_rule(config.aggregation.rule).personal:
-        starts = {client: start | previous[client].personal for client, start in starts.items()}
-    return starts
+    return wire.echo(content, wire.pack_updates(reported(config, updates), buffers, failures))
 
 
 def _train_clients(
@@ -270,52 +202,6 @@ def _train_clients(
             except BadUpdate as error:
                 failures[update.client] = str(error)
     return sorted(updates, key=lambda update: update.client), failures
-
-
-def _updated(before: OptimizerState, after: OptimizerState) -> OptimizerState:
-    """Return the state `before` a training with the tensors that have one `after` it."""
-    return {kind: before.get(kind, {}) | tensors for kind, tensors in after.items()} or before
-
-
-def _minus(a: Adapter, b: Adapter) -> Adapter:
-    """Return a - b over the tensors of `a`; tensors that `b` does not have count as zero."""
-    return {name: tensor - b.get(name, 0) for name, tensor in a.items()}
-
-
-def _pack(
-    plan: Plan,
-    updates: list[Update],
-    starts: Starts,
-    quantization_errors: dict[int, Adapter],
-    group_of: dict[str, int],
-) -> tuple[dict[str, Arrays], dict[int, Adapter]]:
-    """Encode the tensors of the cohort: one buffer for the inspected clients, one pooled update of all the others.
-
-    Gram matrices of both are in one more buffer.
-    `starts` have the tensors that a client may send. Also returns the quantization errors, with error feedback the new
-    ones.
-    """
-    config, rule, uplink = plan.config, find_rule(plan.config.aggregation.rule), plan.config.federation.uplink_dtype
-    shared = [replace(update, adapter=parts(update.adapter, rule.shares)) for update in updates]
-    sent = [as_sent(config, update) for update in shared]
-    inspected = [update for update in sent if update.client in plan.inspected]
-    others = [update for update in sent if update.client not in plan.inspected]
-    buffers, pooled = {}, list[Update]()
-    if others:
-        start = starts[others[0].client]
-        pooled = [pool(start, others, config.aggregation.weighting, group_of)]
-        buffers["pooled"] = encode(pooled, {pooled[0].client: start}, group_of, "float32")
-    if plan.collects_grams and updates:
-        of_grams = [replace(update, adapter=update.grams) for update in [*inspected, *pooled]]
-        gram_starts = {update.client: templates(starts[update.client]) for update in of_grams}
-        buffers["grams"] = encode(of_grams, gram_starts, group_of, "float32")
-    if inspected and uplink in FEEDBACK:
-        buffers["adapters"], quantization_errors = encode_with_feedback(
-            inspected, starts, group_of, uplink, quantization_errors
-        )
-    elif inspected:
-        buffers["adapters"] = encode(inspected, starts, group_of, uplink)
-    return buffers, quantization_errors
 
 
 def evaluate(content: RecordDict, context: Context) -> RecordDict:

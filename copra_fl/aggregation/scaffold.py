@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from copra_fl.adapters.state import Adapter
 
 
+def minus(a: Adapter, b: Adapter) -> Adapter:
+    """Return a - b over the tensors of `a`; a client's control variate is 0 for tensors that it has not trained."""
+    return {name: tensor - b.get(name, 0) for name, tensor in a.items()}
+
+
 def next_control(control: Adapter, changes: Sequence[Adapter], num_clients: int) -> Adapter:
     """Return the global control variate c after a round.
 
