@@ -127,9 +127,9 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
         ],
         [
             "weak clients: little memory, slow processors",
-            "LoRA, `client-depths` (method `depth-tiers`)",
-            f"{gains(depths, 'depth-tiers', 'strong-clients')} points over leaving them out; "
-            f"{gains(depths, 'depth-tiers', 'lora')} from clients that could all train everything",
+            "LoRA, `client-depths` (method `top-layers`)",
+            f"{gains(depths, 'depth-tiers+examples', 'strong-clients+examples')} points over leaving them out; "
+            f"{gains(depths, 'depth-tiers+examples', 'lora')} against clients that could all train everything",
             f"`{depths.command}`",
         ],
         [

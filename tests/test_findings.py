@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from copra_fl.simulation.recipes import Recipe
 from experiments import findings
 
 
@@ -23,3 +24,9 @@ def test_a_grid_with_a_hyphen_keeps_its_whole_name(tmp_path: Path) -> None:
         "many-clients": "study-many-clients-20261201.json",
         "headline": "study-headline-20261125.json",
     }
+
+
+def test_the_advised_methods_for_weak_clients_are_the_measured_ones() -> None:
+    study = Recipe.read("passes", [])
+    for advised, measured in (("top-layers", "depth-tiers+examples"), ("drawn-layers", "fedra+examples")):
+        assert study.config(advised, seed=0) == study.config(measured, seed=0)
