@@ -18,9 +18,10 @@ from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.study import best_rate, rates_to_try, table, validation_accuracies, write
+from copra_fl.reporting.study import best_rate, rates_to_try, render, table, validation_accuracies, write
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.study import StudyCell, read_grids, sample_configs
+from experiments.findings import studies
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
 from tests.support.real_runs import RealRun
@@ -212,6 +213,13 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     gaps = results.cells[0].differences["copra"].get("merge_gap_accuracy").values
     points = gains_against(results, "merge_gap_accuracy")
     assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
+
+
+def test_a_page_names_the_models_and_data_of_all_cells() -> None:
+    _, results = studies()["passes-depths"]
+    assert "fractal-vit on fashion-mnist and minilm on health-tweets · copra-fl study passes" in render(
+        "depths", results
+    )
 
 
 def hand_made_cell(

@@ -21,7 +21,7 @@ from copra_fl.reporting.figures import cost
 from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.html import Section
-from copra_fl.reporting.results import Comparison, load_comparison, without_folders
+from copra_fl.reporting.results import Comparison, load_comparison
 from copra_fl.reporting.statistics import estimate, metrics, summarize
 from copra_fl.reporting.tables import (
     AGGREGATION_ERROR,
@@ -135,10 +135,9 @@ def write(directory: Path, cells: Sequence[Path], command: str) -> StudyResults:
 
 def render(name: str, results: StudyResults) -> str:
     """Return the page of a grid's results as HTML."""
-    settings = results.cells[0].settings.common
     return html.render(
         title=f"Study: {name}",
-        setting=f"{without_folders(settings['model'])} on {without_folders(settings['dataset'])} · {results.command}",
+        setting=f"{figures.subject(results)} · {results.command}",
         verdict=" ".join(f"{figures.label(cell)}: {verdict(cell)}" for cell in results.cells),
         warnings=[*_rates_at_edges(results), *_early_ends(results)],
         results=[table(results), *ranking_table(results.cells, results.ranking)],

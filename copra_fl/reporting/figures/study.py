@@ -170,8 +170,13 @@ def _by_cell(
     return chart
 
 
+def subject(results: StudyResults) -> str:
+    """Return the models and data of all cells, each once."""
+    settings = [cell.settings.common for cell in results.cells]
+    pairs = [f"{without_folders(common['model'])} on {without_folders(common['dataset'])}" for common in settings]
+    return join_words(dict.fromkeys(pairs))
+
+
 def _data(results: StudyResults) -> str:
-    """Return model and data, and the meaning of the cells' names, as a sentence."""
-    settings = results.cells[0].settings.common
-    subject = f"{without_folders(settings['model'])} on {without_folders(settings['dataset'])}"
-    return f"{subject}; names of cells: rounds x local steps, split."
+    """Return models and data, and the meaning of the cells' names, as a sentence."""
+    return f"{subject(results)}; names of cells: rounds x local steps, split."
