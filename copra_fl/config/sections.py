@@ -219,8 +219,7 @@ class CopraConfig:
     rescale: bool = option(False, "divide the output of active adapters by their probability")
     layers_per_round: int = option(
         0,
-        "number of layers that a client trains and sends in a round, the others stay off; 0: all (use weighting = "
-        "activity, which averages a layer over the clients that trained it)",
+        "number of layers that a client trains and sends in a round, the others stay off; 0: all",
         low=0,
     )
     layer_selection: str = option(
