@@ -153,7 +153,8 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
     kept = {client: store.read(client, plan.server_round) for client in plan.clients}
-    starts = make_starts(plan, delta.number, server_state, kept)
+    global_starts = make_global_starts(plan, delta.number, server_state)
+    starts = make_starts(plan, delta.number, server_state, global_starts, kept)
     updates, failures = _train_clients(node, plan, engine, data, starts)
 
     quantization_errors: dict[int, Adapter] = {}
@@ -162,7 +163,6 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
         masked = upload.pack(plan, shared(config, updates), start, group_of, len(engine.model.gates.names))
         buffers = {"masked": masked}
     else:
-        global_starts = make_global_starts(plan, delta.number, server_state)
         buffers, quantization_errors = encode_updates(plan, updates, global_starts, server_state, kept, group_of)
     if leaves_state(config):
         for update in updates:

@@ -24,9 +24,13 @@ def make_global_starts(plan: Plan, number: int, server_state: wire.Payload) -> d
 
 
 def make_starts(
-    plan: Plan, number: int, server_state: wire.Payload, kept: Mapping[int, ClientState]
+    plan: Plan,
+    number: int,
+    server_state: wire.Payload,
+    global_starts: Mapping[int, Adapter],
+    kept: Mapping[int, ClientState],
 ) -> dict[int, Start]:
-    """Return the start of each client; `kept` is each client's state after its last round."""
+    """Return the start of each client: its entry of `global_starts` with what it has `kept` from its last round."""
     older = client_anchors(plan.config, number, _by_age(server_state), plan.clients)
     anchors = [_local(plan.config, adapters, kept) for adapters in older]
     return {
@@ -36,7 +40,7 @@ def make_starts(
             server_state.optimizer or kept[client].optimizer,
             tuple(adapters[client] for adapters in anchors),
         )
-        for client, adapter in _local(plan.config, make_global_starts(plan, number, server_state), kept).items()
+        for client, adapter in _local(plan.config, global_starts, kept).items()
     }
 
 
