@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from copra_fl.deployment.metrics import of_certificates
 from copra_fl.deployment.nodes import wait_until_online
 from copra_fl.deployment.options import DeploymentOptions, check_host
 from copra_fl.deployment.runs import choose_name
+from copra_fl.secure_aggregation.keys import normal_identity, public_identity
 from copra_fl.simulation.superlink import RunFailed
 from tests.support.command_line import run_command
 from tests.support.run_folders import write_run
@@ -87,6 +89,25 @@ def test_the_server_has_the_public_key_of_each_client(deployment: Path) -> None:
     assert not set(signing) & {public.split()[1] for public in publics}, "code of a run can read it: a key of its own"
     for client in (deployment / "clients").iterdir():
         assert [path.read_text().split()[1] for path in sorted((client / "peers").iterdir())] == signing
+
+
+@needs_ssh_keygen
+def test_a_client_can_make_its_keys_itself(tmp_path: Path) -> None:
+    """As docs/how-to/deploy.md says: the server gets the public keys only, and gives them to the other clients."""
+    directory, machine = tmp_path / "d", tmp_path / "client-0"
+    init(directory)
+    machine.mkdir()
+    for key, folder in (("node.key", "nodes"), ("peer.key", "peers")):
+        output_of("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "ours", "-f", machine / key)
+        (directory / "clients/client-0/tls" / key).unlink()
+        shutil.copy(machine / f"{key}.pub", directory / f"server/{folder}/client-0.pub")
+    init(directory)
+    assert [path.name for path in (directory / "clients/client-0/tls").iterdir()] == ["ca.crt"]
+    own = (machine / "peer.key.pub").read_bytes()
+    for number in range(2):
+        assert (directory / f"clients/client-{number}/peers/client-0.pub").read_bytes() == own
+    assert normal_identity(own) == public_identity((machine / "peer.key").read_bytes())
+    assert (directory / "server/nodes/client-0.pub").read_text() == (machine / "node.key.pub").read_text()
 
 
 def test_only_the_owner_can_read_private_keys(deployment: Path) -> None:
@@ -239,7 +260,7 @@ def test_hosts_are_checked_before_anything_is_made(tmp_path: Path) -> None:
 
 @needs_openssl
 @needs_ssh_keygen
-def test_rotate_replaces_a_certificate_or_a_key(tmp_path: Path) -> None:
+def test_rotate_replaces_a_certificate_or_the_keys_of_a_client(tmp_path: Path) -> None:
     directory = tmp_path / "d"
     init(directory, "--host", "fl.example.org")
     before = content_of(directory)
@@ -252,11 +273,19 @@ def test_rotate_replaces_a_certificate_or_a_key(tmp_path: Path) -> None:
     }
     tls = directory / "server/tls"
     output_of("openssl", "verify", "-verify_hostname", "fl.example.org", "-CAfile", tls / "ca.crt", tls / "server.crt")
-    assert "restart client-1" in run_command("deploy", "rotate", directory, "--node", "client-1").err
+    message = run_command("deploy", "rotate", directory, "--node", "client-1").err
+    assert "restart client-1" in message and "copy the folder `peers`" in message
     last = content_of(directory)
-    key, public = "clients/client-1/tls/node.key", "server/nodes/client-1.pub"
-    assert {name for name in before if rotated[name] != last[name]} == {key, public}
-    assert output_of("ssh-keygen", "-y", "-f", directory / key).split()[:2] == last[public].decode().split()[:2]
+    pairs = {
+        "clients/client-1/tls/node.key": ["server/nodes/client-1.pub"],
+        "clients/client-1/tls/peer.key": [
+            f"{folder}/client-1.pub" for folder in ("server/peers", "clients/client-0/peers", "clients/client-1/peers")
+        ],
+    }
+    assert {name for name in before if rotated[name] != last[name]} == {*pairs, *itertools.chain(*pairs.values())}
+    for key, copies in pairs.items():
+        public = output_of("ssh-keygen", "-y", "-f", directory / key).split()[:2]
+        assert all(last[copy].decode().split()[:2] == public for copy in copies)
     for options, reason in (
         ([], "name what to replace"),
         (["--node", "client-2"], "unknown node 'client-2'"),

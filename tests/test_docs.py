@@ -43,7 +43,9 @@ BANNED = re.compile(
     r"max-memory(?!-gb)|fair-lambda|optimis\w+)\b"
 )
 #: programs in command lines that are not ours to check
-OTHER_PROGRAMS = {"cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray", "tar"}
+OTHER_PROGRAMS = {
+    "cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray", "source", "ssh-keygen", "tar"
+}  # fmt: skip
 
 
 def named(path: Path) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from copra_fl.config import ConfigError
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
-from copra_fl.deployment.layout import DeploymentLayout, client_name, write_mounted
+from copra_fl.deployment.layout import DeploymentLayout, client_name
 from copra_fl.deployment.options import DeploymentOptions, check_host, read_options
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import join_words, unknown_name
@@ -120,7 +120,7 @@ def rotate(
     ] = False,
     node: Annotated[
         list[str] | None,
-        typer.Option("--node", metavar="CLIENT", help="A new key pair of client-0, client-1, ... May be repeated."),
+        typer.Option("--node", metavar="CLIENT", help="New keys of client-0, client-1, ... May be repeated."),
     ] = None,
 ) -> None:
     """Replace the server's certificate or keys of nodes. The old ones of nodes are rejected within seconds."""
@@ -140,11 +140,16 @@ def rotate(
         days = certificates.days_left(layout.tls)["server"]
         console.print(f"superlink: new certificate for {days} days. {_restart(layout, 'superlink')}", soft_wrap=True)
     for name in node or []:
+        certificates.replace_keys(layout, numbers[name], options.clients)
         client = layout.client(numbers[name])
-        certificates.make_node_key(client.key)
-        write_mounted(layout.public_key(numbers[name]), certificates.public_key(client.key))
-        moved = f"If it runs on another machine, move {client.key} there."
-        console.print(f"{name}: new key. {moved} {_restart(layout, name)}", soft_wrap=True)
+        moved = f"If it runs on another machine, move {client.key} and {client.peer_key} there."
+        console.print(f"{name}: new keys. {moved} {_restart(layout, name)}", soft_wrap=True)
+    if node:
+        console.print(
+            "secure aggregation: copy the folder `peers` of each client that runs on another machine to it, or its "
+            f"node does not accept the new signatures of {join_words(node)}",
+            soft_wrap=True,
+        )
 
 
 def _restart(layout: DeploymentLayout, service: str) -> str:

@@ -114,7 +114,7 @@ def make_node_keys(layout: DeploymentLayout, numbers: Iterable[int]) -> None:
 def make_peer_keys(layout: DeploymentLayout, num_clients: int) -> None:
     """Make the missing key pairs with which nodes sign in secure aggregation, and forget those of removed clients."""
     for number in range(num_clients):
-        client, public = layout.client(number), layout.peers / f"{client_name(number)}.pub"
+        client, public = layout.client(number), layout.peer_public_key(number)
         if not client.peer_key.exists() and not public.exists():
             make_node_key(client.peer_key)
         if client.peer_key.exists() and not public.exists():
@@ -122,6 +122,18 @@ def make_peer_keys(layout: DeploymentLayout, num_clients: int) -> None:
     for public in layout.peers.glob("*.pub"):
         if public.stem not in map(client_name, range(num_clients)):
             public.unlink()
+    share_peer_keys(layout, num_clients)
+
+
+def replace_keys(layout: DeploymentLayout, number: int, num_clients: int) -> None:
+    """Make new keys for one client and register them: its node key, and the one it signs with in secure aggregation."""
+    client = layout.client(number)
+    for private, public in (
+        (client.key, layout.public_key(number)),
+        (client.peer_key, layout.peer_public_key(number)),
+    ):
+        make_node_key(private)
+        write_mounted(public, public_key(private))
     share_peer_keys(layout, num_clients)
 
 

@@ -166,6 +166,10 @@ class DeploymentLayout:
         """The public key of client `number`: its node may connect while the file exists."""
         return self.nodes / f"{client_name(number)}.pub"
 
+    def peer_public_key(self, number: int) -> Path:
+        """The key by which nodes know client `number` in secure aggregation."""
+        return self.peers / f"{client_name(number)}.pub"
+
     @property
     def audit_logs(self) -> tuple[Path, Path]:
         """The audit logs: of the submitted runs, which no container can reach, and of the server app."""
