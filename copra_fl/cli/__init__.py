@@ -88,8 +88,8 @@ def options(
 app.command(
     epilog=examples(
         "copra-fl simulate --recipe smoke",
-        "copra-fl simulate --set rule=flora --set num-rounds=10 --output runs/flora",
-        "copra-fl simulate --resume --output runs/flora",
+        "copra-fl simulate --set rule=fedex-lora --set num-rounds=10 --output runs/fedex",
+        "copra-fl simulate --resume --output runs/fedex",
     )
 )(simulate)
 app.command(
