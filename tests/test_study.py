@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from copra_fl.config import ConfigError
@@ -19,8 +20,11 @@ from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, re
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.study import best_rate, rates_to_try, render, table, validation_accuracies, write
+from copra_fl.simulation import preflight
+from copra_fl.simulation.comparison import load_plan, run_names
+from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.study import StudyCell, read_grids, sample_configs
+from copra_fl.simulation.study import StudyCell, finish_comparison, read_grids, sample_configs
 from experiments.findings import studies
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
@@ -148,6 +152,35 @@ def test_a_bad_setting_in_the_last_cell_starts_nothing(tmp_path: Path, monkeypat
     output = run_command("study", "mine.toml", code=2)
     assert "unknown configuration key 'local-stepps'. Did you mean 'local-steps'" in output.message
     assert not (tmp_path / "runs").exists()
+
+
+def test_finished_runs_of_other_settings_are_no_results(tiny: Settings, tmp_path: Path) -> None:
+    (cell,) = cells(make_study(tiny))
+    configs = {run: cell.config(method, 0.01, seed) for run, (method, seed) in run_names(cell.methods, [0, 1]).items()}
+    console, request = Console(quiet=True), WorkerRequest(1, None, None)
+    arguments = list(cell.methods), [0, 1], configs, console, request
+    for run, config in zip(configs, preflight.check(configs.values(), console, request), strict=True):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.toml").write_text(config.to_toml())
+        (tmp_path / run / "summary.json").touch()
+    finish_comparison(tmp_path, *arguments)
+    assert load_plan(tmp_path)[:2] == (["lora", "head"], [0, 1])
+    configs["head-seed1"] = configs["head-seed1"].changed(local_steps=4)
+    with pytest.raises(ConfigError, match=r"cannot resume .*head-seed1 with a changed configuration: local-steps"):
+        finish_comparison(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed=3", "--set seed=3 has no effect here: a study's seeds are those"),
+        ("learning-rate=0.1", "--set learning-rate=0.1 has no effect here: a study searches it"),
+        ("p0=0.5", "p0 = 0.5 has no effect with local-training ="),
+    ],
+)
+def test_a_setting_without_effect_is_rejected(setting: str, message: str, study_file: Path, tmp_path: Path) -> None:
+    """The study has the methods `lora` and `head`."""
+    assert message in run_command("study", study_file, "--set", setting, "--output", tmp_path / "runs", code=2).message
 
 
 def test_a_recipe_can_define_a_method() -> None:

@@ -38,7 +38,7 @@ def compare(
         method_names, seed_numbers, configs = load_plan(directory)
     else:
         settings, seed_numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
-        settings.refuse_seed("use --seeds, as in --seeds 0,1,2")
+        settings.refuse_override("seed", "use --seeds, as in --seeds 0,1,2")
         sources = expand_all(parse_methods(methods), settings, console)
         method_names = list(sources)
         runs = run_names(method_names, seed_numbers)

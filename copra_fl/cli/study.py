@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from copra_fl.cli import options
 from copra_fl.simulation import preflight
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.recipes import Recipe, refuse_idle
 from copra_fl.simulation.study import read_grids, run_test, sample_configs, tune
 
 GridsOption = Annotated[
@@ -44,9 +45,11 @@ def study(
     """Run or continue a study: compare methods at their best learning rates, in several splits and regimes."""
     console = Console(stderr=True)
     recipe, request = Recipe.read(file, set_ or []), WorkerRequest(workers, gpus_per_worker, ray_address)
-    recipe.refuse_seed("a study's seeds are those of its tables [study.grids.NAME]")
+    recipe.refuse_override("seed", "a study's seeds are those of its tables [study.grids.NAME]")
+    recipe.refuse_override("learning-rate", "a study searches it among the learning-rates of its table [study.tuning]")
     cells_by_grid = {name: list(cells) for name, cells in read_grids(recipe, grids, output.absolute())}
     samples = [config for cells in cells_by_grid.values() for cell in cells for config in sample_configs(cell)]
+    refuse_idle(recipe.overrides, samples)
     preflight.check(samples, console, request)
 
     from copra_fl.reporting.statistics import summarize
@@ -56,10 +59,13 @@ def study(
     for grid, cells in cells_by_grid.items():
         directory = output.absolute() / grid
         for number, cell in enumerate(cells, start=1):
-            console.rule(f"{grid} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}")
+            console.rule(escape(f"{grid} {number}/{len(cells)}: {cell.directory.parent.name}, {cell.directory.name}"))
             rates = tune(cell, console, request)
-            console.print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
+            chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
+            console.print(f"learning rates: {chosen}", markup=False)
             console.print(results(summarize(run_test(cell, rates, console, request))), highlight=False)
             finished = [cell.directory for cell in cells[:number]]
             write(directory, finished, shlex.join(["copra-fl", *sys.argv[1:]]))
-        console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)
+        console.print(
+            f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True, markup=False
+        )

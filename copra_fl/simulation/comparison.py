@@ -39,9 +39,7 @@ def run_comparison(
         configs = dict(zip(configs, preflight.check(configs.values(), console, request), strict=True))
         workers = request.allocate(list(configs.values()), console)
         create_output(directory, overwrite)
-        for name, config in configs.items():
-            write_config(directory / name, config)
-        write_plan(directory, methods, seeds)
+        write_plan(directory, methods, seeds, configs)
         process = link.start_run({"output": str(directory), "resume": True}, workers)
 
         from copra_fl.trackers.feed import Tracking  # slow to import
@@ -55,8 +53,13 @@ def run_comparison(
             progress.watch(link, process, len(configs), console, update)
 
 
-def write_plan(directory: Path, methods: list[str], seeds: list[int]) -> None:
-    """Write ``comparison.toml``: the runs that the server goes through and that the report shows."""
+def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: Mapping[str, Config]) -> None:
+    """Write each run's configuration and ``comparison.toml``: the runs that the server goes through and the report shows.
+
+    Raises ConfigError for a run in `directory` with another configuration.
+    """
+    for name, config in configs.items():
+        write_config(directory / name, config)
     plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
     (directory / "comparison.toml").write_text(plan, encoding="utf-8")
 

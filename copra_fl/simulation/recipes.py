@@ -64,10 +64,10 @@ class Recipe:
             path = built_in[name]
         return cls.of(read_toml(path), dict(parse_override(text, KEYS) for text in overrides))
 
-    def refuse_seed(self, remedy: str) -> None:
-        """Raise ConfigError if ``--set`` sets the seed, where each run gets its own; `remedy` says how."""
-        if "seed" in self.overrides:
-            raise ConfigError(f"--set seed={self.overrides['seed']} has no effect here: {remedy}")
+    def refuse_override(self, key: str, remedy: str) -> None:
+        """Raise ConfigError if ``--set`` sets `key`, which the command chooses for each run; `remedy` says how."""
+        if key in self.overrides:
+            raise ConfigError(f"--set {key}={self.overrides[key]} has no effect here: {remedy}")
 
     @classmethod
     def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:

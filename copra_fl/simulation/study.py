@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from copra_fl.config import Config, ConfigError, flatten
+from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, by_short_name, short_name
@@ -203,8 +204,10 @@ def finish_comparison(
     """Run the unfinished runs of a comparison.
 
     If all are finished, only write the plan, because the folder may hold other runs from before the study was changed.
+    Raises ConfigError for a run with another configuration, finished or not.
     """
     if all((directory / name / "summary.json").exists() for name in configs):
-        write_plan(directory, methods, seeds)
+        checked = preflight.check(configs.values(), console, request)
+        write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
     else:
         run_comparison(directory, methods, seeds, configs, console, request)
