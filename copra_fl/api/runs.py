@@ -14,7 +14,15 @@ from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
 from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
-from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
+from copra_fl.simulation.comparison import (
+    DEFAULT_METHODS,
+    DEFAULT_SEEDS,
+    expand_all,
+    find_plan,
+    refuse_equal,
+    run_comparison,
+    run_names,
+)
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
 from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
@@ -98,8 +106,8 @@ def simulate(
 
 
 def compare(
-    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("lora", "copra"),
-    seeds: Sequence[int] = (0, 1),
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
     *,
     recipe: RecipeLike | None = None,
     data: pd.DataFrame | datasets.Dataset | None = None,
@@ -124,8 +132,10 @@ def compare(
     Args:
         methods: names of built-in methods or TOML files, ``flora+copra`` for two together, ``all`` for all built-in
             ones; or name -> settings, where a built-in name has its own settings first:
-            ``{"lora": {}, "mine": {"rule": "hospital.rules:RULE"}}``. The first method is the baseline.
-        seeds: every method runs with every seed.
+            ``{"lora": {}, "mine": {"rule": "hospital.rules:RULE"}}``. The first method is the baseline. Default: those
+            of the comparison that `resume` continues, else ``["lora", "copra"]``.
+        seeds: every method runs with every seed. Default: those of the comparison that `resume` continues, else
+            ``[0, 1, 2]``.
         callback: called with method, seed and record of each new round.
         **settings: configuration keys of all methods; they override those of a method.
 
@@ -137,11 +147,13 @@ def compare(
     console, track, folder = open_console(progress), checked(track), _path(output)
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "compare", resume, overwrite)
-    if resume and (directory / "comparison.toml").exists() and recipe is None and not given:
-        names, numbers, configs = load_plan(directory)
+    earlier = find_plan(directory) if resume else None
+    if earlier and recipe is None and not given and methods is None and seeds is None:
+        names, numbers, configs = earlier
     else:
-        chosen, numbers = open_recipe(recipe, given), _check_seeds(seeds)
-        tables = _tables(methods, chosen, console)
+        default_methods, default_seeds, _ = earlier or (DEFAULT_METHODS, DEFAULT_SEEDS, {})
+        chosen, numbers = open_recipe(recipe, given), _check_seeds(default_seeds if seeds is None else seeds)
+        tables = _tables(default_methods if methods is None else methods, chosen, console)
         names = list(tables)
         configs = {
             run: chosen.config(tables[method].method, seed, tables[method].settings)

@@ -11,7 +11,16 @@ from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
-from copra_fl.simulation.comparison import expand_all, load_plan, refuse_equal, run_comparison, run_names
+from copra_fl.simulation.comparison import (
+    DEFAULT_METHODS,
+    DEFAULT_SEEDS,
+    Plan,
+    expand_all,
+    find_plan,
+    refuse_equal,
+    run_comparison,
+    run_names,
+)
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
@@ -20,8 +29,8 @@ from copra_fl.simulation.run_folder import choose_output
 def compare(
     recipe: options.RecipeOption = None,
     set_: options.SetOption = None,
-    methods: options.MethodsOption = "lora,copra",
-    seeds: options.SeedsOption = "0,1,2",
+    methods: options.MethodsOption = None,
+    seeds: options.SeedsOption = None,
     output: options.OutputOption = None,
     workers: options.WorkersOption = None,
     gpus_per_worker: options.GpusOption = None,
@@ -34,21 +43,32 @@ def compare(
     """Compare methods, paired by seed; write a table, summary.json and report.html."""
     console, started = Console(stderr=True), time.monotonic()
     directory = choose_output(output, "compare", resume, overwrite)
-    if resume and (directory / "comparison.toml").exists() and recipe is None and not set_:
-        method_names, seed_numbers, configs = load_plan(directory)
-    else:
-        settings, seed_numbers = Recipe.read(recipe or "base", set_ or []), parse_seeds(seeds)
-        settings.refuse_override("seed", "use --seeds, as in --seeds 0,1,2")
-        sources = expand_all(parse_methods(methods), settings, console)
-        method_names = list(sources)
-        runs = run_names(method_names, seed_numbers)
-        configs = {name: settings.config(sources[method], seed) for name, (method, seed) in runs.items()}
-        refuse_equal(runs, configs)
-        refuse_idle(settings.overrides, configs.values())
+    earlier = find_plan(directory) if resume else None
+    method_names, seed_numbers, configs = plan(earlier, recipe, set_ or [], methods, seeds, console)
     os.environ |= startup.environment(configs.values())  # for this process too
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])
     show_results(directory, console, as_json, started)
+
+
+def plan(
+    earlier: Plan | None, recipe: str | None, set_: list[str], methods: str | None, seeds: str | None, console: Console
+) -> Plan:
+    """Return what to run: the comparison `earlier`, the one to be resumed, as far as no option says otherwise.
+
+    Raises ConfigError for options that cannot be used.
+    """
+    if earlier and recipe is None and not (set_ or methods or seeds):
+        return earlier
+    default_methods, default_seeds, _ = earlier or (DEFAULT_METHODS, DEFAULT_SEEDS, {})
+    settings, seed_numbers = Recipe.read(recipe or "base", set_), parse_seeds(seeds) if seeds else default_seeds
+    settings.refuse_override("seed", "use --seeds, as in --seeds 0,1,2")
+    sources = expand_all(parse_methods(methods or ",".join(default_methods)), settings, console)
+    runs = run_names(sources, seed_numbers)
+    configs = {name: settings.config(sources[method], seed) for name, (method, seed) in runs.items()}
+    refuse_equal(runs, configs)
+    refuse_idle(settings.overrides, configs.values())
+    return list(sources), seed_numbers, configs
 
 
 def parse_methods(text: str) -> dict[str, str]:

@@ -48,16 +48,22 @@ SetOption = Annotated[
     ),
 ]
 MethodsOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--methods",
         autocompletion=complete_method,
         help="Methods, separated by commas: built-in names or TOML files. flora+copra combines two methods, the later "
-        "one wins; all means every built-in method.",
+        "one wins; all means every built-in method. Default: those of the comparison that --resume continues, else "
+        "lora,copra.",
     ),
 ]
 SeedsOption = Annotated[
-    str, typer.Option("--seeds", help="Random seeds, separated by commas; every method runs with every seed.")
+    str | None,
+    typer.Option(
+        "--seeds",
+        help="Random seeds, separated by commas; every method runs with every seed. Default: those of the comparison "
+        "that --resume continues, else 0,1,2.",
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", help="Folder for the results. Default: a new folder in runs/.")

@@ -16,6 +16,11 @@ from copra_fl.simulation.recipes import Recipe, built_in_methods, method_setting
 from copra_fl.simulation.run_folder import create_output, write_config
 from copra_fl.simulation.superlink import superlink
 
+#: methods and seeds of a comparison, and the configuration of each run by the names of `run_names`
+Plan = tuple[list[str], list[int], dict[str, Config]]
+#: methods and seeds of a comparison that names none
+DEFAULT_METHODS, DEFAULT_SEEDS = ["lora", "copra"], [0, 1, 2]
+
 
 def run_comparison(
     directory: Path,
@@ -54,7 +59,7 @@ def run_comparison(
 
 
 def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: Mapping[str, Config]) -> None:
-    """Write each run's configuration and ``comparison.toml``: the runs that the server goes through and the report shows.
+    """Write each run's configuration, and ``comparison.toml``: the runs for the server and the report.
 
     Raises ConfigError for a run in `directory` with another configuration.
     """
@@ -64,8 +69,13 @@ def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: M
     (directory / "comparison.toml").write_text(plan, encoding="utf-8")
 
 
-def load_plan(directory: Path) -> tuple[list[str], list[int], dict[str, Config]]:
-    """Return the methods, the seeds and the configuration of each run of the comparison that `directory` holds."""
+def find_plan(directory: Path) -> Plan | None:
+    """Return `load_plan(directory)`; None if the folder holds no comparison."""
+    return load_plan(directory) if (directory / "comparison.toml").exists() else None
+
+
+def load_plan(directory: Path) -> Plan:
+    """Return the plan of the comparison that `directory` holds."""
     plan = read_toml(directory / "comparison.toml")
     names = run_names(plan["methods"], plan["seeds"])
     return plan["methods"], plan["seeds"], {name: Config.from_toml(directory / name / "config.toml") for name in names}
@@ -124,5 +134,5 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
     if not methods:
         raise ConfigError("\n".join(dict.fromkeys(left_out.values())))
     for method, reason in left_out.items():
-        console.print(f"note: {method} is left out: {reason}", highlight=False, soft_wrap=True)
+        console.print(f"note: {method} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     return {method: method for method in methods.values()}
