@@ -233,12 +233,28 @@ def test_duplicates_are_dropped_from_the_held_out_sets(
     expected = sum(place[first] != place[first + 1] for first in range(0, 600, 2))
 
     planted = load_rows(rows)
-    assert sum(client_sizes(planted)) == 500
+    assert sum(client_sizes(planted)) + planted.dropped.trained == 500
     assert planted.dropped.duplicates == expected > 50
     assert len(planted.test) + len(planted.server_validation) == 100 - expected
     held = [set(texts_of(planted, indices, tokenizer)) for indices in (planted.test, planted.server_validation)]
     pool = set(texts_of(planted, np.concatenate(planted.train + planted.validation), tokenizer))
     assert not held[0] & held[1] and not held[0] & pool and not held[1] & pool
+
+
+def test_no_client_validates_on_an_example_that_a_client_trains_on(
+    rows: pd.DataFrame, load_rows: Load, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows.loc[1::2, "text"] = rows.loc[0::2, "text"].to_numpy()
+    loose = {"validation_fraction": 0.3, "client_examples": 20}
+    data = load_rows(rows, **loose)
+    trained = set(texts_of(data, np.concatenate(data.train), tokenizer))
+    validation = [text for subset in data.validation for text in texts_of(data, subset, tokenizer)]
+    assert len(validation) > 60 and not trained & set(validation)
+    rows["text"] = [f"{text} {number}" for number, text in enumerate(rows["text"])]
+    unique = load_rows(rows, **loose)
+    assert unique.dropped.trained == 0
+    left_out = sum(map(len, unique.validation)) - len(validation)
+    assert data.dropped.trained == left_out > 5, "texts of clients that are cut off by client-examples do not count"
 
 
 def test_near_duplicates_are_dropped_if_asked_for(

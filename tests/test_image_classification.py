@@ -156,6 +156,24 @@ def test_a_folder_is_listed_once_and_read_once_for_all_processes(
     assert load_processor(Config.from_flat(images).model).num_tokens == NUM_TOKENS
 
 
+def test_changed_images_of_a_table_are_read_again(images: Settings, photos: Path, tmp_path: Path) -> None:
+    """The table itself stays as it is; an equal table beside other images has those images."""
+    first, second = (shutil.copytree(photos, tmp_path / name) for name in ("first", "second"))
+    name = table(photos)["image"][5]
+    Image.new("L", (14, 16), 255).save(second / name)
+    pixels, digests = {}, {}
+    for folder in (first, second):
+        table(photos).to_csv(folder / "paths.csv", index=False)
+        federated = load_images(images | {"dataset": str(folder / "paths.csv")})
+        pixels[folder], digests[folder] = federated.examples.batch(np.arange(240))["pixel_values"], federated.digest
+    changed = [i for i in range(240) if not torch.equal(pixels[first][i], pixels[second][i])]
+    assert changed == [5] and digests[first] != digests[second]
+    shutil.copy(second / name, first / name)
+    federated = load_images(images | {"dataset": str(first / "paths.csv")})
+    assert torch.equal(federated.examples.batch(np.arange(240))["pixel_values"], pixels[second])
+    assert federated.digest == digests[second], "equal content has one digest on all machines"
+
+
 def test_a_folder_can_have_a_test_set_and_be_the_file_of_a_node(images: Settings, photos: Path, tmp_path: Path) -> None:
     rows = table(photos)
     for i, (name, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):

@@ -77,6 +77,22 @@ def test_each_data_set_is_loaded_as_if_it_were_alone(two: Settings, limits: Sett
         assert np.array_equal(single.examples.lengths, joined.examples.lengths[first : dataset.examples.stop])
 
 
+def test_no_held_out_example_of_a_data_set_is_trained_on_in_another_one(two: Settings, tmp_path: Path) -> None:
+    """Three examples that are held out of the topics, one of each set, become examples of clients of the moods."""
+    topics, moods = map(pd.read_csv, str(two["dataset"]).split(", "))
+    before = World(two).data
+    copied = [before.test[0], before.server_validation[0], before.validation[0][0]]
+    replaced = before.train[3][:3] - len(topics)
+    moods.loc[replaced, "text"] = topics["text"][copied].to_numpy()
+    moods.to_csv(tmp_path / "moods.csv", index=False)
+    after = World(two | {"dataset": f"{str(two['dataset']).split(', ')[0]}, {tmp_path / 'moods.csv'}"}).data
+    assert after.test.tolist() == before.test[1:].tolist()
+    assert after.server_validation.tolist() == before.server_validation[1:].tolist()
+    assert after.validation[0].tolist() == before.validation[0][1:].tolist()
+    assert (after.dropped.duplicates, after.dropped.trained) == (2, 1)
+    assert all(map(np.array_equal, after.train, before.train))
+
+
 def test_a_client_trains_as_in_a_federation_with_its_data_set_alone(two: Settings) -> None:
     """Oracle: one data set and a head with its rows only. The gradient of all other rows is exactly 0."""
     flat = two | {"local-steps": 10}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from copra_fl.config import ConfigError, DataConfig
-from copra_fl.data.cache import Stored
-from copra_fl.data.held_out import choose_clients, hold_out
-from copra_fl.sources.tables import Table, codes, read_examples, read_rows
+from copra_fl.data.cache import Stored, cached
+from copra_fl.data.held_out import choose_clients, content_hashes, hold_out
+from copra_fl.files import digest_of, kept_digest, sha256
+from copra_fl.sources.tables import Table, codes, named_files, read_examples, read_rows
 from copra_fl.tasks import Task
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -21,8 +23,8 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 
 #: a label column with more different labels than this number and this share of the rows names the rows
 MAX_LABELS, MAX_LABELS_PER_ROW = 20, 0.5
-#: Raise it whenever the same inputs would give other held-out sets or partitions.
-CACHE_VERSION = 3
+#: Raise it whenever the same inputs would give other cached tensors, held-out sets or partitions.
+CACHE_VERSION = 4
 
 
 def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
@@ -34,6 +36,19 @@ def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
     digest, options = task.processor_digest(processor), task.option_values(data).values()
     separator = [] if data.separator == DataConfig.separator else [data.separator]
     return [task.name, task.version, columns, data.labels, data.max_length, digest, *options, *separator]
+
+
+def content_digest(task: Task, data: DataConfig, table: Table) -> str:
+    """Return the digest of the content of `table` and of the files that its content column names."""
+    if not task.names_files or Path(table.where).is_dir():  # the digest of a folder of images is that of its files
+        return table.digest
+    column = columns_of(task, data)[task.columns[0]]
+    kept = digest_of(table.digest, column)
+    _, facts = cached("files", kept, lambda: ({}, {"files": named_files(table, column)}), table.where)
+    files = [file for name in facts["files"] if (file := table.folder / name).is_file()]
+    if not files:
+        return table.digest
+    return digest_of(table.digest, kept_digest(files, lambda: digest_of([sha256(file) for file in files])))
 
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
@@ -68,9 +83,11 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
     is_held_out = np.zeros(len(rows), bool)
     if data.client_column:
         is_held_out = rows["client-column"].isin(held_out_names).to_numpy()
-    subsets, dropped_duplicates = hold_out(data, rows[content], num_train, np.flatnonzero(is_held_out))
+    hashes = content_hashes(data, rows[content])
+    subsets, dropped_duplicates = hold_out(data, hashes, num_train, np.flatnonzero(is_held_out))
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}
+    tensors["contents"] = torch.from_numpy(hashes)
     client_names: list[str] = []
     if data.client_column:
         client_names = sort_names(set(rows["client-column"].dropna()) - set(held_out_names))

@@ -3,7 +3,8 @@
     table  ->  test | server validation | pool        by the data alone, never by the seed (`held_out`)
                held_out: clients that are held out whole, with held-out-clients
     pool   ->  client 0 | client 1 | ...              by a partitioner, of flwr-datasets or a plugin's (`partition`)
-    client ->  train | validation                     shuffled, seeded; then train is cut by client-examples and shots
+    client ->  train | validation                     shuffled, seeded; then train is cut by client-examples and shots,
+                                                      and no validation example equals a training example of any client
 
 Of several data sets, each is loaded as if it were alone; then they are joined (`multi`).
 With ``partitioner = own`` the table is the server's and is held out entirely; clients load their own files (`local`).
@@ -26,7 +27,15 @@ from torch import Tensor
 from copra_fl import plugins
 from copra_fl.config import Config, ConfigError, DataConfig
 from copra_fl.data.cache import Stored, cached
-from copra_fl.data.encoding import CACHE_VERSION, columns_of, encode_tables, encoding_key, read_train_rows
+from copra_fl.data.encoding import (
+    CACHE_VERSION,
+    columns_of,
+    content_digest,
+    encode_tables,
+    encoding_key,
+    read_train_rows,
+)
+from copra_fl.data.held_out import without_equal, without_trained
 from copra_fl.data.multi import DatasetRanges, MultiDatasetExamples, consecutive_ranges, split_evenly
 from copra_fl.data.partition import limit_train, partition, split_clients
 from copra_fl.files import digest_of
@@ -37,8 +46,8 @@ from copra_fl.wording import listed
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
-#: tensors of the cache that are subsets, and not the task's encoding of the examples
-SUBSETS = {"test", "held_out", "server_validation", "pool", "clients"}
+#: tensors of the cache that are not the task's encoding of the examples: subsets, clients, hashes of contents
+NOT_ENCODED = {"test", "held_out", "server_validation", "pool", "clients", "contents"}
 
 
 def _no_indices() -> np.ndarray:
@@ -52,12 +61,14 @@ class Dropped:
     Attributes:
         unassigned: examples that the partitioner gave to no client.
         duplicates: held-out examples with an equal one in the pool; of test and held_out also in server_validation.
+        trained: clients' validation examples with an equal training example.
         empty: rows without content, label or client.
         limited: clients' examples that are neither training nor validation examples, by client-examples and shots.
     """
 
     unassigned: int = 0
     duplicates: int = 0
+    trained: int = 0
     empty: int = 0
     limited: int = 0
 
@@ -74,7 +85,8 @@ class FederatedData:
         label_names: name of each label, in order; empty for a task without labels.
         client_names: values of the client column with ``partitioner = natural``, else the clients' numbers.
         train: training examples of each client.
-        validation: validation examples of each client; none for a client with too few examples.
+        validation: validation examples of each client, none of which equals a training example of any client; none
+            for a client with too few examples.
         server_validation, test: held-out examples; no client has an equal one.
         held_out: test examples of the clients `held_out_names`; no other client has an equal one.
         held_out_names: values of the client column whose clients are held out whole.
@@ -137,28 +149,35 @@ def load_data(config: Config, processor: Any) -> FederatedData:
     if not data.dataset:
         return _empty(task, data, processor)
     shares = split_evenly(data.num_clients, len(data.datasets))
-    loaded, encoded = {}, []
+    loaded, encoded, contents = {}, [], []
     for source, num_clients in zip(data.datasets, shares, strict=True):
         alone = replace(data, dataset=source, num_clients=num_clients)
         try:
-            federated, tensors = _load(task, alone, config.federation.seed, processor)
+            federated, tensors, hashes = _load(task, alone, config.federation.seed, processor)
         except ConfigError as error:
             if len(shares) == 1:
                 raise
             raise ConfigError(f"dataset {source!r}: {error}") from error
         loaded[dataset_name(source)] = federated
         encoded.append(tensors)
+        contents.append(hashes)
     if len(loaded) == 1:
         return federated
     labels = consecutive_ranges([len(part.label_names) for part in loaded.values()])
     for tensors, dataset_labels in zip(encoded, labels, strict=True):
         tensors["labels"] = tensors["labels"] + dataset_labels.start
     examples = task.examples(task.join(encoded), processor, data)
-    return _join(MultiDatasetExamples.of(examples, labels), loaded, labels)
+    return _join(MultiDatasetExamples.of(examples, labels), loaded, labels, np.concatenate(contents))
 
 
-def _join(examples: Examples, loaded: Mapping[str, FederatedData], labels: Sequence[range]) -> FederatedData:
-    """Join the data sets `loaded`, by name, to the data of one federation."""
+def _join(
+    examples: Examples, loaded: Mapping[str, FederatedData], labels: Sequence[range], contents: np.ndarray
+) -> FederatedData:
+    """Join the data sets `loaded`, by name, to the data of one federation.
+
+    `contents` has the hash of each example's content: an example that is held out of one data set can also be in
+    another one, and is dropped then.
+    """
     names, parts = list(loaded), list(loaded.values())
     indices = consecutive_ranges([len(part.examples) for part in parts])
     clients = consecutive_ranges([len(part.train) for part in parts])
@@ -172,37 +191,50 @@ def _join(examples: Examples, loaded: Mapping[str, FederatedData], labels: Seque
         pairs = zip(parts, indices, strict=True)
         return [subset + part_indices.start for part, part_indices in pairs for subset in getattr(part, kind)]
 
+    train, validation = join_clients("train"), join_clients("validation")
+    of_clients = np.concatenate([*train, *validation])
+    server_validation = without_equal(contents, join_subsets("server_validation"), of_clients)
+    test = without_equal(contents, join_subsets("test"), np.concatenate([of_clients, server_validation]))
+    new_validation = without_trained(contents, validation, train)
+    dropped = Dropped(
+        duplicates=sum(len(part.server_validation) + len(part.test) for part in parts)
+        - len(server_validation)
+        - len(test),
+        trained=sum(map(len, validation)) - sum(map(len, new_validation)),
+    )
     return FederatedData(
         examples=examples,
         label_names=[f"{name}/{label}" for name, part in loaded.items() for label in part.label_names],
         client_names=[f"{name}/{client}" for name, part in loaded.items() for client in part.client_names],
-        train=join_clients("train"),
-        validation=join_clients("validation"),
-        server_validation=join_subsets("server_validation"),
-        test=join_subsets("test"),
+        train=train,
+        validation=new_validation,
+        server_validation=server_validation,
+        test=test,
         skipped=[
             part_clients.start + client
             for part, part_clients in zip(parts, clients, strict=True)
             for client in part.skipped
         ],
-        dropped=sum((part.dropped for part in parts), start=Dropped()),
+        dropped=sum((part.dropped for part in parts), start=dropped),
         digest=digest_of(names, [part.digest for part in parts]),
         tokens_digest=digest_of(names, [part.tokens_digest for part in parts]),
         datasets=[DatasetRanges(*dataset_ranges) for dataset_ranges in ranges],
     )
 
 
-def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[FederatedData, dict[str, Tensor]]:
-    """Load one data set; return it with the tensors that its task encoded it to."""
+def _load(
+    task: Task, data: DataConfig, seed: int, processor: Any
+) -> tuple[FederatedData, dict[str, Tensor], np.ndarray]:
+    """Load one data set; return it with the tensors that its task encoded it to, and the hashes of its contents."""
     encoding = encoding_key(task, data, processor)
     train, test = find_tables(data)
-    content = (train.digest, test.digest if test else None)
+    sources = (content_digest(task, data, train), content_digest(task, data, test) if test else None)
     sizes = (data.server_validation_examples, data.test_examples)
     held_out_clients = (data.num_clients, data.held_out_clients) if data.held_out_clients else ()
     clients_elsewhere = data.partitioner == "own"
     comparison = () if data.duplicates == "exact" else (data.duplicates,)
     tokens_digest = digest_of(
-        CACHE_VERSION, content, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere, *comparison
+        CACHE_VERSION, sources, encoding, data.client_column, sizes, held_out_clients, clients_elsewhere, *comparison
     )
     tokens, facts = cached(
         "tokens", tokens_digest, lambda: encode_tables(task, data, processor, train, test), train.where
@@ -219,18 +251,20 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         tokens_digest=tokens_digest,
         read_rows=partial(read_train_rows, task, data, train),
     )
-    encoded = {name: tensor for name, tensor in tokens.items() if name not in SUBSETS}
+    encoded = {name: tensor for name, tensor in tokens.items() if name not in NOT_ENCODED}
+    contents = tokens["contents"].numpy()
     if clients_elsewhere:
-        return unpartitioned, encoded
+        return unpartitioned, encoded, contents
     split = (data.partitioner, data.alpha, data.classes_per_client, data.num_clients, data.validation_fraction)
     plugin = plugins.PARTITIONER.place(data.partitioner)
     code = (plugins.digest(data.partitioner, plugin),) if plugin else ()
     digest = digest_of(tokens_digest, split, seed, *code)
     splits, clients = cached("splits", digest, lambda: _split(data, seed, tokens, facts["client_names"]))
     client_names, unassigned = clients["client_names"], int((splits["owner"] < 0).sum())
-    unlimited, validation_sets = (_subsets(splits, name) for name in ("train", "validation"))
+    unlimited, candidates = (_subsets(splits, name) for name in ("train", "validation"))
     labels = tokens["labels"].numpy() if task.labels == "one" else None
     train_sets = [limit_train(train, data, labels) for train in unlimited]
+    validation_sets = without_trained(contents, candidates, train_sets)
     limits = (data.client_examples, data.shots)
     skipped = [client for client, indices in enumerate(train_sets) if not len(indices)]
     if skipped and data.empty_clients == "refuse":
@@ -243,10 +277,14 @@ def _load(task: Task, data: DataConfig, seed: int, processor: Any) -> tuple[Fede
         validation=validation_sets,
         skipped=skipped,
         dropped=unpartitioned.dropped
-        + Dropped(unassigned=unassigned, limited=sum(map(len, unlimited)) - sum(map(len, train_sets))),
+        + Dropped(
+            unassigned=unassigned,
+            trained=sum(map(len, candidates)) - sum(map(len, validation_sets)),
+            limited=sum(map(len, unlimited)) - sum(map(len, train_sets)),
+        ),
         digest=digest_of(digest, limits) if any(limits) else digest,
     )
-    return federated, encoded
+    return federated, encoded, contents
 
 
 def _split(data: DataConfig, seed: int, tokens: dict[str, Tensor], natural_names: list[str]) -> Stored:

@@ -44,15 +44,15 @@ def choose_clients(data: DataConfig, rows: pd.DataFrame, names: list[str]) -> tu
 
 
 def hold_out(
-    data: DataConfig, contents: pd.Series, num_train: int, of_held_out_clients: np.ndarray
+    data: DataConfig, contents: np.ndarray, num_train: int, of_held_out_clients: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
     """Return the indices of ``test``, ``server_validation``, ``held_out`` and ``pool``, and the number of duplicates.
 
     A held-out example is dropped as a duplicate if an equal one is in the pool; of ``test`` and ``held_out`` also if
-    one is in ``server_validation``. ``duplicates = near`` compares `words_of` texts.
+    one is in ``server_validation``.
 
     Args:
-        contents: contents of `num_train` training examples, then of the test set if the data set has one.
+        contents: hashes (`content_hashes`) of `num_train` training examples, then of the test set if there is one.
         of_held_out_clients: indices of the examples of clients that are held out whole.
 
     Raises ConfigError if the sets would take more than half of the clients' examples, or if a set ends up empty.
@@ -74,17 +74,39 @@ def hold_out(
     pool = order[num_taken:num_taken] if clients_elsewhere else order[num_taken:]
     held_out_test = generator(HELD_OUT_ROOT, "unseen").permutation(of_held_out_clients)[: data.test_examples]
     held_out = {"test": test, "held_out": held_out_test, "server_validation": validation}
-    compared = words_of(contents) if data.duplicates == "near" else contents
     subsets, num_duplicates = {"pool": pool}, 0
     for name, indices in held_out.items():
         others = pool if name == "server_validation" else np.concatenate([validation, pool])
-        subsets[name] = indices[~compared.iloc[indices].isin(compared.iloc[others]).to_numpy()]
+        subsets[name] = without_equal(contents, indices, others)
         num_duplicates += len(indices) - len(subsets[name])
         if len(indices) and not len(subsets[name]):
             raise ConfigError(
                 f"nothing is left of the {_TITLES[name]}: all of its examples also occur among the other examples"
             )
     return {name: np.sort(indices) for name, indices in subsets.items()}, num_duplicates
+
+
+def content_hashes(data: DataConfig, contents: pd.Series) -> np.ndarray:
+    """Return a hash (N,) int64 of each content; equal contents have equal hashes in all data sets and processes.
+
+    ``duplicates = near`` compares `words_of` texts.
+    """
+    from pandas.util import hash_array
+
+    compared = words_of(contents) if data.duplicates == "near" else contents
+    return hash_array(compared.to_numpy(object)).view(np.int64)
+
+
+def without_equal(contents: np.ndarray, indices: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return those of `indices` whose content equals that of none of the examples `others`."""
+    return indices[~np.isin(contents[indices], contents[others])]
+
+
+def without_trained(contents: np.ndarray, validation: list[np.ndarray], train: list[np.ndarray]) -> list[np.ndarray]:
+    """Return each client's validation examples without those that equal a training example of any client."""
+    is_new = ~np.isin(contents[np.concatenate(validation)], contents[np.concatenate(train)])
+    ends = np.cumsum([len(subset) for subset in validation])[:-1]
+    return [subset[kept] for subset, kept in zip(validation, np.split(is_new, ends), strict=True)]
 
 
 def words_of(texts: pd.Series) -> pd.Series:

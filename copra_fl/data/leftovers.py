@@ -51,14 +51,14 @@ def in_cache(cache: Path, days: float) -> Iterator[Leftover]:
         age = (time.time() - newest) / SECONDS_PER_DAY
         if age > days:
             yield Leftover(folder, f"clients' states of a run, last used {age:.0f} days ago")
-    for file in sorted(cache.glob("tokens/*.safetensors")):
+    for file in sorted([*cache.glob("tokens/*.safetensors"), *cache.glob("files/*.safetensors")]):
         try:
             source = read_tensors(file)[1].get(SOURCE)
         except DamagedFile:
             yield Leftover(file, "damaged")
             continue
         if source and not Path(source).exists():
-            yield Leftover(file, f"tokens of {source}, which is gone")
+            yield Leftover(file, f"content of {source}, which is gone")
     for path in sorted([*cache.glob("tables/*.parquet"), *filter(Path.is_dir, cache.glob("models/*"))]):
         age = (time.time() - path.stat().st_mtime) / SECONDS_PER_DAY
         if age > days and path.suffix != ".part":

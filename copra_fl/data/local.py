@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
-from copra_fl.data.encoding import CACHE_VERSION, columns_of, encoding_key, read_train_rows
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, content_digest, encoding_key, read_train_rows
 from copra_fl.data.federated import Dropped, FederatedData
+from copra_fl.data.held_out import content_hashes, without_equal
 from copra_fl.data.partition import limit_train, split_client
 from copra_fl.files import digest_of
 from copra_fl.sources.tables import Table, TableError, file_table, read_examples
@@ -34,20 +36,25 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
     data, seed, task = config.data, config.federation.seed, find_task(config.model.task)
     assert data.labels or task.labels == "none", "labels = '' must be resolved by the server"
     table = file_table("data-path", Path(path), data.separator)
-    digest = digest_of(CACHE_VERSION, "own", table.digest, encoding_key(task, data, processor))
+    digest = digest_of(CACHE_VERSION, "own", content_digest(task, data, table), encoding_key(task, data, processor))
     tokens, facts = cached("tokens", digest, lambda: _encode(task, data, processor, table), table.where)
     examples = task.examples(tokens, processor, data)
     indices = np.arange(len(examples))
     nobody = [indices[:0]] * num_clients
-    unlimited, validation = split_client(indices, client, data.validation_fraction, seed)
+    unlimited, candidates = split_client(indices, client, data.validation_fraction, seed)
     train = limit_train(unlimited, data, tokens["labels"].numpy() if task.labels == "one" else None)
+    validation = without_equal(tokens["contents"].numpy(), candidates, train)
     return FederatedData(
         examples=examples,
         label_names=data.label_list,
         client_names=[str(number) for number in range(num_clients)],
         train=[*nobody[:client], train, *nobody[client + 1 :]],
         validation=[*nobody[:client], validation, *nobody[client + 1 :]],
-        dropped=Dropped(empty=facts["dropped_empty"], limited=len(unlimited) - len(train)),
+        dropped=Dropped(
+            trained=len(candidates) - len(validation),
+            empty=facts["dropped_empty"],
+            limited=len(unlimited) - len(train),
+        ),
         digest=digest,
         tokens_digest=digest,
         read_rows=partial(read_train_rows, task, replace(data, client_column=""), table),
@@ -63,4 +70,6 @@ def _encode(task: Task, data: DataConfig, processor: Any, table: Table) -> Store
         if len(new):
             reason = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
             raise TableError(f"{table.where}: {reason}: {', '.join(map(repr, new.unique()[:5]))}", reason)
-    return task.encode(rows, data.label_list, processor, data), {"dropped_empty": num_dropped}
+    tensors = task.encode(rows, data.label_list, processor, data)
+    tensors["contents"] = torch.from_numpy(content_hashes(data, rows[task.columns[0]]))
+    return tensors, {"dropped_empty": num_dropped}

@@ -56,7 +56,7 @@ def check(configs: Iterable[Config], console: Console, request: WorkerRequest) -
     for config in scripted.values():
         _check_script(config, prepared, console)
     for note in dict.fromkeys(note for _, _, notes in checked for note in notes):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if request.ray_address is None:
         workers = request.share([config for config, _, _ in checked])
         free, gpu_memory = capacity.free_memory(), capacity.smallest_gpu_memory()
@@ -153,6 +153,11 @@ def _notes(federated: FederatedData, seed: int) -> list[str]:
         notes.append(f"{federated.dropped.empty} rows without content, label or client are left out")
     if federated.dropped.duplicates:
         notes.append(f"{federated.dropped.duplicates} held-out examples are left out: clients have the same examples")
+    if federated.dropped.trained:
+        notes.append(
+            f"seed {seed}: {federated.dropped.trained} validation examples of clients are left out: clients train on "
+            "the same examples"
+        )
     if federated.held_out_names:
         notes.append(f"held-out clients: {', '.join(federated.held_out_names)}")
     if federated.dropped.unassigned:

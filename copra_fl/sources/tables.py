@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -259,6 +259,17 @@ def read_examples(
     """
     read, complete = _read_columns(table, table.read(), columns, readers)
     return read[complete].reset_index(drop=True), int((~complete).sum())
+
+
+def named_files(table: Table, column: str) -> list[str]:
+    """Return the entries of `column` that are paths, relative to the table's folder; none without such a column."""
+    entries = map(path_or_bytes, table.read().get(column, []))
+    return [entry for entry in entries if isinstance(entry, str) and entry.strip()]
+
+
+def path_or_bytes(entry: Any) -> Any:
+    """Return the bytes or else the path in a dict of both, as Hugging Face data sets have them; else the entry."""
+    return entry.get("bytes") or entry.get("path") if isinstance(entry, dict) else entry
 
 
 def read_rows(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 
 class ImageClassification(Classification):
     columns = ("image-column", "label-column")
+    names_files = True
     processor_class = ImageProcessor
     classifier_class = AutoModelForImageClassification
     pipeline = "image-classification"

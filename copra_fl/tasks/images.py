@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 
 from copra_fl.config import ConfigError
 from copra_fl.files import digest_of, kept_text
-from copra_fl.sources.tables import TableError
+from copra_fl.sources.tables import TableError, path_or_bytes
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
@@ -153,8 +153,7 @@ def read_images(column: pd.Series, folder: Path) -> pd.Series:
 
 
 def _bytes_of(entry: Any, folder: Path) -> bytes | None:
-    if isinstance(entry, dict):
-        entry = entry.get("bytes") or entry.get("path")
+    entry = path_or_bytes(entry)
     if not isinstance(entry, str):
         return entry if isinstance(entry, bytes) else None
     if not entry.strip():

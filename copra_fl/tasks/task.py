@@ -66,6 +66,7 @@ class Task(ABC):
         columns: configuration keys of the table's columns that are read. The first is the content: examples with equal
             content are duplicates.
         optional_columns: keys of columns that are read if they are set.
+        names_files: whether entries of the content column can be paths of files, as those of images can.
         options: further configuration keys that `encode` reads.
         labels: number of labels of an example in the ``label-column``: none, one, or several of a list of labels, which
             is the same on all nodes. With one, partitioners can split examples by label.
@@ -81,6 +82,7 @@ class Task(ABC):
 
     columns: ClassVar[tuple[str, ...]] = ("text-column", "label-column")
     optional_columns: ClassVar[tuple[str, ...]] = ()
+    names_files: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
     labels: ClassVar[Literal["none", "one", "several"]] = "one"
     trains_head: ClassVar[bool] = True
