@@ -170,6 +170,7 @@ def test_a_table_as_markdown() -> None:
     shown = DataTable(["method", "MB"], [["lora", "1.5"]], caption="Per round.", title="Cost")
     assert shown.markdown() == "## Cost\n\n| method | MB |\n| --- | --- |\n| lora | 1.5 |\n\nPer round.\n"
     assert DataTable(["a"], [["b"]]).markdown() == "| a |\n| --- |\n| b |\n"
+    assert DataTable(["a"], [["heart|lungs"]]).markdown() == "| a |\n| --- |\n| heart\\|lungs |\n"
 
 
 def test_a_table_as_csv_and_latex() -> None:
@@ -185,6 +186,10 @@ def test_figures_and_tables_are_written_under_their_names(
 ) -> None:
     """Without kaleido: the message names the missing images, and all else is written."""
     monkeypatch.setattr(export, "find_spec", lambda name: None)
+    line = Figure("Loss on the line", "Of a probe.", go.Figure().add_scatter(x=[0, 1], y=[3, 4]))
+    for run in ("lora-seed0", "copra-seed0"):
+        probe = {"title": "Connectivity", "figures": pack([Section("Lines", [line])])}
+        (comparison / run / "probe-connectivity.figures.json").write_text(json.dumps(probe))
     message = run_command("report", comparison, "--figures", tmp_path / "figures", code=1).message
     assert "no SVG and PNG: kaleido is not installed. The buttons under the charts of" in message
     names = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -192,6 +197,22 @@ def test_figures_and_tables_are_written_under_their_names(
     lines = (tmp_path / "figures" / "accuracy-by-round.csv").read_text().splitlines()
     assert lines[0] == "series,x,y,value,error_above,error_below" and len(lines) == 1 + 2 * 3
     assert "seed0" not in " ".join(names) and len(names) > 25
+    assert {f"results-of-each-run-{table}.csv" for table in ("runs", "pairs-of-clients")} <= names
+    (own, *probed) = ((tmp_path / "figures" / f"loss-on-the-line{end}.csv").read_text() for end in ("", "-2", "-3"))
+    assert probed == [line.csv] * 2 and own != line.csv
+    titles = [title for title in load_comparison(comparison).figures if title.startswith("Loss on the line")]
+    assert titles == ["Loss on the line", "Loss on the line, 2", "Loss on the line, 3"]
+
+
+def test_a_line_by_round_ends_with_the_first_finished_run(comparison: Path) -> None:
+    """Later means would be those of fewer seeds. A run that is under way ends no line."""
+    journals = [comparison / f"{method}-seed1" / "journal.jsonl" for method in ("lora", "copra")]
+    for path in journals:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    (comparison / "copra-seed1" / "summary.json").unlink()
+    chart = figures_by_title(load_comparison(comparison))["Accuracy by round"].chart
+    x = {trace.name: list(trace.x) for trace in chart.data if trace.mode == "lines+markers"}
+    assert x == {"lora": [1, 2], "copra": [1, 2, 3]}
 
 
 def test_a_chart_as_csv_also_after_it_was_stored_by_a_probe() -> None:

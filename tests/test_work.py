@@ -55,6 +55,7 @@ def test_passes_are_steps_times_batch_by_examples() -> None:
     assert work.passes(config.changed(local_epochs=2), journal) == Passes(mean=3.0, lowest=2.0, highest=4.0)
     assert work.mean_steps(journal) == 7.5
     assert work.passes(config, []) is None
+    assert work.passes(config.changed(engine="trainer"), journal) is None, "the script decides on the batch"
 
 
 def test_work_by_depth_is_a_mean_over_clients_and_rounds() -> None:

@@ -90,10 +90,11 @@ class DataTable:
 
     def markdown(self) -> str:
         """Return the table as Markdown: title, table, caption."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in self.rows]
+        lines = [self.header, ["---"] * len(self.header), *cells]
         title = f"## {self.title}\n\n" if self.title else ""
         caption = f"\n{textwrap.fill(self.caption, MARKDOWN_COLUMNS, break_on_hyphens=False)}\n" if self.caption else ""
-        return title + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + caption
+        return title + "".join(f"| {' | '.join(line)} |\n" for line in lines) + caption
 
     def csv(self) -> str:
         """Return header and rows as CSV; intervals have columns of their own, ``NAME low`` and ``NAME high``."""

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ from copra_fl.records import ComparisonSummary, ConfigValue, LinePath, Provenanc
 from copra_fl.reporting import html
 from copra_fl.reporting.data_table import NO_VALUE, DataTable
 from copra_fl.reporting.figures import averaging, classes, clients, cost, learning
-from copra_fl.reporting.html import Section
+from copra_fl.reporting.html import Figure, Section
 from copra_fl.reporting.results import Comparison, load_comparison, without_folders
 from copra_fl.reporting.statistics import Value, metrics, partition_settings, summarize
 from copra_fl.reporting.tables import (
@@ -117,7 +118,7 @@ def figures_and_tables(directory: Path) -> tuple[list[html.Figure], list[tuple[s
     for section in arranged:
         if section.title not in TECHNICAL_SECTIONS:
             tables += [(f"{section.title} {table.title}", table) for table in section.tables]
-    return [figure for section in arranged for figure in section.figures], tables
+    return named_figures(arranged), tables
 
 
 def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section]:
@@ -161,8 +162,19 @@ def sections(comparison: Comparison, summary: ComparisonSummary) -> list[Section
 
 def titled_figures(comparison: Comparison) -> dict[str, go.Figure]:
     """Return the charts of the report by title, each with its title in it."""
-    figures = [figure for section in sections(comparison, summarize(comparison)) for figure in section.figures]
+    figures = named_figures(sections(comparison, summarize(comparison)))
     return {figure.title: html.titled(figure) for figure in figures}
+
+
+def named_figures(arranged: Sequence[Section]) -> list[Figure]:
+    """Return the figures of all sections. A title that has occurred before, as those of probes do, gets a number."""
+    times: Counter[str] = Counter()
+    figures = []
+    for figure in (figure for section in arranged for figure in section.figures):
+        times[figure.title] += 1
+        number = times[figure.title]
+        figures.append(figure if number == 1 else replace(figure, title=f"{figure.title}, {number}"))
+    return figures
 
 
 def results_html(comparison: Comparison) -> str:
@@ -225,7 +237,6 @@ def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[st
 def _results(summary: ComparisonSummary) -> DataTable:
     accuracy, *others = RESULT_COLUMNS
     optional = optional_columns(summary)
-    has_held_out = any(column.metric.startswith("held_out") for column in optional)
     has_held_out = any(column.metric.startswith("held_out") for column in optional)
     of_classes = "Macro-F1: mean F1 of the classes, so that a class that is never found counts, however rare it is. "
     caption = (
@@ -298,8 +309,12 @@ def _each_run(comparison: Comparison, summary: ComparisonSummary) -> list[DataTa
         for path in run.summary.paths
     ]
     tables = [
-        DataTable(["method", "seed", *(column.heading for column in columns)], runs),
-        DataTable(["method", "seed", "clients", *(column.heading for column in CONNECTIVITY_COLUMNS)], pairs),
+        DataTable(["method", "seed", *(column.heading for column in columns)], runs, title="Runs"),
+        DataTable(
+            ["method", "seed", "clients", *(column.heading for column in CONNECTIVITY_COLUMNS)],
+            pairs,
+            title="Pairs of clients",
+        ),
     ]
     return [table for table in tables if table.rows]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
 
+from copra_fl.config import FederationConfig
 from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
 from copra_fl.reporting.data_table import NO_VALUE, DataTable, with_minus
 from copra_fl.wording import join_words
@@ -274,7 +275,7 @@ def _clients_of_a_round(settings: Mapping[str, ConfigValue]) -> int | None:
     if None in known or not known[0]:
         return None
     num_clients, fraction, number = (float(value) for value in known if value is not None)
-    return int(number) or max(1, round(fraction * num_clients))
+    return FederationConfig(fraction_clients=fraction, clients_per_round=int(number)).round_size(int(num_clients))
 
 
 def is_ranked(summary: ComparisonSummary) -> bool:

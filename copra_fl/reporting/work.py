@@ -95,8 +95,13 @@ def mean_steps(journal: Sequence[RoundRecord]) -> float | None:
 
 
 def passes(config: Config, journal: Sequence[RoundRecord]) -> Passes | None:
-    """Return the passes of the clients that took part over their own training examples: steps x batch / examples."""
+    """Return the passes of the clients that took part over their own training examples: steps x batch / examples.
+
+    None with ``engine = trainer``, where the script decides how large a batch is.
+    """
     training, by_client = config.training, dict[int, float]()
+    if training.engine == "trainer":
+        return None
     for record in journal:
         for client in record.clients:
             examples = client.steps * training.batch_size * training.gradient_accumulation

@@ -89,14 +89,19 @@ def by_round(
     caption: str,
     y_axis: Mapping[str, object],
 ) -> list[Figure]:
-    """Return a chart of `value` by round, where it is not None: one line per method, with a band over seeds."""
+    """Return a chart of `value` by round, where it is not None: one line per method, with a band over seeds.
+
+    A line ends with the first of the method's finished runs: later rounds would be the mean of fewer seeds.
+    """
     chart = legended(comparison, {"title": "round", "dtick": round_ticks(comparison)}, y_axis)
     many = are_many(comparison)
     for method, runs, style in started(comparison):
+        by_run = [{record.round: value(record) for record in run.journal} for run in runs]
+        finished = [of_run for of_run, run in zip(by_run, runs, strict=True) if run.summary]
         values: dict[int, list[float]] = {}
-        for record in itertools.chain.from_iterable(run.journal for run in runs):
-            if (measured := value(record)) is not None:
-                values.setdefault(record.round, []).append(measured)
+        for number, measured in itertools.chain.from_iterable(of_run.items() for of_run in by_run):
+            if measured is not None and all(of_run.get(number) is not None for of_run in finished):
+                values.setdefault(number, []).append(measured)
         rounds = sorted(values)
         if not rounds:
             continue

@@ -94,7 +94,6 @@ def predictors(results: StudyResults) -> list[Figure]:
                 mode="markers",
                 marker={"color": style.color, "symbol": style.symbol, "size": 8, "opacity": 0.7},
             )
-        number = sum(map(len, points.values()))
         number, shown = sum(map(len, points.values())), with_minus(correlation, "+.2f")
         caption = (
             f"Each mark is a seed in a cell, minus the baseline. {number} marks; Pearson correlation {shown}. "
