@@ -168,7 +168,7 @@ def _unpack_owned(record: ConfigRecord) -> dict[int, bytes]:
 
 
 #: records of a node's Flower state in a round with secure aggregation
-SECRETS, SESSION, OWN_SHARES = "secure-secrets", "secure-session", "secure-held"
+SECRETS, SESSION, HELD_SHARES = "secure-secrets", "secure-session", "secure-held"
 
 
 def write_secrets(node_state: RecordDict, secrets: Secrets) -> None:
@@ -189,7 +189,7 @@ def write_session(node_state: RecordDict, session: Session) -> None:
     for name, record in pack_roster(session.roster).config_records.items():
         node_state[f"{SESSION}-{name}"] = record
     seeds, keys = ([pair[place] for pair in session.shares.values()] for place in (0, 1))
-    node_state[OWN_SHARES] = ConfigRecord(
+    node_state[HELD_SHARES] = ConfigRecord(
         {
             "owners": list(session.shares),
             "seeds": seeds,
@@ -203,16 +203,16 @@ def write_session(node_state: RecordDict, session: Session) -> None:
 def read_session(node_state: RecordDict) -> Session | None:
     """Return the state after step 2, 3 or 4 in a node's Flower state; None without any."""
     secrets, records = read_secrets(node_state), node_state.config_records
-    if secrets is None or OWN_SHARES not in records:
+    if secrets is None or HELD_SHARES not in records:
         return None
     names = ("secure-round", "secure-keys")
     roster = unpack_roster(RecordDict({name: records[f"{SESSION}-{name}"] for name in names}))
-    held: dict[str, Any] = dict(records[OWN_SHARES])
+    held: dict[str, Any] = dict(records[HELD_SHARES])
     shares = dict(zip(held["owners"], zip(held["seeds"], held["keys"], strict=True), strict=True))
     return Session(secrets, roster, shares, bool(held["masked"]), bool(held["confirmed"]))
 
 
 def forget_session(node_state: RecordDict) -> None:
     """Delete all secrets of a round from a node's Flower state."""
-    for name in [name for name in node_state if name.startswith((SECRETS, SESSION, OWN_SHARES))]:
+    for name in [name for name in node_state if name.startswith((SECRETS, SESSION, HELD_SHARES))]:
         del node_state[name]

@@ -18,6 +18,7 @@ from copra_fl.aggregation.products import aggregation_error, modules
 from copra_fl.aggregation.rule import Outcome, Round
 from copra_fl.aggregation.shared_moments import average_moments
 from copra_fl.aggregation.starts import num_earlier
+from copra_fl.config import Config
 from copra_fl.records import AggregationError
 from copra_fl.seeding import derive
 from copra_fl.training.plan import sent_parts
@@ -135,5 +136,10 @@ def state_after(
         first_moment=first,
         second_moment=second,
         optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),
-        earlier=(state.adapter, *state.earlier)[: num_earlier(run.config)],
+        earlier=earlier_after(run.config, state),
     )
+
+
+def earlier_after(config: Config, state: ServerState) -> tuple[Adapter, ...]:
+    """Return the older global adapters of the state that follows `state`."""
+    return (state.adapter, *state.earlier)[: num_earlier(config)]

@@ -79,7 +79,7 @@ class Evaluator:
 
         Args:
             state: after the round.
-            before: the round.
+            before: the state before the round.
             updates: of the clients selected for the merge gap, in order.
         """
         (average,) = self.validate([state.adapter], state.residual)

@@ -18,6 +18,7 @@ from flwr.supercore.logger import log
 from copra_fl import plugins, provenance
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.aggregation import compatibility
+from copra_fl.aggregation.starts import has_own_start
 from copra_fl.config import Config, csv_line
 from copra_fl.copra.layers import check_layers
 from copra_fl.data.federated import load_data
@@ -28,6 +29,7 @@ from copra_fl.models.export import save
 from copra_fl.records import Origin, PrivacySpent, RoundRecord
 from copra_fl.sources.assets import find_asset, is_asset
 from copra_fl.tasks import find_task
+from server.aggregate import earlier_after
 from server.audit import AuditLog
 from server.early_end import next_round, validation_accuracies
 from server.errors import FederationError
@@ -120,15 +122,19 @@ def run_round(
 def refuse(strategy: CohortStrategy, before: ServerState, training: RoundTraining, problem: str) -> RoundTraining:
     """Restore the state `before` the round and return the round without updates: all of its clients are missing.
 
-    Raises FederationError if failures are not tolerated.
+    The restored adapter is also the first of its older ones: a round has passed, whose number ages are counted by.
+
+    Raises FederationError if failures are not tolerated, and for a round in which clients start from their own A: they
+    would all start from the common one in the next.
     """
-    result, number = training.result, training.request.server_round
+    config, result, number = strategy.run.config, training.result, training.request.server_round
     client = max(result.lengths, key=result.lengths.__getitem__, default=None)
     reason = f"round {number} is refused: the new global adapter {problem}"
     if client is not None:
         reason += f"; the longest update is that of client {client}, with a norm of {result.lengths[client]:.3g}"
-    strategy.restore(before)
-    if strategy.run.config.federation.failures == "strict":
+    copy = {name: tensor.clone() for name, tensor in before.adapter.items()}  # no file takes a tensor under two names
+    strategy.restore(replace(before, adapter=copy, earlier=earlier_after(config, before)))
+    if config.federation.failures == "strict" or has_own_start(config, number - 1):
         raise FederationError(
             f"{reason}. --resume does the round again; a lower learning rate or max-update-norm may help"
         )
@@ -222,7 +228,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     """
     emit("testing")
     state = strategy.state
-    clients = evaluate_clients(grid, strategy, len(journal.records))
+    clients = [one for one in evaluate_clients(grid, strategy, len(journal.records)) if isfinite(one.loss)]
     test, held_out = evaluator.test(state)
     base = evaluator.evaluate_base() if test else (None, None)
     summary = summarize(journal.read(), evaluator, clients, test, held_out, base)

@@ -32,7 +32,7 @@ def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wir
 
     After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
 
-    A node does not fit that fails, is silent, rejects the run, or has other code, another base model, other labels, or
+    A node does not fit if it fails, is silent, rejects the run, or has other code, another base model, other labels, or
     the partition-id of another node or of another node's key. With ``failures = "tolerant"`` it is left out with a
     warning.
 
@@ -42,7 +42,7 @@ def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wir
     deadline = time.monotonic() + config.federation.node_timeout_s
     while True:
         nodes = wait_for_nodes(grid, config, deadline)
-        replies = query(grid, config, nodes)
+        replies = query(grid, config, nodes, config.federation.round_timeout_s)
         gone = [
             reply.metadata.src_node_id
             for reply in replies
@@ -56,12 +56,8 @@ def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wir
     for reply in replies:
         with leave_out(config, audit):
             handshakes[reply.metadata.src_node_id] = read(reply)
-    if silent := set(nodes) - {reply.metadata.src_node_id for reply in replies}:
-        with leave_out(config, audit):
-            raise FederationError(
-                f"nodes {sorted(silent)} did not answer the handshake within round-timeout-s = "
-                f"{config.federation.round_timeout_s:g} s"
-            )
+    with leave_out(config, audit):
+        check_silent(nodes, replies, f"round-timeout-s = {config.federation.round_timeout_s:g} s")
     admitted = admit(handshakes, config, audit)
     if config.federation.failures == "strict":
         check_all_clients(admitted)
@@ -137,10 +133,16 @@ def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
     return nodes
 
 
-def query(grid: Grid, config: Config, nodes: Iterable[int]) -> list[Message]:
-    """Send the handshake query to `nodes` and return the replies."""
+def query(grid: Grid, config: Config, nodes: Iterable[int], timeout: float) -> list[Message]:
+    """Send the handshake query to `nodes` and return the replies that come within `timeout` seconds."""
     messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
-    return exchange(grid, messages, config.federation.round_timeout_s)
+    return exchange(grid, messages, timeout)
+
+
+def check_silent(nodes: Iterable[int], replies: Iterable[Message], limit: str) -> None:
+    """Raise FederationError that names the `nodes` without a reply; `limit` says how long the server has waited."""
+    if silent := set(nodes) - {reply.metadata.src_node_id for reply in replies}:
+        raise FederationError(f"nodes {sorted(silent)} did not answer the handshake within {limit}")
 
 
 def read(reply: Message) -> wire.Handshake:
@@ -157,14 +159,17 @@ def read(reply: Message) -> wire.Handshake:
 def admit_late_nodes(
     grid: Grid, config: Config, nodes: dict[int, wire.Handshake], audit: AuditLog
 ) -> dict[int, wire.Handshake]:
-    """Return `nodes` and the nodes that have connected since; an invalid one is left out with a warning.
+    """Return `nodes` and the nodes that have connected since; one that does not fit is left out with a warning.
 
-    A node without a key comes back under another id: it replaces the one that is gone.
+    A node without a key comes back under another id: it replaces the one that is gone. A silent node costs
+    node-timeout-s.
     """
-    admitted, connected = dict(nodes), set(grid.get_node_ids())
-    for reply in query(grid, config, sorted(connected - nodes.keys())):
+    admitted, connected, timeout = dict(nodes), set(grid.get_node_ids()), config.federation.node_timeout_s
+    late = sorted(connected - nodes.keys())
+    replies = query(grid, config, late, timeout)
+    for reply in replies:
         node = reply.metadata.src_node_id
-        try:
+        with leave_out(config, audit):
             handshake = read(reply)
             others = {
                 other: known
@@ -174,12 +179,10 @@ def admit_late_nodes(
             known = next(iter(nodes.values()))
             usual = known.num_clients, tuple(known.label_names)
             check_node(node, handshake, Admitted.of(others), usual, config)
-        except FederationError as error:
-            log(WARNING, "a late node is left out: %s", error)
-            audit.leave_out(str(error))
-            continue
-        admitted = others | {node: handshake}
-        log(INFO, "node %s (partition-id %s) has joined", node, handshake.partition)
+            admitted = others | {node: handshake}
+            log(INFO, "node %s (partition-id %s) has joined", node, handshake.partition)
+    with leave_out(config, audit):
+        check_silent(late, replies, f"node-timeout-s = {timeout:g} s")
     return admitted
 
 

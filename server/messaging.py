@@ -18,11 +18,10 @@ from server import delivery
 #: seconds between two polls: this share of the time waited so far, within these limits
 POLL_SHARE, MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.005, 1.0
 
-
-#: characters of Ray's own words on such an error that are shown
-MAX_RAY = 200
 #: Ray's errors for a worker process that ended before it replied
 KILLED = ("ActorDiedError", "OutOfMemoryError", "WorkerCrashedError")
+#: characters of Ray's own words on such an error that are shown
+MAX_RAY = 200
 
 
 def wait_for_all(replies: Sequence[Message]) -> bool:

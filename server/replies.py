@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO
-from math import isfinite
 from typing import TypeVar
 
 import numpy as np
@@ -74,6 +73,10 @@ class TrainReply:
             updates=[update for update in self.updates if update.client not in gone],
             averaged=[update for update in self.averaged if update.client not in gone],
             controls={client: change for client, change in self.controls.items() if client not in gone},
+            lengths={
+                kind: {client: length for client, length in lengths.items() if client not in gone}
+                for kind, lengths in self.lengths.items()
+            },
         )
 
 
@@ -116,7 +119,7 @@ def max_bytes(request: RoundRequest, cohort: Sequence[int]) -> int:
     """Return an upper limit for the size of a reply.
 
     It has tensors in float32, as many controls and moments, Gram matrices, and reports; or reports and a masked vector
-    of 64-bit numbers, with less weights than one report may have bytes.
+    of 64-bit numbers, whose weights fit into the bytes of one more report.
     """
     if request.is_masked:
         return 8 * sum(tensor.numel() for tensor in request.masked.values()) + REPORT_BYTES * (1 + len(cohort))
@@ -147,17 +150,30 @@ def decode_updates(
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]
 
+    federation = run.config.federation
     lengths: dict[str, dict[int, float]] = {}
 
-    def decode_buffer(
-        name: str, of: list[Update], uplink: str, kind: str = "", limit: float = MAX_OTHER_NORM
-    ) -> list[Update]:
+    def decode_buffer(name: str, of: list[Update], uplink: str, max_change: float = 0.0) -> list[Update]:
         decoded = decode(wire.unpack_arrays(content, name), of, request.starts, run.group_of, uplink)
         for update in decoded:
-            start = request.starts[update.client]
-            check_tensors(update, start, run.group_of, limit)
-            moved = difference(update.adapter, start) if kind == CHANGES else update.adapter
-            lengths.setdefault(kind or name, {})[update.client] = norm(moved)
+            check_tensors(update, request.starts[update.client], run.group_of, max_change)
+        return decoded
+
+    def decode_changes(name: str, of: list[Update], uplink: str) -> list[Update]:
+        decoded = decode_buffer(name, of, uplink, federation.max_update_norm)
+        for update in decoded:
+            moved = difference(update.adapter, request.starts[update.client])
+            lengths.setdefault(CHANGES, {})[update.client] = norm(moved)
+        return decoded
+
+    def decode_others(kind: str, uplink: str) -> list[Update]:
+        decoded = decode_buffer(kind, inspected, uplink)
+        for update in decoded:
+            length = lengths.setdefault(kind, {})[update.client] = norm(update.adapter)
+            if length > MAX_OTHER_NORM:
+                raise BadUpdate(
+                    f"client {update.client}: the norm of its {kind} is {length:.4g}, more than {MAX_OTHER_NORM:g}"
+                )
         return decoded
 
     def with_grams(averaged: list[Update]) -> list[Update]:
@@ -168,16 +184,15 @@ def decode_updates(
             check_grams(update, request.starts[update.client], run.group_of)
         return complete
 
-    federation = run.config.federation
     individual, pooled, controls = list[Update](), list[Update](), list[Update]()
     if inspected:
-        individual = decode_buffer("adapters", inspected, federation.uplink_dtype, CHANGES, federation.max_update_norm)
+        individual = decode_changes("adapters", inspected, federation.uplink_dtype)
     if others:
-        pooled = decode_buffer("pooled", [pool_scalars(others)], "float32", CHANGES, federation.max_update_norm)
+        pooled = decode_changes("pooled", [pool_scalars(others)], "float32")
     if inspected and request.has_control:
-        controls = decode_buffer("controls", inspected, "float32")
+        controls = decode_others("controls", "float32")
     if inspected and request.moments:
-        moments = {kind: decode_buffer(kind, inspected, federation.moments_dtype) for kind in request.moments}
+        moments = {kind: decode_others(kind, federation.moments_dtype) for kind in request.moments}
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
     averaged = [*individual, *pooled]
     if averaged and request.has_grams:
@@ -234,15 +249,18 @@ def completed(request: RoundRequest, update: Update) -> Update:
 def decode_evaluations(
     config: Config, num_validation: Mapping[int, int], clients: Sequence[int], content: wire.RecordDict
 ) -> list[ClientEvaluation]:
-    """Decode the evaluations of `clients` of one node. Raises ValueError for impossible values."""
+    """Decode the evaluations of `clients` of one node. Raises ValueError for impossible values.
+
+    A loss may be infinite or NaN: the adapter can be the cause.
+    """
     evaluations = []
     for client in clients:
         metrics = wire.unpack_evaluation(content, client)
         examples = min(num_validation[client], config.evaluation.client_eval_examples)
         if metrics["examples"] != examples:
             raise ValueError(f"client {client} claims {metrics['examples']} validation examples; it has {examples}")
-        if not (isfinite(metrics["loss"]) and 0 <= metrics["accuracy"] <= 1):
-            raise ValueError(f"client {client} has a loss of {metrics['loss']}, an accuracy of {metrics['accuracy']}")
+        if not 0 <= metrics["accuracy"] <= 1:
+            raise ValueError(f"client {client} has an accuracy of {metrics['accuracy']}")
         evaluations.append(
             ClientEvaluation(client=client, loss=metrics["loss"], accuracy=metrics["accuracy"], examples=examples)
         )
@@ -264,7 +282,7 @@ def check_missing(config: Config, request: RoundRequest, missing: Mapping[int, s
     for client, reason in sorted(missing.items()):
         log(INFO, "client %s is missing in %s: %s", client, step, reason)
     needed = federation.min_replies
-    if config.privacy.dp_clip:  # a Poisson sample can be small or empty
+    if not request.starts or config.privacy.dp_clip:  # an evaluation asks few clients, a Poisson sample can be empty
         needed = min(needed, len(request.clients))
     if num_valid < needed:
         reasons = "; ".join(f"{client}: {reason.rpartition(LINE_END)[2]}" for client, reason in missing.items())

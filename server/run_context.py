@@ -12,7 +12,7 @@ from copra_fl.config import Config
 from copra_fl.data.multi import DatasetRanges
 
 #: (adapters, residual) -> metrics of each adapter on W0 + residual, on the server's validation data
-Score = Callable[[Sequence[Adapter], Adapter], Sequence[Mapping[str, float]]]
+Validate = Callable[[Sequence[Adapter], Adapter], Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunContext:
     config: Config
     group_of: Mapping[str, int]
     num_groups: int
-    score: Score
+    score: Validate
     datasets: Sequence[DatasetRanges] = ()
 
     @property

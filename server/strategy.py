@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -165,11 +166,17 @@ class CohortStrategy:
         return request, self.messages(request, server_round, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, request: RoundRequest, replies: Sequence[Message]) -> list[ClientEvaluation]:
-        """Return the clients' evaluations, sorted by client. Raises FederationError as `aggregate_train` does."""
+        """Return the clients' evaluations, sorted by client. Raises FederationError as `aggregate_train` does.
+
+        A client whose loss is not finite is left out, unless no client has a finite loss.
+        """
         decode = partial(decode_evaluations, self.run.config, self.num_validation)
         results, missing = read_replies(self.run, request, replies, decode)
         self._update_sync(request, results)
         evaluations = [evaluation for node_evaluations in results.values() for evaluation in node_evaluations]
+        if finite := [evaluation for evaluation in evaluations if isfinite(evaluation.loss)]:
+            others = {one.client: f"it has a loss of {one.loss}" for one in evaluations if not isfinite(one.loss)}
+            evaluations, missing = finite, missing | others
         if request.cohorts:
             check_missing(self.run.config, request, missing, len(evaluations), "the evaluation by the clients")
         return sorted(evaluations, key=lambda evaluation: evaluation.client)

@@ -77,6 +77,11 @@ def test_a_rule_parameter_is_kept_replaced_and_compared() -> None:
         ({"p0": 0.9, "p1": 0.5}, "p0 = 0.9 must not exceed p1 = 0.5"),
         ({"over-sample": 0.2}, "over-sample = 0.2 .* set failures = 'tolerant'"),
         ({"num-clients": 4, "clients-per-round": 5}, "clients-per-round = 5 must not exceed num-clients = 4"),
+        (
+            {"num-clients": 8, "clients-per-round": 4, "min-replies": 6, "failures": "tolerant"},
+            "min-replies = 6 must not exceed the number of clients in a round, which is 4",
+        ),
+        ({"num-clients": 8, "fraction-clients": 0.5, "min-replies": 5}, "min-replies = 5 .* in a round, which is 4"),
         ({"client-ranks": "8,x"}, "client-ranks = '8,x' must be a comma-separated list of whole numbers"),
         ({"client-ranks": "8,16"}, "client-ranks = '8,16': each must be at least 1 and at most rank = 8"),
         ({"client-ranks": "0"}, "client-ranks = '0': each must be at least 1"),

@@ -268,6 +268,30 @@ def test_a_tolerant_run_continues_and_names_the_missing_client(
         run_federation(flat | {"min-replies": 6}, tmp_path / "more", num_nodes=1)
 
 
+def test_an_error_of_several_clients_together_is_in_the_log_of_the_node(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of them alone can be trained, so the run goes on and its records have no error."""
+
+    def train_cohort(model, data, plan, clients, *arguments):
+        if len(clients) > 1:
+            raise MemoryError("no room for a cohort")
+        return cohort.train_cohort(model, data, plan, clients, *arguments)
+
+    monkeypatch.setattr(engine, "train_cohort", train_cohort)
+    with caplog.at_level("WARNING", logger="flwr"):
+        directory = run_federation(tiny | {"num-rounds": 1}, tmp_path / "run", num_nodes=1)
+    assert journal(directory)[0]["missing"] == []
+    assert "clients 0, 1, 2, 3, 4, 5 failed together and are tried one by one" in caplog.text
+    assert "MemoryError: no room for a cohort" in caplog.text
+
+
+def test_min_replies_counts_updates_and_not_the_evaluations_of_few_clients(tiny: Settings, tmp_path: Path) -> None:
+    flat = tiny | {"failures": "tolerant", "min-replies": 4, "client-eval-clients": 2}
+    directory = run_federation(flat, tmp_path / "run")
+    assert len(json.loads((directory / "summary.json").read_text())["clients"]) == 2
+
+
 def test_a_failed_client_keeps_its_own_reason_when_its_node_has_no_other(
     tiny: Settings, client_3_fails: None, tmp_path: Path
 ) -> None:

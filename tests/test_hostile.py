@@ -17,7 +17,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from copra_fl import wire
+from copra_fl.adapters.state import difference, norm
 from copra_fl.config import Config
+from copra_fl.tensor_files import read_tensors
 from server.errors import FederationError
 from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
@@ -175,6 +177,19 @@ def test_an_impossible_evaluation_is_left_out(
     assert reason in caplog.text
 
 
+def test_final_evaluations_that_are_not_finite_are_left_out_of_the_summary(settings: Settings, tmp_path: Path) -> None:
+    class AllGrid(LocalGrid):
+        def answer(self, message: Message) -> Message:
+            reply = super().answer(message)
+            if message.metadata.message_type == "evaluate":
+                for record in reply.content.metric_records.values():
+                    record["loss"] = float("nan")
+            return reply
+
+    directory = run_federation(settings, tmp_path / "run", grid=AllGrid(3))
+    assert json.loads((directory / "summary.json").read_text())["clients"] == []
+
+
 class LyingGrid(LocalGrid):
     """Three nodes, of which one changes its handshake."""
 
@@ -240,14 +255,35 @@ def test_by_default_an_update_far_longer_than_the_others_is_left_out(
     assert_equal(final_adapter(directory), oracle)
 
 
-def test_a_control_variate_far_longer_than_the_others_is_left_out(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "reason"), [(1e4, " times the median of the round, more than max-update-ratio"), (1e20, ", more than 1e")]
+)
+def test_a_control_variate_far_longer_than_the_others_is_left_out(
+    settings: Settings, value: float, reason: str, tmp_path: Path
+) -> None:
     def tamper(content: RecordDict, earlier: RecordDict | None) -> None:
         controls = wire.unpack_arrays(content, "controls")["values"]
-        content["controls"] = ArrayRecord(torch_state_dict={"values": torch.full_like(controls, 1e4)})
+        content["controls"] = ArrayRecord(torch_state_dict={"values": torch.full_like(controls, value)})
 
     directory = run_federation(settings | {"control-variates": True}, tmp_path / "run", grid=HostileGrid(tamper))
     (missing,) = journal(directory)[1]["missing"]
-    assert missing["client"] == 1 and missing["reason"].startswith("the norm of its controls is ")
+    assert missing["client"] == 1
+    assert re.search(rf"the norm of its controls is \S+{reason}", missing["reason"])
+
+
+class SpoiledGrid(LocalGrid):
+    """In one round all values of the updates of some nodes are huge: `values` is node -> value."""
+
+    def __init__(self, server_round: int, values: dict[int, float]) -> None:
+        super().__init__(3)
+        self.server_round, self.values = server_round, values
+
+    def answer(self, message: Message) -> Message:
+        reply, node = super().answer(message), message.metadata.dst_node_id
+        is_train = message.metadata.message_type == "train"
+        if is_train and message.content["plan"]["server-round"] == self.server_round and node in self.values:
+            huge(self.values[node])(reply.content, None)
+        return reply
 
 
 #: two clients have no median that would say which of them is wrong
@@ -266,14 +302,8 @@ PAIR = {"num-clients": 2, "max-update-norm": 0.0, "num-rounds": 3}
 def test_a_state_that_does_not_work_is_refused_and_the_run_goes_on(
     settings: Settings, changes: Settings, value: float, tmp_path: Path
 ) -> None:
-    class Once(HostileGrid):
-        def answer(self, message: Message) -> Message:
-            self.tamper = huge(value) if message.content.get("plan", {}).get("server-round") == BAD_ROUND else honest
-            return super().answer(message)
-
-    def honest(content: RecordDict, earlier: RecordDict | None) -> None: ...
-
-    directory = run_federation(settings | PAIR | changes, tmp_path / "run", grid=Once(honest))
+    grid = SpoiledGrid(BAD_ROUND, {BAD_NODE: value})
+    directory = run_federation(settings | PAIR | changes, tmp_path / "run", grid=grid)
     first, second, third = journal(directory)
     assert {missing["client"] for missing in second["missing"]} == {0, 1} and not second["clients"]
     assert re.search(
@@ -282,6 +312,50 @@ def test_a_state_that_does_not_work_is_refused_and_the_run_goes_on(
     assert second["validation"]["loss"] == pytest.approx(first["validation"]["loss"])
     assert len(third["clients"]) == 2 and not third["missing"]
     assert all(torch.isfinite(tensor).all() for tensor in final_adapter(directory).values())
+
+
+SGD = {"optimizer": "sgd", "learning-rate": 0.1, "head-learning-rate": 0.1, "local-training": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("older", "newest"),
+    [
+        ({"stale-clients": 0.5, "staleness": 2}, {}),
+        (SGD | {"gucci-beta": 0.5, "gucci-anchors": 3}, SGD | {"gucci-beta": 0.5}),
+    ],
+)
+def test_after_a_refused_first_round_older_adapters_are_the_initial_one(
+    settings: Settings, older: Settings, newest: Settings, tmp_path: Path
+) -> None:
+    """So round 2 is that of a run whose clients need the newest adapter alone; and round 3 trains."""
+    runs = [
+        run_federation(settings | PAIR | changes, tmp_path / name, grid=SpoiledGrid(1, {BAD_NODE: 1e20}))
+        for name, changes in (("older", older), ("newest", newest))
+    ]
+    assert [len(row["clients"]) for row in journal(runs[0])] == [0, 2, 2]
+    second, expected = (read_tensors(run / "checkpoints" / "round-00002.safetensors")[0] for run in runs)
+    assert norm(difference(expected, second)) < 1e-6 * norm(expected)
+
+
+def test_a_refused_first_round_with_own_starts_stops_the_run_which_can_be_resumed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """All clients would start from the common A in round 2."""
+    flat = settings | PAIR | {"start": "own"}
+    with pytest.raises(FederationError, match="round 1 is refused: .* --resume does the round again"):
+        run_federation(flat, tmp_path / "run", grid=SpoiledGrid(1, {BAD_NODE: 1e20}))
+    resumed, whole = run_federation(flat, tmp_path / "run"), run_federation(flat, tmp_path / "whole")
+    assert_equal(final_adapter(resumed), final_adapter(whole))
+    later = run_federation(flat, tmp_path / "later", grid=SpoiledGrid(2, {BAD_NODE: 1e20}))
+    assert [len(row["clients"]) for row in journal(later)] == [2, 0, 2]
+
+
+def test_a_refused_round_does_not_name_a_client_that_was_left_out(settings: Settings, tmp_path: Path) -> None:
+    """The update of client 1 is 1000 times as long as those of the others, which ruin the average without it."""
+    grid = SpoiledGrid(BAD_ROUND, {100: 1e20, 101: 1e23, 102: 1e20})
+    directory = run_federation(settings | {"max-update-norm": 0.0}, tmp_path / "run", grid=grid)
+    notes = journal(directory)[1]["notes"]
+    assert re.search("the longest update is that of client [02],", notes["refused"])
 
 
 def test_a_strict_run_that_refuses_a_state_can_be_resumed(settings: Settings, tmp_path: Path) -> None:

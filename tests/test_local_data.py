@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MetricRecord
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
@@ -69,6 +70,19 @@ def test_a_file_of_any_format_is_read_completely(own: Settings, files: list[Path
     assert read == sorted(zip(known_words, rows["topic"], strict=True))
 
 
+def test_a_node_validates_on_no_example_that_it_trains_on(own: Settings, tmp_path: Path) -> None:
+    rows = rows_of(0)
+    rows["note"] = rows["note"].to_numpy()[[0, 0, *range(2, len(rows))]]
+    config = Config.from_flat(own | {"labels": "sky,sea,sand", "validation-fraction": 0.5})
+    path = write(rows, tmp_path / "notes.csv")
+    dropped = []
+    for client in range(8):  # each shuffles the file in its own way
+        data = load_local_data(config, load_processor(config.model), str(path), client, num_clients=8)
+        assert not ({0, 1} & {*data.train[client]} and {0, 1} & {*data.validation[client]})
+        dropped.append(data.dropped.trained)
+    assert {*dropped} == {0, 1}, "the equal rows 0 and 1 are on different sides for some"
+
+
 def test_limits_hold_for_a_nodes_own_file(own: Settings, files: list[Path]) -> None:
     """The first file has two labels: three examples of each, and of these six the first five."""
     config = Config.from_flat(own | {"labels": "sky,sea,sand", "shots": 3, "client-examples": 5})
@@ -110,6 +124,31 @@ def test_a_server_without_data_lets_clients_evaluate(own: Settings, files: list[
     ended = run_federation(flat | {"target-accuracy": 1e-9}, tmp_path / "ended", grid=grid_of(files))
     (row,) = journal(ended)
     assert row["ended_early"] == "reached target-accuracy = 1e-09", "any accuracy of the clients reaches it"
+
+
+def test_without_server_data_a_state_whose_losses_are_not_finite_is_refused_and_the_run_goes_on(
+    own: Settings, files: list[Path], tmp_path: Path
+) -> None:
+    class SpoiledGrid(LocalGrid):
+        """In round 2 all values of all updates are huge."""
+
+        def answer(self, message: Message) -> Message:
+            reply = super().answer(message)
+            is_train = message.metadata.message_type == "train"
+            if is_train and message.content["plan"]["server-round"] == 2:
+                values = wire.unpack_arrays(reply.content, "adapters")["values"]
+                reply.content["adapters"] = ArrayRecord(torch_state_dict={"values": torch.full_like(values, 1e20)})
+            return reply
+
+    flat = own | {"dataset": "", "labels": "sand,sea,sky", "num-rounds": 3, "max-update-norm": 0.0}
+    grids = [SpoiledGrid(3, client_app, [{"data-path": str(path)} for path in files]) for _ in range(2)]
+    directory = run_federation(flat | {"failures": "tolerant"}, tmp_path / "run", grid=grids[0])
+    first, second, third = journal(directory)
+    assert second["notes"]["refused"].startswith("round 2 is refused: the new global adapter has a validation loss of ")
+    assert second["validation"] == first["validation"] and not second["clients"]
+    assert len(third["clients"]) == 3
+    with pytest.raises(FederationError, match="round 2 is refused: the new global adapter has a validation loss of"):
+        run_federation(flat, tmp_path / "strict", grid=grids[1])
 
 
 def test_what_needs_server_data_is_rejected_without_it(own: Settings) -> None:

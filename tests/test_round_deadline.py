@@ -137,6 +137,28 @@ def test_a_late_node_that_rejects_the_run_is_left_out(settings: Settings, tmp_pa
     assert clients(directory) == [[0, 1]] * 3
 
 
+class SilentlyJoiningGrid(JoiningGrid):
+    """Node 102 does not answer the handshake."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            (message_id,) = super().push_messages([message])
+            if message.metadata.dst_node_id == 102:
+                del self.replies[message_id]
+            yield message_id
+
+
+def test_a_silent_late_node_is_named_and_costs_the_time_for_nodes_and_not_that_of_a_round(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = settings | {"num-clients": 0, "num-rounds": 2, "node-timeout-s": 0.5}
+    with caplog.at_level("WARNING", logger="flwr"):
+        directory = run_federation(flat, tmp_path / "run", grid=SilentlyJoiningGrid())
+    assert clients(directory) == [[0, 1]] * 2
+    reason = "nodes [102] did not answer the handshake within node-timeout-s = 0.5 s"
+    assert f"a node is left out: {reason}" in caplog.text
+
+
 class ImposterGrid(LocalGrid):
     """Until client 2's node (102) connects after the first round, node 103 says that it is client 2."""
 

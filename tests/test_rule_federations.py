@@ -74,6 +74,14 @@ def test_every_rule_runs_twice_and_resumes_bitwise_equal(
     assert all(torch.isfinite(tensor).all() for tensor in moved.values())
 
 
+@pytest.mark.parametrize("rule", ["flora", "florist"])
+def test_new_factors_are_the_same_after_a_resume_whose_checkpoint_has_another_order(
+    tiny: Settings, rule: str, tmp_path: Path
+) -> None:
+    """Modules of a model are in the order of its layers, those of a checkpoint in that of the alphabet."""
+    resumes_bitwise(tiny | settings_of(rule) | {"target-modules": "all-linear"}, tmp_path)
+
+
 @pytest.mark.parametrize("changes", LOCAL_TERMS, ids=str)
 def test_local_terms_and_server_optimisers_resume_bitwise_equal(
     tiny: Settings, changes: Settings, tmp_path: Path

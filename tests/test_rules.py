@@ -84,6 +84,17 @@ def test_a_layer_that_no_client_trained_is_bitwise_unchanged(rule: str, weightin
 
 
 @EVERY
+def test_a_layer_that_no_client_trained_is_unchanged_by_activity_where_whole_adapters_are_averaged(rule: str) -> None:
+    """As with own starts and stale clients: the updates have the layer, in which the clients did not start alike."""
+    core, before = find_rule(rule).core, random_adapter(9, core=find_rule(rule).core)
+    whole = [random_adapter(i, core=core) for i in range(3)]
+    updates = [replace(update(i, whole[i], 10 + i, active=(2, 0)), adapter=whole[i]) for i in range(3)]
+    outcome = aggregate(rule, make_round(before, updates, weighting="activity"))
+    assert all(torch.equal(outcome.adapter[name], old) for name, old in before.items() if MODULES[1] in name)
+    assert not any(MODULES[1] in name for name in outcome.residual)
+
+
+@EVERY
 @WEIGHTING
 def test_a_layer_that_one_of_five_clients_trained(rule: str, weighting: str) -> None:
     """By activity the product is that client's; a median or trimmed mean asks nobody else by examples either."""

@@ -228,4 +228,4 @@ def test_an_impossible_evaluation_is_rejected(caplog: pytest.LogCaptureFixture) 
         replies.append(Message(wire.echo(message.content, wire.pack_evaluations(metrics, {})), reply_to=message))
     with caplog.at_level("INFO", logger="flwr"):
         assert [evaluation.client for evaluation in strategy.aggregate_evaluate(request, replies)] == [0, 2]
-    assert "client 1 is missing in the evaluation by the clients: its node's reply was rejected: " in caplog.text
+    assert "client 1 is missing in the evaluation by the clients: it has a loss of nan" in caplog.text

@@ -123,9 +123,12 @@ def complete(update: Update, global_adapter: Adapter) -> Adapter:
 
 
 def draw(adapter: Adapter, stream: torch.Generator) -> Adapter:
-    """Draw new factors of the same shapes as PEFT does: A uniform in +-1 / sqrt(columns), B = 0. No head."""
+    """Draw new factors of the same shapes as PEFT does: A uniform in +-1 / sqrt(columns), B = 0. No head.
+
+    They are drawn in alphabetical order: that of `adapter` is another after a resume.
+    """
     factors = {}
-    for name, tensor in parts(adapter, {"A", "B"}).items():
+    for name, tensor in sorted(parts(adapter, {"A", "B"}).items()):
         bound = tensor.shape[1] ** -0.5 if part_of(name) == "A" else 0.0
         factors[name] = torch.empty_like(tensor).uniform_(-bound, bound, generator=stream)
     return factors

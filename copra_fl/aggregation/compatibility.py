@@ -97,7 +97,7 @@ def require_global_model(config: Config, purpose: str) -> None:
 
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
-    moments = training.optimizer_state
+    moments, over_sample = training.optimizer_state, config.federation.over_sample
     it, heads = f"rule = {rule.name!r} does not combine with", heads_of(config)
     copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
     depths = f"client-depths = {copra.client_depths!r}"
@@ -188,6 +188,12 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "control-variates = false",
         ),
         (
+            settings.control_variates and over_sample > 0,
+            f"control-variates = true does not combine with over-sample = {over_sample:g}: the slowest clients change "
+            "their control variates too, but the server does not take those changes, so that its control variate is no "
+            "longer the mean of theirs; use over-sample = 0",
+        ),
+        (
             settings.control_variates and bool(settings.client_ranks),
             f"client-ranks = {settings.client_ranks!r} does not combine with control-variates = true: control variates "
             "need factors that all clients share and that keep their meaning over rounds; use control-variates = false",
@@ -258,6 +264,11 @@ def _trainer_conflicts(config: Config, rule: Rule, task: TaskTraits) -> Conflict
             copra.local_training == "line" or copra.off == "global",
             f"{it} local-training = 'line' and off = 'global', which need a training loop of copra-fl; use "
             "local-training = 'copra' or 'lora', and off = 'base'",
+        ),
+        (
+            copra.local_training == "copra" and copra.p0 < 1 and not copra.min_active,
+            f"{it} local-training = 'copra' with p0 = {copra.p0:g} and min-active = 0: a Trainer trains adapters "
+            "alone, and a step in which all of them are off has no gradient; use min-active = 1",
         ),
         (
             bool(copra.client_depths),

@@ -53,7 +53,7 @@ def privacy_conflicts(config: Config, rule: Rule) -> Conflicts:
 
 
 def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
-    """Secure aggregation: the server learns the sum of the nodes' pooled updates, and no update of its own."""
+    """Secure aggregation: the server learns the sum of the nodes' pooled updates, and no single update."""
     federation, settings, evaluation = config.federation, config.aggregation, config.evaluation
     it = "secure-aggregation = true"
     return [

@@ -39,9 +39,13 @@ def names(adapter: Adapter, module: str) -> list[str]:
 
 
 def trained_modules(round_: Round) -> list[str]:
-    """Return the modules that at least one client sent; all others stay unchanged."""
+    """Return the modules that at least one client sent and that have weights above 0; all others stay unchanged."""
     sent = {name for update in round_.updates for name in update.adapter}
-    return [module for module in modules(round_.before) if not sent.isdisjoint(names(round_.before, module))]
+    return [
+        module
+        for module in modules(round_.before)
+        if not sent.isdisjoint(names(round_.before, module)) and round_.weights(b_of(module)).any()
+    ]
 
 
 def a_of(module: str) -> str:
@@ -85,11 +89,25 @@ def ideal(round_: Round, module: str) -> Factors:
     return weighted_sum(round_.adapters, weights, module, round_.scaling)
 
 
-def frobenius(product: Factors) -> float:
-    """Return the Frobenius norm of a product (d, n) (n, k)."""
+def small_core(product: Factors) -> Tensor:
+    """Return T_L T_M^T of a product L M: it has the same singular values."""
     left, right = product
     t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
-    return float(torch.linalg.matrix_norm(t_left @ t_right.T))
+    return t_left @ t_right.T
+
+
+def signed(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return singular vectors, left (d, n) and right (n, k), with signs that are the same on every machine.
+
+    The largest entry of each left vector is positive.
+    """
+    signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
+    return u * signs, vt * signs.T
+
+
+def frobenius(product: Factors) -> float:
+    """Return the Frobenius norm of a product (d, n) (n, k)."""
+    return float(torch.linalg.matrix_norm(small_core(product)))
 
 
 def rank_of_energy(product: Factors, share: float) -> int:
@@ -97,25 +115,19 @@ def rank_of_energy(product: Factors, share: float) -> int:
 
     With a share of 1 it is the rank of the product, and for a product of 0 it is 0.
     """
-    left, right = product
-    t_left, t_right = (torch.linalg.qr(factor, mode="r").R for factor in (left, right.T))
-    energy = torch.linalg.svdvals(t_left @ t_right.T).square().cumsum(0)
+    energy = torch.linalg.svdvals(small_core(product)).square().cumsum(0)
     return int((energy < share * energy[-1:]).sum()) + 1 if energy.any() else 0
 
 
 def best_rank(product: Factors, rank: int) -> Factors:
-    """Return U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation, 0 past the product's rank.
-
-    The largest entry of each left singular vector is positive, so that the result is the same on every machine.
-    """
+    """Return U sqrt(S) (d, rank) and sqrt(S) V^T (rank, k) of the best approximation, 0 past the product's rank."""
     left, right = product
     (q_left, t_left), (q_right, t_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     u, s, vt = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
     u, vt, s = q_left @ u[:, :rank], vt[:rank] @ q_right.T, s[:rank]
     if s.numel():
         s = torch.where(s > s[0] * torch.finfo(s.dtype).eps * max(u.shape[0], vt.shape[1]), s, 0)
-        signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
-        u, vt = u * signs, vt * signs.T
+        u, vt = signed(u, vt)
     b, a = u.new_zeros(u.shape[0], rank), vt.new_zeros(rank, vt.shape[1])
     b[:, : len(s)], a[: len(s)] = u * s.sqrt(), s.sqrt()[:, None] * vt
     return b, a

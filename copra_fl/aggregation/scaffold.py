@@ -6,7 +6,8 @@
 c_k+ is the paper's option II: with plain gradient descent the mean of the gradients is c_k - c + (start - end) / (steps
 times rate). Here the gradients are measured, so that c_k+ is valid for every local optimizer. Option I, the gradient at
 the start of the round over all data of the client, would cost another pass. A tensor that was off or not trained keeps
-its control variate.
+its control variate. A client stores c_k+ as soon as it has trained: if its reply is lost or rejected, or the round is
+refused, c lacks this change in all later rounds.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from copra_fl.adapters.state import Adapter, draw, parts
+from copra_fl.adapters.state import Adapter, draw
 from copra_fl.aggregation.ranks import at_client_ranks
 from copra_fl.config import Config
 from copra_fl.seeding import derive, generator
@@ -69,7 +69,7 @@ def has_own_start(config: Config, number: int) -> bool:
 def own_start(config: Config, initial: Adapter, client: int) -> Adapter:
     """Return the `initial` global adapter with the client's own A, from its stream ``start``, and B = 0."""
     stream = torch.Generator().manual_seed(derive(config.federation.seed, "start", client))
-    return initial | draw(dict(sorted(parts(initial, "AB").items())), stream)
+    return initial | draw(initial, stream)
 
 
 def client_starts(

@@ -120,15 +120,10 @@ class Config:
         return values | dict(self.rule_parameters)
 
     def to_run_config(self) -> dict[str, Value]:
-        """Return `to_flat` for Flower, which takes keys of pyproject.toml only: rule parameters are one text.
-
-        Strings in the text are in single quotes, because Flower's command line cannot read double quotes in a value.
-        """
-        quoted = {
-            key: f"'{value}'" if isinstance(value, str) else toml_value(value) for key, value in self.rule_parameters
-        }
-        values = {key: value for key, value in self.to_flat().items() if key not in quoted}
-        return values | {PARAMETERS: "\n".join(f"{key} = {value}" for key, value in quoted.items())}
+        """Return `to_flat` for Flower, which takes keys of pyproject.toml only: rule parameters are one text."""
+        parameters = dict(self.rule_parameters)
+        values = {key: value for key, value in self.to_flat().items() if key not in parameters}
+        return values | {PARAMETERS: "\n".join(f"{key} = {toml_value(value)}" for key, value in parameters.items())}
 
     @classmethod
     def from_run_config(cls, flat: Mapping[str, Any]) -> Config:
@@ -196,6 +191,11 @@ class Config:
         if data.num_clients and federation.clients_per_round > data.num_clients:
             raise ConfigError(
                 f"clients-per-round = {federation.clients_per_round} must not exceed num-clients = {data.num_clients}"
+            )
+        if data.num_clients and federation.min_replies > (size := federation.round_size(data.num_clients)):
+            raise ConfigError(
+                f"min-replies = {federation.min_replies} must not exceed the number of clients in a round, which is "
+                f"{size}; lower it, or raise clients-per-round or fraction-clients"
             )
         self._check_client_ranks()
         self._check_client_depths()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.adapters.state import Adapter
+from copra_fl.aggregation.products import signed
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.tasks import Examples
 
@@ -58,11 +59,7 @@ def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray,
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the first `rank` left (d, r) and right (r, k) singular vectors of `matrix`.
-
-    Signs are such that the largest entry of each left vector is positive.
-    """
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    left, right = left[:, :rank], right[:rank]
-    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    return (left * signs).contiguous(), (right * signs.T).contiguous()
+    """Return the first `rank` left (d, r) and right (r, k) singular vectors of `matrix`, signed as `signed` does."""
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    left, right = signed(u[:, :rank], vt[:rank])
+    return left.contiguous(), right.contiguous()

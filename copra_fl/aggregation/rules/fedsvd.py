@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 
 from copra_fl.adapters.state import Adapter
-from copra_fl.aggregation.products import a_of, b_of, trained_modules
+from copra_fl.aggregation.products import a_of, b_of, signed, trained_modules
 from copra_fl.aggregation.rule import Outcome, Round, Rule
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.aggregation.rules.ffa_lora import trained_parts
@@ -29,18 +29,15 @@ def fedsvd(round_: Round) -> Outcome:
 
 
 def orthogonalized(adapter: Adapter, modules: Iterable[str]) -> Adapter:
-    """Return `adapter` with the same products, where the A of each of `modules` has orthonormal rows.
-
-    The largest entry of each left singular vector is positive, so that the result is the same on every machine.
-    """
+    """Return `adapter` with the same products, where the A of each of `modules` has orthonormal rows."""
     factors = dict(adapter)
     for module in modules:
         b, a = adapter[b_of(module)], adapter[a_of(module)]
         if b.any():
             q, t = torch.linalg.qr(a.double().T)
             u, s, vt = torch.linalg.svd(b.double() @ t.T, full_matrices=False)
-            signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
-            factors[b_of(module)], factors[a_of(module)] = (u * signs * s).to(b.dtype), (vt @ q.T * signs.T).to(a.dtype)
+            left, right = signed(u, vt @ q.T)
+            factors[b_of(module)], factors[a_of(module)] = (left * s).to(b.dtype), right.to(a.dtype)
     return factors
 
 

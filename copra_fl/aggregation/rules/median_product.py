@@ -31,9 +31,9 @@ def median_product(round_: Round) -> Outcome:
 def factors_of_products(round_: Round, center: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Return the best factors of each trained module's `center` of (clients, d, k) products."""
     adapter: dict[str, Tensor] = {}
+    adapters = [trained(update.adapter, update.active_steps, round_.group_of) for update in round_.updates]
     for module in modules(round_.before):
-        adapters = [trained(update.adapter, update.active_steps, round_.group_of) for update in round_.updates]
-        pairs = [factors(adapter, module, round_.scaling) for adapter in adapters if b_of(module) in adapter]
+        pairs = [factors(client, module, round_.scaling) for client in adapters if b_of(module) in client]
         if pairs:
             product = center(torch.stack([b @ a for b, a in pairs]))
             identity = torch.eye(product.shape[1], dtype=product.dtype)
