@@ -23,7 +23,7 @@ DAY = 86_400
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a file or folder of each kind that goes, and one that stays."""
-    cache = tmp_path / "cache"
+    cache = tmp_path / "[cache]"
     monkeypatch.setenv("COPRA_FL_CACHE", str(cache))
     monkeypatch.setenv("COLUMNS", "400")
     for run in ("old", "new"):
@@ -31,11 +31,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (old,) = (cache / "clients" / "old").iterdir()
     os.utime(old, (time.time() - 40 * DAY,) * 2)
     for name in ("here", "gone"):
-        source = tmp_path / f"{name}.csv"
+        source = tmp_path / f"[{name}].csv"  # brackets are no markup
         source.write_text("text,label\n")
         cached("tokens", name, lambda: ({"ids": torch.arange(3)}, {}), str(source))
     cached("tokens", "an-asset", lambda: ({"ids": torch.arange(3)}, {}), "health-tweets")
-    (tmp_path / "gone.csv").unlink()
+    (tmp_path / "[gone].csv").unlink()
     for name in ("killed", "running"):
         (cache / "assets" / f"{name}.part").mkdir(parents=True)
     return cache
@@ -54,7 +54,7 @@ def test_the_cache_is_cleaned(cache: Path) -> None:
     assert "3 files and folders can be removed: 0.00 MB" in listed and "3 files and folders removed" in removed
     for name in GOES:
         assert str(cache / name) in listed.replace("\n", "") and not (cache / name).exists()
-    assert "last used 40 days ago" in listed and "gone.csv, which is gone" in listed
+    assert "last used 40 days ago" in listed and "[gone].csv, which is gone" in listed
     assert "1 files and folders removed" in again and not (cache / "clients" / "new").exists()
     assert all((cache / name).exists() for name in STAYS[1:])
 
@@ -73,7 +73,7 @@ def test_finished_runs_keep_their_newest_checkpoints(cache: Path, tmp_path: Path
         *(f"finished/checkpoints/round-0000{number}.safetensors" for number in (2, 3)),
         *(f"stopped/checkpoints/round-0000{number}.safetensors" for number in (1, 2, 3)),
     }
-    assert "holds no run" in run_command("clean", tmp_path / "cache", code=2).message
+    assert "holds no run" in run_command("clean", cache, code=2).message
 
 
 def test_a_run_keeps_as_many_checkpoints_as_it_is_told_and_resumes_from_them(tiny: Settings, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import importlib.metadata
 import io
 import re
 import resource
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pytest
@@ -21,13 +23,20 @@ from rich.text import Text
 
 from copra_fl import events
 from copra_fl.aggregation import accounting
+from copra_fl.cli import probe
+from copra_fl.cli.compare import plan
 from copra_fl.cli.options import complete_method, complete_recipe, complete_setting
 from copra_fl.config import Config, ConfigError
-from copra_fl.files import in_words
-from copra_fl.simulation.comparison import expand_all
+from copra_fl.files import in_words, sha256
+from copra_fl.probes.findings import Findings
+from copra_fl.reporting.data_table import DataTable
+from copra_fl.simulation import preflight
+from copra_fl.simulation.comparison import expand_all, find_plan, write_plan
 from copra_fl.simulation.progress import ProgressState, watch
+from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.simulation.superlink import RunFailed
+from copra_fl.sources.assets import ASSETS, Asset
 from tests.support.command_line import all_commands, root_command, run_command
 from tests.support.real_runs import SCRIPT, settings
 from tests.support.run_folders import write_run
@@ -215,6 +224,22 @@ def test_resume_with_a_changed_configuration_names_the_keys(folder: Path, tiny: 
     assert "rank: 2 -> 3" in message and "learning-rate: 0.002 -> 0.5" in message
 
 
+def test_a_resumed_comparison_keeps_the_methods_and_seeds_that_no_option_changes(folder: Path) -> None:
+    console = Console(quiet=True)
+    first = plan(None, "smoke", [], "lora,flora", "0,3", console)
+    write_plan(folder, *first)
+    earlier = find_plan(folder)
+    assert earlier == first
+    assert plan(earlier, None, [], None, None, console) == first
+    assert plan(earlier, "smoke", [], None, None, console) == first, "not those of a new comparison"
+    methods, seeds, configs = plan(earlier, "smoke", [], None, "0,1", console)
+    assert (methods, seeds) == (["lora", "flora"], [0, 1])
+    assert configs.keys() == {"lora-seed0", "flora-seed0", "lora-seed1", "flora-seed1"}
+    methods, seeds, _ = plan(earlier, "smoke", [], "lora,copra", None, console)
+    assert (methods, seeds) == (["lora", "copra"], [0, 3])
+    assert plan(None, "smoke", [], None, None, console)[:2] == (["lora", "copra"], [0, 1, 2])
+
+
 @pytest.mark.parametrize("stranger", [".git", "notes.txt", "data"])
 def test_overwrite_deletes_no_folder_with_anything_else_in_it(folder: Path, tiny: Settings, stranger: str) -> None:
     (folder / "run" / stranger).mkdir(parents=True)
@@ -330,3 +355,95 @@ def test_a_note_that_several_runs_repeat_is_printed_once(
     )
     watch(link, subprocess.Popen(["true"]), 2, Console())
     assert capsys.readouterr().out.count("note: clients train one by one") == 1
+
+
+def test_brackets_in_names_are_printed_in_notes(
+    tiny: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pd.read_csv(str(tiny["dataset"]))
+    names = ["[/b]", "[deleted]", "[/red]", "[bold]", "[/deleted]", "[red]"]  # `rich` would fail, or drop them
+    rows.assign(owner=rows["owner"].map(lambda owner: names[int(owner[-1])])).to_csv("posts.csv", index=False)
+    natural = {"partitioner": "natural", "client-column": "owner", "held-out-clients": 2, "num-clients": 0}
+    config = Config.from_flat(tiny | natural | {"dataset": "posts.csv"})
+    preflight.check([config], Console(stderr=True), WorkerRequest(1, 0, None))
+    (held_out,) = re.findall("held-out clients: (.*)", capsys.readouterr().err)
+    assert len(shown := held_out.split(", ")) == 2 and set(shown) < set(names)
+
+    expand_all({"all": "all"}, Recipe(tiny | {"dataset": "[/b].csv,b.csv"}), Console(stderr=True))
+    assert "is left out: dataset = '[/b].csv,b.csv' (several data sets)" in capsys.readouterr().err
+
+
+def test_brackets_in_names_are_printed_during_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(events.VARIABLE, str(tmp_path / "events"))
+    events.emit("run", directory="runs/[bold]-seed0", rounds=2)
+    events.emit("note", text="[/b] is skipped")
+    events.emit("round", round=1, clients=2)
+    events.emit("recorded", round=1, accuracy=0.5)
+    events.emit("round", round=2, clients=2)
+    events.emit("finished", accuracy=None)
+    link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")}, status=lambda: "running")
+    watch(link, subprocess.Popen(["true"]), 1, Console(force_terminal=True, width=120, color_system=None))
+    out = capsys.readouterr().out
+    assert "note: [/b] is skipped" in out and "[bold]-seed0  round 1/2  done  accuracy 0.500\n" in out
+    assert "[bold]-seed0  round 2/2  training" in out, "the bar"
+
+
+def test_brackets_in_names_are_printed_by_probes_and_in_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, warnings = DataTable(["run"], []), ["[/red] is left out"]
+    probe.leave(Findings("merge", "title", "setting", "[/b] is best", table, {}, warnings=warnings), tmp_path / "[i]")
+    with probe.progress_bar() as progress:
+        progress("[/b]: coalitions", 1, 2)
+    out = capsys.readouterr().out
+    assert "[/b] is best" in out and "note: [/red] is left out" in out and "[i]/probe-merge.html" in out
+    write_run(tmp_path / "[deleted]", "lora", seed=0)
+    assert f"report: {tmp_path}/[deleted]/report.html" in run_command("report", tmp_path / "[deleted]").out
+    assert "/[i]/d: 2 clients; next: copra-fl deploy up" in run_command("deploy", "init", tmp_path / "[i]" / "d").err
+
+
+@pytest.mark.parametrize(
+    ("command", "continued"),
+    [
+        ("simulate", ". To continue after the last finished round, repeat the command with --resume and the --output"),
+        ("compare", ". To continue after the last finished round, repeat the command with --resume and the --output"),
+        ("study smoke", ". To continue after the last finished round, repeat the command"),
+        ("predict runs/notes --data notes.csv --to labels.csv", ""),
+    ],
+)
+def test_ctrl_c_names_how_to_continue_where_that_is_possible(
+    command: str, continued: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("copra_fl.simulation.recipes.Recipe.read", "copra_fl.startup.prepare"):
+        monkeypatch.setattr(place, interrupt)
+    message = run_command(*command.split(), code=130).message
+    assert re.sub(" of the (run|comparison)$", "", message) == f"copra-fl: stopped{continued}"
+
+
+def test_an_asset_comes_before_a_folder_of_its_name(
+    tiny: Settings, folder: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run would fetch the asset and use the folder."""
+
+    def unpack_texts(archive: Path, target: Path) -> None:
+        pd.read_csv(archive).to_parquet(target / "train.parquet")
+
+    def unpack_model(archive: Path, target: Path) -> None:
+        shutil.copytree(archive.parent, target, dirs_exist_ok=True)
+
+    def asset(name: str, kind: Literal["data", "model"], file: Path, unpack: Callable[[Path, Path], None]) -> Asset:
+        return Asset(name, "none", "1", sha256(file), 1, kind, "", "", lambda *_: file, unpack)
+
+    texts = asset("our-texts", "data", Path(str(tiny["dataset"])), unpack_texts)
+    model = asset("our-bert", "model", Path(str(tiny["model"])) / "model.safetensors", unpack_model)
+    for of_a_user in (texts, model):
+        monkeypatch.setitem(ASSETS, of_a_user.name, of_a_user)
+        (folder / of_a_user.name).mkdir()
+    config = Config.from_flat(tiny | {"dataset": "our-texts", "model": "our-bert"})
+    (checked,) = preflight.check([config], Console(quiet=True), WorkerRequest(1, 0, None))
+    assert (checked.data.dataset, checked.model.model) == ("our-texts", "our-bert")

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +16,17 @@ from typing import Any
 
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 
 from copra_fl.cli.deploy_run import certificate_warnings, read_runs
-from copra_fl.config import ConfigError
-from copra_fl.deployment import certificates
+from copra_fl.config import Config, ConfigError, csv_line
+from copra_fl.deployment import certificates, registration
 from copra_fl.deployment.compose import GPU_NAME, NAME
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.metrics import of_certificates
 from copra_fl.deployment.nodes import wait_until_online
 from copra_fl.deployment.options import DeploymentOptions, check_host
-from copra_fl.deployment.runs import choose_name
+from copra_fl.deployment.runs import choose_name, submit
 from copra_fl.secure_aggregation.keys import normal_identity, public_identity
 from copra_fl.simulation.superlink import RunFailed
 from tests.support.command_line import run_command
@@ -355,11 +357,88 @@ def test_waiting_for_nodes_ends_with_the_reason(tmp_path: Path) -> None:
             wait_until_online(compose_command, 2, timeout_s=0)
 
 
+def test_no_unreadable_key_file_and_no_error_ends_the_registration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flower's command line is replaced by one that keeps the registered keys by node id."""
+    folder, registered, fails = tmp_path / "nodes", dict[str, str](), set[str]()
+    folder.mkdir()
+    admitted: list[dict[str, str]] = []
+    ids = itertools.count(10)
+
+    def flwr(command: str, *arguments: str) -> dict[str, Any]:
+        if command in fails:
+            raise OSError("cannot start a process")
+        if command == "unregister":
+            del registered[arguments[0]]
+            return {"success": True}
+        registered[node := str(next(ids))] = Path(arguments[0]).read_text()
+        return {"success": True, "node-id": int(node)}
+
+    def changes() -> Iterator[None]:
+        """What happens between the looks into the folder."""
+        assert admitted == [{"a": "key a", "b": "key b", "c": "key c"}]
+        (node,) = (node for node, key in registered.items() if key == "key a")
+        (folder / "a.pub").write_bytes(b"\xff")
+        (folder / "b.pub").unlink()
+        (folder / "c.pub").unlink()
+        (folder / "c.pub").symlink_to(tmp_path / "gone")
+        yield
+        assert admitted[1:] == [{"a": "key a"}] and registered == {node: "key a"}
+        assert "a.pub cannot be read" in caplog.text and "d.pub cannot be read" in caplog.text
+        (folder / "b.pub").write_text("new key b")
+        fails.add("register")
+        yield
+        assert admitted[2:] == [{"a": "key a"}] and "OSError: cannot start a process" in caplog.text
+        fails.clear()
+        folder.rename(tmp_path / "away")
+        yield
+        assert admitted[3:] == [{"a": "key a"}]
+        (tmp_path / "away").rename(folder)
+        (folder / "a.pub").write_text("key a")
+        yield
+        assert admitted[4:] == [{"a": "key a", "b": "new key b"}] and registered[node] == "key a"
+
+    for name in "abc":
+        (folder / f"{name}.pub").write_text(f"key {name}")
+    (folder / "d.pub").mkdir()
+    steps = changes()
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(registration, "flwr", flwr)
+    monkeypatch.setattr(registration, "time", SimpleNamespace(sleep=lambda seconds: next(steps)))
+    keys: Any = SimpleNamespace(replace=admitted.append)
+    with pytest.raises(StopIteration):
+        registration.keep_registered(folder, keys)
+
+
 def test_settings_that_do_not_combine_are_rejected_before_a_run_is_submitted(tmp_path: Path) -> None:
     init(tmp_path / "d")
     refused = run_command("deploy", "run", "smoke", tmp_path / "d", "--set", "dp-clip=1", code=2)
     assert "dp-clip = 1 needs weighting = 'equal', not 'examples'" in refused.message
     assert not list((tmp_path / "d" / "runs").iterdir())
+
+
+def test_ctrl_c_detaches_from_a_run_and_says_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    init(tmp_path / "d")
+    monkeypatch.setattr("copra_fl.cli.deploy_run.find_compose", lambda layout: None)
+    monkeypatch.setattr("copra_fl.cli.deploy_run.submit", interrupt)
+    sets = ("--set", "dataset=texts.csv", "--set", "model=/model")
+    lines = run_command("deploy", "run", "smoke", tmp_path / "d", *sets, code=130).err.splitlines()
+    detached = f"detached; the run continues. Its progress: copra-fl deploy status {tmp_path / 'd'}"
+    assert lines[1:] == [detached]
+
+
+def test_an_interrupted_question_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input ends at the question, as with Ctrl-D; click treats Ctrl-C alike."""
+    init(tmp_path / "d")
+    before = content_of(tmp_path / "d")
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("copra_fl.cli.deploy.sys", terminal)
+    message = run_command("deploy", "init", tmp_path / "d", "--clients", "1", code=130).message
+    assert message.endswith("copra-fl: nothing was changed") and content_of(tmp_path / "d") == before
 
 
 def test_a_run_has_a_plain_name_and_is_never_started_twice(tmp_path: Path) -> None:
@@ -379,6 +458,34 @@ def test_a_run_has_a_plain_name_and_is_never_started_twice(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="--resume continues it"):
         choose_name(layout, "older", resume=False)
     assert choose_name(layout, None, resume=False) not in ("older", "newer")
+
+
+def test_every_setting_reaches_the_run(tmp_path: Path) -> None:
+    """As Flower itself reads its command line."""
+    given = {
+        "dataset": csv_line(["/data/a, b.csv", 'the "old" one.csv']),
+        "labels": csv_line(["a, b", "c"]),
+        "prompt-template": """Say "yes" or 'no' to ü={prompt}\n\t\\""",
+        "script": 'ends in a backslash and a quote\\"',
+        "copra-fl.quotes": """'single' and "double" \\ """,
+        "copra-fl.number": 0.5,
+        "rank": 8,
+        "learning-rate": 1e-5,
+        "rescale": True,
+    }
+    config = Config.from_flat(given)
+    submitted: list[str] = []
+
+    def start(*command: str) -> subprocess.Popen[str]:
+        submitted.extend(command)
+        return subprocess.Popen(["echo", "started run 7"], stdout=subprocess.PIPE, text=True)
+
+    answer = json.dumps({"runs": [{"status": "finished:completed"}]})
+    compose_command: Any = SimpleNamespace(start_in_superlink=start, run_in_superlink=lambda *command: answer)
+    assert submit(compose_command, config, "the-run", False, lambda: None) == "finished:completed"
+    read = parse_config_args(submitted[-1:])
+    assert (read.pop("output"), read.pop("resume")) == ("/runs/the-run", False)
+    assert Config.from_run_config(read) == config
 
 
 def test_status_reads_the_progress_of_runs_from_their_journals(tmp_path: Path) -> None:

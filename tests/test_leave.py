@@ -257,16 +257,16 @@ def test_predictions_of_a_run_in_bfloat16_are_those_of_the_merged_model(tiny: Se
 
 
 def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny: Settings, tmp_path: Path) -> None:
-    rows = pd.DataFrame({"note": [" ".join(WORDS[i : i + 3]) for i in range(0, 30, 3)], "id": range(10)})
+    rows = pd.DataFrame({"2024": [" ".join(WORDS[i : i + 3]) for i in range(0, 30, 3)], "id": range(10)})
     rows.to_parquet(tmp_path / "notes.parquet")
     rows.to_csv(tmp_path / "notes.csv", sep=";", index=False)
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
-    arguments = ("--data", tmp_path / "notes.parquet", "--to", tmp_path / "out.parquet", "--set", "text-column=note")
+    arguments = ("--data", tmp_path / "notes.parquet", "--to", tmp_path / "out.parquet", "--set", "text-column=2024")
     run_command("predict", alone, *arguments)
     written = pd.read_parquet(tmp_path / "out.parquet")
     assert written["id"].tolist() == list(range(10)) and set(written["predicted"]) <= {"sand", "sea", "sky"}
     assert written["probability sea"].dtype == np.float32
-    arguments = ("--data", tmp_path / "notes.csv", "--set", "text-column=note", "--set", "separator=semicolon")
+    arguments = ("--data", tmp_path / "notes.csv", "--set", "text-column=2024", "--set", "separator=semicolon")
     run_command("predict", alone, *arguments, "--to", tmp_path / "out.tsv")
     assert pd.read_csv(tmp_path / "out.tsv", sep="\t")["predicted"].tolist() == written["predicted"].tolist()
 

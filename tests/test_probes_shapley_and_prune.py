@@ -129,6 +129,7 @@ def test_prunings_are_scored_on_the_test_split(prunings: ProbeOutput, runs: list
     (metrics,) = lora_run.score([query.adapter], "test")
     assert lora_points[query.name]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
     assert "every other layer" in printed and "largest 50 %" in printed
+    assert not facts["warnings"], "other examples chose the order of the layers"
 
 
 def test_elastic_scores_are_means_over_subsets_of_layers_and_prefixes_of_the_rank(
@@ -174,6 +175,7 @@ def test_the_residual_is_pruned_with_the_adapter(tiny: Settings, tmp_path: Path)
     assert points["whole adapter"]["loss"] == pytest.approx(validation["loss"], rel=1e-3)
     assert points["head only"]["loss"] != pytest.approx(validation["loss"], rel=1e-3)
     assert "'flora' has changed W0" in printed
+    assert any("examples that chose the order" in warning for warning in facts["warnings"]), "on validation data"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

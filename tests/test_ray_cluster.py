@@ -23,9 +23,9 @@ from copra_fl.simulation.ray_cluster import (
     check_address,
     divide,
     inspect_cluster,
-    round_gpu_share,
     version_notes,
 )
+from copra_fl.simulation.superlink import round_gpu_share
 from tests.support.federations import final_adapter
 from tests.support.real_runs import RealRun, settings
 from tests.support.tiny import Settings

@@ -1,11 +1,10 @@
-"""The command line, `copra-fl`: one file per command. Its exit codes are in `ExitCode`."""
+"""The command line, `copra-fl`: one file per command. Its exit codes are in exit_code.py."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Annotated, NoReturn
 
 import click
@@ -19,6 +18,7 @@ from copra_fl.cli.clean import clean
 from copra_fl.cli.compare import compare
 from copra_fl.cli.config import config
 from copra_fl.cli.deploy_audit import audit
+from copra_fl.cli.exit_code import ExitCode
 from copra_fl.cli.export import export
 from copra_fl.cli.predict import predict
 from copra_fl.cli.probe_prune import prune
@@ -37,18 +37,12 @@ from copra_fl.provenance import versions
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.sources.assets import AssetError, UnknownAssetError
 
-
-class ExitCode(IntEnum):
-    """Exit codes of all commands. Every error is one message on standard error, "copra-fl: ..."."""
-
-    #: the command did its work
-    DONE = 0
-    #: the work failed: a run or node stopped, a download failed, Docker reported an error, a folder is not writable
-    FAILED = 1
-    #: the command line, the configuration or the given folder is wrong; nothing was started
-    USAGE = 2
-    #: stopped with Ctrl-C (typer's code for it) or SIGTERM; finished rounds are kept
-    INTERRUPTED = 130
+#: command -> how it is continued after Ctrl-C; others are not
+CONTINUED = {
+    "simulate": "repeat the command with --resume and the --output of the run",
+    "compare": "repeat the command with --resume and the --output of the comparison",
+    "study": "repeat the command",
+}
 
 
 def show_version(is_given: bool) -> None:
@@ -124,10 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     SIGTERM, from a service manager or a scheduler, stops it as Ctrl-C does.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plugins.add_current_folder()
     try:
-        code = app(arguments, prog_name="copra-fl", standalone_mode=False)
+        code = app(words, prog_name="copra-fl", standalone_mode=False)
     except (ConfigError, UnknownAssetError) as error:
         fail(str(error), ExitCode.USAGE)
     except (RunFailed, AssetError, CacheError, ComposeFailed, PushError) as error:
@@ -136,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.errno not in STORAGE_ERRORS:
             raise
         fail(in_words(error), ExitCode.FAILED)
+    except click.Abort:  # Ctrl-C, or the end of the input, at a question
+        fail("nothing was changed", ExitCode.INTERRUPTED)
     except click.ClickException as error:  # exit_code is USAGE for click's own errors
         error.show()
         sys.exit(error.exit_code)
@@ -146,11 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         fail(str(error), ExitCode.USAGE)
     if code == ExitCode.INTERRUPTED:
-        fail(
-            "stopped. To continue after the last finished round, repeat the command with --resume and the --output of "
-            "the run (`copra-fl study`: without --resume)",
-            ExitCode.INTERRUPTED,
-        )
+        continued = CONTINUED.get(words[0])
+        hint = f". To continue after the last finished round, {continued}" if continued else ""
+        fail(f"stopped{hint}", ExitCode.INTERRUPTED)
     sys.exit(code or ExitCode.DONE)
 
 

@@ -24,7 +24,7 @@ from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import join_words, unknown_name
 
 app = typer.Typer(help="Run a federation on real nodes: containers, TLS, node keys.", no_args_is_help=True)
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
 
 
@@ -87,7 +87,8 @@ def init(
     compose.write(layout, app_directory(), options)
     options.write(layout.options)
     if options.insecure:
-        console.print("[bold red]insecure[/]: nothing is encrypted, and anyone who reaches the port can be a client")
+        warning = "[bold red]insecure[/]: nothing is encrypted, and anyone who reaches the port can be a client"
+        console.print(warning, markup=True)
     console.print(f"{layout.root}: {options.clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from copra_fl import provenance
 from copra_fl.cli.deploy import Directory
+from copra_fl.cli.exit_code import ExitCode
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.config import Config
 from copra_fl.deployment import compose, nodes
@@ -48,7 +49,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Submit a run and follow it. Each node is one client unless num-clients is set. Ctrl-C does not stop the run."""
-    console, layout = Console(stderr=True), DeploymentLayout.open(directory)
+    console, layout = Console(stderr=True, markup=False), DeploymentLayout.open(directory)
     chosen = Recipe.read(recipe, set_ or [])
     config = chosen.config()
     if "num-clients" not in chosen.overrides:
@@ -82,16 +83,14 @@ def run(
             status = submit(compose_command, config, run_folder.name, resume, tracking.update)
     except KeyboardInterrupt:
         console.print(f"detached; the run continues. Its progress: copra-fl deploy status {directory}", soft_wrap=True)
-        raise
+        sys.exit(ExitCode.INTERRUPTED)
     if status != COMPLETED or not (run_folder / "summary.json").exists():
         shown = status or "unknown: the SuperLink does not answer"
         raise RunFailed(
             f"the run did not complete (status {shown}); its output is above. To continue after its last round: "
             f"{resume_command}"
         )
-    console.print(
-        report(compose_command, run_folder.name, console.width), markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(report(compose_command, run_folder.name, console.width), highlight=False, soft_wrap=True)
     if as_json:
         print(read_plain(run_folder, "summary.json").decode())
 
@@ -154,7 +153,8 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
 
     console = Console()
     if listed is None:
-        console.print(f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}", soft_wrap=True)
+        hint = f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}"
+        console.print(hint, markup=False, soft_wrap=True)
     else:
         rows = [[node.name, node.status, node.since] for node in listed]
         console.print(DataTable(["node", "status", "since (UTC)"], rows))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, SetOption
-from copra_fl.config import ConfigError, DataConfig
+from copra_fl.config import KEYS, ConfigError, DataConfig
 from copra_fl.simulation.recipes import parse_override
 
 
@@ -46,7 +46,7 @@ def predict(
     from copra_fl.sources.tables import check_target, file_table, write_table
 
     check_target("--to", to)
-    changes = dict(parse_override(text) for text in set_ or [])
+    changes = dict(parse_override(text, KEYS) for text in set_ or [])
     adapter = adapter_folder(run)
     table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
     saved = load_exact(adapter, device, base)

@@ -138,7 +138,7 @@ def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Show one progress bar for each step that a probe reports (`open_run.Progress`)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, rich_progress.TaskID] = {}
 
@@ -157,6 +157,6 @@ def leave(findings: Findings, directory: Path) -> None:
     console = Console()
     console.print(replace(findings.results, title=findings.setting))
     for warning in findings.warnings:
-        console.print(f"note: {warning}", highlight=False, soft_wrap=True)
-    console.print(findings.verdict, highlight=False, soft_wrap=True)
-    console.print(f"page: {write_findings(findings, directory.absolute())}", soft_wrap=True)
+        console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
+    console.print(findings.verdict, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"page: {write_findings(findings, directory.absolute())}", markup=False, soft_wrap=True)

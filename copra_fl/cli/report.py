@@ -46,7 +46,7 @@ def export(directory: Path, folder: Path) -> None:
             f"tables and data are in {folder}, but no SVG and PNG: {reason}. The buttons under the charts of "
             f"{directory / 'report.html'} save both; or install Chromium and {pip_install('figures')}"
         ) from None
-    console.print(f"charts and tables: {folder}", soft_wrap=True)
+    console.print(f"charts and tables: {folder}", markup=False, soft_wrap=True)
 
 
 def show_results(directory: Path, console: Console, as_json: bool = False, started: float | None = None) -> None:
@@ -65,7 +65,7 @@ def show_results(directory: Path, console: Console, as_json: bool = False, start
         whole = time.monotonic() - started
         console.print(f"time: {rounds:.0f} s in rounds, {whole:.0f} s for the whole command", highlight=False)
     if (directory / "adapter").exists():
-        console.print(f"adapter: {directory / 'adapter'}", soft_wrap=True)
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+        console.print(f"adapter: {directory / 'adapter'}", markup=False, soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
     if as_json:
         print((directory / "summary.json").read_text(encoding="utf-8"))

@@ -55,17 +55,37 @@ def write_connection(home: Path, port: int, ca: str | None) -> None:
 
 
 def keep_registered(nodes: Path, keys: NodeKeys) -> None:
-    """Register the keys in the folder `nodes`, admit them in `keys`, then follow changes of the folder for ever."""
+    """Register the keys in the folder `nodes`, admit them in `keys`, then follow changes of the folder for ever.
+
+    An error is logged, and the next round tries again: the nodes that are registered stay admitted.
+    """
     while True:
-        update(nodes)
-        keys.replace({name: node["key"] for name, node in read_known(flower_home()).items()})
+        try:
+            try:
+                update(nodes)
+            finally:
+                keys.replace({name: node["key"] for name, node in read_known(flower_home()).items()})
+        except Exception:
+            log.exception("the nodes are not registered as %s says; next try in %d s", nodes, POLL_SECONDS)
         time.sleep(POLL_SECONDS)
 
 
 def update(nodes: Path) -> None:
-    """Unregister nodes with keys that are gone from `nodes` or have changed, then register the new keys."""
-    keys = {path.stem: path.read_text(encoding="utf-8") for path in sorted(nodes.glob("*.pub"))}
+    """Unregister nodes with keys that are gone from `nodes` or have changed, then register the new keys.
+
+    For a node with a key file that cannot be read nothing changes.
+    """
     known = read_known(flower_home())
+    keys = {}
+    for path in sorted(path for path in nodes.iterdir() if path.suffix == ".pub"):
+        try:
+            keys[path.stem] = path.read_text(encoding="utf-8")
+        except FileNotFoundError:  # removed just now
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            log.warning("the key file %s cannot be read, so nothing changes for its node: %s", path, error)
+            if path.stem in known:
+                keys[path.stem] = known[path.stem]["key"]
     for name, node in list(known.items()):
         if keys.get(name) != node["key"] and _succeeded(f"unregistering {name}", flwr("unregister", node["id"])):
             del known[name]

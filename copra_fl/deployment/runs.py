@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from copra_fl.config import Config, ConfigError, toml_value
+from copra_fl.config import Config, ConfigError, Value, toml_value
 from copra_fl.deployment.compose_command import ComposeCommand
 from copra_fl.deployment.layout import DeploymentLayout
 from copra_fl.deployment.registration import CONNECTION
@@ -73,7 +73,7 @@ def submit(
     defaults = Config().to_run_config()
     settings = {key: value for key, value in config.to_run_config().items() if defaults[key] != value}
     settings |= {"output": f"{RUNS}/{name}", "resume": resume}
-    run_config = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
+    run_config = " ".join(f"{key}={flower_value(value)}" for key, value in settings.items())
     process = compose.start_in_superlink("flwr", "run", APP, CONNECTION, "--stream", "--run-config", run_config)
     assert process.stdout is not None
     run_id = None
@@ -91,6 +91,13 @@ def submit(
         return str(json.loads(answer)["runs"][0]["status"])
     except (subprocess.CalledProcessError, ValueError, KeyError, IndexError):
         return None
+
+
+def flower_value(value: Value) -> str:
+    """Return `value` in TOML's notation, without a quote inside a string: there ``flwr run --run-config`` ends it."""
+    if not isinstance(value, str):
+        return toml_value(value)
+    return '"' + "\\u0022".join(toml_value(part)[1:-1] for part in value.split('"')) + '"'
 
 
 def report(compose: ComposeCommand, name: str, width: int) -> str:

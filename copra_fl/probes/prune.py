@@ -83,8 +83,8 @@ def probe(
 ) -> Findings:
     """Score each run's adapter on held-out data after every kind of pruning.
 
-    The order of layers by Shapley value always comes from the server's validation data, so that it is not chosen on the
-    data of `split`.
+    The order of layers by Shapley value always comes from the server's validation data. With ``test`` it is not chosen
+    on the data of `split`; with ``server-validation`` it is, and a warning says so.
     """
     scored_by_run: dict[str, Scored] = {}
     for exported in export_runs(runs):
@@ -104,6 +104,12 @@ def probe(
         subsets = score_subsets(elastic_game, METRICS, max_subsets, seed)
         scored = Scored(rank_of(exported.adapter), list(zip(prunings, metrics, strict=True)), subsets)
         scored_by_run[exported.run.name] = scored
+    warnings = [folded_residual_warning(run) for run in runs if run.residual]
+    if split == "server-validation":
+        warnings.append(
+            "Layers in Shapley order are scored on the examples that chose the order, which flatters it; use --split "
+            "test for others."
+        )
     order = "layers ordered by Shapley values of minus loss on server-validation"
     return Findings(
         probe="prune",
@@ -122,7 +128,7 @@ def probe(
             Section("Sets of layers, and single modules", [_bars(scored_by_run, metric) for metric in METRICS]),
             Section("Losses", tables=[_table(scored_by_run, "loss")], collapsed=True),
         ],
-        warnings=[folded_residual_warning(run) for run in runs if run.residual],
+        warnings=warnings,
     )
 
 

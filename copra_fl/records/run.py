@@ -119,7 +119,7 @@ class AggregationError(Record):
 
 
 class LinePath(Record):
-    """Loss and accuracy on the line between two clients' adapters (`adapters.interpolation.Path`), at points `u`."""
+    """Loss and accuracy between two clients' adapters at points `u` of the line (`adapters.interpolation.LossPath`)."""
 
     clients: tuple[int, int]
     u: tuple[float, ...]

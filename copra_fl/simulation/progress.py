@@ -131,7 +131,7 @@ def watch(
     oom_kills_before = oom_kills()
     whole = Column(no_wrap=True, min_width=7)  # in a narrow terminal the description wraps, and no time is cut
     columns = (
-        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
         BarColumn(BAR_WIDTH),
         TimeElapsedColumn(table_column=whole),
         TextColumn("left", table_column=Column(no_wrap=True)),
@@ -152,9 +152,9 @@ def watch(
                 state.apply(event)
                 if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison repeat notes
                     state.notes.add(event["text"])
-                    console.print(f"note: {event['text']}", highlight=False, soft_wrap=True)
+                    console.print(f"note: {event['text']}", highlight=False, markup=False, soft_wrap=True)
                 if event["event"] == "recorded":
-                    console.print(str(state), highlight=False, soft_wrap=True)
+                    console.print(str(state), highlight=False, markup=False, soft_wrap=True)
                 if event["event"] in ("recorded", "finished"):
                     on_progress()
             bar.update(task, description=str(state), completed=state.done)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, inf
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ from rich.console import Console
 from copra_fl import provenance
 from copra_fl.config import Config, ConfigError
 from copra_fl.files import cache_dir
-from copra_fl.simulation.superlink import MAX_DEFAULT_WORKERS, Workers, worker_variables
+from copra_fl.simulation.superlink import (
+    MAX_DEFAULT_WORKERS,
+    Workers,
+    part_of_gpu,
+    round_gpu_share,
+    worker_variables,
+)
 
 CONNECT_SECONDS = 5
 #: limit for the inspection of all machines; Ray itself tries for nearly two minutes
 INSPECT_SECONDS = 90
-#: unit in which Ray counts fractions of a GPU
-GPU_UNIT = 1e-4
 
 
 def check_address(address: str | None) -> str | None:
@@ -241,7 +245,7 @@ def divide(cluster: Cluster, number: int | None, num_clients: int, gpus: float |
         gpu_shares = [given or 0.0]
     else:
         whole_gpus = [float(n) for n in range(most_gpus, 0, -1)]
-        gpu_shares = whole_gpus + [round_gpu_share(1 / n) for n in range(2, number + 1)]
+        gpu_shares = whole_gpus + [part_of_gpu(n) for n in range(2, number + 1)]
     most_cpus = int(max(machine.cpus for machine in cluster.machines))
     for gpu_share in gpu_shares:
         for cpus in range(most_cpus, 0, -1):
@@ -252,11 +256,3 @@ def divide(cluster: Cluster, number: int | None, num_clients: int, gpus: float |
         f"{number}: each needs a core and {gpu_shares[-1]:g} GPUs, and the cluster has {cluster.cpus:g} cores and "
         f"{cluster.gpus:g} GPUs; lower --workers or --gpus-per-worker"
     )
-
-
-def round_gpu_share(gpus: float) -> float:
-    """Round `gpus` up to the largest share of which equally many fit on one GPU: a worker cannot use parts of two GPUs.
-
-    Flower adds up all GPUs, and would wait for ever for the third of three workers with 0.6 GPUs on two GPUs.
-    """
-    return floor(1 / int(1 / gpus) / GPU_UNIT) * GPU_UNIT if 0 < gpus < 1 else float(ceil(gpus))

@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from copra_fl.simulation import guard
 
 START_SECONDS = 300
 MAX_DEFAULT_WORKERS = 4
+#: Ray counts fractions of a GPU in 1 / GPU_UNITS
+GPU_UNITS = 10_000
 #: Ray's variable for the niceness of workers
 NICENESS = "RAY_worker_niceness"
 #: begins the names of the folders of simulations below /tmp
@@ -87,12 +90,16 @@ class Workers:
     def share(cls, number: int | None, num_clients: int, gpus_per_worker: float | None = None) -> Workers:
         """Divide this machine's cores evenly among workers, and its GPUs unless `gpus_per_worker` is given.
 
-        Without a `number` there is one worker per core, at most 4. There are never more workers than clients.
+        A worker gets whole GPUs, or a part of one that all of them fit with. Without a `number` there is one worker per
+        core, at most 4, and no more than have room on the GPUs. There are never more workers than clients.
         """
-        number = min(number or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1), num_clients)
-        if gpus_per_worker is None:
-            gpus_per_worker = num_gpus() / number
-        return cls(number, max(1, (os.cpu_count() or 1) // number), gpus_per_worker, nodes=number)
+        cores, gpus = os.cpu_count() or 1, num_gpus()
+        most = min(MAX_DEFAULT_WORKERS, cores)
+        if gpus_per_worker:
+            most = min(most, room_for(gpus_per_worker, gpus))
+        number = min(number or most, num_clients)
+        share = even_gpu_share(gpus, number) if gpus_per_worker is None else round_gpu_share(gpus_per_worker)
+        return cls(number, max(1, cores // number), share, nodes=number)
 
     def federation_config(self) -> str:
         """Return the argument of ``flwr run --federation-config``."""
@@ -264,6 +271,31 @@ def superlink(log: Path, configs: Collection[Config] = (), ray_address: str | No
             with open(log, "ab") as output:
                 output.write(superlink_log.read_bytes())
         shutil.rmtree(home, ignore_errors=True)
+
+
+def part_of_gpu(number: int) -> float:
+    """Return the largest part of a GPU, in Ray's units, of which `number` fit on one."""
+    return GPU_UNITS // number / GPU_UNITS
+
+
+def even_gpu_share(gpus: int, number: int) -> float:
+    """Return the largest share with which `number` workers fit on `gpus` GPUs; 0 without a GPU."""
+    if not gpus:
+        return 0.0
+    return float(gpus // number) if gpus >= number else part_of_gpu(ceil(number / gpus))
+
+
+def round_gpu_share(gpus: float) -> float:
+    """Round `gpus` up to the largest share of which equally many fit on one GPU: a worker cannot use parts of two GPUs.
+
+    Flower adds up all GPUs, and would wait for ever for the third of three workers with 0.6 GPUs on two GPUs.
+    """
+    return part_of_gpu(int(1 / gpus)) if 0 < gpus < 1 else float(ceil(gpus))
+
+
+def room_for(gpus_per_worker: float, gpus: int) -> int:
+    """Return how many workers with `gpus_per_worker` GPUs, not 0, fit on `gpus` GPUs."""
+    return gpus * int(1 / gpus_per_worker) if gpus_per_worker < 1 else gpus // ceil(gpus_per_worker)
 
 
 def num_gpus() -> int:
