@@ -19,6 +19,8 @@ from copra_fl.tensor_files import read_tensors, write_tensors
 
 #: newest rounds whose states are kept for each client
 NUM_KEPT = 2
+#: text in the file of a state, except in the client's first: name of the file of the state before it
+PREVIOUS = "previous"
 
 
 class StateGone(RuntimeError):
@@ -61,16 +63,18 @@ class ClientStateStore:
     def read(self, client: int, before: int) -> ClientState:
         """Return the state of `client` after its last round below `before`; an empty one if there was no such round.
 
-        Raises DamagedFile if the file is damaged, StateGone if the server asks for a round so old that the state it
-        needs may have been removed.
+        States of `before` and later rounds are removed: the server has given up that attempt, and the client may fail
+        in the next. Raises DamagedFile if a file is damaged, StateGone if the state was removed.
         """
         files = self._files(client)
         earlier = [path for path in files if path.name < self._file(client, before).name]
-        if not earlier and before > 1 and len(files) == NUM_KEPT:
+        if files and not earlier and before > 1 and PREVIOUS in read_tensors(files[0])[1]:
             raise StateGone(
                 f"the state of client {client} before round {before} is gone: its node keeps those of the two newest "
                 "rounds, and the server went back further; start the run anew"
             )
+        for path in files[len(earlier) :]:
+            path.unlink()
         if not earlier:
             return ClientState()
         tensors, _ = read_tensors(earlier[-1])
@@ -79,9 +83,10 @@ class ClientStateStore:
     def write(self, client: int, server_round: int, state: ClientState) -> None:
         """Write the state of `client` after a round, and remove all but the two newest."""
         self._folder(client).mkdir(parents=True, exist_ok=True)
-        write_tensors(self._file(client, server_round), join_names(vars(state)), {})
-        current = [path for path in self._files(client) if path.name <= self._file(client, server_round).name]
-        for path in current[:-NUM_KEPT]:
+        file = self._file(client, server_round)
+        earlier = [path for path in self._files(client) if path.name < file.name]
+        write_tensors(file, join_names(vars(state)), {PREVIOUS: earlier[-1].name} if earlier else {})
+        for path in earlier[: 1 - NUM_KEPT]:
             path.unlink()
 
     def _folder(self, client: int) -> Path:

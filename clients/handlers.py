@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from logging import WARNING
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from flwr.app import Context, RecordDict
+from flwr.supercore.logger import log
 
 from copra_fl import startup
 
@@ -38,13 +41,15 @@ from copra_fl.events import emit
 from copra_fl.models.build import check_weights
 from copra_fl.provenance import library_digest
 from copra_fl.records import NodeRecord
-from copra_fl.records.audit import now
+from copra_fl.records.audit import MessageKind, now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
 from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state, sent_parts
-from copra_fl.wording import foreign
+from copra_fl.wording import foreign, listed
 
 Result = TypeVar("Result")
+#: the work that a message asks of a node; its reply
+Work = Callable[[NodeConfig, RecordDict, Context], RecordDict]
 #: longest reason in the audit log, in characters
 MAX_REASON = 500
 
@@ -52,33 +57,31 @@ MAX_REASON = 500
 def handshake(content: RecordDict, context: Context) -> RecordDict:
     """Describe the node and the clients that it can host, or give the reason why it rejects the run."""
     node, digest = NodeConfig.of(context), library_digest(Path(__file__).parent)
-    config, log = wire.unpack_config(content), AuditLog(node.audit_path)
+    config, audit = wire.unpack_config(content), AuditLog(node.audit_path)
     record = NodeRecord(time=now(), kind="handshake", flower_run=context.run_id, config_digest=config.digest)
     try:
         policy = Policy.of(node)
         policy.check_run(node.adapt(config), config.model.model, config.data.num_clients or node.num_partitions)
         with node.redact_errors():
-            policy.check_counts(log.counted(record.model_copy(update={"kind": "train"})))
+            policy.check_counts(audit.counted(record.model_copy(update={"kind": "train"})))
         check_weights(node.adapt(config).model)
         digests = plugins.digests(node.with_script(config))
         with node.redact_errors():
             answer = replace(_describe(node, digest, node.adapt(config)), plugins=digests)
         record = record.model_copy(update={"examples": sum(answer.num_examples.values())})
         policy.check_examples(config, answer.num_examples)
-    except (Rejected, ConfigError) as error:
-        answer = wire.Handshake(node.partition, digest, rejection_reason=node.without_paths(str(error)))
+    except Exception as error:
         record = _rejected(record, error)
-    with node.redact_errors():
-        log.append(record)
+        if not isinstance(error, Rejected | ConfigError):
+            raise
+        answer = wire.Handshake(node.partition, digest, rejection_reason=node.without_paths(str(error)))
+    finally:
+        with node.redact_errors():
+            audit.append(record)
     return wire.pack_handshake(answer)
 
 
-def _allowed(
-    kind: Literal["train", "evaluate"],
-    work: Callable[[NodeConfig, RecordDict, Context], RecordDict],
-    content: RecordDict,
-    context: Context,
-) -> RecordDict:
+def _allowed(kind: MessageKind, work: Work, content: RecordDict, context: Context) -> RecordDict:
     """Return the reply of `work` to a message if the node's policy allows both, and log the message.
 
     Raises Rejected if it does not.
@@ -87,33 +90,44 @@ def _allowed(
     with node.redact_errors():
         if not (node.policy_path or node.audit_path):
             return work(node, content, context)
-        plan, log = wire.unpack_plan(content), AuditLog(node.audit_path)
-        config = node.adapt(plan.config)
-        record = NodeRecord(
-            time=now(),
-            kind=kind,
-            flower_run=context.run_id,
-            config_digest=plan.config.digest,
-            run=wire.unpack_delta(content).run,
-            round=plan.server_round,
-            clients=plan.clients,
-            bytes_down=wire.num_bytes(content),
-        )
+        plan, audit = wire.unpack_plan(content) if "plan" in content else None, AuditLog(node.audit_path)
+        record = _record(kind, plan, content, context)
         try:
             policy = Policy.of(node)
-            policy.check_run(config, plan.config.model.model, config.data.num_clients or node.num_partitions)
-            policy.check_counts(log.counted(record))
-            data = node.open_data(config)
-            num_examples = {client: len(data.train[client]) for client in plan.clients}
-            record = record.model_copy(update={"examples": sum(num_examples.values())})
-            policy.check_examples(config, num_examples)
+            policy.check_counts(audit.counted(record))
+            if plan:
+                config = node.adapt(plan.config)
+                policy.check_run(config, plan.config.model.model, config.data.num_clients or node.num_partitions)
+                data = node.open_data(config)
+                num_examples = {client: len(data.train[client]) for client in plan.clients}
+                record = record.model_copy(update={"examples": sum(num_examples.values())})
+                policy.check_examples(config, num_examples)
             reply = work(node, content, context)
-            record = record.model_copy(update={"time": now(), "bytes_up": wire.num_bytes(reply)})
-            log.append(record, policy.check_counts)
+            record = record.model_copy(update={"time": now(), "bytes_up": _num_bytes(reply)})
+            audit.append(record, policy.check_counts)
             return reply
         except Exception as error:
-            log.append(_rejected(record, error))
+            audit.append(_rejected(record, error))
             raise
+
+
+def _record(kind: MessageKind, plan: Plan | None, content: RecordDict, context: Context) -> NodeRecord:
+    """Return the audit record of a message before it is answered; a step of secure aggregation has no plan."""
+    record = NodeRecord(
+        time=now(), kind=kind, flower_run=context.run_id, config_digest="", bytes_down=_num_bytes(content)
+    )
+    if plan is None:
+        run, server_round = secure_handlers.round_of(content, context)
+        return record.model_copy(update={"run": run, "round": server_round})
+    run, digest = wire.unpack_delta(content).run, plan.config.digest
+    of_plan = {"run": run, "round": plan.server_round, "clients": plan.clients, "config_digest": digest}
+    return record.model_copy(update=of_plan)
+
+
+def _num_bytes(content: RecordDict) -> int:
+    """Return the bytes of a message's arrays and metrics, and of what it has of secure aggregation."""
+    secure = sum(record.count_bytes() for name, record in content.items() if name.startswith("secure-"))
+    return wire.num_bytes(content) + secure
 
 
 def _rejected(record: NodeRecord, error: Exception) -> NodeRecord:
@@ -278,6 +292,7 @@ def _isolate_failures(
     except Exception as error:
         if len(clients) == 1:
             return [], {clients[0]: node.public_message(error)}
+        log(WARNING, "clients %s failed together and are tried one by one", listed(clients), exc_info=error)
     results: list[Result] = []
     failures: dict[int, str] = {}
     for client in clients:
@@ -292,8 +307,8 @@ HANDLERS: dict[str, Callable[[RecordDict, Context], RecordDict]] = {
     "handshake": handshake,
     "train": train,
     "evaluate": evaluate,
-    "keys": secure_handlers.keys,
-    "shares": secure_handlers.shares,
-    "survivors": secure_handlers.survivors,
-    "unmask": secure_handlers.unmask,
+    "keys": partial(_allowed, "keys", secure_handlers.keys),
+    "shares": partial(_allowed, "shares", secure_handlers.shares),
+    "survivors": partial(_allowed, "survivors", secure_handlers.survivors),
+    "unmask": partial(_allowed, "unmask", secure_handlers.unmask),
 }

@@ -29,7 +29,7 @@ from flwr.supercore.logger import log
 
 from clients.warm_cache import open_data, open_own_data
 from copra_fl.config import Config
-from copra_fl.data.federated import FederatedData
+from copra_fl.data.federated import FederatedData, without_training
 from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
 
@@ -109,13 +109,13 @@ class NodeConfig:
         if config.data.partitioner == "own":
             if not self.data_path:
                 raise Rejected("partitioner = 'own', but its node config has no data-path")
-            return open_own_data(config, self.data_path, self.partition, self.num_partitions)
+            return open_own_data(without_training(config), self.data_path, self.partition, self.num_partitions)
         if self.data_path:
             raise Rejected(
                 f"it has its own data (data-path), but partitioner = {config.data.partitioner!r} would train on "
                 "other data; set partitioner = 'own'"
             )
-        return open_data(config)
+        return open_data(without_training(config))
 
     def identity(self, node_state: RecordDict, run: str) -> bytes:
         """Return the private key that signs for this node: its own, else one made for the run and kept in its state."""

@@ -1,7 +1,8 @@
 """The policy of a node: what its site takes part in, stated in a TOML file of its own.
 
-It is checked at the handshake and again with each message, because a message brings its own configuration. The node
-rejects what its policy does not allow, and the server learns the reason.
+It is checked at the handshake and again with each message, because a message brings its own configuration; the messages
+of secure aggregation have none and are only counted. The node rejects what its policy does not allow, and the server
+learns the reason.
 """
 
 from __future__ import annotations

@@ -39,20 +39,26 @@ def open_session(context: Context, node: NodeConfig) -> protocol.Session:
     return session
 
 
-def keys(content: RecordDict, context: Context) -> RecordDict:
+def round_of(content: RecordDict, context: Context) -> tuple[str, int]:
+    """Return run and round of the message of a step; empty and 0 for a node that takes part in no round."""
+    if "secure-round" in content:
+        return secure_wire.unpack_secure_round(content)
+    session = secure_wire.read_session(context.state)
+    return (session.roster.run, session.roster.server_round) if session else ("", 0)
+
+
+def keys(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     """Step 1: make keys for a round and sign them."""
-    node = NodeConfig.of(context)
     run, server_round = secure_wire.unpack_secure_round(content)
-    with node.redact_errors(), named_refusals():
+    with named_refusals():
         secrets, offered = protocol.offer_keys(run, server_round, node.partition, node.identity(context.state, run))
         secure_wire.write_secrets(context.state, secrets)
         return secure_wire.pack_keys(offered)
 
 
-def shares(content: RecordDict, context: Context) -> RecordDict:
+def shares(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     """Step 2: check the list of nodes, and send each neighbour its sealed shares."""
-    node = NodeConfig.of(context)
-    with node.redact_errors(), named_refusals():
+    with named_refusals():
         secrets = secure_wire.read_secrets(context.state)
         if secrets is None or secure_wire.read_session(context.state) is not None:
             raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
@@ -61,10 +67,9 @@ def shares(content: RecordDict, context: Context) -> RecordDict:
         return secure_wire.pack_shares(messages)
 
 
-def survivors(content: RecordDict, context: Context) -> RecordDict:
+def survivors(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     """Step 4: sign one list of the nodes whose vectors are in the sum."""
-    node = NodeConfig.of(context)
-    with node.redact_errors(), named_refusals():
+    with named_refusals():
         session = open_session(context, node)
         identity = node.identity(context.state, session.roster.run)
         session, signature = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
@@ -72,10 +77,9 @@ def survivors(content: RecordDict, context: Context) -> RecordDict:
         return secure_wire.pack_confirmation(signature)
 
 
-def unmask(content: RecordDict, context: Context) -> RecordDict:
+def unmask(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
     """Step 5: reveal shares once; whatever the answer, the secrets of the round are deleted."""
-    node = NodeConfig.of(context)
-    with node.redact_errors(), named_refusals():
+    with named_refusals():
         try:
             session = open_session(context, node)
         finally:

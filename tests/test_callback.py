@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,29 @@ def test_a_model_without_a_head_needs_min_active_1(tiny_model: str, tmp_path: Pa
         Trainer(model, arguments(tmp_path), train_dataset=texts, callbacks=[CopraCallback()]).train()
     trainer = Trainer(model, arguments(tmp_path), train_dataset=texts, callbacks=[CopraCallback(min_active=1)])
     assert np.isfinite(trainer.train().training_loss)
+
+
+class WithReference(Trainer):
+    """Compares the model with its base in each loss, as DPO does without a reference adapter."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_loss_that_switches_adapters_itself_is_refused(
+    tiny_model: str, tmp_path: Path, examples: list[dict[str, Tensor]]
+) -> None:
+    """With p0 = 1 nothing is off, so it is taken."""
+    for p0 in (1.0, 0.3):
+        callback = CopraCallback(p0=p0, seed=3)
+        trainer = WithReference(
+            peft_model(tiny_model), arguments(tmp_path), train_dataset=examples, callbacks=[callback]
+        )
+        refused = pytest.raises(ConfigError, match="the loss of the Trainer switches .* leave CopraCallback out")
+        with nullcontext() if p0 == 1 else refused:
+            trainer.train()
 
 
 def test_errors_name_the_value_and_the_remedy(

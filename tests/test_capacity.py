@@ -9,15 +9,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
+from flwr.simulation.ray_transport.ray_actor import pool_size_from_resources
 from rich.console import Console
 
 from copra_fl import events
 from copra_fl.config import Config, ConfigError
 from copra_fl.models.memory_plan import MemoryPlan
-from copra_fl.simulation import capacity
+from copra_fl.simulation import capacity, superlink
 from copra_fl.simulation.progress import cause_of_kill, last_error, oom_kills, watch
 from copra_fl.simulation.superlink import RunFailed, Workers
 from server.messaging import readable_reason
@@ -36,6 +38,8 @@ PLAN = MemoryPlan(base=10**9, client=10**9, row=10**9 // 4, clients=2, batch_siz
         (5, 0.5, 2, 4),
         (3, 0.6, 2, 2),  # no worker uses parts of two GPUs
         (2, 2.0, 3, 1),
+        (2, 1.5, 3, 1),  # above one, Ray takes whole GPUs only
+        (None, 1.5, 1, 0),
     ],
 )
 def test_gpus_that_are_not_there_are_refused(
@@ -46,12 +50,69 @@ def test_gpus_that_are_not_there_are_refused(
         capacity.check_gpus(workers, gpus, available)
 
 
+def packed(number: int, share: float, gpus: int) -> bool:
+    """Return whether Ray can place all workers, one after another: parts of one GPU, or whole ones that are free."""
+    free = [10_000] * gpus  # Ray's units
+    for _ in range(number):
+        needed = [round(10_000 * share)] if share <= 1 else [10_000] * int(share)
+        for units in needed:
+            place = next((i for i, left in enumerate(free) if left >= units), None)
+            if place is None:
+                return False
+            free[place] -= units
+    return share <= 1 or share == int(share)
+
+
+def actors(workers: Workers, gpus: int) -> int:
+    """Return how many workers Flower starts on this machine."""
+    options = dict(option.split("=") for option in workers.federation_config().split())
+    node = {"Resources": {"CPU": float(options["init-args-num-cpus"]), "GPU": float(gpus)}}
+    size = {f"num_{kind}": float(options[f"client-resources-num-{kind}"]) for kind in ("cpus", "gpus")}
+    with mock.patch("ray.nodes", return_value=[node]):
+        return pool_size_from_resources(size)
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+def test_workers_get_the_largest_share_of_the_gpus_with_which_all_of_them_fit(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superlink, "num_gpus", lambda: gpus)
+    for number in (*range(1, 33), 93):
+        workers = Workers.share(number, num_clients=100)
+        assert actors(workers, gpus) == number and packed(number, workers.gpus, gpus), (number, workers)
+        larger = workers.gpus + (1e-4 if workers.gpus < 1 else 1)
+        assert workers.gpus > 0 and not packed(number, larger, gpus), (number, workers)
+
+
+@pytest.mark.parametrize(
+    ("share", "gpus", "expected"),
+    [
+        (0.6, 2, (2, 1.0)),  # the second half of a GPU would not do for a third
+        (0.4, 1, (2, 0.5)),
+        (0.3, 1, (3, 0.3333)),
+        (0.3, 2, (4, 0.3333)),  # six fit
+        (1.5, 3, (1, 2.0)),
+        (1.0, 3, (3, 1.0)),
+        (0.0, 2, (4, 0.0)),
+    ],
+)
+def test_a_given_share_of_a_gpu_is_rounded_and_limits_the_default_number_of_workers(
+    share: float, gpus: int, expected: tuple[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superlink, "num_gpus", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    capacity.check_gpus(None, share, gpus)
+    workers = Workers.share(None, num_clients=100, gpus_per_worker=share)
+    assert (workers.number, workers.gpus) == expected
+    assert packed(workers.number, workers.gpus, gpus) and actors(workers, gpus) == workers.number
+
+
 @pytest.mark.parametrize(
     ("number", "gpus", "free", "gpu_memory", "message"),
     [
         (2, 0.0, 9.1e9, 0, ""),  # 1 GB of base that both share, and twice 4 GB
         (2, 0.0, 8.9e9, 0, "2 workers need 9.00 GB .* 8.90 GB are free.* or set max-memory-gb = 4.9 to train fewer"),
-        (2, 0.0, 1.5e9, 0, "use fewer --workers$"),  # not even one client fits
+        (2, 0.0, 1.5e9, 0, "use fewer --workers, or set gradient-checkpointing = true$"),  # not even one client fits
         (2, 0.5, 1e9, 11e9, ""),
         (2, 0.5, 1e9, 9e9, "does not fit on a GPU: a worker needs 5.00 GB .* 0.5 of a GPU has 4.50 GB"),
     ],
@@ -61,6 +122,12 @@ def test_workers_that_do_not_fit_into_memory_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         capacity.check_memory(Config(), PLAN, Workers(number, 1, gpus, number), free, gpu_memory)
+
+
+def test_checkpointing_is_no_remedy_where_it_is_on() -> None:
+    config = Config.from_flat({"gradient-checkpointing": True})
+    with pytest.raises(ConfigError, match="use fewer --workers$"):
+        capacity.check_memory(config, PLAN, Workers(2, 1, 0.0, 2), 1.5e9, 0)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,20 @@ def test_slices_bound_the_tokens_of_a_step_and_group_clients_with_similar_number
     assert [-(-size // 4) for size in sizes] == sorted((-(-size // 4) for size in sizes), reverse=True)
     assert [len(part) for part in slices(World(flat | {"step-tokens": 1}).config, world.data, range(6))] == [1] * 6
     assert len(slices(World(flat).config, world.data, range(6))) == 1
+    rounded_up = slices(world.config.changed(step_tokens=170), world.data, range(5))
+    assert [len(part) for part in rounded_up] == [3, 2], "2.7 clients"
+
+
+def test_the_memory_of_a_client_has_no_copy_of_the_adapters(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step sorts its clients by their lowest active layer. Sorted already, they need no copy of their adapters."""
+    world = World(tiny | {"local-steps": 1, "client-depths": "3,3,3,3,3,3"})
+    masks = {client: [client < 1, client < 2, True] for client in range(3)}
+    monkeypatch.setattr(
+        "copra_fl.copra.schedule.client_masks",
+        lambda copra, seed, client, *rest: (np.array([masks[client]]), np.ones(1)),
+    )
+    sorted_already, sorted_by_the_step = world.together(0, 1, 2), world.together(2, 1, 0)
+    assert len({update.metrics["memory"] for update in [*sorted_already, *sorted_by_the_step]}) == 1
 
 
 def test_clients_of_one_depth_share_a_slice(tiny: Settings) -> None:

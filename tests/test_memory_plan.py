@@ -53,6 +53,21 @@ def test_the_activations_of_a_row_are_those_of_a_step_of_the_engine(config: Conf
     assert added / (2 * BATCH_SIZE * needed.row) == pytest.approx(1, abs=0.15)
 
 
+def test_with_checkpointing_a_row_keeps_the_inputs_of_blocks_and_the_block_that_is_computed_again(
+    config: Config,
+) -> None:
+    """Three equal blocks: a third of what the engine no longer keeps is alive again while a block is recomputed."""
+    checkpointed = config.changed(gradient_checkpointing=True)
+    both, tokens = (config, checkpointed), config.data.max_length
+    rows = [plan(one, 3, tokens).row for one in both]
+    kept, inputs = ((kept_in_a_step(one, (0, 1, 2)) - kept_in_a_step(one, (0,))) / (2 * BATCH_SIZE) for one in both)
+    assert rows[1] == pytest.approx(inputs + (kept - inputs) / 3, rel=0.15)
+    assert rows[1] < 0.5 * rows[0]
+    tiers = [plan(one.changed(client_depths="1,2,3,1,2,3"), 3, tokens).tiers for one in both]
+    assert tiers[1][3] == rows[1] and tiers[1][1] == tiers[0][1], "a single block is computed again in any case"
+    assert tiers[1][1] < tiers[1][2] < tiers[0][2]
+
+
 def test_base_and_adapters_have_the_size_of_the_loaded_ones(config: Config) -> None:
     needed = plan(config, num_labels=3, tokens=config.data.max_length)
     model = build_model(config.model, "layer", 3, seed=0)
@@ -104,5 +119,5 @@ def test_max_memory_limits_the_clients_of_a_step(config: Config) -> None:
     assert fitted(2.5).training.step_tokens == 2 * BATCH_SIZE * config.data.max_length
     assert plan(fitted(2.5), 3, config.data.max_length).total <= fitted(2.5).training.max_memory_gb * GB
     assert fitted(3.01).training.step_tokens == config.training.step_tokens
-    with pytest.raises(ConfigError, match="too little for a single client: .* reduce batch-size"):
+    with pytest.raises(ConfigError, match="too little for a single client: .* max-length, or set gradient-ch"):
         fitted(0.9)

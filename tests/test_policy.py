@@ -16,7 +16,7 @@ from clients.node_config import Rejected
 from clients.policy import KEYS, Policy
 from copra_fl import wire
 from copra_fl.aggregation.accounting import Release, epsilon
-from copra_fl.config import Config, toml_value
+from copra_fl.config import Config, ModelConfig, toml_value
 from copra_fl.models.base_weights import weights_digest
 from copra_fl.records import NodeRecord, read_records
 from server.errors import FederationError
@@ -216,6 +216,19 @@ def test_a_policy_that_cannot_be_read_rejects_every_run(
     assert reason.replace("\n", " | ") in rejection
     with pytest.raises(Rejected, match=re.escape(reason)):
         handlers.train(message, context_of(node))
+
+
+def test_an_error_at_the_handshake_is_in_the_audit_log(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_weights(config: ModelConfig) -> str:
+        raise OSError("the disk is gone: /data/patients")
+
+    monkeypatch.setattr(handlers, "check_weights", check_weights)
+    with pytest.raises(OSError, match="the disk is gone"):
+        greet(tiny, {"audit-path": str(tmp_path)})
+    (line,), _ = read_records(NodeRecord, [tmp_path / "audit.jsonl"])
+    assert (line.kind, line.decision, line.reason) == ("handshake", "failed", "OSError")
 
 
 def test_counts_need_a_folder(tiny: Settings, tmp_path: Path) -> None:

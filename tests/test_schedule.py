@@ -7,8 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from copra_fl.config import CopraConfig
+from copra_fl.config import Config, CopraConfig
+from copra_fl.copra.layers import trained_layers
 from copra_fl.copra.schedule import client_masks, inclusion, probability, progress, sample_mask
+from copra_fl.training.batches import draw_masks
+from copra_fl.training.plan import Plan
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,7 @@ def conditional_distribution(p: float, num_groups: int) -> dict[tuple[bool, ...]
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8, 1.0])
 def test_min_active_draws_from_the_exact_conditional_distribution(p: float) -> None:
     rng, draws = np.random.default_rng(0), 40_000
-    masks = np.stack([sample_mask(p, 3, 1, rng) for _ in range(draws)])
+    masks = np.stack([sample_mask(p, rng.random(3), 1) for _ in range(draws)])
     for mask, expected in conditional_distribution(p, 3).items():
         frequency = float((masks == mask).all(1).mean())
         assert frequency == pytest.approx(expected, abs=4 * np.sqrt(0.25 / draws))
@@ -70,7 +73,7 @@ def test_min_active_draws_from_the_exact_conditional_distribution(p: float) -> N
 @pytest.mark.parametrize("p", [0.0, 1e-12])
 def test_min_active_is_uniform_as_p_vanishes(p: float) -> None:
     rng, draws = np.random.default_rng(1), 20_000
-    masks = np.stack([sample_mask(p, 4, 1, rng) for _ in range(draws)])
+    masks = np.stack([sample_mask(p, rng.random(4), 1) for _ in range(draws)])
     assert (masks.sum(1) == 1).all()
     assert masks.mean(0) == pytest.approx([0.25] * 4, abs=0.015)
     assert inclusion(p, 4, 1) == pytest.approx(0.25)
@@ -78,7 +81,7 @@ def test_min_active_is_uniform_as_p_vanishes(p: float) -> None:
 
 def test_without_min_active_layers_are_independent() -> None:
     rng = np.random.default_rng(2)
-    masks = np.stack([sample_mask(0.3, 3, 0, rng) for _ in range(40_000)])
+    masks = np.stack([sample_mask(0.3, rng.random(3), 0) for _ in range(40_000)])
     assert masks.mean(0) == pytest.approx([0.3] * 3, abs=0.01)
     assert (masks[:, 0] & masks[:, 2]).mean() == pytest.approx(0.09, abs=0.01)
     assert (~masks.any(1)).mean() == pytest.approx(0.7**3, abs=0.01)
@@ -95,6 +98,24 @@ def test_mask_scopes() -> None:
     assert not np.array_equal(masks_of(shared, server_round=1), masks_of(shared, server_round=2))
     assert (masks_of(whole) == masks_of(whole)[0]).all()
     assert len({tuple(masks_of(whole, client=client)[0]) for client in range(20)}) > 5
+
+
+def layers_on(flat: dict[str, object], client: int) -> np.ndarray:
+    """Return the masks of 20 steps over the 6 layers of a model."""
+    config = Config.from_flat({"local-training": "copra", "p0": 0.3, "num-clients": 3} | flat)
+    return draw_masks(Plan(2, (0, 1, 2), config), client, 20, 6)[0]
+
+
+@pytest.mark.parametrize("allocation", ["top", "random"])
+def test_clients_of_unequal_depth_share_the_masks_of_their_common_layers(allocation: str) -> None:
+    flat = {"client-depths": "2,4,6", "depth-allocation": allocation, "mask-scope": "shared"}
+    masks = [layers_on(flat, client) for client in range(3)]
+    trained = [trained_layers(Config.from_flat({"num-clients": 3} | flat), 6, 2, client) for client in range(3)]
+    for client in (0, 1):
+        common = trained[client]
+        assert np.array_equal(masks[client][:, common], masks[2][:, common]), "the deepest client trains all layers"
+        assert masks[client].sum() == masks[client][:, common].sum() > 0
+    assert not np.array_equal(masks[0], layers_on(flat | {"mask-scope": "step"}, 0))
 
 
 def test_plain_lora_and_head_training_draw_no_masks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from clients import secure_handlers
+from clients import handlers
 from clients.node_config import Rejected
 from copra_fl import secure_wire, wire
 from copra_fl.aggregation.rules.fedavg import weighted_average
 from copra_fl.aggregation.secure_sums import pooled_update, total_weights, vector_of, vector_size
+from copra_fl.records import NodeRecord, read_records
 from copra_fl.secure_aggregation import fixed_point
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.secure_aggregation.keys import new_identity, public_identity
@@ -334,4 +336,49 @@ def test_a_node_with_its_own_data_says_why_too() -> None:
     config: dict[str, str | int] = {"partition-id": 0, "num-partitions": 2, "data-path": "/data/secret.csv"}
     context = Context(1, 100, config, RecordDict(), {})
     with pytest.raises(Rejected, match="secure aggregation: node 0 takes part in no round"):
-        secure_handlers.unmask(secure_wire.pack_survivors([0, 1]), context)
+        handlers.HANDLERS["unmask"](secure_wire.pack_survivors([0, 1]), context)
+
+
+class CountingGrid(LocalGrid):
+    """Counts what passes to and from node 100, except configurations; and the messages."""
+
+    def __init__(self, node: dict[str, str | int]) -> None:
+        super().__init__(2, node_configs=[node, {}])
+        self.kinds: list[str] = []
+        self.bytes = 0
+
+    def answer(self, message: Message) -> Message:
+        reply = super().answer(message)
+        if message.metadata.dst_node_id == 100:
+            self.kinds.append(message.metadata.message_type.removeprefix("query."))
+            configurations = {"config", "plan", "state-delta", "handshake", "echo", "failures"}
+            contents = [message.content] + ([reply.content] if reply.has_content() else [])
+            records = [record for content in contents for name, record in content.items() if name not in configurations]
+            self.bytes += sum(record.count_bytes() for record in records)
+        return reply
+
+
+def test_the_steps_are_in_the_audit_log_of_a_node_with_their_bytes(tiny: Settings, tmp_path: Path) -> None:
+    grid = CountingGrid({"audit-path": str(tmp_path / "audit")})
+    run = run_federation(dict(tiny) | SECURE, tmp_path / "run", grid=grid)
+    lines, num_damaged = read_records(NodeRecord, [tmp_path / "audit" / "audit.jsonl"])
+    steps = ["keys", "shares", "train", "survivors", "unmask"]
+    assert [line.kind for line in lines] == ["handshake", *steps, *steps, "evaluate"] and not num_damaged
+    assert ["query" if kind == "handshake" else kind for kind in (line.kind for line in lines)] == grid.kinds
+    assert [line.round for line in lines] == [0, *[1] * 5, *[2] * 5, 2]
+    run_id = json.loads((run / "provenance.json").read_text())["run"]
+    assert {(line.run, line.decision) for line in lines[1:]} == {(run_id, "accepted")}
+    assert all(line.bytes_down and line.bytes_up for line in lines[1:])
+    assert (lines[-1].total_bytes, lines[-1].total_rounds) == (grid.bytes, 2)
+
+
+def test_the_steps_count_for_the_policy_of_a_node(tiny: Settings, tmp_path: Path) -> None:
+    """Its keys alone, with their signature, have more than 100 bytes."""
+    (tmp_path / "policy.toml").write_text("max-mb = 1e-4")
+    node = {"policy-path": str(tmp_path / "policy.toml"), "audit-path": str(tmp_path / "audit")}
+    reason = "dropped out in step 'keys' .*: client policy: messages and replies of all runs have more than max-mb"
+    with pytest.raises(FederationError, match=reason):
+        run_federation(dict(tiny) | SECURE, tmp_path / "run", grid=CountingGrid({**node}))
+    (_, line), _ = read_records(NodeRecord, [tmp_path / "audit" / "audit.jsonl"])
+    assert (line.kind, line.decision, line.bytes_up) == ("keys", "rejected", 0)
+    assert line.reason.startswith("client policy: messages and replies of all runs have more than max-mb = 0.0001: ")

@@ -254,6 +254,18 @@ def test_bucketed_batches_have_the_same_examples_and_less_padding(settings: dict
     assert padded(sorted_) < 0.85 * padded(shuffled)
 
 
+def test_a_short_last_batch_has_the_examples_that_it_has_without_buckets() -> None:
+    """Not always the longest ones: 10 examples of 1 to 10 tokens, in batches of 4, 4 and 2."""
+    plain, lasts = TrainingConfig(local_epochs=1, batch_size=4), []
+    bucketed = dataclasses.replace(plain, bucket_batches=3)
+    for seed in range(10):
+        lengths = np.random.default_rng(seed).permutation(10) + 1
+        (drawn,), (last,) = (order(np.arange(10), settings, lengths)[-1] for settings in (plain, bucketed))
+        assert sorted(last) == sorted(drawn)
+        lasts.append(sorted(lengths[last]))
+    assert len({tuple(last) for last in lasts}) > 5
+
+
 def test_clients_have_short_and_long_batches_at_the_same_steps() -> None:
     """Batches of a cohort are then similar in length in each step."""
     lengths, settings = np.arange(200) % 50, TrainingConfig(batch_size=4, bucket_batches=5, local_steps=10)

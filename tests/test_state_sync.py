@@ -77,6 +77,21 @@ def test_a_client_continues_from_its_last_round_before_the_current_one() -> None
     assert store.read(4, before=2) == ClientState(), "the client has trained nothing"
 
 
+def test_a_client_that_fails_when_its_round_is_done_again_keeps_the_state_from_before_it() -> None:
+    """The server goes back to the start of round 3; the file of the first attempt would be that of round 3 itself."""
+    store = ClientStateStore("redone")
+    for server_round in (1, 2, 3):
+        store.write(3, server_round, ClientState(personal=make_adapter(server_round)))
+    store.write(5, 3, ClientState(personal=make_adapter(3)))
+    for client, expected in ((3, make_adapter(2)), (5, {})):
+        for before in (3, 4):  # the training that fails, then the evaluation
+            assert store.read(client, before).personal.keys() == expected.keys()
+            assert all(torch.equal(store.read(client, before).personal[name], expected[name]) for name in expected)
+    with pytest.raises(StateGone, match="state of client 3 before round 2 is gone"):
+        store.read(3, before=2)
+    assert store.read(5, before=2) == ClientState(), "the client has trained nothing yet"
+
+
 def state_sync(flat: dict[str, object]) -> StateSync:
     config = Config.from_flat({"rank": 2, "num-clients": 2} | flat)
     return StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))

@@ -320,6 +320,7 @@ def test_a_site_loads_its_own_data_in_the_script(tmp_path: Path) -> None:
         ({"local-epochs": 1}, "local-epochs = 1: the Trainer decides the size of a step"),
         ({"optimizer-state": "client"}, "optimizer-state = 'client': each round begins with a new optimizer"),
         ({"local-training": "line"}, "local-training = 'line' and off = 'global'"),
+        ({"local-training": "copra"}, "p0 = 0 and min-active = 0: .* has no gradient; use min-active = 1"),
         ({"proximal-mu": 0.1}, "proximal-mu and gucci-beta"),
         ({"client-depths": "1,2"}, "client-depths = '1,2'"),
         ({"dataset": "a.csv,b.csv"}, r"dataset = 'a.csv,b.csv' \(several data sets\)"),
@@ -330,6 +331,35 @@ def test_settings_that_a_trainer_does_not_follow_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         check(Config.from_flat(settings | changes))
+
+
+@pytest.mark.parametrize("changes", [{"min-active": 1}, {"p0": 1.0}])
+def test_copra_with_an_adapter_on_in_every_step_is_taken(settings: Settings, changes: Settings) -> None:
+    check(Config.from_flat(settings | {"local-training": "copra"} | changes))
+
+
+#: compares the model with its base in each loss, as DPO does without a reference adapter
+WITH_REFERENCE = """
+def loss(model, inputs, *args, **kwargs):
+    with torch.no_grad(), model.disable_adapter():
+        model(**inputs)
+    return Trainer.compute_loss(trainer, model, inputs, *args, **kwargs)
+
+
+trainer.compute_loss = loss
+copra_fl.federate(trainer)
+"""
+
+
+def test_a_loss_that_undoes_the_gates_of_copra_is_refused(settings: Settings) -> None:
+    config = Config.from_flat(settings | {"local-training": "copra", "min-active": 1, "num-clients": 1})
+    script = Path(config.training.script)
+    script.write_text(script.read_text().replace("copra_fl.federate(trainer)\n", WITH_REFERENCE))
+    data = load_data(config, load_processor(config.model))
+    engine = TrainerEngine(build_model(config.model, "layer", 0, seed=0))
+    start, plan = Start(engine.model.read_adapter()), Plan(1, (0,), config)
+    with pytest.raises(ConfigError, match="switches adapters on and off itself, .*; use local-training = 'lora'"):
+        engine.train(data, plan, (0,), {0: start}, lambda clients: None)
 
 
 def test_a_policy_that_limits_examples_excludes_trainers(settings: Settings) -> None:

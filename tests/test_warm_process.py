@@ -1,4 +1,4 @@
-"""The warm process of a node: it answers as the node's own process would, and ends when it should."""
+"""The warm process of a node: it answers as the node's own process would, and ends when it should; its cache."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import psutil
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
+from torch import nn
 
-from clients import warm_process
+from clients import warm_cache, warm_process
+from clients.node_config import NodeConfig
 from clients.warm_process import WarmProcessError
 from copra_fl import wire
-from copra_fl.config import Config
+from copra_fl.config import Config, ModelConfig
+from copra_fl.training.engine import Engine, open_engine
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.real_runs import HANG_SECONDS
 from tests.support.tiny import Settings
@@ -75,6 +80,32 @@ def test_an_error_comes_back_as_its_public_message(
         warm_process.request("train", content, context, 60)
     assert ("KeyError at " if data_path else "'plan'") in str(error.value)
     assert "ward-7" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_process_frees_its_model_before_it_opens_another(tiny: Settings) -> None:
+    """Two bases do not fit on a GPU that one of them fills. Blocks that are computed again refer to themselves."""
+    blocks: list[weakref.ref[nn.Module]] = []
+
+    def open_counted(config: ModelConfig) -> Engine:
+        assert [block() for block in blocks] == [None] * len(blocks), "the other models are gone"
+        opened = open_engine("peft", config, "layer", 3, seed=0)
+        blocks.append(weakref.ref(opened.model.base.get_submodule("encoder.layer.0.attention")))
+        return opened
+
+    kept = warm_cache.KeepNewest(open_counted)
+    config = Config.from_flat(tiny | {"gradient-checkpointing": True}).model
+    assert kept(config) is kept(replace(config))
+    kept(replace(config, rank=3))
+    kept(config)
+    assert len(blocks) == 3
+
+
+def test_the_methods_of_a_comparison_share_their_data(tiny: Settings) -> None:
+    node, config = NodeConfig(0, 1), Config.from_flat(tiny)
+    data = node.open_data(config)
+    assert node.open_data(config.changed(rule="flora", local_training="lora", learning_rate=0.5, num_rounds=7)) is data
+    for changed in (config.changed(seed=1), config.changed(num_clients=5)):
+        assert node.open_data(changed).digest != data.digest
 
 
 def test_a_warm_process_ends_with_a_message_of_another_run(serving: threading.Thread) -> None:

@@ -105,7 +105,11 @@ class DataConfig:
         "that differ in case, punctuation and links alone",
         choices=("exact", "near"),
     )
-    max_length: int = option(64, "tokens per text, longer texts are cut; images: ignored, the model decides", low=4)
+    max_length: int = option(
+        64,
+        "tokens per text, longer texts are cut; images: the model decides, and attention = auto alone goes by this",
+        low=4,
+    )
 
     @property
     def datasets(self) -> list[str]:
@@ -165,7 +169,8 @@ class ModelConfig:
     )
     attention: str = option(
         "auto",
-        "attention implementation of the base; auto: the one that trains fastest on the device",
+        "attention implementation of the base; auto: the one that trains fastest on the device with max-length tokens, "
+        "however many an image has",
         choices=("auto", "eager", "sdpa"),
     )
     gradient_checkpointing: bool = option(
@@ -296,7 +301,9 @@ class TrainingConfig:
         "trainer: Python file that makes a client's Trainer and federates it; optimizer, learning rate and batches are "
         "those of this Trainer",
     )
-    step_tokens: int = option(4096, "stacked: maximum tokens per step over all its clients; limits memory", low=1)
+    step_tokens: int = option(
+        4096, "stacked: maximum tokens per step over all its clients, rounded up to whole clients; limits memory", low=1
+    )
     max_memory_gb: float = option(
         0.0, "memory limit of a worker in training, in GB, met by lowering step-tokens; 0: no limit", low=0
     )
@@ -363,7 +370,9 @@ class FederationConfig:
     )
     round_timeout_s: float = option(3600.0, "seconds to wait for the replies of a round", above=0)
     min_nodes: int = option(1, "number of nodes that must be connected before a run starts", low=1)
-    node_timeout_s: float = option(120.0, "seconds to wait for min-nodes nodes at the start", above=0)
+    node_timeout_s: float = option(
+        120.0, "seconds to wait for min-nodes nodes at the start, and for the handshakes of later nodes", above=0
+    )
 
     def round_size(self, num_clients: int) -> int:
         """Return the number of clients whose updates make up a round, without over-sampling."""

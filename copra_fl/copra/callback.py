@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,7 +20,40 @@ from copra_fl.copra import schedule
 from copra_fl.copra.gates import Gates
 
 
-class CopraCallback(TrainerCallback):
+class GateCallback(TrainerCallback):
+    """Set the gates of each optimizer step, and open them after it. Subclasses say to what, and what to do if the loss
+    undoes them.
+    """
+
+    _remedy: str
+    _gates: Gates
+    _masks: np.ndarray
+    _scales: np.ndarray
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Apply the mask of the step, before its first micro-batch."""
+        self._gates.set(self._masks[state.global_step], self._scales[state.global_step])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise ConfigError if the mask does not hold any more."""
+        if not self._gates.holds():
+            raise ConfigError(
+                "the loss of the Trainer switches adapters on and off itself, to compare the model with its base, and "
+                f"so undoes the gates of CopRA; {self._remedy}"
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch all adapters on after the update, before the Trainer counts the step, evaluates and saves."""
+        self._gates.open()
+
+
+class CopraCallback(GateCallback):
     """Train the LoRA adapters of the Trainer's model with CopRA (arXiv 2410.22911).
 
     In each optimizer step every group of adapters is on with a probability that rises from `p0` to 1 over the fraction
@@ -30,9 +64,8 @@ class CopraCallback(TrainerCallback):
     Masks depend only on seed, step and number of steps: a resumed training continues with the same masks, and neither
     the order of the data nor dropout changes. With ``p0=1`` the training is bitwise the same as without the callback.
 
-    Two limits. If an exception ends the training in the middle of a step, some adapters stay off until the next
-    ``train()``; call ``model.base_model.enable_adapter_layers()`` before you evaluate. A loss that itself switches
-    adapters off and on again (DPO with the base as its reference) overrides the mask.
+    If an exception ends the training in the middle of a step, some adapters stay off until the next ``train()``; call
+    ``model.base_model.enable_adapter_layers()`` before you evaluate.
 
     Args:
         p0: probability that a group is on at the start.
@@ -43,9 +76,12 @@ class CopraCallback(TrainerCallback):
         rescale: divide the output of active adapters by their probability.
 
     Raises:
-        ConfigError: for values out of range; and when the training begins, for a model without LoRA layers, with
-            adapters that are switched off, or with steps in which nothing would be trained.
+        ConfigError: for values out of range; when the training begins, for a model without LoRA layers, with
+            adapters that are switched off, or with steps in which nothing would be trained; and in the training, for a
+            loss that itself switches adapters off and on again (DPO with the base as its reference).
     """
+
+    _remedy = "leave CopraCallback out, or give the loss a reference adapter"
 
     def __init__(
         self,
@@ -79,18 +115,6 @@ class CopraCallback(TrainerCallback):
             self._copra, self._seed, 0, state.max_steps, len(self._gates.names), server_round=1, num_rounds=1
         )
         self._scales = schedule.scales(self._copra, self._masks, probabilities)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Apply the mask of the step, before its first micro-batch."""
-        self._gates.set(self._masks[state.global_step], self._scales[state.global_step])
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Switch all adapters on after the update, before the Trainer counts the step, evaluates and saves."""
-        self._gates.open()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -37,16 +37,15 @@ def inclusion(p: float, num_groups: int, min_active: int) -> float:
     return p if min_active == 0 else 1.0 / float(np.sum((1.0 - p) ** np.arange(num_groups)))
 
 
-def sample_mask(p: float, num_groups: int, min_active: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw one mask: bool of shape (num_groups,). Always draws `num_groups` uniforms from `rng`.
+def sample_mask(p: float, uniforms: np.ndarray, min_active: int) -> np.ndarray:
+    """Return one mask: bool, for each group a number from `uniforms`, which are drawn from [0, 1).
 
     ``min_active = 1`` draws from the exact distribution conditioned on at least one group being on, also at p = 0: the
     first active group is i with probability proportional to (1-p)^(i-1), the groups after it are independent.
     """
-    uniforms = rng.random(num_groups)
     mask = uniforms < p
     if min_active == 1:
-        weights = np.cumsum((1.0 - p) ** np.arange(num_groups))
+        weights = np.cumsum((1.0 - p) ** np.arange(len(mask)))
         first = int(np.searchsorted(weights, uniforms[0] * weights[-1], side="right"))
         mask[:first] = False
         mask[first] = True
@@ -65,27 +64,38 @@ def scales(copra: CopraConfig, masks: np.ndarray, probabilities: np.ndarray) -> 
 
 
 def client_masks(
-    copra: CopraConfig, seed: int, client: int, num_steps: int, num_groups: int, server_round: int, num_rounds: int
+    copra: CopraConfig,
+    seed: int,
+    client: int,
+    num_steps: int,
+    num_groups: int,
+    server_round: int,
+    num_rounds: int,
+    trained: np.ndarray | slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the masks of one client in one round, and return them with the probabilities used.
 
-    The masks are bool of shape (num_steps, num_groups), the probabilities float of shape (num_steps,). Training the
-    head alone is p = 0 throughout, everything but CopRA else is p = 1. Masks have their own random stream for each
-    client and round, or with ``mask-scope = "shared"`` for each round.
+    The masks are bool of shape (num_steps, number of `trained`), the probabilities float of shape (num_steps,). p is 0
+    if only the head is trained, and 1 for every other local training but CopRA. Masks have their own random stream for
+    each client and round, or with ``mask-scope = "shared"`` for each round: then clients agree on the groups that both
+    train, unless ``min-active = 1`` switches one of them on.
+
+    Args:
+        num_groups: number of gate groups of the model.
+        trained: those that the client trains in this round; all of them by default.
     """
     if copra.local_training != "copra":
         p = 0.0 if copra.local_training == "head" else 1.0
-        return np.full((num_steps, num_groups), p == 1.0), np.full(num_steps, p)
+        return np.full((num_steps, num_groups), p == 1.0)[:, trained], np.full(num_steps, p)
     names = ("mask", server_round) if copra.mask_scope == "shared" else ("mask", server_round, client)
-    rng = generator(seed, *names)
+    number = 1 if copra.mask_scope == "round" else num_steps
+    drawn = generator(seed, *names).random((number, num_groups))[:, trained]
+    uniforms = np.broadcast_to(drawn, (num_steps, drawn.shape[1]))
     probabilities = np.array(
         [
             probability(progress(copra, step, num_steps, server_round, num_rounds), copra.p0, copra.ramp, copra.p1)
             for step in range(num_steps)
         ]
     )
-    if copra.mask_scope == "round":
-        mask = sample_mask(probabilities[0], num_groups, copra.min_active, rng)
-        return np.tile(mask, (num_steps, 1)), probabilities
-    masks = [sample_mask(p, num_groups, copra.min_active, rng) for p in probabilities]
+    masks = [sample_mask(p, row, copra.min_active) for p, row in zip(probabilities, uniforms, strict=True)]
     return np.stack(masks), probabilities

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from copra_fl import plugins
-from copra_fl.config import Config, ConfigError, DataConfig
+from copra_fl.config import Config, ConfigError, DataConfig, FederationConfig
 from copra_fl.data.cache import Stored, cached
 from copra_fl.data.encoding import (
     CACHE_VERSION,
@@ -128,6 +128,11 @@ class FederatedData:
         """Return those of `indices` that belong to the data sets `numbers`; all of them with one data set."""
         parts = [self.datasets[number].among(indices) for number in sorted({n for n in numbers if n is not None})]
         return np.concatenate(parts) if parts else indices
+
+
+def without_training(config: Config) -> Config:
+    """Return the configuration with the settings that the data depend on."""
+    return Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed))
 
 
 def load_data(config: Config, processor: Any) -> FederatedData:

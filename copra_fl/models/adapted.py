@@ -8,7 +8,7 @@ data and its named random streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -111,16 +111,9 @@ class AdaptedModel(nn.Module):
         return predict
 
     def recompute_blocks(self) -> None:
-        """Store only the inputs of each block for the backward pass, which computes the block again (checkpointing).
-
-        Transformers' own checkpointing works in training mode only, and the base is in eval mode. A block that no
-        adapter needs a gradient of stores nothing, as without checkpointing.
-        """
+        """Store only the inputs of each block for the backward pass, which computes the block again (checkpointing)."""
         self.recomputes_blocks = True
-        for name in dict.fromkeys(group_name(module, "layer") for module in self.gates.group_of):
-            if name.split(".")[-1].isdigit():
-                block = self.base.get_submodule(name)
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        recompute(self.base, adapted_blocks(self.gates.group_of))
 
     def train_adapters(self, on: bool) -> None:
         """Switch LoRA dropout on or off; the base stays in eval mode."""
@@ -209,6 +202,23 @@ def _add_fallback(a: Tensor, b: Tensor, scale: float, layer: Any, inputs: tuple[
 
 def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return output + residuals.product(inputs[0], matrices)
+
+
+def adapted_blocks(modules: Iterable[str]) -> list[str]:
+    """Return the names of the blocks that the adapted `modules` are in, in the same order."""
+    blocks = dict.fromkeys(group_name(module, "layer") for module in modules)
+    return [name for name in blocks if name.split(".")[-1].isdigit()]
+
+
+def recompute(base: nn.Module, blocks: Iterable[str]) -> None:
+    """Let each of `blocks` of `base` store only its inputs for the backward pass, which computes it again.
+
+    Transformers' own checkpointing works in training mode only, and the base is in eval mode. A block that no adapter
+    needs a gradient of stores nothing, as without checkpointing.
+    """
+    for name in blocks:
+        block = base.get_submodule(name)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def frozen_head_logits(task: Task, base: PreTrainedModel, features: Tensor, batch: Inputs) -> Tensor:

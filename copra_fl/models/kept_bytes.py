@@ -20,20 +20,25 @@ class KeptBytes:
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """The storages of `known` are not counted: they exist anyway, as parameters do."""
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = _storages(known)
         self.peak = 0.0
 
     @contextmanager
-    def counting(self, share: float = 1.0) -> Iterator[None]:
-        """Count what the block keeps, times `share`."""
+    def counting(self, share: float = 1.0, also_known: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Count what the block keeps, times `share`; of `also_known`, too, the storages are not counted."""
         kept: dict[int, int] = {}
+        known = self._known | _storages(also_known)
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
+            if storage._cdata not in known:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
         self.peak = max(self.peak, share * sum(kept.values()))
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}

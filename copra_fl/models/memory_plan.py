@@ -6,6 +6,7 @@ c is the number of clients that one step trains together (``step-tokens``). The 
 that autograd keeps for the backward pass with every adapter on, the maximum of CopRA. They are counted, not estimated
 from layers and widths: the model runs on torch's meta device, which computes shapes and no numbers.
 Temporary tensors of a block and the memory of CUDA and Python are not included.
+With ``gradient-checkpointing`` autograd keeps the inputs of blocks, and all of the one that is being computed again.
 
 With ``client-depths`` the activations are those of the deepest client, and `MemoryPlan.tiers` has each depth's. Layers
 that are drawn (``depth-allocation = "random"``) can include the lowest, so every depth is planned with all activations.
@@ -25,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
 from copra_fl.copra.gates import Gates, group_name
+from copra_fl.models.adapted import adapted_blocks, recompute
 from copra_fl.models.build import lora_config, model_source
 from copra_fl.models.kept_bytes import KeptBytes
 from copra_fl.tasks import find_task
@@ -151,12 +153,14 @@ def measure(config: ModelConfig, num_tokens: int, depth: int = 0, group: str = "
     if depth:
         gates = Gates(base, group)
         gates.set([index >= len(gates.names) - depth for index in range(len(gates.names))])
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    if config.gradient_checkpointing:  # the last block stands for the one that is computed again
+        recompute(base, adapted_blocks(name for name, layer in layers.items() if not layer.disable_adapters)[:-1])
     one, two = (kept_bytes(adapted, _blank(base, number, num_tokens)) for number in (1, 2))
     frozen = sum(parameter.nbytes for parameter in adapted.parameters() if id(parameter) not in trained)
     if config.quantization == "4bit":
         frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
-    modules = tuple(name for name, module in base.named_modules() if isinstance(module, LoraLayer))
-    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one, modules)
+    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one, tuple(layers))
 
 
 def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:
@@ -176,9 +180,14 @@ def limit_step_tokens(config: Config, needed: MemoryPlan) -> Config:
     if not clients:
         raise ConfigError(
             f"max-memory-gb = {config.training.max_memory_gb:g} (GB) is too little for a single client: "
-            f"{replace(needed, clients=1)}; reduce batch-size or max-length"
+            f"{replace(needed, clients=1)}; reduce batch-size or max-length{checkpointing_remedy(config)}"
         )
     return config.changed(step_tokens=clients * needed.batch_size * needed.tokens)
+
+
+def checkpointing_remedy(config: Config) -> str:
+    """Return gradient-checkpointing as the last of several remedies; empty if it is on already."""
+    return "" if config.model.gradient_checkpointing else ", or set gradient-checkpointing = true"
 
 
 def _blank(base: PreTrainedModel, number: int, num_tokens: int) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from copra_fl.records.record import Record, RecordError
 VARIABLE = "COPRA_FL_AUDIT"
 
 Line = TypeVar("Line", bound=Record)
+#: kinds of messages to a node; the last four are steps of secure aggregation (`copra_fl.secure_wire`)
+MessageKind = Literal["handshake", "train", "evaluate", "keys", "shares", "survivors", "unmask"]
 
 
 def now() -> str:
@@ -81,18 +83,20 @@ class NodeRecord(Record):
         kind: of the message.
         flower_run: Flower's id of the run.
         run: id of the run (`AuditEvent.run_id`); empty at the handshake, as are `round` and `clients`.
-        config_digest: `Config.digest` of the configuration in the message.
+        config_digest: `Config.digest` of the configuration in the message; empty in a step of secure aggregation, as
+            are `clients` and `examples`: its message has neither.
         examples: training examples of the clients together; at the handshake of all that the node can host.
         decision: accepted: the node has replied; rejected: not, because of its policy or its configuration; failed:
             an error in the work.
         reason: of a decision other than accepted.
-        bytes_down, bytes_up: contents of the message and of the reply.
+        bytes_down, bytes_up: contents of the message and of the reply: arrays, metrics, and all that is of secure
+            aggregation.
         total_rounds: accepted training messages in all runs, this one included.
         total_bytes: contents of all messages and replies in all runs, likewise.
     """
 
     time: str
-    kind: Literal["handshake", "train", "evaluate"]
+    kind: MessageKind
     flower_run: int
     config_digest: str
     run: str = ""

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from copra_fl.config import Config, ConfigError
-from copra_fl.models.memory_plan import GB, MemoryPlan
-from copra_fl.simulation.superlink import Workers
+from copra_fl.models.memory_plan import GB, MemoryPlan, checkpointing_remedy
+from copra_fl.simulation.superlink import Workers, room_for
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -21,13 +21,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 def check_gpus(workers: int | None, gpus_per_worker: float | None, available: int) -> None:
     """Raise ConfigError if workers of `gpus_per_worker` GPUs do not fit on `available` GPUs.
 
-    A worker with less than one GPU takes a part of a single one. `workers` is the number that the user asks for; None
-    for as many as fit, at least one.
+    A worker with less than one GPU takes a part of a single one, another one whole GPUs. `workers` is the number that
+    the user asks for; None for as many as fit, at least one.
     """
     if not gpus_per_worker:
         return
-    fit = available * int(1 / gpus_per_worker) if gpus_per_worker < 1 else int(available / gpus_per_worker)
-    if fit < (number := workers or 1):
+    if (fit := room_for(gpus_per_worker, available)) < (number := workers or 1):
         raise ConfigError(
             f"--gpus-per-worker {gpus_per_worker:g}: torch sees {available} GPUs on this machine, which has room for "
             f"{fit} such workers, not {number}; "
@@ -66,6 +65,7 @@ def _remedies(config: Config, plan: MemoryPlan, limit: float) -> str:
     return (
         f"lower rank = {config.model.rank}, batch-size = {config.training.batch_size} or max-length = "
         f"{config.data.max_length}, use fewer --workers{fewer if plan.clients_within(limit) else ''}"
+        + checkpointing_remedy(config)
     )
 
 

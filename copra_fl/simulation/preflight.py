@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from copra_fl.config import Config, ConfigError, FederationConfig, csv_line
+from copra_fl.config import Config, ConfigError, csv_line
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.superlink import num_gpus
 from copra_fl.sources.assets import fetch, find_asset, is_asset, is_fetched
@@ -90,17 +90,18 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     """Return the resolved configuration, its memory plan, and notes about its data for the user."""
     from copra_fl.aggregation import compatibility
     from copra_fl.copra.layers import check_layers, deep_enough
+    from copra_fl.data.federated import without_training
     from copra_fl.models import memory_plan
     from copra_fl.models.build import resolve_config
     from copra_fl.tasks import find_task
 
     config = config.changed(
-        dataset=csv_line(map(_absolute, config.data.datasets)),
+        dataset=csv_line(name if is_asset(name, "data") else _absolute(name) for name in config.data.datasets),
         test_file=_absolute(config.data.test_file),
         script=_absolute(config.training.script),
-        model=_absolute(config.model.model),
+        model=config.model.model if is_asset(config.model.model) else _absolute(config.model.model),
     )
-    federated = prepared(_without_training(config))
+    federated = prepared(without_training(config))
     config = resolve_config(config.changed(num_clients=len(federated.train)))
     compatibility.check(config, find_task(config.model.task))  # again, now that the number of clients is known
     size = len(federated.label_names), federated.examples.max_length
@@ -119,15 +120,11 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
 
 def _check_script(config: Config, prepared: Callable[[Config], FederatedData], console: Console) -> None:
     """Run the script for one client. Raises ConfigError if it fails, or makes a Trainer that cannot be federated."""
+    from copra_fl.data.federated import without_training
     from copra_fl.training.trainer import check_script
 
     with console.status("running the script for one client"):
-        check_script(prepared(_without_training(config)), config)
-
-
-def _without_training(config: Config) -> Config:
-    """Return the configuration with the settings that the data depend on."""
-    return Config(config.data, config.model, federation=FederationConfig(seed=config.federation.seed))
+        check_script(prepared(without_training(config)), config)
 
 
 def _prepare(config: Config) -> FederatedData:

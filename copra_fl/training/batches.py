@@ -28,7 +28,8 @@ def data_order(
     Passes over the examples follow each other, each shuffled by `rng`. With local-epochs the last step is short; with
     local-steps every batch is full and can span two passes.
     With bucket-batches = k, the examples of every k batches are sorted by length (`lengths`, of all examples) before
-    they are cut into batches again, in an order drawn from `buckets`, which is the same for all clients.
+    they are cut into batches again, in an order drawn from `buckets`, which is the same for all clients. A short batch
+    keeps its examples.
     """
     total = num_trained(training, len(indices))
     passes = [rng.permutation(indices) for _ in range(-(-total // len(indices)))]
@@ -41,16 +42,18 @@ def data_order(
 
 
 def _bucket(batches: list[np.ndarray], lengths: np.ndarray, window: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the same examples in batches of similar length, `window` batches at a time; a short batch stays last."""
+    """Return the same examples in batches of similar length, `window` batches at a time.
+
+    A short batch stays last with its own examples: if it took part, it would always have the longest texts.
+    """
     bucketed: list[np.ndarray] = []
     for start in range(0, len(batches), window):
         part = batches[start : start + window]
-        examples = np.concatenate(part)
-        by_length = examples[np.argsort(lengths[examples], kind="stable")]
-        cuts = np.split(by_length, np.cumsum([len(batch) for batch in part])[:-1])
         full = sum(len(batch) == len(part[0]) for batch in part)
+        examples = np.concatenate(part[:full])
+        cuts = np.split(examples[np.argsort(lengths[examples], kind="stable")], full)
         places = np.argsort(rng.random(window)[:full])
-        bucketed += [cuts[place] for place in places] + cuts[full:]
+        bucketed += [cuts[place] for place in places] + part[full:]
     return bucketed
 
 
@@ -98,7 +101,9 @@ def draw_masks(plan: Plan, client: int, num_steps: int, num_groups: int) -> tupl
     config, server_round = plan.config, plan.server_round
     copra, seed, rounds = config.copra, config.federation.seed, config.federation.num_rounds
     trained = trained_layers(config, num_groups, server_round, client)
-    among, probabilities = schedule.client_masks(copra, seed, client, num_steps, len(trained), server_round, rounds)
+    among, probabilities = schedule.client_masks(
+        copra, seed, client, num_steps, num_groups, server_round, rounds, trained
+    )
     masks = np.zeros((num_steps, num_groups), dtype=bool)
     masks[:, trained] = among
     ranks = client_ranks(config, config.data.num_clients) if config.aggregation.client_ranks else ()

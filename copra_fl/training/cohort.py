@@ -36,7 +36,8 @@ from copra_fl.training.update import make_update
 
 
 def slices(config: Config, data: FederatedData, clients: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return `clients` in slices that train together, so that no step has more than ``step-tokens`` tokens.
+    """Return `clients` in slices that train together, so that no step has more than ``step-tokens`` tokens, rounded up
+    to whole clients.
 
     Clients of one depth with similar numbers of steps share a slice; within a depth, most steps come first.
     """
@@ -174,7 +175,8 @@ def _backward(
     `clients` are the rows of the step's clients in the cohort, `batches` their micro-batches. A loss is the sum over
     the targets of the micro-batch, divided by the number of targets in all micro-batches of the client's step. Clients
     with fewer examples in the micro-batch than others get more rows of their first example, with weight 0. `kept`
-    counts the bytes that autograd keeps, per client. The inputs of adapters go into `gram_sums`.
+    counts the bytes that autograd keeps, per client and without the step's copy of the adapters. The inputs of adapters
+    go into `gram_sums`.
     """
     examples = data.examples
     chosen = [parts[micro_batch] if micro_batch < len(parts) else parts[0][:0] for parts in batches]
@@ -188,7 +190,7 @@ def _backward(
     rows = ClientRows(shapes, targets)
     batch = examples.batch(samples.ravel(), model.device)
     record = partial(_record, gram_sums, clients, _is_token(batch, shapes)) if gram_sums else None
-    with kept.counting(1 / len(batches)) if kept else nullcontext():
+    with kept.counting(1 / len(batches), [step.stack.values]) if kept else nullcontext():
         target_losses = model.task.losses(model(step, batch, rows, record), batch)
     weighted = target_losses * model.tensor(weights.ravel().repeat(examples.num_targets[samples.ravel()]))
     losses = by_client(weighted, targets).sum(1)

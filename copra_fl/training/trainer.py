@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from copra_fl.adapters.state import Adapter, Update, difference, norm, parts, trained
 from copra_fl.config import Config, ConfigError
+from copra_fl.copra.callback import GateCallback
 from copra_fl.copra.gates import Gates
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel, lora_layers
@@ -206,24 +207,13 @@ def _check_base(owner: str, model: PeftModel, reference: AdaptedModel, config: C
             )
 
 
-class _RoundCallback(TrainerCallback):
-    """Set the gates of each step; `copra.callback.CopraCallback` with the masks of a client's round."""
+class _RoundCallback(GateCallback):
+    """Set the gates of each step to the masks of a client's round."""
 
-    def __init__(self, gates: Gates, masks: np.ndarray, scales: np.ndarray, name: str) -> None:
-        self._gates, self._masks, self._scales, self._name = gates, masks, scales, name
+    _remedy = "use local-training = 'lora'"
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._gates.set(self._masks[state.global_step], self._scales[state.global_step])
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._gates.holds():
-            raise ConfigError(
-                f"the loss of {self._name} switches adapters on and off itself, to compare the model with its base, "
-                "and so undoes the gates of CopRA; use local-training = 'lora'"
-            )
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._gates.open()
+    def __init__(self, gates: Gates, masks: np.ndarray, scales: np.ndarray) -> None:
+        self._gates, self._masks, self._scales = gates, masks, scales
 
 
 def train_client(
@@ -244,7 +234,7 @@ def train_client(
     trainer.args.max_steps, trainer.args.seed, trainer.args.data_seed = steps, seed, seed
     trainer.accelerator.dataloader_config.data_seed = seed
     _begin_round(trainer, (plan.server_round - 1) * steps, config.federation.num_rounds * steps)
-    callback = _RoundCallback(model.gates, masks, scales, type(trainer).__name__)
+    callback = _RoundCallback(model.gates, masks, scales)
     trainer.add_callback(callback)
     try:
         with global_stream(config.federation.seed, "trainer", plan.server_round, client), chdir(scripted.folder):
