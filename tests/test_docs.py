@@ -44,7 +44,7 @@ BANNED = re.compile(
 )
 #: programs in command lines that are not ours to check
 OTHER_PROGRAMS = {
-    "cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray", "source", "ssh-keygen", "tar"
+    ".", "cd", "docker", "echo", "export", "flower-supernode", "flwr", "pip", "ray", "ssh-keygen", "tar"
 }  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def test_an_entry_point_names_a_plugin(hospital: Path, monkeypatch: pytest.Monke
 def test_a_node_with_another_version_of_a_plugin_is_rejected_by_name(tiny: Settings, hospital: Path) -> None:
     """The node has answered before the server's sources change."""
     config = Config.from_flat(tiny | PLUGINS)
-    (reply,) = query(LocalGrid(1), config, [100])
+    (reply,) = query(LocalGrid(1), config, [100], timeout=60)
     handshake = read(reply)
     check_code("node 100", handshake, config)
     (hospital / "helpers.py").write_text("# a new file of the server's version\n")
