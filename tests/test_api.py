@@ -360,7 +360,7 @@ def test_an_interrupted_or_killed_process_leaves_no_process(
     tiny: Settings, stop: signal.Signals, tmp_path: Path
 ) -> None:
     """As a notebook's kernel is interrupted, or restarted."""
-    recipe = json.dumps(tiny | {"num-rounds": 50, "local-steps": 100})
+    recipe = json.dumps(tiny | {"num-rounds": 500, "local-steps": 100})
     run = RealRun(["-c", SCRIPT, recipe], tmp_path, script=sys.executable)
     assert run.process.stdout and run.process.stdout.readline() == "1\n"  # the callback of round 1
     assert len(run.processes()) > 3
