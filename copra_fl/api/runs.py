@@ -15,8 +15,7 @@ from rich.console import Console
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
 from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
 from copra_fl.simulation.comparison import (
-    DEFAULT_METHODS,
-    DEFAULT_SEEDS,
+    DEFAULT_PLAN,
     expand_all,
     find_plan,
     refuse_equal,
@@ -151,7 +150,7 @@ def compare(
     if earlier and recipe is None and not given and methods is None and seeds is None:
         names, numbers, configs = earlier
     else:
-        default_methods, default_seeds, _ = earlier or (DEFAULT_METHODS, DEFAULT_SEEDS, {})
+        default_methods, default_seeds, _ = earlier or DEFAULT_PLAN
         chosen, numbers = open_recipe(recipe, given), _check_seeds(default_seeds if seeds is None else seeds)
         tables = _tables(default_methods if methods is None else methods, chosen, console)
         names = list(tables)

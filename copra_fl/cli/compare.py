@@ -12,8 +12,7 @@ from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
 from copra_fl.simulation.comparison import (
-    DEFAULT_METHODS,
-    DEFAULT_SEEDS,
+    DEFAULT_PLAN,
     Plan,
     expand_all,
     find_plan,
@@ -60,7 +59,7 @@ def plan(
     """
     if earlier and recipe is None and not (set_ or methods or seeds):
         return earlier
-    default_methods, default_seeds, _ = earlier or (DEFAULT_METHODS, DEFAULT_SEEDS, {})
+    default_methods, default_seeds, _ = earlier or DEFAULT_PLAN
     settings, seed_numbers = Recipe.read(recipe or "base", set_), parse_seeds(seeds) if seeds else default_seeds
     settings.refuse_override("seed", "use --seeds, as in --seeds 0,1,2")
     sources = expand_all(parse_methods(methods or ",".join(default_methods)), settings, console)

@@ -18,8 +18,8 @@ from copra_fl.simulation.superlink import superlink
 
 #: methods and seeds of a comparison, and the configuration of each run by the names of `run_names`
 Plan = tuple[list[str], list[int], dict[str, Config]]
-#: methods and seeds of a comparison that names none
-DEFAULT_METHODS, DEFAULT_SEEDS = ["lora", "copra"], [0, 1, 2]
+#: methods and seeds of a comparison that names none; the configurations follow from a recipe
+DEFAULT_PLAN: Plan = (["lora", "copra"], [0, 1, 2], {})
 
 
 def run_comparison(
