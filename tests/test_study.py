@@ -24,7 +24,7 @@ from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import load_plan, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.study import StudyCell, finish_comparison, read_grids, sample_configs
+from copra_fl.simulation.study import StudyCell, choose_cells, finish_comparison, read_grids, sample_configs
 from experiments.findings import studies
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
@@ -133,6 +133,26 @@ def test_a_wrong_key_of_a_study_is_named(tiny: Settings, changes: dict, message:
 def test_an_unknown_grid_is_named(tiny: Settings) -> None:
     with pytest.raises(ConfigError, match="unknown grid 'frist'. Did you mean 'first'"):
         cells(make_study(tiny), "frist")
+
+
+def test_named_cells_run_and_finished_ones_stay_in_the_report(tiny: Settings, tmp_path: Path) -> None:
+    grids = {name: GRID | {"regimes": regimes} for name, regimes in (("both", ["2x3", "3x2"]), ("one", ["2x3"]))}
+    recipe = make_study(tiny, grids=grids, regimes={"2x3": {"num-rounds": 2}, "3x2": {"num-rounds": 3}})
+    of_grids = {grid: list(of_grid) for grid, of_grid in read_grids(recipe, None, tmp_path)}
+
+    def chosen(names: str | None) -> dict[str, list[str]]:
+        return {grid: [cell.name for cell in of_grid] for grid, of_grid in choose_cells(of_grids, names).items()}
+
+    everything = {"both": ["iid/2x3", "iid/3x2"], "one": ["iid/2x3"]}
+    assert chosen(None) == chosen("iid/3x2, iid/2x3") == everything
+    assert chosen("iid/2x3") == {"both": ["iid/2x3"], "one": ["iid/2x3"]}
+    for run in run_names(GRID["methods"], GRID["seeds"]):
+        assert chosen("iid/3x2") == {"both": ["iid/3x2"]}, "a cell has finished with its last run"
+        (tmp_path / "both/iid/2x3/test" / run).mkdir(parents=True)
+        (tmp_path / "both/iid/2x3/test" / run / "summary.json").touch()
+    assert chosen("iid/3x2") == {"both": ["iid/2x3", "iid/3x2"]}
+    with pytest.raises(ConfigError, match="unknown cell 'iid/2x33'. Did you mean 'iid/2x3'"):
+        chosen("iid/2x33")
 
 
 def test_a_rule_without_a_global_model_is_rejected(tiny: Settings) -> None:

@@ -15,7 +15,7 @@ command continues a study after a kill, and after seeds, methods or cells were a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,18 @@ class StudyCell:
     seeds: list[int]
     tuning: Mapping[str, Any]
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return ``SPLIT/REGIME``."""
+        return f"{self.directory.parent.name}/{self.directory.name}"
+
+    def has_finished(self) -> bool:
+        """Return whether all test runs are on disk."""
+        from copra_fl.reporting.study import TEST  # slow to import
+
+        runs = run_names(self.methods, self.seeds)
+        return all((self.directory / TEST / run / "summary.json").exists() for run in runs)
 
     def config(self, method: str, rate: float, seed: int) -> Config:
         """Return the configuration of a test run of `method` at the learning rate `rate`."""
@@ -104,6 +116,25 @@ def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], direct
             cell_recipe = replace(recipe, settings=recipe.settings | settings)
             folder = directory / split / regime
             yield StudyCell(folder, cell_recipe, methods, grid["seeds"], tuning | replaced, of_method)
+
+
+def choose_cells(cells_by_grid: Mapping[str, Sequence[StudyCell]], names: str | None) -> dict[str, Sequence[StudyCell]]:
+    """Return grid -> the cells in `names` (separated by commas; None for all), and those that finished earlier.
+
+    Grids without a cell in `names` are left out. Raises ConfigError for a name that is in no grid.
+    """
+    if names is None:
+        return dict(cells_by_grid)
+    chosen = [name.strip() for name in names.split(",")]
+    known = {cell.name for cells in cells_by_grid.values() for cell in cells}
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(unknown_name("cell", name, known))
+    return {
+        grid: [cell for cell in cells if cell.name in chosen or cell.has_finished()]
+        for grid, cells in cells_by_grid.items()
+        if any(cell.name in chosen for cell in cells)
+    }
 
 
 def named_settings(recipe: Recipe, table: str, name: str) -> dict[str, Any]:
