@@ -27,6 +27,7 @@ from copra_fl.cli import probe
 from copra_fl.cli.compare import plan
 from copra_fl.cli.options import complete_method, complete_recipe, complete_setting
 from copra_fl.config import Config, ConfigError
+from copra_fl.console import plain_console
 from copra_fl.files import in_words, sha256
 from copra_fl.probes.findings import Findings
 from copra_fl.reporting.data_table import DataTable
@@ -365,11 +366,11 @@ def test_brackets_in_names_are_printed_in_notes(
     rows.assign(owner=rows["owner"].map(lambda owner: names[int(owner[-1])])).to_csv("posts.csv", index=False)
     natural = {"partitioner": "natural", "client-column": "owner", "held-out-clients": 2, "num-clients": 0}
     config = Config.from_flat(tiny | natural | {"dataset": "posts.csv"})
-    preflight.check([config], Console(stderr=True), WorkerRequest(1, 0, None))
+    preflight.check([config], plain_console(stderr=True), WorkerRequest(1, 0, None))
     (held_out,) = re.findall("held-out clients: (.*)", capsys.readouterr().err)
     assert len(shown := held_out.split(", ")) == 2 and set(shown) < set(names)
 
-    expand_all({"all": "all"}, Recipe(tiny | {"dataset": "[/b].csv,b.csv"}), Console(stderr=True))
+    expand_all({"all": "all"}, Recipe(tiny | {"dataset": "[/b].csv,b.csv"}), plain_console(stderr=True))
     assert "is left out: dataset = '[/b].csv,b.csv' (several data sets)" in capsys.readouterr().err
 
 
@@ -384,7 +385,7 @@ def test_brackets_in_names_are_printed_during_a_run(
     events.emit("round", round=2, clients=2)
     events.emit("finished", accuracy=None)
     link: Any = SimpleNamespace(environment={events.VARIABLE: str(tmp_path / "events")}, status=lambda: "running")
-    watch(link, subprocess.Popen(["true"]), 1, Console(force_terminal=True, width=120, color_system=None))
+    watch(link, subprocess.Popen(["true"]), 1, plain_console(force_terminal=True, width=120, color_system=None))
     out = capsys.readouterr().out
     assert "note: [/b] is skipped" in out and "[bold]-seed0  round 1/2  done  accuracy 0.500\n" in out
     assert "[bold]-seed0  round 2/2  training" in out, "the bar"

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
 from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
+from copra_fl.console import plain_console
 from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
     expand_all,
@@ -214,9 +215,9 @@ def open_console(progress: bool) -> Console:
 
     In a notebook without ipywidgets, which rich needs for its bars, each finished round is a line of text.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not progress or (console.is_jupyter and find_spec("ipywidgets") is None):
-        return Console(stderr=True, quiet=not progress, force_jupyter=False)
+        return plain_console(stderr=True, quiet=not progress, force_jupyter=False)
     return console
 
 

@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 
 from copra_fl.adapters.state import Adapter
 from copra_fl.bench.sampling import Sampler, TimedRound, with_descendants
 from copra_fl.bench.sizes import WARM_UP
 from copra_fl.bench.workers import CoreSplit, TimedRun
 from copra_fl.config import Config, Value
+from copra_fl.console import plain_console
 from copra_fl.simulation.progress import watch
 from copra_fl.simulation.superlink import RunFailed, Workers, app_directory, copy_app, superlink
 from copra_fl.tensor_files import read_tensors, write_tensors
@@ -130,5 +130,5 @@ def _simulate(
         command = link.start_run(run_config, workers, copy)
         roots = [psutil.Process(link.guard.pid), psutil.Process(command.pid)]
         with Sampler(partial(with_descendants, roots), memory) as sampler:
-            watch(link, command, num_runs, Console(quiet=True))
+            watch(link, command, num_runs, plain_console(quiet=True))
     return started, sampler

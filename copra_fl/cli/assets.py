@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
+from copra_fl.console import plain_console
 from copra_fl.simulation.preflight import fetch_with_progress
 from copra_fl.sources.assets import ASSETS, asset_path, is_fetched
 
@@ -21,7 +21,7 @@ def list_assets() -> None:
     for asset in ASSETS.values():
         fetched = "yes" if is_fetched(asset.name) else "no"
         table.add_row(asset.name, asset.kind, asset.what, asset.license, f"{asset.size / 1e6:.1f}", fetched)
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command("fetch")
@@ -31,7 +31,7 @@ def fetch_assets(
     ],
 ) -> None:
     """Download assets into the cache (COPRA_FL_CACHE, default ~/.cache/copra-fl)."""
-    fetch_with_progress(names, Console(stderr=True))
+    fetch_with_progress(names, plain_console(stderr=True))
     for name in names:
         typer.echo(f"{name}: {asset_path(name)}")
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from copra_fl import provenance, startup
 from copra_fl.config import ConfigError
+from copra_fl.console import plain_console
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.bench.sizes import Size
@@ -136,7 +137,7 @@ def bench(
     from copra_fl.bench import findings, gpu, population, sizes, summary
     from copra_fl.bench.verdict import paragraphs
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     stem = (output or _default_output()).absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
     compared = [name for name in size or DEFAULT_SIZES if name in sizes.SIZES]
@@ -161,7 +162,8 @@ def bench(
             chosen_size, repeats, letters, engine_only or quick, random_base, console
         )
         _store(facts, stem)  # after each size, because the next one can take an hour
-    _print_tables(_tables(facts), [*summary.left_out(facts), *paragraphs(facts)], console if as_json else Console())
+    sentences = [*summary.left_out(facts), *paragraphs(facts)]
+    _print_tables(_tables(facts), sentences, console if as_json else plain_console())
     console.print(f"results: {stem}.json, {stem}.md", soft_wrap=True)
     try:
         _write_page(stem, [facts])
@@ -202,7 +204,7 @@ def _print_tables(tables: list[DataTable], sentences: list[str], console: Consol
     for table in tables:
         console.print(table)
     for sentence in sentences:
-        console.print(sentence, highlight=False)
+        console.print(sentence)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def _write_page(stem: Path, results: list[dict[str, Any]]) -> None:
 
     path = stem.absolute().with_suffix(".html")
     path.write_text(render(results), encoding="utf-8")
-    Console(stderr=True).print(f"page: {path}", soft_wrap=True)
+    plain_console(stderr=True).print(f"page: {path}", soft_wrap=True)
 
 
 def _machine() -> dict[str, Any]:
@@ -255,7 +257,7 @@ def _measure(
         def show(what: str) -> None:
             progress.update(task, description=f"{name}: {what}", advance=1)
             if not console.is_terminal:
-                console.print(f"{name}: {what}", highlight=False, soft_wrap=True)
+                console.print(f"{name}: {what}", soft_wrap=True)
 
         results = runner.run_all(workload, competitors, splits, repeats, show)
         facts = findings.size_facts(workload, results)

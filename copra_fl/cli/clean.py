@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
+from copra_fl.console import plain_console
 from copra_fl.files import cache_dir
 
 
@@ -37,10 +36,10 @@ def clean(
     sizes = [leftover.num_bytes for leftover in leftovers]
     table = Table(Column("path", overflow="fold"), Column("MB", justify="right"), Column("reason", overflow="fold"))
     for leftover, size in zip(leftovers, sizes, strict=True):
-        table.add_row(escape(str(leftover.path)), f"{size / 1e6:.2f}", escape(leftover.reason))
+        table.add_row(str(leftover.path), f"{size / 1e6:.2f}", leftover.reason)
         if not dry_run:
             leftover.remove()
-    console = Console()
+    console = plain_console()
     if leftovers:
         console.print(table)
     action = "can be removed" if dry_run else "removed"

@@ -11,6 +11,7 @@ from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
 from copra_fl.config import ConfigError
+from copra_fl.console import plain_console
 from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
     Plan,
@@ -40,7 +41,7 @@ def compare(
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare methods, paired by seed; write a table, summary.json and report.html."""
-    console, started = Console(stderr=True), time.monotonic()
+    console, started = plain_console(stderr=True), time.monotonic()
     directory = choose_output(output, "compare", resume, overwrite)
     earlier = find_plan(directory) if resume else None
     method_names, seed_numbers, configs = plan(earlier, recipe, set_ or [], methods, seeds, console)

@@ -7,10 +7,10 @@ import math
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from copra_fl.config import KEYS, ConfigError, Key, toml_value, unknown_key
+from copra_fl.console import plain_console
 
 
 def config(
@@ -68,7 +68,7 @@ def in_full(key: Key) -> str:
 
 def print_tables(keys: dict[str, Key]) -> None:
     """Print one table per section and rule."""
-    console = Console()
+    console = plain_console()
     for owner in dict.fromkeys(map(belongs_to, keys.values())):
         default, meaning = (
             Column("key = default", ratio=2, overflow="fold"),

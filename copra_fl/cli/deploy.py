@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from copra_fl.config import ConfigError
+from copra_fl.console import plain_console
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout, client_name
@@ -24,7 +24,7 @@ from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import join_words, unknown_name
 
 app = typer.Typer(help="Run a federation on real nodes: containers, TLS, node keys.", no_args_is_help=True)
-console = Console(stderr=True, markup=False)
+console = plain_console(stderr=True)
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
 
 
@@ -87,8 +87,8 @@ def init(
     compose.write(layout, app_directory(), options)
     options.write(layout.options)
     if options.insecure:
-        warning = "[bold red]insecure[/]: nothing is encrypted, and anyone who reaches the port can be a client"
-        console.print(warning, markup=True)
+        console.print("insecure", style="bold red", end="")
+        console.print(": nothing is encrypted, and anyone who reaches the port can be a client")
     console.print(f"{layout.root}: {options.clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.options import JsonOption
+from copra_fl.console import plain_console
 from copra_fl.deployment.container_files import read_plain
 from copra_fl.deployment.layout import ClientLayout, DeploymentLayout
 from copra_fl.wording import foreign
@@ -45,7 +44,7 @@ def read_without_links(path: Path) -> bytes:
 def show(records: Sequence[Line], num_damaged: int, row: Callable[[Line], dict[str, str]], as_json: bool) -> None:
     """Print `records` as JSON or as a table, in which `row` gives heading -> cell of a record."""
     if num_damaged:
-        Console(stderr=True).print(f"{num_damaged} damaged lines are left out", soft_wrap=True)
+        plain_console(stderr=True).print(f"{num_damaged} damaged lines are left out", soft_wrap=True)
     if as_json:
         print(json.dumps([record.model_dump(mode="json") for record in records], indent=2))
         return
@@ -53,9 +52,9 @@ def show(records: Sequence[Line], num_damaged: int, row: Callable[[Line], dict[s
 
     rows = [row(record) for record in records]
     if not rows:
-        Console().print("the audit log is empty")
+        plain_console().print("the audit log is empty")
         return
-    Console().print(DataTable(list(rows[0]), [[foreign(cell) for cell in cells.values()] for cells in rows]))
+    plain_console().print(DataTable(list(rows[0]), [[foreign(cell) for cell in cells.values()] for cells in rows]))
 
 
 def event_row(event: AuditEvent) -> dict[str, str]:

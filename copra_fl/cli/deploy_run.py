@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from copra_fl import provenance
 from copra_fl.cli.deploy import Directory
 from copra_fl.cli.exit_code import ExitCode
 from copra_fl.cli.options import RECIPE_HELP, JsonOption, ResumeOption, SetOption, TrackOption
 from copra_fl.config import Config
+from copra_fl.console import plain_console
 from copra_fl.deployment import compose, nodes
 from copra_fl.deployment.compose_command import find_compose
 from copra_fl.deployment.layout import DeploymentLayout
@@ -49,7 +49,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Submit a run and follow it. Each node is one client unless num-clients is set. Ctrl-C does not stop the run."""
-    console, layout = Console(stderr=True, markup=False), DeploymentLayout.open(directory)
+    console, layout = plain_console(stderr=True), DeploymentLayout.open(directory)
     chosen = Recipe.read(recipe, set_ or [])
     config = chosen.config()
     if "num-clients" not in chosen.overrides:
@@ -90,7 +90,7 @@ def run(
             f"the run did not complete (status {shown}); its output is above. To continue after its last round: "
             f"{resume_command}"
         )
-    console.print(report(compose_command, run_folder.name, console.width), highlight=False, soft_wrap=True)
+    console.print(report(compose_command, run_folder.name, console.width), soft_wrap=True)
     if as_json:
         print(read_plain(run_folder, "summary.json").decode())
 
@@ -151,17 +151,17 @@ def status(directory: Directory, as_json: JsonOption = False) -> None:
         return
     from copra_fl.reporting.data_table import DataTable  # slow to import
 
-    console = Console()
+    console = plain_console()
     if listed is None:
         hint = f"the SuperLink does not answer; start it with: copra-fl deploy up {directory}"
-        console.print(hint, markup=False, soft_wrap=True)
+        console.print(hint, soft_wrap=True)
     else:
         rows = [[node.name, node.status, node.since] for node in listed]
         console.print(DataTable(["node", "status", "since (UTC)"], rows))
     columns = ["run", "round", "clients", "missing", "accuracy", "finished"]
     console.print(DataTable(columns, [[str(run[column]) for column in columns] for run in runs]))
     for warning in certificate_warnings(days_left, directory):
-        console.print(warning, style="bold red", highlight=False, markup=False, soft_wrap=True)
+        console.print(warning, style="bold red", soft_wrap=True)
 
 
 def certificate_warnings(days_left: dict[str, int], directory: Path) -> Iterator[str]:

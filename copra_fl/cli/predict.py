@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, SetOption
 from copra_fl.config import KEYS, ConfigError, DataConfig
+from copra_fl.console import plain_console
 from copra_fl.simulation.recipes import parse_override
 
 
@@ -51,7 +51,7 @@ def predict(
     table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
     saved = load_exact(adapter, device, base)
     settings = data_settings(saved, adapter, changes)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=plain_console(stderr=True), transient=True) as progress:
         bar = progress.add_task("predicting", total=None)
         rows = prediction.predict(
             saved, table, settings, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)

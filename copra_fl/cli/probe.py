@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import progress as rich_progress
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from copra_fl.config import ConfigError
+from copra_fl.console import plain_console
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.probes.findings import Findings
@@ -130,7 +130,7 @@ def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
     )  # Transformers warns of its own attributes, and breaks the progress bar
     from copra_fl.probes.open_run import open_runs
 
-    with Console(stderr=True).status("opening the runs"):
+    with plain_console(stderr=True).status("opening the runs"):
         runs = open_runs([directory.absolute() for directory in directories])
     yield runs
 
@@ -139,7 +139,7 @@ def opened(directories: Sequence[Path]) -> Iterator[list[OpenRun]]:
 def progress_bar() -> Iterator[Progress]:
     """Show one progress bar for each step that a probe reports (`open_run.Progress`)."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with rich_progress.Progress(*columns, console=plain_console(stderr=True), transient=True) as bar:
         tasks: dict[str, rich_progress.TaskID] = {}
 
         def progress(step: str, done: float, total: float) -> None:
@@ -154,9 +154,9 @@ def leave(findings: Findings, directory: Path) -> None:
     """Print the results; write page and JSON file to `directory`."""
     from copra_fl.probes.findings import write_findings
 
-    console = Console()
+    console = plain_console()
     console.print(replace(findings.results, title=findings.setting))
     for warning in findings.warnings:
-        console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
-    console.print(findings.verdict, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"page: {write_findings(findings, directory.absolute())}", markup=False, soft_wrap=True)
+        console.print(f"note: {warning}", soft_wrap=True)
+    console.print(findings.verdict, soft_wrap=True)
+    console.print(f"page: {write_findings(findings, directory.absolute())}", soft_wrap=True)

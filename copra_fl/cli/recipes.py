@@ -6,9 +6,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from copra_fl.console import plain_console
 from copra_fl.simulation.recipes import built_in_methods, built_in_recipes, summary_line
 
 
@@ -24,7 +24,7 @@ def recipes(
     if as_json:
         print(json.dumps(listing, indent=2))
         return
-    console = Console()
+    console = plain_console()
     for kind, entries in listing.items():
         table = Table(kind, "summary", title_justify="left")
         for name, entry in entries.items():

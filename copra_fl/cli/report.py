@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from copra_fl.console import plain_console
 from copra_fl.provenance import pip_install
 from copra_fl.simulation.superlink import RunFailed
 
@@ -28,7 +29,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html in DIR anew, and summary.json if DIR is a comparison; print the results."""
-    show_results(directory, Console())
+    show_results(directory, plain_console())
     if figures:
         export(directory, figures)
 
@@ -38,7 +39,7 @@ def export(directory: Path, folder: Path) -> None:
     from copra_fl.reporting.export import NoImages, write_files  # slow to import
     from copra_fl.reporting.report import figures_and_tables
 
-    console = Console()
+    console = plain_console()
     try:
         write_files(folder, *figures_and_tables(directory))
     except NoImages as reason:
@@ -46,7 +47,7 @@ def export(directory: Path, folder: Path) -> None:
             f"tables and data are in {folder}, but no SVG and PNG: {reason}. The buttons under the charts of "
             f"{directory / 'report.html'} save both; or install Chromium and {pip_install('figures')}"
         ) from None
-    console.print(f"charts and tables: {folder}", markup=False, soft_wrap=True)
+    console.print(f"charts and tables: {folder}", soft_wrap=True)
 
 
 def show_results(directory: Path, console: Console, as_json: bool = False, started: float | None = None) -> None:
@@ -59,13 +60,13 @@ def show_results(directory: Path, console: Console, as_json: bool = False, start
     from copra_fl.reporting.terminal import results
 
     summary = write(directory)
-    console.print(results(summary), highlight=False)
+    console.print(results(summary))
     if started is not None:
         rounds = sum(value or 0 for estimates in summary.methods.values() for value in estimates.get("seconds").values)
         whole = time.monotonic() - started
-        console.print(f"time: {rounds:.0f} s in rounds, {whole:.0f} s for the whole command", highlight=False)
+        console.print(f"time: {rounds:.0f} s in rounds, {whole:.0f} s for the whole command")
     if (directory / "adapter").exists():
-        console.print(f"adapter: {directory / 'adapter'}", markup=False, soft_wrap=True)
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+        console.print(f"adapter: {directory / 'adapter'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     if as_json:
         print((directory / "summary.json").read_text(encoding="utf-8"))

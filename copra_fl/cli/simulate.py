@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 
-from rich.console import Console
-
 from copra_fl import startup
 from copra_fl.cli import options
 from copra_fl.cli.report import show_results
+from copra_fl.console import plain_console
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
@@ -29,7 +28,7 @@ def simulate(
     as_json: options.JsonOption = False,
 ) -> None:
     """Simulate one federation with Flower on Ray, on this machine or a Ray cluster; write adapter and report."""
-    console, started = Console(stderr=True), time.monotonic()
+    console, started = plain_console(stderr=True), time.monotonic()
     directory = choose_output(output, "simulate", resume, overwrite)
     chosen = Recipe.read(recipe or "base", set_ or [])
     config = choose_config(directory, chosen, continues=resume and recipe is None)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from copra_fl.cli import options
+from copra_fl.console import plain_console
 from copra_fl.simulation import preflight
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, refuse_idle
@@ -52,7 +51,7 @@ def study(
     ray_address: options.RayAddressOption = None,
 ) -> None:
     """Run or continue a study: compare methods at their best learning rates, in several splits and regimes."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     recipe, request = Recipe.read(file, set_ or []), WorkerRequest(workers, gpus_per_worker, ray_address)
     recipe.refuse_override("seed", "a study's seeds are those of its tables [study.grids.NAME]")
     recipe.refuse_override("learning-rate", "a study searches it among the learning-rates of its table [study.tuning]")
@@ -69,13 +68,11 @@ def study(
     for grid, of_grid in cells_by_grid.items():
         directory = output.absolute() / grid
         for number, cell in enumerate(of_grid, start=1):
-            console.rule(escape(f"{grid} {number}/{len(of_grid)}: {cell.name}"))
+            console.rule(f"{grid} {number}/{len(of_grid)}: {cell.name}")
             rates = tune(cell, console, request)
             chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
-            console.print(f"learning rates: {chosen}", markup=False)
-            console.print(results(summarize(run_test(cell, rates, console, request))), highlight=False)
+            console.print(f"learning rates: {chosen}")
+            console.print(results(summarize(run_test(cell, rates, console, request))))
             finished = [cell.directory for cell in of_grid[:number]]
             write(directory, finished, shlex.join(["copra-fl", *sys.argv[1:]]))
-        console.print(
-            f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True, markup=False
-        )
+        console.print(f"report: {directory / 'report.html'}, numbers: {directory / 'results.json'}", soft_wrap=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from copra_fl import trackers
+from copra_fl.console import plain_console
 
 
 def track(
@@ -32,5 +32,5 @@ def track(
     from copra_fl.trackers.feed import Tracking
 
     runs = [run.directory for _, run in load_comparison(directory.absolute()).runs]
-    with closing(Tracking(to, runs, Console(stderr=True))) as tracking:
+    with closing(Tracking(to, runs, plain_console(stderr=True))) as tracking:
         tracking.update()

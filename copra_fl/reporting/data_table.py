@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +67,7 @@ class DataTable:
     def _rich(self) -> Table:
         """Return the table alone; headings are wrapped so that a column is as narrow as its cells."""
         table = Table(
-            title=escape(self.title) or None,
+            title=Text(self.title, style="table.title") if self.title else None,
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
@@ -77,7 +76,7 @@ class DataTable:
         for index, (heading, numeric) in enumerate(zip(self.header, self.numeric, strict=True)):
             width = max(map(len, (*heading.split(), *(row[index] for row in self.rows))), default=1)
             table.add_column(
-                escape("\n".join(textwrap.wrap(heading, width))),
+                Text("\n".join(textwrap.wrap(heading, width))),
                 justify="right" if numeric else "left",
                 vertical="bottom",
                 no_wrap=numeric,
@@ -85,7 +84,7 @@ class DataTable:
                 min_width=width if numeric else min(width, MIN_TEXT_COLUMN),
             )
         for number, row in enumerate(self.rows, start=1):
-            table.add_row(*map(escape, row), end_section=number in self.dividers)
+            table.add_row(*map(Text, row), end_section=number in self.dividers)
         return table
 
     def markdown(self) -> str:

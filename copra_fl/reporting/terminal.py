@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rich.console import Group
-from rich.markup import escape
+from rich.text import Text
 
 from copra_fl.records import ComparisonSummary
 from copra_fl.reporting.tables import (
@@ -27,4 +27,4 @@ def results(summary: ComparisonSummary) -> Group:
     optional = [replace(column, interval=False) for column in optional_columns(summary)]
     columns = (TEST_ACCURACY, *optional, MACRO_F1, *COST[::-1]) if optional else COLUMNS
     sentences = (verdict(summary), *no_better_than_majority(summary), *early_ends(summary))
-    return Group(results_table(summary, columns), *dataset_tables(summary), "", *map(escape, sentences))
+    return Group(results_table(summary, columns), *dataset_tables(summary), "", *map(Text, sentences))

@@ -134,5 +134,5 @@ def all_methods(recipe: Recipe, console: Console) -> dict[str, str]:
     if not methods:
         raise ConfigError("\n".join(dict.fromkeys(left_out.values())))
     for method, reason in left_out.items():
-        console.print(f"note: {method} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {method} is left out: {reason}", soft_wrap=True)
     return {method: method for method in methods.values()}

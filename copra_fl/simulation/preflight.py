@@ -56,7 +56,7 @@ def check(configs: Iterable[Config], console: Console, request: WorkerRequest) -
     for config in scripted.values():
         _check_script(config, prepared, console)
     for note in dict.fromkeys(note for _, _, notes in checked for note in notes):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)
     if request.ray_address is None:
         workers = request.share([config for config, _, _ in checked])
         free, gpu_memory = capacity.free_memory(), capacity.smallest_gpu_memory()

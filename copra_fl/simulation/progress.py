@@ -152,9 +152,9 @@ def watch(
                 state.apply(event)
                 if event["event"] == "note" and event["text"] not in state.notes:  # runs of a comparison repeat notes
                     state.notes.add(event["text"])
-                    console.print(f"note: {event['text']}", highlight=False, markup=False, soft_wrap=True)
+                    console.print(f"note: {event['text']}", soft_wrap=True)
                 if event["event"] == "recorded":
-                    console.print(str(state), highlight=False, markup=False, soft_wrap=True)
+                    console.print(str(state), soft_wrap=True)
                 if event["event"] in ("recorded", "finished"):
                     on_progress()
             bar.update(task, description=str(state), completed=state.done)

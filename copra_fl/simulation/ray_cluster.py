@@ -82,12 +82,11 @@ class WorkerRequest:
             )
         check(cluster, configs)
         for note in version_notes(cluster):
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            console.print(f"note: {note}", soft_wrap=True)
         workers = divide(cluster, self.workers, num_clients, self.gpus_per_worker)
         console.print(
             f"{workers.number} workers on a Ray cluster of {len(cluster.machines)} machines, {workers.cpus} cores and "
             f"{workers.gpus:g} GPUs per worker",
-            highlight=False,
         )
         return workers
 

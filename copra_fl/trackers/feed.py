@@ -91,4 +91,4 @@ class Tracking:
         except Exception as error:  # a tracker's bug must not stop a run
             self._feeds = [other for other in self._feeds if other.name != feed.name]
             warning = f"warning: {feed.name} failed and is no longer used: {error}"
-            self._console.print(warning, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(warning, soft_wrap=True)
