@@ -24,6 +24,7 @@ from copra_fl.reporting.study import averaging_table
 from copra_fl.reporting.study import table as study_table
 from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
 from copra_fl.wording import join_words
+from experiments import two_federations_summary
 from experiments.papers_summary import PUBLISHED, column
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,9 @@ def blocks() -> Iterator[tuple[str, str]]:
     for path in sorted(RESULTS.glob("elastic-*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         yield f"elastic {facts['split']}", f"{elastic(facts).markdown()}\n{source(path, facts['command'])}\n"
+    merged = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("two-federations-*.json"))]
+    commands = "".join(f"Command: `{facts['command']}`.\n" for facts in merged)
+    yield "two federations", f"{two_federations_summary.table(merged).markdown()}\n{commands}"
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
     yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
