@@ -70,9 +70,9 @@ def blocks() -> Iterator[tuple[str, str]]:
     for path in sorted(RESULTS.glob("elastic-*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         yield f"elastic {facts['split']}", f"{elastic(facts).markdown()}\n{source(path, facts['command'])}\n"
-    merged = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("two-federations-*.json"))]
-    commands = "".join(f"Command: `{facts['command']}`.\n" for facts in merged)
-    yield "two federations", f"{two_federations_summary.table(merged).markdown()}\n{commands}"
+    if merged := [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("two-federations-*"))]:
+        commands = "".join(f"Command: `{facts['command']}`.\n" for facts in merged)
+        yield "two federations", f"{two_federations_summary.table(merged).markdown()}\n{commands}"
     path = sorted(RESULTS.glob("papers-*.json"))[-1]
     facts = json.loads(path.read_text(encoding="utf-8"))
     yield "papers", f"{papers(facts).markdown()}\n{source(path, facts['command'])} `{path.stem}.md` has all measures.\n"
