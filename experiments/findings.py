@@ -82,12 +82,12 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     """Return what to use under which constraint, with what it buys according to the `results`."""
     moments, equal_bytes, headline = (results[name][1] for name in ("passes-optimizer", "passes-moments", "headline"))
     cell, rates = moments.cells[0], rate_regret(headline.cells)
-    shared, kept = (cell.methods[name].get("bytes").values for name in ("lora+shared", "lora"))
-    times = fmean(map(float, filter(None, shared))) / fmean(map(float, filter(None, kept)))
+    times = share_of_bytes(cell, "lora+shared", "lora")
     depths, uplink = results["passes-depths"][1], results["passes-bytes"][1]
     rules = results["ranking-rules"][1]
-    fewest, most = (rules.cells[0].methods[name].get("bytes").mean or 0 for name in ("fed-sb", "fedavg"))
-    share = fewest / most
+    shares = join_words(
+        f"{100 * share_of_bytes(cell, 'fed-sb', 'fedavg'):.0f} % ({cell.split})" for cell in rules.cells
+    )
     best, rival = (rates[name].worst for name in ("copra", "lora"))
     layers = json.loads(sorted(RESULTS.glob("elastic-fashion-*.json"))[-1].read_text(encoding="utf-8"))
     pruned, repaired = (
@@ -123,10 +123,9 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             f"`{uplink.command}`",
         ],
         [
-            "bytes up and down, very few of them",
+            "bytes up and down, at most a tenth of FedAvg's",
             'LoRA, `rule = "fed-sb"`',
-            f"{gains(rules, 'fed-sb', 'fedavg')} points against FedAvg at the same rounds, with "
-            f"{100 * share:.0f} % of the bytes",
+            f"{gains(rules, 'fed-sb', 'fedavg')} points against FedAvg at the same rounds, with {shares} of the bytes",
             f"`{rules.command}`",
         ],
         [
@@ -163,6 +162,12 @@ def gain(cell: CellResults, method: str, rival: str) -> Estimate:
 def gains(results: StudyResults, method: str, rival: str) -> str:
     """Return `gain` in points for each cell, with the name of its data split."""
     return join_words(f"{POINTS.show(gain(cell, method, rival))} ({cell.split})" for cell in results.cells)
+
+
+def share_of_bytes(cell: CellResults, method: str, rival: str) -> float:
+    """Return the bytes up and down of `method` divided by those of `rival`."""
+    ours, theirs = (cell.methods[name].get("bytes").mean or 0 for name in (method, rival))
+    return ours / theirs
 
 
 def plain(shown: DataTable) -> str:
