@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,9 @@ def test_processes_convert_once_and_leave_nothing_unfinished(tiny_model: str, tm
     source = tmp_path / "mine"
     shutil.copytree(tiny_model, source)
     before = converted()
-    context = multiprocessing.get_context("fork")
-    with context.Pool(3) as pool:
-        pool.starmap(_open, [(str(source), "float16")] * 3)
+    spawn = multiprocessing.get_context("spawn")  # a forked child may inherit a lock that a thread holds, and hang
+    with ProcessPoolExecutor(3, mp_context=spawn) as pool:
+        list(pool.map(_open, [str(source)] * 3, ["float16"] * 3))
     assert {path.suffix for path in converted() - before} == {"", ".lock"}
     (place,) = (path for path in converted() - before if path.is_dir())
     (place / "model.safetensors").rename(tmp_path / "weights")
