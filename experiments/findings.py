@@ -84,10 +84,11 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
     cell, rates = moments.cells[0], rate_regret(headline.cells)
     times = share_of_bytes(cell, "lora+shared", "lora")
     depths, uplink = results["passes-depths"][1], results["passes-bytes"][1]
-    rules = results["ranking-rules"][1]
+    rules, drift = results["ranking-rules"][1], results["ranking-fresh-seeds"][1]
     shares = join_words(
         f"{100 * share_of_bytes(cell, 'fed-sb', 'fedavg'):.0f} % ({cell.split})" for cell in rules.cells
     )
+    doubled = fmean(share_of_bytes(cell, "scaffold", "fedavg") for cell in drift.cells)
     best, rival = (rates[name].worst for name in ("copra", "lora"))
     layers = json.loads(sorted(RESULTS.glob("elastic-fashion-*.json"))[-1].read_text(encoding="utf-8"))
     pruned, repaired = (
@@ -100,6 +101,12 @@ def advice(results: Mapping[str, tuple[Path, StudyResults]]) -> DataTable:
             'LoRA, `optimizer-state = "client"`',
             f"{POINTS.show(gain(cell, 'lora', 'lora+fresh'))} points over a new optimizer in each round, for no bytes",
             f"`{moments.command}`",
+        ],
+        [
+            "bytes are cheap",
+            'LoRA, `optimizer-state = "client"`, `control-variates = true` (method `scaffold`)',
+            f"{gains(drift, 'scaffold', 'fedavg')} points over the row above, for {doubled:.1f} times the bytes",
+            f"`{drift.command}`",
         ],
         [
             "rounds are few or slow, or clients cannot keep state",
