@@ -11,7 +11,7 @@ from copra_fl.adapters.state import parts
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.open_run import open_run
 from experiments import elastic
-from tests.support.federations import finished_run
+from tests.support.federations import finished_comparison, finished_run
 from tests.support.tiny import NUM_LAYERS, Settings
 from tests.support.worlds import relative_error
 
@@ -40,10 +40,8 @@ def test_a_repair_trains_only_the_layers_that_are_kept(tiny: Settings, tmp_path:
 def test_the_command_writes_scores_and_keeps_those_of_each_run(
     tiny: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparison = tmp_path / "tweets" / "12x10" / "test"
-    comparison.mkdir(parents=True)
-    for method in ("lora", "copra"):
-        finished_run(tiny | PLAIN | {"local-training": method}, comparison / f"{method}-seed0")
+    folder = tmp_path / "tweets" / "12x10" / "test"
+    comparison = finished_comparison(tiny | PLAIN, ["lora", "copra"], [0], folder)
     arguments = [str(comparison), "--methods", "lora,copra", "--seeds", "0", "--subsets", "2", "--date", "20260101"]
     elastic.main([*arguments, "--results", str(tmp_path)])
     facts = json.loads((tmp_path / "elastic-tweets-20260101.json").read_text())

@@ -14,19 +14,15 @@ from typer.testing import CliRunner
 from copra_fl.cli import app
 from experiments import two_federations
 from experiments.two_federations_summary import MERGES, over_pairs
-from tests.support.federations import finished_run
+from tests.support.federations import finished_comparison
 from tests.support.tiny import Settings
 
 
 def test_the_command_scores_each_pair_as_the_probe_does(
     tiny: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    comparison = tmp_path / "tweets" / "12x10" / "test"
-    comparison.mkdir(parents=True)
-    for method in ("lora", "copra"):
-        for seed in range(3):
-            flat = tiny | {"local-training": method, "rule": "fedavg", "num-clients": 3, "seed": seed}
-            finished_run(flat, comparison / f"{method}-seed{seed}")
+    flat, folder = tiny | {"rule": "fedavg", "num-clients": 3}, tmp_path / "tweets" / "12x10" / "test"
+    comparison = finished_comparison(flat, ["lora", "copra"], range(3), folder)
     arguments = [str(comparison), "--methods", "lora,copra", "--seeds", "0,1,2", "--date", "20260101"]
     two_federations.main([*arguments, "--results", str(tmp_path)])
     facts = json.loads((tmp_path / "two-federations-tweets-20260101.json").read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from copra_fl.config import ConfigError
 from copra_fl.console import plain_console
@@ -87,8 +88,8 @@ def init(
     compose.write(layout, app_directory(), options)
     options.write(layout.options)
     if options.insecure:
-        console.print("insecure", style="bold red", end="")
-        console.print(": nothing is encrypted, and anyone who reaches the port can be a client")
+        warning = ": nothing is encrypted, and anyone who reaches the port can be a client"
+        console.print(Text.assemble(("insecure", "bold red"), warning))
     console.print(f"{layout.root}: {options.clients} clients; next: copra-fl deploy up {directory}", soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ command continues a study after a kill, and after seeds, methods or cells were a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +64,10 @@ class StudyCell:
         return f"{self.directory.parent.name}/{self.directory.name}"
 
     def has_finished(self) -> bool:
-        """Return whether all test runs are on disk."""
+        """Return whether all test runs have finished."""
         from copra_fl.reporting.study import TEST  # slow to import
 
-        runs = run_names(self.methods, self.seeds)
-        return all((self.directory / TEST / run / "summary.json").exists() for run in runs)
+        return have_finished(self.directory / TEST, run_names(self.methods, self.seeds))
 
     def config(self, method: str, rate: float, seed: int) -> Config:
         """Return the configuration of a test run of `method` at the learning rate `rate`."""
@@ -237,8 +236,13 @@ def finish_comparison(
     If all are finished, only write the plan, because the folder may hold other runs from before the study was changed.
     Raises ConfigError for a run with another configuration, finished or not.
     """
-    if all((directory / name / "summary.json").exists() for name in configs):
+    if have_finished(directory, configs):
         checked = preflight.check(configs.values(), console, request)
         write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
     else:
         run_comparison(directory, methods, seeds, configs, console, request)
+
+
+def have_finished(directory: Path, runs: Iterable[str]) -> bool:
+    """Return whether all `runs` in the folder of a comparison have finished."""
+    return all((directory / run / "summary.json").exists() for run in runs)

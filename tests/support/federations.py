@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -48,6 +50,14 @@ class StoppingGrid(LocalGrid):
             if self.remaining < 0:
                 raise Stop
         return super().answer(message)
+
+
+def finished_comparison(flat: Settings, methods: Iterable[str], seeds: Iterable[int], directory: Path) -> Path:
+    """Run a federation of `flat` for each local training in `methods` and each seed; return the folder."""
+    directory.mkdir(parents=True)
+    for method, seed in product(methods, seeds):
+        finished_run(flat | {"local-training": method, "seed": seed}, directory / f"{method}-seed{seed}")
+    return directory
 
 
 def finished_run(flat: Settings, directory: Path) -> Path:
