@@ -2,8 +2,9 @@
 the state of the local optimizer.
 
 It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has a folder
-with one file per round, and the two newest are kept: a run that resumes at round t needs the state from before t, also
-if the interrupted round t has already written its own.
+with one file per round in which it has trained. The server names the newest round that used the client's update, and
+the client goes on from the state after that round: a round whose reply was lost or rejected, or that was interrupted,
+leaves no state. The file that a round began with is kept until the next one, because the round may be done again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ from copra_fl.aggregation import ALL, find_rule
 from copra_fl.config import Config
 from copra_fl.files import cache_dir
 from copra_fl.tensor_files import read_tensors, write_tensors
-
-#: newest rounds whose states are kept for each client
-NUM_KEPT = 2
-#: text in the file of a state, except in the client's first: name of the file of the state before it
-PREVIOUS = "previous"
 
 
 class StateGone(RuntimeError):
@@ -60,34 +56,31 @@ class ClientStateStore:
     def __init__(self, run: str) -> None:
         self._directory = cache_dir() / "clients" / run
 
-    def read(self, client: int, before: int) -> ClientState:
-        """Return the state of `client` after its last round below `before`; an empty one if there was no such round.
+    def read(self, client: int, last_round: int) -> ClientState:
+        """Return the state of `client` after `last_round`, the newest that used its update; an empty one after 0.
 
-        States of `before` and later rounds are removed: the server has given up that attempt, and the client may fail
-        in the next. Raises DamagedFile if a file is damaged, StateGone if the state was removed.
+        States of later rounds are removed: the server has not used them, and the client may fail in the next. Raises
+        DamagedFile if the file is damaged, StateGone without it.
         """
-        files = self._files(client)
-        earlier = [path for path in files if path.name < self._file(client, before).name]
-        if files and not earlier and before > 1 and PREVIOUS in read_tensors(files[0])[1]:
+        file = self._file(client, last_round)
+        if last_round and not file.exists():
             raise StateGone(
-                f"the state of client {client} before round {before} is gone: its node keeps those of the two newest "
-                "rounds, and the server went back further; start the run anew"
+                f"the state of client {client} after round {last_round} is gone: the cache folder of its node was "
+                "emptied or replaced, or the server went back more than a round; restore the folder from a backup, or "
+                "start the run anew"
             )
-        for path in files[len(earlier) :]:
-            path.unlink()
-        if not earlier:
-            return ClientState()
-        tensors, _ = read_tensors(earlier[-1])
-        return ClientState(**split_names(tensors))
+        for path in self._files(client):
+            if path.name > file.name:
+                path.unlink()
+        return ClientState(**split_names(read_tensors(file)[0])) if last_round else ClientState()
 
-    def write(self, client: int, server_round: int, state: ClientState) -> None:
-        """Write the state of `client` after a round, and remove all but the two newest."""
+    def write(self, client: int, server_round: int, state: ClientState, last_round: int) -> None:
+        """Write the state of `client` after a round that began with its state after `last_round`; older ones go."""
         self._folder(client).mkdir(parents=True, exist_ok=True)
-        file = self._file(client, server_round)
-        earlier = [path for path in self._files(client) if path.name < file.name]
-        write_tensors(file, join_names(vars(state)), {PREVIOUS: earlier[-1].name} if earlier else {})
-        for path in earlier[: 1 - NUM_KEPT]:
-            path.unlink()
+        write_tensors(self._file(client, server_round), join_names(vars(state)), {})
+        for path in self._files(client):
+            if path.name < self._file(client, last_round).name:
+                path.unlink()
 
     def _folder(self, client: int) -> Path:
         """Return the client's own folder: a search among the files of all clients would take ever longer."""

@@ -166,7 +166,8 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     secure = config.privacy.secure_aggregation
     upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
-    kept = {client: store.read(client, plan.server_round) for client in plan.clients}
+    last_rounds = {client: plan.last_rounds.get(client, 0) for client in plan.clients}
+    kept = {client: store.read(client, last_round) for client, last_round in last_rounds.items()}
     global_starts = make_global_starts(plan, delta.number, server_state)
     starts = make_starts(plan, delta.number, server_state, global_starts, kept)
     updates, failures = _train_clients(node, plan, engine, data, starts)
@@ -181,7 +182,7 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     if leaves_state(config):
         for update in updates:
             after = kept[update.client].after(update, config, quantization_errors.get(update.client, {}))
-            store.write(update.client, plan.server_round, after)
+            store.write(update.client, plan.server_round, after, last_rounds[update.client])
     return wire.echo(content, wire.pack_updates(reported(config, updates), buffers, failures))
 
 
@@ -230,7 +231,7 @@ def _evaluate(node: NodeConfig, content: RecordDict, context: Context) -> Record
     def evaluate_clients(clients: Sequence[int]) -> list[tuple[int, dict[str, float]]]:
         evaluations = []
         for client in clients:
-            adapter = server_state.adapter | store.read(client, plan.server_round + 1).personal
+            adapter = server_state.adapter | store.read(client, plan.last_rounds.get(client, 0)).personal
             indices = data.validation[client][: settings.client_eval_examples]
             (metrics,) = evaluate_adapters(engine, [adapter], data.examples, indices, settings.eval_batch_size)
             evaluations.append((client, metrics))

@@ -181,6 +181,8 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
             "server-round": plan.server_round,
             "clients": list(plan.clients),
             "inspected": list(plan.inspected),
+            "clients-with-state": list(plan.last_rounds.keys()),
+            "last-rounds": list(plan.last_rounds.values()),
         }
     )
     content = RecordDict(
@@ -203,8 +205,11 @@ def pack_plan(plan: Plan, delta: StateDelta, payload: Payload) -> RecordDict:
 
 def unpack_plan(content: RecordDict) -> Plan:
     record: dict[str, Any] = dict(content.config_records["plan"])
-    server_round, clients, inspected = (record.pop(name) for name in ("server-round", "clients", "inspected"))
-    return Plan(server_round, tuple(clients), Config.from_flat(record), tuple(inspected))
+    server_round, clients, inspected, with_state, last_rounds = (
+        record.pop(name) for name in ("server-round", "clients", "inspected", "clients-with-state", "last-rounds")
+    )
+    config, last_rounds = Config.from_flat(record), dict(zip(with_state, last_rounds, strict=True))
+    return Plan(server_round, tuple(clients), config, tuple(inspected), last_rounds)
 
 
 def unpack_delta(content: RecordDict) -> StateDelta:

@@ -7,7 +7,7 @@ used: it cannot resume, and it averages whatever the nodes reply. The loop is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -22,7 +22,7 @@ from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.aggregation.starts import ages, client_starts, has_own_start
 from copra_fl.copra.layers import deep_enough
 from copra_fl.records import AggregationError, ClientEvaluation
-from copra_fl.training.plan import Plan, num_trained, sent_parts
+from copra_fl.training.plan import Plan, leaves_state, num_trained, sent_parts
 from server import sampling
 from server.aggregate import aggregate
 from server.eval_selection import evaluating_clients, inspected_clients
@@ -143,7 +143,7 @@ class CohortStrategy:
             summed.private_sum if summed else None,
         )
         self._sync.advance(self.state, aggregated.state, aggregated.residual)
-        self.state = aggregated.state
+        self.state = replace(aggregated.state, last_rounds=self._last_rounds_after(request.server_round, updates))
         has_losses = updates and not self.run.config.privacy.is_local
         loss = pool_scalars(updates).metrics["loss"] if has_losses else None
         lengths = {
@@ -183,12 +183,19 @@ class CohortStrategy:
 
     def messages(self, request: RoundRequest, number: int, message_type: str) -> list[Message]:
         """Return one message with the state for each node of the request; `number` of rounds led to the state."""
-        messages = []
+        messages, known = [], self.state.last_rounds
         for node, cohort in request.cohorts.items():
             inspected = tuple(client for client in cohort if client in request.inspected)
-            plan = Plan(request.server_round, tuple(cohort), self.run.config, inspected)
+            last_rounds = {client: known[client] for client in cohort if client in known}
+            plan = Plan(request.server_round, tuple(cohort), self.run.config, inspected, last_rounds)
             messages.append(Message(self._sync.pack(plan, self.state, number, node), node, message_type))
         return messages
+
+    def _last_rounds_after(self, server_round: int, updates: Sequence[Update]) -> Mapping[int, int]:
+        """Return `ServerState.last_rounds` after a round that used `updates`."""
+        if not leaves_state(self.run.config):
+            return {}
+        return {**self.state.last_rounds, **dict.fromkeys((update.client for update in updates), server_round)}
 
     def _update_sync(self, request: RoundRequest, answered: Mapping[int, Any]) -> None:
         """Record which nodes have a known cached state: those with a valid reply."""

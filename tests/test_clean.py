@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COPRA_FL_CACHE", str(cache))
     monkeypatch.setenv("COLUMNS", "400")
     for run in ("old", "new"):
-        ClientStateStore(run).write(0, 1, ClientState(personal={"head.bias": torch.ones(250)}))
+        ClientStateStore(run).write(0, 1, ClientState(personal={"head.bias": torch.ones(250)}), 0)
     (old,) = (cache / "clients" / "old").iterdir()
     os.utime(old, (time.time() - 40 * DAY,) * 2)
     for name in ("here", "gone"):

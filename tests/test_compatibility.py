@@ -61,11 +61,6 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
     ({"rule": "flexlora", "server-optimizer": "fedadam"}, {"server-optimizer": "none"}, "no step to take"),
     ({"rule": "flora", "control-variates": True}, {"control-variates": False}, "keep their meaning over rounds"),
     (
-        {"control-variates": True, "over-sample": 0.5, "failures": "tolerant"},
-        {"over-sample": 0.0},
-        "control-variates = true does not combine with over-sample = 0.5: .* the server does not take those changes",
-    ),
-    (
         {"rule": "zero-pad", "client-ranks": "8,4", "control-variates": True},
         {"control-variates": False},
         "client-ranks = '8,4' does not combine with control-variates",

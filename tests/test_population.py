@@ -103,16 +103,16 @@ def test_twice_the_clients_take_twice_the_work(part: Callable[[int], Callable[[]
 
 def test_the_state_of_a_client_is_found_without_a_look_at_the_others() -> None:
     store = ClientStateStore("many clients")
-    store.write(0, 1, ClientState(control={"head.bias": torch.ones(1)}))
+    store.write(0, 1, ClientState(control={"head.bias": torch.ones(1)}), 0)
 
     def calls() -> int:
         profile = cProfile.Profile()
-        profile.runcall(store.read, 0, 2)
+        profile.runcall(store.read, 0, 1)
         return int(pstats.Stats(profile).total_calls)
 
     alone = calls()
     for client in range(1, 30):
-        store.write(client, 1, ClientState(control={"head.bias": torch.ones(1)}))
+        store.write(client, 1, ClientState(control={"head.bias": torch.ones(1)}), 0)
     assert calls() == alone
 
 

@@ -34,14 +34,20 @@ def test_a_server_state_survives_its_checkpoint(tmp_path: Path) -> None:
     residual = {"x.residual_B": torch.ones(4, 1), "x.residual_A": torch.ones(1, 3)}
     adapter, *kinds = (make_adapter(value) for value in range(5))
     earlier = tuple(make_adapter(value) for value in range(5, 17))
-    state = ServerState(adapter, residual, *kinds[:3], optimizer={"exp_avg": kinds[3]}, earlier=earlier)
+    state = ServerState(
+        adapter, residual, *kinds[:3], optimizer={"exp_avg": kinds[3]}, earlier=earlier, last_rounds={7: 3, 0: 12}
+    )
     journal = Journal(tmp_path)
     assert journal.resume() is None
     journal.record(ROUND, state)
     resumed = Journal(tmp_path)
     loaded = resumed.resume()
     assert loaded is not None and resumed.records == [ROUND]
-    before, after = (join_names(vars(kept) | {"earlier": dict(enumerate(kept.earlier))}) for kept in (state, loaded))
+    assert loaded.last_rounds == state.last_rounds
+    before, after = (
+        join_names(vars(kept) | {"earlier": dict(enumerate(kept.earlier)), "last_rounds": {}})
+        for kept in (state, loaded)
+    )
     assert_equal(after, before)
 
 
@@ -58,38 +64,41 @@ def test_a_run_keeps_its_id_over_reads_and_resumes(tmp_path: Path) -> None:
     assert [origin.after_round for origin in provenance.resumes] == [2]
 
 
-def test_a_client_continues_from_its_last_round_before_the_current_one() -> None:
+def bias(state: ClientState) -> list[float]:
+    return state.personal["head.bias"].tolist()
+
+
+def test_a_client_goes_on_from_its_state_after_the_round_that_the_server_names() -> None:
     store = ClientStateStore("run")
-    assert store.read(3, before=1) == ClientState()
-    for server_round in (1, 2, 5):
+    assert store.read(3, 0) == ClientState()
+    for server_round, last_round in ((1, 0), (2, 1), (5, 2)):
         errors = {"head.bias": torch.ones(4)}
-        store.write(3, server_round, ClientState(personal=make_adapter(server_round), quantization_error=errors))
-    state = store.read(3, before=6)
-    assert state.personal["head.bias"].tolist() == [5] * 4 and state.control == {}
-    assert store.read(3, before=5).personal["head.bias"].tolist() == [2] * 4, "round 5 runs again after a resume"
-    store.write(3, 5, ClientState(personal=make_adapter(7)))
-    assert store.read(3, before=6).personal["head.bias"].tolist() == [7] * 4
-    with pytest.raises(StateGone, match="state of client 3 before round 2 is gone: its node keeps those of the two"):
-        store.read(3, before=2)
-    assert store.read(3, before=1) == ClientState(), "the run starts anew"
-    assert store.read(33, before=6) == ClientState() == ClientStateStore("other").read(3, before=6)
-    store.write(4, 1, ClientState())
-    assert store.read(4, before=2) == ClientState(), "the client has trained nothing"
+        state = ClientState(personal=make_adapter(server_round), quantization_error=errors)
+        store.write(3, server_round, state, last_round)
+    assert bias(store.read(3, 5)) == [5] * 4 and store.read(3, 5).control == {}
+    assert bias(store.read(3, 2)) == [2] * 4, "the server has not used the update of round 5"
+    store.write(3, 6, ClientState(personal=make_adapter(7)), 2)
+    assert bias(store.read(3, 6)) == [7] * 4
+    with pytest.raises(StateGone, match="state of client 3 after round 5 is gone: the cache folder"):
+        store.read(3, 5)
+    with pytest.raises(StateGone, match="state of client 3 after round 1 is gone"):
+        store.read(3, 1)
+    assert store.read(33, 0) == ClientState() == ClientStateStore("other").read(3, 0)
+    assert store.read(3, 0) == ClientState(), "the run starts anew"
+    with pytest.raises(StateGone, match="after round 6"):
+        store.read(3, 6)
 
 
-def test_a_client_that_fails_when_its_round_is_done_again_keeps_the_state_from_before_it() -> None:
-    """The server goes back to the start of round 3; the file of the first attempt would be that of round 3 itself."""
-    store = ClientStateStore("redone")
-    for server_round in (1, 2, 3):
-        store.write(3, server_round, ClientState(personal=make_adapter(server_round)))
-    store.write(5, 3, ClientState(personal=make_adapter(3)))
-    for client, expected in ((3, make_adapter(2)), (5, {})):
-        for before in (3, 4):  # the training that fails, then the evaluation
-            assert store.read(client, before).personal.keys() == expected.keys()
-            assert all(torch.equal(store.read(client, before).personal[name], expected[name]) for name in expected)
-    with pytest.raises(StateGone, match="state of client 3 before round 2 is gone"):
-        store.read(3, before=2)
-    assert store.read(5, before=2) == ClientState(), "the client has trained nothing yet"
+def test_a_state_survives_any_number_of_rounds_that_do_not_use_the_update() -> None:
+    """Also where a late training of an earlier round writes its state after that of a later round."""
+    store = ClientStateStore("unused")
+    store.write(3, 1, ClientState(personal=make_adapter(1)), 0)
+    for server_round in (3, 2, 5, 4):
+        store.write(3, server_round, ClientState(personal=make_adapter(server_round)), 1)
+    assert bias(store.read(3, 1)) == [1] * 4
+    assert bias(store.read(3, 1)) == [1] * 4, "the evaluation reads it again"
+    with pytest.raises(StateGone):
+        store.read(3, 4)
 
 
 def state_sync(flat: dict[str, object]) -> StateSync:

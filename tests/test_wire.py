@@ -15,7 +15,8 @@ from tests.support.updates import GLOBAL, VALID
 
 
 def test_a_plan_and_the_servers_state_survive_packing() -> None:
-    plan = Plan(2, (1, 5), Config.from_flat({"alpha": 0.5, "num-clients": 9, "seed": 3}), inspected=(5,))
+    config = Config.from_flat({"alpha": 0.5, "num-clients": 9, "seed": 3})
+    plan = Plan(2, (1, 5), config, inspected=(5,), last_rounds={5: 1})
     delta = wire.StateDelta("run", number=1, since=-1, tensors=(0, 1, 2), rank=2)
     content = wire.pack_plan(plan, delta, wire.Payload(GLOBAL, {}, {}, {}))
     assert wire.unpack_plan(content) == plan and wire.unpack_delta(content) == delta

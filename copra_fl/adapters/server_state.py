@@ -11,6 +11,9 @@ import torch
 from copra_fl.adapters.state import Adapter, OptimizerState, join_names, split_names
 from copra_fl.tensor_files import read_tensors, write_tensors
 
+#: tensor of `ServerState.last_rounds` in a checkpoint: a row with client and round for each client
+PAIRS = "pairs"
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -24,6 +27,7 @@ class ServerState:
         second_moment: of the server optimizer.
         optimizer: average state of the clients' optimizers, with ``optimizer-state = "shared"``.
         earlier: the global adapters before `adapter`, newest first, as many as clients may need.
+        last_rounds: client -> the newest round that used its update; empty unless clients keep state.
     """
 
     adapter: Adapter
@@ -33,6 +37,7 @@ class ServerState:
     second_moment: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
     earlier: tuple[Adapter, ...] = ()
+    last_rounds: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
@@ -50,6 +55,8 @@ class ServerState:
     def _tensors(self) -> Adapter:
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
         others["earlier"] = {str(age): tensors for age, tensors in enumerate(self.earlier, start=1)}
+        if self.last_rounds:
+            others["last_rounds"] = {PAIRS: torch.tensor(list(self.last_rounds.items()))}
         return self.adapter | join_names(others)
 
     @classmethod
@@ -59,4 +66,6 @@ class ServerState:
         adapter = {name: tensor for name, tensor in tensors.items() if "/" not in name}
         others = split_names({name: tensor for name, tensor in tensors.items() if "/" in name})
         by_age = others.pop("earlier", {})
-        return cls(adapter, **others, earlier=tuple(by_age[age] for age in sorted(by_age, key=int))), metadata
+        earlier = tuple(by_age[age] for age in sorted(by_age, key=int))
+        last_rounds = others.pop("last_rounds", {PAIRS: torch.empty(0, 2)})[PAIRS]
+        return cls(adapter, **others, earlier=earlier, last_rounds=dict(last_rounds.tolist())), metadata

@@ -97,7 +97,7 @@ def require_global_model(config: Config, purpose: str) -> None:
 
 def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
     settings, training, model, data = config.aggregation, config.training, config.model, config.data
-    moments, over_sample = training.optimizer_state, config.federation.over_sample
+    moments = training.optimizer_state
     it, heads = f"rule = {rule.name!r} does not combine with", heads_of(config)
     copra, per_round = config.copra, f"layers-per-round = {config.copra.layers_per_round}"
     depths = f"client-depths = {copra.client_depths!r}"
@@ -186,12 +186,6 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             settings.control_variates and (not rule.averages or heads > 1),
             f"{it} control-variates = true: control variates need factors that keep their meaning over rounds; use "
             "control-variates = false",
-        ),
-        (
-            settings.control_variates and over_sample > 0,
-            f"control-variates = true does not combine with over-sample = {over_sample:g}: the slowest clients change "
-            "their control variates too, but the server does not take those changes, so that its control variate is no "
-            "longer the mean of theirs; use over-sample = 0",
         ),
         (
             settings.control_variates and bool(settings.client_ranks),

@@ -6,8 +6,8 @@
 c_k+ is the paper's option II: with plain gradient descent the mean of the gradients is c_k - c + (start - end) / (steps
 times rate). Here the gradients are measured, so that c_k+ is valid for every local optimizer. Option I, the gradient at
 the start of the round over all data of the client, would cost another pass. A tensor that was off or not trained keeps
-its control variate. A client stores c_k+ as soon as it has trained: if its reply is lost or rejected, or the round is
-refused, c lacks this change in all later rounds.
+its control variate. So does a client whose reply was lost or rejected (`clients.client_state`): c is the mean of all
+c_k after every round.
 """
 
 from __future__ import annotations

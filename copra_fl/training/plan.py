@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from copra_fl.adapters.compression import FEEDBACK
@@ -20,12 +21,15 @@ class Plan:
         clients: the cohort.
         config: the run's configuration.
         inspected: those of `clients` whose own adapters the server needs; the others may send one pooled update.
+        last_rounds: client -> the newest round that used its update, after which its state is the one to go on from;
+            a client that is not in it starts without state.
     """
 
     server_round: int
     clients: tuple[int, ...]
     config: Config
     inspected: tuple[int, ...] = ()
+    last_rounds: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def trained_parts(self) -> frozenset[str]:
