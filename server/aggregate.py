@@ -80,7 +80,7 @@ def rule_round(run: RunContext, server_round: int, state: ServerState, updates: 
     ranks = client_ranks(config, config.data.num_clients)
     return Round(
         before=before,
-        updates=sorted((without_other_heads(run, update) for update in updates), key=lambda update: update.client),
+        updates=[without_other_heads(run, update) for update in updates],
         group_of=run.group_of,
         scaling=config.model.scaling(config.model.rank),
         settings=config.aggregation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import INFO
 from typing import TypeVar
 
@@ -150,53 +151,26 @@ def decode_updates(
     inspected = [update for update in updates if update.client in request.inspected]
     others = [update for update in updates if update.client not in request.inspected]
 
-    federation = run.config.federation
-    lengths: dict[str, dict[int, float]] = {}
-
-    def decode_buffer(name: str, of: list[Update], uplink: str, max_change: float = 0.0) -> list[Update]:
-        decoded = decode(wire.unpack_arrays(content, name), of, request.starts, run.group_of, uplink)
-        for update in decoded:
-            check_tensors(update, request.starts[update.client], run.group_of, max_change)
-        return decoded
-
-    def decode_changes(name: str, of: list[Update], uplink: str) -> list[Update]:
-        decoded = decode_buffer(name, of, uplink, federation.max_update_norm)
-        for update in decoded:
-            moved = difference(update.adapter, request.starts[update.client])
-            lengths.setdefault(CHANGES, {})[update.client] = norm(moved)
-        return decoded
-
-    def decode_others(kind: str, uplink: str) -> list[Update]:
-        decoded = decode_buffer(kind, inspected, uplink)
-        for update in decoded:
-            length = lengths.setdefault(kind, {})[update.client] = norm(update.adapter)
-            if length > MAX_OTHER_NORM:
-                raise BadUpdate(
-                    f"client {update.client}: the norm of its {kind} is {length:.4g}, more than {MAX_OTHER_NORM:g}"
-                )
-        return decoded
-
-    def with_grams(averaged: list[Update]) -> list[Update]:
-        starts = {update.client: templates(request.starts[update.client]) for update in averaged}
-        decoded = decode(wire.unpack_arrays(content, "grams"), averaged, starts, run.group_of, "float32")
-        complete = [replace(update, grams=grams.adapter) for update, grams in zip(averaged, decoded, strict=True)]
-        for update in complete:
-            check_grams(update, request.starts[update.client], run.group_of)
-        return complete
-
+    read, federation = partial(read_buffer, run, request, content), run.config.federation
     individual, pooled, controls = list[Update](), list[Update](), list[Update]()
+    moments: dict[str, list[Update]] = {}
     if inspected:
-        individual = decode_changes("adapters", inspected, federation.uplink_dtype)
+        individual = read("adapters", inspected, federation.uplink_dtype, federation.max_update_norm)
+        controls = read("controls", inspected, "float32") if request.has_control else []
+        moments = {kind: read(kind, inspected, federation.moments_dtype) for kind in request.moments}
     if others:
-        pooled = decode_changes("pooled", [pool_scalars(others)], "float32")
-    if inspected and request.has_control:
-        controls = decode_others("controls", "float32")
-    if inspected and request.moments:
-        moments = {kind: decode_others(kind, federation.moments_dtype) for kind in request.moments}
+        pooled = read("pooled", [pool_scalars(others)], "float32", federation.max_update_norm)
+    changes = {
+        update.client: norm(difference(update.adapter, request.starts[update.client]))
+        for update in [*individual, *pooled]
+    }
+    buffers = {"controls": controls, **moments}
+    lengths = {CHANGES: changes} | {kind: checked_norms(kind, decoded) for kind, decoded in buffers.items()}
+    if moments:
         individual = [with_moments(update, moments, row) for row, update in enumerate(individual)]
     averaged = [*individual, *pooled]
     if averaged and request.has_grams:
-        averaged = with_grams(averaged)
+        averaged = with_grams(run, request, content, averaged)
     individual = [as_global(run.config, completed(request, update)) for update in averaged[: len(individual)]]
     pooled = averaged[len(individual) :]
     return TrainReply(
@@ -206,6 +180,43 @@ def decode_updates(
         pooled=tuple(sorted(update.client for update in others)),
         lengths=lengths,
     )
+
+
+def read_buffer(
+    run: RunContext,
+    request: RoundRequest,
+    content: wire.RecordDict,
+    name: str,
+    updates: Sequence[Update],
+    uplink: str,
+    max_change: float = 0.0,
+) -> list[Update]:
+    """Return `updates` with their tensors in the buffer `name`. Raises BadUpdate as `check_tensors` does."""
+    decoded = decode(wire.unpack_arrays(content, name), updates, request.starts, run.group_of, uplink)
+    for update in decoded:
+        check_tensors(update, request.starts[update.client], run.group_of, max_change)
+    return decoded
+
+
+def checked_norms(kind: str, updates: Sequence[Update]) -> dict[int, float]:
+    """Return client -> norm of its control variate or moments. Raises BadUpdate above `MAX_OTHER_NORM`."""
+    lengths = {update.client: norm(update.adapter) for update in updates}
+    for client, length in lengths.items():
+        if length > MAX_OTHER_NORM:
+            raise BadUpdate(f"client {client}: the norm of its {kind} is {length:.4g}, more than {MAX_OTHER_NORM:g}")
+    return lengths
+
+
+def with_grams(
+    run: RunContext, request: RoundRequest, content: wire.RecordDict, updates: Sequence[Update]
+) -> list[Update]:
+    """Return `updates` with their Gram matrices. Raises BadUpdate as `check_grams` does."""
+    starts = {update.client: templates(request.starts[update.client]) for update in updates}
+    decoded = decode(wire.unpack_arrays(content, "grams"), updates, starts, run.group_of, "float32")
+    complete = [replace(update, grams=grams.adapter) for update, grams in zip(updates, decoded, strict=True)]
+    for update in complete:
+        check_grams(update, request.starts[update.client], run.group_of)
+    return complete
 
 
 def without_outliers(config: Config, replies: Mapping[int, TrainReply]) -> tuple[dict[int, TrainReply], dict[int, str]]:
