@@ -27,7 +27,7 @@ from copra_fl import startup
 startup.prepare()
 
 from copra_fl import provenance
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter
 from copra_fl.aggregation.rules.fedavg import weighted_average
 from copra_fl.files import write_json
 from copra_fl.probes import pruned_adapters
@@ -35,7 +35,7 @@ from copra_fl.probes.elastic import subsets
 from copra_fl.probes.open_run import OpenRun, open_run
 from copra_fl.probes.pruned_adapters import SHARES, size_of
 from copra_fl.seeding import generator
-from copra_fl.training.engine import open_engine
+from copra_fl.training.engine import engine_of, train_all
 from copra_fl.training.evaluation import evaluate_each
 from copra_fl.training.plan import Plan, Start
 from experiments import findings
@@ -57,18 +57,17 @@ def repair(run: OpenRun, modules: Sequence[str], rounds: int) -> tuple[Adapter, 
     The rounds continue those of the run: their batches are new, and the moments of the optimizers begin anew.
     """
     config = run.config.changed(
-        target_modules=",".join(module.removeprefix("base_model.model.") for module in modules),
+        target_modules=",".join(module.removeprefix(PEFT_PREFIX) for module in modules),
         local_training="lora",
         num_rounds=run.num_rounds + rounds,
     )
-    engine = open_engine(config.training.engine, config.model, config.copra.gate_group, len(run.data.label_names), 0)
+    engine = engine_of(config, len(run.data.label_names))
     adapter = {name: run.adapter[name] for name in engine.model.read_adapter()}
     clients = tuple(run.sampled(run.num_rounds))
     starts = dict.fromkeys(clients, Start(adapter))
     for server_round in range(run.num_rounds + 1, config.federation.num_rounds + 1):
         plan = Plan(server_round, clients, config)
-        slices = engine.slices(run.data, plan)
-        updates = [one for part in slices for one in engine.train(run.data, plan, part, starts, lambda done: None)]
+        updates = train_all(engine, run.data, plan, starts)
         adapter = weighted_average(adapter, updates, config.aggregation.weighting, engine.model.group_of)
         starts = {update.client: Start(adapter, optimizer=update.optimizer) for update in updates}
     [metrics] = evaluate_each(engine, [adapter], run.data, run.indices("test"), config.evaluation.eval_batch_size)

@@ -15,7 +15,6 @@ from copra_fl.adapters.interpolation import walk
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, Update, complete
 from copra_fl.aggregation import find_rule
-from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.heads import lend
 from copra_fl.aggregation.shared_moments import no_moments
 from copra_fl.config import Config
@@ -23,7 +22,7 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import Evaluation, LinePath, MergeGap
 from copra_fl.seeding import generator
-from copra_fl.training.engine import open_engine
+from copra_fl.training.engine import engine_of
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 
 #: start -> metrics of `Evaluator.evaluate_base`, of the last run in this process: compared methods have the same start
@@ -45,8 +44,7 @@ class Evaluator:
     def __init__(self, config: Config, data: FederatedData) -> None:
         self.config = config
         self.data = data
-        kind, group, seed = config.training.engine, config.copra.gate_group, config.federation.seed
-        self.engine = open_engine(kind, config.model, group, len(data.label_names), seed, heads_of(config))
+        self.engine = engine_of(config, len(data.label_names), config.federation.seed)
         self.model = self.engine.model
 
     def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[Metrics]:

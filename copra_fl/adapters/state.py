@@ -19,6 +19,9 @@ from torch import Tensor
 
 Adapter = dict[str, Tensor]
 
+#: what PEFT calls the first model in a `PeftModel`, at the start of its tensors' names
+PEFT_PREFIX = "base_model.model."
+
 #: state of a local optimizer: torch's name (``exp_avg``, ``exp_avg_sq``, ``step``, ``momentum_buffer``) -> tensor
 #: name -> value
 OptimizerState = dict[str, Adapter]

@@ -30,13 +30,12 @@ from copra_fl.bench.runner import Disagreement
 from copra_fl.bench.sizes import SYNTHETIC, made_once
 from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData
-from copra_fl.files import cache_dir
 from copra_fl.models.build import build_model, choose_device, resolve_config
 from copra_fl.models.memory_plan import plan as plan_memory
 from copra_fl.reporting.data_table import NO_VALUE, DataTable
 from copra_fl.seeding import generator
 from copra_fl.tasks.causal_lm import Continuations
-from copra_fl.training.engine import Engine, PeftEngine, StackedEngine
+from copra_fl.training.engine import Engine, PeftEngine, StackedEngine, train_all
 from copra_fl.training.plan import Plan, Start
 
 #: config.json of SmolLM2-135M
@@ -93,9 +92,7 @@ def measure(repeats: int, announce: Callable[[str], None]) -> BenchFacts:
     """
     device = choose_device("auto")
     size = GPU if device.type == "cuda" else SMOKE
-    cache = cache_dir() / "bench"
-    cache.mkdir(parents=True, exist_ok=True)
-    source = made_once(cache / f"random-{size.model}", partial(write_base, shape=size.shape))
+    source = made_once(f"random-{size.model}", partial(write_base, shape=size.shape))
     by_dtype = {
         dtype: measure_dtype(size, make_config(size, source, dtype), repeats, announce)
         for dtype in ("bfloat16", "float32")
@@ -150,12 +147,10 @@ def train_round(engine: Engine, config: Config, data: FederatedData, start: Star
     plan = Plan(1, tuple(range(config.data.num_clients)), config)
     starts = dict.fromkeys(plan.clients, start)
     begin = time.perf_counter()
-    updates: list[Update] = []
-    for clients in engine.slices(data, plan):
-        updates += engine.train(data, plan, clients, starts, lambda number: None)
+    updates = train_all(engine, data, plan, starts)
     seconds = time.perf_counter() - begin  # the updates are on the CPU, so the GPU has finished
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return sorted(updates, key=lambda update: update.client), seconds, peak
+    return updates, seconds, peak
 
 
 def check(name: str, dtype: str, trained: list[Update], reference: list[Update], start: Start) -> float:

@@ -22,7 +22,6 @@ from typing import Any
 from copra_fl.bench.findings import BenchFacts, machine
 from copra_fl.bench.sizes import SPECIAL, VOCABULARY, made_once, write_base
 from copra_fl.config import Config, Value
-from copra_fl.files import cache_dir
 from copra_fl.reporting.data_table import NO_VALUE, DataTable
 from copra_fl.seeding import generator
 from copra_fl.simulation.superlink import RunFailed, app_directory
@@ -49,13 +48,11 @@ def measure(populations: Sequence[int], announce: Callable[[str], None]) -> Benc
 
     Raises RunFailed.
     """
-    cache = cache_dir() / "bench"
-    cache.mkdir(parents=True, exist_ok=True)
-    model = made_once(cache / "random-bert-32x1", partial(write_base, shape=SHAPE))
+    model = made_once("random-bert-32x1", partial(write_base, shape=SHAPE))
     facts = {}
     for clients in populations:
         announce(f"{clients:,} clients")
-        texts = made_once(cache / f"clients-{clients}.jsonl", partial(write_texts, clients=clients))
+        texts = made_once(f"clients-{clients}.jsonl", partial(write_texts, clients=clients))
         with tempfile.TemporaryDirectory(prefix="copra-fl-bench-") as name:
             folder = Path(name)
             (folder / "recipe.toml").write_text(make_config(clients, model, texts).to_toml(), "utf-8")

@@ -12,7 +12,7 @@ from copra_fl.reporting.html import STYLES, Figure, empty_chart
 
 
 def figures(facts: BenchFacts) -> list[Figure]:
-    """Return the charts of seconds and memory over the number of clients; empty without this size."""
+    """Return the chart of seconds by number of clients; empty without this size."""
     populations: BenchFacts = facts.get("clients", {})
     if not populations:
         return []

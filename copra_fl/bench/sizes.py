@@ -152,12 +152,11 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
 
     Competitors over Flower need the data set as a file (`as_file`). Raises AssetError if the base cannot be fetched.
     """
-    model, dataset, cache = size.base, SYNTHETIC, cache_dir() / "bench"
-    cache.mkdir(exist_ok=True)
+    model, dataset = size.base, SYNTHETIC
     if random_base or not is_asset(model):
-        model = str(made_once(cache / f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
+        model = str(made_once(f"random-{size.base}", partial(write_base, shape=SHAPES[size.base])))
     if as_file:
-        dataset = str(made_once(cache / f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
+        dataset = str(made_once(f"{size.name}-{size.clients}.jsonl", partial(write_texts, size=size)))
     workload = Workload(size, model_source(model), dataset)
     for dtype in ("auto", "float32"):  # bases in these dtypes and tokens go into the cache too
         config = workload.configs(dtype, "auto")[WARM_UP]
@@ -166,9 +165,11 @@ def prepare(size: Size, random_base: bool, as_file: bool) -> Workload:
     return workload
 
 
-def made_once(path: Path, make: Callable[[Path], None]) -> Path:
-    """Return `path`, after making it if it does not exist. It is renamed when it is complete."""
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the path of the benchmark's file or folder `name` in the cache; it is made if it does not exist."""
+    path = cache_dir() / "bench" / name
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
         make(unfinished)
         unfinished.rename(path)

@@ -29,7 +29,7 @@ from copra_fl.data.federated import FederatedData
 from copra_fl.models.build import build_model, choose_device
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.training.batches import plan_steps
-from copra_fl.training.engine import open_engine
+from copra_fl.training.engine import engine_of, train_all
 from copra_fl.training.plan import Plan, Start
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -106,14 +106,10 @@ OpenTrain = Callable[[Config, FederatedData], Train]
 
 def open_copra_fl(config: Config, data: FederatedData) -> Train:
     """Open the engine that `config` names, used as the ClientApp uses it."""
-    engine = open_engine(config.training.engine, config.model, config.copra.gate_group, NUM_LABELS, seed=0)
+    engine = engine_of(config, NUM_LABELS)
 
     def train(plan: Plan, adapter: Adapter) -> list[Update]:
-        starts = dict.fromkeys(plan.clients, Start(adapter))
-        updates: list[Update] = []
-        for part in engine.slices(data, plan):
-            updates += engine.train(data, plan, part, starts, lambda number: None)
-        return updates
+        return train_all(engine, data, plan, dict.fromkeys(plan.clients, Start(adapter)))
 
     return train
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from copra_fl.config.keys import ConfigError, Value, option
 from copra_fl.config.toml import csv_list
@@ -110,6 +111,10 @@ class DataConfig:
         "tokens per text, longer texts are cut; images: the model decides, and attention = auto alone goes by this",
         low=4,
     )
+
+    def value(self, key: str) -> Any:
+        """Return the value of the configuration key `key`."""
+        return getattr(self, key.replace("-", "_"))
 
     @property
     def datasets(self) -> list[str]:

@@ -53,7 +53,7 @@ def content_digest(task: Task, data: DataConfig, table: Table) -> str:
 
 def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
     """Return configuration key -> column for the columns of a table that `task` reads."""
-    known = {key: getattr(data, key.replace("-", "_")) for key in (*task.columns, *task.optional_columns)}
+    known = {key: data.value(key) for key in (*task.columns, *task.optional_columns)}
     return {key: column for key, column in known.items() if column or key in task.columns}
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.core import core_matrix
-from copra_fl.adapters.state import Adapter, part_of
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter, part_of
 from copra_fl.copra.gates import Gates, group_name
 from copra_fl.models.flops import ModelSize
 from copra_fl.tasks import Inputs, Task
@@ -62,13 +62,12 @@ class AdaptedModel(nn.Module):
             if ".lora_" in name and ".default." in name
         }
         self.group_of = {
-            name: self.gates.group_of[name.removeprefix("base_model.model.").split(".lora_")[0]]
-            for name in self._trainable
+            name: self.gates.group_of[name.removeprefix(PEFT_PREFIX).split(".lora_")[0]] for name in self._trainable
         }
         self.size = ModelSize.of(self.base, self.gates, self._trainable, self.group_of, head)
         modules: dict[str, Any] = dict(self.base.named_modules())
         self.linears: dict[str, Any] = {
-            f"base_model.model.{name}": modules[name].get_base_layer() for name in self.gates.group_of
+            f"{PEFT_PREFIX}{name}": modules[name].get_base_layer() for name in self.gates.group_of
         }
         self.recomputes_blocks = False
         self.residual_factors: dict[str, tuple[Tensor, ...]] = {}
@@ -149,7 +148,7 @@ class AdaptedModel(nn.Module):
         """
         hooks = []
         for module in self.gates.group_of if adapter else ():
-            name = f"base_model.model.{module}"
+            name = f"{PEFT_PREFIX}{module}"
             a, b = (adapter[f"{name}.lora_{part}.weight"].to(self.device) for part in "AB")
             core = core_matrix(adapter, name)
             a = a if core is None else core.to(a) @ a

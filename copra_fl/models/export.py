@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from copra_fl.adapters import residual as residuals
-from copra_fl.adapters.state import Adapter, part_of, parts
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter, part_of, parts
 from copra_fl.config import ConfigError, DataConfig, Value
 from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
@@ -36,9 +36,6 @@ from copra_fl.models.card import ModelFacts, Training, write_adapter_card
 from copra_fl.models.classifier import Classifier, stock_classifier
 from copra_fl.seeding import torch_stream
 from copra_fl.tasks import Task, find_task
-
-#: what PEFT calls the first model in a `PeftModel`, at the start of its tensors' names
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -161,32 +158,21 @@ def _module_of(name: str) -> str:
 
 def _data_settings(task: Task, data: DataConfig) -> dict[str, Value]:
     keys = (*task.columns, *task.optional_columns, "max-length", *task.options)
-    return {key: getattr(data, key.replace("-", "_")) for key in keys}
+    return {key: data.value(key) for key in keys}
 
 
-def load(directory: str | Path, device: str = "auto", base: str = "") -> SavedModel:
+def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str = "") -> SavedModel:
     """Open a model that `save` wrote, with the adapter on its base.
 
     Args:
         directory: the adapter folder.
         device: auto, cpu or cuda.
         base: where the base is: an asset, a folder, or a name on the hub; empty: where the adapter folder says.
+        dtype: of the base, which is dequantized if it is quantized; empty: as it was trained.
 
     Raises ConfigError for an unknown task, a base that is missing or has another digest, and for cuda without a CUDA
     device; AssetError for an asset that cannot be fetched.
     """
-    return load_for_merging(directory, device, base)
-
-
-def load_exact(directory: str | Path, device: str, base: str) -> SavedModel:
-    """Open a model as `load` does, with an unquantized base in float32: it has the scores of the merged model."""
-    description = json.loads((Path(directory) / "task.json").read_text(encoding="utf-8"))
-    quantized = description.get("quantization", "none") != "none"
-    return load_for_merging(directory, device, base, "" if quantized else "float32")
-
-
-def load_for_merging(directory: str | Path, device: str, base: str, dtype: str = "") -> SavedModel:
-    """Open a model as `load` does; with a `dtype` the base is in that dtype, dequantized."""
     directory = Path(directory)
     description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     task = find_task(description["task"])
@@ -219,6 +205,13 @@ def load_for_merging(directory: str | Path, device: str, base: str, dtype: str =
     labels, options = description["labels"], description.get("options", {})
     processor = task.opened_processor(task.processor_class.from_pretrained(source), labels, options)
     return SavedModel(model, processor, labels, reference, quantization, description.get("data", options))
+
+
+def load_exact(directory: str | Path, device: str, base: str) -> SavedModel:
+    """Open a model as `load` does, with an unquantized base in float32: it has the scores of the merged model."""
+    description = json.loads((Path(directory) / "task.json").read_text(encoding="utf-8"))
+    quantized = description.get("quantization", "none") != "none"
+    return load(directory, device, base, "" if quantized else "float32")
 
 
 def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:

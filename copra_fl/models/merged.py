@@ -20,7 +20,7 @@ from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
-from copra_fl.models.export import load_for_merging
+from copra_fl.models.export import load
 from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
 
 
@@ -37,7 +37,7 @@ def export_merged(
 
     Raises ConfigError as `load` does, and for a task of one's own with features that no class computes.
     """
-    saved = load_for_merging(adapter, "cpu", base, dtype)
+    saved = load(adapter, "cpu", base, dtype)
     model, source = saved.model, str(saved.model.base.name_or_path)
     facts = ModelFacts(model.task, saved.labels, saved.base, model.pooling, saved.quantization, training)
     if model.task.trains_head:

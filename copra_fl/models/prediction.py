@@ -56,7 +56,7 @@ def predict(
 def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataConfig) -> pd.Series:
     """Return the texts or images of `rows`, all of them there."""
     key = task.columns[0]
-    column = getattr(data, key.replace("-", "_"))
+    column = data.value(key)
     if rows.empty:
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     if column not in rows:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from copra_fl.adapters.residual import fold
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, complete, parts
 from copra_fl.aggregation import find_rule
-from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.aggregation.ranks import pad
 from copra_fl.aggregation.starts import ages, client_anchors, client_starts, older_ages
 from copra_fl.config import Config
@@ -29,7 +27,7 @@ from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.initial_adapter import initial_adapter
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
-from copra_fl.training.engine import Engine, open_engine
+from copra_fl.training.engine import Engine, engine_of, open_engine, train_all
 from copra_fl.training.evaluation import evaluate_each
 from copra_fl.training.plan import Plan, Start
 from copra_fl.wording import join_words
@@ -200,7 +198,7 @@ class OpenRun:
 
     @cached_property
     def _initial_adapter(self) -> Adapter:
-        engine = _open_engine(self.config, len(self.data.label_names), self.config.federation.seed)
+        engine = engine_of(self.config, len(self.data.label_names), self.config.federation.seed)
         return initial_adapter(engine.model, self.data, self.config)
 
     def indices(self, split: Split, datasets: Collection[int | None] = ()) -> np.ndarray:
@@ -284,10 +282,8 @@ class OpenRun:
         def report(done: float) -> None:
             progress("training clients again", done, len(chosen))
 
-        slices = self.engine.slices(self.data, plan)
-        updates = chain.from_iterable(self.engine.train(self.data, plan, part, starts, report) for part in slices)
-        adapters = {update.client: complete(update, global_starts[update.client]) for update in updates}
-        return {client: adapters[client] for client in chosen}
+        updates = train_all(self.engine, self.data, plan, starts, report)
+        return {update.client: complete(update, global_starts[update.client]) for update in updates}
 
 
 def open_run(directory: Path) -> OpenRun:
@@ -312,7 +308,7 @@ def open_run(directory: Path) -> OpenRun:
         )
     config = config.changed(num_clients=len(federated.train))
     num_labels = len(federated.label_names)
-    engine = _open_engine(config, num_labels, config.federation.seed)
+    engine = engine_of(config, num_labels, config.federation.seed)
     return OpenRun(directory, config, federated, engine, PlainEngines(config, num_labels), run.journal)
 
 
@@ -377,11 +373,6 @@ def _shortened(value: object) -> str:
 
 def _equal(a: Adapter, b: Adapter) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-def _open_engine(config: Config, num_labels: int, seed: int) -> Engine:
-    kind, group = config.training.engine, config.copra.gate_group
-    return open_engine(kind, config.model, group, num_labels, seed, heads_of(config))
 
 
 def _check_supported(config: Config, directory: Path, action: Literal["opening", "retraining"]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter
 from copra_fl.copra.gates import group_name
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import METRICS, Game, export_runs, solve
@@ -75,7 +75,7 @@ def probe(
 
 def short_name(module: str) -> str:
     """Return the name of a layer or module without PEFT's prefix."""
-    return module.removeprefix("base_model.model.")
+    return module.removeprefix(PEFT_PREFIX)
 
 
 def _single_modules(adapter: Adapter) -> dict[str, list[str]]:

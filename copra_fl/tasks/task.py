@@ -134,7 +134,7 @@ class Task(ABC):
 
     def option_values(self, data: DataConfig) -> dict[str, Value]:
         """Return the value of each of `options` in `data`."""
-        return {key: getattr(data, key.replace("-", "_")) for key in self.options}
+        return {key: data.value(key) for key in self.options}
 
     def opened_processor(self, processor: Any, labels: list[str], options: Mapping[str, Any]) -> Any:
         """Return what makes new contents the inputs of an exported model: by default the `processor`.

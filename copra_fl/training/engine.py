@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from copra_fl.adapters.state import Adapter, Update
+from copra_fl.aggregation.compatibility import heads_of
 from copra_fl.config import Config, ModelConfig
 from copra_fl.data.federated import FederatedData
 from copra_fl.models.adapted import AdaptedModel
@@ -153,6 +154,19 @@ class StackedEngine:
         return train_cohort(self.stacked, data, plan, clients, starts, progress)
 
 
+def train_all(
+    engine: Engine,
+    data: FederatedData,
+    plan: Plan,
+    starts: Mapping[int, Start],
+    progress: OnTrained = lambda number: None,
+) -> list[Update]:
+    """Train all clients of `plan`, slice by slice, each from its entry of `starts`; return their updates, sorted."""
+    slices = engine.slices(data, plan)
+    updates = [update for part in slices for update in engine.train(data, plan, part, starts, progress)]
+    return sorted(updates, key=lambda update: update.client)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep `KEPT_BYTES` of freed memory in this process, if it is GNU's.
 
@@ -161,6 +175,12 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR_BYTES)
+
+
+def engine_of(config: Config, num_labels: int, seed: int = 0) -> Engine:
+    """Return the engine that `config` names, as `open_engine` does."""
+    kind, group = config.training.engine, config.copra.gate_group
+    return open_engine(kind, config.model, group, num_labels, seed, heads_of(config))
 
 
 def open_engine(kind: str, config: ModelConfig, group: str, num_labels: int, seed: int, heads: int = 0) -> Engine:

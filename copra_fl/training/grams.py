@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copra_fl.adapters.state import Adapter
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter
 from copra_fl.aggregation.grams import shrunk
 from copra_fl.aggregation.products import b_of
 from copra_fl.models.adapted import AdaptedModel
@@ -88,7 +88,7 @@ def recording(model: AdaptedModel, sums: GramSums | None, batch: Mapping[str, Te
     is_token = tokens_of(batch)[None]
     hooks = [
         model.base.get_submodule(name).register_forward_pre_hook(
-            partial(_record, sums, f"base_model.model.{name}", is_token)
+            partial(_record, sums, f"{PEFT_PREFIX}{name}", is_token)
         )
         for name in model.gates.group_of
     ]

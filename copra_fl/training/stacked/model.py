@@ -12,7 +12,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from copra_fl.adapters.state import Adapter, Layout, part_of
+from copra_fl.adapters.state import PEFT_PREFIX, Adapter, Layout, part_of
 from copra_fl.copra.gates import group_name
 from copra_fl.models.adapted import AdaptedModel, frozen_head_logits, mask_other_datasets
 from copra_fl.tasks import Inputs
@@ -70,7 +70,7 @@ class StackedModel:
         for name, group in model.gates.group_of.items():
             module: Any = base.get_submodule(name)
             _check(name, module)
-            full_name = f"base_model.model.{name}"
+            full_name = f"{PEFT_PREFIX}{name}"
             linear = StackedLinear(full_name, module, group, self.context, model.residual_factors)
             tree.set_submodule(name, linear)
             blocks.append(group_name(name, "layer"))
