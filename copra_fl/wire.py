@@ -119,6 +119,11 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + sum(record.count_bytes() for record in content.metric_records.values())
 
 
+def all_bytes(content: RecordDict) -> int:
+    """Return the bytes of all records of a message."""
+    return sum(record.count_bytes() for record in content.values())
+
+
 def pack_config(config: Config) -> RecordDict:
     return RecordDict({"config": ConfigRecord({**config.to_flat()})})
 
@@ -309,8 +314,7 @@ def echo(message: RecordDict, reply: RecordDict) -> RecordDict:
 
 def check_reply(reply: RecordDict, run: str, server_round: int, max_bytes: int) -> None:
     """Raise ValueError for a reply to another run or round, or of more than `max_bytes`; opens no array."""
-    size = sum(record.count_bytes() for record in reply.values())
-    if size > max_bytes:
+    if (size := all_bytes(reply)) > max_bytes:
         raise ValueError(f"it has {size} bytes; a reply to this message has at most {max_bytes}")
     answered: dict[str, Any] = dict(reply.config_records.get("echo", ConfigRecord()))
     if answered != {"run": run, "round": server_round}:

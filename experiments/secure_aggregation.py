@@ -16,10 +16,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from copra_fl import secure_wire, wire
+from copra_fl import secure_wire
 from copra_fl.secure_aggregation import node, server
 from copra_fl.secure_aggregation.keys import new_identity, public_identity
 from copra_fl.secure_aggregation.neighbours import degree
+from copra_fl.wire import all_bytes
 
 SHARE = 2 / 3
 
@@ -32,10 +33,6 @@ def measured(seconds: list[float]) -> Iterator[None]:
     seconds.append(time.process_time() - started)
 
 
-def num_bytes(content: wire.RecordDict) -> int:
-    return sum(record.count_bytes() for record in content.values())
-
-
 def measure(number: int, values: int) -> dict[str, float]:
     """Return neighbours, bytes and seconds of a round of `number` nodes with vectors of `values` numbers."""
     identities = [new_identity() for _ in range(number)]
@@ -43,15 +40,15 @@ def measure(number: int, values: int) -> dict[str, float]:
     vector, of_nodes, of_server = np.arange(values, dtype=np.uint64), list[float](), list[float]()
     with measured(of_nodes):
         offers = [node.offer_keys("run", 1, one, identities[one]) for one in range(number)]
-    up = num_bytes(secure_wire.pack_keys(offers[0][1]))
+    up = all_bytes(secure_wire.pack_keys(offers[0][1]))
     roster = server.list_nodes("run", 1, SHARE, [keys for _, keys in offers])
-    down = num_bytes(secure_wire.pack_roster(roster))
+    down = all_bytes(secure_wire.pack_roster(roster))
     with measured(of_nodes):
         shared = [node.share_secrets(secrets, roster, trusted) for secrets, _ in offers]
-    up += num_bytes(secure_wire.pack_shares(shared[0][1]))
+    up += all_bytes(secure_wire.pack_shares(shared[0][1]))
     relay = server.Relay.of(roster, dict(enumerate(messages for _, messages in shared)))
     deliveries = [relay.for_receiver(one) for one in range(number)]
-    down += num_bytes(secure_wire.pack_shares(deliveries[0]))
+    down += all_bytes(secure_wire.pack_shares(deliveries[0]))
     with measured(of_nodes):
         masked = [
             node.mask_vector(node.receive_shares(session, delivery), vector)
@@ -69,8 +66,8 @@ def measure(number: int, values: int) -> dict[str, float]:
         assert (total == vector * np.uint64(len(vectors))).all()
     return {
         "neighbours": degree(number, SHARE),
-        "kB up": (up + num_bytes(secure_wire.pack_revealed(revealed[0])) + len(next(iter(signatures.values())))) / 1e3,
-        "kB down": (down + num_bytes(secure_wire.pack_confirmed(vectors, signatures))) / 1e3,
+        "kB up": (up + all_bytes(secure_wire.pack_revealed(revealed[0])) + len(next(iter(signatures.values())))) / 1e3,
+        "kB down": (down + all_bytes(secure_wire.pack_confirmed(vectors, signatures))) / 1e3,
         "vector kB": 8 * values / 1e3,
         "node s": sum(of_nodes[:4]) / number,
         "server s": of_server[0],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from copra_fl.records import Estimate
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.statistics import estimate
 from copra_fl.reporting.tables import POINTS, TEST_ACCURACY
+from experiments.papers_summary import pseudo_values
 
 #: names in `probes.merging.MERGE_METHODS`
 MERGES = FACTORS, PRODUCTS = "average of factors", "average of products"
@@ -45,9 +45,6 @@ def over_pairs(value_of: Mapping[tuple[int, int], float]) -> Estimate:
     """Return the mean of a value of each pair of runs, with the 95 % t-interval of the jackknife over runs.
 
     Pairs that have a run in common are not independent. So the interval is that of Tukey's pseudo-values, one for each
-    of n runs: n times the mean over all pairs minus n - 1 times the mean over the pairs without the run (Arvesen, 1969,
-    Annals of Mathematical Statistics 40, for U-statistics).
+    run (Arvesen, 1969, Annals of Mathematical Statistics 40, for U-statistics).
     """
-    runs, whole = {run for pair in value_of for run in pair}, fmean(value_of.values())
-    without = [fmean(value for pair, value in value_of.items() if run not in pair) for run in sorted(runs)]
-    return estimate([len(runs) * whole - (len(runs) - 1) * mean for mean in without])
+    return estimate(pseudo_values(value_of, sorted({run for pair in value_of for run in pair})))

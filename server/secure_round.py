@@ -119,8 +119,8 @@ class SecureRound:
         remaining = [message for message in messages if message.metadata.dst_node_id in sent]
         for message in remaining:
             shares = self._relay.for_receiver(self._numbers[message.metadata.dst_node_id])
-            self.bytes_down += secure_wire.pack_shares(shares)["secure-shares"].count_bytes()
             secure_wire.add_shares(message.content, shares, self._scale)
+            self.bytes_down += message.content["secure-shares"].count_bytes()
         return remaining
 
     def unmask(self, replies: Mapping[int, TrainReply]) -> SecureSum:
@@ -249,7 +249,7 @@ class SecureRound:
                 try:
                     if reply.has_error():
                         raise SecureAggregationError(reply.error.reason)
-                    if (size := all_bytes(reply.content)) > limit:
+                    if (size := wire.all_bytes(reply.content)) > limit:
                         raise SecureAggregationError(f"it has {size} bytes; an answer has at most {limit}")
                     answers[node] = read(node, reply.content)
                 except Exception as error:  # a node can have sent anything
@@ -264,8 +264,8 @@ class SecureRound:
             reason = reasons.get(node, silent)
             log(INFO, "node %s: %s", self._numbers[node], reason)
             (self.missing if missing is None else missing).update(dict.fromkeys(self._request.cohorts[node], reason))
-        self.bytes_down += sum(all_bytes(message.content) for message in messages)
-        self.bytes_up += sum(all_bytes(reply.content) for reply in replies if reply.has_content())
+        self.bytes_down += sum(wire.all_bytes(message.content) for message in messages)
+        self.bytes_up += sum(wire.all_bytes(reply.content) for reply in replies if reply.has_content())
         return answers
 
     @contextmanager
@@ -280,8 +280,3 @@ class SecureRound:
                 f"round {self._request.server_round}: secure aggregation failed: {error}{others}. --resume does the "
                 "round again"
             ) from error
-
-
-def all_bytes(content: wire.RecordDict) -> int:
-    """Return the bytes of all records of a message."""
-    return sum(record.count_bytes() for record in content.values())

@@ -48,9 +48,9 @@ class ServerState:
         """Return the global adapter of `age` rounds before the newest."""
         return self.earlier[age - 1] if age else self.adapter
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, texts: Mapping[str, str]) -> None:
         """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
-        write_tensors(path, self._tensors(), metadata)
+        write_tensors(path, self._tensors(), texts)
 
     def _tensors(self) -> Adapter:
         others = {kind: tensors for kind, tensors in vars(self).items() if kind != "adapter"}
@@ -61,11 +61,11 @@ class ServerState:
 
     @classmethod
     def load(cls, path: Path) -> tuple[ServerState, dict[str, str]]:
-        """Read a checkpoint that `save` wrote: the state and the metadata."""
-        tensors, metadata = read_tensors(path)
+        """Read a checkpoint that `save` wrote: the state and the texts."""
+        tensors, texts = read_tensors(path)
         adapter = {name: tensor for name, tensor in tensors.items() if "/" not in name}
         others = split_names({name: tensor for name, tensor in tensors.items() if "/" in name})
         by_age = others.pop("earlier", {})
         earlier = tuple(by_age[age] for age in sorted(by_age, key=int))
         last_rounds = others.pop("last_rounds", {PAIRS: torch.empty(0, 2)})[PAIRS]
-        return cls(adapter, **others, earlier=earlier, last_rounds=dict(last_rounds.tolist())), metadata
+        return cls(adapter, **others, earlier=earlier, last_rounds=dict(last_rounds.tolist())), texts

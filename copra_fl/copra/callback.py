@@ -21,8 +21,9 @@ from copra_fl.copra.gates import Gates
 
 
 class GateCallback(TrainerCallback):
-    """Set the gates of each optimizer step, and open them after it. Subclasses say to what, and what to do if the loss
-    undoes them.
+    """Set the gates of each optimizer step, and open them after it.
+
+    Subclasses set `_masks` and `_scales`, and `_remedy`: the advice in the error for a loss that undoes the gates.
     """
 
     _remedy: str

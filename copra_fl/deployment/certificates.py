@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from copra_fl.config import ConfigError
 from copra_fl.deployment.layout import DeploymentLayout, client_name, write_mounted
 from copra_fl.files import atomic_write
+from copra_fl.secure_aggregation.keys import new_identity, public_identity
 
 CA_DAYS = 3650
 #: the longest validity that today's TLS libraries accept; `deploy rotate --certificate` makes a new certificate
@@ -165,17 +166,13 @@ def surplus_keys(layout: DeploymentLayout, num_clients: int) -> list[Path]:
 
 
 def make_node_key(path: Path) -> None:
-    """Make a private key, as `ssh-keygen -t ecdsa -b 384` does."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    openssh = serialization.PrivateFormat.OpenSSH
-    content = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    write_mounted(path, content, 0o600)
+    """Write a new private key to the file `path`."""
+    write_mounted(path, new_identity(), 0o600)
 
 
 def public_key(path: Path) -> bytes:
     """Return the public key of the private key in the file `path`, in OpenSSH's format."""
-    public = serialization.load_ssh_private_key(path.read_bytes(), password=None).public_key()
-    return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
+    return public_identity(path.read_bytes()) + b"\n"
 
 
 def _certificate(

@@ -1,7 +1,7 @@
 """Records: the schema of the JSON files in the folders of runs, comparisons and studies, and of audit logs.
 
-The server writes those of a run (`server.journal`), `copra_fl.reporting` writes the others and reads all of them;
-nothing else parses these files. A field that was not measured is None or empty, never absent.
+The server writes those of a run (`server.journal`), `copra_fl.reporting` the others. All readers parse the files with
+these classes. A field that was not measured is None or empty, never absent.
 """
 
 from copra_fl.records.audit import AuditedNode, AuditEvent, NodeRecord, read_records

@@ -77,7 +77,7 @@ def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
 
 
 def new_identity() -> bytes:
-    """Return a new private key of a node in OpenSSH's format, for runs without a deployment's keys."""
+    """Return a new private key of a node in OpenSSH's format, as `ssh-keygen -t ecdsa -b 384` makes it."""
     return ec.generate_private_key(ec.SECP384R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )

@@ -1,4 +1,4 @@
-"""The messages of a round, as plain data. `copra_fl.wire` packs them."""
+"""The messages of a round, as plain data. `copra_fl.secure_wire` packs them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -46,16 +45,7 @@ def run_comparison(
         create_output(directory, overwrite)
         write_plan(directory, methods, seeds, configs)
         process = link.start_run({"output": str(directory), "resume": True}, workers)
-
-        from copra_fl.trackers.feed import Tracking  # slow to import
-
-        with closing(Tracking(track, [directory / name for name in configs], console)) as tracking:
-
-            def update() -> None:
-                tracking.update()
-                on_progress()
-
-            progress.watch(link, process, len(configs), console, update)
+        progress.watch_tracked(link, process, [directory / name for name in configs], console, track, on_progress)
 
 
 def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: Mapping[str, Config]) -> None:

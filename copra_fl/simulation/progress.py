@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,26 @@ class EventReader:
             complete, newline, _ = file.read().rpartition(b"\n")
         self._position += len(complete) + len(newline)
         return [json.loads(line) for line in complete.splitlines()]
+
+
+def watch_tracked(
+    link: SuperLink,
+    process: subprocess.Popen[bytes],
+    directories: Sequence[Path],
+    console: Console,
+    track: Sequence[str],
+    on_progress: Callable[[], None],
+) -> None:
+    """Show the progress of the runs in `directories` as `watch` does, and send their metrics to `track`'s trackers."""
+    from copra_fl.trackers.feed import Tracking  # slow to import
+
+    with closing(Tracking(track, directories, console)) as tracking:
+
+        def update() -> None:
+            tracking.update()
+            on_progress()
+
+        watch(link, process, len(directories), console, update)
 
 
 def watch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -47,13 +46,4 @@ def run_single(
         create_output(directory, overwrite)
         write_config(directory, config, lengthen=resume)
         process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
-
-        from copra_fl.trackers.feed import Tracking  # slow to import
-
-        with closing(Tracking(track, [directory], console)) as tracking:
-
-            def update() -> None:
-                tracking.update()
-                on_progress()
-
-            progress.watch(link, process, 1, console, update)
+        progress.watch_tracked(link, process, [directory], console, track, on_progress)

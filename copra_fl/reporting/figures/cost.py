@@ -28,11 +28,8 @@ COSTS = (
 MAX_LINEAR_RATIO = 10
 
 
-def accuracy_for_cost(summary: ComparisonSummary, setting: str = "") -> list[Figure]:
-    """Return validation accuracy against bytes and operations spent, if some method was evaluated more than once.
-
-    `setting` is added to the titles.
-    """
+def accuracy_for_cost(summary: ComparisonSummary) -> list[Figure]:
+    """Return validation accuracy against bytes and operations spent, if some method was evaluated more than once."""
     curves = {method: curve for method, curve in summary.curves.items() if len(curve.rounds) > 1}
     many = len(summary.methods) > len(STYLES)
     figures = []
@@ -51,7 +48,7 @@ def accuracy_for_cost(summary: ComparisonSummary, setting: str = "") -> list[Fig
             f"round that all seeds reached. {CAPTIONS[name]}"
         )
         if chart.data:
-            figures.append(Figure(f"Accuracy against {cost}{setting}", caption, chart, wide=many))
+            figures.append(Figure(f"Accuracy against {cost}", caption, chart, wide=many))
     return figures
 
 
