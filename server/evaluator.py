@@ -46,6 +46,7 @@ class Evaluator:
         self.data = data
         self.engine = engine_of(config, len(data.label_names), config.federation.seed)
         self.model = self.engine.model
+        self._initial_adapter = initial_adapter(self.model, data, config)
 
     def score(self, adapters: Sequence[Adapter], residual: Adapter, indices: np.ndarray) -> list[Metrics]:
         """Return the metrics of each adapter on W0 + `residual`, on the examples `indices`."""
@@ -59,12 +60,11 @@ class Evaluator:
 
     def start_state(self) -> ServerState:
         """Return the state before the first round."""
-        adapter = initial_adapter(self.model, self.data, self.config)
+        adapter, training = self._initial_adapter, self.config.training
         zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
-        training = self.config.training
         return ServerState(
             adapter,
-            control=zeros if self.config.aggregation.control_variates else {},
+            control_sum=zeros if self.config.aggregation.control_variates else {},
             optimizer=no_moments(training, adapter) if training.optimizer_state == "shared" else {},
         )
 
