@@ -83,8 +83,9 @@ def leave_out(config: Config, audit: AuditLog) -> Iterator[None]:
 
 
 def admit(handshakes: Mapping[int, wire.Handshake], config: Config, audit: AuditLog) -> dict[int, wire.Handshake]:
-    """Return the nodes that fit together; labels and number of clients are those that most nodes have."""
-    votes = Counter((handshake.num_clients, tuple(handshake.label_names)) for handshake in handshakes.values())
+    """Return the nodes that fit together; labels and number of clients are those of most nodes that take part."""
+    willing = [handshake for handshake in handshakes.values() if not handshake.rejection_reason]
+    votes = Counter((handshake.num_clients, tuple(handshake.label_names)) for handshake in willing)
     usual = max(votes, key=votes.__getitem__, default=(0, ()))
     admitted = Admitted.of({})
     for node, handshake in handshakes.items():

@@ -103,6 +103,33 @@ def test_a_run_waits_for_its_nodes(settings: Settings, tmp_path: Path) -> None:
         run_federation(flat | {"min-nodes": 4, "node-timeout-s": 2.0}, tmp_path / "few", grid=LateGrid(3))
 
 
+def rejecting(partition: int) -> ClientApp:
+    """Return a node that takes part in no run."""
+    app = ClientApp()
+
+    @app.query()
+    def handshake(message: Message, context: Context) -> Message:
+        rejection = Handshake(partition, digest=library_digest(CLIENTS), rejection_reason="it has no data")
+        return Message(pack_handshake(rejection), reply_to=message)
+
+    return app
+
+
+class RejectingGrid(LocalGrid):
+    """Three nodes, of which the first two reject every run."""
+
+    def answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        return super().answer(message) if node == 102 else rejecting(node - 100)(message, self.contexts[node])
+
+
+def test_nodes_that_reject_a_run_do_not_outvote_the_one_that_takes_part(settings: Settings, tmp_path: Path) -> None:
+    flat = settings | {"num-clients": 0, "min-nodes": 1, "min-replies": 1}
+    assert clients(run_federation(flat, tmp_path / "run", grid=RejectingGrid(3))) == [[2]] * 3
+    with pytest.raises(FederationError, match=r"node 100 \(partition-id 0\) .*it has no data"):
+        run_federation(flat | {"failures": "strict"}, tmp_path / "strict", grid=RejectingGrid(3))
+
+
 class JoiningGrid(LocalGrid):
     """Node 102 connects after the first round's training, and runs `late_app` if given."""
 
@@ -126,14 +153,7 @@ def test_a_late_node_trains_from_the_next_round_on(settings: Settings, tmp_path:
 
 
 def test_a_late_node_that_rejects_the_run_is_left_out(settings: Settings, tmp_path: Path) -> None:
-    app = ClientApp()
-
-    @app.query()
-    def handshake(message: Message, context: Context) -> Message:
-        rejection = Handshake(partition=2, digest=library_digest(CLIENTS), rejection_reason="it has no data")
-        return Message(pack_handshake(rejection), reply_to=message)
-
-    directory = run_federation(settings | {"num-clients": 0}, tmp_path / "run", grid=JoiningGrid(app))
+    directory = run_federation(settings | {"num-clients": 0}, tmp_path / "run", grid=JoiningGrid(rejecting(2)))
     assert clients(directory) == [[0, 1]] * 3
 
 
