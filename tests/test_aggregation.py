@@ -147,6 +147,12 @@ def test_averaging_sums_wider_than_float32() -> None:
     assert weighted_average(old, updates, "examples", {"a": 0})["a"].item() == pytest.approx(1.0)
 
 
+def test_the_norm_does_not_depend_on_the_order_of_the_tensors() -> None:
+    """A square of 1 is lost in a sum with 1e16, two together are not."""
+    tensors = {"a": torch.tensor([1.0]), "b": torch.tensor([1.0]), "c": torch.tensor([1e8]), "d": torch.tensor([2e8])}
+    assert len({norm(dict(order)) for order in itertools.permutations(tensors.items())}) == 1
+
+
 def test_complete_difference_norm() -> None:
     sent = update(0, 1, (1, 0), a=[4.0, 5.0])
     whole = complete(sent, OLD)

@@ -89,6 +89,17 @@ def test_the_factors_span_the_best_approximation_of_the_gradient(tiny: Settings)
     assert all(torch.equal(start[name], head[name]) for name in ("head.weight", "head.bias"))
 
 
+def test_a_rank_above_the_width_of_the_model_leaves_the_rest_of_the_factors_zero(tiny: Settings) -> None:
+    world = World(tiny | {"rank": 40}, heads=1)
+    start = core_start(world.plain, world.data.examples, world.data.server_validation, 16)
+    assert {name: tensor.shape for name, tensor in start.items()} == {
+        name: tensor.shape for name, tensor in world.plain.read_adapter().items()
+    }
+    for name, a in start.items():
+        if ".lora_A." in name:
+            torch.testing.assert_close(a @ a.T, torch.diag((a != 0).any(dim=1).float()), atol=1e-5, rtol=0)
+
+
 def test_the_sign_of_the_directions_does_not_depend_on_the_decomposition() -> None:
     matrix = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     left, right = leading_directions(matrix, 3)

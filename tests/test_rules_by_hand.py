@@ -23,6 +23,7 @@ from copra_fl.aggregation.products import aggregation_error
 from copra_fl.aggregation.rule import Round
 from copra_fl.aggregation.rules.fedrot_lora import rotation
 from copra_fl.aggregation.rules.fedrpca import low_rank_part
+from copra_fl.aggregation.rules.fedsvd import orthogonalized
 from tests.support.rounds import (
     MODULES,
     D,
@@ -400,6 +401,17 @@ def test_fedsvd_has_an_a_with_orthonormal_rows_in_the_old_row_space() -> None:
         assert np.abs(np.diag(a @ vt[:R].T)) == pytest.approx([1, 1], abs=1e-6), "the right singular vectors"
         assert np.linalg.norm(b, axis=0) == pytest.approx(s[:R]) and s[R:] == pytest.approx(0, abs=1e-6)
         assert a @ np.linalg.pinv(old_a) @ old_a == pytest.approx(a, abs=1e-6), "the row space of the old A"
+
+
+def test_fedsvd_keeps_the_product_where_the_rank_is_above_the_width_of_a_module() -> None:
+    factors = {
+        f"{MODULES[0]}.lora_A.weight": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
+        f"{MODULES[0]}.lora_B.weight": torch.randn(4, 7, generator=torch.Generator().manual_seed(1)),
+    }
+    refactored = orthogonalized(factors, [MODULES[0]])
+    assert {name: tensor.shape for name, tensor in refactored.items()} == {n: t.shape for n, t in factors.items()}
+    (a, b), (old_a, old_b) = refactored.values(), factors.values()
+    torch.testing.assert_close(b @ a, old_b @ old_a)
 
 
 def test_norm_clipped_by_hand() -> None:

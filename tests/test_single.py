@@ -112,6 +112,15 @@ def train(model: adapted.AdaptedModel, flat: Settings, client: int = 0, server_r
     return train_client(model, federated, Plan(server_round, (client,), config), client, start)
 
 
+def test_the_gradients_of_a_client_that_failed_before_are_gone(model: adapted.AdaptedModel, tiny: Settings) -> None:
+    expected = train(model, tiny)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    again = train(model, tiny)
+    assert all(torch.equal(tensor, expected.adapter[name]) for name, tensor in again.adapter.items())
+
+
 def test_lora_training_equals_a_plain_training_loop(model: adapted.AdaptedModel, tiny: Settings) -> None:
     """Oracle: a loop on PEFT's model with one optimizer over all parameters."""
     flat = tiny | {"local-training": "lora", "max-grad-norm": 0.5, "weight-decay": 0.01, "head-learning-rate": 0.002}

@@ -143,8 +143,11 @@ def difference(a: Adapter, b: Adapter) -> Adapter:
 
 
 def norm(adapter: Adapter) -> float:
-    """Return the Euclidean norm over all tensors, summed in float64."""
-    squares = [tensor.double().square().sum() for tensor in adapter.values()]
+    """Return the Euclidean norm over all tensors, summed in float64.
+
+    In alphabetical order: that of `adapter` is another after a resume.
+    """
+    squares = [tensor.double().square().sum() for _, tensor in sorted(adapter.items())]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from copra_fl.adapters.state import Adapter
-from copra_fl.aggregation.products import signed
+from copra_fl.aggregation.products import a_of, b_of, signed
+from copra_fl.aggregation.ranks import pad
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.tasks import Examples
 
@@ -25,9 +26,8 @@ def core_start(model: AdaptedModel, examples: Examples, indices: np.ndarray, bat
     for module, gradient in base_gradients(model, examples, indices, batch_size).items():
         core = adapter[f"{module}.lora_R.weight"]
         left, right = leading_directions(gradient, len(core))
-        adapter[f"{module}.lora_B.weight"] = left.to("cpu", core.dtype)
-        adapter[f"{module}.lora_A.weight"] = right.to("cpu", core.dtype)
-        adapter[f"{module}.lora_R.weight"] = torch.zeros_like(core)
+        factors = {b_of(module): left.to("cpu", core.dtype), a_of(module): right.to("cpu", core.dtype)}
+        adapter |= pad(factors, len(core)) | {f"{module}.lora_R.weight": torch.zeros_like(core)}
     return adapter
 
 
@@ -59,7 +59,10 @@ def base_gradients(model: AdaptedModel, examples: Examples, indices: np.ndarray,
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the first `rank` left (d, r) and right (r, k) singular vectors of `matrix`, signed as `signed` does."""
+    """Return the first `rank` left (d, r) and right (r, k) singular vectors of `matrix`, signed as `signed` does.
+
+    All of them if there are fewer.
+    """
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
     left, right = signed(u[:, :rank], vt[:rank])
     return left.contiguous(), right.contiguous()

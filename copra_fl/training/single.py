@@ -37,6 +37,7 @@ def train_client(model: AdaptedModel, data: FederatedData, plan: Plan, client: i
     started = time.perf_counter()
     training, aggregation, seed = plan.config.training, plan.config.aggregation, plan.config.federation.seed
     steps = plan_steps(plan, data, client, len(model.gates.names))
+    model.zero_grad(set_to_none=True)  # of a client that failed between backward pass and optimizer step
     model.write_adapter(start.adapter)
     model.train_adapters(True)
     parameters = model.train_only(plan.trained_parts)

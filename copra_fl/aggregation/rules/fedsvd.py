@@ -18,6 +18,7 @@ import torch
 
 from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation.products import a_of, b_of, signed, trained_modules
+from copra_fl.aggregation.ranks import pad
 from copra_fl.aggregation.rule import Outcome, Round, Rule
 from copra_fl.aggregation.rules.fedavg import fedavg
 from copra_fl.aggregation.rules.ffa_lora import trained_parts
@@ -37,7 +38,8 @@ def orthogonalized(adapter: Adapter, modules: Iterable[str]) -> Adapter:
             q, t = torch.linalg.qr(a.double().T)
             u, s, vt = torch.linalg.svd(b.double() @ t.T, full_matrices=False)
             left, right = signed(u, vt @ q.T)
-            factors[b_of(module)], factors[a_of(module)] = (left * s).to(b.dtype), right.to(a.dtype)
+            narrow = {b_of(module): (left * s).to(b.dtype), a_of(module): right.to(a.dtype)}
+            factors |= pad(narrow, len(a))  # narrower where the rank is above the width of the module
     return factors
 
 
