@@ -4,7 +4,7 @@ the state of the local optimizer.
 It is stored below the cache folder, so that it survives messages, processes and restarts. Each client has a folder
 with one file per round in which it has trained. The server names the newest round that used the client's update, and
 the client goes on from the state after that round: a round whose reply was lost or rejected, or that was interrupted,
-leaves no state. The file that a round began with is kept until the next one, because the round may be done again.
+leaves no trace. The file that a round began with is kept until the next one, because the round may be done again.
 """
 
 from __future__ import annotations
@@ -59,27 +59,29 @@ class ClientStateStore:
     def read(self, client: int, last_round: int) -> ClientState:
         """Return the state of `client` after `last_round`, the newest that used its update; an empty one after 0.
 
-        States of later rounds are removed: the server has not used them, and the client may fail in the next. Raises
-        DamagedFile if the file is damaged, StateGone without it.
+        Raises DamagedFile if the file is damaged, StateGone without it.
         """
+        if not last_round:
+            return ClientState()
         file = self._file(client, last_round)
-        if last_round and not file.exists():
+        if not file.exists():
             raise StateGone(
                 f"the state of client {client} after round {last_round} is gone: the cache folder of its node was "
                 "emptied or replaced, or the server went back more than a round; restore the folder from a backup, or "
                 "start the run anew"
             )
-        for path in self._files(client):
-            if path.name > file.name:
-                path.unlink()
-        return ClientState(**split_names(read_tensors(file)[0])) if last_round else ClientState()
+        return ClientState(**split_names(read_tensors(file)[0]))
 
     def write(self, client: int, server_round: int, state: ClientState, last_round: int) -> None:
-        """Write the state of `client` after a round that began with its state after `last_round`; older ones go."""
+        """Write the state of `client` after a round that began with its state after `last_round`.
+
+        That one stays, and those of later rounds, which a slow training can write first; all others are removed.
+        """
         self._folder(client).mkdir(parents=True, exist_ok=True)
-        write_tensors(self._file(client, server_round), join_names(vars(state)), {})
-        for path in self._files(client):
-            if path.name < self._file(client, last_round).name:
+        file, start = self._file(client, server_round), self._file(client, last_round)
+        write_tensors(file, join_names(vars(state)), {})
+        for path in self._folder(client).glob("round-*.safetensors"):
+            if path.name < file.name and path.name != start.name:
                 path.unlink()
 
     def _folder(self, client: int) -> Path:
@@ -88,6 +90,3 @@ class ClientStateStore:
 
     def _file(self, client: int, server_round: int) -> Path:
         return self._folder(client) / f"round-{server_round:05d}.safetensors"
-
-    def _files(self, client: int) -> list[Path]:
-        return sorted(self._folder(client).glob("round-*.safetensors"))

@@ -22,7 +22,7 @@ startup.prepare()
 
 from clients import secure_handlers
 from clients.audit import AuditLog
-from clients.client_state import ClientStateStore
+from clients.client_state import ClientState, ClientStateStore
 from clients.node_config import NodeConfig, Rejected
 from clients.policy import Policy
 from clients.starts import make_global_starts, make_starts
@@ -166,8 +166,13 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     secure = config.privacy.secure_aggregation
     upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
-    last_rounds = {client: plan.last_rounds.get(client, 0) for client in plan.clients}
-    kept = {client: store.read(client, last_round) for client, last_round in last_rounds.items()}
+
+    def read_states(clients: Sequence[int]) -> list[tuple[int, ClientState]]:
+        return [(client, store.read(client, plan.last_rounds.get(client, 0))) for client in clients]
+
+    states, without_state = _isolate_failures(node, plan.clients, read_states)
+    kept = dict(states)
+    plan = replace(plan, clients=tuple(kept))
     global_starts = make_global_starts(plan, delta.number, server_state)
     starts = make_starts(plan, delta.number, server_state, global_starts, kept)
     updates, failures = _train_clients(node, plan, engine, data, starts)
@@ -182,8 +187,8 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
     if leaves_state(config):
         for update in updates:
             after = kept[update.client].after(update, config, quantization_errors.get(update.client, {}))
-            store.write(update.client, plan.server_round, after, last_rounds[update.client])
-    return wire.echo(content, wire.pack_updates(reported(config, updates), buffers, failures))
+            store.write(update.client, plan.server_round, after, plan.last_rounds.get(update.client, 0))
+    return wire.echo(content, wire.pack_updates(reported(config, updates), buffers, without_state | failures))
 
 
 def _train_clients(

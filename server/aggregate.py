@@ -69,7 +69,7 @@ def aggregate(
     error = None
     if not (pools(run.config) or run.rule.personal or is_private):
         error = AggregationError(**aggregation_error(round_, outcome))
-    next_state = state_after(run, state, outcome, updates, controls, num_eligible)
+    next_state = state_after(run, state, outcome, updates, controls)
     return Aggregate(next_state, outcome.residual, outcome.notes, error)
 
 
@@ -121,9 +121,8 @@ def state_after(
     outcome: Outcome,
     updates: Sequence[Update],
     controls: Sequence[Adapter],
-    num_eligible: int,
 ) -> ServerState:
-    """Return the server's next state: server optimizer's step, residual, control variate, moments, old adapters."""
+    """Return the server's next state: server optimizer's step, residual, control variates, moments, old adapters."""
     settings = run.config.aggregation
     adapter, first, second = outcome.adapter, state.first_moment, state.second_moment
     if settings.server_optimizer != "none":
@@ -132,7 +131,7 @@ def state_after(
     return ServerState(
         adapter=heads.join(adapter),
         residual=add(state.residual, outcome.residual),
-        control=scaffold.next_control(state.control, controls, num_eligible),
+        control_sum=scaffold.next_sum(state.control_sum, controls),
         first_moment=first,
         second_moment=second,
         optimizer=average_moments(state.optimizer, updates, settings.weighting, run.group_of),

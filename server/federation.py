@@ -29,6 +29,7 @@ from copra_fl.models.export import save
 from copra_fl.records import Origin, PrivacySpent, RoundRecord
 from copra_fl.sources.assets import find_asset, is_asset
 from copra_fl.tasks import find_task
+from copra_fl.training.plan import leaves_state
 from server.aggregate import earlier_after
 from server.audit import AuditLog
 from server.early_end import next_round, validation_accuracies
@@ -60,7 +61,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
 
     evaluator = open_evaluator(config)
-    state = journal.resume() or evaluator.start_state()
+    state = resume(journal, evaluator)
     write_provenance(journal, evaluator)
     strategy = CohortStrategy(run_context(journal, evaluator), nodes, state)
     audit.admit(nodes, strategy.run.config)
@@ -81,6 +82,20 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
 
     finish(grid, strategy, evaluator, journal)
     audit.finish(len(journal.records))
+
+
+def resume(journal: Journal, evaluator: Evaluator) -> ServerState:
+    """Return the state in the newest checkpoint; at the start the one before the first round.
+
+    Raises RecordError as `Journal.resume` does, and for a run of an earlier version whose clients keep state: its
+    checkpoints do not say after which round that state is.
+    """
+    state = journal.resume()
+    if state is None:
+        return evaluator.start_state()
+    if leaves_state(evaluator.config) and not state.last_rounds and any(record.clients for record in journal.read()):
+        raise journal.other_version()
+    return state
 
 
 def run_round(

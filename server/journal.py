@@ -78,7 +78,7 @@ class Journal:
         try:
             state = self._state_with_records()
         except RecordError as error:
-            raise self._other_version() from error
+            raise self.other_version() from error
         atomic_write(self._journal, "".join(record.to_json() + "\n" for record in self.records))
         self.records = list(map(without_clients, self.records))
         return state
@@ -172,9 +172,10 @@ class Journal:
             warn(f"{self._provenance} is damaged ({damage}); it is written again")
             return None
         except RecordError as error:
-            raise self._other_version() from error
+            raise self.other_version() from error
 
-    def _other_version(self) -> RecordError:
+    def other_version(self) -> RecordError:
+        """Return the error for a run folder that another version of copra-fl wrote."""
         return RecordError(
             f"{self.directory} was written by another version of copra-fl and cannot be resumed; start the run anew in "
             "another folder, or resume it with the version that provenance.json names"

@@ -40,12 +40,12 @@ class StateSync:
         self._changed = {name for name, tensor in new.items() if not torch.equal(old[name], tensor)}
         self._residual = residual
 
-    def pack(self, plan: Plan, state: ServerState, number: int, node: int) -> wire.RecordDict:
+    def pack(self, plan: Plan, state: ServerState, control: Adapter, number: int, node: int) -> wire.RecordDict:
         """Return the message with `plan` and `state` for `node`; `number` of rounds led to `state`.
 
         If the plan's round is a later one, the message is for training: the adapter is cut to the cohort's largest rank
-        and the control variate and the shared moments of the optimizers are included, and the older adapters that
-        its clients need.
+        and the global control variate `control` and the shared moments of the optimizers are included, and the older
+        adapters that its clients need.
         """
         is_training = number < plan.server_round
         rank = self._largest_rank(plan.clients) if is_training else self._run.config.model.rank
@@ -69,7 +69,7 @@ class StateSync:
             wire.Payload(
                 cut(chosen(state.adapter, sent), rank),
                 residual,
-                state.control if is_training else {},
+                control if is_training else {},
                 {kind: parts(t, plan.trained_parts) for kind, t in state.optimizer.items()} if is_training else {},
                 {age: cut(chosen(old, changed), rank) for age, old in earlier.items()},
             ),

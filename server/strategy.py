@@ -18,6 +18,7 @@ from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.pooling import pool_scalars
+from copra_fl.aggregation.scaffold import global_control
 from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.aggregation.starts import ages, client_starts, has_own_start
 from copra_fl.copra.layers import deep_enough
@@ -107,7 +108,7 @@ class CohortStrategy:
             num_wanted=sampling.num_wanted(config, len(eligible), len(clients)),
             inspected=frozenset(inspected_clients(config, server_round, clients)),
             starts={client: parts(start, self.run.rule.sends(server_round)) for client, start in starts.items()},
-            has_control=bool(self.state.control),
+            has_control=bool(self.state.control_sum),
             has_grams=self.run.rule.sends_grams(server_round),
             moments=moment_kinds(config.training) if self.state.optimizer else (),
             ages=ages_of,
@@ -184,11 +185,12 @@ class CohortStrategy:
     def messages(self, request: RoundRequest, number: int, message_type: str) -> list[Message]:
         """Return one message with the state for each node of the request; `number` of rounds led to the state."""
         messages, known = [], self.state.last_rounds
+        control = global_control(self.state.control_sum, len(self.eligible))
         for node, cohort in request.cohorts.items():
             inspected = tuple(client for client in cohort if client in request.inspected)
             last_rounds = {client: known[client] for client in cohort if client in known}
             plan = Plan(request.server_round, tuple(cohort), self.run.config, inspected, last_rounds)
-            messages.append(Message(self._sync.pack(plan, self.state, number, node), node, message_type))
+            messages.append(Message(self._sync.pack(plan, self.state, control, number, node), node, message_type))
         return messages
 
     def _last_rounds_after(self, server_round: int, updates: Sequence[Update]) -> Mapping[int, int]:

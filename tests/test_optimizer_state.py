@@ -19,7 +19,7 @@ from copra_fl.training.batches import plan_steps
 from copra_fl.training.optimizer import set_learning_rates
 from copra_fl.training.plan import Plan
 from server.replies import with_moments
-from tests.support.federations import final_adapter, journal
+from tests.support.federations import final_state, journal
 from tests.support.local_grid import run_federation
 from tests.support.rounds import update as make_update
 from tests.support.tiny import Settings
@@ -114,7 +114,7 @@ def test_a_single_client_gets_its_own_moments_back_from_the_server(tiny: Setting
         kind: run_federation(flat | {"optimizer-state": kind}, tmp_path / kind, num_nodes=1)
         for kind in ("fresh", "client", "shared")
     }
-    fresh, client, shared = (final_adapter(directory) for directory in runs.values())
+    fresh, client, shared = (final_state(directory).adapter for directory in runs.values())
     assert relative_error(shared, client) < 1e-6
     assert relative_error(fresh, client) > 1e-3
     up, down = (
@@ -125,7 +125,7 @@ def test_a_single_client_gets_its_own_moments_back_from_the_server(tiny: Setting
     assert down["shared"] == pytest.approx(3 * down["fresh"], rel=0.05)
 
     rounded = run_federation(flat | {"optimizer-state": "shared", "moments-dtype": "bfloat16"}, tmp_path / "16", 1)
-    assert 0 < relative_error(final_adapter(rounded), shared) < 1e-3
+    assert 0 < relative_error(final_state(rounded).adapter, shared) < 1e-3
     for way in ("up", "down"):
         num_bytes = sum(line[f"bytes_{way}"] for line in journal(rounded))
         assert num_bytes == pytest.approx(2 * (up if way == "up" else down)["fresh"], rel=0.05)
@@ -134,11 +134,11 @@ def test_a_single_client_gets_its_own_moments_back_from_the_server(tiny: Setting
 def test_shared_moments_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     adapter = {"m.0.lora_A.weight": torch.ones(1, 2)}
     state = ServerState(
-        adapter, control={"m.0.lora_A.weight": torch.zeros(1, 2)}, optimizer=no_moments(Config().training, adapter)
+        adapter, control_sum={"m.0.lora_A.weight": torch.zeros(1, 2)}, optimizer=no_moments(Config().training, adapter)
     )
     state.save(tmp_path / "state.safetensors", {})
     loaded, _ = ServerState.load(tmp_path / "state.safetensors")
-    assert loaded.adapter.keys() == adapter.keys() and loaded.control.keys() == adapter.keys()
+    assert loaded.adapter.keys() == adapter.keys() and loaded.control_sum.keys() == adapter.keys()
     assert {kind: list(tensors) for kind, tensors in loaded.optimizer.items()} == {
         kind: list(adapter) for kind in ("exp_avg", "exp_avg_sq", "step")
     }

@@ -18,7 +18,7 @@ from copra_fl.aggregation import RULES, find_rule
 from copra_fl.config import Config
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import build_model, load_processor
-from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, journal
+from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, final_state, journal
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 from tests.support.worlds import World
@@ -176,7 +176,7 @@ def test_fedsa_keeps_b_and_head_with_each_client_and_has_no_global_model(tiny: S
     assert summary["personal"] and summary["test"] is None and summary["validation"] is None
     assert not (directory / "adapter").exists()
     assert [client["client"] for client in summary["clients"]] == list(range(6))
-    before, after = start(tiny), final_adapter(directory)
+    before, after = start(tiny), final_state(directory).adapter
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) == (part_of(name) != "A"), name
     alone = run_federation(tiny | {"local-training": "lora", "local-steps": 20}, tmp_path / "alone")

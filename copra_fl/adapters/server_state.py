@@ -22,7 +22,7 @@ class ServerState:
     Attributes:
         adapter: the global adapter; with a personal rule only the shared parts have a meaning.
         residual: the sum of what aggregation has added to W0 (`copra_fl.adapters.residual`).
-        control: the global control variate.
+        control_sum: the sum of all clients' control variates.
         first_moment: of the server optimizer.
         second_moment: of the server optimizer.
         optimizer: average state of the clients' optimizers, with ``optimizer-state = "shared"``.
@@ -32,7 +32,7 @@ class ServerState:
 
     adapter: Adapter
     residual: Adapter = field(default_factory=dict)
-    control: Adapter = field(default_factory=dict)
+    control_sum: Adapter = field(default_factory=dict)
     first_moment: Adapter = field(default_factory=dict)
     second_moment: Adapter = field(default_factory=dict)
     optimizer: OptimizerState = field(default_factory=dict)
@@ -49,7 +49,7 @@ class ServerState:
         return self.earlier[age - 1] if age else self.adapter
 
     def save(self, path: Path, texts: Mapping[str, str]) -> None:
-        """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``control/``."""
+        """Write a checkpoint. The adapter's tensors keep their names, the others get a prefix such as ``residual/``."""
         write_tensors(path, self._tensors(), texts)
 
     def _tensors(self) -> Adapter:

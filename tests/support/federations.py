@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
+from copra_fl.adapters.server_state import ServerState
 from copra_fl.config import Config
 from copra_fl.tensor_files import read_tensors
 from tests.support.local_grid import LocalGrid, run_federation
@@ -18,7 +19,16 @@ from tests.support.tiny import Settings
 
 def final_adapter(directory: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of the last checkpoint."""
-    return read_tensors(max((directory / "checkpoints").glob("*.safetensors")))[0]
+    return read_tensors(last_checkpoint(directory))[0]
+
+
+def final_state(directory: Path) -> ServerState:
+    """Return the server's state in the last checkpoint."""
+    return ServerState.load(last_checkpoint(directory))[0]
+
+
+def last_checkpoint(directory: Path) -> Path:
+    return max((directory / "checkpoints").glob("*.safetensors"))
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
