@@ -107,6 +107,8 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["compare", "--seeds", "0,x"], "--seeds '0,x' is not a list of whole numbers"),
         (["compare", "--seeds", "1,1"], "--seeds '1,1' names a seed twice"),
         (["simulate", "--recipe", "nothing.toml"], "no recipe file 'nothing.toml'"),
+        (["simulate", "--recipe", "demoo"], "unknown recipe 'demoo'. Did you mean 'demo'?"),
+        (["study", "base"], "the recipe has no table [study]; built-in recipes with one: demo, few-shot, passes"),
         (["simulate", "--recipe", "bad.toml"], "is not valid TOML"),
         (["simulate", "--recipe", "latin.toml"], "latin.toml is not text in UTF-8: byte 9 is 0xe9"),
         (["simulate", "--resume", "--output", "gone"], "--resume: there is no run in"),
@@ -188,6 +190,16 @@ def test_methods_that_exclude_each_other_are_rejected_with_the_reason(folder: Pa
         output.message
     )
     assert not list(folder.iterdir())
+
+
+def test_a_table_of_the_recipe_that_no_method_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.toml"
+    tables = {"copra": "learning-rate = 0.1", "fedavg": "p0 = 0.5", "mine": "rank = 3", "corpa": "learning-rate = 0.1"}
+    recipe.write_text("\n".join(f"[methods.{name}]\n{line}" for name, line in tables.items()))
+    plan(None, str(recipe), [], "copra,lora+mine", "0", plain_console(stderr=True))
+    notes = " ".join(capsys.readouterr().err.split())
+    assert "no method of this comparison has the settings of the recipe's table [methods.corpa]" in notes
+    assert notes.count("note:") == 1
 
 
 def test_all_is_every_method_once_with_a_note_for_each_that_is_left_out(

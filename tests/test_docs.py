@@ -289,7 +289,7 @@ def test_commands_can_be_parsed(page: str, line: str) -> None:
             assert (ROOT / ".pre-commit-config.yaml").exists()
         case other:
             assert other in OTHER_PROGRAMS
-    if extra := re.search(r"copra-fl\[([\w,]+)\]", line):
+    if extra := re.search(r"[\w.]\[([\w,]+)\]'", line):
         assert set(extra[1].split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
 
 

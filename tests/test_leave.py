@@ -278,6 +278,7 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
         ({"note": ["sea1"]}, [], "its columns are note. Set it: --set text-column=COLUMN"),
         ({"text": ["sea1"], "predicted": ["sea"]}, [], "already has a column 'predicted'; rename it"),
         ({"text": ["sea1"]}, ["--set", "text-colum=note"], "unknown configuration key 'text-colum'"),
+        ({"text": ["sea1"]}, ["--set", "learning-rate=1"], "--set learning-rate has no effect on a prediction"),
         ({"text": ["sea1"]}, ["--to", "out.xlsx"], "out.xlsx ends in '.xlsx'; supported formats are .csv"),
         ({"text": ["sea1"]}, ["--to", "nowhere/out.csv"], "there is no folder"),
     ],

@@ -67,7 +67,12 @@ RandomBaseOption = Annotated[
 ]
 CompetitorsOption = Annotated[
     str | None,
-    typer.Option("--competitors", help="Their letters, for example bce; the tables say who they are. Default: all."),
+    typer.Option(
+        "--competitors",
+        help="Letters, for example bce. a: Flower with a new model for each message, b: with warm actors, c: a loop "
+        "with PEFT, B and C: b and c in our dtype; d: copra-fl with one client per node, e: with cohorts, f: its "
+        "engine alone in float32, g: in our dtype. Default: all.",
+    ),
 ]
 QuickOption = Annotated[
     bool,

@@ -17,7 +17,8 @@ def clean(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN...]",
-            help="Folders of runs, comparisons or studies: also remove the checkpoints of finished runs in them.",
+            help="Folders of runs, comparisons or studies: of their finished runs, also remove the checkpoints except "
+            "the newest --keep.",
             show_default=False,
         ),
     ] = None,

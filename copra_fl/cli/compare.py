@@ -22,7 +22,7 @@ from copra_fl.simulation.comparison import (
     run_names,
 )
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
+from copra_fl.simulation.recipes import Recipe, built_in_methods, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
 
 
@@ -68,6 +68,10 @@ def plan(
     configs = {name: settings.config(sources[method], seed) for name, (method, seed) in runs.items()}
     refuse_equal(runs, configs)
     refuse_idle(settings.overrides, configs.values())
+    used = {name for method in sources for name in method.split("+")}
+    used |= {config.copra.local_training for config in configs.values()}
+    for name in sorted(settings.methods.keys() - used - built_in_methods().keys()):
+        console.print(f"note: no method of this comparison has the settings of the recipe's table [methods.{name}]")
     return list(sources), seed_numbers, configs
 
 

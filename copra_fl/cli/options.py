@@ -36,7 +36,8 @@ def complete_method(incomplete: str) -> list[str]:
 
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help=RECIPE_HELP, autocompletion=complete_recipe, metavar="FILE")
+    str | None,
+    typer.Option("--recipe", help=f"{RECIPE_HELP} Default: base.", autocompletion=complete_recipe, metavar="FILE"),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -53,8 +54,8 @@ MethodsOption = Annotated[
         "--methods",
         autocompletion=complete_method,
         help="Methods, separated by commas: built-in names or TOML files. flora+copra combines two methods, the later "
-        "one wins; all means every built-in method. Default: those of the comparison that --resume continues, else "
-        "lora,copra.",
+        "one wins; all means every built-in method that fits the recipe, those with a rule also with copra. Default: "
+        "those of the comparison that --resume continues, else lora,copra.",
     ),
 ]
 SeedsOption = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, SetOption
+from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, complete_setting
 from copra_fl.config import KEYS, ConfigError, DataConfig
 from copra_fl.console import plain_console
 from copra_fl.simulation.recipes import parse_override
@@ -28,7 +28,15 @@ def predict(
         Path,
         typer.Option("--to", help="CSV, TSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
     ],
-    set_: SetOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            autocompletion=complete_setting,
+            help="Set a key of the data, such as text-column, separator or max-length. May be repeated.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")] = 64,
     device: DeviceOption = DeviceName.AUTO,
     base: BaseOption = "",
@@ -47,6 +55,10 @@ def predict(
 
     check_target("--to", to)
     changes = dict(parse_override(text, KEYS) for text in set_ or [])
+    if others := [key for key in changes if key in KEYS and KEYS[key].owner != "data"]:
+        raise ConfigError(
+            f"--set {others[0]} has no effect on a prediction; only keys of the data have, see copra-fl config"
+        )
     adapter = adapter_folder(run)
     table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
     saved = load_exact(adapter, device, base)

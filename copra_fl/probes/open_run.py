@@ -379,9 +379,12 @@ def _check_supported(config: Config, directory: Path, action: Literal["opening",
     """Raise ResultsError for the first of `LIMITATIONS` that prevents `action`."""
     for limitation in LIMITATIONS:
         if limitation.prevents == action and limitation.applies(config):
-            problem = {
-                "opening": "the run cannot be probed",
-                "retraining": "the clients of a round cannot be trained again",
+            problem, remedy = {
+                "opening": ("the run cannot be probed", ""),
+                "retraining": (
+                    "the clients of a round cannot be trained again",
+                    "; probe its global adapters with --rounds, or several runs",
+                ),
             }[action]
             value = config.to_flat()[limitation.key]
-            raise ResultsError(f"{directory}: {problem}: {limitation.key} = {value!r}: {limitation.reason}")
+            raise ResultsError(f"{directory}: {problem}: {limitation.key} = {value!r}: {limitation.reason}{remedy}")

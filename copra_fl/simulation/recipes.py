@@ -58,9 +58,9 @@ class Recipe:
         Raises ConfigError for an unknown name, a file that is not TOML, and an override without ``=``.
         """
         path, built_in = Path(name), built_in_recipes()
-        if not path.exists():
+        if not path.is_file():
             if name not in built_in:
-                raise ConfigError(f"no recipe file {name!r}. Built-in recipes: {', '.join(built_in)}")
+                raise ConfigError(f"no recipe file {name!r}; {unknown_name('recipe', name, built_in)}")
             path = built_in[name]
         return cls.of(read_toml(path), dict(parse_override(text, KEYS) for text in overrides))
 

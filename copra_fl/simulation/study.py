@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from copra_fl.config import Config, ConfigError, flatten
+from copra_fl.config import Config, ConfigError, flatten, read_toml
 from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe, by_short_name, short_name
+from copra_fl.simulation.recipes import Recipe, built_in_recipes, by_short_name, short_name
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import
@@ -89,6 +89,9 @@ def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tupl
     Raises ConfigError for missing tables and unknown keys and names.
     """
     study = recipe.study
+    if not study:
+        others = [name for name, path in built_in_recipes().items() if "study" in read_toml(path)]
+        raise ConfigError(f"the recipe has no table [study]; built-in recipes with one: {', '.join(others)}")
     for table in ("splits", "regimes", "tuning", "grids"):
         if not study.get(table):
             raise ConfigError(f"the study has no table [study.{table}]")
