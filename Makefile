@@ -10,10 +10,12 @@ IMAGE ?= copra-fl
 BASE_IMAGE ?=
 TORCH_INDEX ?=
 
-.PHONY: help demo test test-slow soak test-gpu test-containers check lint types imports docs image defaults constraints clean
+.PHONY: help install demo test test-slow soak test-gpu test-containers check lint types imports docs image defaults constraints clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: .venv/installed  ## set up .venv
 
 demo: .venv/installed  ## the main job: compare LoRA with CopRA and kept moments over 8 clients; ends in a report
 	$(BIN)/copra-fl compare --recipe experiments/demo.toml --methods lora,copra,kept-moments --seeds 0,1,2 \
