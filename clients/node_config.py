@@ -7,7 +7,9 @@
                                     ``script``, on a node with its own data none
     policy-path                     the node's policy (`clients.policy`); without it every run is allowed
     audit-path                      folder of the node's audit log (`clients.audit`); without it nothing is logged
-    node-key                        the node's private key, which signs its keys of secure aggregation
+    node-key                        a private key of the node, which signs its keys of secure aggregation; in a
+                                    deployment another than the one that it shows to the SuperLink
+    warm-process                    seconds that a process stays open for the next message (`clients.warm_process`)
     peers                           folder with the public keys of all nodes, client-0.pub and so on: secure aggregation
                                     with these only
 
@@ -32,9 +34,12 @@ from copra_fl.config import Config
 from copra_fl.data.federated import FederatedData, without_training
 from copra_fl.secure_aggregation.keys import new_identity, normal_identity
 from copra_fl.sources.tables import TableError
+from copra_fl.wording import unknown_name
 
 #: paths in a node config, in the order of the fields of `NodeConfig`
 PATHS = ("data-path", "model-path", "policy-path", "audit-path", "node-key", "peers", "script-path")
+#: all keys of a node config; `clients.app` reads warm-process
+KEYS = ("partition-id", "num-partitions", *PATHS, "warm-process")
 #: innermost calls of an error that a public message names
 NUM_FRAMES = 3
 
@@ -70,8 +75,14 @@ class NodeConfig:
 
     @classmethod
     def of(cls, context: Context) -> NodeConfig:
-        """Read Flower's node config. Raises Rejected without a valid partition-id and num-partitions."""
+        """Read Flower's node config. Raises Rejected for an unknown key and for wrong partition numbers.
+
+        A misspelt policy-path must not mean that there is no policy.
+        """
         settings = context.node_config
+        for name in settings:
+            if name not in KEYS:
+                raise Rejected(f"its node config has an {unknown_name('key', name, KEYS)}")
         partition, num_partitions = settings.get("partition-id"), settings.get("num-partitions")
         if not (isinstance(partition, int) and isinstance(num_partitions, int) and 0 <= partition < num_partitions):
             raise Rejected(

@@ -263,13 +263,20 @@ def test_a_node_rejects_a_run_that_does_not_fit_its_data(own: Settings, files: l
         run_federation(own | {"num-clients": 4}, tmp_path / "four", grid=grid_of(files))
 
 
-@pytest.mark.parametrize("changes", [{"partition-id": 3}, {"num-partitions": "x"}])
-def test_a_node_without_a_valid_partition_is_rejected_with_an_example(
-    own: Settings, files: list[Path], changes: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"partition-id": 3}, "its node config has .*partition-id=0"),
+        ({"num-partitions": "x"}, "its node config has .*partition-id=0"),
+        ({"policy_path": "/policy.toml"}, "has an unknown key 'policy_path'. Did you mean 'policy-path'"),
+    ],
+)
+def test_a_wrong_node_config_is_rejected_with_an_example(
+    own: Settings, files: list[Path], changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     grid = grid_of(files)
     grid.contexts[102].node_config.update(changes)
-    with pytest.raises(FederationError, match="node 102 failed at the handshake: its node config has .*partition-id=0"):
+    with pytest.raises(FederationError, match=f"node 102 failed at the handshake: .*{reason}"):
         run_federation(own, tmp_path / "run", grid=grid)
 
 

@@ -2,7 +2,7 @@
 
 agreement     X25519 (RFC 7748), then HKDF-SHA256 (RFC 5869) with the purpose and both nodes in its info
 encryption    ChaCha20-Poly1305 (RFC 8439) under a key that is used once
-signature     ECDSA on NIST P-384 with SHA-384, by the key that the node also shows to the SuperLink
+signature     ECDSA on NIST P-384 with SHA-384, by the key in the node config's node-key
 """
 
 from __future__ import annotations
