@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from copra_fl.simulation import guard
-from copra_fl.simulation.superlink import superlink
+from copra_fl.simulation.superlink import superlink, worker_variables
 from tests.support.real_runs import HANG_SECONDS, RealRun, marked_processes, wait_until
 
 #: the shell leaves an orphan without a mark, as Ray's agents are
@@ -42,6 +43,33 @@ def test_a_command_that_outlives_its_guard_ends_what_the_guard_started(
         wait_until(lambda: bool(marked_processes("outlived", "flower-superexec")), "all processes of the SuperLink")
         link.guard.kill()
     assert not marked_processes("outlived")
+
+
+def test_processes_in_other_folders_have_the_cache_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COPRA_FL_CACHE", "cache")
+    assert worker_variables()["COPRA_FL_CACHE"] == str(tmp_path / "cache")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the start in ticks is Linux's")
+def test_a_change_of_the_clock_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil adds the time of the machine's start, which moves with the clock."""
+    home = tmp_path / "copra-fl-live"
+    home.mkdir()
+    keeper = subprocess.Popen([sys.executable, guard.__file__, "mark", "sleep", "1000"], stdin=subprocess.PIPE)
+    guard.write_record(home, keeper.pid, "mark")
+    before = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: before + 3600)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: before + 3600)
+    assert guard.is_guarded(json.loads((home / guard.RECORD).read_text()))
+    guard.remove_leftovers(tmp_path, "copra-fl-")
+    assert home.exists() and keeper.poll() is None
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    assert keeper.wait(timeout=HANG_SECONDS) == 0
+    assert not guard.is_guarded(json.loads((home / guard.RECORD).read_text()))
 
 
 def test_the_next_command_removes_what_a_killed_guard_has_left(tmp_path: Path) -> None:

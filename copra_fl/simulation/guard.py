@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,8 +44,20 @@ def marked_processes(mark: str) -> set[psutil.Process]:
 
 def write_record(home: Path, guard: int, mark: str) -> None:
     """Write to the run's folder `home` which process guards it."""
-    started = psutil.Process(guard).create_time()
-    (home / RECORD).write_text(json.dumps({"pid": guard, "started": started, "mark": mark}), encoding="utf-8")
+    facts = {"pid": guard, "start": start_of(guard), "mark": mark}
+    (home / RECORD).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def start_of(pid: int) -> str:
+    """Return when the process `pid` started; on Linux in ticks since the machine's start, as the clock can be set.
+
+    Raises OSError or psutil.Error if there is no such process.
+    """
+    if sys.platform != "linux":
+        return str(psutil.Process(pid).create_time())
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()  # from the third of proc(5) on
+    return f"{boot} {fields[19]}"
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
@@ -59,10 +72,11 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
                 shutil.rmtree(record.parent, ignore_errors=True)
 
 
-def is_guarded(facts: dict[str, float]) -> bool:
+def is_guarded(facts: dict[str, Any]) -> bool:
     """Return whether the process in a record still runs; its id may belong to another one by now."""
-    with suppress(psutil.Error):
-        return abs(psutil.Process(int(facts["pid"])).create_time() - facts["started"]) < 1
+    start = facts["start"]
+    with suppress(psutil.Error, OSError):
+        return start_of(facts["pid"]) == start
     return False
 
 

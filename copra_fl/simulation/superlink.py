@@ -32,6 +32,7 @@ from typing import Any
 
 from copra_fl import events, plugins, startup
 from copra_fl.config import Config, Value, toml_value
+from copra_fl.files import cache_dir
 from copra_fl.simulation import guard
 
 START_SECONDS = 300
@@ -46,8 +47,6 @@ PREFIX = "copra-fl-"
 APP = "app"
 #: file in a SuperLink's home with its output
 SUPERLINK_LOG = "superlink.log"
-#: environment variables that are passed to workers on all machines
-FORWARDED = ("COPRA_FL_CACHE", "COPRA_FL_LOG")
 
 
 class RunFailed(RuntimeError):
@@ -183,7 +182,12 @@ class SuperLink:
 
 def worker_variables() -> dict[str, str]:
     """Return the environment variables that workers on all machines get."""
-    return {"TOKENIZERS_PARALLELISM": "false"} | {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    variables = {"TOKENIZERS_PARALLELISM": "false"}
+    if "COPRA_FL_LOG" in os.environ:
+        variables["COPRA_FL_LOG"] = os.environ["COPRA_FL_LOG"]
+    if os.environ.get("COPRA_FL_CACHE"):
+        variables["COPRA_FL_CACHE"] = str(cache_dir())  # absolute: the processes run in another folder
+    return variables
 
 
 def import_path(folders: Sequence[str]) -> str:
