@@ -79,7 +79,7 @@ class ClientStateStore:
         """
         self._folder(client).mkdir(parents=True, exist_ok=True)
         file, start = self._file(client, server_round), self._file(client, last_round)
-        write_tensors(file, join_names(vars(state)), {})
+        write_tensors(file, join_names(vars(state)), {}, mode=0o600)
         for path in self._folder(client).glob("round-*.safetensors"):
             if path.name < file.name and path.name != start.name:
                 path.unlink()

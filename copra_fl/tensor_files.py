@@ -24,11 +24,14 @@ DIGEST = "sha256"
 TEXTS = "/texts"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write `tensors` and `texts` by name, atomically: the file is complete or does not exist."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str], mode: int = 0o666) -> None:
+    """Write `tensors` and `texts` by name, atomically: the file is complete or does not exist.
+
+    `mode` is its permissions, before the umask.
+    """
     encoded = torch.from_numpy(np.frombuffer(bytearray(json.dumps(dict(texts)).encode()), dtype=np.uint8))
     values = {name: tensor.contiguous() for name, tensor in tensors.items()} | {TEXTS: encoded}
-    atomic_write(path, save(values, {DIGEST: digest(values)}))
+    atomic_write(path, save(values, {DIGEST: digest(values)}), mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

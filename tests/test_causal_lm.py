@@ -14,6 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from copra_fl.config import Config, ConfigError
+from copra_fl.data.federated import load_data
+from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import optional_columns, results_table
@@ -53,6 +55,23 @@ def plain(tiny: Settings, tiny_llama: str, spoken: str) -> Settings:
 @pytest.fixture(params=["texts", "responses"])
 def settings(plain: Settings, request: pytest.FixtureRequest) -> Settings:
     return plain | ({"prompt-column": "prompt"} if request.param == "responses" else {})
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "near"])
+def test_equal_responses_to_other_prompts_are_other_examples(
+    plain: Settings, spoken: str, duplicates: str, tmp_path: Path
+) -> None:
+    """Two responses in all, each to many prompts; without the prompts all examples are equal to another."""
+    rows = pd.read_csv(spoken)
+    rows["text"] = [f"sea{number % 2}" for number in range(len(rows))]
+    rows["prompt"] = [f"sky{number}" for number in range(len(rows))]
+    rows.to_csv(tmp_path / "short.csv", index=False)
+    flat = plain | {"dataset": str(tmp_path / "short.csv"), "duplicates": duplicates}
+    config = Config.from_flat(flat | {"prompt-column": "prompt"})
+    assert len(load_data(config, load_processor(config.model)).test) == config.data.test_examples
+    config = Config.from_flat(flat)
+    with pytest.raises(ConfigError, match="nothing is left of the test set"):
+        load_data(config, load_processor(config.model))
 
 
 def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:

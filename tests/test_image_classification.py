@@ -174,6 +174,19 @@ def test_changed_images_of_a_table_are_read_again(images: Settings, photos: Path
     assert federated.digest == digests[second], "equal content has one digest on all machines"
 
 
+def test_images_of_a_table_are_found_after_a_try_with_the_wrong_separator(
+    images: Settings, photos: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    table(photos).to_csv(folder / "paths.csv", index=False, sep=";")
+    flat = images | {"dataset": str(folder / "paths.csv")}
+    with pytest.raises(ConfigError, match="separator"):
+        load_images(flat)
+    before = load_images(flat | {"separator": "semicolon"}).digest
+    Image.new("L", (14, 16), 255).save(folder / table(photos)["image"][5])
+    assert load_images(flat | {"separator": "semicolon"}).digest != before
+
+
 def test_a_folder_can_have_a_test_set_and_be_the_file_of_a_node(images: Settings, photos: Path, tmp_path: Path) -> None:
     rows = table(photos)
     for i, (name, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):

@@ -13,6 +13,7 @@ from copra_fl.adapters.server_state import ServerState
 from copra_fl.adapters.state import Adapter, join_names
 from copra_fl.aggregation import pools
 from copra_fl.config import Config
+from copra_fl.files import cache_dir
 from copra_fl.records import Origin, Provenance, RoundRecord
 from copra_fl.training.plan import Plan, leaves_state
 from server.journal import Journal
@@ -83,6 +84,8 @@ def test_a_client_goes_on_from_its_state_after_the_round_that_the_server_names()
         with pytest.raises(StateGone, match=f"state of client 3 after round {gone} is gone: the cache folder"):
             store.read(3, gone)
     assert store.read(3, 0) == ClientState() == ClientStateStore("other").read(3, 0), "the run starts anew"
+    (file, *_) = (cache_dir() / "clients" / "run" / "client-3").iterdir()
+    assert file.stat().st_mode & 0o077 == 0, "other users cannot read it"
 
 
 def test_a_state_survives_any_number_of_rounds_that_do_not_use_the_update() -> None:

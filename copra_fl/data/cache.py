@@ -27,7 +27,7 @@ def cached(kind: str, digest: str, build: Callable[[], Stored], source: str = ""
     """Return the tensors (mapped into memory) and facts stored under `digest`; one process builds them if needed.
 
     A damaged file is named in the log and built again. `source` is the path of a local file or folder that the tensors
-    come from: `copra-fl clean` removes them when it is gone.
+    come from: `copra-fl clean` removes them when it is gone, and only the user can read them.
     """
     path = cache_dir() / kind / f"{digest}.safetensors"
     try:
@@ -43,7 +43,8 @@ def cached(kind: str, digest: str, build: Callable[[], Stored], source: str = ""
             log.warning("%s; it is built again", damage)
         tensors, facts = build()
         origin = str(Path(source).absolute()) if source and Path(source).exists() else ""
-        write_tensors(path, tensors, {"facts": json.dumps(facts), SOURCE: origin})
+        mode = 0o600 if origin else 0o666
+        write_tensors(path, tensors, {"facts": json.dumps(facts), SOURCE: origin}, mode)
     return _read(path)
 
 

@@ -43,7 +43,7 @@ def content_digest(task: Task, data: DataConfig, table: Table) -> str:
     if not task.names_files or Path(table.where).is_dir():  # the digest of a folder of images is that of its files
         return table.digest
     column = columns_of(task, data)[task.columns[0]]
-    kept = digest_of(table.digest, column)
+    kept = digest_of(table.digest, column, data.separator)
     _, facts = cached("files", kept, lambda: ({}, {"files": named_files(table, column)}), table.where)
     files = [file for name in facts["files"] if (file := table.folder / name).is_file()]
     if not files:
@@ -83,7 +83,7 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
     is_held_out = np.zeros(len(rows), bool)
     if data.client_column:
         is_held_out = rows["client-column"].isin(held_out_names).to_numpy()
-    hashes = content_hashes(data, rows[content])
+    hashes = content_hashes(task, data, rows)
     subsets, dropped_duplicates = hold_out(data, hashes, num_train, np.flatnonzero(is_held_out))
 
     tensors = {name: torch.from_numpy(indices) for name, indices in subsets.items()}

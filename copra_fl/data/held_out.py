@@ -18,6 +18,10 @@ from copra_fl.sources.tables import codes
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
+    from copra_fl.tasks import Task
+
+#: between a prompt and a content that are compared as one text
+BETWEEN_COLUMNS = "\x1f"
 #: the seed of held-out sets
 HELD_OUT_ROOT = 0
 
@@ -86,13 +90,18 @@ def hold_out(
     return {name: np.sort(indices) for name, indices in subsets.items()}, num_duplicates
 
 
-def content_hashes(data: DataConfig, contents: pd.Series) -> np.ndarray:
-    """Return a hash (N,) int64 of each content; equal contents have equal hashes in all data sets and processes.
+def content_hashes(task: Task, data: DataConfig, rows: pd.DataFrame) -> np.ndarray:
+    """Return a hash (N,) int64 of each example; equal ones have equal hashes in all data sets and processes.
 
-    ``duplicates = near`` compares `words_of` texts.
+    Examples are equal if their content is, and their prompts in tasks that have them. ``duplicates = near`` compares
+    `words_of` texts.
     """
     from pandas.util import hash_array
 
+    contents = rows[task.columns[0]]
+    for name in task.optional_columns:
+        if name in rows:
+            contents = rows[name].fillna("").astype(str) + BETWEEN_COLUMNS + contents
     compared = words_of(contents) if data.duplicates == "near" else contents
     return hash_array(compared.to_numpy(object)).view(np.int64)
 

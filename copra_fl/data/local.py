@@ -71,5 +71,5 @@ def _encode(task: Task, data: DataConfig, processor: Any, table: Table) -> Store
             reason = f"{len(new)} of {len(rows)} examples have a label that is none of {', '.join(data.label_list)}"
             raise TableError(f"{table.where}: {reason}: {', '.join(map(repr, new.unique()[:5]))}", reason)
     tensors = task.encode(rows, data.label_list, processor, data)
-    tensors["contents"] = torch.from_numpy(content_hashes(data, rows[task.columns[0]]))
+    tensors["contents"] = torch.from_numpy(content_hashes(task, data, rows))
     return tensors, {"dropped_empty": num_dropped}

@@ -147,7 +147,7 @@ class CausalLM(Task):
     peft_type = "CAUSAL_LM"
     classifier_class = None
     pipeline = "text-generation"
-    version = 2
+    version = 3
 
     def processor_digest(self, processor: Any) -> str:
         require_eos(processor)
