@@ -55,9 +55,11 @@ class PrivacyBudget:
     def charge(self, sampling_rate: float, clients: Sequence[int]) -> PrivacySpent:
         """Charge one more release, write it to the disk, and return the privacy spent so far.
 
-        `clients` are those that were sampled.
+        `clients` are those that were sampled. Raises ConfigError for a release that would exceed ``dp-budget``: nodes
+        that join late can raise the sampling rate.
         """
         settings = self._settings
+        self.check(sampling_rate, num_rounds=1)
         self._releases.append(Release(sampling_rate, settings.dp_noise_multiplier))
         self._participants.append((tuple(clients), settings.dp_noise_multiplier))
         towards_server = None

@@ -308,6 +308,17 @@ def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
         PrivacyBudget(tmp_path, settings, 2).check(1.0, 1)
 
 
+def test_a_release_at_a_higher_sampling_rate_than_at_the_start_stays_within_the_budget(tmp_path: Path) -> None:
+    """A node has joined, and the second release is at 1.0."""
+    settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8, dp_budget=gaussian_epsilon(0.8, 1, 1e-5) + 0.1)
+    budget = PrivacyBudget(tmp_path, settings, 0)
+    budget.check(0.5, 1)
+    spent = budget.charge(0.5, [0])
+    with pytest.raises(ConfigError, match="1 more rounds would bring epsilon"):
+        budget.charge(1.0, [0, 1])
+    assert [charge.epsilon for charge in read_ledger(tmp_path / "privacy.jsonl")] == [spent.epsilon]
+
+
 def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Path) -> None:
     settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8)
     PrivacyBudget(tmp_path, settings, 0).charge(1.0, [0])
