@@ -68,6 +68,10 @@ def test_recipes_of_all_kinds() -> None:
     smoke = open_recipe("smoke", {}).config()
     assert smoke == open_recipe(ROOT / "experiments" / "smoke.toml", {}).config() and smoke.data.num_clients == 4
     assert open_recipe(None, {}).config().data.num_clients == 8, "the recipe base"
+    content = {"rank": 4, "methods": {"lora": {"learning-rate": 0.5}}, "study": {"grids": {"one": {"seeds": [0, 1]}}}}
+    tables = open_recipe(content, {})
+    assert tables.config("lora").training.learning_rate == 0.5 and tables.config("copra").model.rank == 4
+    assert tables.study == content["study"]
 
 
 WRONG = [

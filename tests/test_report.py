@@ -106,6 +106,18 @@ def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
     assert "neither method can be called better" in one
 
 
+def test_a_method_with_two_seeds_is_not_called_better_because_another_has_three(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "copra", "flora"])
+    shutil.rmtree(folder / "copra-seed2")
+    summary = summarize(load_comparison(folder))
+    estimates = summary.differences["copra"]
+    certain = estimates.get("test_accuracy").model_copy(update={"interval": (0.01, 0.02)})
+    differences = summary.differences | {"copra": estimates.model_copy(update={"test_accuracy": certain})}
+    text = verdict(summary.model_copy(update={"differences": differences}))
+    assert "Too few seeds to tell whether copra differs from lora: 2 paired seeds" in text
+    assert not [sentence for sentence in text.split(". ") if "Significantly" in sentence and "copra" in sentence]
+
+
 @pytest.mark.parametrize("methods", [["lora"], ["lora", "copra"], ["lora", "copra", "flora"]])
 def test_runs_without_a_final_test_are_compared_on_validation_data(tmp_path: Path, methods: list[str]) -> None:
     folder = write_comparison(tmp_path / "untested", [0, 1, 2], methods)

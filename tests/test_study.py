@@ -19,7 +19,7 @@ from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.results import load_comparison
 from copra_fl.reporting.statistics import estimate
-from copra_fl.reporting.study import best_rate, rates_to_try, render, table, validation_accuracies, write
+from copra_fl.reporting.study import best_rate, rates_to_try, render, table, tuned_name, validation_accuracies, write
 from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import load_plan, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
@@ -45,6 +45,11 @@ def test_the_search_finds_the_best_of_the_whole_grid_where_accuracy_has_one_peak
     place = RATES.index(peak)
     assert tried.keys() >= set(RATES[max(0, place - 1) : place + 2]), "both neighbours of the best were tried"
     assert len(tried) < len(RATES)
+
+
+@pytest.mark.parametrize("rate", [0.005, 1e-5, 10**-3.5, 1])
+def test_the_name_of_a_tuned_method_has_the_whole_rate(rate: float) -> None:
+    assert float(tuned_name("lora", rate).rpartition("@")[2]) == rate
 
 
 def test_the_lowest_of_equally_good_rates_is_chosen() -> None:

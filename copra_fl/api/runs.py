@@ -24,7 +24,7 @@ from copra_fl.simulation.comparison import (
     run_names,
 )
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
-from copra_fl.simulation.recipes import Recipe, by_short_name, refuse_idle
+from copra_fl.simulation.recipes import TABLES, Recipe, by_short_name, refuse_idle
 from copra_fl.simulation.run_folder import choose_output
 from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
@@ -206,7 +206,8 @@ def open_recipe(recipe: RecipeLike | None, overrides: Mapping[str, Any]) -> Reci
     if isinstance(recipe, Config):
         return Recipe(recipe.to_flat(), overrides=dict(overrides))
     if isinstance(recipe, Mapping):
-        return Recipe.of(as_settings(recipe), overrides)
+        settings = {name: value for name, value in recipe.items() if name not in TABLES}
+        return Recipe.of(as_settings(settings) | {name: recipe[name] for name in TABLES if name in recipe}, overrides)
     return replace(Recipe.read(str(recipe or "base"), []), overrides=dict(overrides))
 
 

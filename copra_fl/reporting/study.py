@@ -63,7 +63,7 @@ def tuned_name(method: str, rate: float) -> str:
     >>> tuned_name("lora", 0.005)
     'lora@0.005'
     """
-    return f"{method}@{rate:g}"
+    return f"{method}@{rate}"
 
 
 def rates_to_try(grid: Sequence[float], tried: Mapping[float, float]) -> list[float]:
@@ -106,7 +106,7 @@ def cell_results(cell: Path) -> CellResults:
         rates={
             method: ChosenRate(
                 chosen=best_rate(accuracies),
-                validation_accuracy={f"{rate:g}": accuracies[rate] for rate in sorted(accuracies)},
+                validation_accuracy={str(rate): accuracies[rate] for rate in sorted(accuracies)},
             )
             for method, accuracies in validation_accuracies(tuning).items()
         },

@@ -84,16 +84,20 @@ def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
         for method, estimates in summary.differences.items()
         if (difference := estimates.get(lead.metric)).mean is not None
     }
-    intervals = {method: difference.interval for method, difference in differences.items() if difference.interval}
+    all_intervals = {method: difference.interval for method, difference in differences.items() if difference.interval}
+    intervals = {
+        method: interval
+        for method, interval in all_intervals.items()
+        if len(summary.differences[method].seeds) >= MIN_SEEDS
+    }
     above = [method for method, (low, _) in intervals.items() if low > 0]
     below = [method for method, (_, high) in intervals.items() if high < 0]
-    if differences and not intervals:
+    if too_few := list(all_intervals.keys() - intervals.keys()):
+        few = join_words(sorted(too_few)) if intervals else "methods"
+        differ = "differs" if intervals and len(too_few) == 1 else "differ"
+        yield f"Too few seeds to tell whether {few} {differ} from {baseline}: 2 paired seeds; run {MIN_SEEDS} or more."
+    if differences and not all_intervals:
         yield f"One seed does not show how much results vary, so no method can be called better than {baseline}."
-    if intervals and max(len(summary.differences[method].seeds) for method in intervals) < MIN_SEEDS:
-        yield (
-            f"Too few seeds to tell whether methods differ from {baseline}: 2 paired seeds; run {MIN_SEEDS} or more."
-        )
-        above, below, intervals = [], [], {}
     if above:
         yield f"Significantly above {baseline} (the 95 % interval of the difference excludes 0): {join_words(above)}."
     if below:

@@ -26,6 +26,8 @@ from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatt
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
+#: tables of a recipe that hold no settings of all methods
+TABLES = ("methods", "study")
 #: keys that only CopRA reads
 SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
 #: keys of the local training that the script of engine = "trainer" decides in its own way
@@ -72,7 +74,7 @@ class Recipe:
     @classmethod
     def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:
         """Return the recipe with the content of a recipe file."""
-        settings = {key: value for key, value in table.items() if key not in ("methods", "study")}
+        settings = {key: value for key, value in table.items() if key not in TABLES}
         methods = {method: flatten(own) for method, own in table.get("methods", {}).items()}
         return cls(flatten(settings), methods, dict(overrides), table.get("study", {}))
 
