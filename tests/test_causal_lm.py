@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MptConfig, MptForCausalLM
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.models.export import load
+from copra_fl.models.own_logits import own_logits
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import optional_columns, results_table
 from copra_fl.simulation.recipes import Recipe
@@ -75,6 +76,29 @@ def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:
     for model in (world.plain, world.stacked):
         for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
             assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tiny_factored", ["granite", "cohere", "gemma2", "hyperclovax"], indirect=True)
+def test_the_loss_is_that_of_a_model_with_factors_on_its_logits(plain: Settings, tiny_factored: str) -> None:
+    """Oracle: the loss of PEFT's model on Transformers' class, which applies the factors itself."""
+    world = World(plain | {"model": tiny_factored})
+    indices = world.data.server_validation
+    world.plain.write_adapter(world.start)
+    with torch.inference_mode():
+        expected = float(world.plain.peft(**world.data.examples.batch(indices)).loss)
+    for model in (world.plain, world.stacked):
+        for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
+            assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    (update,) = world.together(0)
+    assert_alike(update, world.alone(0), 1e-5)
+
+
+def test_a_factor_that_the_model_itself_ignores_is_ignored() -> None:
+    config = MptConfig(vocab_size=30, d_model=32, n_heads=4, n_layers=1, logit_scale=5.0)
+    model, tokens = MptForCausalLM(config).eval(), torch.arange(8).view(1, 8)
+    with torch.inference_mode():
+        logits = own_logits(config, model.lm_head(model.transformer(tokens).last_hidden_state))
+        assert torch.equal(logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
 from copra_fl.models.export import load
+from copra_fl.models.own_logits import logit_cap, logit_factor
 from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
 
 
@@ -35,7 +36,7 @@ def export_merged(
         base: as in `load`.
         training: of the model, for its card.
 
-    Raises ConfigError as `load` does, and for a task of one's own with features that no class computes.
+    Raises ConfigError as `load` does, and for features or logits that no class computes.
     """
     saved = load(adapter, "cpu", base, dtype)
     model, source = saved.model, str(saved.model.base.name_or_path)
@@ -43,7 +44,7 @@ def export_merged(
     if model.task.trains_head:
         head, processor = model.head, model.task.processor_class.from_pretrained(source)
     else:
-        head = model.task.frozen_head(model.base.get_output_embeddings(), saved.processor)
+        head = _own_head(model, saved.processor)
         processor = saved.processor
     merged: PreTrainedModel = model.base
     weights: Collection[str] | None = None
@@ -60,6 +61,25 @@ def export_merged(
     write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
     copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
     return merged
+
+
+def _own_head(model: AdaptedModel, processor: Any) -> nn.Linear | None:
+    """Return the task's rows of the base's own output layer (`Task.frozen_head`) as they give the base's own logits.
+
+    Raises ConfigError for rows of a base that caps its logits, which no classifier does.
+    """
+    head = model.task.frozen_head(model.base.get_output_embeddings(), processor)
+    if head is None:
+        return None
+    if cap := logit_cap(model.base.config):
+        raise ConfigError(
+            f"this model caps its logits at {cap:g} (tanh), as no classifier of Transformers does; leave out --merge: "
+            "copra_fl.load opens the adapter"
+        )
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(logit_factor(model.base.config))
+    return head
 
 
 def _classifier(
