@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -52,6 +53,7 @@ def export_merged(
         merged, weights = _classifier(model, head, saved.labels)
         processor = model.task.classifier_processor(processor, int(saved.data.get("max-length", 0)))
         merged.config.pad_token_id = getattr(processor, "pad_token_id", None)
+    _untie_adapted_output(model.base)
     model.peft.merge_and_unload(safe_merge=True)  # safe: W0, which other processes map, is not written to
     merged.to(getattr(torch, dtype))
     merged.config.use_cache = getattr(AutoConfig.from_pretrained(source), "use_cache", True)
@@ -61,6 +63,14 @@ def export_merged(
     write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
     copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
     return merged
+
+
+def _untie_adapted_output(base: PreTrainedModel) -> None:
+    """Give an output layer that has an adapter its own weights, so that merging leaves the input embedding as it is."""
+    output: Any = base.get_output_embeddings()
+    if isinstance(output, LoraLayer) and output.weight is base.get_input_embeddings().weight:
+        output.get_base_layer().weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
 
 
 def _own_head(model: AdaptedModel, processor: Any) -> nn.Linear | None:
