@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -19,7 +20,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.support.tiny import NUM_LAYERS, WORDS, make_texts
 
@@ -83,6 +93,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture
+def tiny_factored(tiny_llama: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Path of a tiny causal model of the type in `request.param`, which changes the logits of its output layer.
+
+    The type is granite, cohere, gemma2, hyperclovax or minicpm3; the tokenizer is that of `tiny_llama`.
+    """
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    factors: dict[str, dict[str, Any]] = {
+        "granite": {"logits_scaling": 0.3},
+        "cohere": {"logit_scale": 5.0},
+        "gemma2": {"final_logit_softcapping": 0.2, "head_dim": 8, "layer_types": ["full_attention"] * NUM_LAYERS},
+        "hyperclovax": {"logits_scaling": 3.0},
+        "minicpm3": latent | {"num_key_value_heads": 4, "dim_model_base": 8},
+    }
+    shape = {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape["intermediate_size"] = 64
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(request.param, **shape | tokens | factors[request.param])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
 from copra_fl.models.build import load_processor
-from copra_fl.models.export import load
+from copra_fl.models.export import load, save
+from copra_fl.models.merged import export_merged
+from copra_fl.models.own_logits import own_logits
 from copra_fl.reporting import report
 from copra_fl.reporting.tables import optional_columns, results_table
 from copra_fl.simulation.recipes import Recipe
@@ -25,7 +27,7 @@ from copra_fl.tasks.causal_lm import NO_TARGET, opening, response, truncate, wit
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
-from tests.support.worlds import World, assert_alike
+from tests.support.worlds import World, assert_alike, jitter
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +96,29 @@ def test_the_loss_equals_that_of_transformers(settings: Settings) -> None:
     for model in (world.plain, world.stacked):
         for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
             assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tiny_factored", ["granite", "cohere", "gemma2", "hyperclovax"], indirect=True)
+def test_the_loss_is_that_of_a_model_with_factors_on_its_logits(plain: Settings, tiny_factored: str) -> None:
+    """Oracle: the loss of PEFT's model on Transformers' class, which applies the factors itself."""
+    world = World(plain | {"model": tiny_factored})
+    indices = world.data.server_validation
+    world.plain.write_adapter(world.start)
+    with torch.inference_mode():
+        expected = float(world.plain.peft(**world.data.examples.batch(indices)).loss)
+    for model in (world.plain, world.stacked):
+        for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
+            assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    (update,) = world.together(0)
+    assert_alike(update, world.alone(0), 1e-5)
+
+
+def test_a_factor_that_the_model_itself_ignores_is_ignored() -> None:
+    config = MptConfig(vocab_size=30, d_model=32, n_heads=4, n_layers=1, logit_scale=5.0)
+    model, tokens = MptForCausalLM(config).eval(), torch.arange(8).view(1, 8)
+    with torch.inference_mode():
+        logits = own_logits(config, model.lm_head(model.transformer(tokens).last_hidden_state))
+        assert torch.equal(logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(
@@ -211,3 +236,25 @@ def test_a_run_exports_an_adapter_that_peft_alone_opens(settings: Settings, tmp_
 
 def test_a_diverged_model_has_a_finite_perplexity() -> None:
     assert find_task("causal-lm").metrics(1e6, 0.0)["perplexity"] == pytest.approx(1.01e304, rel=0.01)
+
+
+def test_merging_an_adapted_output_layer_leaves_the_tied_input_embedding(
+    plain: Settings, tiny_llama: str, tmp_path: Path
+) -> None:
+    """Oracle: the logits of PEFT's model before merging, on Transformers' tied model."""
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    config = LlamaConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    world = World(plain | {"model": str(tmp_path / "base"), "target-modules": "q_proj,lm_head", "engine": "peft"})
+    world.plain.write_adapter(jitter(world.start, 4, 0.3))
+    save(world.plain, tmp_path / "adapter", [], world.config.data)
+    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokens, embedding = torch.arange(8).view(1, 8), opened.get_input_embeddings().weight.clone()
+    export_merged(tmp_path / "adapter", tmp_path / "merged", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.inference_mode():
+        expected = opened(input_ids=tokens).logits
+        assert torch.allclose(merged(input_ids=tokens).logits, expected, atol=1e-5)
+        with opened.disable_adapter():
+            assert float((opened(input_ids=tokens).logits - expected).abs().max()) > 0.1
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)

@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
 
 from copra_fl import files, tasks
 from copra_fl.config import Config, ConfigError
@@ -126,6 +127,24 @@ def test_every_format_gives_the_pixels_of_transformers(
         assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
         torch.testing.assert_close(batch["pixel_values"], expected)
         assert [LABELS[label] for label in batch["labels"]] == rows["label"].tolist()
+
+
+def test_images_are_turned_as_their_exif_data_say(images: Settings, photos: Path, tmp_path: Path) -> None:
+    """Oracle: Transformers' `load_image`. Orientation 6: the file has the image on its side."""
+    folder = shutil.copytree(photos, tmp_path / "turned")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(folder / "bars" / "000.png").save(folder / "bars" / "000.jpg", exif=exif)
+    (folder / "bars" / "000.png").unlink()
+    data = load_images(images | {"dataset": str(folder)})
+    opened = load_image(str(folder / "bars" / "000.jpg"))
+    assert opened.size == (16, 14)
+    expected = tf.AutoImageProcessor.from_pretrained(images["model"], backend="pil")(
+        opened.convert("L"), return_tensors="pt"
+    )["pixel_values"]
+    torch.testing.assert_close(data.examples.batch(np.array([0]))["pixel_values"], expected)
+    processor = load_processor(Config.from_flat(images).model)
+    torch.testing.assert_close(processor([Image.open(folder / "bars" / "000.jpg")])["pixel_values"], expected)
 
 
 def test_a_folder_is_listed_once_and_read_once_for_all_processes(

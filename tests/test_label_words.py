@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, pipeline
 
 from copra_fl.config import ConfigError
-from copra_fl.models.export import load
+from copra_fl.models.export import load, save
 from copra_fl.models.merged import export_merged
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
@@ -74,6 +74,36 @@ def test_scores_and_loss_are_those_of_transformers_at_the_last_token(settings: S
     for model in (world.plain, world.stacked):
         for metrics in evaluate(model, [world.start] * 2, world.data.examples, indices, 14):
             assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tiny_factored", "targets"),
+    [("minicpm3", "q_b_proj"), ("gemma2", "q_proj")],
+    indirect=["tiny_factored"],
+)
+def test_scores_have_the_factors_of_the_model(
+    settings: Settings, tiny_factored: str, targets: str, tmp_path: Path
+) -> None:
+    """Oracle: PEFT's model. A merged classifier has a factor in its head, and none caps its logits as Gemma 2 does."""
+    world, texts = (
+        World(settings | {"model": tiny_factored, "target-modules": targets}),
+        ["sea1 sea2", "sand1 sky2 sky3"],
+    )
+    world.plain.write_adapter(world.start)
+    logits = scores(world.plain.peft, settings, texts)
+    save(world.plain, tmp_path / "adapter", ["sand", "sea", "sky"], world.config.data)
+    saved = load(tmp_path / "adapter", device="cpu")
+    with torch.inference_mode():
+        assert torch.allclose(saved.model(**saved.processor(texts)), logits, atol=1e-5)
+    if world.plain.base.config.model_type == "gemma2":
+        with pytest.raises(ConfigError, match="this model caps its logits at 0.2"):
+            export_merged(tmp_path / "adapter", tmp_path / "merged", "float32")
+        return
+    export_merged(tmp_path / "adapter", tmp_path / "merged", "float32")
+    classify = pipeline("text-classification", str(tmp_path / "merged"))
+    answers = [{entry["label"]: entry["score"] for entry in row} for row in classify(texts, top_k=None)]
+    probabilities = [[answer[label] for label in saved.labels] for answer in answers]
+    assert torch.allclose(torch.tensor(probabilities), logits.softmax(1), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,14 @@ def test_the_card_of_a_run_names_base_data_method_and_results(run: Path) -> None
     assert "/tmp" not in card.text
 
 
+def test_the_card_names_the_examples_of_a_step_and_the_rate_of_what_is_trained(tiny: Settings, tmp_path: Path) -> None:
+    changes = {"local-training": "head", "gradient-accumulation": 3, "head-learning-rate": 0.05, "num-rounds": 1}
+    run = finished_run(tiny | changes, tmp_path / "run")
+    card = (run / "adapter" / "README.md").read_text()
+    assert "| local work | 3 steps of 12 examples (batch-size 4 x gradient-accumulation 3) |" in card
+    assert "| optimizer | adamw, learning rate 0.05 |" in card
+
+
 def test_from_csv_to_predictions_through_the_pipeline(run: Path, tiny: Settings, tmp_path: Path) -> None:
     """Trained, exported, opened by pipeline(), predicted: the labels and the accuracy are those of our evaluation."""
     merged, predictions = tmp_path / "merged", tmp_path / "predictions.csv"

@@ -101,3 +101,13 @@ def test_command_merges_clients_and_runs(tiny: Settings, tmp_path: Path) -> None
     assert [row["rank"] for row in facts["before"]] == [2, 3] and "unequal ranks" in facts["warnings"][0]
     assert {row["kind"]: row["rank"] for row in facts["merged"]}["cat"] == 5
     assert "linear" not in {row["kind"] for row in facts["merged"]}
+
+
+def test_an_accuracy_over_tokens_has_no_interval(tiny: Settings, tiny_llama: str, tmp_path: Path) -> None:
+    language_model = {"task": "causal-lm", "model": tiny_llama, "target-modules": "q_proj,v_proj", "partitioner": "iid"}
+    run = finished_run(tiny | language_model | {"num-clients": 2, "local-training": "lora"}, tmp_path / "run")
+    result = CliRunner().invoke(app, ["probe", "merge", str(run), "--split", "test"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((run / "probe-merge.json").read_text())
+    assert not any("interval" in row for row in (*facts["before"], *facts["merged"]))
+    assert "interval" not in result.output

@@ -26,6 +26,7 @@ from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import PEFT_PREFIX, Adapter, part_of
 from copra_fl.copra.gates import Gates, group_name
 from copra_fl.models.flops import ModelSize
+from copra_fl.models.own_logits import own_logits
 from copra_fl.tasks import Inputs, Task
 
 
@@ -221,9 +222,9 @@ def recompute(base: nn.Module, blocks: Iterable[str]) -> None:
 
 
 def frozen_head_logits(task: Task, base: PreTrainedModel, features: Tensor, batch: Inputs) -> Tensor:
-    """Return the logits of the base's own output layer, in float32 or wider."""
+    """Return the base's own logits, in float32 or wider."""
     logits = task.frozen_logits(base.get_output_embeddings(), features, batch)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return own_logits(base.config, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def mask_other_datasets(logits: Tensor, batch: Inputs) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from copra_fl.config import Config, TrainingConfig
+from copra_fl.config import Config
 from copra_fl.files import atomic_write
 from copra_fl.models.base_reference import BaseReference
 from copra_fl.records import Evaluation, RunSummary
@@ -182,7 +182,7 @@ def _training_rows(training: Training) -> dict[str, str]:
         "clients": f"{data.num_clients or len(summary.clients)}, split by `partitioner = {data.partitioner}`",
         "method": f"{method_name(config)} (local training {summary.method}, rule {summary.rule})",
         "rounds": f"{summary.rounds}{f', ended early: {summary.ended_early}' if summary.ended_early else ''}",
-        **_local_training(config.training),
+        **_local_training(config),
         "adapter": f"rank {model.rank}, alpha {model.lora_alpha:g}, modules {model.target_modules}"
         f"{', DoRA' if model.dora else ''}",
         "seed": str(federation.seed),
@@ -196,14 +196,18 @@ def _training_rows(training: Training) -> dict[str, str]:
     return rows
 
 
-def _local_training(training: TrainingConfig) -> dict[str, str]:
+def _local_training(config: Config) -> dict[str, str]:
     """Return the rows on the work of a client in a round."""
+    training = config.training
     if training.engine == "trainer":
         return {"local work": f"{training.local_steps} steps of the Trainer of {Path(training.script).name}"}
-    examples = f"{training.local_steps} steps of {training.batch_size} examples"
+    batch, micro_batches = training.batch_size, training.gradient_accumulation
+    factors = f" (batch-size {batch} x gradient-accumulation {micro_batches})" if micro_batches > 1 else ""
+    steps = f"{training.local_steps} steps of {batch * micro_batches} examples{factors}"
+    rate = training.head_learning_rate if config.copra.local_training == "head" else training.learning_rate
     return {
-        "local work": f"{training.local_epochs} epochs" if training.local_epochs else examples,
-        "optimizer": f"{training.optimizer}, learning rate {training.learning_rate:g}",
+        "local work": f"{training.local_epochs} epochs" if training.local_epochs else steps,
+        "optimizer": f"{training.optimizer}, learning rate {rate:g}",
     }
 
 

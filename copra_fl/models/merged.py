@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
 from copra_fl.models.export import load
+from copra_fl.models.own_logits import logit_cap, logit_factor
 from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
 
 
@@ -35,7 +37,7 @@ def export_merged(
         base: as in `load`.
         training: of the model, for its card.
 
-    Raises ConfigError as `load` does, and for a task of one's own with features that no class computes.
+    Raises ConfigError as `load` does, and for features or logits that no class computes.
     """
     saved = load(adapter, "cpu", base, dtype)
     model, source = saved.model, str(saved.model.base.name_or_path)
@@ -43,7 +45,7 @@ def export_merged(
     if model.task.trains_head:
         head, processor = model.head, model.task.processor_class.from_pretrained(source)
     else:
-        head = model.task.frozen_head(model.base.get_output_embeddings(), saved.processor)
+        head = _own_head(model, saved.processor)
         processor = saved.processor
     merged: PreTrainedModel = model.base
     weights: Collection[str] | None = None
@@ -51,6 +53,7 @@ def export_merged(
         merged, weights = _classifier(model, head, saved.labels)
         processor = model.task.classifier_processor(processor, int(saved.data.get("max-length", 0)))
         merged.config.pad_token_id = getattr(processor, "pad_token_id", None)
+    _untie_adapted_output(model.base)
     model.peft.merge_and_unload(safe_merge=True)  # safe: W0, which other processes map, is not written to
     merged.to(getattr(torch, dtype))
     merged.config.use_cache = getattr(AutoConfig.from_pretrained(source), "use_cache", True)
@@ -60,6 +63,33 @@ def export_merged(
     write_merged_card(directory, facts, dtype, isinstance(merged, PooledClassifier))
     copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
     return merged
+
+
+def _untie_adapted_output(base: PreTrainedModel) -> None:
+    """Give an output layer that has an adapter its own weights, so that merging leaves the input embedding as it is."""
+    output: Any = base.get_output_embeddings()
+    if isinstance(output, LoraLayer) and output.weight is base.get_input_embeddings().weight:
+        output.get_base_layer().weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
+def _own_head(model: AdaptedModel, processor: Any) -> nn.Linear | None:
+    """Return the task's rows of the base's own output layer (`Task.frozen_head`) as they give the base's own logits.
+
+    Raises ConfigError for rows of a base that caps its logits, which no classifier does.
+    """
+    head = model.task.frozen_head(model.base.get_output_embeddings(), processor)
+    if head is None:
+        return None
+    if cap := logit_cap(model.base.config):
+        raise ConfigError(
+            f"this model caps its logits at {cap:g} (tanh), as no classifier of Transformers does; leave out --merge: "
+            "copra_fl.load opens the adapter"
+        )
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(logit_factor(model.base.config))
+    return head
 
 
 def _classifier(

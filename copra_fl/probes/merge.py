@@ -38,7 +38,8 @@ class ScoredModel:
         kind: PEFT's combination type; an en dash before merging.
         rank: largest rank of its modules.
         gap: accuracy minus the weighted mean accuracy of the members.
-        interval: Wilson's 95 % interval of the accuracy; None with several data sets.
+        interval: Wilson's 95 % interval of the accuracy; None with several data sets, and for examples with several
+            targets, as the tokens of a text, which are not independent.
         datasets: with several data sets: metrics by data set; a client has its own, a merge those of all its members.
     """
 
@@ -64,7 +65,9 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
     if mismatch:
         warnings.append(f"Merges of factors are left out: {mismatch}.")
     member_metrics: list[Metrics] = []
-    num_examples = len(members.runs[0].indices(split))
+    data, indices = members.runs[0].data, members.runs[0].indices(split)
+    num_examples = len(indices)
+    is_binomial = not data.datasets and bool((data.examples.num_targets[indices] == 1).all())
     for member, adapter in enumerate(adapters):
         member_metrics += members.score_plain([member], [adapter], split)
         progress("before", 1, len(adapters))
@@ -72,7 +75,7 @@ def probe(members: Members, split: Split, scale: float, density: float, seed: in
     def scored(name: str, kind: str, adapter: Adapter, metrics: Metrics) -> ScoredModel:
         gap = merge_gap_each(metrics, member_metrics, members.weights)["accuracy"]
         accuracy, datasets = metrics["accuracy"], metrics.get("datasets", {})
-        interval = None if datasets else wilson_interval(accuracy, num_examples)
+        interval = wilson_interval(accuracy, num_examples) if is_binomial else None
         return ScoredModel(name, kind, rank_of(adapter), metrics["loss"], accuracy, gap, interval, datasets)
 
     before = [
@@ -121,7 +124,7 @@ def _scores(models: Sequence[ScoredModel]) -> dict[str, tuple[float, float, floa
 
 
 def _verdict(merged: Sequence[ScoredModel], mean: float, examples: int) -> str:
-    """Return the best merge in one sentence, with the interval of its accuracy if there is one data set."""
+    """Return the best merge in one sentence, with the interval of its accuracy if there is one."""
     best = max(merged, key=lambda model: model.accuracy)
     evidence = ""
     if best.interval:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from copra_fl.class_metrics import MAX_CLASSES
 from copra_fl.records.record import DamagedRecord, Record
 
 
@@ -35,9 +34,8 @@ class Evaluation(Record):
         known = {name: measured[name] for name in ("loss", "accuracy", "examples")}
         datasets = {name: cls.of(metrics) for name, metrics in measured.get("datasets", {}).items()}
         others = {name: value for name, value in measured.items() if name not in (*known, "datasets", "confusion")}
-        matrix = measured.get("confusion", ())
-        shown = matrix if with_confusion and len(matrix) <= MAX_CLASSES else ()
-        return cls(**known, metrics=others, confusion=tuple(map(tuple, shown)), datasets=datasets)
+        matrix = measured.get("confusion", ()) if with_confusion else ()
+        return cls(**known, metrics=others, confusion=tuple(map(tuple, matrix)), datasets=datasets)
 
 
 class MergeGap(Record):

@@ -24,6 +24,7 @@ class ImageClassification(Classification):
     processor_class = ImageProcessor
     classifier_class = AutoModelForImageClassification
     pipeline = "image-classification"
+    version = 2
 
     def content(self, column: pd.Series, folder: Path) -> pd.Series:
         return read_images(column, folder)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -55,8 +55,8 @@ class ImageProcessor:
         self._processor.save_pretrained(directory)
 
     def __call__(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        """Return ``pixel_values`` (N, C, H, W) float32 of `images`."""
-        return {"pixel_values": self.normalize(self.resize(images))}
+        """Return ``pixel_values`` (N, C, H, W) float32 of `images`, turned as their EXIF data say."""
+        return {"pixel_values": self.normalize(self.resize([ImageOps.exif_transpose(image) for image in images]))}
 
     @property
     def mode(self) -> str:
@@ -177,15 +177,16 @@ def encode_images(processor: ImageProcessor, files: pd.Series) -> dict[str, Tens
 
 
 def _decode(file: bytes, number: int) -> Image.Image:
+    """Return the image in `file`, turned as its EXIF data say, as Transformers' pipelines open it."""
     try:
         image = Image.open(io.BytesIO(file))
         image.load()
+        return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for invalid or broken files
         raise TableError(
             f"image {number} (counted from 0, without rows that lack image or label) cannot be decoded: {error}",
             "an image of its file cannot be decoded",
         ) from error
-    return image
 
 
 def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:

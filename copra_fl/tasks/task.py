@@ -169,7 +169,10 @@ class Task(ABC):
         return nn.Linear(width, num_labels)
 
     def frozen_logits(self, output_layer: nn.Module, features: Tensor, batch: Inputs) -> Tensor:
-        """Return the (targets, outputs) logits of the base's own output layer, for tasks that train no head."""
+        """Return the (targets, outputs) logits of the base's own output layer, for tasks that train no head.
+
+        The base's own factors are applied to them afterwards (`models.own_logits`).
+        """
         logits: Tensor = output_layer(features)
         return logits
 

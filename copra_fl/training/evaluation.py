@@ -12,7 +12,7 @@ from torch import Tensor
 
 from copra_fl.adapters.interpolation import merge_gap
 from copra_fl.adapters.state import Adapter
-from copra_fl.class_metrics import class_metrics
+from copra_fl.class_metrics import MAX_CLASSES, metrics_of_counts
 from copra_fl.data.federated import FederatedData
 from copra_fl.tasks import Examples, Inputs, Task
 
@@ -95,30 +95,43 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Return for each adapter its mean ``loss`` and ``accuracy`` over the targets of `indices`, and ``examples``.
 
-    Further metrics are those of `Task.metrics`, and with `num_classes` those of `class_metrics` with the matrix
-    ``confusion`` itself, for a task with one label per target. Clients leave `num_classes` out, because the matrix
-    tells how many examples of each class they have. Examples are batched in order of length to save padding; a batch
-    has at most `batch_size` rows, one for each pair of adapter and example.
+    Further metrics are those of `Task.metrics`, and with `num_classes` those of `class_metrics`, for a task with one
+    label per target; up to MAX_CLASSES also the matrix ``confusion`` itself. Clients leave `num_classes` out, because
+    these tell how many examples of each class they have. Examples are batched in order of length to save padding; a
+    batch has at most `batch_size` rows, one for each pair of adapter and example.
     """
     predict, task = model.predictor(adapters), model.task
     by_length = indices[np.argsort(examples.lengths[indices], kind="stable")]
     at_once = max(1, batch_size // len(adapters))
     loss, correct = torch.zeros(2, len(adapters), dtype=torch.float64, device=model.device)
-    matrices = torch.zeros(len(adapters), num_classes, num_classes, dtype=torch.int64, device=model.device)
+    counts = torch.zeros(len(adapters), 3, num_classes, dtype=torch.int64, device=model.device)
+    size = num_classes if num_classes <= MAX_CLASSES else 0
+    matrices = torch.zeros(len(adapters), size, size, dtype=torch.int64, device=model.device)
     for start in range(0, len(by_length), at_once):
         batch = examples.batch(by_length[start : start + at_once], model.device)
         logits = predict(batch)
         loss += torch.stack([task.losses(adapter_logits, batch) for adapter_logits in logits]).sum(1)
         correct += torch.stack([task.correct(adapter_logits, batch) for adapter_logits in logits]).sum(1)
-        for matrix, adapter_logits in zip(matrices, logits, strict=True) if num_classes else ():
+        for number, adapter_logits in enumerate(logits) if num_classes else ():
             if (predictions := task.predictions(adapter_logits, batch)) is not None:
-                matrix += confusion(predictions, batch["labels"], num_classes)
+                counts[number] += class_counts(predictions, batch["labels"], num_classes)
+                if size:
+                    matrices[number] += confusion(predictions, batch["labels"], size)
     means = (torch.stack([loss, correct]) / examples.num_targets[indices].sum()).T.tolist()
     return [
         {"loss": mean_loss, "accuracy": accuracy, "examples": len(indices), **task.metrics(mean_loss, accuracy)}
-        | (class_metrics(matrix) | {"confusion": matrix.tolist()} if matrix.any() else {})
-        for (mean_loss, accuracy), matrix in zip(means, matrices.cpu().numpy(), strict=True)
+        | (metrics_of_counts(*by_class) if by_class.any() else {})
+        | ({"confusion": matrix.tolist()} if matrix.any() else {})
+        for (mean_loss, accuracy), by_class, matrix in zip(
+            means, counts.cpu().numpy(), matrices.cpu().numpy(), strict=True
+        )
     ]
+
+
+def class_counts(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return (3, C) int64: correct predictions, examples, and predictions of each class."""
+    classes = labels[predictions == labels], labels, predictions
+    return torch.stack([torch.bincount(each, minlength=num_classes) for each in classes])
 
 
 def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
