@@ -27,6 +27,7 @@ from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_recipes, by_short_name, short_name
+from copra_fl.simulation.run_folder import held
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import
@@ -241,7 +242,8 @@ def finish_comparison(
     """
     if have_finished(directory, configs):
         checked = preflight.check(configs.values(), console, request)
-        write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
+        with held(directory):
+            write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
     else:
         run_comparison(directory, methods, seeds, configs, console, request)
 
