@@ -215,7 +215,10 @@ def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str,
 
 
 def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, request: WorkerRequest) -> Comparison:
-    """Run the methods at their learning rates with the grid's seeds; return the comparison."""
+    """Run the methods at their learning rates with the grid's seeds; return the comparison.
+
+    Raises ConfigError as `check_rates` and `finish_comparison` do.
+    """
     from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.reporting.study import TEST
 
@@ -223,8 +226,30 @@ def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, requ
         run: cell.config(method, rates[method], seed)
         for run, (method, seed) in run_names(cell.methods, cell.seeds).items()
     }
+    check_rates(cell.directory / TEST, configs)
     finish_comparison(cell.directory / TEST, list(cell.methods), cell.seeds, configs, console, request)
     return load_comparison(cell.directory / TEST)
+
+
+def check_rates(directory: Path, configs: Mapping[str, Config]) -> None:
+    """Raise ConfigError if `directory` has runs at other learning rates than those that are chosen now.
+
+    The choice changes when seeds or rates are added to the tuning.
+    """
+    from copra_fl.reporting.study import rate_key  # slow to import
+
+    changed = []
+    for run, config in configs.items():
+        if (stored := directory / run / "config.toml").exists():
+            key = rate_key(config)
+            before, now = Config.from_toml(stored).to_flat()[key], config.to_flat()[key]
+            if before != now:
+                changed.append(f"{directory / run}: {key} {before} -> {now}")
+    if changed:
+        raise ConfigError(
+            "the chosen learning rate has changed since these test runs; remove their folders, then repeat the command:"
+            + "".join(f"\n  {line}" for line in changed)
+        )
 
 
 def finish_comparison(
