@@ -39,8 +39,8 @@ class AuditLog:
     def admit(self, nodes: Mapping[int, Handshake], config: Config) -> None:
         """Record those of `nodes` that are new; `config` is the configuration that they are sent."""
         home = os.environ.get(registration.VARIABLE)
-        registered = registration.read_known(Path(home)) if home else {}
-        known = {node["id"]: (name, node["key"]) for name, node in registered.items()}
+        registered = registration.read_registered(Path(home)) if home else []
+        known = {node.id: (node.name, node.key) for node in registered}
         for node in sorted(nodes.keys() - self._admitted):
             name, key = known.get(str(node), ("", ""))
             audited = AuditedNode(

@@ -124,7 +124,7 @@ class Admitted:
 
 def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
     """Return the connected nodes. Raises FederationError if there are fewer than min-nodes at the deadline."""
-    while len(nodes := sorted(grid.get_node_ids())) < config.federation.min_nodes:
+    while len(nodes := sorted(connected_nodes(grid))) < config.federation.min_nodes:
         if time.monotonic() > deadline:
             raise FederationError(
                 f"{len(nodes)} nodes connected within node-timeout-s = {config.federation.node_timeout_s:g} s; "
@@ -132,6 +132,11 @@ def wait_for_nodes(grid: Grid, config: Config, deadline: float) -> list[int]:
             )
         time.sleep(0.5)
     return nodes
+
+
+def connected_nodes(grid: Grid) -> set[int]:
+    """Return the connected nodes, without those that the gate shuts out."""
+    return set(grid.get_node_ids()) - registration.shut_out()
 
 
 def query(grid: Grid, config: Config, nodes: Iterable[int], timeout: float) -> list[Message]:
@@ -165,7 +170,7 @@ def admit_late_nodes(
     A node without a key comes back under another id: it replaces the one that is gone. A silent node costs
     node-timeout-s.
     """
-    admitted, connected, timeout = dict(nodes), set(grid.get_node_ids()), config.federation.node_timeout_s
+    admitted, connected, timeout = dict(nodes), connected_nodes(grid), config.federation.node_timeout_s
     late = sorted(connected - nodes.keys())
     replies = query(grid, config, late, timeout)
     for reply in replies:

@@ -267,7 +267,7 @@ def test_overwrite_deletes_no_live_run(folder: Path, tiny: Settings) -> None:
     (folder / "run" / "config.toml").write_text("seed = 3\n")
     with FileLock(folder / "run" / ".lock"):
         output = run_command("simulate", *settings(tiny), "--output", "run", "--overwrite", code=2)
-    assert f"a run is writing to {folder / 'run'}; stop it before you --overwrite it" in output.message
+    assert f"a run is writing to {folder / 'run'}; stop it first" in output.message
     assert (folder / "run" / "config.toml").exists()
 
 

@@ -218,6 +218,28 @@ def test_a_node_that_claims_another_keys_client_is_left_out_and_the_owner_is_not
             run_federation(flat | {"failures": "strict"}, tmp_path / name, grid=ImposterGrid())
 
 
+class ImposterCounter(ImposterGrid):
+    """Counts the messages to node 103."""
+
+    num_messages = 0
+
+    def answer(self, message: Message) -> Message:
+        self.num_messages += message.metadata.dst_node_id == 103
+        return super().answer(message)
+
+
+def test_a_connected_node_whose_key_was_removed_is_not_asked(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower counts it as connected until it misses its heartbeat."""
+    nodes = [{"id": str(node), "key": "", "name": f"client-{node - 100}"} for node in (100, 101, 102)]
+    (tmp_path / registration.KNOWN).write_text(json.dumps([*nodes, {"id": "103", "key": "", "name": ""}]))
+    monkeypatch.setenv(registration.VARIABLE, str(tmp_path))
+    grid = ImposterCounter()
+    directory = run_federation(settings | {"num-clients": 0, "num-rounds": 2}, tmp_path / "run", grid=grid)
+    assert clients(directory) == [[0, 1], [0, 1, 2]] and grid.num_messages == 0
+
+
 class RestartedGrid(LocalGrid):
     """Flower still counts node 102 as connected and reports an error for its first handshake, with its own node id."""
 

@@ -24,7 +24,7 @@ from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import load_plan, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.study import StudyCell, choose_cells, finish_comparison, read_grids, sample_configs
+from copra_fl.simulation.study import StudyCell, choose_cells, finish_comparison, read_grids, run_test, sample_configs
 from experiments.findings import studies
 from tests.support.browser import check_page, needs_chromium
 from tests.support.command_line import run_command
@@ -193,6 +193,25 @@ def test_finished_runs_of_other_settings_are_no_results(tiny: Settings, tmp_path
     configs["head-seed1"] = configs["head-seed1"].changed(local_steps=4)
     with pytest.raises(ConfigError, match=r"cannot resume .*head-seed1 with a changed configuration: local-steps"):
         finish_comparison(tmp_path, *arguments)
+
+
+def test_a_rate_that_is_chosen_anew_names_the_runs_to_remove(tiny: Settings, tmp_path: Path) -> None:
+    """A rate or a tuning seed was added to the study after its test runs had finished."""
+    (cell,) = cells(make_study(tiny))
+    cell = replace(cell, directory=tmp_path)
+    console, request = Console(quiet=True), WorkerRequest(1, None, None)
+    for run, (method, seed) in run_names(cell.methods, cell.seeds).items():
+        (config,) = preflight.check([cell.config(method, 0.01, seed)], console, request)
+        (tmp_path / "test" / run).mkdir(parents=True)
+        (tmp_path / "test" / run / "config.toml").write_text(config.to_toml())
+        (tmp_path / "test" / run / "summary.json").touch()
+    with pytest.raises(ConfigError, match="the chosen learning rate has changed") as raised:
+        run_test(cell, {"lora": 0.01, "head": 0.002}, console, request)
+    assert str(raised.value).splitlines()[1:] == [
+        f"  {tmp_path}/test/head-seed{seed}: head-learning-rate 0.01 -> 0.002" for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match=f"{tmp_path}/test/lora-seed0: learning-rate 0.01 -> 0.002"):
+        run_test(cell, {"lora": 0.002, "head": 0.01}, console, request)
 
 
 @pytest.mark.parametrize(

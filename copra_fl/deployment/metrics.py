@@ -7,7 +7,6 @@ of the Fleet API: accuracies and missing clients are for the operator only.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,8 +91,8 @@ class Deployment:
     def collect(self) -> Iterator[Metric]:
         yield of_certificates(self._certificate_ends, datetime.now(UTC))
         yield from of_runs(list(readable_runs(self._runs)))
-        known = registration.read_known(Path(os.environ["FLWR_HOME"]))
-        yield from of_nodes(nodes.parse_nodes(registration.flwr("list"), known))
+        registered = registration.read_registered(registration.flower_home())
+        yield from of_nodes(nodes.parse_nodes(registration.flwr("list"), registered))
 
 
 def readable_runs(runs: Path) -> Iterator[Run]:

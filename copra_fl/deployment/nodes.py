@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from copra_fl.deployment.compose_command import ComposeCommand
 from copra_fl.deployment.container_files import read_plain
 from copra_fl.deployment.layout import DeploymentLayout
-from copra_fl.deployment.registration import CONNECTION, KNOWN
+from copra_fl.deployment.registration import CONNECTION, KNOWN, RegisteredNode, parse_registered
 from copra_fl.simulation.superlink import RunFailed
 from copra_fl.wording import foreign
 
@@ -39,7 +39,7 @@ def list_nodes(compose: ComposeCommand) -> list[Node] | None:
         answer = json.loads(compose.run_in_superlink("flwr", "supernode", "list", CONNECTION, "--format", "json"))
     except (subprocess.CalledProcessError, ValueError):
         return None
-    return parse_nodes(answer, _known(compose.layout))
+    return parse_nodes(answer, _registered(compose.layout))
 
 
 def wait_until_online(compose: ComposeCommand, num_clients: int, timeout_s: float) -> list[Node]:
@@ -61,29 +61,30 @@ def wait_until_online(compose: ComposeCommand, num_clients: int, timeout_s: floa
         time.sleep(1)
 
 
-def parse_nodes(answer: dict[str, Any], known: dict[str, dict[str, str]]) -> list[Node] | None:
+def parse_nodes(answer: dict[str, Any], registered: Sequence[RegisteredNode]) -> list[Node] | None:
     """Return the nodes in the answer of ``flwr supernode list``, sorted by name; None if it reports no success.
 
-    `known` (see `registration.read_known`) gives nodes the names of their key files.
+    `registered` gives nodes the names of their key files. Nodes without key file are left out.
     """
     if not answer["success"]:
         return None
-    names = {node["id"]: name for name, node in known.items()}
+    names = {node.id: node.name for node in registered}
     nodes = []
     for node in answer["nodes"]:
-        if node["status"] != "unregistered":
+        name = names.get(node["node-id"], node["node-id"])
+        if name and node["status"] != "unregistered":  # by an earlier version
             since = {"online": node["online-at"], "offline": node["offline-at"]}.get(node["status"], "")
-            nodes.append(Node(names.get(node["node-id"], node["node-id"]), node["node-id"], node["status"], since))
+            nodes.append(Node(name, node["node-id"], node["status"], since))
     return sorted(nodes, key=lambda node: node.name)
 
 
-def _known(layout: DeploymentLayout) -> dict[str, dict[str, str]]:
-    """Return what `registration.read_known` does in the container; nothing if the container has no valid file."""
+def _registered(layout: DeploymentLayout) -> list[RegisteredNode]:
+    """Return what `registration.read_registered` does in the container; nothing if the container has no valid file."""
     try:
-        known = json.loads(read_plain(layout.flower_home, KNOWN))
-        return {foreign(name): {"id": str(node["id"])} for name, node in known.items()}
+        nodes = parse_registered(read_plain(layout.flower_home, KNOWN).decode())
+        return [RegisteredNode(str(node.id), "", foreign(node.name)) for node in nodes]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return {}
+        return []
 
 
 def describe(nodes: Iterable[Node]) -> str:

@@ -1,8 +1,10 @@
 """Registration of nodes: the SuperLink accepts the nodes with public keys in a folder.
 
-Flower registers a node's key through its Control API and keeps it in its database. `nodes.json` in FLWR_HOME records
-which key file became which node, so that a node is unregistered, and rejected from then on, when its key file is
-removed. This module runs beside the SuperLink, with Flower's own command line and the connection in FLWR_HOME.
+Flower registers a node's key through its Control API and keeps it in its database. It never registers a key twice, not
+even after it was unregistered. So a node stays registered with Flower when its key file is removed, and the API gate
+rejects it; when the file comes back, under any name, it is the same node. `nodes.json` in FLWR_HOME has every node that
+was ever registered. This module runs beside the SuperLink, with Flower's own command line and the connection in
+FLWR_HOME.
 
 The server app reads `nodes.json` too (`bound_partitions`): the node with the key client-N.pub is client N, whatever it
 says.
@@ -19,6 +21,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +45,21 @@ VARIABLE = "COPRA_FL_NODES"
 CLIENT_KEY = re.compile(r"client-(\d+)")
 
 
+@dataclass(frozen=True)
+class RegisteredNode:
+    """A node that Flower has registered.
+
+    Attributes:
+        id: Flower's id of the node.
+        key: its public key, as in a .pub file.
+        name: name of its key file, without suffix; empty while there is no such file, and the node is shut out.
+    """
+
+    id: str
+    key: str
+    name: str
+
+
 def write_connection(home: Path, port: int, ca: str | None) -> None:
     """Write the `flwr` connection to this machine's SuperLink into its FLWR_HOME, `home`.
 
@@ -59,23 +78,53 @@ def keep_registered(nodes: Path, keys: NodeKeys) -> None:
 
     An error is logged, and the next round tries again: the nodes that are registered stay admitted.
     """
+    registered = read_registered(flower_home())
     while True:
         try:
             try:
-                update(nodes)
+                update(nodes, registered)
             finally:
-                keys.replace({name: node["key"] for name, node in read_known(flower_home()).items()})
+                keys.replace({node.name: node.key for node in registered if node.name})
         except Exception:
             log.exception("the nodes are not registered as %s says; next try in %d s", nodes, POLL_SECONDS)
         time.sleep(POLL_SECONDS)
 
 
-def update(nodes: Path) -> None:
-    """Unregister nodes with keys that are gone from `nodes` or have changed, then register the new keys.
+def update(nodes: Path, registered: list[RegisteredNode]) -> None:
+    """Name the `registered` nodes by their key files in the folder `nodes`, then register the new keys.
 
-    For a node with a key file that cannot be read nothing changes.
+    For a node with a key file that cannot be read nothing changes. nodes.json follows `registered`, which is right even
+    where the file cannot be written.
     """
-    known = read_known(flower_home())
+    from cryptography.exceptions import UnsupportedAlgorithm  # slow to import
+
+    from copra_fl.secure_aggregation.keys import normal_identity
+
+    files: dict[bytes, list[str]] = {}
+    for name, text in read_keys(nodes, {node.name: node.key for node in registered}).items():
+        try:
+            files.setdefault(normal_identity(text.encode()), []).append(name)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            log.warning("the key file %s.pub has no public key: %s", name, error)
+    for names in files.values():
+        if len(names) > 1:
+            log.warning("the key files of %s have the same key, which is one node's", ", ".join(names))
+
+    def named(node: RegisteredNode) -> RegisteredNode:
+        names = files.pop(normal_identity(node.key.encode()), [""])
+        return node if node.name in names else replace(node, name=names[0])
+
+    registered[:] = [named(node) for node in registered]
+    _write_registered(registered)
+    for key, (name, *_) in files.items():
+        answer = flwr("register", str(nodes / f"{name}.pub"), "--name", name)
+        if _succeeded(f"registering {name}", answer):
+            registered.append(RegisteredNode(str(answer["node-id"]), key.decode(), name))
+            _write_registered(registered)
+
+
+def read_keys(nodes: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Return name -> text of the key files in the folder `nodes`; that in `known` of a file that cannot be read."""
     keys = {}
     for path in sorted(path for path in nodes.iterdir() if path.suffix == ".pub"):
         try:
@@ -85,16 +134,8 @@ def update(nodes: Path) -> None:
         except (OSError, UnicodeDecodeError) as error:
             log.warning("the key file %s cannot be read, so nothing changes for its node: %s", path, error)
             if path.stem in known:
-                keys[path.stem] = known[path.stem]["key"]
-    for name, node in list(known.items()):
-        if keys.get(name) != node["key"] and _succeeded(f"unregistering {name}", flwr("unregister", node["id"])):
-            del known[name]
-            _write_known(known)
-    for name in keys.keys() - known.keys():
-        answer = flwr("register", str(nodes / f"{name}.pub"), "--name", name)
-        if _succeeded(f"registering {name}", answer):
-            known[name] = {"id": str(answer["node-id"]), "key": keys[name]}
-            _write_known(known)
+                keys[path.stem] = known[path.stem]
+    return keys
 
 
 def flower_home() -> Path:
@@ -106,15 +147,33 @@ def bound_partitions() -> dict[int, int]:
     """Return node id -> partition-id of the nodes that are registered as client-N; empty if nodes need no keys."""
     if VARIABLE not in os.environ:
         return {}
-    known = read_known(Path(os.environ[VARIABLE]))
-    matches = {int(node["id"]): CLIENT_KEY.fullmatch(name) for name, node in known.items()}
+    nodes = read_registered(Path(os.environ[VARIABLE]))
+    matches = {int(node.id): CLIENT_KEY.fullmatch(node.name) for node in nodes}
     return {node: int(match[1]) for node, match in matches.items() if match}
 
 
-def read_known(home: Path) -> dict[str, dict[str, str]]:
-    """Return name -> id and public key of the registered nodes; `home` is the SuperLink's FLWR_HOME."""
+def shut_out() -> set[int]:
+    """Return the ids of the nodes whose keys were removed; empty if nodes need no keys.
+
+    Flower counts such a node as connected until it misses its heartbeat.
+    """
+    if VARIABLE not in os.environ:
+        return set()
+    return {int(node.id) for node in read_registered(Path(os.environ[VARIABLE])) if not node.name}
+
+
+def read_registered(home: Path) -> list[RegisteredNode]:
+    """Return all nodes that were ever registered; `home` is the SuperLink's FLWR_HOME."""
     path = home / KNOWN
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return parse_registered(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def parse_registered(text: str) -> list[RegisteredNode]:
+    """Return the nodes in the `text` of nodes.json, also of an earlier one: name -> id and key."""
+    content = json.loads(text)
+    if isinstance(content, dict):
+        content = [{"name": name, **node} for name, node in content.items()]
+    return [RegisteredNode(**node) for node in content]
 
 
 def fingerprint(key: str) -> str:
@@ -125,8 +184,10 @@ def fingerprint(key: str) -> str:
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def _write_known(known: dict[str, dict[str, str]]) -> None:
-    atomic_write(flower_home() / KNOWN, json.dumps(known, indent=2) + "\n")
+def _write_registered(nodes: list[RegisteredNode]) -> None:
+    """Write nodes.json, unless it has these nodes."""
+    if nodes != read_registered(flower_home()):
+        atomic_write(flower_home() / KNOWN, json.dumps([asdict(node) for node in nodes], indent=2) + "\n")
 
 
 def _succeeded(action: str, answer: dict[str, Any]) -> bool:

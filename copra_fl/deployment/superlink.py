@@ -6,8 +6,8 @@
 It runs `flower-superlink` in this process, with these additions:
 
 - All its APIs are served through `ApiGate`.
-- --nodes: once the SuperLink answers, the public keys in FOLDER are registered, and keys that disappear from FOLDER
-  are unregistered. Without it, anyone may connect as a node (`deploy init --insecure`).
+- --nodes: once the SuperLink answers, the public keys in FOLDER are registered, and nodes whose keys disappear from
+  FOLDER are shut out. Without it, anyone may connect as a node (`deploy init --insecure`).
 - FLWR_HOME gets a `flwr` connection to this SuperLink, for operators in its container.
 - --metrics-port: metrics for Prometheus are served on PORT; those of runs come from the folder --runs.
 - The server app appends to the audit log in the folder --runs.

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from copra_fl.config import Config, ConfigError, read_toml
+from copra_fl.files import atomic_write
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
-from copra_fl.simulation.run_folder import create_output, write_config
+from copra_fl.simulation.run_folder import delete_content, held, write_config
 from copra_fl.simulation.superlink import superlink
 
 #: methods and seeds of a comparison, and the configuration of each run by the names of `run_names`
@@ -37,13 +38,16 @@ def run_comparison(
     `on_progress` is called after each round and each run.
 
     `configs` has the configuration of each run, by the names of `run_names`.
-    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
+    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and while a run
+    is writing to `directory`; and RunFailed.
     """
     with superlink(directory / "flower.log", configs.values(), request.ray_address) as link:
         configs = dict(zip(configs, preflight.check(configs.values(), console, request), strict=True))
         workers = request.allocate(list(configs.values()), console)
-        create_output(directory, overwrite)
-        write_plan(directory, methods, seeds, configs)
+        with held(directory):
+            if overwrite:
+                delete_content(directory)
+            write_plan(directory, methods, seeds, configs)
         process = link.start_run({"output": str(directory), "resume": True}, workers)
         progress.watch_tracked(link, process, [directory / name for name in configs], console, track, on_progress)
 
@@ -56,7 +60,7 @@ def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: M
     for name, config in configs.items():
         write_config(directory / name, config)
     plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
-    (directory / "comparison.toml").write_text(plan, encoding="utf-8")
+    atomic_write(directory / "comparison.toml", plan)
 
 
 def find_plan(directory: Path) -> Plan | None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from copra_fl.config import Config, ConfigError
+from copra_fl.files import atomic_write
 
 #: a folder of a run or comparison has one of these files; other folders are never continued or deleted
 MARKER_FILES = ("comparison.toml", "config.toml")
+#: the server app holds this file of the folder while a run goes on
+LOCK = ".lock"
 #: everything that copra-fl writes into such a folder, as patterns; a folder with anything else is never deleted
 OUR_FILES = (
-    *MARKER_FILES, "*-seed*", ".*.[0-9]*", ".lock", "adapter", "checkpoints", "flower.log", "journal.jsonl",
+    *MARKER_FILES, "*-seed*", ".*.[0-9]*", LOCK, "adapter", "checkpoints", "flower.log", "journal.jsonl",
     "privacy.jsonl", "probe-*", "provenance.json", "report.html", "summary.json", "tensorboard", "wandb",
 )  # fmt: skip
 
@@ -24,8 +29,9 @@ OUR_FILES = (
 def choose_output(output: Path | None, command: str, resume: bool, overwrite: bool) -> Path:
     """Return the absolute folder for the results; nothing is created or deleted yet.
 
-    Raises ConfigError for a folder that cannot be written, for a missing one with `resume`, and as `check_deletable`
-    does; also for one with content, unless it holds a run and `resume` or `overwrite` is set.
+    Raises ConfigError for a folder that cannot be written, with `resume` for a missing one and for one that another
+    command continues, and as `check_deletable` does; also for one with content, unless it holds a run and `resume` or
+    `overwrite` is set.
     """
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: use one of them")
@@ -37,15 +43,24 @@ def choose_output(output: Path | None, command: str, resume: bool, overwrite: bo
     if resume and not directory.exists():
         raise ConfigError(f"--resume: there is no run in {directory}; leave --resume out to start one")
     check_writable(directory)
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         is_run = any((directory / marker).exists() for marker in MARKER_FILES)
         if not is_run:
             raise ConfigError(f"--output {directory} is not empty and not a run of copra-fl; choose another folder")
         if not (resume or overwrite):
             raise ConfigError(f"--output {directory} holds a run: --resume continues it, --overwrite deletes it")
+        if resume:
+            check_command(directory, command)
         if overwrite:
             check_deletable(directory)
     return directory
+
+
+def check_command(directory: Path, command: str) -> None:
+    """Raise ConfigError unless the folder holds what `command` ("simulate" or "compare") writes."""
+    kind, right = ("comparison", "compare") if (directory / "comparison.toml").exists() else ("single run", "simulate")
+    if command != right:
+        raise ConfigError(f"{directory} holds a {kind}; to continue it: copra-fl {right} --resume --output {directory}")
 
 
 def check_writable(directory: Path) -> None:
@@ -67,18 +82,29 @@ def check_deletable(directory: Path) -> None:
             f"--overwrite would delete {directory / strangers[0]}, which no run has written; move it away, or choose "
             "another --output"
         )
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            pass
-    except Timeout:
-        raise ConfigError(f"a run is writing to {directory}; stop it before you --overwrite it") from None
+    with held(directory):
+        pass
 
 
-def create_output(directory: Path, overwrite: bool) -> None:
-    """Create the folder that `choose_output` returned; with `overwrite`, delete the run in it first."""
-    if overwrite and directory.exists():
-        shutil.rmtree(directory)
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Create the folder, and keep other runs from it during the block. Raises ConfigError if a run is writing to it."""
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(directory / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"a run is writing to {directory}; stop it first, or wait until it has ended") from None
+    with lock:
+        yield
+
+
+def delete_content(directory: Path) -> None:
+    """Delete everything in the folder except its lock, which the caller has."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def write_config(directory: Path, config: Config, lengthen: bool = False) -> None:
@@ -94,7 +120,7 @@ def write_config(directory: Path, config: Config, lengthen: bool = False) -> Non
         check_lengthened(config)
         (directory / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
     directory.mkdir(exist_ok=True)
-    path.write_text(config.to_toml(), encoding="utf-8")
+    atomic_write(path, config.to_toml())
 
 
 def check_lengthened(config: Config) -> None:

@@ -11,7 +11,7 @@ from copra_fl.config import Config
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
-from copra_fl.simulation.run_folder import create_output, write_config
+from copra_fl.simulation.run_folder import delete_content, held, write_config
 from copra_fl.simulation.superlink import superlink
 
 
@@ -38,12 +38,15 @@ def run_single(
 ) -> None:
     """Run or continue the run in `directory`. `on_progress` is called after each round and at the end.
 
-    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and RunFailed.
+    Raises ConfigError for a configuration that cannot run or differs from the one of an unfinished run, and while a run
+    is writing to `directory`; and RunFailed.
     """
     with superlink(directory / "flower.log", [config], request.ray_address) as link:
         (config,) = preflight.check([config], console, request)
         workers = request.allocate([config], console)
-        create_output(directory, overwrite)
-        write_config(directory, config, lengthen=resume)
+        with held(directory):
+            if overwrite:
+                delete_content(directory)
+            write_config(directory, config, lengthen=resume)
         process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
         progress.watch_tracked(link, process, [directory], console, track, on_progress)

@@ -27,6 +27,7 @@ from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_recipes, by_short_name, short_name
+from copra_fl.simulation.run_folder import held
 from copra_fl.wording import unknown_name
 
 if TYPE_CHECKING:  # slow to import
@@ -214,7 +215,10 @@ def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str,
 
 
 def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, request: WorkerRequest) -> Comparison:
-    """Run the methods at their learning rates with the grid's seeds; return the comparison."""
+    """Run the methods at their learning rates with the grid's seeds; return the comparison.
+
+    Raises ConfigError as `check_rates` and `finish_comparison` do.
+    """
     from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.reporting.study import TEST
 
@@ -222,8 +226,30 @@ def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, requ
         run: cell.config(method, rates[method], seed)
         for run, (method, seed) in run_names(cell.methods, cell.seeds).items()
     }
+    check_rates(cell.directory / TEST, configs)
     finish_comparison(cell.directory / TEST, list(cell.methods), cell.seeds, configs, console, request)
     return load_comparison(cell.directory / TEST)
+
+
+def check_rates(directory: Path, configs: Mapping[str, Config]) -> None:
+    """Raise ConfigError if `directory` has runs at other learning rates than those that are chosen now.
+
+    The choice changes when seeds or rates are added to the tuning.
+    """
+    from copra_fl.reporting.study import rate_key  # slow to import
+
+    changed = []
+    for run, config in configs.items():
+        if (stored := directory / run / "config.toml").exists():
+            key = rate_key(config)
+            before, now = Config.from_toml(stored).to_flat()[key], config.to_flat()[key]
+            if before != now:
+                changed.append(f"{directory / run}: {key} {before} -> {now}")
+    if changed:
+        raise ConfigError(
+            "the chosen learning rate has changed since these test runs; remove their folders, then repeat the command:"
+            + "".join(f"\n  {line}" for line in changed)
+        )
 
 
 def finish_comparison(
@@ -241,7 +267,8 @@ def finish_comparison(
     """
     if have_finished(directory, configs):
         checked = preflight.check(configs.values(), console, request)
-        write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
+        with held(directory):
+            write_plan(directory, methods, seeds, dict(zip(configs, checked, strict=True)))
     else:
         run_comparison(directory, methods, seeds, configs, console, request)
 
