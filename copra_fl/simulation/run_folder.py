@@ -19,6 +19,8 @@ from copra_fl.files import atomic_write
 MARKER_FILES = ("comparison.toml", "config.toml")
 #: the server app holds this file of the folder while a run goes on
 LOCK = ".lock"
+#: seconds that the processes of a killed command have to end and to release the folder
+RELEASE_SECONDS = 10
 #: everything that copra-fl writes into such a folder, as patterns; a folder with anything else is never deleted
 OUR_FILES = (
     *MARKER_FILES, "*-seed*", ".*.[0-9]*", LOCK, "adapter", "checkpoints", "flower.log", "journal.jsonl",
@@ -82,16 +84,19 @@ def check_deletable(directory: Path) -> None:
             f"--overwrite would delete {directory / strangers[0]}, which no run has written; move it away, or choose "
             "another --output"
         )
-    with held(directory):
+    with held(directory, timeout_s=0):
         pass
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Create the folder, and keep other runs from it during the block. Raises ConfigError if a run is writing to it."""
+def held(directory: Path, timeout_s: float = RELEASE_SECONDS) -> Iterator[None]:
+    """Create the folder, and keep other runs from it during the block.
+
+    Raises ConfigError if a run is still writing to it after `timeout_s` seconds.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(directory / LOCK).acquire(timeout=0)
+        lock = FileLock(directory / LOCK).acquire(timeout=timeout_s)
     except Timeout:
         raise ConfigError(f"a run is writing to {directory}; stop it first, or wait until it has ended") from None
     with lock:
