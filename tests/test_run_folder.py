@@ -14,7 +14,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from copra_fl.config import Config, ConfigError
-from copra_fl.simulation import comparison, single_run
+from copra_fl.simulation import comparison, run_folder, single_run
 from copra_fl.simulation.run_folder import choose_output, write_config
 from tests.support.command_line import run_command
 
@@ -80,8 +80,9 @@ def test_a_resume_of_the_other_kind_names_the_right_command(
     ids=["longer", "overwrite", "overwrite by a comparison"],
 )
 def test_nothing_changes_in_the_folder_of_a_live_run(
-    started: list[dict[str, Any]], tmp_path: Path, change: Callable[[Path], None]
+    started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
+    monkeypatch.setattr(run_folder, "RELEASE_SECONDS", 0)
     simulate(tmp_path / "run", CONFIG)
     before = content(tmp_path / "run")
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ConfigError, match="a run is writing to"):

@@ -89,14 +89,14 @@ def check_deletable(directory: Path) -> None:
 
 
 @contextmanager
-def held(directory: Path, timeout_s: float = RELEASE_SECONDS) -> Iterator[None]:
+def held(directory: Path, timeout_s: float | None = None) -> Iterator[None]:
     """Create the folder, and keep other runs from it during the block.
 
-    Raises ConfigError if a run is still writing to it after `timeout_s` seconds.
+    Raises ConfigError if a run is still writing to it after `timeout_s` seconds; None: RELEASE_SECONDS.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(directory / LOCK).acquire(timeout=timeout_s)
+        lock = FileLock(directory / LOCK).acquire(timeout=RELEASE_SECONDS if timeout_s is None else timeout_s)
     except Timeout:
         raise ConfigError(f"a run is writing to {directory}; stop it first, or wait until it has ended") from None
     with lock:
