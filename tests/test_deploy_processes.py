@@ -31,7 +31,7 @@ from transformers import AutoModel
 from copra_fl.config import Config, toml_value
 from copra_fl.deployment import certificates, operator_secret
 from copra_fl.deployment.layout import DeploymentLayout
-from copra_fl.deployment.registration import fingerprint
+from copra_fl.deployment.registration import fingerprint, read_registered
 from copra_fl.records import AuditEvent, read_records
 from copra_fl.simulation.superlink import copy_app, free_port
 from tests.support.documents import ROOT
@@ -348,9 +348,22 @@ def test_a_plugin_and_a_script_reach_real_nodes(
     deployment.start_nodes(keep_warm=0)
 
 
-def test_removing_a_key_ends_its_node_only(deployment: Processes) -> None:
-    """The last test of this file, because it removes a node of the deployment."""
-    (deployment.layout.nodes / "client-1.pub").unlink()
-    node = deployment.started["node-1"]
+def test_removing_a_key_ends_its_node_only_until_the_key_comes_back(deployment: Processes) -> None:
+    """The last test of this file, because it disturbs the nodes."""
+    key, client = deployment.layout.nodes / "client-1.pub", deployment.layout.client(1)
+    text, node = key.read_text(), deployment.started["node-1"]
+    key.unlink()
     deployment.wait(lambda: node.poll() is not None, "node 1 is rejected")
     assert deployment.started["node-0"].poll() is None
+    key.with_name("site-b.pub").write_text(f"{text.strip()} site b\n")
+    deployment.log("node-1").unlink()
+
+    def is_connected() -> bool:
+        """Return whether node 1 is; it is restarted as in a container, until Flower counts it as gone."""
+        if deployment.started["node-1"].poll() is not None:
+            deployment.start_node("node-1", client.tls / "ca.crt", client.key, 1)
+        return deployment.logged("node-1", "SuperNode ID")
+
+    deployment.wait(is_connected, "node 1 is admitted again")
+    registered = read_registered(deployment.layout.flower_home)
+    assert sorted(node.name for node in registered) == ["client-0", "site-b"]
