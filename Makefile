@@ -22,7 +22,7 @@ demo: .venv/installed  ## the main job: compare LoRA with CopRA and kept moments
 	  --output runs/demo --overwrite
 
 test: .venv/developed  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not slow and not containers"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 20 -m "not slow and not containers"
 
 test-slow: .venv/developed  ## what `test` leaves out: the whole demo, a killed study, a deployment of processes
 	$(BIN)/python -m pytest -m slow
