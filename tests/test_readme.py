@@ -29,13 +29,18 @@ PAGES = ("README.md", *(f"docs/{page}.md" for page in ("tutorials/simulate-and-c
 
 
 def commands() -> list[str]:
-    """Return each command that names .venv/bin or make, once; variables that a block exports precede its commands."""
+    """Return each command that names .venv/bin or make, once, except those of pip, which would change this environment.
+
+    Variables that a block exports precede its commands.
+    """
     listed = []
     for block in (block for page in PAGES for block in blocks(page, "bash")):
         exported = ""
         for line in filter(None, (line.split("  #")[0].strip() for line in re.sub(r"\\\n +", "", block).splitlines())):
             if line.startswith("export "):
                 exported += f"{line} && "
+            elif ".venv/bin/pip" in line:
+                continue
             elif ".venv/bin" in (command := exported + line) or line.startswith("make "):
                 listed.append(command)
     return list(dict.fromkeys(listed))
