@@ -1,7 +1,7 @@
-"""What clients keep between rounds, after a round that did not use their updates.
+"""Client state after a round whose updates the server did not use.
 
-To train in vain must leave the same state as not to train, and the server's control variate must stay the mean of the
-clients' control variates, as in SCAFFOLD's paper.
+A client whose update was lost has the same state as a client that was not asked. The server's control variate is the
+mean of the clients' control variates, as in SCAFFOLD's paper.
 """
 
 from __future__ import annotations

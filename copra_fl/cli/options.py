@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,18 +35,20 @@ def complete_method(incomplete: str) -> list[str]:
     return [incomplete[:cut] + name for name in built_in_methods() if name.startswith(incomplete[cut:])]
 
 
+def set_option(help_text: str) -> Any:
+    """Return the option ``--set`` with its help."""
+    return typer.Option("--set", metavar="KEY=VALUE", autocompletion=complete_setting, help=help_text)
+
+
 RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", help=f"{RECIPE_HELP} Default: base.", autocompletion=complete_recipe, metavar="FILE"),
 ]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        autocompletion=complete_setting,
-        help="Set a configuration key; overrides recipe and method. May be repeated.",
-    ),
+    list[str] | None, set_option("Set a configuration key; overrides recipe and method. May be repeated.")
+]
+DataSetOption = Annotated[
+    list[str] | None, set_option("Set a key of the data: text-column, separator, max-length. May be repeated.")
 ]
 MethodsOption = Annotated[
     str | None,

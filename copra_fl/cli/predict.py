@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument, complete_setting
+from copra_fl.cli.options import BaseOption, DataSetOption, DeviceName, DeviceOption, ModelArgument
 from copra_fl.config import KEYS, ConfigError, DataConfig
 from copra_fl.console import plain_console
 from copra_fl.simulation.recipes import parse_override
@@ -28,15 +28,7 @@ def predict(
         Path,
         typer.Option("--to", help="CSV, TSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
     ],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            autocompletion=complete_setting,
-            help="Set a key of the data, such as text-column, separator or max-length. May be repeated.",
-        ),
-    ] = None,
+    set_: DataSetOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")] = 64,
     device: DeviceOption = DeviceName.AUTO,
     base: BaseOption = "",

@@ -1,10 +1,10 @@
 """Registration of nodes: the SuperLink accepts the nodes with public keys in a folder.
 
-Flower registers a node's key through its Control API and keeps it in its database. It never registers a key twice, not
-even after it was unregistered. So a node stays registered with Flower when its key file is removed, and the API gate
-rejects it; when the file comes back, under any name, it is the same node. `nodes.json` in FLWR_HOME has every node that
-was ever registered. This module runs beside the SuperLink, with Flower's own command line and the connection in
-FLWR_HOME.
+Flower registers a node's key through its Control API and keeps it in its database. It registers no key twice, also
+after the node was unregistered. So a node whose key file is removed stays registered with Flower, and the API gate
+rejects its requests. If the key file is put back, under any name, the gate admits the same node again. `nodes.json` in
+FLWR_HOME lists all registered nodes. This module runs beside the SuperLink, with Flower's own command line and the
+connection in FLWR_HOME.
 
 The server app reads `nodes.json` too (`bound_partitions`): the node with the key client-N.pub is client N, whatever it
 says.
