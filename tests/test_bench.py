@@ -143,6 +143,7 @@ def open_lazy(config: Config, data: FederatedData) -> Train:
     return train_less
 
 
+@pytest.mark.slow
 def test_equality_check_refuses_a_competitor_that_trains_less() -> None:
     """The fair one passes, in the dtype and attention of (C)."""
     workload = prepare(SIZES["smoke"], random_base=True, as_file=False)

@@ -96,7 +96,9 @@ CASES: dict[str, tuple[Settings, int, tuple[Callable[[World], None], ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "double", [pytest.param(True, id="float64"), pytest.param(False, id="float32", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_both_engines_agree(tiny: Settings, case: tuple, double: bool) -> None:
     """Oracle: plain PEFT, one client after the other."""

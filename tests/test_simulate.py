@@ -18,7 +18,8 @@ from transformers import AutoModel
 from copra_fl.config import Config
 from copra_fl.simulation.progress import STARTING, watch
 from copra_fl.simulation.superlink import RunFailed, Workers, ray_variables, superlink
-from tests.support.federations import final_adapter
+from tests.support.federations import assert_equal, final_adapter
+from tests.support.local_grid import run_federation
 from tests.support.real_runs import RealRun, num_rounds, settings
 from tests.support.tiny import Settings
 
@@ -26,28 +27,41 @@ from tests.support.tiny import Settings
 @pytest.fixture(scope="module")
 def long(tiny: Settings) -> Settings:
     """Settings with rounds of a second or two, which a test can interrupt."""
-    return tiny | {"num-rounds": 4, "local-steps": 150, "batch-size": 8}
+    return tiny | {"num-rounds": 4, "local-steps": 150, "batch-size": 8, "optimizer-state": "client"}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(long: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and JSON output of one real run without any fault.
+def undisturbed(long: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the same federation on two nodes in this process, without Ray, a SuperLink, or any fault."""
+    return run_federation(dict(long), tmp_path_factory.mktemp("undisturbed") / "run")
 
-    Its data file is a path relative to the user's folder, though Flower runs in another one.
+
+def test_killed_in_round_2_and_resumed_ends_in_the_same_adapter_which_peft_opens(
+    undisturbed: Path, long: Settings, tmp_path: Path
+) -> None:
+    """SIGKILL of the command ends its SuperLink, server app and workers too; --resume alone finishes the run.
+
+    The data file is a path relative to the user's folder, though Flower runs in another one.
     """
-    directory = tmp_path_factory.mktemp("undisturbed")
-    os.link(str(long["dataset"]), directory / "mine.csv")
-    arguments = ["simulate", *settings(long | {"dataset": "mine.csv"}), "--output", "run", "--workers", "2", "--json"]
-    out, _ = RealRun(arguments, directory).finish()
-    return directory / "run", out
+    os.link(str(long["dataset"]), tmp_path / "mine.csv")
+    directory = tmp_path / "run"
+    run = RealRun(
+        ["simulate", *settings(long | {"dataset": "mine.csv"}), "--output", "run", "--workers", "2"], tmp_path
+    )
+    run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    run.wait_until(lambda: not run.processes(), "the whole family gone")
+    assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
+    out, _ = RealRun(
+        ["simulate", "--output", str(directory), "--resume", "--workers", "2", "--json"], tmp_path
+    ).finish()
 
-
-def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, str], long: Settings) -> None:
-    directory, out = undisturbed
-    summary = json.loads(out)
-    assert summary["test"]["accuracy"] > 0.5
+    expected, last = final_adapter(undisturbed), final_adapter(directory)
+    assert_equal(last, expected)
+    test = json.loads(out)["test"]
+    assert test == json.loads((undisturbed / "summary.json").read_text())["test"] and test["accuracy"] > 0.5
     encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(str(long["model"])), str(directory / "adapter"))
-    last = final_adapter(directory)
     for name, parameter in encoder.named_parameters():
         if ".lora_" in name:
             assert torch.equal(parameter, last[name.replace(".default.", ".")])
@@ -56,25 +70,6 @@ def test_simulate_ends_in_an_adapter_that_peft_opens(undisturbed: tuple[Path, st
     assert present >= {"config.toml", "provenance.json", "journal.jsonl", "checkpoints", "adapter", "report.html"}
     assert "DEPRECATED FEATURE" not in (directory / "flower.log").read_text()
     assert not [path for path in directory.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pth", ".partial")]
-
-
-@pytest.mark.slow
-def test_killed_in_round_2_and_resumed_is_bitwise_equal(
-    undisturbed: tuple[Path, str], long: Settings, tmp_path: Path
-) -> None:
-    """SIGKILL of the command ends its SuperLink, server app and workers too; --resume alone finishes the run."""
-    directory = tmp_path / "run"
-    run = RealRun(["simulate", *settings(long), "--output", str(directory), "--workers", "2"], tmp_path)
-    run.wait_until(lambda: num_rounds(directory) >= 1, "round 1")
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
-    run.wait_until(lambda: not run.processes(), "the whole family gone")
-    assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
-    RealRun(["simulate", "--output", str(directory), "--resume", "--workers", "2"], tmp_path).finish()
-    expected, resumed = final_adapter(undisturbed[0]), final_adapter(directory)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    again = json.loads((directory / "summary.json").read_text())
-    assert again["test"] == json.loads(undisturbed[1])["test"]
 
 
 @pytest.mark.slow
@@ -140,15 +135,10 @@ def test_200_clients_on_2_workers(long: Settings, tmp_path: Path) -> None:
     assert json.loads(out)["rounds"] == 1
 
 
-@pytest.mark.parametrize(
-    ("stop", "code"),
-    [
-        (signal.SIGKILL, -9),
-        *(pytest.param(stop, 130, marks=pytest.mark.slow) for stop in (signal.SIGINT, signal.SIGTERM)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_a_stop_leaves_no_process_and_the_resumed_comparison_is_bitwise_equal(
-    undisturbed: tuple[Path, str], long: Settings, stop: signal.Signals, code: int, tmp_path: Path
+    undisturbed: Path, long: Settings, stop: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     """2 methods, stopped in round 2 of the second run, which is the undisturbed one; --resume alone finishes it.
 
@@ -165,10 +155,9 @@ def test_a_stop_leaves_no_process_and_the_resumed_comparison_is_bitwise_equal(
     assert 1 <= num_rounds(second) < 4 and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime
     out, _ = RealRun(["compare", "--output", "both", "--resume", "--json", "--workers", "2"], tmp_path).finish()
-    expected, resumed = final_adapter(undisturbed[0]), final_adapter(second)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    again = json.loads((second / "summary.json").read_text())
-    assert again["test"] == json.loads(undisturbed[1])["test"]
+    assert_equal(final_adapter(second), final_adapter(undisturbed))
+    tests = [json.loads((folder / "summary.json").read_text())["test"] for folder in (second, undisturbed)]
+    assert tests[0] == tests[1]
     summary = json.loads(out)
     assert (first / "summary.json").stat().st_mtime == before, "the finished run is not repeated"
     values = {name: len(method["test_accuracy"]["values"]) for name, method in summary["methods"].items()}

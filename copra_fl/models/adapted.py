@@ -81,7 +81,7 @@ class AdaptedModel(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The Transformers model, with PEFT's layers in it."""
-        return self.peft.get_base_model()  # type: ignore[return-value]
+        return self.peft.get_base_model()
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Return the (targets, outputs) logits of a batch of the task's examples, in float32 or wider."""
