@@ -1,4 +1,4 @@
-"""Data files of nodes, and a search for their content in all messages of a run."""
+"""Data files of nodes, a search for their content in all messages of a run, and rows of Flower's list of nodes."""
 
 from __future__ import annotations
 
@@ -94,3 +94,8 @@ def find_leaks(traffic: Traffic, config: Config, files: list[Path]) -> list[str]
             if any(form in seen for form in encoded) or any(" ".join(map(str, tokens)) in line for line in lists):
                 leaks.append(f"tokens of {word}")
     return leaks
+
+
+def listed(node: str, status: str) -> dict[str, str]:
+    """Return a node as ``flwr supernode list`` has it."""
+    return {"node-id": node, "status": status, "online-at": "now", "offline-at": ""}
