@@ -15,9 +15,9 @@ from tests.support.worlds import CASES, World, assert_alike
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_the_same_adapters_as_plain_peft_after_20_steps(tiny: Settings, changes: Settings) -> None:
+def test_the_same_adapters_as_plain_peft_after_10_steps(tiny: Settings, changes: Settings) -> None:
     """Oracle: `train_client`, PEFT's modules and one torch optimizer, for each client alone."""
-    world = World(tiny | {"local-steps": 20, "num-rounds": 4, "alpha": 1.0} | changes)
+    world = World(tiny | {"local-steps": 10, "num-rounds": 4, "alpha": 1.0} | changes)
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-5)
 

@@ -23,11 +23,13 @@ from tests.support.local_grid import run_federation
 from tests.support.real_runs import RealRun, num_rounds, settings
 from tests.support.tiny import Settings
 
+ROUNDS = 8
+
 
 @pytest.fixture(scope="module")
 def long(tiny: Settings) -> Settings:
-    """Settings with rounds of a second or two, which a test can interrupt."""
-    return tiny | {"num-rounds": 4, "local-steps": 150, "batch-size": 8, "optimizer-state": "client"}
+    """Settings of a run that a test can interrupt between its rounds of half a second or more."""
+    return tiny | {"num-rounds": ROUNDS, "local-steps": 40, "batch-size": 8, "optimizer-state": "client"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def undisturbed(long: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run_federation(dict(long), tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-def test_killed_in_round_2_and_resumed_ends_in_the_same_adapter_which_peft_opens(
+def test_killed_and_resumed_ends_in_the_same_adapter_which_peft_opens(
     undisturbed: Path, long: Settings, tmp_path: Path
 ) -> None:
     """SIGKILL of the command ends its SuperLink, server app and workers too; --resume alone finishes the run.
@@ -52,7 +54,7 @@ def test_killed_in_round_2_and_resumed_ends_in_the_same_adapter_which_peft_opens
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
     run.wait_until(lambda: not run.processes(), "the whole family gone")
-    assert 1 <= num_rounds(directory) < 4 and not (directory / "summary.json").exists()
+    assert 1 <= num_rounds(directory) < ROUNDS and not (directory / "summary.json").exists()
     out, _ = RealRun(
         ["simulate", "--output", str(directory), "--resume", "--workers", "2", "--json"], tmp_path
     ).finish()
@@ -152,7 +154,7 @@ def test_a_stop_leaves_no_process_and_the_resumed_comparison_is_bitwise_equal(
     run.process.send_signal(stop)
     _, err = run.finish(code)
     assert ("--resume" in err) == (code == 130)
-    assert 1 <= num_rounds(second) < 4 and not (second / "summary.json").exists()
+    assert 1 <= num_rounds(second) < ROUNDS and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime
     out, _ = RealRun(["compare", "--output", "both", "--resume", "--json", "--workers", "2"], tmp_path).finish()
     assert_equal(final_adapter(second), final_adapter(undisturbed))

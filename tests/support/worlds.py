@@ -16,7 +16,7 @@ from copra_fl.training.single import train_client
 from copra_fl.training.stacked import StackedModel
 from tests.support.tiny import Settings
 
-#: local training for 20 steps with every option that changes what a client computes
+#: local training with every option that changes what a client computes
 CASES: dict[str, Settings] = {
     "lora": {"local-training": "lora"},
     "copra": {},
