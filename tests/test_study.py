@@ -15,6 +15,7 @@ from scipy import stats
 
 from copra_fl.config import ConfigError
 from copra_fl.records import CellResults, ChosenRate, ComparedSettings, MetricEstimates, StudyResults
+from copra_fl.reporting.figures import study as figures
 from copra_fl.reporting.figures.study import gains_against, pearson, predictors
 from copra_fl.reporting.grid import rank_methods, ranking_table, rate_regret, regret_table
 from copra_fl.reporting.results import load_comparison
@@ -290,6 +291,19 @@ def test_results_are_those_of_scipy(tmp_path: Path) -> None:
     gaps = results.cells[0].differences["copra"].get("merge_gap_accuracy").values
     points = gains_against(results, "merge_gap_accuracy")
     assert pearson(points) == pytest.approx(stats.pearsonr(gaps, differences).statistic)
+
+
+def test_a_method_has_the_same_color_and_symbol_in_every_chart() -> None:
+    """Also where the baseline is left out, or a method that trains the head alone."""
+    _, results = studies()["headline"]
+    makers = (figures.gains, figures.accuracies, figures.rates, figures.predictors)
+    charts = [figure.chart for make in makers for figure in make(results)]
+    looks: dict[str, set[tuple[str, str]]] = {}
+    for chart in charts:
+        for trace in chart.data:
+            color = trace.line.color or trace.marker.color
+            looks.setdefault(trace.name, set()).add((color, trace.marker.symbol))
+    assert looks.keys() == results.cells[0].methods.keys() and all(len(of_method) == 1 for of_method in looks.values())
 
 
 def test_a_page_names_the_models_and_data_of_all_cells() -> None:

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from copra_fl.records import CellResults, MetricEstimates, StudyResults
 from copra_fl.reporting.data_table import with_minus
 from copra_fl.reporting.figures.canvas import styles
-from copra_fl.reporting.html import Figure, empty_chart
+from copra_fl.reporting.html import Figure, Style, empty_chart
 from copra_fl.reporting.results import without_folders
 from copra_fl.wording import join_words
 
@@ -55,11 +55,11 @@ def accuracies(results: StudyResults) -> list[Figure]:
 
 def rates(results: StudyResults) -> list[Figure]:
     """Return validation accuracy by learning rate, from which each method's rate was chosen: one chart per cell."""
-    figures = []
+    figures, by_method = [], _styles(results)
     for cell in results.cells:
         chart = empty_chart({"title": "learning rate", "type": "log"}, {"title": "validation accuracy, %"})
-        for method, style in styles(cell.methods).items():
-            accuracies_by_rate = cell.rates[method].validation_accuracy
+        for method, choice in cell.rates.items():
+            style, accuracies_by_rate = by_method[method], choice.validation_accuracy
             chart.add_scatter(
                 x=[float(rate) for rate in accuracies_by_rate],
                 y=[100 * accuracy for accuracy in accuracies_by_rate.values()],
@@ -79,14 +79,15 @@ def rates(results: StudyResults) -> list[Figure]:
 
 def predictors(results: StudyResults) -> list[Figure]:
     """Return the gain in test accuracy against each of `PREDICTORS`: a point per cell, method and seed."""
-    figures = []
+    figures, by_method = [], _styles(results)
     for metric, name, scale in PREDICTORS:
         points = gains_against(results, metric)
         if not points or (correlation := pearson(points)) is None:
             continue
         chart = empty_chart({"title": f"difference in {name}"}, {"title": "gain in test accuracy, points"})
-        for method, style in styles(points).items():
-            x, y = np.array(points[method]).T
+        for method, of_method in points.items():
+            style = by_method[method]
+            x, y = np.array(of_method).T
             chart.add_scatter(
                 x=scale * x,
                 y=100 * y,
@@ -127,12 +128,17 @@ def pearson(points: Mapping[str, Sequence[tuple[float, float]]]) -> float | None
     return float(np.corrcoef(x, y)[0, 1]) if min(np.ptp(x), np.ptp(y)) > ROUNDING else None
 
 
+def _styles(results: StudyResults) -> dict[str, Style]:
+    """Return the style of each method of any cell, the same in all charts."""
+    return styles(dict.fromkeys(method for cell in results.cells for method in cell.methods))
+
+
 def _by_cell(
     results: StudyResults, title: str, estimates: Callable[[CellResults], Mapping[str, MetricEstimates]]
 ) -> go.Figure:
     """Return a chart with the cells side by side, each with a point and interval of test accuracy per method."""
     cells = results.cells
-    methods = list(dict.fromkeys(method for cell in cells for method in cell.methods))
+    by_method = _styles(results)
     chart = empty_chart(
         {
             "tickvals": list(range(len(cells))),
@@ -143,8 +149,8 @@ def _by_cell(
         },
         {"title": title},
     )
-    for place, (method, style) in enumerate(styles(methods).items()):
-        shift = 0.6 * ((place + 0.5) / len(methods) - 0.5)
+    for place, (method, style) in enumerate(by_method.items()):
+        shift = 0.6 * ((place + 0.5) / len(by_method) - 0.5)
         x, means, above, below = [], [], [], []
         for index, cell in enumerate(cells):
             if method not in estimates(cell):
