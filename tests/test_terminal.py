@@ -1,4 +1,4 @@
-"""What a run prints while it goes on: progress, notes, and names with brackets, which `rich` would read as markup."""
+"""Terminal output of a run: progress bars, notes, and names with brackets, which are not markup."""
 
 from __future__ import annotations
 
