@@ -64,6 +64,20 @@ def test_a_diverged_seed_leaves_no_mean(bad: float | None) -> None:
     assert estimate([1.0, bad, 3.0]) == Estimate(mean=None, interval=None, values=(1.0, None, 3.0))
 
 
+def test_a_metric_without_any_value_is_left_out_and_a_diverged_one_is_kept(comparison: Path) -> None:
+    for path in comparison.glob("copra-seed*/summary.json"):
+        summary = RunSummary.from_json(path.read_bytes())
+        assert summary.test is not None
+        path.write_text(
+            summary.model_copy(update={"test": summary.test.model_copy(update={"loss": math.nan})}).to_json()
+        )
+    summary = summarize(load_comparison(comparison))
+    lora, copra, difference = *summary.methods.values(), summary.differences["copra"]
+    assert not {"test_perplexity", "held_out_accuracy"} & (lora.metrics.keys() | copra.metrics.keys())
+    for estimates in (copra, difference):
+        assert estimates.metrics["test_loss"] == Estimate(mean=None, interval=None, values=(None, None, None))
+
+
 def test_differences_are_paired_by_seed(comparison: Path) -> None:
     """Accuracies 0.43 - 0.40, 0.45 - 0.43, 0.43 - 0.39: mean 0.03, s = 0.01, half width 0.01 * 2.484138."""
     difference = summarize(load_comparison(comparison)).differences["copra"].get("test_accuracy")

@@ -22,7 +22,10 @@ class Estimate(Record):
 
 
 class MetricEstimates(Record, extra="allow"):
-    """An `Estimate` of each of `reporting.statistics.metrics` over `seeds`; in JSON each metric is a key of its own."""
+    """An `Estimate` of each of `reporting.statistics.metrics` over `seeds`; in JSON each metric is a key of its own.
+
+    A metric that no seed has, such as perplexity in a classification, is left out.
+    """
 
     __pydantic_extra__: dict[str, Estimate]
     seeds: tuple[int, ...]

@@ -220,10 +220,11 @@ def _paired_differences(minuends: Mapping[int, Metrics], subtrahends: Mapping[in
 
 
 def _estimates(by_seed: Mapping[int, Metrics], are_differences: bool = False) -> MetricEstimates:
-    names = next(iter(by_seed.values()), {})
+    values = {name: [run[name] for run in by_seed.values()] for name in next(iter(by_seed.values()), {})}
     estimates = {
-        name: estimate([run[name] for run in by_seed.values()], *possible_range(name, are_differences))
-        for name in names
+        name: estimate(of_seeds, *possible_range(name, are_differences))
+        for name, of_seeds in values.items()
+        if any(value is not None for value in of_seeds)
     }
     return MetricEstimates.model_validate({"seeds": tuple(by_seed), **estimates})
 
