@@ -16,7 +16,7 @@ from copra_fl.reporting.study import best_rate, rates_to_try, tuned_name
 from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import load_plan, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
-from copra_fl.simulation.recipes import Recipe
+from copra_fl.simulation.recipes import Recipe, built_in_recipes, read_toml
 from copra_fl.simulation.study import StudyCell, choose_cells, finish_comparison, read_grids, run_test, sample_configs
 from tests.support.command_line import run_command
 from tests.support.real_runs import RealRun
@@ -123,6 +123,12 @@ def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
 def test_a_wrong_key_of_a_study_is_named(tiny: Settings, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cells(make_study(tiny, **changes))
+
+
+@pytest.mark.parametrize("name", [name for name, path in built_in_recipes().items() if "study" in read_toml(path)])
+def test_every_grid_of_a_built_in_study_is_valid(name: str) -> None:
+    of_grids = [of_grid for _, of_grid in read_grids(Recipe.read(name, []), None, Path("out"))]
+    assert all(list(sample_configs(cell)) for of_grid in of_grids for cell in of_grid)
 
 
 def test_an_unknown_grid_is_named(tiny: Settings) -> None:
