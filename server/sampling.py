@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from copra_fl.aggregation.secret_random import uniforms
@@ -39,7 +38,6 @@ def sample(config: Config, clients: Sequence[int], server_round: int) -> list[in
         threshold = rate(federation, len(clients))
         draws = uniforms(len(clients))
         return [client for client, draw in zip(clients, draws, strict=True) if draw <= threshold]
-    number = federation.round_size(len(clients))
-    number = min(number + math.ceil(federation.over_sample * number), len(clients))
+    number = federation.sample_size(len(clients))
     chosen = generator(federation.seed, "sampling", server_round).choice(clients, size=number, replace=False)
     return sorted(int(client) for client in chosen)

@@ -108,6 +108,14 @@ def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
     assert rows[1] - 2 * rows[0] == pytest.approx(3 * 2 * 4 * (128**2 - 2 * 64**2), rel=0.02)
 
 
+def test_no_more_clients_step_together_than_a_round_samples(config: Config) -> None:
+    """A third of six clients, with half as many additional ones; a private round can draw all six."""
+    config = config.changed(fraction_clients=1 / 3, step_tokens=6 * BATCH_SIZE * config.data.max_length)
+    private = config.changed(dp_clip=1.0)
+    over_sampled = config.changed(failures="tolerant", over_sample=0.5)
+    assert [plan(one, 3, config.data.max_length).clients for one in (config, over_sampled, private)] == [2, 3, 6]
+
+
 def test_max_memory_limits_the_clients_of_a_step(config: Config) -> None:
     needed = plan(config, 3, config.data.max_length)
     one = (needed.total - needed.base) / 3

@@ -384,6 +384,11 @@ class FederationConfig:
         number = self.clients_per_round or max(1, round(self.fraction_clients * num_clients))
         return min(number, num_clients)
 
+    def sample_size(self, num_clients: int) -> int:
+        """Return the number of clients sampled per round, over-sampled ones included; a private run draws it."""
+        number = self.round_size(num_clients)
+        return min(number + math.ceil(self.over_sample * number), num_clients)
+
 
 @dataclass(frozen=True)
 class AggregationConfig:

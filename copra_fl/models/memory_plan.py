@@ -117,18 +117,19 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
 
     dtype, attention and number of clients in `config` must be resolved.
     """
-    training, copra = config.training, config.copra
+    training, copra, num_clients = config.training, config.copra, config.data.num_clients
     model = measure(config.model, tokens)
     tiers = dict.fromkeys(sorted(set(copra.depth_list)), model.row)
     if copra.depth_allocation == "top":
         tiers = {depth: measure(config.model, tokens, depth, copra.gate_group).row for depth in tiers}
     head = (model.width + 1) * num_labels if find_task(config.model.task).trains_head else 0
+    sampled = num_clients if config.privacy.dp_clip else config.federation.sample_size(num_clients)
     together = -(-training.step_tokens // (training.batch_size * tokens)) if training.engine == "stacked" else 1
     return MemoryPlan(
         base=model.base,
         client=(model.adapter + head) * torch.float32.itemsize * _copies(training),
         row=max(tiers.values(), default=model.row),
-        clients=min(together, config.data.num_clients),
+        clients=min(together, sampled),
         batch_size=training.batch_size,
         tokens=tokens,
         tiers=tiers,
