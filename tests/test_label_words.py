@@ -166,6 +166,7 @@ def test_without_words_the_labels_are_the_words(settings: Settings, tmp_path: Pa
         ({"label-words": "sea1,sky1"}, "has 2 words for 3 labels, which are, in order, sand,sea,sky"),
         ({"label-words": "sea1 a,sky1,sea1 b"}, "'sea1 a' and 'sea1 b' begin with the same token"),
         ({"label-words": "sea1,sky1, "}, "'' has no tokens of its own after prompt-template = 'user {text}"),
+        ({"target-modules": "q_proj,lm_head"}, "'lm_head' is the output layer, which task = 'label-words' uses frozen"),
     ],
 )
 def test_templates_and_words_that_cannot_work_are_refused(settings: Settings, changes: Settings, message: str) -> None:

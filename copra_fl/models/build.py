@@ -128,22 +128,29 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     )
 
 
-def check_targets(base: nn.Module, target_modules: str) -> str | list[str]:
-    """Return `target_modules` in PEFT's form: names of modules, or the ends of their dotted paths.
+def check_targets(base: PreTrainedModel, config: ModelConfig) -> str | list[str]:
+    """Return ``target-modules`` in PEFT's form: names of modules, or the ends of their dotted paths.
 
-    Raises ConfigError for a target that matches no linear module.
+    Raises ConfigError for a target that matches no linear module, or one that the task cannot adapt.
     """
-    if target_modules == "all-linear":
-        return target_modules
+    if config.target_modules == "all-linear":
+        return config.target_modules
     kinds = nn.Linear, Conv1D  # GPT-2's Conv1D is a linear layer too
-    linear = [name for name, module in base.named_modules() if isinstance(module, kinds)]
-    targets = [target.strip() for target in target_modules.split(",")]
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, kinds)}
+    frozen = None if find_task(config.task).adapts_output_layer else base.get_output_embeddings()
+    targets = [target.strip() for target in config.target_modules.split(",")]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
+        matches = [module for name, module in linear.items() if f".{name}".endswith(f".{target}")]
+        if not matches:
             last_names = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
                 f"target-modules: {target!r} matches no linear module of the model; its linear modules are "
-                f"{', '.join(last_names)}, and {linear[0]} names one of them alone"
+                f"{', '.join(last_names)}, and {next(iter(linear))} names one of them alone"
+            )
+        if any(module is frozen for module in matches):
+            raise ConfigError(
+                f"target-modules: {target!r} is the output layer, which task = {config.task!r} uses frozen; "
+                "leave it out"
             )
     return targets
 
@@ -157,7 +164,7 @@ def check_model(config: ModelConfig) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.model, error)) from error
     with torch.device("meta"):
-        check_targets(find_task(config.task).model_class.from_config(description), config.target_modules)
+        check_targets(find_task(config.task).model_class.from_config(description), config)
 
 
 def check_max_length(config: ModelConfig, max_length: int) -> None:
@@ -176,7 +183,7 @@ def check_max_length(config: ModelConfig, max_length: int) -> None:
         )
 
 
-def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
+def lora_config(config: ModelConfig, base: PreTrainedModel) -> LoraConfig:
     """Return PEFT's configuration of the adapters. Raises ConfigError as `check_targets` does."""
     return LoraConfig(
         task_type=find_task(config.task).peft_type,
@@ -184,7 +191,7 @@ def lora_config(config: ModelConfig, base: nn.Module) -> LoraConfig:
         lora_alpha=config.scaling(config.rank) * config.rank,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
         lora_dropout=config.lora_dropout,
         use_dora=config.dora,
-        target_modules=check_targets(base, config.target_modules),
+        target_modules=check_targets(base, config),
         exclude_modules=r".*pooler.*" if hasattr(base, "pooler") and config.pooling != "pooler" else None,
     )
 

@@ -153,6 +153,7 @@ class Prompter:
 class LabelWords(TextClassification):
     options = ("prompt-template", "label-words")
     trains_head = False
+    adapts_output_layer = False
     model_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
 

@@ -72,6 +72,7 @@ class Task(ABC):
             is the same on all nodes. With one, partitioners can split examples by label.
         trains_head: whether a linear layer is trained on the features; otherwise the base's own output layer, frozen,
             gives the logits.
+        adapts_output_layer: whether the base's own output layer can have an adapter.
         model_class: the Transformers class that opens the base.
         processor_class: the Transformers class of the tokenizer or image processor that `encode` uses.
         peft_type: PEFT's name of the task (`peft.TaskType`), written to adapter folders.
@@ -86,6 +87,7 @@ class Task(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     labels: ClassVar[Literal["none", "one", "several"]] = "one"
     trains_head: ClassVar[bool] = True
+    adapts_output_layer: ClassVar[bool] = True
     model_class: ClassVar[Any] = AutoModel
     processor_class: ClassVar[Any] = AutoTokenizer
     peft_type: ClassVar[str] = "FEATURE_EXTRACTION"
