@@ -44,7 +44,7 @@ from copra_fl.records import NodeRecord
 from copra_fl.records.audit import MessageKind, now
 from copra_fl.training.engine import Engine
 from copra_fl.training.evaluation import evaluate as evaluate_adapters
-from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state, sent_parts
+from copra_fl.training.plan import Plan, Start, caches_state, expected_update, leaves_state
 from copra_fl.wording import foreign, listed
 
 Result = TypeVar("Result")
@@ -179,8 +179,10 @@ def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
 
     quantization_errors: dict[int, Adapter] = {}
     if upload:
-        start = parts(server_state.adapter, sent_parts(config, plan.server_round))
-        masked = upload.pack(plan, shared(config, updates), start, group_of, len(engine.model.gates.names))
+        num_groups = len(engine.model.gates.names)
+        masked = upload.pack(
+            plan, shared(config, updates), without_state | failures, server_state, group_of, num_groups
+        )
         buffers = {"masked": masked}
     else:
         buffers, quantization_errors = encode_updates(plan, updates, global_starts, server_state, kept, group_of)

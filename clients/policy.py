@@ -49,6 +49,10 @@ class Policy:
         "secure: secure-aggregation, private+secure: both, so that the node adds its share of the noise itself; empty: "
         "none",
     )
+    min_nodes: int = option(0, "secure, private+secure: smallest number of nodes in a round; 0: no limit", low=0)
+    min_secure_threshold: float = option(
+        0.0, "secure, private+secure: smallest secure-threshold; 0: no limit", low=0, high=1
+    )
     min_noise_multiplier: float = option(
         0.0, "private, private+secure: smallest dp-noise-multiplier; 0: no limit", low=0
     )
@@ -103,6 +107,10 @@ class Policy:
             )
         if policy.min_colluding_nodes and "private+secure" not in protections:
             raise ConfigError("min-colluding-nodes needs protection = 'private+secure'")
+        if (policy.min_nodes or policy.min_secure_threshold) and not {"secure", "private+secure"} & {*protections}:
+            raise ConfigError(
+                "min-nodes and min-secure-threshold need protection = 'secure' or protection = 'private+secure'"
+            )
         return policy
 
     def check_run(self, config: Config, model: str, num_clients: int) -> None:
@@ -157,6 +165,11 @@ class Policy:
                     f"{self.max_examples_per_round}"
                 )
 
+    def check_nodes(self, number: int) -> None:
+        """Raise PolicyViolation for a round of secure aggregation with so many nodes, if they are too few."""
+        if number < self.min_nodes:
+            raise PolicyViolation(f"{number} nodes are in the round, fewer than min-nodes = {self.min_nodes}")
+
     def check_counts(self, record: NodeRecord) -> None:
         """Raise PolicyViolation if the node's totals with `record` are more than the policy allows."""
         if 0 < self.max_rounds < record.total_rounds:
@@ -174,8 +187,14 @@ class Policy:
 
 
 def lack_of_privacy(policy: Policy, config: Config, num_clients: int) -> str:
-    """Return the reason why a run is not private enough; empty if it is."""
-    rate = config.federation.round_size(num_clients) / num_clients
+    """Return the reason why a run is not private enough; empty if it is.
+
+    With tolerated failures fewer clients can be there to sample from, so that each is in more rounds; `min-nodes` are
+    there at least.
+    """
+    federation = config.federation
+    fewest = num_clients if federation.failures == "strict" else min(federation.min_nodes, num_clients)
+    rate = max(federation.round_size(number) / number for number in range(fewest, num_clients + 1))
     return lack_of_noise(policy, config, rate)
 
 
@@ -212,7 +231,7 @@ def lack_of_noise(policy: Policy, config: Config, sampling_rate: float) -> str:
         if spent > policy.max_epsilon:
             return (
                 f"the run's epsilon of {spent:.3f} at delta = {policy.delta:g} is more than max-epsilon = "
-                f"{policy.max_epsilon:g}"
+                f"{policy.max_epsilon:g}, with each client in up to {sampling_rate:.3g} of the rounds"
             )
     return ""
 
@@ -225,7 +244,14 @@ def epsilon_of_run(sampling_rate: float, noise_multiplier: float, num_rounds: in
 
 def lack_of_secure_aggregation(policy: Policy, config: Config, num_clients: int) -> str:
     """Return why a run is not securely aggregated; empty if it is."""
-    return "" if config.privacy.secure_aggregation else "secure-aggregation = false, but the server must see sums only"
+    if not config.privacy.secure_aggregation:
+        return "secure-aggregation = false, but the server must see sums only"
+    if config.privacy.secure_threshold < policy.min_secure_threshold:
+        return (
+            f"secure-threshold = {config.privacy.secure_threshold:g} is below min-secure-threshold = "
+            f"{policy.min_secure_threshold:g}"
+        )
+    return ""
 
 
 #: name of a protection -> function of the policy, the configuration and the number of clients that returns what a run

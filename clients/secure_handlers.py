@@ -5,21 +5,23 @@ A node's secrets lie in its Flower state, which stays on the node. They are repl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flwr.app import Context, RecordDict
 
 from clients.node_config import NodeConfig, Rejected
+from clients.policy import Policy
 from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import Arrays
-from copra_fl.adapters.state import Adapter, Update
+from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.private_sums import private_scale, private_vector
 from copra_fl.aggregation.secure_sums import vector_of
+from copra_fl.config import Config
 from copra_fl.secure_aggregation import node as protocol
 from copra_fl.secure_aggregation.errors import SecureAggregationError
-from copra_fl.training.plan import Plan
+from copra_fl.training.plan import Plan, sent_parts
 
 
 @contextmanager
@@ -62,7 +64,9 @@ def shares(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
         secrets = secure_wire.read_secrets(context.state)
         if secrets is None or secure_wire.read_session(context.state) is not None:
             raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
-        session, messages = protocol.share_secrets(secrets, secure_wire.unpack_roster(content), node.peer_keys())
+        roster = secure_wire.unpack_roster(content)
+        Policy.of(node).check_nodes(len(roster.keys))
+        session, messages = protocol.share_secrets(secrets, roster, node.peer_keys())
         secure_wire.write_session(context.state, session)
         return secure_wire.pack_shares(messages)
 
@@ -72,9 +76,9 @@ def survivors(node: NodeConfig, content: RecordDict, context: Context) -> Record
     with named_refusals():
         session = open_session(context, node)
         identity = node.identity(context.state, session.roster.run)
-        session, signature = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
+        session, confirmation = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
         secure_wire.write_session(context.state, session)
-        return secure_wire.pack_confirmation(signature)
+        return secure_wire.pack_confirmation(confirmation)
 
 
 def unmask(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
@@ -89,15 +93,20 @@ def unmask(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
 
 @dataclass(frozen=True)
 class MaskedUpload:
-    """Step 3: the neighbours' shares are opened before the training, the vector is masked after it."""
+    """Step 3: the neighbours' shares are opened before the training, the vector is masked after it.
+
+    Attributes:
+        config: as the server has sent it, without the node's own paths.
+    """
 
     context: Context
     session: protocol.Session
     scale: float
+    config: Config
 
     @classmethod
     def open(cls, content: RecordDict, context: Context, plan: Plan) -> MaskedUpload:
-        """Open the shares in a training message. Raises Rejected if they are refused."""
+        """Open the shares in a training message with the `plan`. Raises Rejected if they are refused."""
         with named_refusals():
             session = secure_wire.read_session(context.state)
             if session is None:
@@ -108,25 +117,45 @@ class MaskedUpload:
                     f"this node has shared its secrets for round {session.roster.server_round} of run "
                     f"{session.roster.run}, not for round {here[1]} of {here[0]}"
                 )
+            if session.roster.share != (threshold := plan.config.privacy.secure_threshold):
+                raise SecureAggregationError(
+                    f"the list of nodes has a threshold of {session.roster.share:g}, the configuration {threshold:g}"
+                )
             opened = protocol.receive_shares(session, secure_wire.unpack_shares(content))
-            return cls(context, opened, secure_wire.unpack_scale(content))
+            return cls(context, opened, secure_wire.unpack_scale(content), wire.unpack_plan(content).config)
 
     def pack(
-        self, plan: Plan, updates: Sequence[Update], start: Adapter, group_of: dict[str, int], num_groups: int
+        self,
+        plan: Plan,
+        updates: Sequence[Update],
+        failures: Mapping[int, str],
+        state: wire.Payload,
+        group_of: dict[str, int],
+        num_groups: int,
     ) -> Arrays:
         """Return the masked vector of the node's clients, in a private run with the node's share of the noise.
 
         Of numbers from the server, the share depends on those of the configuration and on the list of nodes only, which
-        this node has checked. Raises Rejected for a value that does not fit.
+        this node has checked.
+
+        Raises Rejected for a value that does not fit, and without noise if the node has no update: its vector would be
+        known, and the sum that of fewer nodes.
         """
         privacy, roster = plan.config.privacy, self.session.roster
+        start = parts(state.adapter, sent_parts(plan.config, plan.server_round))
         with named_refusals():
+            if not updates and not privacy.is_local:
+                reasons = "; ".join(f"client {client}: {reason}" for client, reason in sorted(failures.items()))
+                raise SecureAggregationError(
+                    f"no client of this node has an update: {reasons or 'no client was asked'}"
+                )
             if privacy.is_local:
                 scale = private_scale(privacy, roster.num_honest(privacy.dp_colluding_nodes))
                 vector = private_vector(start, updates, privacy.dp_clip, scale, len(roster.keys))
             else:
                 weighting, number = plan.config.aggregation.weighting, len(roster.keys)
                 vector = vector_of(start, updates, weighting, group_of, num_groups, self.scale, number)
-            session, masked = protocol.mask_vector(self.session, vector)
+            inputs = secure_wire.inputs_of(self.config, state)
+            session, masked = protocol.mask_vector(self.session, vector, inputs)
             secure_wire.write_session(self.context.state, session)
             return secure_wire.masked_arrays(masked)

@@ -5,7 +5,7 @@ imports nothing large: it forwards the message over a Unix socket that only its 
 
     flower-supernode ─> flower-superexec ─> flwr-clientapp, one per message: `request`
                                                    │  handler, content, context  ─>
-                                                   │  <─  content and state, or an error message
+                                                   │  <─  content or an error message, and the state
                                             python -m clients.warm_process: `serve`
 
 If no warm process is running, the caller starts one and hands it the listening socket, so that no message waits or
@@ -68,11 +68,11 @@ def request(handler: str, content: RecordDict, context: Context, idle_seconds: f
             raise NoWarmProcess(str(error)) from error
         with channel, suppress(EOFError, OSError):
             channel.send((handler, content, context))
-            answer = channel.recv()
+            answer, context.state = channel.recv()
             if isinstance(answer, str):
                 raise WarmProcessError(answer)
-            content, context.state = answer
-            return content
+            reply: RecordDict = answer
+            return reply
     raise WarmProcessError(
         "the node's warm process ended without an answer; look for the reason in the node's log, and check that the "
         "node has enough memory"
@@ -146,8 +146,8 @@ def serve(listener: socket.socket, executor: psutil.Process, run: int, idle_seco
 
 def _answer(
     channel: Connection, handler: str, content: RecordDict, context: Context
-) -> tuple[RecordDict, RecordDict] | str:
-    """Return the reply's content and the node's new state, or an error message."""
+) -> tuple[RecordDict | str, RecordDict]:
+    """Return the reply's content or an error message, and the node's new state."""
     log(INFO, "warm process %s: %s", os.getpid(), handler)
     try:
         with _exit_with_caller(channel):
@@ -156,7 +156,7 @@ def _answer(
             return HANDLERS[handler](content, context), context.state
     except Exception as error:
         log(ERROR, "warm process %s", os.getpid(), exc_info=error)
-        return "".join(traceback.format_exception_only(error)).strip()
+        return "".join(traceback.format_exception_only(error)).strip(), context.state
 
 
 @contextmanager

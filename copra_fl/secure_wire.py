@@ -3,7 +3,7 @@
     keys      secure-round: run and round                              ->  secure-keys: the node's
     shares    secure-round, secure-keys: of all nodes                  ->  secure-shares: one for each neighbour
     train     as without, and secure-shares: from each neighbour       ->  masked: the vector, and metrics-C
-    survivors secure-survivors: numbers of the nodes                   ->  secure-confirmed: signature of the list
+    survivors secure-survivors: numbers of the nodes                   ->  secure-confirmed: inputs, signature
     unmask    secure-survivors, secure-confirmed: of the nodes         ->  secure-seeds, secure-mask-keys: shares
 
 The third step is the training: its message and reply are those of `wire`, with these records added.
@@ -21,9 +21,13 @@ from flwr.app import ConfigRecord, RecordDict
 
 from copra_fl import wire
 from copra_fl.adapters.compression import Arrays, take
-from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
+from copra_fl.adapters.state import join_names
+from copra_fl.config import Config
+from copra_fl.secure_aggregation.keys import bind
+from copra_fl.secure_aggregation.messages import Confirmation, Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.node import Secrets, Session
 from copra_fl.secure_aggregation.roster import Roster
+from copra_fl.tensor_files import digest
 
 Row = TypeVar("Row", Keys, SealedShares)
 #: types of the fields of `Keys` and `SealedShares`
@@ -120,16 +124,24 @@ def unpack_survivors(content: RecordDict) -> list[int]:
     return wire.whole_numbers("nodes", list(nodes))
 
 
-def pack_confirmation(signature: bytes) -> RecordDict:
-    return RecordDict({"secure-confirmed": ConfigRecord({"signature": signature})})
+def inputs_of(config: Config, state: wire.Payload) -> bytes:
+    """Return a digest of what all nodes of a round train from alike: the configuration and the server's state."""
+    tensors = {"adapter": state.adapter, "residual": state.residual, "control": state.control, **state.optimizer}
+    earlier = {str(age): adapter for age, adapter in state.earlier.items()}
+    return bind("inputs", config.digest, digest(join_names(tensors | earlier)))
 
 
-def unpack_confirmation(content: RecordDict) -> bytes:
-    """Return the signature in a node's answer. Raises ValueError for a value of another type."""
-    signature: Any = content.config_records["secure-confirmed"]["signature"]
-    if type(signature) is not bytes:
-        raise ValueError("signature should be bytes")
-    return signature
+def pack_confirmation(confirmation: Confirmation) -> RecordDict:
+    return RecordDict({"secure-confirmed": ConfigRecord({**vars(confirmation)})})
+
+
+def unpack_confirmation(content: RecordDict) -> Confirmation:
+    """Return the confirmation in a node's answer. Raises ValueError for values of another type."""
+    record: dict[str, Any] = dict(content.config_records["secure-confirmed"])
+    confirmation = Confirmation(record["inputs"], record["signature"])
+    if not all(type(value) is bytes for value in vars(confirmation).values()):
+        raise ValueError("inputs and signature should be bytes")
+    return confirmation
 
 
 def pack_confirmed(survivors: Iterable[int], signatures: Mapping[int, bytes]) -> RecordDict:
@@ -195,6 +207,7 @@ def write_session(node_state: RecordDict, session: Session) -> None:
             "seeds": seeds,
             "keys": keys,
             "masked": session.masked,
+            "inputs": session.inputs,
             "confirmed": session.confirmed,
         }
     )
@@ -209,7 +222,7 @@ def read_session(node_state: RecordDict) -> Session | None:
     roster = unpack_roster(RecordDict({name: records[f"{SESSION}-{name}"] for name in names}))
     held: dict[str, Any] = dict(records[HELD_SHARES])
     shares = dict(zip(held["owners"], zip(held["seeds"], held["keys"], strict=True), strict=True))
-    return Session(secrets, roster, shares, bool(held["masked"]), bool(held["confirmed"]))
+    return Session(secrets, roster, shares, bool(held["masked"]), held["inputs"], bool(held["confirmed"]))
 
 
 def forget_session(node_state: RecordDict) -> None:

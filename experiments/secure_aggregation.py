@@ -51,18 +51,18 @@ def measure(number: int, values: int) -> dict[str, float]:
     down += all_bytes(secure_wire.pack_shares(deliveries[0]))
     with measured(of_nodes):
         masked = [
-            node.mask_vector(node.receive_shares(session, delivery), vector)
+            node.mask_vector(node.receive_shares(session, delivery), vector, inputs=b"")
             for (session, _), delivery in zip(shared, deliveries, strict=True)
         ]
     for dropped in (0, number // 10):
         vectors = {one: of for one, (_, of) in enumerate(masked) if one >= dropped}
         with measured(of_nodes):
             signed = {one: node.confirm(masked[one][0], vectors, identities[one]) for one in vectors}
-            signatures = {one: signature for one, (_, signature) in list(signed.items())[: roster.min_nodes]}
+            signatures = {one: answer.signature for one, (_, answer) in list(signed.items())[: roster.min_nodes]}
             revealed = [node.reveal(session, vectors, signatures) for session, _ in signed.values()]
         with measured(of_server):
             assert not any(relay.wrong_shares(one, vectors) for one in revealed)
-            total = relay.unmask(vectors, revealed)
+            total = relay.unmask(vectors, revealed, inputs=b"")
         assert (total == vector * np.uint64(len(vectors))).all()
     return {
         "neighbours": degree(number, SHARE),

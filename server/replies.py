@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +17,7 @@ from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import decode
 from copra_fl.adapters.state import Adapter, Update, difference, norm
 from copra_fl.aggregation.checking import (
+    MAX_METRIC,
     BadUpdate,
     check_grams,
     check_moments,
@@ -262,7 +264,8 @@ def decode_evaluations(
 ) -> list[ClientEvaluation]:
     """Decode the evaluations of `clients` of one node. Raises ValueError for impossible values.
 
-    A loss may be infinite or NaN: the adapter can be the cause.
+    A loss may be infinite or NaN: the adapter can be the cause. A finite one is limited, so that no client's overflows
+    the mean of all.
     """
     evaluations = []
     for client in clients:
@@ -270,6 +273,8 @@ def decode_evaluations(
         examples = min(num_validation[client], config.evaluation.client_eval_examples)
         if metrics["examples"] != examples:
             raise ValueError(f"client {client} claims {metrics['examples']} validation examples; it has {examples}")
+        if math.isfinite(metrics["loss"]) and abs(metrics["loss"]) > MAX_METRIC:
+            raise ValueError(f"client {client} has a loss of {metrics['loss']:g}")
         if not 0 <= metrics["accuracy"] <= 1:
             raise ValueError(f"client {client} has an accuracy of {metrics['accuracy']}")
         evaluations.append(

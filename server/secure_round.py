@@ -6,6 +6,7 @@ refused, has dropped out: its clients are missing. The round fails if too few no
 
 from __future__ import annotations
 
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from copra_fl.aggregation.checking import check_tensors
 from copra_fl.records import PrivacySpent
 from copra_fl.secure_aggregation import fixed_point
 from copra_fl.secure_aggregation.errors import SecureAggregationError
-from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
+from copra_fl.secure_aggregation.messages import Confirmation, Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.node import check_confirmation
 from copra_fl.secure_aggregation.roster import check_keys
 from copra_fl.secure_aggregation.server import Relay, check_shares, list_nodes
@@ -123,8 +124,8 @@ class SecureRound:
             self.bytes_down += message.content["secure-shares"].count_bytes()
         return remaining
 
-    def unmask(self, replies: Mapping[int, TrainReply]) -> SecureSum:
-        """Steps 4 and 5: return the sum of the nodes' vectors without masks.
+    def unmask(self, replies: Mapping[int, TrainReply], missing: Mapping[int, str]) -> SecureSum:
+        """Steps 4 and 5: return the sum of the nodes' vectors without masks. `missing` clients are named in errors.
 
         The privacy budget is charged before the nodes are asked for shares, because the server can read the sum then.
 
@@ -134,12 +135,12 @@ class SecureRound:
         updates = sorted((one for reply in replies.values() for one in reply.updates), key=lambda one: one.client)
         refused: dict[int, str] = {}
 
-        def read_confirmation(node: int, content: wire.RecordDict) -> bytes:
-            signature = secure_wire.unpack_confirmation(content)
-            check_confirmation(self._relay.roster, self._numbers[node], signature, vectors)
-            return signature
+        def read_confirmation(node: int, content: wire.RecordDict) -> Confirmation:
+            answer = secure_wire.unpack_confirmation(content)
+            check_confirmation(self._relay.roster, self._numbers[node], answer.signature, vectors)
+            return answer
 
-        def is_confirmed(answers: Mapping[int, bytes]) -> bool:
+        def is_confirmed(answers: Mapping[int, Confirmation]) -> bool:
             return len(answers) >= self._relay.roster.min_nodes
 
         def read_revealed(node: int, content: wire.RecordDict) -> Revealed:
@@ -151,16 +152,17 @@ class SecureRound:
         def enough(answers: Mapping[int, Revealed]) -> bool:
             return self._relay.can_unmask(self._numbers[node] for node in answers)
 
-        with self._named_failure(refused):
+        with self._named_failure(missing, refused):
             self._relay.check_number(vectors, "sent a vector")
             asked = {node: secure_wire.pack_survivors(vectors) for node in replies}
             confirmed = self._ask("survivors", asked, read_confirmation, is_confirmed, refused)
             self._check_confirmed(len(confirmed))
             self.privacy = self._charge()
-            signatures = {self._numbers[node]: signature for node, signature in confirmed.items()}
+            signatures = {self._numbers[node]: answer.signature for node, answer in confirmed.items()}
             asked = {node: secure_wire.pack_confirmed(vectors, signatures) for node in replies}
             revealed = self._ask("unmask", asked, read_revealed, enough, refused)
-            total = self._relay.unmask(vectors, list(revealed.values()))
+            [(inputs, _)] = Counter(answer.inputs for answer in confirmed.values()).most_common(1)
+            total = self._relay.unmask(vectors, list(revealed.values()), inputs)
             notes: dict[str, object]
             if self._run.config.privacy.is_local:
                 result = SecureSum([], private_sums.private_sum(total, self._request.masked, len(updates), self._scale))
@@ -269,13 +271,13 @@ class SecureRound:
         return answers
 
     @contextmanager
-    def _named_failure(self, refused: Mapping[int, str] | None = None) -> Iterator[None]:
+    def _named_failure(self, *missing: Mapping[int, str]) -> Iterator[None]:
         """Turn an error of the protocol inside the block into one that stops the run, with the missing clients."""
         try:
             yield
         except ValueError as error:
-            reasons = dict(sorted((self.missing | dict(refused or {})).items()))
-            others = "".join(f"; client {client}: {reason}" for client, reason in reasons.items())
+            reasons = dict(ChainMap(*map(dict, missing), self.missing))
+            others = "".join(f"; client {client}: {reason}" for client, reason in sorted(reasons.items()))
             raise FederationError(
                 f"round {self._request.server_round}: secure aggregation failed: {error}{others}. --resume does the "
                 "round again"

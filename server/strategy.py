@@ -133,7 +133,7 @@ class CohortStrategy:
         updates = [update for reply in node_replies for update in reply.updates]
         updates.sort(key=lambda update: update.client)
         check_missing(self.run.config, request, missing, len(updates), f"round {request.server_round}")
-        summed = secure.unmask(kept) if secure else None
+        summed = secure.unmask(kept, missing) if secure else None
         aggregated = aggregate(
             self.run,
             request.server_round,

@@ -79,6 +79,9 @@ CASES = {
     "min-colluding-nodes": ("protection = 'private+secure'\nmin-colluding-nodes = 1",
                             "protection = 'private+secure'\nmin-colluding-nodes = 2",
                             "dp-colluding-nodes = 1 is below min-colluding-nodes = 2"),
+    "min-secure-threshold": ("protection = 'secure'\nmin-secure-threshold = 0.6",
+                             "protection = 'secure'\nmin-secure-threshold = 0.7",
+                             "secure-threshold = 0.666667 is below min-secure-threshold = 0.7"),
     "max-epsilon": ("protection = 'private'\nmax-epsilon = 1.5", "protection = 'private'\nmax-epsilon = 1.3",
                     "the run's epsilon of 1.* at delta = 1e-05 is more than max-epsilon = 1.3"),
     "delta": ("protection = 'private'\nmax-epsilon = 1.3\ndelta = 1e-3",
@@ -90,7 +93,7 @@ CASES = {
     "max-rounds": ("max-rounds = 2", "max-rounds = 1", "num-rounds = 2 is more than max-rounds = 1"),
 }  # fmt: skip
 #: keys that only messages can violate
-OF_MESSAGES = {"max-mb-per-round", "max-mb"}
+OF_MESSAGES = {"max-mb-per-round", "max-mb", "min-nodes"}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,7 @@ def test_a_message_or_reply_that_is_too_large_is_withheld(
         ("max-round = 3", "unknown policy key 'max-round'. Did you mean 'max-rounds'?"),
         ("max-rounds = -1\nmodels = 3", "max-rounds = -1 must be at least 0\nmodels = 3 must be a string"),
         ("protection = 'privat'", "unknown protection 'privat'. Did you mean 'private'?"),
+        ("protection = 'private'\nmin-nodes = 3", "min-nodes and min-secure-threshold need protection = 'secure'"),
         ("max-epsilon = 3", "min-noise-multiplier and max-epsilon need protection = 'private'"),
         ("protection = 'private'\nmin-colluding-nodes = 1", "min-colluding-nodes needs protection = 'private+secure'"),
         ("max-rounds = ", "policy-path is not valid TOML"),
@@ -253,6 +257,17 @@ def test_epsilon_is_that_of_the_sampling_in_the_configuration() -> None:
     Policy(protection="private", max_epsilon=expected + 1e-9).check_run(sampled, "minilm", 6)
     with pytest.raises(Rejected, match=f"epsilon of {expected:.3f} at"):
         Policy(protection="private", max_epsilon=expected - 1e-3).check_run(sampled, "minilm", 6)
+
+
+def test_epsilon_is_that_of_the_fewest_clients_that_a_tolerant_run_starts_with() -> None:
+    """3 of as few as 4 of 6 clients a round: a client is in 3/4 of the rounds, not in half of them."""
+    tolerant = Config.from_flat(
+        PRIVATE | {"clients-per-round": 3, "num-rounds": 2, "failures": "tolerant", "min-nodes": 4}
+    )
+    expected = epsilon([Release(0.75, 4.0)] * 2, 1e-5)
+    Policy(protection="private", max_epsilon=expected + 1e-9).check_run(tolerant, "minilm", 6)
+    with pytest.raises(Rejected, match=f"epsilon of {expected:.3f} .* with each client in up to 0.75 of the rounds"):
+        Policy(protection="private", max_epsilon=expected - 1e-3).check_run(tolerant, "minilm", 6)
 
 
 def test_towards_the_server_sampling_does_not_count_and_both_protections_are_needed() -> None:

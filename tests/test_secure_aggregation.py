@@ -19,7 +19,7 @@ from copra_fl.secure_aggregation.keys import agree, bind, new_identity, new_secr
 from copra_fl.secure_aggregation.masks import add_pairwise, mask
 from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.neighbours import degree, neighbours, threshold_of
-from tests.support.secure import SecureRound, plain_sum, random_vectors
+from tests.support.secure import INPUTS, SecureRound, plain_sum, random_vectors
 
 # ---------------------------------------------------------------- parts
 
@@ -185,6 +185,39 @@ def test_a_node_reveals_nothing_if_most_of_its_neighbours_are_said_to_be_gone() 
         node.confirm(round_.sessions[0], survivors, round_.identities[0])
 
 
+@pytest.mark.parametrize(("num_nodes", "num_colluding"), [(3, 0), (4, 1), (6, 1), (10, 3)])
+def test_a_server_that_keeps_shares_back_gets_no_signature_and_no_share(num_nodes: int, num_colluding: int) -> None:
+    """Node 0 gets shares of nodes that the server will call gone, and of its own: it could remove all their masks."""
+    round_ = SecureRound(num_nodes)
+    relay = round_.split(server.list_nodes("run", 1, 2 / 3, round_.offer()))
+    survivors = list(range(relay.roster.min_nodes))
+    known = {*range(num_nodes)} - {*survivors[: len(survivors) - num_colluding]}
+
+    def kept_back(messages: list[SealedShares]) -> list[SealedShares]:
+        return [message for message in messages if message.receiver != 0 or message.sender in known]
+
+    round_.send(relay, random_vectors(num_nodes), kept_back)
+    match = r"the survivors \[1.*\] share no mask with node 0"
+    with pytest.raises(SecureAggregationError, match=match):
+        node.confirm(round_.sessions[0], survivors, round_.identities[0])
+    with pytest.raises(SecureAggregationError, match=match):
+        node.reveal(round_.sessions[0], survivors, {})
+
+
+def test_the_vectors_of_nodes_with_other_inputs_have_no_sum() -> None:
+    """A server tells nodes 1 and 2 to compute vectors that it knows, to read that of node 0; or node 3 has gone."""
+    round_, vectors = SecureRound(4, {3: [3]}), random_vectors(4)
+    relay = round_.split(server.list_nodes("run", 1, 2 / 3, round_.offer()))
+    masked = {}
+    for number, inputs in ((0, b"adapter"), (1, b"another"), (2, b"another")):
+        session = node.receive_shares(round_.sessions[number], relay.for_receiver(number))
+        round_.sessions[number], masked[number] = node.mask_vector(session, vectors[number], inputs)
+    revealed, _ = round_.reveal(relay, masked.keys())
+    for inputs in (b"adapter", b"another"):
+        total = relay.unmask(masked, revealed, inputs)
+        assert not (total == plain_sum(vectors, [0, 1, 2])).any()
+
+
 def test_the_same_vector_is_masked_anew_in_each_round() -> None:
     vectors = random_vectors(3)
     rounds = [SecureRound(3) for _ in range(2)]
@@ -212,7 +245,7 @@ def test_no_node_reveals_both_secrets_of_a_peer() -> None:
     with pytest.raises(SecureAggregationError, match="node 5 is asked to reveal shares, but has not sent a vector"):
         node.reveal(round_.sessions[5], range(6), signatures)
     with pytest.raises(SecureAggregationError, match="has sent its vector of this round already"):
-        node.mask_vector(round_.sessions[0], random_vectors(1)[0])
+        node.mask_vector(round_.sessions[0], random_vectors(1)[0], INPUTS)
 
 
 def test_a_server_that_tells_nodes_different_survivors_gets_no_second_sum() -> None:
@@ -228,9 +261,9 @@ def test_a_server_that_tells_nodes_different_survivors_gets_no_second_sum() -> N
              5: [0, 1, 2, 3, 4, 5]}  # fmt: skip
     told = {tuple(sorted(survivors)): dict[int, bytes]() for survivors in lists.values()}
     for number, survivors in lists.items():
-        session, signature = node.confirm(round_.sessions[number], survivors, round_.identities[number])
+        session, answer = node.confirm(round_.sessions[number], survivors, round_.identities[number])
         round_.sessions[number] = session
-        told[tuple(sorted(survivors))][number] = signature
+        told[tuple(sorted(survivors))][number] = answer.signature
         with pytest.raises(SecureAggregationError, match=f"node {number} has signed a list of survivors of this round"):
             node.confirm(session, masked.keys(), round_.identities[number])
     assert sorted(map(len, told.values())) == [2, 2, 2]
@@ -354,7 +387,7 @@ def test_a_wrong_share_is_refused_by_name_and_the_others_are_enough() -> None:
 
         right, reasons = round_.reveal(relay, masked.keys(), lie)
         assert reasons == [f"node 2 has revealed a wrong share of the {field[:-1]} of node {5 * (field == 'keys')}"]
-        assert (relay.unmask(masked, right) == plain_sum(vectors, [0, 1, 2, 3, 4])).all()
+        assert (relay.unmask(masked, right, INPUTS) == plain_sum(vectors, [0, 1, 2, 3, 4])).all()
         assert relay.can_unmask([0, 1, 2, 3]) and not relay.can_unmask([0, 1, 2])
     incomplete = replace(right[0], keys={})
     assert (
@@ -385,7 +418,7 @@ def test_a_node_that_shares_another_secret_than_announced_is_named() -> None:
         right, _ = round_.reveal(relay, masked.keys())
         kind = "seed" if secret == "seed" else "key"
         with pytest.raises(SecureAggregationError, match=f"node 0 has shared another {kind} than the one it has anno"):
-            relay.unmask(masked, right)
+            relay.unmask(masked, right, INPUTS)
 
 
 def test_a_node_must_share_with_each_of_its_neighbours() -> None:

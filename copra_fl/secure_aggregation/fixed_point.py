@@ -31,15 +31,16 @@ def scale_for(bound: float, num_nodes: int) -> float:
 def encode(values: np.ndarray, scale: float, num_nodes: int) -> np.ndarray:
     """Return (size,) uint64: `values` (size,) float64 times `scale`, rounded.
 
-    Raises SecureAggregationError if a value is not finite or larger than 1 / `num_nodes` of the range.
+    Raises SecureAggregationError if a value is not finite or larger than 1 / `num_nodes` of the range. The message does
+    not tell the value: it leaves the node.
     """
     with np.errstate(over="ignore"):
         scaled = np.rint(np.asarray(values, dtype=np.float64) * scale)
     largest = float(np.abs(scaled).max(initial=0.0))
     if not largest <= LARGEST // num_nodes:  # also if it is NaN
         raise SecureAggregationError(
-            f"a value of {largest / scale:.4g} does not fit: with {num_nodes} nodes and a scale of {scale:g} the "
-            f"largest is {LARGEST // num_nodes / scale:.4g}"
+            f"a value does not fit: with {num_nodes} nodes and a scale of {scale:g} the largest is "
+            f"{LARGEST // num_nodes / scale:.4g}"
         )
     return scaled.astype(np.int64).view(np.uint64)
 

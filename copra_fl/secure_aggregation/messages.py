@@ -28,6 +28,19 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """Step 4, from a node to the server.
+
+    Attributes:
+        inputs: digest of what the node has computed its vector from.
+        signature: of the list of survivors, by the node's own key.
+    """
+
+    inputs: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
 class SealedShares:
     """Step 2, from one node to another through the server.
 

@@ -26,7 +26,7 @@ from copra_fl.secure_aggregation.keys import (
     unseal,
 )
 from copra_fl.secure_aggregation.masks import add_pairwise, mask
-from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
+from copra_fl.secure_aggregation.messages import Confirmation, Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.roster import (
     Roster,
     check_keys,
@@ -64,6 +64,7 @@ class Session:
         roster: the nodes of the round.
         shares: node -> the shares of its self seed and mask key that this node holds; at first only its own.
         masked: whether the vector has been sent.
+        inputs: digest of what the node has computed its vector from.
         confirmed: whether a list of survivors has been signed.
     """
 
@@ -71,6 +72,7 @@ class Session:
     roster: Roster
     shares: Mapping[int, tuple[bytes, bytes]] = field(repr=False)
     masked: bool = False
+    inputs: bytes = b""
     confirmed: bool = False
 
 
@@ -149,8 +151,11 @@ def receive_shares(session: Session, sealed: Sequence[SealedShares]) -> Session:
     return replace(session, shares=shares)
 
 
-def mask_vector(session: Session, vector: np.ndarray) -> tuple[Session, np.ndarray]:
+def mask_vector(session: Session, vector: np.ndarray, inputs: bytes) -> tuple[Session, np.ndarray]:
     """Step 3, second half: return `vector` (size,) uint64 plus the self mask and the masks shared with neighbours.
+
+    `inputs` is a digest of what the server has told the node to compute the vector from. Only nodes with equal inputs
+    share a mask: otherwise a server could let the others compute vectors that it knows, and read this one in the sum.
 
     Raises SecureAggregationError for a second vector: the difference of two would show without masks.
     """
@@ -158,9 +163,9 @@ def mask_vector(session: Session, vector: np.ndarray) -> tuple[Session, np.ndarr
     secrets, roster = session.secrets, session.roster
     masked = vector + mask(self_mask_key(roster, secrets.node, secrets.seed), len(vector))
     for other in session.shares.keys() - {secrets.node}:
-        key = pairwise_key(roster, secrets.node, other, secrets.mask_key)
+        key = pairwise_key(roster, secrets.node, other, secrets.mask_key, inputs)
         add_pairwise(masked, key, secrets.node, other)
-    return replace(session, masked=True), masked
+    return replace(session, masked=True, inputs=inputs), masked
 
 
 def refuse_second_vector(session: Session) -> None:
@@ -169,8 +174,8 @@ def refuse_second_vector(session: Session) -> None:
         raise SecureAggregationError(f"node {session.secrets.node} has sent its vector of this round already")
 
 
-def confirm(session: Session, survivors: Iterable[int], identity: bytes) -> tuple[Session, bytes]:
-    """Step 4: return the signature of the list of survivors by the node's private key `identity`.
+def confirm(session: Session, survivors: Iterable[int], identity: bytes) -> tuple[Session, Confirmation]:
+    """Step 4: return the node's inputs and the signature of the list of survivors by its private key `identity`.
 
     Raises SecureAggregationError for a second list, and as `check_survivors` does.
     """
@@ -179,7 +184,8 @@ def confirm(session: Session, survivors: Iterable[int], identity: bytes) -> tupl
         raise SecureAggregationError(
             f"node {session.secrets.node} has signed a list of survivors of this round already"
         )
-    return replace(session, confirmed=True), sign(identity, survivors_text(session.roster, alive))
+    signature = sign(identity, survivors_text(session.roster, alive))
+    return replace(session, confirmed=True), Confirmation(session.inputs, signature)
 
 
 def reveal(session: Session, survivors: Iterable[int], signatures: Mapping[int, bytes]) -> Revealed:
@@ -221,13 +227,18 @@ def check_survivors(session: Session, survivors: Iterable[int]) -> frozenset[int
     """Return the `survivors`.
 
     Raises SecureAggregationError before the node's own vector was sent, for a list of survivors without this node or
-    with an unknown one, and for too few in all or among the neighbours: their sum would say too much of each.
+    with an unknown one, for a neighbour without shares here, whose mask the vector does not have, and for too few in
+    all or among the neighbours: their sum would say too much of each.
     """
     roster, node, alive = session.roster, session.secrets.node, frozenset(survivors)
     if not session.masked or node not in alive:
         raise SecureAggregationError(f"node {node} is asked to reveal shares, but has not sent a vector to this sum")
     if unknown := sorted(alive - roster.by_node.keys()):
         raise SecureAggregationError(f"the survivors {unknown} are not in the list of nodes")
+    if apart := sorted(alive.intersection(roster.neighbours[node]) - session.shares.keys()):
+        raise SecureAggregationError(
+            f"the survivors {apart} share no mask with node {node}: the server has not passed on their shares"
+        )
     if len(alive) < roster.min_nodes:
         raise SecureAggregationError(
             f"{len(alive)} of {len(roster.keys)} nodes are listed as survivors; below {roster.min_nodes} node {node} "
@@ -246,9 +257,9 @@ def seal_info(roster: Roster, sender: int, receiver: int) -> bytes:
     return bind("seal", roster.context, sender, receiver)
 
 
-def pairwise_key(roster: Roster, node: int, other: int, private: bytes) -> bytes:
-    """Return the key of the mask that two nodes share, from the private mask key of `node`."""
-    info = bind("mask", roster.context, min(node, other), max(node, other))
+def pairwise_key(roster: Roster, node: int, other: int, private: bytes, inputs: bytes) -> bytes:
+    """Return the key of the mask that two nodes with the same `inputs` share, from the private mask key of `node`."""
+    info = bind("mask", roster.context, inputs, min(node, other), max(node, other))
     return agree(private, roster.by_node[other].mask_key, info)
 
 

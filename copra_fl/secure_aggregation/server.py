@@ -100,12 +100,13 @@ class Relay:
             len(present.intersection(self.roster.holders(node))) >= self.roster.threshold(node) for node in self.shares
         )
 
-    def unmask(self, vectors: Mapping[int, np.ndarray], revealed: Sequence[Revealed]) -> np.ndarray:
+    def unmask(self, vectors: Mapping[int, np.ndarray], revealed: Sequence[Revealed], inputs: bytes) -> np.ndarray:
         """After step 5: return the sum of the vectors without masks, (size,) uint64.
 
         Args:
             vectors: survivor -> its masked vector, all of one size.
             revealed: correct shares (`wrong_shares`).
+            inputs: digest of what the nodes have computed their vectors from.
 
         Raises SecureAggregationError for too few shares of a secret, and for a node whose shares do not give the secret
         that it has announced.
@@ -121,7 +122,7 @@ class Relay:
                 private = self._rebuild(node, shares, "key")
                 for other in vectors.keys() & set(self.roster.neighbours[node]):
                     # the mask that `node` would have added cancels the one that `other` has added
-                    add_pairwise(total, pairwise_key(self.roster, node, other, private), node, other)
+                    add_pairwise(total, pairwise_key(self.roster, node, other, private, inputs), node, other)
         return total
 
     def _rebuild(self, node: int, shares: Mapping[int, bytes], kind: str) -> bytes:

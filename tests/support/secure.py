@@ -14,6 +14,9 @@ from copra_fl.secure_aggregation.messages import Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.node import Session
 from copra_fl.secure_aggregation.roster import Roster
 
+#: what all nodes train from
+INPUTS = b"configuration and adapter"
+
 
 def unchanged(message: Any) -> Any:
     return message
@@ -69,7 +72,7 @@ class SecureRound:
         masked = {}
         for number in self.answering(3, list(relay.shares)):
             session = node.receive_shares(self.sessions[number], change(relay.for_receiver(number)))
-            self.sessions[number], masked[number] = node.mask_vector(session, vectors[number])
+            self.sessions[number], masked[number] = node.mask_vector(session, vectors[number], INPUTS)
             self.received.append(masked[number].tobytes())
         relay.check_number(masked, "sent a vector")
         return masked
@@ -78,7 +81,8 @@ class SecureRound:
         """Step 4."""
         signatures = {}
         for one in self.answering(4, survivors):
-            self.sessions[one], signatures[one] = node.confirm(self.sessions[one], survivors, self.identities[one])
+            self.sessions[one], confirmation = node.confirm(self.sessions[one], survivors, self.identities[one])
+            signatures[one] = confirmation.signature
         self.received += signatures.values()
         return signatures
 
@@ -98,7 +102,7 @@ class SecureRound:
         relay = self.split(server.list_nodes("run", self.server_round, self.share, self.offer()))
         masked = self.send(relay, vectors)
         revealed, _ = self.reveal(relay, masked.keys())
-        return relay.unmask(masked, revealed), sorted(masked)
+        return relay.unmask(masked, revealed, INPUTS), sorted(masked)
 
 
 def random_vectors(num_nodes: int, size: int = 50, seed: int = 0) -> dict[int, np.ndarray]:

@@ -1,0 +1,96 @@
+"""Servers that send nodes what other servers would not, to read the update of node 0 in the sum of three nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, RecordDict
+
+from clients import handlers
+from copra_fl.secure_aggregation.keys import new_identity, public_identity
+from server.errors import FederationError
+from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.tiny import Settings
+
+SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
+          "max-update-ratio": 0.0, "local-steps": 2, "num-clients": 3, "num-rounds": 1,
+          "failures": "tolerant"}  # fmt: skip
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> list[dict[str, str]]:
+    """Node configs of three nodes that know each other's keys, with a policy that asks for secure aggregation."""
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "policy.toml").write_text('protection = "secure"\n')
+    configs = []
+    for number in range(3):
+        key = new_identity()
+        (tmp_path / f"{number}.key").write_bytes(key)
+        (tmp_path / "peers" / f"client-{number}.pub").write_bytes(public_identity(key))
+        paths = {"node-key": f"{number}.key", "peers": "peers", "policy-path": "policy.toml"}
+        configs.append({name: str(tmp_path / path) for name, path in paths.items()})
+    return configs
+
+
+class LyingServer(LocalGrid):
+    """Changes what nodes 1 and 2 are told in training messages."""
+
+    def __init__(self, configs: list[dict[str, str]], lie: Callable[[RecordDict], None]) -> None:
+        super().__init__(3, node_configs=configs)
+        self.lie = lie
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id != 100:
+            self.lie(message.content)
+        return super().answer(message)
+
+
+def no_clients(content: RecordDict) -> None:
+    content["plan"]["clients"] = []
+
+
+def tiny_steps(content: RecordDict) -> None:
+    content["plan"]["learning-rate"] = content["plan"]["head-learning-rate"] = 1e-30
+
+
+def other_threshold(content: RecordDict) -> None:
+    content["plan"]["secure-threshold"] = 0.9
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (no_clients, "no client of this node has an update"),
+        (tiny_steps, "the sum .* weights"),
+        (other_threshold, "the list of nodes has a threshold of 0.666667, the configuration 0.9"),
+    ],
+)
+def test_no_plan_for_the_others_singles_out_a_node(
+    lie: Callable[[RecordDict], None], reason: str, tiny: Settings, peers: list[dict[str, str]], tmp_path: Path
+) -> None:
+    with pytest.raises(FederationError, match=reason):
+        run_federation(tiny | SECURE, tmp_path / "run", grid=LyingServer(peers, lie))
+
+
+def test_a_policy_limits_how_few_nodes_a_server_takes_into_a_round(
+    tiny: Settings, peers: list[dict[str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "policy.toml").write_text('protection = "secure"\nmin-nodes = 4\n')
+    with pytest.raises(FederationError, match="client policy: 3 nodes are in the round, fewer than min-nodes = 4"):
+        run_federation(tiny | SECURE, tmp_path / "run", grid=LocalGrid(3, node_configs=peers))
+
+
+def test_nodes_without_an_update_are_not_in_a_sum(
+    tiny: Settings, peers: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clients of two of three nodes fail: otherwise the sum would be the update of the third."""
+    trained = handlers._train_clients
+
+    def diverging(node: handlers.NodeConfig, plan: handlers.Plan, *rest: object) -> object:
+        return trained(node, plan, *rest) if node.partition == 0 else ([], dict.fromkeys(plan.clients, "it diverged"))
+
+    monkeypatch.setattr(handlers, "_train_clients", diverging)
+    with pytest.raises(FederationError, match=r"1 of 3 nodes have sent a vector.*client 1: it diverged; client 2: "):
+        run_federation(tiny | SECURE, tmp_path / "run", grid=LocalGrid(3, node_configs=peers))
