@@ -21,8 +21,10 @@ from torch import nn
 from clients import warm_cache, warm_process
 from clients.node_config import NodeConfig
 from clients.warm_process import WarmProcessError
-from copra_fl import wire
+from copra_fl import secure_wire, wire
 from copra_fl.config import Config, ModelConfig
+from copra_fl.secure_aggregation.keys import new_identity
+from copra_fl.secure_aggregation.node import offer_keys
 from copra_fl.training.engine import Engine, open_engine
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.real_runs import HANG_SECONDS
@@ -80,6 +82,15 @@ def test_an_error_comes_back_as_its_public_message(
         warm_process.request("train", content, context, 60)
     assert ("KeyError at " if data_path else "'plan'") in str(error.value)
     assert "ward-7" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_failed_step_of_secure_aggregation_leaves_no_secrets(serving: threading.Thread) -> None:
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 2}, RecordDict(), {})
+    secrets, _ = offer_keys("run", 1, 0, new_identity())
+    secure_wire.write_secrets(context.state, secrets)
+    with pytest.raises(WarmProcessError, match="node 0 takes part in no round"):
+        warm_process.request("unmask", RecordDict(), context, 60)
+    assert secure_wire.read_secrets(context.state) is None
 
 
 def test_a_process_frees_its_model_before_it_opens_another(tiny: Settings) -> None:
