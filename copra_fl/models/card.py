@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ class ModelFacts:
         pooling: of the hidden states, for a head.
         quantization: of the base in training.
         training: None for a model whose run is not known.
+        datasets: names of the data sets of a model of several; else empty.
     """
 
     task: Task
@@ -49,6 +51,7 @@ class ModelFacts:
     pooling: str
     quantization: str
     training: Training | None
+    datasets: Collection[str] = ()
 
 
 def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier: str) -> None:
@@ -71,6 +74,11 @@ def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier
         intro += (
             " It holds all that aggregation has added to the frozen weights; `copra-fl export --merge` writes weights "
             "with these additions instead."
+        )
+    if facts.datasets:
+        intro += (
+            f" Its labels are those of several data sets ({', '.join(facts.datasets)}): compare the scores of one data "
+            "set alone, or write the model of one with `copra-fl export --dataset NAME`."
         )
     tags = ["lora", *([f"base_model:adapter:{facts.base.name}"] if facts.base.is_on_hub else []), "transformers"]
     load = f'from copra_fl import load\n\nsaved = load("{FOLDER}")  # base="PATH" if the base lies elsewhere\n'
