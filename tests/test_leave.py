@@ -107,6 +107,21 @@ def test_stock_libraries_open_the_adapter_and_the_merged_model_with_our_scores(
     assert before == weights_digest(str(tiny["model"]))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_the_code_of_a_card_opens_a_base_in_bfloat16(
+    tiny: Settings, tmp_path: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features are in bfloat16 and the head in float32; no class has the head."""
+    base = shutil.copytree(str(tiny["model"]), tmp_path / "base")
+    AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    monkeypatch.setattr("copra_fl.models.export.stock_classifier", lambda *_: None)
+    model = saved_adapter(tiny | {"model": str(base), "dtype": "bfloat16", "pooling": pooling}, tmp_path / "adapter")
+    opened = card_code(tmp_path / "adapter", 1, base)
+    inputs = load(tmp_path / "adapter", "cpu").processor(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        assert torch.allclose(opened["logits"](**inputs), model(**inputs), atol=0.05)
+
+
 def test_merged_weights_can_be_stored_in_16_bits(tiny: Settings, tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits of each weight."""
     model = saved_adapter(tiny, tmp_path / "adapter")

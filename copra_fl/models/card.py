@@ -274,7 +274,7 @@ def _features_code(facts: ModelFacts) -> str:
     mean = "hidden.mean(1)"
     if facts.task.pipeline == "text-classification":
         mean = '(hidden * (mask := inputs["attention_mask"].unsqueeze(-1))).sum(1) / mask.sum(1)'
-    features = {"mean": mean, "cls": "hidden[:, 0]", "pooler": "output.pooler_output"}[facts.pooling]
+    features = {"mean": mean, "cls": "hidden[:, 0]", "pooler": "output.pooler_output.float()"}[facts.pooling]
     return f"""from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -286,7 +286,7 @@ head = load_file("FOLDER/head.safetensors")
 
 def logits(**inputs):
     output = encoder(**inputs)
-    hidden = output.last_hidden_state
+    hidden = output.last_hidden_state.float()
     features = {features}
     return F.linear(features, **head)
 """
