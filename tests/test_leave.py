@@ -328,6 +328,19 @@ def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> N
     assert "is not an empty folder" in run_command("export", run, "--to", tmp_path, code=2).message
 
 
+@pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors"])
+def test_a_damaged_file_of_an_adapter_folder_is_named(run: Path, tmp_path: Path, name: str) -> None:
+    """A clone of a repository without Git LFS has a pointer in place of each large file."""
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+    (adapter / name).write_text("{" if name.endswith(".json") else pointer)
+    message = run_command("export", adapter, "--to", tmp_path / "to", code=2).message
+    assert f"{adapter / name} is missing or damaged: " in message and "git lfs pull" in message
+    (adapter / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{name} is missing or damaged"):
+        load(adapter, "cpu")
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine, with HF_ENDPOINT, HF_TOKEN and HF_HUB_DISABLE_XET set as in the environment of a user.
@@ -367,6 +380,10 @@ def test_a_push_that_cannot_work_says_what_to_do(run: Path, hub: Hub, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         assert "cannot reach http://127.0.0.1:9: " in message(1)
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://host:port")
+        assert "cannot reach http://host:port: Invalid port: 'port'. Check the network, or set HF_ENDPOINT" in message(
+            1
+        )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, so that nothing is uploaded" in message(1)
     assert hub.models == {}

@@ -16,13 +16,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -180,14 +182,15 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
         dataset: name of one of several data sets: the model gives the logits of its labels alone, whose names lose
             that of the data set; empty: those of all data sets.
 
-    Raises ConfigError for an unknown task or data set, a base that is missing or has another digest, and for cuda
-    without a CUDA device; AssetError for an asset that cannot be fetched.
+    Raises ConfigError for files of the folder that are missing or damaged, an unknown task or data set, a base that is
+    missing or has another digest, and for cuda without a CUDA device; AssetError for an asset that cannot be fetched.
     """
     directory = Path(directory)
-    description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
+    description = read_description(directory)
     task, datasets = find_task(description["task"]), description.get("datasets", {})
     rows = _rows_of(dataset, datasets) if dataset else range(len(description["labels"]))
-    lora = LoraConfig.from_pretrained(str(directory))
+    with _readable(directory / "adapter_config.json"):
+        lora = LoraConfig.from_pretrained(str(directory))
     named = description.get("base")
     reference = BaseReference(**named) if named else BaseReference.of_earlier_version(lora.base_model_name_or_path)
     source = reference.find(base)
@@ -205,7 +208,7 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
         raise ConfigError(f"the adapter in {directory} does not fit the base {source}: {error}") from error
     head = None
     if task.trains_head:
-        stored = load_file(directory / "head.safetensors")
+        stored = _read_tensors(directory / "head.safetensors")
         weights = {name: tensor[rows.start : rows.stop].clone() for name, tensor in stored.items()}
         head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
         adapter |= {f"head.{name}": tensor for name, tensor in weights.items()}
@@ -221,6 +224,29 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
     return SavedModel(model, processor, labels, reference, quantization, data, {} if dataset else datasets)
 
 
+def read_description(directory: Path) -> dict[str, Any]:
+    """Return the content of ``task.json`` in an adapter folder. Raises ConfigError if it is missing or damaged."""
+    with _readable(directory / "task.json") as file:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with _readable(file):
+        return load_file(file)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Path]:
+    """Raise ConfigError for a `file` of an adapter folder that the block cannot read."""
+    try:
+        yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"{file} is missing or damaged: {error}. Copy the folder again; in a clone of a repository of the hub, run "
+            "`git lfs pull`"
+        ) from error
+
+
 def _rows_of(dataset: str, datasets: Mapping[str, int]) -> range:
     """Return the rows of the head of `dataset`, one of `datasets`. Raises ConfigError for another name."""
     if not datasets:
@@ -232,7 +258,7 @@ def _rows_of(dataset: str, datasets: Mapping[str, int]) -> range:
 
 def require_dataset(directory: Path, dataset: str) -> None:
     """Raise ConfigError if the model in `directory` has several data sets and `dataset`, the name of one, is empty."""
-    datasets = json.loads((directory / "task.json").read_text(encoding="utf-8")).get("datasets", {})
+    datasets = read_description(directory).get("datasets", {})
     if datasets and not dataset:
         names = ", ".join(datasets)
         raise ConfigError(f"{directory} has the labels of several data sets; choose one with --dataset: {names}")
@@ -244,14 +270,13 @@ def load_exact(directory: Path, device: str, base: str, dataset: str) -> SavedMo
     It has the scores of the merged model. Raises ConfigError as `load` and `require_dataset` do.
     """
     require_dataset(directory, dataset)
-    description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
-    quantized = description.get("quantization", "none") != "none"
+    quantized = read_description(directory).get("quantization", "none") != "none"
     return load(directory, device, base, "" if quantized else "float32", dataset)
 
 
 def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:
     """Return the tensors of the adapter without a head, by their names in the base alone, whose prefix is `body`."""
-    stored = load_file(directory / "adapter_model.safetensors")
+    stored = _read_tensors(directory / "adapter_model.safetensors")
     tensors = {
         name if part_of(name) in ("A", "B") else f"{name}.weight": tensor
         for name, tensor in parts(stored, {"A", "B", "m"}).items()
