@@ -299,6 +299,12 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
     [
         ({"text": ["sea1", "", "sky1", " "]}, [], "'text' is empty in 2 of 4 rows: 1, 3 (counted from 0)"),
         ({"note": ["sea1"]}, [], "its columns are note. Set it: --set text-column=COLUMN"),
+        (
+            {"text;note": ["sea1;x"]},
+            [],
+            "its columns are text;note. Its columns seem to be separated otherwise: set sep",
+        ),
+        ({"text": ["sea1"]}, ["--set", "max-length=600"], "max-length = 600 is more than the 512 tokens that model"),
         ({"text": ["sea1"], "predicted": ["sea"]}, [], "already has a column 'predicted'; rename it"),
         ({"text": ["sea1"]}, ["--set", "text-colum=note"], "unknown configuration key 'text-colum'"),
         ({"text": ["sea1"]}, ["--set", "learning-rate=1"], "--set learning-rate has no effect on a prediction"),
@@ -307,8 +313,9 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
     ],
 )
 def test_rows_that_cannot_be_predicted_are_rejected(
-    run: Path, tmp_path: Path, rows: dict, arguments: list[str], message: str
+    run: Path, tmp_path: Path, rows: dict, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("copra_fl.models.prediction._probabilities", None)  # nothing is computed
     pd.DataFrame(rows | {"id": "x"}).to_csv(tmp_path / "rows.csv", index=False)
     if "id" in message or "its columns" in message:
         pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
@@ -316,6 +323,27 @@ def test_rows_that_cannot_be_predicted_are_rejected(
     output = run_command("predict", run, "--data", tmp_path / "rows.csv", *target, *arguments, code=2)
     assert message in output.message
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_columns_with_lists_and_dicts_stay_and_images_go(run: Path, tmp_path: Path) -> None:
+    """In a CSV they are JSON. Image bytes stand alone, or in a dict as in Hugging Face data sets."""
+    notes = {"text": ["sea1", "sky1"], "meta": [{"ward": "Ä", "beds": [1, 2]}, None], "tags": [["x"], []]}
+    images = {"image": [{"bytes": b"png", "path": None}, None], "scan": [b"png", None]}
+    pd.DataFrame(notes | images | {"id": [1, 2]}).to_parquet(tmp_path / "notes.parquet")
+    for suffix in ("csv", "jsonl"):
+        run_command("predict", run, "--data", tmp_path / "notes.parquet", "--to", tmp_path / f"out.{suffix}")
+    written = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    assert list(written)[:4] == ["text", "meta", "tags", "id"] and list(written)[4] == "predicted"
+    assert written["meta"].tolist() == ['{"ward": "Ä", "beds": [1, 2]}', ""]
+    assert written["tags"].tolist() == ['["x"]', "[]"]
+    assert pd.read_json(tmp_path / "out.jsonl", lines=True)["meta"].tolist() == notes["meta"]
+
+
+def test_values_that_parquet_does_not_take_are_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "sea1", "id": 1}\n{"text": "sky1", "id": "A7"}\n')
+    files = ("--data", tmp_path / "rows.jsonl", "--to", tmp_path / "out.parquet")
+    message = run_command("predict", run, *files, code=2).message
+    assert "Conversion failed for column id with type object. A CSV file takes any values" in message
 
 
 def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> None:
