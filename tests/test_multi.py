@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from rich.console import Console
 from torch.nn import functional as F
 from transformers import pipeline
@@ -315,7 +316,11 @@ def test_predictions_and_merged_models_have_the_labels_of_one_data_set(
     assert -np.log(of_label).mean() == pytest.approx(measured["loss"], rel=1e-4)
 
     run_command("export", run, "--to", tmp_path / "whole")
-    assert "several data sets (topics, moods)" in (tmp_path / "whole" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "whole" / "README.md")
+    assert "several data sets (topics, moods)" in card.text
+    assert [result.dataset_name for result in card.data.eval_results] == ["topics", "moods"]
+    assert card.data.eval_results[1].metric_value == round(measured["accuracy"], 4)
+    assert f"| test set, moods | accuracy {measured['accuracy']:.4f}, " in card.text
     run_command("export", tmp_path / "whole", "--dataset", "moods", "--to", tmp_path / "alone")
     run_command("export", tmp_path / "whole", "--dataset", "moods", "--merge", "--to", tmp_path / "merged")
     run_command("predict", tmp_path / "alone", *files)

@@ -148,13 +148,14 @@ def _datasets(training: Training | None) -> list[str]:
 
 
 def _results(facts: ModelFacts) -> list[EvalResult]:
-    """Return the accuracy on the test set in the form of the hub."""
+    """Return the accuracy on the test set of each data set in the form of the hub."""
     if facts.training is None or facts.training.summary.test is None:
         return []
-    name = ", ".join(_datasets(facts.training))
-    kind = facts.task.pipeline
-    accuracy = facts.training.summary.test.accuracy
-    return [EvalResult(kind, name, name, "accuracy", round(accuracy, 4), dataset_split="test")]
+    test, kind = facts.training.summary.test, facts.task.pipeline
+    return [
+        EvalResult(kind, name, name, "accuracy", round(evaluation.accuracy, 4), dataset_split="test")
+        for name, evaluation in (test.datasets or {", ".join(_datasets(facts.training)): test}).items()
+    ]
 
 
 def _model_rows(facts: ModelFacts) -> dict[str, str]:
@@ -228,6 +229,7 @@ def _result_rows(summary: RunSummary) -> dict[str, str]:
     ):
         if evaluation is not None:
             rows[name] = _metrics(evaluation)
+            rows |= {f"{name}, {dataset}": _metrics(part) for dataset, part in evaluation.datasets.items()}
     if summary.clients:
         total = sum(client.examples for client in summary.clients)
         mean = sum(client.accuracy * client.examples for client in summary.clients) / max(total, 1)
