@@ -250,6 +250,7 @@ def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: 
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         folder, labels, config = journal.directory / "adapter", evaluator.data.label_names, evaluator.config
-        save(evaluator.model, folder, labels, config.data, state.residual, Training(config, summary))
+        datasets = {dataset.name: len(dataset.labels) for dataset in evaluator.data.datasets}
+        save(evaluator.model, folder, labels, config.data, state.residual, Training(config, summary), datasets)
     journal.write_summary(summary)
     emit("finished", accuracy=test.accuracy if test else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,8 +65,24 @@ def test_sampled_answers_follow_the_seed(run: Path) -> None:
 
 
 def test_a_folder_without_a_finished_language_model_is_rejected(run: Path, tmp_path: Path) -> None:
-    config = Config.from_toml(run / "config.toml")
-    (tmp_path / "config.toml").write_text(config.to_toml())
+    (tmp_path / "config.toml").write_text("")
     assert "has no adapter: the run has not finished" in run_command("chat", tmp_path, code=2).message
-    (tmp_path / "config.toml").write_text(Config().to_toml())
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    description = json.loads((adapter / "task.json").read_text())
+    (adapter / "task.json").write_text(json.dumps(description | {"task": "text-classification"}))
     assert "has task = 'text-classification', but chat needs" in run_command("chat", tmp_path, code=2).message
+
+
+def test_an_adapter_folder_answers_with_its_base_in_another_place(run: Path, tiny_llama: str, tmp_path: Path) -> None:
+    """An adapter without prompts in training continues the text itself: there is no turn of the user."""
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    description = json.loads((adapter / "task.json").read_text())
+    description["base"]["name"] = str(tmp_path / "nowhere")
+    (adapter / "task.json").write_text(json.dumps(description))
+    arguments = ("chat", adapter, "--prompt", PROMPTS[0], "--max-tokens", 12, "--device", "cpu")
+    assert "Set base to the folder with the model" in run_command(*arguments, code=2).message
+    assert run_command(*arguments, "--base", tiny_llama).out.strip() == greedy_answer(run, PROMPTS[0], 12)
+    description["data"]["prompt-column"] = ""
+    (adapter / "task.json").write_text(json.dumps(description))
+    continued = run_command(*arguments, "--base", tiny_llama).out.strip()
+    assert continued != greedy_answer(run, PROMPTS[0], 12) and continued

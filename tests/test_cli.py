@@ -131,7 +131,7 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["report", "."], "is not the folder of a run or comparison"),
         (["track", ".", "--to", "tensorboard"], "is not the folder of a run or comparison"),
         (["probe", "shapley", "."], "is not the folder of a run"),
-        (["chat", "."], "cannot read"),
+        (["chat", "."], "is not the folder of a run or of an adapter"),
         (["assets", "path", "mini-lm"], "unknown asset 'mini-lm'. Did you mean 'minilm'?"),
     ],
 )

@@ -107,6 +107,21 @@ def test_stock_libraries_open_the_adapter_and_the_merged_model_with_our_scores(
     assert before == weights_digest(str(tiny["model"]))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_the_code_of_a_card_opens_a_base_in_bfloat16(
+    tiny: Settings, tmp_path: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features are in bfloat16 and the head in float32; no class has the head."""
+    base = shutil.copytree(str(tiny["model"]), tmp_path / "base")
+    AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    monkeypatch.setattr("copra_fl.models.export.stock_classifier", lambda *_: None)
+    model = saved_adapter(tiny | {"model": str(base), "dtype": "bfloat16", "pooling": pooling}, tmp_path / "adapter")
+    opened = card_code(tmp_path / "adapter", 1, base)
+    inputs = load(tmp_path / "adapter", "cpu").processor(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        assert torch.allclose(opened["logits"](**inputs), model(**inputs), atol=0.05)
+
+
 def test_merged_weights_can_be_stored_in_16_bits(tiny: Settings, tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits of each weight."""
     model = saved_adapter(tiny, tmp_path / "adapter")
@@ -284,6 +299,12 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
     [
         ({"text": ["sea1", "", "sky1", " "]}, [], "'text' is empty in 2 of 4 rows: 1, 3 (counted from 0)"),
         ({"note": ["sea1"]}, [], "its columns are note. Set it: --set text-column=COLUMN"),
+        (
+            {"text;note": ["sea1;x"]},
+            [],
+            "its columns are text;note. Its columns seem to be separated otherwise: set sep",
+        ),
+        ({"text": ["sea1"]}, ["--set", "max-length=600"], "max-length = 600 is more than the 512 tokens that model"),
         ({"text": ["sea1"], "predicted": ["sea"]}, [], "already has a column 'predicted'; rename it"),
         ({"text": ["sea1"]}, ["--set", "text-colum=note"], "unknown configuration key 'text-colum'"),
         ({"text": ["sea1"]}, ["--set", "learning-rate=1"], "--set learning-rate has no effect on a prediction"),
@@ -292,8 +313,9 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
     ],
 )
 def test_rows_that_cannot_be_predicted_are_rejected(
-    run: Path, tmp_path: Path, rows: dict, arguments: list[str], message: str
+    run: Path, tmp_path: Path, rows: dict, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("copra_fl.models.prediction._probabilities", None)  # nothing is computed
     pd.DataFrame(rows | {"id": "x"}).to_csv(tmp_path / "rows.csv", index=False)
     if "id" in message or "its columns" in message:
         pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
@@ -301,6 +323,27 @@ def test_rows_that_cannot_be_predicted_are_rejected(
     output = run_command("predict", run, "--data", tmp_path / "rows.csv", *target, *arguments, code=2)
     assert message in output.message
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_columns_with_lists_and_dicts_stay_and_images_go(run: Path, tmp_path: Path) -> None:
+    """In a CSV they are JSON. Image bytes stand alone, or in a dict as in Hugging Face data sets."""
+    notes = {"text": ["sea1", "sky1"], "meta": [{"ward": "Ä", "beds": [1, 2]}, None], "tags": [["x"], []]}
+    images = {"image": [{"bytes": b"png", "path": None}, None], "scan": [b"png", None]}
+    pd.DataFrame(notes | images | {"id": [1, 2]}).to_parquet(tmp_path / "notes.parquet")
+    for suffix in ("csv", "jsonl"):
+        run_command("predict", run, "--data", tmp_path / "notes.parquet", "--to", tmp_path / f"out.{suffix}")
+    written = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    assert list(written)[:4] == ["text", "meta", "tags", "id"] and list(written)[4] == "predicted"
+    assert written["meta"].tolist() == ['{"ward": "Ä", "beds": [1, 2]}', ""]
+    assert written["tags"].tolist() == ['["x"]', "[]"]
+    assert pd.read_json(tmp_path / "out.jsonl", lines=True)["meta"].tolist() == notes["meta"]
+
+
+def test_values_that_parquet_does_not_take_are_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "sea1", "id": 1}\n{"text": "sky1", "id": "A7"}\n')
+    files = ("--data", tmp_path / "rows.jsonl", "--to", tmp_path / "out.parquet")
+    message = run_command("predict", run, *files, code=2).message
+    assert "Conversion failed for column id with type object. A CSV file takes any values" in message
 
 
 def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> None:
@@ -311,6 +354,19 @@ def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> N
     (tmp_path / "comparison.toml").write_text("")
     assert "is a comparison: name one of the runs" in run_command("export", tmp_path, *to, code=2).message
     assert "is not an empty folder" in run_command("export", run, "--to", tmp_path, code=2).message
+
+
+@pytest.mark.parametrize("name", ["task.json", "adapter_config.json", "adapter_model.safetensors", "head.safetensors"])
+def test_a_damaged_file_of_an_adapter_folder_is_named(run: Path, tmp_path: Path, name: str) -> None:
+    """A clone of a repository without Git LFS has a pointer in place of each large file."""
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
+    (adapter / name).write_text("{" if name.endswith(".json") else pointer)
+    message = run_command("export", adapter, "--to", tmp_path / "to", code=2).message
+    assert f"{adapter / name} is missing or damaged: " in message and "git lfs pull" in message
+    (adapter / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{name} is missing or damaged"):
+        load(adapter, "cpu")
 
 
 @pytest.fixture
@@ -352,6 +408,10 @@ def test_a_push_that_cannot_work_says_what_to_do(run: Path, hub: Hub, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         assert "cannot reach http://127.0.0.1:9: " in message(1)
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://host:port")
+        assert "cannot reach http://host:port: Invalid port: 'port'. Check the network, or set HF_ENDPOINT" in message(
+            1
+        )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, so that nothing is uploaded" in message(1)
     assert hub.models == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from rich.console import Console
 from torch.nn import functional as F
+from transformers import pipeline
 from typer.testing import CliRunner
 
 from copra_fl.adapters.state import Adapter, Update, part_of
@@ -26,6 +29,7 @@ from copra_fl.reporting.terminal import results
 from copra_fl.training.evaluation import evaluate_each, merge_gap_each
 from copra_fl.training.plan import Plan, Start
 from copra_fl.training.single import train_client
+from tests.support.command_line import run_command
 from tests.support.compatibility import check
 from tests.support.federations import final_adapter, finished_run, journal
 from tests.support.local_grid import run_federation
@@ -292,6 +296,57 @@ def test_the_saved_model_names_the_data_set_of_each_label(run: Path, two: Settin
         predicted = opened.model(**batch).argmax(1)
     assert logits.shape == (1, 5) and torch.isfinite(logits).all()
     assert float((predicted == batch["labels"]).double().mean()) == pytest.approx(expected["accuracy"])
+
+
+def test_predictions_and_merged_models_have_the_labels_of_one_data_set(
+    run: Path, two: Settings, tmp_path: Path
+) -> None:
+    """Accuracy and loss on the test examples of the moods are those of the run's summary."""
+    moods = pd.read_csv(str(two["dataset"]).split(", ")[1])
+    dataset = World(two).data.datasets[1]
+    rows = moods.iloc[dataset.among(World(two).data.test) - dataset.examples.start]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    files = ("--data", tmp_path / "rows.csv", "--to", tmp_path / "out.csv")
+    run_command("predict", run, "--dataset", "moods", *files)
+    written = pd.read_csv(tmp_path / "out.csv")
+    measured = json.loads((run / "summary.json").read_text())["test"]["datasets"]["moods"]
+    assert (written["predicted"] == rows["label"].to_numpy()).mean() == pytest.approx(measured["accuracy"])
+    probabilities = written[["probability calm", "probability sea"]].to_numpy()
+    of_label = probabilities[np.arange(len(rows)), (rows["label"] == "sea").astype(int)]
+    assert -np.log(of_label).mean() == pytest.approx(measured["loss"], rel=1e-4)
+
+    run_command("export", run, "--to", tmp_path / "whole")
+    card = ModelCard.load(tmp_path / "whole" / "README.md")
+    assert "several data sets (topics, moods)" in card.text
+    assert [result.dataset_name for result in card.data.eval_results] == ["topics", "moods"]
+    assert card.data.eval_results[1].metric_value == round(measured["accuracy"], 4)
+    assert f"| test set, moods | accuracy {measured['accuracy']:.4f}, " in card.text
+    run_command("export", tmp_path / "whole", "--dataset", "moods", "--to", tmp_path / "alone")
+    run_command("export", tmp_path / "whole", "--dataset", "moods", "--merge", "--to", tmp_path / "merged")
+    run_command("predict", tmp_path / "alone", *files)
+    assert np.allclose(pd.read_csv(tmp_path / "out.csv")["probability sea"], probabilities[:, 1], atol=1e-5)
+    classify = pipeline("text-classification", str(tmp_path / "merged"), trust_remote_code=True)
+    answers = classify(rows["text"].tolist(), truncation=True)
+    assert [answer["label"] for answer in answers] == written["predicted"].tolist()
+    assert np.allclose([answer["score"] for answer in answers], probabilities.max(1), atol=1e-5)
+
+
+def test_a_model_of_several_data_sets_asks_for_one_of_them(run: Path, tmp_path: Path) -> None:
+    """An adapter of an earlier version names no data sets and gives all labels."""
+    pd.DataFrame({"text": ["sea1"]}).to_csv(tmp_path / "rows.csv", index=False)
+    predict = ("predict", "--data", tmp_path / "rows.csv", "--to", tmp_path / "out.csv")
+    for arguments in (predict, ("export", "--merge", "--to", tmp_path / "merged")):
+        message = run_command(*arguments, run, code=2).message
+        assert message.endswith("labels of several data sets; choose one with --dataset: topics, moods")
+        message = run_command(*arguments, run, "--dataset", "mood", code=2).message
+        assert "unknown data set 'mood'. Did you mean 'moods'?" in message
+    old = shutil.copytree(run / "adapter", tmp_path / "old")
+    description = json.loads((old / "task.json").read_text())
+    assert description.pop("datasets") == {"topics": 3, "moods": 2}
+    (old / "task.json").write_text(json.dumps(description))
+    run_command(*predict, old)
+    assert {f"probability {name}" for name in ("topics/sand", "moods/calm")} <= set(pd.read_csv(tmp_path / "out.csv"))
+    assert "does not name several data sets" in run_command(*predict, old, "--dataset", "moods", code=2).message
 
 
 def test_the_report_and_the_table_show_each_data_set(run: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from copra_fl.config import Config, ConfigError
+from copra_fl.cli.options import BaseOption, DeviceName, DeviceOption, ModelArgument
+from copra_fl.config import ConfigError
 
 if TYPE_CHECKING:
     from copra_fl.models.export import SavedModel
@@ -17,9 +17,7 @@ TASK = "causal-lm"
 
 
 def chat(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a finished run of a language model.", show_default=False)
-    ],
+    run: ModelArgument,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", help="Answer this prompt and exit. Default: read prompts from standard input."),
@@ -29,34 +27,30 @@ def chat(
     ] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 128,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    device: DeviceOption = DeviceName.AUTO,
+    base: BaseOption = "",
 ) -> None:
-    """Answer prompts with the adapter of a run; a model trained on plain texts continues each line.
+    """Answer prompts with the language model of a run; a model trained on plain texts continues each line.
 
     Each prompt is answered by itself, as in training: the model does not see earlier prompts.
     """
-    config = Config.from_toml(run / "config.toml")
-    check(run, config)
-
     from copra_fl import startup
 
     startup.prepare()
-    from copra_fl.models.export import load
+    from copra_fl.models.export import load, read_description
+    from copra_fl.models.release import adapter_folder, data_settings
     from copra_fl.seeding import torch_stream
     from copra_fl.tasks.causal_lm import beginning, opening
 
-    saved = load(run / "adapter", config.model.device)
+    adapter = adapter_folder(run)
+    if (task := read_description(adapter)["task"]) != TASK:
+        raise ConfigError(f"{run} has task = {task!r}, but chat needs a model with task = {TASK!r}")
+    saved = load(adapter, device, base)
+    has_prompts = bool(data_settings(saved, adapter).prompt_column)
     for number, line in enumerate(_lines() if prompt is None else [prompt]):
-        text = opening(saved.processor, line) if config.data.prompt_column else beginning(saved.processor) + line
+        text = opening(saved.processor, line) if has_prompts else beginning(saved.processor) + line
         with torch_stream(saved.model.device, seed, "chat", number):
             stream(saved, text, temperature, max_tokens)
-
-
-def check(run: Path, config: Config) -> None:
-    """Raise ConfigError for a run without a language model or without an adapter."""
-    if config.model.task != TASK:
-        raise ConfigError(f"{run} has task = {config.model.task!r}, but chat needs a run with task = {TASK!r}")
-    if not (run / "adapter" / "task.json").exists():
-        raise ConfigError(f"{run} has no adapter: the run has not finished, or its rule trains one model per client")
 
 
 def stream(saved: SavedModel, text: str, temperature: float, max_tokens: int) -> None:

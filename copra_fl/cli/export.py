@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from copra_fl.cli.options import BaseOption, DtypeName, DtypeOption, MergeOption, ModelArgument
+from copra_fl.cli.options import BaseOption, DatasetOption, DtypeName, DtypeOption, MergeOption, ModelArgument
 
 
 def export(
     run: ModelArgument,
     to: Annotated[Path, typer.Option("--to", help="New folder for the model.", show_default=False)],
     merge: MergeOption = False,
+    dataset: DatasetOption = "",
     dtype: DtypeOption = DtypeName.FLOAT32,
     base: BaseOption = "",
 ) -> None:
@@ -26,5 +27,5 @@ def export(
     startup.prepare()
     from copra_fl.models.release import release
 
-    release(run, to, merge, dtype, base)
+    release(run, to, merge, dtype, base, dataset)
     typer.echo(f"{to}: {', '.join(sorted(path.name for path in to.iterdir()))}")

@@ -47,7 +47,7 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     list[str] | None, set_option("Set a configuration key; overrides recipe and method. May be repeated.")
 ]
-DataSetOption = Annotated[
+DataSettingsOption = Annotated[
     list[str] | None, set_option("Set a key of the data: text-column, separator, max-length. May be repeated.")
 ]
 MethodsOption = Annotated[
@@ -126,6 +126,15 @@ class DeviceName(StrEnum):
 
 DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Dtype of merged weights.")]
 DeviceOption = Annotated[DeviceName, typer.Option("--device", help="Device; auto: CUDA if available, else the CPU.")]
+DatasetOption = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        metavar="NAME",
+        help="Data set whose labels the model gives, if the run has several.",
+        show_default=False,
+    ),
+]
 BaseOption = Annotated[
     str,
     typer.Option(

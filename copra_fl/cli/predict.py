@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from copra_fl.cli.options import BaseOption, DataSetOption, DeviceName, DeviceOption, ModelArgument
+from copra_fl.cli.options import BaseOption, DatasetOption, DataSettingsOption, DeviceName, DeviceOption, ModelArgument
 from copra_fl.config import KEYS, ConfigError, DataConfig
 from copra_fl.console import plain_console
 from copra_fl.simulation.recipes import parse_override
@@ -28,7 +28,8 @@ def predict(
         Path,
         typer.Option("--to", help="CSV, TSV, JSONL or Parquet file for the predictions; replaced.", show_default=False),
     ],
-    set_: DataSetOption = None,
+    dataset: DatasetOption = "",
+    set_: DataSettingsOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")] = 64,
     device: DeviceOption = DeviceName.AUTO,
     base: BaseOption = "",
@@ -53,7 +54,7 @@ def predict(
         )
     adapter = adapter_folder(run)
     table = file_table("--data", data, str(changes.get("separator", DataConfig.separator)))
-    saved = load_exact(adapter, device, base)
+    saved = load_exact(adapter, device, base, dataset)
     settings = data_settings(saved, adapter, changes)
     with Progress(console=plain_console(stderr=True), transient=True) as progress:
         bar = progress.add_task("predicting", total=None)
@@ -61,7 +62,10 @@ def predict(
             saved, table, settings, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     try:
-        write_table(to, rows)
+        write_table(to, prediction.with_texts(rows) if to.suffix.lower() in (".csv", ".tsv") else rows)
     except OSError as error:
         raise ConfigError(f"cannot write --to {to}: {error.strerror}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:  # Parquet takes one type per column
+        reason = ". ".join(map(str, error.args))
+        raise ConfigError(f"cannot write --to {to}: {reason}. A CSV file takes any values") from error
     typer.echo(f"{to}: {len(rows)} rows")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from copra_fl.cli.options import BaseOption, DtypeName, DtypeOption, MergeOption, ModelArgument
+from copra_fl.cli.options import BaseOption, DatasetOption, DtypeName, DtypeOption, MergeOption, ModelArgument
 
 
 def push(
@@ -17,6 +17,7 @@ def push(
         str, typer.Argument(metavar="OWNER/NAME", help="Model on the hub; created if needed.", show_default=False)
     ],
     merge: MergeOption = False,
+    dataset: DatasetOption = "",
     dtype: DtypeOption = DtypeName.FLOAT32,
     base: BaseOption = "",
     private: Annotated[bool, typer.Option("--private", help="Create a private model.")] = False,
@@ -34,5 +35,5 @@ def push(
     hub.check_access(repository)
     with TemporaryDirectory(prefix="copra-fl-push-") as folder:
         directory = Path(folder) / repository.rpartition("/")[2]
-        release(run, directory, merge, dtype, base)
+        release(run, directory, merge, dtype, base, dataset)
         typer.echo(hub.push(directory, repository, private))

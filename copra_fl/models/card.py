@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ class ModelFacts:
         pooling: of the hidden states, for a head.
         quantization: of the base in training.
         training: None for a model whose run is not known.
+        datasets: names of the data sets of a model of several; else empty.
     """
 
     task: Task
@@ -49,6 +51,7 @@ class ModelFacts:
     pooling: str
     quantization: str
     training: Training | None
+    datasets: Collection[str] = ()
 
 
 def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier: str) -> None:
@@ -71,6 +74,11 @@ def write_adapter_card(directory: Path, facts: ModelFacts, rank: int, classifier
         intro += (
             " It holds all that aggregation has added to the frozen weights; `copra-fl export --merge` writes weights "
             "with these additions instead."
+        )
+    if facts.datasets:
+        intro += (
+            f" Its labels are those of several data sets ({', '.join(facts.datasets)}): compare the scores of one data "
+            "set alone, or write the model of one with `copra-fl export --dataset NAME`."
         )
     tags = ["lora", *([f"base_model:adapter:{facts.base.name}"] if facts.base.is_on_hub else []), "transformers"]
     load = f'from copra_fl import load\n\nsaved = load("{FOLDER}")  # base="PATH" if the base lies elsewhere\n'
@@ -140,13 +148,14 @@ def _datasets(training: Training | None) -> list[str]:
 
 
 def _results(facts: ModelFacts) -> list[EvalResult]:
-    """Return the accuracy on the test set in the form of the hub."""
+    """Return the accuracy on the test set of each data set in the form of the hub."""
     if facts.training is None or facts.training.summary.test is None:
         return []
-    name = ", ".join(_datasets(facts.training))
-    kind = facts.task.pipeline
-    accuracy = facts.training.summary.test.accuracy
-    return [EvalResult(kind, name, name, "accuracy", round(accuracy, 4), dataset_split="test")]
+    test, kind = facts.training.summary.test, facts.task.pipeline
+    return [
+        EvalResult(kind, name, name, "accuracy", round(evaluation.accuracy, 4), dataset_split="test")
+        for name, evaluation in (test.datasets or {", ".join(_datasets(facts.training)): test}).items()
+    ]
 
 
 def _model_rows(facts: ModelFacts) -> dict[str, str]:
@@ -220,6 +229,7 @@ def _result_rows(summary: RunSummary) -> dict[str, str]:
     ):
         if evaluation is not None:
             rows[name] = _metrics(evaluation)
+            rows |= {f"{name}, {dataset}": _metrics(part) for dataset, part in evaluation.datasets.items()}
     if summary.clients:
         total = sum(client.examples for client in summary.clients)
         mean = sum(client.accuracy * client.examples for client in summary.clients) / max(total, 1)
@@ -266,7 +276,7 @@ def _features_code(facts: ModelFacts) -> str:
     mean = "hidden.mean(1)"
     if facts.task.pipeline == "text-classification":
         mean = '(hidden * (mask := inputs["attention_mask"].unsqueeze(-1))).sum(1) / mask.sum(1)'
-    features = {"mean": mean, "cls": "hidden[:, 0]", "pooler": "output.pooler_output"}[facts.pooling]
+    features = {"mean": mean, "cls": "hidden[:, 0]", "pooler": "output.pooler_output.float()"}[facts.pooling]
     return f"""from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -278,7 +288,7 @@ head = load_file("FOLDER/head.safetensors")
 
 def logits(**inputs):
     output = encoder(**inputs)
-    hidden = output.last_hidden_state
+    hidden = output.last_hidden_state.float()
     features = {features}
     return F.linear(features, **head)
 """

@@ -3,7 +3,8 @@
     adapter_config.json, adapter_model.safetensors   the adapter, for PEFT; with the head where a class of Transformers
                                                      has the same head (`classifier.py`)
     head.safetensors                                 the head of a task that trains one
-    task.json                                        task, labels, base, computation; columns and length of the data
+    task.json                                        task, labels, data sets, base, computation; columns and length of
+                                                     the data
     README.md                                        the model card
     tokenizer*.json, preprocessor_config.json        the tokenizer or image processor
 
@@ -15,19 +16,22 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.state import PEFT_PREFIX, Adapter, part_of, parts
 from copra_fl.config import ConfigError, DataConfig, Value
+from copra_fl.data.multi import consecutive_ranges
 from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.base_reference import BaseReference
@@ -36,6 +40,7 @@ from copra_fl.models.card import ModelFacts, Training, write_adapter_card
 from copra_fl.models.classifier import Classifier, stock_classifier
 from copra_fl.seeding import torch_stream
 from copra_fl.tasks import Task, find_task
+from copra_fl.wording import unknown_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class SavedModel:
         quantization: of the base in training.
         data: settings of the run's data that `model` needs for new examples: columns, ``max-length``, the task's
             options. In folders of earlier versions the options alone.
+        datasets: name of each data set -> number of its labels, in order, for a model of several data sets; else empty.
     """
 
     model: AdaptedModel
@@ -59,6 +65,7 @@ class SavedModel:
     base: BaseReference
     quantization: str
     data: dict[str, Value]
+    datasets: dict[str, int]
 
 
 def save(
@@ -68,6 +75,7 @@ def save(
     data: DataConfig,
     residual: Adapter | None = None,
     training: Training | None = None,
+    datasets: Mapping[str, int] | None = None,
 ) -> None:
     """Write `model` to `directory`, an adapter folder.
 
@@ -76,6 +84,7 @@ def save(
     Args:
         data: the run's section.
         training: of the model, for its card.
+        datasets: as in `SavedModel`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     model.gates.open()
@@ -101,6 +110,7 @@ def save(
     description = {
         "task": task.name,
         "labels": labels,
+        "datasets": dict(datasets or {}),
         "options": task.option_values(data),
         "data": _data_settings(task, data),
         "base": asdict(base),
@@ -113,7 +123,7 @@ def save(
     opened = task.opened_processor(task.processor_class.from_pretrained(source), labels, task.option_values(data))
     processor = task.classifier_processor(opened, data.max_length) if task.trains_head else task.saved_processor(opened)
     processor.save_pretrained(directory)
-    facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training)
+    facts = ModelFacts(task, labels, base, model.pooling, description["quantization"], training, datasets or ())
     write_adapter_card(directory, facts, lora.r, type(classifier.model).__name__ if classifier else "")
     copy_permissions(directory / "README.md", directory.glob("*.safetensors"))
 
@@ -161,7 +171,7 @@ def _data_settings(task: Task, data: DataConfig) -> dict[str, Value]:
     return {key: data.value(key) for key in keys}
 
 
-def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str = "") -> SavedModel:
+def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str = "", dataset: str = "") -> SavedModel:
     """Open a model that `save` wrote, with the adapter on its base.
 
     Args:
@@ -169,14 +179,18 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
         device: auto, cpu or cuda.
         base: where the base is: an asset, a folder, or a name on the hub; empty: where the adapter folder says.
         dtype: of the base, which is dequantized if it is quantized; empty: as it was trained.
+        dataset: name of one of several data sets: the model gives the logits of its labels alone, whose names lose
+            that of the data set; empty: those of all data sets.
 
-    Raises ConfigError for an unknown task, a base that is missing or has another digest, and for cuda without a CUDA
-    device; AssetError for an asset that cannot be fetched.
+    Raises ConfigError for files of the folder that are missing or damaged, an unknown task or data set, a base that is
+    missing or has another digest, and for cuda without a CUDA device; AssetError for an asset that cannot be fetched.
     """
     directory = Path(directory)
-    description = json.loads((directory / "task.json").read_text(encoding="utf-8"))
-    task = find_task(description["task"])
-    lora = LoraConfig.from_pretrained(str(directory))
+    description = read_description(directory)
+    task, datasets = find_task(description["task"]), description.get("datasets", {})
+    rows = _rows_of(dataset, datasets) if dataset else range(len(description["labels"]))
+    with _readable(directory / "adapter_config.json"):
+        lora = LoraConfig.from_pretrained(str(directory))
     named = description.get("base")
     reference = BaseReference(**named) if named else BaseReference.of_earlier_version(lora.base_model_name_or_path)
     source = reference.find(base)
@@ -194,7 +208,8 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
         raise ConfigError(f"the adapter in {directory} does not fit the base {source}: {error}") from error
     head = None
     if task.trains_head:
-        weights = load_file(directory / "head.safetensors")
+        stored = _read_tensors(directory / "head.safetensors")
+        weights = {name: tensor[rows.start : rows.stop].clone() for name, tensor in stored.items()}
         head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
         adapter |= {f"head.{name}": tensor for name, tensor in weights.items()}
     model = AdaptedModel(task, peft, head, description["pooling"], "layer", choose_device(device))
@@ -202,21 +217,66 @@ def load(directory: str | Path, device: str = "auto", base: str = "", dtype: str
     if shapes != {name: tensor.shape for name, tensor in adapter.items()}:
         raise ConfigError(f"the adapter in {directory} does not fit the base {source}: it has tensors of other shapes")
     model.write_adapter(adapter)
-    labels, options = description["labels"], description.get("options", {})
+    labels = [label.removeprefix(f"{dataset}/") for label in description["labels"][rows.start : rows.stop]]
+    options = description.get("options", {})
     processor = task.opened_processor(task.processor_class.from_pretrained(source), labels, options)
-    return SavedModel(model, processor, labels, reference, quantization, description.get("data", options))
+    data = description.get("data", options)
+    return SavedModel(model, processor, labels, reference, quantization, data, {} if dataset else datasets)
 
 
-def load_exact(directory: str | Path, device: str, base: str) -> SavedModel:
-    """Open a model as `load` does, with an unquantized base in float32: it has the scores of the merged model."""
-    description = json.loads((Path(directory) / "task.json").read_text(encoding="utf-8"))
-    quantized = description.get("quantization", "none") != "none"
-    return load(directory, device, base, "" if quantized else "float32")
+def read_description(directory: Path) -> dict[str, Any]:
+    """Return the content of ``task.json`` in an adapter folder. Raises ConfigError if it is missing or damaged."""
+    with _readable(directory / "task.json") as file:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with _readable(file):
+        return load_file(file)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Path]:
+    """Raise ConfigError for a `file` of an adapter folder that the block cannot read."""
+    try:
+        yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"{file} is missing or damaged: {error}. Copy the folder again; in a clone of a repository of the hub, run "
+            "`git lfs pull`"
+        ) from error
+
+
+def _rows_of(dataset: str, datasets: Mapping[str, int]) -> range:
+    """Return the rows of the head of `dataset`, one of `datasets`. Raises ConfigError for another name."""
+    if not datasets:
+        raise ConfigError(f"dataset = {dataset!r} has no effect: the adapter does not name several data sets")
+    if dataset not in datasets:
+        raise ConfigError(unknown_name("data set", dataset, datasets))
+    return dict(zip(datasets, consecutive_ranges(list(datasets.values())), strict=True))[dataset]
+
+
+def require_dataset(directory: Path, dataset: str) -> None:
+    """Raise ConfigError if the model in `directory` has several data sets and `dataset`, the name of one, is empty."""
+    datasets = read_description(directory).get("datasets", {})
+    if datasets and not dataset:
+        names = ", ".join(datasets)
+        raise ConfigError(f"{directory} has the labels of several data sets; choose one with --dataset: {names}")
+
+
+def load_exact(directory: Path, device: str, base: str, dataset: str) -> SavedModel:
+    """Open a model with the labels of one data set as `load` does, with an unquantized base in float32.
+
+    It has the scores of the merged model. Raises ConfigError as `load` and `require_dataset` do.
+    """
+    require_dataset(directory, dataset)
+    quantized = read_description(directory).get("quantization", "none") != "none"
+    return load(directory, device, base, "" if quantized else "float32", dataset)
 
 
 def _adapter_tensors(directory: Path, lora: LoraConfig, body: str) -> Adapter:
     """Return the tensors of the adapter without a head, by their names in the base alone, whose prefix is `body`."""
-    stored = load_file(directory / "adapter_model.safetensors")
+    stored = _read_tensors(directory / "adapter_model.safetensors")
     tensors = {
         name if part_of(name) in ("A", "B") else f"{name}.weight": tensor
         for name, tensor in parts(stored, {"A", "B", "m"}).items()

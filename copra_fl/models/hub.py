@@ -37,7 +37,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     `check_access` comes first. Raises PushError for an upload that failed.
     """
-    from httpx import HTTPError
+    from httpx import HTTPError, InvalidURL
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -51,7 +51,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
             f"{constants.ENDPOINT} has rejected the upload to {repository}: {reason}. Check that the access token may "
             "write there"
         ) from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, InvalidURL, OSError) as error:
         raise PushError(
             f"cannot reach {constants.ENDPOINT}: {error}. Check the network, or set HF_ENDPOINT to another server"
         ) from error

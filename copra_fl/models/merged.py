@@ -21,13 +21,18 @@ from copra_fl.files import copy_permissions
 from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.card import ModelFacts, Training, write_merged_card
 from copra_fl.models.classifier import has_the_features, stock_classifier
-from copra_fl.models.export import load
+from copra_fl.models.export import load, require_dataset
 from copra_fl.models.own_logits import logit_cap, logit_factor
 from copra_fl.models.pooled_classifier import PooledClassifier, PooledClassifierConfig
 
 
 def export_merged(
-    adapter: Path, directory: Path, dtype: str, base: str = "", training: Training | None = None
+    adapter: Path,
+    directory: Path,
+    dtype: str,
+    base: str = "",
+    training: Training | None = None,
+    dataset: str = "",
 ) -> PreTrainedModel:
     """Merge the adapter folder `adapter` into its base, write the model to the folder `directory`, and return it.
 
@@ -36,10 +41,12 @@ def export_merged(
     Args:
         base: as in `load`.
         training: of the model, for its card.
+        dataset: as in `load`; a model of several data sets needs one.
 
-    Raises ConfigError as `load` does, and for features or logits that no class computes.
+    Raises ConfigError as `load` and `require_dataset` do, and for features or logits that no class computes.
     """
-    saved = load(adapter, "cpu", base, dtype)
+    require_dataset(adapter, dataset)
+    saved = load(adapter, "cpu", base, dtype, dataset)
     model, source = saved.model, str(saved.model.base.name_or_path)
     facts = ModelFacts(model.task, saved.labels, saved.base, model.pooling, saved.quantization, training)
     if model.task.trains_head:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from copra_fl.config import ConfigError, DataConfig
+from copra_fl.config import ConfigError, DataConfig, ModelConfig
+from copra_fl.models.build import check_max_length
 from copra_fl.models.export import SavedModel
-from copra_fl.sources.tables import Table, TableError
+from copra_fl.sources.tables import Table, TableError, _separator_hint
 from copra_fl.tasks.classification import Classification
 
 if TYPE_CHECKING:
@@ -27,30 +29,59 @@ def predict(
 ) -> pd.DataFrame:
     """Return the rows of `table`, in their order, with the predicted label and the probability of each label.
 
-    The columns of the table stay, except for one with the bytes of images. The labels in it are not read.
+    The columns of the table stay, except for those with the bytes of images. The labels in it are not read.
 
     Args:
         data: settings of the columns and of the length of texts, as in training.
         on_progress: called with rows done and rows in total.
 
-    Raises ConfigError for a task that is not a classification with one label, TableError for a table that lacks the
-    column or has rows without content, which it names by their number.
+    Raises ConfigError for a task that is not a classification with one label, a ``max-length`` above the model's and a
+    column of the result that the table has already, TableError for a table that lacks the column of the content or has
+    rows without content, which it names by their number.
     """
     task = saved.model.task
     if not isinstance(task, Classification) or task.labels != "one":
         hint = ": `copra-fl chat` writes texts" if task.name == "causal-lm" else ""
         raise ConfigError(f"task = {task.name!r} does not classify with one label per example{hint}")
+    check_max_length(ModelConfig(task=task.name, model=str(saved.model.base.name_or_path)), data.max_length)
     rows = table.read()
     content = _content(table, rows, task, data)
-    probabilities = _probabilities(saved, task, content, data, batch_size, on_progress)
     names = [f"{PROBABILITY}{label}" for label in saved.labels]
     if taken := [name for name in (PREDICTED, *names) if name in rows]:
         raise ConfigError(f"{table.where} already has a column {taken[0]!r}; rename it")
-    kept = [name for name in rows if not rows[name].map(lambda value: isinstance(value, bytes | dict)).any()]
+    probabilities = _probabilities(saved, task, content, data, batch_size, on_progress)
+    kept = [name for name in rows if not rows[name].map(_has_bytes).any()]
     result = rows[kept].copy()
     result[PREDICTED] = [saved.labels[number] for number in probabilities.argmax(1)]
     result[names] = probabilities.numpy()
     return result
+
+
+def _has_bytes(value: Any) -> bool:
+    """Return True for bytes, and for a dict with bytes, as Hugging Face data sets store images."""
+    return any(isinstance(part, bytes) for part in (value.values() if isinstance(value, dict) else [value]))
+
+
+def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `rows` with lists and dicts as JSON, for a file that holds texts and numbers only."""
+    import pandas as pd
+
+    texts = rows.copy()
+    for name, column in rows.items():
+        if column.dtype.kind == "O":
+            texts[name] = pd.Series(map(_as_json, column), rows.index, dtype=object)
+    return texts
+
+
+def _as_json(value: Any) -> Any:
+    """Return a list, an array or a dict as JSON, another value as it is."""
+    if not isinstance(value, list | np.ndarray | dict):
+        return value
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        default=lambda part: part.tolist() if isinstance(part, np.ndarray | np.generic) else str(part),
+    )
 
 
 def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataConfig) -> pd.Series:
@@ -61,8 +92,9 @@ def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataC
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     if column not in rows:
         known = ", ".join(map(str, rows.columns))
+        hint = _separator_hint(rows) or f". Set it: --set {key}=COLUMN"
         raise TableError(
-            f"{key} = {column!r} is not a column of {table.where}; its columns are {known}. Set it: --set {key}=COLUMN",
+            f"{key} = {column!r} is not a column of {table.where}; its columns are {known}{hint}",
             f"{key} = {column!r} is not a column of its file",
         )
     content = task.content(rows[column], table.folder)

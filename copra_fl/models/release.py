@@ -59,12 +59,12 @@ def data_settings(saved: SavedModel, adapter: Path, changes: Mapping[str, Any] |
     return Config.from_flat(Config.from_toml(config).to_flat() | settings).data
 
 
-def release(path: Path, directory: Path, merge: bool, dtype: str, base: str = "") -> None:
+def release(path: Path, directory: Path, merge: bool, dtype: str, base: str = "", dataset: str = "") -> None:
     """Write the model of a run or adapter folder `path` to the new folder `directory`.
 
     Args:
         merge: write a Transformers model with merged weights (`merged`), in `dtype`; else an adapter folder (`export`).
-        base: as in `load`.
+        base, dataset: as in `load`; with `merge` a model of several data sets needs one.
 
     Raises ConfigError for a `directory` that is not empty, and as `load` and `export_merged` do.
     """
@@ -73,10 +73,11 @@ def release(path: Path, directory: Path, merge: bool, dtype: str, base: str = ""
         raise ConfigError(f"--to {directory} exists and is not an empty folder; name a new one")
     training = training_of(adapter)
     if merge:
-        export_merged(adapter, directory, dtype, base, training)
+        export_merged(adapter, directory, dtype, base, training, dataset)
         return
-    saved = load(adapter, "cpu", base)
-    save(saved.model, directory, saved.labels, data_settings(saved, adapter), training=training)
+    saved = load(adapter, "cpu", base, dataset=dataset)
+    settings = data_settings(saved, adapter)
+    save(saved.model, directory, saved.labels, settings, training=training, datasets=saved.datasets)
     card = adapter / "README.md"
-    if training is None and card.exists():
+    if training is None and not dataset and card.exists():
         shutil.copy(card, directory / "README.md")
