@@ -284,6 +284,7 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
     [
         ({"text": ["sea1", "", "sky1", " "]}, [], "'text' is empty in 2 of 4 rows: 1, 3 (counted from 0)"),
         ({"note": ["sea1"]}, [], "its columns are note. Set it: --set text-column=COLUMN"),
+        ({f"c{i}": ["x"] for i in range(25)}, [], "c18, c19 and 6 more. Set it: --set text-column=COLUMN"),
         ({"text": ["sea1"], "predicted": ["sea"]}, [], "already has a column 'predicted'; rename it"),
         ({"text": ["sea1"]}, ["--set", "text-colum=note"], "unknown configuration key 'text-colum'"),
         ({"text": ["sea1"]}, ["--set", "learning-rate=1"], "--set learning-rate has no effect on a prediction"),

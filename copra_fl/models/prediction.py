@@ -12,6 +12,7 @@ from copra_fl.config import ConfigError, DataConfig
 from copra_fl.models.export import SavedModel
 from copra_fl.sources.tables import Table, TableError
 from copra_fl.tasks.classification import Classification
+from copra_fl.wording import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,9 +61,9 @@ def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataC
     if rows.empty:
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     if column not in rows:
-        known = ", ".join(map(str, rows.columns))
         raise TableError(
-            f"{key} = {column!r} is not a column of {table.where}; its columns are {known}. Set it: --set {key}=COLUMN",
+            f"{key} = {column!r} is not a column of {table.where}; its columns are {listed(list(rows))}. "
+            f"Set it: --set {key}=COLUMN",
             f"{key} = {column!r} is not a column of its file",
         )
     content = task.content(rows[column], table.folder)
