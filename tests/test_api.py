@@ -151,6 +151,12 @@ def test_a_data_frame_is_stored_once_by_its_content(empty_cache: Path) -> None:
     assert store_table("data", frame) == path and file_table("dataset", Path(path)).read().equals(stored)
 
 
+@pytest.mark.parametrize("entry", [{}, 1 + 2j, 10**30], ids=str)
+def test_a_column_that_parquet_cannot_store_is_named(entry: object, empty_cache: Path) -> None:
+    with pytest.raises(ConfigError, match="data cannot be stored as Parquet: "):
+        store_table("data", pd.DataFrame({"text": ["a"], "meta": pd.Series([entry], dtype=object)}))
+
+
 def test_class_labels_of_a_dataset_become_their_names(empty_cache: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)

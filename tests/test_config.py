@@ -10,7 +10,7 @@ from flwr.common.config import flatten_dict
 
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
-from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, parse_override
+from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, csv_line, csv_list, parse_override
 from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, short_name
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
@@ -135,6 +135,17 @@ def test_overrides_of_the_command_line() -> None:
     assert parse_override("rank=8", KEYS) == ("rank", 8)
     with pytest.raises(ConfigError, match="must have the form KEY=VALUE"):
         parse_override("rank")
+
+
+@pytest.mark.parametrize("names", [["a, b", 'said "c"', ""], [" a", "b\t"], ["a\nb", "c\r", "d\r\ne"], ["a"], []])
+def test_names_survive_a_line_of_csv(names: list[str]) -> None:
+    assert csv_list(csv_line(names)) == names
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Editors of Windows write one."""
+    (tmp_path / "r.toml").write_text("rank = 4\n", encoding="utf-8-sig")
+    assert Recipe.read(str(tmp_path / "r.toml"), []).config().model.rank == 4
 
 
 RECIPES = sorted((ROOT / "experiments").glob("*.toml"))

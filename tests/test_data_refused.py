@@ -21,7 +21,16 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("header.csv", {}, r"header\.csv has no examples"),
     ("rows.txt", {}, r"rows\.txt ends in '\.txt'; supported formats are \.csv, \.json, \.jsonl, \.parquet"),
     ("binary.csv", {}, r"binary\.csv cannot be read as CSV in UTF-8"),
-    ("broken.jsonl", {}, r"broken\.jsonl cannot be read as JSON with one object per line"),
+    ("trailing.csv", {}, r"trailing\.csv cannot be read as CSV .* rows have more fields than its header\. Quote texts"),
+    ("commas.csv", {}, r"commas\.csv cannot be read as CSV .* rows have more fields than its header\. Quote texts"),
+    (
+        "broken.jsonl",
+        {},
+        r"broken\.jsonl cannot be read as JSON with one object per line: line 2, column 25: Expecting",
+    ),
+    ("array.json", {}, r"as JSON with one object per line: line 1 begins with '\['.* each object on a line of its own"),
+    ("indented.json", {}, r"as JSON with one object per line: line 1 begins with '\['.* without an array around"),
+    ("wide.csv", {}, r"its columns are c0, c1, .*, c19 and 5 more$"),
     ("broken.parquet", {}, r"broken\.parquet cannot be read as Parquet"),
     ("table.xlsx", {}, r"dataset: there is no file .*table\.xlsx"),
     ("semicolons.csv", {}, r"'text' is not a column .* are text;label\. .* otherwise: set separator = 'semicolon'"),
@@ -98,7 +107,12 @@ def test_errors_name_the_file_setting_or_value(
     Path("empty.csv").write_text("")
     Path("header.csv").write_text("text,label\n")
     Path("binary.csv").write_bytes(b"text,label\n\xff\xfe\x00,1\n")
-    Path("broken.jsonl").write_text('{"text": "air", "label": \n')
+    Path("trailing.csv").write_text("text,label\nhello,air,\nworld,sea,\n")
+    Path("commas.csv").write_text("text,label\nWoman, 62: stiff,air\nfever,sea\n")
+    Path("broken.jsonl").write_text('{"text": "air", "label": "sea"}\n{"text": "air", "label": \n')
+    rows.to_json("array.json", orient="records")
+    rows.to_json("indented.json", orient="records", indent=1)
+    pd.DataFrame({f"c{number}": ["x"] for number in range(25)}).to_csv("wide.csv", index=False)
     Path("broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(ConfigError, match=message):
         load_data(make_config(dataset, **changes), tokenizer)

@@ -27,6 +27,7 @@ from copra_fl.models.export import load, save
 from copra_fl.models.merged import export_merged
 from copra_fl.sources import tables
 from copra_fl.sources.tables import file_table, find_tables
+from copra_fl.tasks.images import encode_images
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -341,6 +342,35 @@ def test_the_memory_plan_counts_the_tokens_of_an_image(images: Settings) -> None
     needed = memory_plan.plan(config, 3, NUM_TOKENS)
     assert needed.clients == 3  # 4 rows of 10 tokens each
     assert needed.row == memory_plan.plan(config.changed(max_length=512), 3, NUM_TOKENS).row > 0
+
+
+@pytest.mark.parametrize(
+    ("pixels", "suffix", "mode"),
+    [(np.uint16, "png", "I;16"), (np.int32, "tiff", "I"), (np.float32, "tiff", "F")],
+)
+def test_images_of_more_than_8_bits_are_rejected(
+    pixels: type, suffix: str, mode: str, images: Settings, tmp_path: Path
+) -> None:
+    """Pillow would make all values above 255 white."""
+    Image.fromarray(np.arange(144).reshape(12, 12).astype(pixels) * 400).save(tmp_path / f"deep.{suffix}")
+    processor = load_processor(Config.from_flat(images).model)
+    file = (tmp_path / f"deep.{suffix}").read_bytes()
+    bits = 16 if mode == "I;16" else 32
+    with pytest.raises(
+        ConfigError, match=rf"image 0 .* has {bits} bits per pixel \(Pillow's mode {mode}\); convert it"
+    ):
+        encode_images(processor, pd.Series([file], dtype=object))
+
+
+def test_an_image_that_is_too_large_for_pillow_is_named(
+    images: Settings, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ConfigError, match=r"image 0 .* cannot be decoded: Image size .* exceeds limit"):
+        encode_images(
+            load_processor(Config.from_flat(images).model),
+            pd.Series([(photos / "blot" / "001.png").read_bytes()], dtype=object),
+        )
 
 
 def test_errors_name_the_image_or_folder(images: Settings, photos: Path, tiny_model: str, tmp_path: Path) -> None:

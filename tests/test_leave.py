@@ -305,6 +305,7 @@ def test_predict_takes_other_formats_columns_and_adapter_folders(run: Path, tiny
             "its columns are text;note. Its columns seem to be separated otherwise: set sep",
         ),
         ({"text": ["sea1"]}, ["--set", "max-length=600"], "max-length = 600 is more than the 512 tokens that model"),
+        ({f"c{i}": ["x"] for i in range(25)}, [], "c18, c19 and 6 more. Set it: --set text-column=COLUMN"),
         ({"text": ["sea1"], "predicted": ["sea"]}, [], "already has a column 'predicted'; rename it"),
         ({"text": ["sea1"]}, ["--set", "text-colum=note"], "unknown configuration key 'text-colum'"),
         ({"text": ["sea1"]}, ["--set", "learning-rate=1"], "--set learning-rate has no effect on a prediction"),
@@ -343,7 +344,7 @@ def test_values_that_parquet_does_not_take_are_one_line(run: Path, tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text('{"text": "sea1", "id": 1}\n{"text": "sky1", "id": "A7"}\n')
     files = ("--data", tmp_path / "rows.jsonl", "--to", tmp_path / "out.parquet")
     message = run_command("predict", run, *files, code=2).message
-    assert "Conversion failed for column id with type object. A CSV file takes any values" in message
+    assert "cannot be stored as Parquet: Could not convert 'A7' with type str: tried to convert to int64" in message
 
 
 def test_folders_without_an_adapter_are_rejected(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from clients import warm_cache
 from clients.app import app as client_app
 from copra_fl import wire
 from copra_fl.config import Config, ConfigError, csv_line
-from copra_fl.data.federated import FederatedData
+from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.data.local import load_local_data
 from copra_fl.models.build import load_processor
 from copra_fl.models.export import load
@@ -96,6 +96,26 @@ def test_labels_are_one_line_of_csv() -> None:
     assert Config.from_flat({"labels": csv_line(names)}).data.label_list == names
     assert Config.from_flat({"labels": "sea, sky"}).data.label_list == ["sea", "sky"]
     assert Config().data.label_list == []
+
+
+def test_white_space_around_labels_does_not_count(own: Settings, tmp_path: Path) -> None:
+    rows = rows_of(0)
+    spaced = rows.assign(
+        topic=[("", " ", "\n")[row % 3] + topic + " " * (row % 2) for row, topic in rows["topic"].items()]
+    )
+    config = Config.from_flat(own | {"labels": 'sky," sea ",sand '})
+    tokenizer = load_processor(config.model)
+    plain, padded = (
+        load_local_data(config, tokenizer, str(write(table, tmp_path / name)), client=0, num_clients=1)
+        for table, name in ((rows, "plain.csv"), (spaced, "spaced.csv"))
+    )
+    assert padded.label_names == ["sky", "sea", "sand"]
+    assert torch.equal(padded.examples.labels, plain.examples.labels)
+
+    server = pd.read_csv(str(own["dataset"]))
+    write(server.assign(topic=server["topic"] + pd.Series(["", " "] * (len(server) // 2))), tmp_path / "server.csv")
+    config = Config.from_flat(own | {"dataset": str(tmp_path / "server.csv")})
+    assert load_data(config, tokenizer).label_names == ["sand", "sea", "sky"]
 
 
 def test_the_configured_labels_keep_their_order(own: Settings, files: list[Path], tmp_path: Path) -> None:

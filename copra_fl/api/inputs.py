@@ -6,7 +6,6 @@ The processes of a run read these files. `copra-fl clean` removes those that wer
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -56,7 +55,7 @@ def store_table(name: str, table: pd.DataFrame | datasets.Dataset) -> str:
     import datasets
     import pandas as pd
 
-    from copra_fl.sources.tables import read_split
+    from copra_fl.sources.tables import parquet_bytes, read_split
 
     if isinstance(table, datasets.DatasetDict):
         splits = ", ".join(map(str, table))
@@ -69,18 +68,14 @@ def store_table(name: str, table: pd.DataFrame | datasets.Dataset) -> str:
     if not len(table):
         raise ConfigError(f"{name} has no rows")
     frame = read_split(table) if isinstance(table, datasets.Dataset) else table.rename(columns=str)
-    content = io.BytesIO()
-    try:
-        frame.to_parquet(content, index=False)
-    except (ValueError, TypeError) as error:  # pyarrow's errors for values are ValueErrors and TypeErrors
-        raise ConfigError(f"{name} cannot be stored as Parquet: {error}") from error
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    content = parquet_bytes(name, frame)
+    digest = hashlib.sha256(content).hexdigest()
     path = cache_dir() / TABLES / f"table-{digest[:16]}.parquet"
     if path.exists() and sha256(path) == digest:
         path.touch()
     else:
         path.parent.mkdir(exist_ok=True)
-        atomic_write(path, content.getvalue(), mode=0o600)
+        atomic_write(path, content, mode=0o600)
     return str(path)
 
 

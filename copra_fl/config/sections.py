@@ -124,7 +124,7 @@ class DataConfig:
     @property
     def label_list(self) -> list[str]:
         """The labels in `labels`; empty where it is empty."""
-        return csv_list(self.labels)
+        return [label.strip() for label in csv_list(self.labels)]
 
 
 @dataclass(frozen=True)

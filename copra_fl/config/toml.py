@@ -15,12 +15,16 @@ from copra_fl.config.keys import ConfigError, Key, Value
 
 #: a number that Python writes and TOML does not: .5, 5., 1.e-3
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+#: part of a name that csv quotes only if it quotes all: white space around it, or a line break
+NEEDS_QUOTES = re.compile(r"^\s|\s$|[\r\n]")
 
 
 def csv_line(names: Iterable[str]) -> str:
     """Return `names` as a line of CSV, which `csv_list` reads."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
+    names, line = list(names), io.StringIO()
+    needs_quotes = any(map(NEEDS_QUOTES.search, names))
+    writer = csv.writer(line, lineterminator="", quoting=csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL)
+    writer.writerow(names)
     return line.getvalue()
 
 
@@ -52,7 +56,7 @@ def flatten(table: Mapping[str, Any]) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ConfigError for a file that is missing, unreadable or not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from copra_fl.config import ConfigError, DataConfig
 from copra_fl.data.cache import Stored, cached
 from copra_fl.data.held_out import choose_clients, content_hashes, hold_out
 from copra_fl.files import digest_of, kept_digest, sha256
-from copra_fl.sources.tables import Table, codes, named_files, read_examples, read_rows
+from copra_fl.sources.tables import Table, as_text, codes, named_files, read_examples, read_rows
 from copra_fl.tasks import Task
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
 #: a label column with more different labels than this number and this share of the rows names the rows
 MAX_LABELS, MAX_LABELS_PER_ROW = 20, 0.5
 #: Raise it whenever the same inputs would give other cached tensors, held-out sets or partitions.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 def encoding_key(task: Task, data: DataConfig, processor: Any) -> list[Any]:
@@ -57,6 +57,11 @@ def columns_of(task: Task, data: DataConfig) -> dict[str, str]:
     return {key: column for key, column in known.items() if column or key in task.columns}
 
 
+def readers_of(task: Task) -> dict[str, Callable[[pd.Series, Path], pd.Series]]:
+    """Return the functions with which `read_examples` reads contents, and labels without white space around them."""
+    return {"label-column": lambda column, _: as_text(column).str.strip(), task.columns[0]: task.content}
+
+
 def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, test: Table | None) -> Stored:
     """Encode all examples of a data set, and assign them to the held-out sets or the pool of the clients.
 
@@ -64,15 +69,15 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
     """
     import pandas as pd
 
-    columns, content = columns_of(task, data), task.columns[0]
-    rows, dropped_empty = read_examples(train, columns | _client_column(data), {content: task.content})
+    columns, readers = columns_of(task, data), readers_of(task)
+    rows, dropped_empty = read_examples(train, columns | _client_column(data), readers)
     label_names = _label_names(task, data, train, rows)
     held_out_names: list[str] = []
     if data.held_out_clients:
         rows, held_out_names = choose_clients(data, rows, sort_names(rows["client-column"].unique()))
     num_train = len(rows)
     if test is not None:
-        test_rows, dropped = read_examples(test, columns, {content: task.content})
+        test_rows, dropped = read_examples(test, columns, readers)
         dropped_empty += dropped
         if new := labels_in(task, test_rows) - set(label_names):
             raise ConfigError(
@@ -105,7 +110,7 @@ def encode_tables(task: Task, data: DataConfig, processor: Any, train: Table, te
 
 def read_train_rows(task: Task, data: DataConfig, train: Table) -> pd.DataFrame:
     """Return the rows of `train`, with all its columns, in the order in which `encode_tables` encodes them."""
-    columns, readers = columns_of(task, data) | _client_column(data), {task.columns[0]: task.content}
+    columns, readers = columns_of(task, data) | _client_column(data), readers_of(task)
     rows = read_rows(train, columns, readers)
     if not data.held_out_clients:
         return rows

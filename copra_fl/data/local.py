@@ -18,7 +18,7 @@ import torch
 
 from copra_fl.config import Config, DataConfig
 from copra_fl.data.cache import Stored, cached
-from copra_fl.data.encoding import CACHE_VERSION, columns_of, content_digest, encoding_key, read_train_rows
+from copra_fl.data.encoding import CACHE_VERSION, columns_of, content_digest, encoding_key, read_train_rows, readers_of
 from copra_fl.data.federated import Dropped, FederatedData
 from copra_fl.data.held_out import content_hashes, without_equal
 from copra_fl.data.partition import limit_train, split_client
@@ -63,7 +63,7 @@ def load_local_data(config: Config, processor: Any, path: str, client: int, num_
 
 def _encode(task: Task, data: DataConfig, processor: Any, table: Table) -> Stored:
     """Encode the examples of the file. Raises TableError for labels that are not in ``labels``."""
-    rows, num_dropped = read_examples(table, columns_of(task, data), {task.columns[0]: task.content})
+    rows, num_dropped = read_examples(table, columns_of(task, data), readers_of(task))
     if task.labels != "none":
         entries, known = rows["label-column"], set(data.label_list)
         new = entries[[not known.issuperset(task.labels_of(entry)) for entry in entries]]

@@ -12,8 +12,9 @@ import torch
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.models.build import check_max_length
 from copra_fl.models.export import SavedModel
-from copra_fl.sources.tables import Table, TableError, _separator_hint
+from copra_fl.sources.tables import Table, TableError, separator_hint
 from copra_fl.tasks.classification import Classification
+from copra_fl.wording import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,10 +92,9 @@ def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataC
     if rows.empty:
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     if column not in rows:
-        known = ", ".join(map(str, rows.columns))
-        hint = _separator_hint(rows) or f". Set it: --set {key}=COLUMN"
+        hint = separator_hint(rows) or f". Set it: --set {key}=COLUMN"
         raise TableError(
-            f"{key} = {column!r} is not a column of {table.where}; its columns are {known}{hint}",
+            f"{key} = {column!r} is not a column of {table.where}; its columns are {listed(list(rows))}{hint}",
             f"{key} = {column!r} is not a column of its file",
         )
     content = task.content(rows[column], table.folder)

@@ -5,6 +5,8 @@ Each source is a `Table`, which has a digest of its content and is read only whe
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch import Tensor
 from copra_fl.config import ConfigError, DataConfig
 from copra_fl.files import atomic_write, digest_of, kept_digest, sha256
 from copra_fl.sources.assets import ASSETS, fetch, is_asset
-from copra_fl.wording import unknown_name
+from copra_fl.wording import listed, unknown_name
 
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import datasets
@@ -162,18 +164,18 @@ def _readable(key: str, path: Path) -> Iterator[None]:
 
 def _read_file(key: str, path: Path, separator: str) -> pd.DataFrame:
     import pandas as pd
+    import pyarrow.parquet
 
     try:
         if not path.stat().st_size:
             return pd.DataFrame()
         match path.suffix.lower():
-            case ".csv" | ".tsv" as suffix:  # by default pandas reads texts such as "NA" or "null" as missing
-                character = SEPARATORS.get(separator, "\t" if suffix == ".tsv" else ",")
-                return pd.read_csv(path, sep=character, dtype=str, keep_default_na=False, na_values=[""])
-            case ".parquet":
-                return pd.read_parquet(path)
+            case ".csv" | ".tsv" as suffix:
+                return _read_csv(path, SEPARATORS.get(separator, "\t" if suffix == ".tsv" else ","))
+            case ".parquet":  # by default integers with gaps become floats, which lose digits
+                return pyarrow.parquet.read_table(path, partitioning=None).to_pandas(integer_object_nulls=True)
             case _:
-                return pd.read_json(path, lines=True, dtype=False)
+                return _read_json_lines(path)
     except (ValueError, OSError) as error:
         format_name = {".csv": "CSV in UTF-8", ".tsv": "CSV in UTF-8", ".parquet": "Parquet"}.get(
             path.suffix.lower(), "JSON with one object per line"
@@ -182,6 +184,57 @@ def _read_file(key: str, path: Path, separator: str) -> pd.DataFrame:
             f"{key}: {path} cannot be read as {format_name}: {error}",
             f"{key}: its file cannot be read as {format_name}",
         ) from error
+
+
+def _read_csv(path: Path, separator: str) -> pd.DataFrame:
+    """Return the table in a CSV file. Raises ValueError for rows that do not fit the header."""
+    import pandas as pd
+
+    # by default pandas reads texts such as "NA" or "null" as missing
+    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields of longer rows as names of the rows
+        raise ValueError(
+            f"its rows have more fields than its header. Quote texts that contain {separator!r}, and remove a "
+            f"{separator!r} at the end of rows"
+        )
+    return table
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    """Return the table in a file with one JSON object per line; integers with gaps stay integers.
+
+    Raises ValueError for another line.
+    """
+    import pandas as pd
+
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows.append(_json_object(line.strip(), number))
+    table = pd.DataFrame(rows, dtype=object)
+    return pd.DataFrame(
+        {name: column if _has_gaps(column) else column.infer_objects() for name, column in table.items()}
+    )
+
+
+def _json_object(line: str, number: int) -> dict[str, Any]:
+    """Return the object in the `line` of that `number`. Raises ValueError for another content."""
+    if not line.startswith("{"):
+        raise ValueError(
+            f"line {number} begins with {line[0]!r}, not with an object. Write each object on a line of its own, "
+            "without an array around them"
+        )
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+
+
+def _has_gaps(column: pd.Series) -> bool:
+    """Return True for a column of integers and missing values, which pandas would make floats."""
+    entries = column.dropna()
+    return len(entries) < len(column) and all(type(entry) is int for entry in entries)
 
 
 def check_target(key: str, path: Path) -> None:
@@ -193,16 +246,27 @@ def check_target(key: str, path: Path) -> None:
 
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
-    """Write `rows` to a file of one of FORMATS, as `file_table` reads it. Raises OSError."""
+    """Write `rows` to a file of one of FORMATS, as `file_table` reads it. Raises OSError, ConfigError for Parquet."""
     content: str | bytes
     match path.suffix.lower():
         case ".csv" | ".tsv" as suffix:
-            content = rows.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",")
+            separator = "\t" if suffix == ".tsv" else ","
+            content = rows.to_csv(index=False, sep=separator, quoting=csv.QUOTE_NONNUMERIC)
         case ".parquet":
-            content = rows.to_parquet(index=False)
+            content = parquet_bytes(str(path), rows)
         case _:
-            content = rows.to_json(orient="records", lines=True, force_ascii=False)
+            content = rows.to_json(
+                orient="records", lines=True, force_ascii=False, double_precision=15, date_format="iso"
+            )
     atomic_write(path, content)
+
+
+def parquet_bytes(name: str, rows: pd.DataFrame) -> bytes:
+    """Return `rows` as a Parquet file. Raises ConfigError, which begins with `name`, for values it cannot store."""
+    try:
+        return rows.to_parquet(index=False)
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:  # pyarrow's for values and types
+        raise ConfigError(f"{name} cannot be stored as Parquet: {' '.join(map(str, error.args))}") from error
 
 
 def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
@@ -242,7 +306,7 @@ def _hub_tables(name: str, label_column: str) -> tuple[Table, Table | None]:
 
 def read_split(split: datasets.Dataset) -> pd.DataFrame:
     """Return a split as a table, with label names in place of label numbers."""
-    table = split.to_pandas()
+    table = split.with_format("arrow")[:].to_pandas(integer_object_nulls=True)
     for column, feature in split.features.items():
         if hasattr(feature, "names"):
             table[column] = table[column].map(dict(enumerate(feature.names)))
@@ -294,9 +358,9 @@ def _read_columns(
         raise TableError(f"{table.where} has no examples", "its file has no examples")
     for key, column in columns.items():
         if column not in rows:
-            known = ", ".join(map(str, rows.columns))
             raise TableError(
-                f"{key} = {column!r} is not a column of {table.where}; its columns are {known}{_separator_hint(rows)}",
+                f"{key} = {column!r} is not a column of {table.where}; its columns are {listed(list(rows))}"
+                f"{separator_hint(rows)}",
                 f"{key} = {column!r} is not a column of its file",
             )
     read = pd.DataFrame(
@@ -314,7 +378,7 @@ def _read_columns(
     return read, complete
 
 
-def _separator_hint(rows: pd.DataFrame) -> str:
+def separator_hint(rows: pd.DataFrame) -> str:
     """Return a hint at ``separator`` for a table of one column whose name contains another separator."""
     (name, *others) = map(str, rows.columns)
     found = next((word for word, character in SEPARATORS.items() if character in name), None)
@@ -326,7 +390,8 @@ def as_text(column: pd.Series) -> pd.Series:
 
     Integers with gaps, which pandas reads as floats, lose their ".0".
     """
-    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
+    numbers = column.dropna()
+    if column.dtype.kind == "f" and ((numbers % 1 == 0) & (numbers.abs() < 2**63)).all():
         column = column.astype("Int64")
     texts = column.astype("string")
     return texts.mask((texts.str.strip() == "").fillna(False))

@@ -177,16 +177,24 @@ def encode_images(processor: ImageProcessor, files: pd.Series) -> dict[str, Tens
 
 
 def _decode(file: bytes, number: int) -> Image.Image:
-    """Return the image in `file`, turned as its EXIF data say, as Transformers' pipelines open it."""
+    """Return the image in `file`, turned as its EXIF data say, as Transformers' pipelines open it.
+
+    Raises TableError for an invalid image, and for one of more than 8 bits, whose values Pillow would cut to 255.
+    """
+    name = f"image {number} (counted from 0, without rows that lack image or label)"
     try:
-        image = Image.open(io.BytesIO(file))
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for invalid or broken files
+        opened = Image.open(io.BytesIO(file))
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them for broken files
+        raise TableError(f"{name} cannot be decoded: {error}", "an image of its file cannot be decoded") from error
+    if image.mode.startswith(("I", "F")):
+        bits = "16" if image.mode.startswith("I;16") else "32"
         raise TableError(
-            f"image {number} (counted from 0, without rows that lack image or label) cannot be decoded: {error}",
-            "an image of its file cannot be decoded",
-        ) from error
+            f"{name} has {bits} bits per pixel (Pillow's mode {image.mode}); convert it to 8 bits",
+            f"an image of its file has {bits} bits per pixel; convert it to 8 bits",
+        )
+    return image
 
 
 def blank_images(base: PreTrainedModel, number: int) -> dict[str, Tensor]:
