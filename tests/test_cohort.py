@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,21 @@ def test_a_repeated_training_is_bitwise_the_same(tiny: Settings) -> None:
     world = World(tiny | {"lora-dropout": 0.3})
     for first, second in zip(world.together(*range(6)), world.together(*range(6)), strict=True):
         assert all(torch.equal(first.adapter[name], second.adapter[name]) for name in first.adapter)
+
+
+def test_seconds_include_the_wait_for_the_device(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU computes in the background: the first value that is read waits for it."""
+    world = World(tiny)
+    read = torch.Tensor.tolist
+
+    def wait(tensor: torch.Tensor) -> object:
+        time.sleep(0.5)
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", wait)
+    started = time.perf_counter()
+    (update,) = world.together(0)
+    assert time.perf_counter() - started - update.metrics["seconds"] < 0.5
 
 
 def test_a_client_with_fewer_steps_stops_exactly_there(tiny: Settings) -> None:

@@ -5,16 +5,19 @@ Tests marked ``gpu`` run where torch sees a CUDA device: `python -m pytest -m gp
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModel, LlamaConfig
+from torch.overrides import TorchFunctionMode
+from transformers import LlamaConfig
 
 from copra_fl.bench.gpu import SMOLLM2
 from copra_fl.config import Config
@@ -23,6 +26,7 @@ from copra_fl.models.adapted import AdaptedModel
 from copra_fl.models.build import build_model, choose_device, load_processor, lora_config, resolve_config
 from copra_fl.models.memory_plan import plan as plan_memory
 from copra_fl.tasks import find_task
+from copra_fl.tasks.causal_lm import Continuations
 from copra_fl.tasks.text_classification import LabeledTexts
 from copra_fl.training.batches import plan_steps
 from copra_fl.training.cohort import _backward, _make_step
@@ -95,18 +99,30 @@ def test_a_base_in_4_bits_trains(cuda: torch.device, tiny: Settings) -> None:
 
 
 def test_the_memory_plan_covers_what_the_gpu_allocates(cuda: torch.device, tiny: Settings) -> None:
-    """The plan counts the tensors that stay; temporary ones of a block come on top."""
-    flat = {"device": "cuda", "attention": "sdpa", "local-training": "lora", "local-steps": 2, "max-length": 16}
+    """The plan counts the tensors that stay; temporary ones of a block come on top.
+
+    The workspaces that cuBLAS keeps (32 MiB on Hopper) are larger than this plan, and are subtracted.
+    """
+    flat = {"device": "cuda", "attention": "sdpa", "local-training": "lora", "local-steps": 2, "max-length": 8}
     config = Config.from_flat(tiny | flat | {"batch-size": 64, "local-epochs": 0})
     data = load_data(config, load_processor(config.model))
     engine = StackedEngine(build_model(config.model, "layer", 3, seed=0))
     plan = Plan(1, tuple(range(6)), config)
     starts = dict.fromkeys(plan.clients, Start(engine.model.read_adapter()))
+
+    def train() -> None:
+        for clients in engine.slices(data, plan):
+            engine.train(data, plan, clients, starts, lambda number: None)
+        gc.collect()
+
+    train()
+    allocated = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    workspaces = allocated - torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    for clients in engine.slices(data, plan):
-        engine.train(data, plan, clients, starts, lambda number: None)
+    train()
     planned = plan_memory(config, 3, data.examples.max_length).total
-    assert 0.5 * planned < torch.cuda.max_memory_allocated() < 2 * planned
+    assert 0.5 * planned < torch.cuda.max_memory_allocated() - workspaces < 2 * planned
 
 
 @pytest.mark.slow
@@ -124,27 +140,41 @@ def test_ray_workers_share_gpus(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 1
 
 
-def test_a_stacked_step_with_the_shapes_of_smollm2_runs_on_the_meta_device() -> None:
+class BlockingCopies(TorchFunctionMode):
+    """Count the copies from the CPU to another device that wait for it."""
+
+    number = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.to and args[0].device.type == "cpu" and result.device.type != "cpu":
+            self.number += not kwargs["non_blocking"] if kwargs else 1
+        return result
+
+
+@pytest.mark.parametrize("name", ["text-classification", "causal-lm"])
+def test_a_stacked_step_with_the_shapes_of_smollm2_runs_on_the_meta_device(name: str) -> None:
     """Shapes and devices of a whole step, without numbers: a value that is read back (`item`) would raise an error.
 
-    So the forward and the backward pass never wait for a GPU, and no tensor is left on the CPU by mistake.
+    So the forward and the backward pass do not wait for a GPU, and no tensor is left on the CPU by mistake. With sdpa
+    Transformers itself waits once in a forward pass, to see whether the batch has padding.
     """
     clients, rows, tokens, meta = 6, 4, 16, torch.device("meta")
-    flat = {"model": "random", "dataset": "random", "num-clients": clients, "batch-size": rows, "local-steps": 1,
-            "target-modules": "q_proj,v_proj", "local-training": "copra", "p0": 0.5, "off": "global",
+    flat = {"task": name, "model": "random", "dataset": "random", "num-clients": clients, "batch-size": rows,
+            "local-steps": 1, "target-modules": "q_proj,v_proj", "local-training": "copra", "p0": 0.5, "off": "global",
             "dtype": "bfloat16", "attention": "eager", "max-length": tokens}  # fmt: skip
     config, number = Config.from_flat(flat), clients * rows
-    task = find_task("text-classification")
+    task = find_task(name)
     with meta:
-        base = AutoModel.from_config(LlamaConfig(**SMOLLM2), dtype=torch.bfloat16, attn_implementation="eager")
-        peft, head = get_peft_model(base, lora_config(config.model, base)), task.head(base.config.hidden_size, 3)
+        base = task.model_class.from_config(LlamaConfig(**SMOLLM2), dtype=torch.bfloat16, attn_implementation="eager")
+        peft = get_peft_model(base, lora_config(config.model, base))
+        head = task.head(base.config.hidden_size, 3) if task.trains_head else None
     model = StackedModel(AdaptedModel(task, peft, head, "mean", "layer", meta))
-    examples = LabeledTexts(
-        input_ids=torch.arange(number * tokens, dtype=torch.int32),
-        offsets=torch.arange(number + 1) * tokens,
-        labels=torch.arange(number) % 3,
-        pad_id=0,
-        max_length=tokens,
+    texts = (torch.arange(number * tokens, dtype=torch.int32), torch.arange(number + 1) * tokens, 0, tokens)
+    examples = (
+        LabeledTexts(*texts, labels=torch.arange(number) % 3)
+        if task.trains_head
+        else Continuations(*texts, targets_from=torch.arange(number) % 3 + 1)
     )
     train = np.split(np.arange(number), clients)
     data = FederatedData(examples=examples, label_names=list("abc"), train=train, digest="", tokens_digest="")
@@ -152,8 +182,10 @@ def test_a_stacked_step_with_the_shapes_of_smollm2_runs_on_the_meta_device() -> 
     cohort = [plan_steps(plan, data, client, model.num_groups) for client in plan.clients]
     start_values = torch.zeros(model.layout.size, device=meta).expand(clients, -1)
     stack = Stack(model.layout, start_values.clone(), plan.trained_parts)
-    chosen, step = _make_step(model, plan, stack, start_values, cohort, 0)
-    losses = _backward(model, data, step, chosen, [cohort[row].batches[0] for row in chosen], 0, None, None)
+    with BlockingCopies() as blocking:
+        chosen, step = _make_step(model, plan, stack, start_values, cohort, 0)
+        losses = _backward(model, data, step, chosen, [cohort[row].batches[0] for row in chosen], 0, None, None)
+    assert blocking.number == 0
     assert (losses.shape, losses.dtype, losses.device) == ((clients,), torch.float32, meta)
     assert model.num_groups == 30 and len(model.blocks) == 30
     assert step.stack.grads.device == meta and step.stack.grads.shape == (clients, model.layout.size)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from copra_fl.config import Config, ConfigError
 from copra_fl.data.federated import load_data
@@ -46,11 +49,28 @@ def kept_in_a_step(config: Config, clients: tuple[int, ...]) -> int:
     return sum(storage.nbytes() for number, storage in kept.items() if number not in frozen)
 
 
-def test_the_activations_of_a_row_are_those_of_a_step_of_the_engine(config: Config) -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_activations_of_a_row_are_those_of_a_step_of_the_engine(config: Config, attention: str) -> None:
     """Three clients keep 2 x batch-size rows more than one client, and two more adapters."""
+    config = config.changed(attention=attention)
     needed = plan(config, num_labels=3, tokens=config.data.max_length)
     added = kept_in_a_step(config, (0, 1, 2)) - kept_in_a_step(config, (0,))
     assert added / (2 * BATCH_SIZE * needed.row) == pytest.approx(1, abs=0.15)
+
+
+def test_the_activations_of_a_language_model_include_the_log_probabilities_of_its_vocabulary(
+    config: Config, tiny_llama: str, tmp_path: Path
+) -> None:
+    """With 2,000 words they are most of a row."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    description = LlamaConfig.from_pretrained(tiny_llama, vocab_size=2000)
+    LlamaForCausalLM(description).save_pretrained(tmp_path / "base")
+    flat = {"task": "causal-lm", "model": str(tmp_path / "base"), "target-modules": "q_proj,v_proj"}
+    config = Config.from_flat(config.to_flat() | flat | {"partitioner": "iid"})
+    row = plan(config, num_labels=0, tokens=config.data.max_length).row
+    added = kept_in_a_step(config, (0, 1, 2)) - kept_in_a_step(config, (0,))
+    assert added / (2 * BATCH_SIZE * row) == pytest.approx(1, abs=0.15)
+    assert row > config.data.max_length * 2000 * 4
 
 
 def test_with_checkpointing_a_row_keeps_the_inputs_of_blocks_and_the_block_that_is_computed_again(
@@ -101,11 +121,14 @@ def test_a_client_that_trains_few_layers_keeps_few_activations(config: Config, k
     assert "a client of depth 1 0." in str(plan_)
 
 
-def test_attention_grows_with_the_square_of_the_tokens(config: Config) -> None:
-    """Eager attention keeps (heads, T, T) probabilities per layer in float32: 3 layers, 2 heads."""
+@pytest.mark.parametrize(("attention", "squares"), [("eager", 2), ("sdpa", 1)])
+def test_attention_grows_with_the_square_of_the_tokens(config: Config, attention: str, squares: int) -> None:
+    """Eager attention keeps (heads, T, T) probabilities per layer in float32: 3 layers, 2 heads. sdpa keeps no
+    probabilities, but a mask (T, T) per layer in a batch with padding."""
+    config = config.changed(attention=attention)
     rows = [plan(config.changed(max_length=tokens), 3, tokens).row for tokens in (64, 128, 256)]
-    assert rows[2] - 2 * rows[1] == pytest.approx(3 * 2 * 4 * (256**2 - 2 * 128**2), rel=0.02)
-    assert rows[1] - 2 * rows[0] == pytest.approx(3 * 2 * 4 * (128**2 - 2 * 64**2), rel=0.02)
+    assert rows[2] - 2 * rows[1] == pytest.approx(3 * squares * 4 * (256**2 - 2 * 128**2), rel=0.02)
+    assert rows[1] - 2 * rows[0] == pytest.approx(3 * squares * 4 * (128**2 - 2 * 64**2), rel=0.02)
 
 
 def test_no_more_clients_step_together_than_a_round_samples(config: Config) -> None:

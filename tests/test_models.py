@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from copra_fl.config import Config, ConfigError, DataConfig, ModelConfig
+from copra_fl.models.adapted import lora_layers
 from copra_fl.models.build import build_model, resolve_compute, resolve_config
 from copra_fl.models.export import load, save
 from tests.support.worlds import BATCH
@@ -77,3 +79,19 @@ def test_a_saved_model_computes_the_same(tiny: dict, tmp_path: Path, dtype: str,
     with torch.inference_mode():
         assert torch.equal(opened.model(**BATCH), model(**BATCH))
     assert opened.model.peft.peft_config["default"].base_model_name_or_path == tiny["model"]
+
+
+def test_dropout_draws_as_torch_does_on_a_cpu_and_not_with_the_fused_kernel_of_cuda(
+    tiny: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `F.dropout`, which takes the fused kernel on CUDA."""
+    layers = lora_layers(build_model(Config.from_flat(tiny | {"lora-dropout": 0.3}).model, "layer", 3, seed=0).peft)
+    x = torch.linspace(-1, 1, 4 * 33 * 7).view(4, 33, 7).mT
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = F.dropout(x, 0.3)
+        monkeypatch.delattr(F, "dropout")
+        for layer in layers:
+            torch.manual_seed(0)
+            assert torch.equal(layer.lora_dropout["default"].train()(x), expected)
+            assert layer.lora_dropout["default"].eval()(x) is x

@@ -16,7 +16,7 @@ from copra_fl.aggregation.checking import BadUpdate
 from copra_fl.aggregation.shared_moments import average_moments, no_moments
 from copra_fl.config import Config
 from copra_fl.training.batches import plan_steps
-from copra_fl.training.optimizer import set_learning_rates
+from copra_fl.training.optimizer import make_optimizer, set_learning_rates
 from copra_fl.training.plan import Plan
 from server.replies import with_moments
 from tests.support.federations import final_state, journal
@@ -52,6 +52,14 @@ def test_both_engines_return_and_take_the_same_moments(tiny: Settings, changes: 
     for update in world.together(*range(6)):
         assert_alike(update, world.alone(update.client), 1e-10)
         assert relative_error(update.adapter, first[update.client].adapter) > 1e-4, "the moments have an effect"
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_torch_chooses_the_implementation_for_few_tensors(name: str) -> None:
+    """None is torch's default, which is foreach on CUDA; False would be a loop over the tensors."""
+    training = Config.from_flat({"optimizer": name}).training
+    optimizer = make_optimizer(training, [torch.zeros(2)], [torch.zeros(2)])
+    assert optimizer.defaults["foreach"] is optimizer.defaults["fused"] is None
 
 
 def test_two_rounds_with_kept_moments_equal_one_plain_loop_with_one_optimizer(tiny: Settings) -> None:

@@ -90,8 +90,19 @@ def test_a_killed_worker_ends_the_run_with_one_message_and_all_checkpoints(long:
 def test_a_given_niceness_of_workers_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """RAY_worker_niceness in the command's environment counts; a cluster has its own."""
     monkeypatch.setenv("RAY_worker_niceness", "15")
-    assert ray_variables(tmp_path, None)["RAY_worker_niceness"] == "15"
-    assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379")
+    assert ray_variables(tmp_path, None, [Config()])["RAY_worker_niceness"] == "15"
+    assert "RAY_worker_niceness" not in ray_variables(tmp_path, "10.0.0.5:6379", [Config()])
+
+
+@pytest.mark.parametrize(("quantization", "imports_early"), [("none", True), ("4bit", False)])
+def test_workers_that_need_bitsandbytes_import_it_after_ray_has_given_them_a_gpu(
+    tmp_path: Path, quantization: str, imports_early: bool
+) -> None:
+    """Ray runs the hook before it sets CUDA_VISIBLE_DEVICES, and CUDA has read that once bitsandbytes is imported."""
+    configs = [Config(), Config.from_flat({"quantization": quantization})]
+    variables = ray_variables(tmp_path, None, configs)
+    runtime_env = json.loads(variables["RAY_JOB_CONFIG_JSON_ENV_VAR"])["runtime_env"]
+    assert ("worker_process_setup_hook" in runtime_env) == imports_early
 
 
 @pytest.mark.slow

@@ -218,6 +218,9 @@ def build_model(config: ModelConfig, group: str, num_labels: int, seed: int, hea
     with torch_stream(torch.device("cpu"), seed, "init"):
         peft = get_peft_model(base, lora)
         head = task.head(base.config.hidden_size, num_labels) if task.trains_head else None
+    if config.lora_dropout:
+        for layer in lora_layers(peft):
+            layer.lora_dropout["default"] = Dropout(config.lora_dropout)
     if heads:
         _insert_cores(peft, config.rank, heads)
     model = AdaptedModel(task, peft, head, config.pooling, group, device)
@@ -243,6 +246,19 @@ def check_quantization(quantization: str) -> None:
         raise ConfigError(
             f"quantization = {quantization!r} needs {' and '.join(missing)}: {pip_install('quantization')}"
         )
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws from a generator alike on all devices, and as the stacked engine does.
+
+    On a CPU it is torch's own, bit for bit. On CUDA torch draws in a fused kernel, which gives other masks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = 1 - self.p
+        return x * torch.empty_like(x).bernoulli_(kept).div_(kept)
 
 
 class _Weight(nn.Module):

@@ -4,8 +4,10 @@
 
 c is the number of clients that one step trains together (``step-tokens``). The activations of a row are the tensors
 that autograd keeps for the backward pass with every adapter on, the maximum of CopRA. They are counted, not estimated
-from layers and widths: the model runs on torch's meta device, which computes shapes and no numbers.
-Temporary tensors of a block and the memory of CUDA and Python are not included.
+from layers and widths: the model runs on torch's fake tensors, which have shapes and no numbers, but the kernels of a
+CPU. With sdpa these are fused, and keep what those of a GPU keep. Rows are counted as in a batch with padding.
+Temporary tensors, as those of a block or the gradient of the logits, and the memory of CUDA and Python are not
+included.
 With ``gradient-checkpointing`` autograd keeps the inputs of blocks, and all of the one that is being computed again.
 
 With ``client-depths`` the activations are those of the deepest client, and `MemoryPlan.tiers` has each depth's. Layers
@@ -22,6 +24,7 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
@@ -29,7 +32,7 @@ from copra_fl.copra.gates import Gates, group_name
 from copra_fl.models.adapted import adapted_blocks, recompute
 from copra_fl.models.build import lora_config, model_source
 from copra_fl.models.kept_bytes import KeptBytes
-from copra_fl.tasks import find_task
+from copra_fl.tasks import Task, find_task
 from copra_fl.tasks.images import blank_images
 
 GB = 1e9
@@ -138,30 +141,34 @@ def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
 
 @functools.cache
 def measure(config: ModelConfig, num_tokens: int, depth: int = 0, group: str = "layer") -> ModelMemory:
-    """Build the model of `config` on the meta device, run it on rows of `num_tokens` tokens, and return its memory.
+    """Build the model of `config` without numbers, run it on rows of `num_tokens` tokens, and return its memory.
 
     With a `depth` only the adapters of the last `depth` gate groups are on, and need a gradient.
     """
+    task = find_task(config.task)
     with torch.device("meta"):
-        base: PreTrainedModel = find_task(config.task).model_class.from_config(
+        base: PreTrainedModel = task.model_class.from_config(
             AutoConfig.from_pretrained(model_source(config.model)),
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
         )
+        base.config.use_cache = False
         # The engine multiplies with adapters in the base's dtype.
         adapted = get_peft_model(base, lora_config(config, base), autocast_adapter_dtype=False).eval()
-    trained = {id(parameter): parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad}
+    adapter = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.nbytes for parameter in adapted.parameters() if not parameter.requires_grad)
+    if config.quantization == "4bit":
+        frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
     if depth:
         gates = Gates(base, group)
         gates.set([index >= len(gates.names) - depth for index in range(len(gates.names))])
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     if config.gradient_checkpointing:  # the last block stands for the one that is computed again
         recompute(base, adapted_blocks(name for name, layer in layers.items() if not layer.disable_adapters)[:-1])
-    one, two = (kept_bytes(adapted, _blank(base, number, num_tokens)) for number in (1, 2))
-    frozen = sum(parameter.nbytes for parameter in adapted.parameters() if id(parameter) not in trained)
-    if config.quantization == "4bit":
-        frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
-    return ModelMemory(frozen, sum(trained.values()), base.config.hidden_size, two - one, tuple(layers))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        adapted.to_empty(device="cpu")
+        one, two = (kept_bytes(adapted, _blank(task, base, number, num_tokens)) for number in (1, 2))
+    return ModelMemory(frozen, adapter, base.config.hidden_size, two - one, tuple(layers))
 
 
 def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:
@@ -191,11 +198,16 @@ def checkpointing_remedy(config: Config) -> str:
     return "" if config.model.gradient_checkpointing else ", or set gradient-checkpointing = true"
 
 
-def _blank(base: PreTrainedModel, number: int, num_tokens: int) -> dict[str, Tensor]:
-    """Return inputs of `number` examples on the meta device: black images, or texts of `num_tokens` tokens."""
+def _blank(task: Task, base: PreTrainedModel, number: int, num_tokens: int) -> dict[str, Tensor]:
+    """Return inputs of `number` examples: black images, or texts of `num_tokens` tokens.
+
+    For a language model every token is a target, so that Transformers' loss is part of the forward pass.
+    """
     if base.main_input_name == "pixel_values":
         return blank_images(base, number)
-    return {"input_ids": torch.zeros(number, num_tokens, dtype=torch.long, device="meta")}
+    tokens = torch.zeros(number, num_tokens, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": tokens}
+    return inputs if task.trains_head or task.labels != "none" else inputs | {"labels": tokens}
 
 
 def kept_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:

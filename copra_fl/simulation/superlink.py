@@ -196,18 +196,21 @@ def import_path(folders: Sequence[str]) -> str:
     return os.pathsep.join(dict.fromkeys([*known, *folders]))
 
 
-def ray_variables(home: Path, address: str | None) -> dict[str, str]:
-    """Return the environment in which Flower starts its own Ray, or joins the cluster at `address`.
+def ray_variables(home: Path, address: str | None, configs: Collection[Config]) -> dict[str, str]:
+    """Return the environment in which Flower starts its own Ray for runs of `configs`, or joins the cluster at
+    `address`.
 
     Workers of its own Ray have the priority of the command, unless RAY_worker_niceness is set: with Ray's default of 15
     any other process on the machine would starve them, and the user asked for the simulation. They import the large
-    modules while the server app does, before its first message. Workers of a cluster have the priority that the cluster
-    was started with. Other machines do not have the package `clients`, which lies in `home`: Ray uploads it, as for a
-    submitted job.
+    modules while the server app does, before its first message, unless bitsandbytes is one of them: it initializes
+    CUDA, and Ray sets CUDA_VISIBLE_DEVICES only later, so all workers would compute on the first GPU. Workers of a
+    cluster have the priority that the cluster was started with. Other machines do not have the package `clients`, which
+    lies in `home`: Ray uploads it, as for a submitted job.
     """
     if address is None:
         variables = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(home), NICENESS: os.environ.get(NICENESS, "0")}
-        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "copra_fl.startup.prepare"}
+        imports_early = startup.HIDDEN in startup.environment(configs)
+        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "copra_fl.startup.prepare"} if imports_early else {}
     else:
         variables = {"RAY_ADDRESS": address}
         runtime_env = {"py_modules": [str(home / APP / "clients")], "env_vars": worker_variables()}
@@ -247,7 +250,7 @@ def superlink(log: Path, configs: Collection[Config] = (), ray_address: str | No
         "RAY_prestart_worker_first_driver": "0",  # they would start workers that no actor uses
         **startup.environment(configs),
         **worker_variables(),
-        **ray_variables(home, ray_address),
+        **ray_variables(home, ray_address, configs),
     }
     command = [sys.executable, guard.__file__, mark, sys.executable, "-m", "copra_fl.simulation.private_superlink"]
     command += ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]

@@ -62,13 +62,15 @@ class Continuations(Texts):
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Return the examples `indices`, padded on the right to the longest of them, on `device`.
 
-        The tensors are ``input_ids``, ``attention_mask`` and ``labels``, all (B, T) int64. Labels are the target
-        tokens, not shifted, or NO_TARGET, as Transformers' causal models expect them.
+        The tensors are ``input_ids``, ``attention_mask`` and ``labels``, all (B, T) int64, and ``targets`` (targets,)
+        int64, the target tokens. Labels are the target tokens, not shifted, or NO_TARGET, as Transformers' causal
+        models expect them.
         """
         batch = self.inputs(indices)
         places = torch.arange(batch["input_ids"].shape[1])
         is_target = (places >= self.targets_from[torch.as_tensor(indices), None]) & (batch["attention_mask"] > 0)
         batch["labels"] = batch["input_ids"].where(is_target, NO_TARGET)
+        batch["targets"] = batch["input_ids"][is_target]
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -179,25 +181,27 @@ class CausalLM(Task):
         return with_template(processor, options.get("prompt-template", ""))  # absent in folders of earlier versions
 
     def inputs(self, batch: Inputs) -> dict[str, Any]:
-        return super().inputs(batch) | {"use_cache": False}
+        inputs = super().inputs(batch) | {"use_cache": False}
+        inputs.pop("targets", None)
+        return inputs
 
     def features(self, output: Any, batch: Inputs, pooling: str) -> Tensor:
-        return output.last_hidden_state[:, :-1][batch["labels"][:, 1:] != NO_TARGET]
+        """Return the hidden states at the positions before the targets, (targets, D).
+
+        The number of targets is known before the device has computed where they are, so nothing waits for it.
+        """
+        is_next_a_target = batch["labels"].flatten()[1:] != NO_TARGET  # the first token of a row is none
+        positions = is_next_a_target.nonzero_static(size=len(batch["targets"])).squeeze(1)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
     def losses(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return F.cross_entropy(logits, _targets(batch), reduction="none")
+        return F.cross_entropy(logits, batch["targets"], reduction="none")
 
     def correct(self, logits: Tensor, batch: Inputs) -> Tensor:
-        return logits.argmax(1) == _targets(batch)
+        return logits.argmax(1) == batch["targets"]
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, LARGEST_LOSS))}
-
-
-def _targets(batch: Inputs) -> Tensor:
-    """Return (targets,) the target tokens; each is predicted at the position before it."""
-    labels = batch["labels"][:, 1:]
-    return labels[labels != NO_TARGET]
 
 
 TASK = CausalLM()

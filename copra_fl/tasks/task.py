@@ -27,8 +27,8 @@ from copra_fl.sources.tables import as_text
 if TYPE_CHECKING:  # slow to import, and needed only if the cache is empty
     import pandas as pd
 
-#: a model's inputs by name, and ``labels`` for tasks that have them; rows are examples. With several data sets also
-#: ``outputs`` (B, L) bool: the labels of each example's data set
+#: a model's inputs by name, and ``labels`` for tasks that have them; rows are examples, or targets in the order of the
+#: examples. With several data sets also ``outputs`` (B, L) bool: the labels of each example's data set
 Inputs = Mapping[str, Tensor]
 
 

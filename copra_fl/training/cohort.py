@@ -31,7 +31,7 @@ from copra_fl.training.optimizer import make_optimizer, read_state, set_learning
 from copra_fl.training.plan import Plan, Start, num_steps
 from copra_fl.training.points import StackedPoints, step_points
 from copra_fl.training.stacked import StackedModel
-from copra_fl.training.stacked.step import ClientRows, Fallback, Stack, Step, by_client, views
+from copra_fl.training.stacked.step import ClientRows, Fallback, Stack, Step, by_client, on_device, views
 from copra_fl.training.update import make_update
 
 
@@ -97,8 +97,8 @@ def train_cohort(
         terms.add(rows, step.on)
         optimizer.step(rows, step.on, index)
         progress(float((1 / lengths[rows]).sum()))
+    distances = torch.linalg.vector_norm(stack.values.double() - start_values, dim=1).tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(cohort)
-    distances = torch.linalg.vector_norm(stack.values.double() - start_values, dim=1).tolist()
     gradient_sums = terms.gradient_sums()
     states = optimizer.read_states() if plan.config.training.optimizer_state != "fresh" else [{}] * len(cohort)
     updates = []
@@ -209,7 +209,7 @@ def _is_token(batch: Inputs, shapes: Sequence[tuple[int, int]]) -> Tensor:
 def _record(
     gram_sums: GramSums, clients: np.ndarray, is_token: Tensor, module: str, positions: np.ndarray, values: Tensor
 ) -> None:
-    rows, places = (torch.from_numpy(index).to(values.device) for index in (clients[positions], positions))
+    rows, places = (on_device(index, values.device) for index in (clients[positions], positions))
     gram_sums.add(module, rows, values, is_token[places])
 
 

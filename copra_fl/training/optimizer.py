@@ -22,12 +22,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return a new optimizer, without moments.
 
-    `many` selects torch's implementation for hundreds of tensors.
+    `many` selects torch's implementation for hundreds of tensors; otherwise torch chooses one for the device.
     """
+    choice = many or None
     groups, decay = [{"params": list(adapters)}, {"params": list(heads)}], training.weight_decay
     if training.optimizer == "sgd":  # fused SGD cannot take parameters whose gradients are set at different steps
-        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, weight_decay=decay, foreach=many)
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=many)
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, weight_decay=decay, foreach=choice)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=choice)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, training: TrainingConfig, t: float) -> None:

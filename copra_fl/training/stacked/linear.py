@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from copra_fl.adapters import residual
-from copra_fl.training.stacked.step import ForwardContext
+from copra_fl.training.stacked.step import ForwardContext, on_device
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StackedLinear(nn.Module):
             with torch.no_grad():
                 positions = np.flatnonzero(step.on[clients.start : clients.stop, self.group])
                 inner = torch.bmm(by_client, a.to(x.dtype).mT)
-                self.context.record(self.name, clients.start + positions, inner[torch.from_numpy(positions)])
+                self.context.record(self.name, clients.start + positions, inner[on_device(positions, inner.device)])
         noise = self._noise(x) if step.dropout and self.dropout else None
         weight, bias = self.base.weight, self.base.bias
         y = AdapterProduct.apply(by_client, weight, bias, a, b, (self.scaling * scale).to(x.dtype), noise, frozen)

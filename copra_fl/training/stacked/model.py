@@ -18,7 +18,7 @@ from copra_fl.models.adapted import AdaptedModel, frozen_head_logits, mask_other
 from copra_fl.tasks import Inputs
 from copra_fl.training.stacked.chain import NotStackable, find_chain
 from copra_fl.training.stacked.linear import StackedLinear
-from copra_fl.training.stacked.step import ClientRows, ForwardContext, Record, Stack, Step, by_client, places
+from copra_fl.training.stacked.step import ClientRows, ForwardContext, Record, Stack, Step, by_client, on_device, places
 from copra_fl.training.stacked.trunk import Trunk
 
 
@@ -97,7 +97,7 @@ class StackedModel:
         """Return `values` on this device, in the adapters' dtype, or as int64 if they are integers."""
         array = np.asarray(values)
         array = array if array.dtype.kind == "i" else array.astype(self._floats)
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return on_device(array, self.device)
 
     def predictor(self, adapters: Sequence[Adapter]) -> Callable[[Inputs], Tensor]:
         """Return a function from a batch to (adapters, targets, outputs) logits, with every gate open."""

@@ -40,7 +40,7 @@ class Stack:
         """Return a stack of the adapters in `rows`: a copy, or this stack if these are all its rows in order."""
         if np.array_equal(rows, np.arange(len(self.values))):
             return self
-        return self.with_values(self.values.index_select(0, torch.from_numpy(rows).to(self.values.device)))
+        return self.with_values(self.values.index_select(0, on_device(rows, self.values.device)))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to `grads`. Without an active adapter and a trained head they are zero."""
@@ -113,7 +113,7 @@ class Step:
         if not chosen.any():
             return None
         scale = scale[clients.start : clients.stop, None, None]
-        return scale if chosen.all() else scale * torch.from_numpy(chosen).to(scale.device)[:, None, None]
+        return scale if chosen.all() else scale * on_device(chosen, scale.device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -167,4 +167,9 @@ def by_client(values: Tensor, counts: np.ndarray) -> Tensor:
 
 def places(counts: np.ndarray, device: torch.device) -> Tensor:
     """Return (targets,) the index of each target among the c * max(counts) rows of `by_client`."""
-    return torch.from_numpy(np.flatnonzero(np.arange(counts.max()) < counts[:, None])).to(device, non_blocking=True)
+    return on_device(np.flatnonzero(np.arange(counts.max()) < counts[:, None]), device)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return `array` on `device`, without waiting for what the device computes."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
