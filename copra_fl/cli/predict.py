@@ -62,7 +62,7 @@ def predict(
             saved, table, settings, batch_size, lambda done, total: progress.update(bar, completed=done, total=total)
         )
     try:
-        write_table(to, prediction.with_texts(rows) if to.suffix.lower() in (".csv", ".tsv") else rows)
+        write_table(to, rows)
     except OSError as error:
         raise ConfigError(f"cannot write --to {to}: {error.strerror}") from error
     typer.echo(f"{to}: {len(rows)} rows")

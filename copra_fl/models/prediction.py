@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,28 +60,6 @@ def predict(
 def _has_bytes(value: Any) -> bool:
     """Return True for bytes, and for a dict with bytes, as Hugging Face data sets store images."""
     return any(isinstance(part, bytes) for part in (value.values() if isinstance(value, dict) else [value]))
-
-
-def with_texts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return `rows` with lists and dicts as JSON, for a file that holds texts and numbers only."""
-    import pandas as pd
-
-    texts = rows.copy()
-    for name, column in rows.items():
-        if column.dtype.kind == "O":
-            texts[name] = pd.Series(map(_as_json, column), rows.index, dtype=object)
-    return texts
-
-
-def _as_json(value: Any) -> Any:
-    """Return a list, an array or a dict as JSON, another value as it is."""
-    if not isinstance(value, list | np.ndarray | dict):
-        return value
-    return json.dumps(
-        value,
-        ensure_ascii=False,
-        default=lambda part: part.tolist() if isinstance(part, np.ndarray | np.generic) else str(part),
-    )
 
 
 def _content(table: Table, rows: pd.DataFrame, task: Classification, data: DataConfig) -> pd.Series:

@@ -251,7 +251,7 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
     match path.suffix.lower():
         case ".csv" | ".tsv" as suffix:
             separator = "\t" if suffix == ".tsv" else ","
-            content = rows.to_csv(index=False, sep=separator, quoting=csv.QUOTE_NONNUMERIC)
+            content = _with_json(rows).to_csv(index=False, sep=separator, quoting=csv.QUOTE_NONNUMERIC)
         case ".parquet":
             content = parquet_bytes(str(path), rows)
         case _:
@@ -261,11 +261,36 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
     atomic_write(path, content)
 
 
+def _with_json(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `rows` with lists, arrays and dicts as JSON, for a file of texts and numbers."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            name: pd.Series(map(_as_json, column), rows.index, object) if column.dtype == object else column
+            for name, column in rows.items()
+        }
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """Return a list, an array or a dict as JSON, another value as it is."""
+    if not isinstance(value, list | np.ndarray | dict):
+        return value
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        default=lambda part: part.tolist() if isinstance(part, np.ndarray | np.generic) else str(part),
+    )
+
+
 def parquet_bytes(name: str, rows: pd.DataFrame) -> bytes:
     """Return `rows` as a Parquet file. Raises ConfigError, which begins with `name`, for values it cannot store."""
+    import pyarrow
+
     try:
         return rows.to_parquet(index=False)
-    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:  # pyarrow's for values and types
+    except (ValueError, TypeError, OverflowError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{name} cannot be stored as Parquet: {' '.join(map(str, error.args))}") from error
 
 
