@@ -33,6 +33,7 @@ PAGE = ROOT / "docs" / "explanations" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
 #: in the committed studies, on two nodes with eight clients a round; a node gets one copy of an adapter for its clients
 CLIENTS_PER_NODE = 4
+#: metrics of the traffic
 BYTES = ("bytes_up", "bytes_down")
 BLOCK = re.compile(r"(<!-- (?P<name>[\w. -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAPERS_MEASURES = (

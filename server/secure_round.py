@@ -6,7 +6,7 @@ refused, has dropped out: its clients are missing. The round fails if too few no
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,7 +276,9 @@ class SecureRound:
         try:
             yield
         except ValueError as error:
-            reasons = dict(ChainMap(*map(dict, missing), self.missing))
+            reasons = dict(self.missing)
+            for of_step in missing:
+                reasons |= of_step
             others = "".join(f"; client {client}: {reason}" for client, reason in sorted(reasons.items()))
             raise FederationError(
                 f"round {self._request.server_round}: secure aggregation failed: {error}{others}. --resume does the "

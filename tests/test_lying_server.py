@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from clients import handlers
-from copra_fl.secure_aggregation.keys import new_identity, public_identity
 from server.errors import FederationError
 from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.secure import node_configs_with_peers
 from tests.support.tiny import Settings
 
 SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0,
@@ -20,24 +20,17 @@ SECURE = {"secure-aggregation": True, "updates": "pooled", "merge-gap-clients": 
 
 
 @pytest.fixture
-def peers(tmp_path: Path) -> list[dict[str, str]]:
-    """Node configs of three nodes that know each other's keys, with a policy that asks for secure aggregation."""
-    (tmp_path / "peers").mkdir()
+def peers(tmp_path: Path) -> list[dict[str, str | int]]:
+    """Configs of three nodes that know each other's keys, with a policy that asks for secure aggregation."""
     (tmp_path / "policy.toml").write_text('protection = "secure"\n')
-    configs = []
-    for number in range(3):
-        key = new_identity()
-        (tmp_path / f"{number}.key").write_bytes(key)
-        (tmp_path / "peers" / f"client-{number}.pub").write_bytes(public_identity(key))
-        paths = {"node-key": f"{number}.key", "peers": "peers", "policy-path": "policy.toml"}
-        configs.append({name: str(tmp_path / path) for name, path in paths.items()})
-    return configs
+    policy = {"policy-path": str(tmp_path / "policy.toml")}
+    return [config | policy for config in node_configs_with_peers(tmp_path, 3)]
 
 
 class LyingServer(LocalGrid):
     """Changes what nodes 1 and 2 are told in training messages."""
 
-    def __init__(self, configs: list[dict[str, str]], lie: Callable[[RecordDict], None]) -> None:
+    def __init__(self, configs: list[dict[str, str | int]], lie: Callable[[RecordDict], None]) -> None:
         super().__init__(3, node_configs=configs)
         self.lie = lie
 
@@ -68,14 +61,14 @@ def other_threshold(content: RecordDict) -> None:
     ],
 )
 def test_no_plan_for_the_others_singles_out_a_node(
-    lie: Callable[[RecordDict], None], reason: str, tiny: Settings, peers: list[dict[str, str]], tmp_path: Path
+    lie: Callable[[RecordDict], None], reason: str, tiny: Settings, peers: list[dict[str, str | int]], tmp_path: Path
 ) -> None:
     with pytest.raises(FederationError, match=reason):
         run_federation(tiny | SECURE, tmp_path / "run", grid=LyingServer(peers, lie))
 
 
 def test_a_policy_limits_how_few_nodes_a_server_takes_into_a_round(
-    tiny: Settings, peers: list[dict[str, str]], tmp_path: Path
+    tiny: Settings, peers: list[dict[str, str | int]], tmp_path: Path
 ) -> None:
     (tmp_path / "policy.toml").write_text('protection = "secure"\nmin-nodes = 4\n')
     with pytest.raises(FederationError, match="client policy: 3 nodes are in the round, fewer than min-nodes = 4"):
@@ -83,7 +76,7 @@ def test_a_policy_limits_how_few_nodes_a_server_takes_into_a_round(
 
 
 def test_nodes_without_an_update_are_not_in_a_sum(
-    tiny: Settings, peers: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, peers: list[dict[str, str | int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clients of two of three nodes fail: otherwise the sum would be the update of the third."""
     trained = handlers._train_clients

@@ -24,6 +24,7 @@ from server.errors import FederationError
 from tests.support import rounds
 from tests.support.federations import assert_equal, final_adapter, journal
 from tests.support.local_grid import LocalGrid, run_federation
+from tests.support.secure import node_configs_with_peers
 from tests.support.tiny import Settings
 
 #: what secure aggregation sets is here as well, for runs to compare with that are without
@@ -300,13 +301,7 @@ def test_a_node_answers_each_step_once(tiny: Settings, tmp_path: Path) -> None:
 
 def test_nodes_that_know_their_peers_refuse_others(tiny: Settings, tmp_path: Path) -> None:
     """A server that stands in the middle needs a key that the peers' folder does not have."""
-    identities = [new_identity() for _ in range(3)]
-    (tmp_path / "peers").mkdir()
-    configs: list[dict[str, str | int]] = []
-    for number, identity in enumerate(identities):
-        (tmp_path / f"node-{number}.key").write_bytes(identity)
-        (tmp_path / "peers" / f"client-{number}.pub").write_bytes(public_identity(identity) + b" with a comment\n")
-        configs.append({"node-key": str(tmp_path / f"node-{number}.key"), "peers": str(tmp_path / "peers")})
+    configs = node_configs_with_peers(tmp_path, 3)
     settings = dict(tiny) | SECURE | {"num-rounds": 1}
     run_federation(settings, tmp_path / "right", grid=SecureGrid(3, node_configs=configs))
     (tmp_path / "peers" / "client-2.pub").write_bytes(public_identity(new_identity()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,18 @@ class SecureRound:
         masked = self.send(relay, vectors)
         revealed, _ = self.reveal(relay, masked.keys())
         return relay.unmask(masked, revealed, INPUTS), sorted(masked)
+
+
+def node_configs_with_peers(folder: Path, num_nodes: int) -> list[dict[str, str | int]]:
+    """Return the configs of nodes that know each other's keys; the keys are written to `folder`."""
+    (folder / "peers").mkdir()
+    configs: list[dict[str, str | int]] = []
+    for number in range(num_nodes):
+        identity = new_identity()
+        (folder / f"node-{number}.key").write_bytes(identity)
+        (folder / "peers" / f"client-{number}.pub").write_bytes(public_identity(identity) + b" with a comment\n")
+        configs.append({"node-key": str(folder / f"node-{number}.key"), "peers": str(folder / "peers")})
+    return configs
 
 
 def random_vectors(num_nodes: int, size: int = 50, seed: int = 0) -> dict[int, np.ndarray]:
