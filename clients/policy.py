@@ -64,6 +64,9 @@ class Policy:
         low=0,
     )
     delta: float = option(1e-5, "max-epsilon: delta at which epsilon is computed", above=0, high=0.5)
+    evaluations: bool = option(
+        True, "whether the node evaluates adapters on its own examples; false: a run needs validation-fraction = 0"
+    )
     min_examples: int = option(0, "smallest number of training examples of a client that has any; 0: no limit", low=0)
     max_examples_per_round: int = option(
         0, "largest number of examples that a client trains on in a round, counting each pass; 0: no limit", low=0
@@ -135,6 +138,11 @@ class Policy:
         problems = [PROTECTIONS[name](self, config, num_clients) for name in csv_list(self.protection)]
         if problems and all(problems):
             raise PolicyViolation("; ".join(problems))
+        if config.data.validation_fraction and not self.evaluations:
+            raise PolicyViolation(
+                f"validation-fraction = {config.data.validation_fraction:g}, but the node evaluates nothing "
+                "(evaluations = false): the run needs validation-fraction = 0"
+            )
         if 0 < self.max_rounds < config.federation.num_rounds:
             raise PolicyViolation(
                 f"num-rounds = {config.federation.num_rounds} is more than max-rounds = {self.max_rounds}"

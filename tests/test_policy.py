@@ -86,6 +86,8 @@ CASES = {
                     "the run's epsilon of 1.* at delta = 1e-05 is more than max-epsilon = 1.3"),
     "delta": ("protection = 'private'\nmax-epsilon = 1.3\ndelta = 1e-3",
               "protection = 'private'\nmax-epsilon = 1.5\ndelta = 1e-9", "at delta = 1e-09 is more than"),
+    "evaluations": ("evaluations = true", "evaluations = false",
+                    r"validation-fraction = 0\.\d+, but the node evaluates nothing"),
     "min-examples": ("min-examples = {smallest}", "min-examples = {above}",
                      "client . has fewer training examples than min-examples"),
     "max-examples-per-round": ("max-examples-per-round = 12", "max-examples-per-round = 11",
@@ -155,6 +157,17 @@ def test_a_run_within_every_limit_is_the_run_without_a_policy(
     assert train.run == evaluate.run and evaluate.total_rounds == 2 and not num_damaged
     assert train.config_digest == evaluate.config_digest != Config.from_flat(tiny).digest, "it is more explicit"
     assert stat.S_IMODE((tmp_path / "site/audit").stat().st_mode) == 0o700
+
+
+def test_a_node_that_evaluates_nothing_trains_in_a_run_without_validation_examples(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    node = write_policy(tmp_path / "site", "evaluations = false")
+    grid = LocalGrid(2, node_configs=[node, {}])
+    directory = run_federation(tiny | {"validation-fraction": 0.0}, tmp_path / "run", grid=grid)
+    assert len(journal(directory)) == 2
+    lines, _ = read_records(NodeRecord, [tmp_path / "site/audit/audit.jsonl"])
+    assert [line.kind for line in lines] == ["handshake", "train", "train"]
 
 
 def test_rounds_of_all_runs_add_up(tiny: Settings, tmp_path: Path) -> None:
