@@ -140,5 +140,10 @@ def state_after(
 
 
 def earlier_after(config: Config, state: ServerState) -> tuple[Adapter, ...]:
-    """Return the older global adapters of the state that follows `state`."""
-    return (state.adapter, *state.earlier)[: num_earlier(config)]
+    """Return the older global adapters of the state that follows `state`.
+
+    Its adapter is copied: the next one may have tensors of it, and no file takes a tensor under two names.
+    """
+    number = num_earlier(config)
+    copy = {name: tensor.clone() for name, tensor in state.adapter.items()} if number else {}
+    return (copy, *state.earlier)[:number]

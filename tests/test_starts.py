@@ -121,6 +121,22 @@ def test_a_federation_of_fedgucci_equals_its_rounds_by_hand(tiny: Settings, tmp_
     assert norm(difference(again, opened.state(4).adapter)) < 1e-5 * norm(again)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "ffa-lora", "server-optimizer": "fedavgm", "stale-clients": 0.5},
+        {"local-training": "head", "server-optimizer": "fedadam", "gucci-beta": 0.5, "gucci-anchors": 2},
+        {"rule": "ffa-lora", "dp-clip": 0.1, "weighting": "equal", "gucci-beta": 0.5, "gucci-anchors": 2},
+    ],
+)
+def test_a_tensor_that_stays_still_is_in_a_checkpoint_under_both_names(
+    tiny: Settings, changes: Settings, tmp_path: Path
+) -> None:
+    """Server optimizers and private averages return it as it was, and the older adapter has it too."""
+    flat = tiny | {"num-rounds": 2, "merge-gap-clients": 0, "local-training": "lora"} | changes
+    assert len(journal(run_federation(flat, tmp_path / "run"))) == 2
+
+
 def test_stale_clients_are_drawn_once_and_at_least_one() -> None:
     config = Config.from_flat({"num-clients": 40, "stale-clients": 0.25})
     stale = starts.stale_clients(config)
