@@ -42,6 +42,11 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         "trims nobody: trimmed-mean.trim-fraction = 0.2 of 4 clients",
     ),
     ({"rule": "fed-sb", "layers-per-round": 3} | LORA, {"layers-per-round": 0}, "fixed by a first gradient"),
+    (
+        {"rule": "rolora", "layers-per-round": 1, "layer-selection": "cycle"} | LORA,
+        {"rounds-per-layer": 2},
+        "trains A and B in turns, so layers could meet the same factor",
+    ),
     ({"client-depths": "1,2", "local-training": "head"}, {"client-depths": ""}, "client-depths = '1,2' does not .* no"),
     ({"client-depths": "1,2", "layers-per-round": 3}, {"client-depths": ""}, "each says which layers a client trains"),
     ({"rule": "flora", "local-training": "head"}, {"rule": "fedavg"}, "no adapters to aggregate"),
@@ -74,6 +79,11 @@ CONFLICTS: list[tuple[Settings, Settings, str]] = [
         {"start": "own", "server-optimizer": "fedavgm"},
         {"server-optimizer": "none"},
         "average of random factors is no gradient step",
+    ),
+    (
+        {"rule": "flexlora", "gucci-beta": 0.1, "gucci-anchors": 3},
+        {"gucci-anchors": 1},
+        "it draws or recomputes the factors in each round, so the midpoint",
     ),
     (
         {"gucci-beta": 0.1, "gucci-anchors": 3, "stale-clients": 0.5},
@@ -220,6 +230,13 @@ def test_scales_that_stay_with_a_client_have_no_shared_control_variates_or_momen
     with pytest.raises(ConfigError, match="'ravan' does not combine with optimizer-state = 'shared'"):
         check(Config().changed(rule="ravan", optimizer_state="shared"))
     check(Config().changed(rule="ravan", optimizer_state="client"))
+
+
+@pytest.mark.parametrize("changes", [{"layers-per-round": 1}, {"client-depths": "1,2"}])
+def test_layers_that_are_left_out_do_not_fall_back_to_a_dora_adapter(changes: Settings) -> None:
+    with pytest.raises(ConfigError, match="off = 'global' does not combine with dora = true"):
+        check(Config.from_flat(LORA | {"dora": True, "off": "global"} | changes))
+    check(Config.from_flat(LORA | {"dora": True, "off": "global"}))
 
 
 @pytest.mark.parametrize("rule", ["flora", "rolora"])

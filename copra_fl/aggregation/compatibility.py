@@ -126,6 +126,15 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             f"{it} {subset}: {rule.no_copra}; use {remedy}",
         ),
         (
+            rule.trains(1) != rule.trains(2)
+            and copra.layers_per_round > 0
+            and copra.layer_selection == "cycle"
+            and copra.rounds_per_layer % 2 == 1,
+            f"{it} layer-selection = 'cycle' and rounds-per-layer = {copra.rounds_per_layer}: it trains A and B in "
+            "turns, so layers could meet the same factor in every cycle; use an even rounds-per-layer, or "
+            "layer-selection = 'random'",
+        ),
+        (
             copra.trains_subset and copra.local_training == "head",
             f"{subset} does not combine with local-training = 'head', which trains no layer; use {remedy}",
         ),
@@ -153,7 +162,7 @@ def _rule_conflicts(config: Config, rule: Rule) -> Conflicts:
             "change of a layer; use rescale = false",
         ),
         (
-            model.dora and copra.local_training == "copra" and copra.off == "global",
+            model.dora and (copra.local_training == "copra" or copra.trains_subset) and copra.off == "global",
             "off = 'global' does not combine with dora = true: it adds the product B A of the round's start, which is "
             "not the whole change of a layer; use off = 'base'",
         ),
@@ -319,6 +328,11 @@ def _start_conflicts(config: Config, rule: Rule) -> Conflicts:
             and (rule.trains(1) != rule.trains(2) or not (fixes_a or "A" in rule.sends(1))),
             f"rule = {rule.name!r} does not combine with {older}: clients train one factor under the newest value of "
             f"another, which changes from round to round, and an old adapter has an old one; use {newest_only}",
+        ),
+        (
+            has_older_anchors and not fixes_a,
+            f"rule = {rule.name!r} does not combine with {anchors}: it draws or recomputes the factors in each round, "
+            "so the midpoint to an older adapter mixes factors that do not fit; use gucci-anchors = 1",
         ),
         (
             (has_own or has_stale) and settings.control_variates,
