@@ -425,6 +425,9 @@ def test_norm_clipped_by_hand() -> None:
     by_median = aggregate("norm-clipped", make_round(before, updates))  # 12.5
     assert by_median.notes["clip_norm"] == 12.5
     assert values(by_median.adapter["head.bias"]) == [1.75, 1 + 1 + 0.75 * 12.5]
+    idle = [Update(i, before, 10, (0, 0), {"loss": 1.0}) for i in range(2, 6)]
+    assert aggregate("norm-clipped", make_round(before, updates + idle)).notes["clip_norm"] == 12.5
+    assert aggregate("norm-clipped", make_round(before, idle)).adapter["head.bias"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rule", ["trimmed-mean", "median", "norm-clipped", "fedavg"])

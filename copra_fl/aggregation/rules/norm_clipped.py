@@ -3,7 +3,8 @@
     theta <- theta_0 + sum_i p_i min(1, c / ||theta_i - theta_0||) (theta_i - theta_0)
 
 The norm is over a client's whole change, head included: a client that trained more layers has the longer change. c is
-``clip-norm``, or the median of the round's norms. It protects against large changes, not against wrong directions.
+``clip-norm``, or the median of the round's norms above 0: a client whose layers were all off has no change. It protects
+against large changes, not against wrong directions.
 Traffic, up and down: r (d + k) per module.
 """
 
@@ -22,7 +23,9 @@ from copra_fl.config import option
 @dataclass(frozen=True)
 class Parameters:
     clip_norm: float = option(
-        0.0, "largest norm of a client's change, longer ones are scaled down; 0: the median of the round's norms", low=0
+        0.0,
+        "largest norm of a client's change, longer ones are scaled down; 0: the median of the norms above 0",
+        low=0,
     )
 
 
@@ -31,7 +34,7 @@ def norm_clipped(round_: Round) -> Outcome:
     parameters: Parameters = round_.parameters
     wide = {name: tensor.double() for name, tensor in round_.before.items()}
     norms = np.array([norm(difference(adapter, wide)) for adapter in round_.adapters])
-    bound = parameters.clip_norm or float(np.median(norms))
+    bound = parameters.clip_norm or float(np.median(norms[norms > 0] if norms.any() else norms))
     factors = np.divide(bound, norms, out=np.ones_like(norms), where=norms > bound)
     averaged = {}
     for name, old in round_.before.items():
