@@ -319,6 +319,12 @@ def test_errors_name_the_value_and_the_remedy(
 
     with pytest.raises(ConfigError, match="no LoRA layers; give Trainer peft.get_peft_model"):
         train(BertForSequenceClassification.from_pretrained(tiny_model, num_labels=3))
+    dora = get_peft_model(
+        BertForSequenceClassification.from_pretrained(tiny_model, num_labels=3),
+        LoraConfig(r=2, target_modules=["query"], use_dora=True),
+    )
+    with pytest.raises(ConfigError, match="not the whole change of a DoRA layer; use rescale = False"):
+        Trainer(dora, arguments(tmp_path), train_dataset=examples, callbacks=[CopraCallback(rescale=True)]).train()
     model = peft_model(tiny_model)
     model.base_model.disable_adapter_layers()
     with pytest.raises(ConfigError, match="enable_adapter_layers"):

@@ -136,6 +136,11 @@ def _find_gates(model: nn.Module, copra: CopraConfig) -> Gates:
             f"CopraCallback: {len(disabled)} adapters are off when the training begins (first: {disabled[0]}), so the "
             "optimizer does not train them; call model.base_model.enable_adapter_layers() before you make the Trainer"
         )
+    if copra.rescale and any(True in module.use_dora.values() for module in layers.values()):
+        raise ConfigError(
+            "CopraCallback: rescale = True scales the product B A, which is not the whole change of a DoRA layer; use "
+            "rescale = False"
+        )
     parameters = dict(model.named_parameters())
     trains_head = any(p.requires_grad for name, p in parameters.items() if part_of(name) == "head")
     if copra.p0 < 1 and not copra.min_active and not trains_head:
