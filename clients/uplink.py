@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from clients.client_state import ClientState
 from copra_fl import wire
-from copra_fl.adapters.compression import FEEDBACK, Arrays, encode, encode_with_feedback
+from copra_fl.adapters.compression import Arrays, encode, encode_with_feedback
 from copra_fl.adapters.state import Adapter, Update, parts
 from copra_fl.aggregation import find_rule
 from copra_fl.aggregation.grams import templates
@@ -16,7 +16,7 @@ from copra_fl.aggregation.ranks import as_sent
 from copra_fl.aggregation.scaffold import minus
 from copra_fl.aggregation.shared_moments import moment_kinds
 from copra_fl.config import Config
-from copra_fl.training.plan import Plan, reported_metrics
+from copra_fl.training.plan import Plan, feeds_back, reported_metrics
 
 
 def shared(config: Config, updates: Sequence[Update]) -> list[Update]:
@@ -87,7 +87,7 @@ def _encode_tensors(
         of_grams = [replace(update, adapter=update.grams) for update in [*inspected, *pooled]]
         gram_starts = {update.client: templates(starts[update.client]) for update in of_grams}
         buffers["grams"] = encode(of_grams, gram_starts, group_of, "float32")
-    if inspected and uplink in FEEDBACK:
+    if inspected and feeds_back(config):
         buffers["adapters"], quantization_errors = encode_with_feedback(
             inspected, starts, group_of, uplink, quantization_errors
         )

@@ -81,8 +81,16 @@ def leaves_state(config: Config) -> bool:
         find_rule(aggregation.rule).personal
         or aggregation.control_variates
         or config.training.optimizer_state == "client"
-        or config.federation.uplink_dtype in FEEDBACK
+        or feeds_back(config)
     )
+
+
+def feeds_back(config: Config) -> bool:
+    """Return whether clients add the quantization error of a round to what they send in the next.
+
+    The error of factors that the rule draws or recomputes does not fit the next ones.
+    """
+    return config.federation.uplink_dtype in FEEDBACK and find_rule(config.aggregation.rule).keeps_factors
 
 
 def caches_state(config: Config) -> bool:
