@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from copra_fl.wording import foreign, shortened
@@ -38,7 +39,8 @@ def exchange(
 ) -> list[Message]:
     """Send `messages` and return the replies, sorted by node.
 
-    An error that Flower reports in place of a node that is gone counts as the node's reply.
+    An error in place of a node that is gone counts as the node's reply, whether Flower reports it later or does not
+    take the message.
 
     Args:
         timeout: seconds after which the wait ends.
@@ -50,7 +52,8 @@ def exchange(
     sent = {message.metadata.message_id: message for message in messages}
     delivery.announce()
     waiting = pushed & sent.keys()
-    replies: list[Message] = []
+    gone = Error(ErrorCode.NODE_UNAVAILABLE, "Flower did not take the message: the node is gone, or it is too large")
+    replies = [failed(message, gone) for number, message in sent.items() if number not in pushed]
     started = time.monotonic()
     while waiting and not enough(replies) and (waited := time.monotonic() - started) < timeout:
         new_replies = list(grid.pull_messages(waiting))

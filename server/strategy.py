@@ -26,6 +26,7 @@ from copra_fl.records import AggregationError, ClientEvaluation
 from copra_fl.training.plan import Plan, leaves_state, num_trained, sent_parts
 from server import sampling
 from server.aggregate import aggregate
+from server.errors import FederationError
 from server.eval_selection import evaluating_clients, inspected_clients
 from server.placement import place
 from server.replies import CHANGES, check_missing, decode_evaluations, decode_updates, read_replies, without_outliers
@@ -76,7 +77,7 @@ class CohortStrategy:
         self._sync = StateSync(run)
 
     def set_nodes(self, nodes: Mapping[int, wire.Handshake]) -> None:
-        """Replace the nodes that take part."""
+        """Replace the nodes that take part. Raises FederationError if no client of theirs can train."""
         by_partition = dict(sorted(nodes.items(), key=lambda item: item[1].partition))
         self.partitions = {node: handshake.partition for node, handshake in by_partition.items()}
         self.hosts = {node: handshake.num_examples.keys() for node, handshake in by_partition.items()}
@@ -84,6 +85,11 @@ class CohortStrategy:
         self.num_examples = {client: train for client, (train, _) in counts.items()}
         self.num_validation = {client: validation for client, (_, validation) in counts.items() if validation > 0}
         self.eligible = deep_enough(self.run.config, sampling.eligible(self.num_examples))
+        if not self.eligible:
+            raise FederationError(
+                f"none of the {len(self.num_examples)} clients on the connected nodes can train: each has no training "
+                "examples, or a depth below min-depth"
+            )
 
     @property
     def sampling_rate(self) -> float:

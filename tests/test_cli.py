@@ -24,7 +24,9 @@ from copra_fl.cli.compare import plan
 from copra_fl.cli.options import complete_method, complete_recipe, complete_setting
 from copra_fl.config import Config, ConfigError
 from copra_fl.console import plain_console
+from copra_fl.data.federated import load_data
 from copra_fl.files import in_words, sha256
+from copra_fl.models.build import load_processor
 from copra_fl.simulation import preflight
 from copra_fl.simulation.comparison import expand_all, find_plan, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
@@ -356,3 +358,13 @@ def test_an_asset_comes_before_a_folder_of_its_name(
     config = Config.from_flat(tiny | {"dataset": "our-texts", "model": "our-bert"})
     (checked,) = preflight.check([config], Console(quiet=True), WorkerRequest(1, 0, None))
     assert (checked.data.dataset, checked.model.model) == ("our-texts", "our-bert")
+
+
+def test_clients_that_cannot_train_are_named_before_anything_starts(tiny: Settings) -> None:
+    """The one client that is deep enough has no examples."""
+    config = Config.from_flat(tiny | {"num-clients": 12, "alpha": 0.02})
+    (without_examples, *_) = load_data(config, load_processor(config.model)).skipped
+    depths = ",".join("3" if client == without_examples else "1" for client in range(12))
+    config = config.changed(client_depths=depths, min_depth=3)
+    with pytest.raises(ConfigError, match="there are no clients with data and of depth 3 or more, among 12"):
+        preflight.check([config], Console(quiet=True), WorkerRequest(1, 0, None))

@@ -143,6 +143,7 @@ def test_a_finished_run_is_lengthened_to_what_the_longer_run_would_be(tiny: Sett
     [
         ({"lr-schedule": "cosine", "local-training": "lora"}, "lr-schedule = 'cosine'"),
         ({"local-training": "copra"}, "local-training = 'copra' with schedule-progress = 'federation'"),
+        ({"engine": "trainer", "script": "train.py"}, r"the learning rate of a Trainer \(engine = 'trainer'\)"),
     ],
 )
 def test_a_run_whose_schedule_follows_the_whole_run_is_not_lengthened(changes: Settings, reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.server.superlink.fleet.vce import vce_api
 
 from server import delivery
@@ -74,6 +75,19 @@ def test_the_wait_ends_with_the_last_reply(clock: Clock) -> None:
     grid = SlowGrid(3, clock)
     assert len(exchange(grid, queries(grid)[:2], timeout=60.0)) == 2
     assert 0.1 <= clock.now < 0.11
+
+
+def test_a_message_that_flower_does_not_take_is_answered_by_an_error_at_once(clock: Clock) -> None:
+    class Deaf(SlowGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            first, *others = messages
+            first.metadata.__dict__["_message_id"] = "first"
+            return ["", *super().push_messages(others)]
+
+    grid = Deaf(3, clock)
+    gone, reply = exchange(grid, queries(grid)[:2], timeout=60.0)
+    assert gone.has_error() and gone.error.code == ErrorCode.NODE_UNAVAILABLE and gone.metadata.src_node_id == 100
+    assert reply.metadata.src_node_id == 101 and clock.now < 0.11
 
 
 def test_the_wait_ends_when_the_replies_are_enough(clock: Clock) -> None:

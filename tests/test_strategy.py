@@ -100,6 +100,16 @@ def test_a_private_sample_does_not_follow_from_the_seed() -> None:
     assert len(set(map(tuple, samples))) > 1000
 
 
+def test_nodes_whose_clients_cannot_train_stop_the_run() -> None:
+    """Odd clients, on the second node, are too shallow; client 3, the deep one, has no examples."""
+    depths = ",".join("3" if client == 3 or client % 2 == 0 else "1" for client in range(20))
+    strategy = make_strategy(client_depths=depths, min_depth=3, updates="individual")
+    assert strategy.eligible == list(range(0, 20, 2))
+    counts = dict.fromkeys(range(1, 20, 2), 12) | {3: 0}
+    with pytest.raises(FederationError, match="none of the 10 clients on the connected nodes can train"):
+        strategy.set_nodes({101: wire.Handshake(1, "", 20, counts, dict.fromkeys(counts, 1), [])})
+
+
 def test_each_node_gets_one_message_with_its_cohort() -> None:
     strategy = make_strategy()
     messages = strategy.messages(make_request(strategy, [0, 1, 2, 7], inspected={2, 7}), 0, "train")

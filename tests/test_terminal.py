@@ -54,6 +54,15 @@ def test_a_narrow_terminal_cuts_no_time_and_keeps_finished_rounds(
     assert "round 2/12  done" in text and re.search(r"0:00:00 +left +-:--:--", text) and "…" not in text
 
 
+def test_the_accuracy_shown_is_that_of_the_last_evaluation() -> None:
+    state = ProgressState()
+    shown = []
+    for number, accuracy in enumerate([0.5, 0.0, None], start=1):
+        state.apply({"event": "recorded", "round": number, "accuracy": accuracy})
+        shown.append(state.accuracy)
+    assert shown == [0.5, 0.0, 0.0]
+
+
 def test_clients_count_when_they_are_trained_or_have_replied() -> None:
     """Workers on this machine report each trained client; of those on other machines only replies are known."""
     state = ProgressState()

@@ -107,10 +107,13 @@ def _check_one(config: Config, prepared: Callable[[Config], FederatedData]) -> t
     size = len(federated.label_names), federated.examples.max_length
     check_layers(config, memory_plan.num_groups(config, federated.examples.max_length))
     trained = set(deep_enough(config, range(config.data.num_clients))).difference(federated.skipped)
+    deep = f" and of depth {config.copra.min_depth} or more" if config.copra.min_depth else ""
+    if not trained:
+        raise ConfigError(f"there are no clients with data{deep}, among {config.data.num_clients}")
     if config.federation.clients_per_round > len(trained):
         raise ConfigError(
             f"clients-per-round = {config.federation.clients_per_round} is more than the {len(trained)} clients with "
-            "data" + (f" and of depth {config.copra.min_depth} or more" if config.copra.min_depth else "")
+            f"data{deep}"
         )
     config = memory_plan.limit_step_tokens(config, memory_plan.plan(config, *size))
     needed = memory_plan.plan(config, *size)

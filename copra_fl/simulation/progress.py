@@ -74,7 +74,9 @@ class ProgressState:
             case "evaluating":
                 self.phase = "evaluating"
             case "recorded":
-                self.recorded, self.accuracy, self.phase = event["round"], event["accuracy"] or self.accuracy, "done"
+                self.recorded, self.phase = event["round"], "done"
+                if event["accuracy"] is not None:
+                    self.accuracy = event["accuracy"]
             case "testing":
                 self.phase = "testing"
             case "finished":

@@ -135,6 +135,8 @@ def check_lengthened(config: Config) -> None:
         schedule = f"lr-schedule = {config.training.lr_schedule!r}"
     if copra.local_training == "copra" and copra.schedule_progress == "federation" and copra.p0 != copra.p1:
         schedule = "local-training = 'copra' with schedule-progress = 'federation'"
+    if config.training.engine == "trainer":
+        schedule = "the learning rate of a Trainer (engine = 'trainer')"
     if schedule:
         raise ConfigError(
             f"num-rounds = {config.federation.num_rounds}: the run cannot be made longer, because {schedule} follows "
