@@ -26,13 +26,20 @@ def end_reason(config: Config, server_round: int, accuracies: Sequence[float]) -
     return None
 
 
-def validation_accuracies(records: Sequence[RoundRecord]) -> list[float]:
-    """Return the validation accuracy of every evaluated round."""
-    return [record.validation.accuracy for record in records if record.validation]
+def validation_accuracies(config: Config, records: Sequence[RoundRecord]) -> list[float]:
+    """Return the validation accuracy of every round that eval-every evaluates.
+
+    The last round of a run that was made longer later is evaluated too, but not in a run that has always been as long.
+    """
+    every = config.evaluation.eval_every
+    return [record.validation.accuracy for record in records if record.validation and record.round % every == 0]
 
 
-def next_round(config: Config, records: Sequence[RoundRecord]) -> int | None:
-    """Return the number of the round after `records`; None at the end of the run."""
-    if len(records) == config.federation.num_rounds or (records and records[-1].ended_early):
+def ended_early(config: Config, records: Sequence[RoundRecord]) -> str | None:
+    """Return the reason why the run ends after `records`; None if it goes on, or after the last of num-rounds.
+
+    The last record of a run that was made longer has no reason, because its round was the last of num-rounds then.
+    """
+    if not records:
         return None
-    return len(records) + 1
+    return records[-1].ended_early or end_reason(config, len(records), validation_accuracies(config, records))

@@ -32,7 +32,7 @@ from copra_fl.tasks import find_task
 from copra_fl.training.plan import leaves_state
 from server.aggregate import earlier_after
 from server.audit import AuditLog
-from server.early_end import next_round, validation_accuracies
+from server.early_end import ended_early, validation_accuracies
 from server.errors import FederationError
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
@@ -68,19 +68,24 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     log(INFO, "%s over %s clients on %s nodes", config.aggregation.rule, len(strategy.num_examples), len(nodes))
     budget = open_budget(journal, strategy)
 
-    while server_round := next_round(config, journal.records):
+    ended: str | None = None
+    for server_round in range(len(journal.records) + 1, config.federation.num_rounds + 1):
+        if ended := ended_early(config, journal.records):
+            break
         if config.federation.failures == "tolerant":
             nodes = admit_late_nodes(grid, settled, nodes, audit)
             strategy.set_nodes(nodes)
             audit.admit(nodes, strategy.run.config)
-        accuracies = validation_accuracies(journal.records)
+        if budget and journal.records and (ended := budget.reason_to_end(strategy.sampling_rate)):
+            break
+        accuracies = validation_accuracies(config, journal.records)
         record = run_round(grid, strategy, evaluator, budget, server_round, accuracies)
         journal.record(record, strategy.state, config.federation.keep_checkpoints)
         announce(record)
-    if (last := journal.records[-1]).ended_early:
-        emit("note", text=f"{directory.name} ended in round {last.round}: {last.ended_early}")
+    if ended:
+        emit("note", text=f"{directory.name} ended in round {len(journal.records)}: {ended}")
 
-    finish(grid, strategy, evaluator, journal)
+    finish(grid, strategy, evaluator, journal, ended)
     audit.finish(len(journal.records))
 
 
@@ -147,8 +152,7 @@ def refuse(strategy: CohortStrategy, before: ServerState, training: RoundTrainin
     reason = f"round {number} is refused: the new global adapter {problem}"
     if client is not None:
         reason += f"; the longest update is that of client {client}, with a norm of {result.lengths[client]:.3g}"
-    copy = {name: tensor.clone() for name, tensor in before.adapter.items()}  # no file takes a tensor under two names
-    strategy.restore(replace(before, adapter=copy, earlier=earlier_after(config, before)))
+    strategy.restore(replace(before, earlier=earlier_after(config, before)))
     if config.federation.failures == "strict" or has_own_start(config, number - 1):
         raise FederationError(
             f"{reason}. --resume does the round again; a lower learning rate or max-update-norm may help"
@@ -200,13 +204,14 @@ def run_context(journal: Journal, evaluator: Evaluator) -> RunContext:
 def open_budget(journal: Journal, strategy: CohortStrategy) -> PrivacyBudget | None:
     """Return the privacy budget after the finished rounds; None in a run without differential privacy.
 
-    Raises ConfigError if the remaining rounds would exceed it.
+    Raises ConfigError if the run has spent nothing yet and its rounds would exceed it.
     """
     config = strategy.run.config
     if not config.privacy.dp_clip:
         return None
     budget = PrivacyBudget(journal.directory, config.privacy, len(journal.records))
-    budget.check(strategy.sampling_rate, config.federation.num_rounds - len(journal.records))
+    if not budget.is_charged:
+        budget.check(strategy.sampling_rate, config.federation.num_rounds)
     return budget
 
 
@@ -236,17 +241,20 @@ def write_provenance(journal: Journal, evaluator: Evaluator) -> None:
     journal.add_origin(config.federation.seed, origin)
 
 
-def finish(grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal) -> None:
+def finish(
+    grid: Grid, strategy: CohortStrategy, evaluator: Evaluator, journal: Journal, ended_early: str | None
+) -> None:
     """Test the final model, evaluate it on the clients, export it in PEFT's format, and write the summary.
 
-    With a personal rule there is no global model to test or to export.
+    With a personal rule there is no global model to test or to export. `ended_early` is the reason why the run ends
+    before the last of num-rounds.
     """
     emit("testing")
     state = strategy.state
     clients = [one for one in evaluate_clients(grid, strategy, len(journal.records)) if isfinite(one.loss)]
     test, held_out = evaluator.test(state)
     base = evaluator.evaluate_base() if test else (None, None)
-    summary = summarize(journal.read(), evaluator, clients, test, held_out, base)
+    summary = summarize(journal.read(), ended_early, evaluator, clients, test, held_out, base)
     if not strategy.run.rule.personal:
         evaluator.model.write_adapter(state.adapter)
         folder, labels, config = journal.directory / "adapter", evaluator.data.label_names, evaluator.config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from copra_fl.aggregation.accounting import Release, epsilon, epsilon_of_participants
@@ -32,19 +33,35 @@ class PrivacyBudget:
         spent = read_ledger(self._ledger)
         if len(spent) < num_rounds:
             raise DamagedFile(self._ledger, f"it has {len(spent)} releases, and the run has {num_rounds} rounds")
-        if spent:  # without half a line at the end: the next release begins a new one
+        if self._ledger.exists():  # without half a line at the end: the next release begins a new one
             atomic_write(self._ledger, "".join(charge.to_json() + "\n" for charge in spent))
         self._releases = [Release(charge.sampling_rate, charge.noise_multiplier) for charge in spent]
         self._participants = [(charge.clients, charge.noise_multiplier) for charge in spent]
 
+    @property
+    def is_charged(self) -> bool:
+        """True if the run has had a release."""
+        return bool(self._releases)
+
+    def reason_to_end(self, sampling_rate: float) -> str | None:
+        """Return the reason to end the run if one more round would exceed ``dp-budget``; otherwise None.
+
+        Releases of interrupted rounds count, so the last of num-rounds may not fit any more.
+        """
+        settings = self._settings
+        if settings.dp_budget and self._epsilon_after(sampling_rate, 1) > settings.dp_budget:
+            return f"no round more fits into dp-budget = {settings.dp_budget:g}"
+        return None
+
+    def _epsilon_after(self, sampling_rate: float, num_rounds: int) -> float:
+        """Return the epsilon of the releases so far and of `num_rounds` more."""
+        release = Release(sampling_rate, self._settings.dp_noise_multiplier)
+        return epsilon([*self._releases, *[release] * num_rounds], self._settings.dp_delta)
+
     def check(self, sampling_rate: float, num_rounds: int) -> None:
         """Raise ConfigError if `num_rounds` more rounds would exceed ``dp-budget``."""
-        settings, release = self._settings, Release(sampling_rate, self._settings.dp_noise_multiplier)
-
-        def epsilon_after(number: int) -> float:
-            return epsilon([*self._releases, *[release] * number], settings.dp_delta)
-
-        if num_rounds and settings.dp_budget and (total := epsilon_after(num_rounds)) > settings.dp_budget:
+        settings, epsilon_after = self._settings, partial(self._epsilon_after, sampling_rate)
+        if settings.dp_budget and (total := epsilon_after(num_rounds)) > settings.dp_budget:
             num_fitting = bisect_right(range(1, num_rounds + 1), settings.dp_budget, key=epsilon_after)
             raise ConfigError(
                 f"{num_rounds} more rounds would bring epsilon to {total:.3f} at delta = {settings.dp_delta:g}, more "

@@ -88,6 +88,7 @@ def log_fields(record: RoundRecord) -> dict[str, Any]:
 
 def summarize(
     records: Sequence[RoundRecord],
+    ended_early: str | None,
     evaluator: Evaluator,
     clients: Sequence[ClientEvaluation],
     test: Evaluation | None,
@@ -106,7 +107,7 @@ def summarize(
         personal=find_rule(config.aggregation.rule).personal,
         seed=config.federation.seed,
         rounds=len(records),
-        ended_early=last.ended_early,
+        ended_early=ended_early,
         passes=work.passes(config, records),
         flops=work.flops(records),
         aggregation_error_of_change=work.error_of_change(records),

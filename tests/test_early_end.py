@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from copra_fl.config import Config
-from copra_fl.records import RunSummary
+from copra_fl.records import RoundRecord, RunSummary
 from copra_fl.tensor_files import read_tensors
-from server.early_end import end_reason
+from server.early_end import end_reason, ended_early
 from tests.support.federations import StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -39,6 +39,25 @@ def test_the_rule_by_hand(settings: Settings, accuracies: list[float], reason: s
     config = Config.from_flat(settings | {"num-rounds": 9})
     assert end_reason(config, len(accuracies), accuracies) == reason
     assert end_reason(config, 9, accuracies) is None, "the last of num-rounds is no early end"
+
+
+def test_a_run_that_was_made_longer_ends_where_the_longer_run_would(tiny: Settings, tmp_path: Path) -> None:
+    """The accuracy falls in round 2 and rises in round 4; round 3 is evaluated as the last of the shorter run only."""
+    config = Config.from_flat(tiny | {"num-rounds": 6, "patience": 1, "eval-every": 2})
+    (row,) = journal(run_federation(tiny | {"num-rounds": 1}, tmp_path / "run"))
+
+    def records(*accuracies: float | None) -> list[RoundRecord]:
+        return [
+            RoundRecord.model_validate(
+                row | {"round": number, "validation": accuracy and row["validation"] | {"accuracy": accuracy}}
+            )
+            for number, accuracy in enumerate(accuracies, start=1)
+        ]
+
+    assert ended_early(config, records(None, 0.5, 0.4)) is None, "round 3 does not count"
+    assert ended_early(config, records(None, 0.5, 0.4, 0.6)) is None
+    assert ended_early(config, records(None, 0.5, 0.6, 0.5)) == "no improvement in 1 evaluation"
+    assert ended_early(config, []) is None
 
 
 def test_a_run_that_ends_early_is_the_beginning_of_the_whole_run(tiny: Settings, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -297,13 +298,25 @@ def test_a_run_that_would_exceed_its_budget_does_not_start(private: Settings, tm
     run_federation(private | {"dp-budget": budget, "num-rounds": 2}, tmp_path / "two")
 
 
+def test_a_run_whose_interrupted_round_has_spent_the_last_one_ends_before_it(private: Settings, tmp_path: Path) -> None:
+    """The first round is charged twice, so that one of the three rounds does not fit."""
+    flat = private | {"dp-budget": gaussian_epsilon(0.8, 3, 1e-5) + 0.1}
+    run_federation(flat | {"num-rounds": 1}, tmp_path / "run")
+    ledger = tmp_path / "run/privacy.jsonl"
+    ledger.write_text(ledger.read_text() * 2)
+    (tmp_path / "run/summary.json").unlink()
+    run_federation(flat, tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["rounds"], len(read_ledger(ledger))) == (2, 3)
+    assert re.fullmatch(r"no round more fits into dp-budget = \d+\.\d+", summary["ended_early"])
+
+
 def test_privacy_spent_before_a_resume_counts(tmp_path: Path) -> None:
     settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8, dp_budget=gaussian_epsilon(0.8, 2, 1e-5) + 0.1)
     budget = PrivacyBudget(tmp_path, settings, 0)
     budget.check(1.0, 2)
     spent = [budget.charge(1.0, [0]).epsilon for _ in range(2)]
     assert spent == pytest.approx([gaussian_epsilon(0.8, rounds, 1e-5) for rounds in (1, 2)], rel=2e-3)
-    PrivacyBudget(tmp_path, settings, 2).check(1.0, 0)
     with pytest.raises(ConfigError, match="1 more rounds would bring epsilon .* 0 more rounds fit"):
         PrivacyBudget(tmp_path, settings, 2).check(1.0, 1)
 
@@ -320,9 +333,9 @@ def test_a_release_at_a_higher_sampling_rate_than_at_the_start_stays_within_the_
 
 
 def test_half_a_line_was_not_published_and_a_lost_one_stops_the_run(tmp_path: Path) -> None:
-    settings = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8)
+    settings, ledger = PrivacyConfig(dp_clip=0.1, dp_noise_multiplier=0.8), tmp_path / "privacy.jsonl"
+    ledger.write_text('{"epsi')
     PrivacyBudget(tmp_path, settings, 0).charge(1.0, [0])
-    ledger = tmp_path / "privacy.jsonl"
     with ledger.open("a") as file:
         file.write('{"epsilon": 3')
     assert len(read_ledger(ledger)) == 1
