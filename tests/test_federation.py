@@ -31,7 +31,15 @@ from copra_fl.simulation.run_folder import check_lengthened, write_config
 from copra_fl.training import batches, cohort, engine
 from server.errors import FederationError
 from server.evaluator import Evaluator
-from tests.support.federations import Stop, StoppingGrid, assert_equal, final_adapter, finished_run, journal
+from tests.support.federations import (
+    Stop,
+    StoppingGrid,
+    assert_equal,
+    final_adapter,
+    final_state,
+    finished_run,
+    journal,
+)
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.tiny import Settings
 
@@ -356,6 +364,14 @@ def test_quantization_errors_stay_with_their_client_and_run(tiny: Settings, tmp_
     second = run_federation(flat | {"seed": 1}, tmp_path / "second", grid=grid)
     alone = run_federation(flat | {"seed": 1}, tmp_path / "alone")
     assert_equal(final_adapter(second), final_adapter(alone))
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("fedavg", True), ("flexlora", False)])
+def test_quantization_errors_are_kept_where_factors_keep_their_meaning(
+    tiny: Settings, rule: str, kept: bool, tmp_path: Path
+) -> None:
+    directory = run_federation(tiny | {"uplink-dtype": "int8", "rule": rule}, tmp_path / "run")
+    assert bool(final_state(directory).last_rounds) == kept
 
 
 def test_a_client_that_no_node_can_host_is_an_error_in_strict(tiny: Settings, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ class FederationConfig:
     uplink_dtype: str = option(
         "float32",
         "dtype of updates on their way to the server; float16 and int8 send the change of each client's adapter, int8 "
-        "with error feedback",
+        "with error feedback unless the rule draws or recomputes the factors",
         choices=("float32", "float16", "int8"),
     )
     moments_dtype: str = option(
@@ -468,7 +468,9 @@ class PrivacyConfig:
         low=0,
     )
     dp_delta: float = option(1e-5, "delta of the reported (epsilon, delta)", above=0, high=0.5)
-    dp_budget: float = option(0.0, "largest epsilon that a run may spend; 0: no limit", low=0)
+    dp_budget: float = option(
+        0.0, "largest epsilon that a run may spend; a round that does not fit ends it; 0: no limit", low=0
+    )
 
     @property
     def is_local(self) -> bool:
