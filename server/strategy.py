@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from logging import INFO
 from math import isfinite
 from typing import Any
 
 from flwr.app import Message, MessageType
+from flwr.supercore.logger import log
 
 from copra_fl import wire
 from copra_fl.adapters.server_state import ServerState
@@ -175,15 +177,18 @@ class CohortStrategy:
     def aggregate_evaluate(self, request: RoundRequest, replies: Sequence[Message]) -> list[ClientEvaluation]:
         """Return the clients' evaluations, sorted by client. Raises FederationError as `aggregate_train` does.
 
-        A client whose loss is not finite is left out, unless no client has a finite loss.
+        A client whose loss is not finite is left out, unless no client has a finite loss. It does not stop a strict
+        run, which could never end: the evaluation of a resumed run is the same.
         """
         decode = partial(decode_evaluations, self.run.config, self.num_validation)
         results, missing = read_replies(self.run, request, replies, decode)
         self._update_sync(request, results)
         evaluations = [evaluation for node_evaluations in results.values() for evaluation in node_evaluations]
         if finite := [evaluation for evaluation in evaluations if isfinite(evaluation.loss)]:
-            others = {one.client: f"it has a loss of {one.loss}" for one in evaluations if not isfinite(one.loss)}
-            evaluations, missing = finite, missing | others
+            for one in evaluations:
+                if not isfinite(one.loss):
+                    log(INFO, "client %s is left out of the evaluation: its loss is %s", one.client, one.loss)
+            evaluations = finite
         if request.cohorts:
             check_missing(self.run.config, request, missing, len(evaluations), "the evaluation by the clients")
         return sorted(evaluations, key=lambda evaluation: evaluation.client)

@@ -227,8 +227,9 @@ def test_an_empty_evaluation_costs_the_clients_of_its_node_alone(caplog: pytest.
     assert "its node's reply was rejected: the metrics of client 1 are missing" in caplog.text
 
 
-def test_an_impossible_evaluation_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = make_strategy(failures="tolerant")
+@pytest.mark.parametrize("failures", ["strict", "tolerant"])
+def test_a_client_without_a_finite_loss_is_left_out(failures: str, caplog: pytest.LogCaptureFixture) -> None:
+    strategy = make_strategy(failures=failures)
     request = make_request(strategy, [0, 2, 1], inspected=set())
     first, second = strategy.messages(request, 1, "evaluate")
     replies = []
@@ -238,4 +239,4 @@ def test_an_impossible_evaluation_is_rejected(caplog: pytest.LogCaptureFixture) 
         replies.append(Message(wire.echo(message.content, wire.pack_evaluations(metrics, {})), reply_to=message))
     with caplog.at_level("INFO", logger="flwr"):
         assert [evaluation.client for evaluation in strategy.aggregate_evaluate(request, replies)] == [0, 2]
-    assert "client 1 is missing in the evaluation by the clients: it has a loss of nan" in caplog.text
+    assert "client 1 is left out of the evaluation: its loss is nan" in caplog.text
