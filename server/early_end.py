@@ -35,7 +35,7 @@ def validation_accuracies(config: Config, records: Sequence[RoundRecord]) -> lis
     return [record.validation.accuracy for record in records if record.validation and record.round % every == 0]
 
 
-def ended_early(config: Config, records: Sequence[RoundRecord]) -> str | None:
+def reason_to_end(config: Config, records: Sequence[RoundRecord]) -> str | None:
     """Return the reason why the run ends after `records`; None if it goes on, or after the last of num-rounds.
 
     The last record of a run that was made longer has no reason, because its round was the last of num-rounds then.

@@ -32,7 +32,7 @@ from copra_fl.tasks import find_task
 from copra_fl.training.plan import leaves_state
 from server.aggregate import earlier_after
 from server.audit import AuditLog
-from server.early_end import ended_early, validation_accuracies
+from server.early_end import reason_to_end, validation_accuracies
 from server.errors import FederationError
 from server.evaluator import Evaluator
 from server.handshake import CLIENTS, admit_late_nodes, register_nodes
@@ -70,7 +70,7 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
 
     ended: str | None = None
     for server_round in range(len(journal.records) + 1, config.federation.num_rounds + 1):
-        if ended := ended_early(config, journal.records):
+        if ended := reason_to_end(config, journal.records):
             break
         if config.federation.failures == "tolerant":
             nodes = admit_late_nodes(grid, settled, nodes, audit)

@@ -10,7 +10,7 @@ import pytest
 from copra_fl.config import Config
 from copra_fl.records import RoundRecord, RunSummary
 from copra_fl.tensor_files import read_tensors
-from server.early_end import end_reason, ended_early
+from server.early_end import end_reason, reason_to_end
 from tests.support.federations import StoppingGrid, assert_equal, final_adapter, journal
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -54,10 +54,10 @@ def test_a_run_that_was_made_longer_ends_where_the_longer_run_would(tiny: Settin
             for number, accuracy in enumerate(accuracies, start=1)
         ]
 
-    assert ended_early(config, records(None, 0.5, 0.4)) is None, "round 3 does not count"
-    assert ended_early(config, records(None, 0.5, 0.4, 0.6)) is None
-    assert ended_early(config, records(None, 0.5, 0.6, 0.5)) == "no improvement in 1 evaluation"
-    assert ended_early(config, []) is None
+    assert reason_to_end(config, records(None, 0.5, 0.4)) is None, "round 3 does not count"
+    assert reason_to_end(config, records(None, 0.5, 0.4, 0.6)) is None
+    assert reason_to_end(config, records(None, 0.5, 0.6, 0.5)) == "no improvement in 1 evaluation"
+    assert reason_to_end(config, []) is None
 
 
 def test_a_run_that_ends_early_is_the_beginning_of_the_whole_run(tiny: Settings, tmp_path: Path) -> None:
