@@ -89,6 +89,10 @@ WRONG = [
     ({"processor": object()}, "processor belongs to a model in memory"),
     ({"model": nn.Linear(2, 2)}, "model is of type Linear; it must be a Transformers model"),
     ({"ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'; set local-training = 'copra'"),
+    (
+        {"trimmed_mean": {"trim_fraction": 0.2}},
+        r"trimmed-mean\.trim-fraction = 0\.2 has no effect with rule = 'fedavg'; choose the rule",
+    ),
     ({"ray_address": "nowhere"}, "--ray-address 'nowhere' is not HOST:PORT"),
     ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite deletes it"),
 ]

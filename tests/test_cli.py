@@ -132,6 +132,23 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
             "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
         ),
         (
+            ["simulate", "--set", "client-column=hospital"],
+            "client-column = 'hospital' has no effect with partitioner = 'dirichlet'; set partitioner = 'natural'",
+        ),
+        (
+            ["compare", "--set", "server-learning-rate=0.1"],
+            "server-learning-rate = 0.1 has no effect with server-optimizer = 'none'; set server-optimizer",
+        ),
+        (["simulate", "--set", "dp-budget=3"], "dp-budget = 3.0 has no effect with dp-clip = 0, where a run is not"),
+        (
+            ["compare", "--methods", "lora,half-layers", "--set", "full-rounds=1"],
+            "full-rounds = 1 has no effect with layers-per-round = 0 and layer-selection = 'random'; set",
+        ),
+        (
+            ["compare", "--methods", "lora,median", "--set", "trimmed-mean.trim-fraction=0.2"],
+            "trimmed-mean.trim-fraction = 0.2 has no effect with rule = 'fedavg'; choose the rule with this parameter",
+        ),
+        (
             ["simulate", "--recipe", "shakespeare", "--set", "engine=trainer", "--set", "learning-rate=0.01"],
             "learning-rate = 0.01 has no effect with engine = 'trainer', where the script decides; set it in the",
         ),

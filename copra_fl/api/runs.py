@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
-from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
+from copra_fl.config import KEYS, Config, ConfigError, flatten, kebab, unknown_key
 from copra_fl.console import plain_console
 from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
@@ -94,7 +94,7 @@ def simulate(
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "simulate", resume, overwrite)
     config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
-    refuse_idle(map(kebab, settings), [config])
+    refuse_idle(map(kebab, flatten(settings)), [config])
     rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
     run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
 
@@ -160,7 +160,7 @@ def compare(
             for run, (method, seed) in run_names(names, numbers).items()
         }
         refuse_equal(run_names(names, numbers), configs)
-        refuse_idle(map(kebab, settings), configs.values())
+        refuse_idle(map(kebab, flatten(settings)), configs.values())
     runs = run_names(names, numbers)
     rounds = NewRounds(
         [directory / run for run in runs],
