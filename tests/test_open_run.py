@@ -116,7 +116,7 @@ def test_incomplete_and_changed_runs_are_refused(run: OpenRun, altered: Callable
     with pytest.raises(ResultsError, match="is not the folder of a run: it has no config.toml$"):
         open_run(tmp_path)
     (tmp_path / "comparison.toml").touch()
-    with pytest.raises(ResultsError, match="It is a comparison: name one of the runs in it"):
+    with pytest.raises(ResultsError, match="it is a comparison: name one of the runs in it"):
         open_run(tmp_path)
     with pytest.raises(ResultsError, match=r"is not finished \(2 of 2 rounds\): continue it with --resume"):
         open_run(altered("unfinished", {}, summary=False))

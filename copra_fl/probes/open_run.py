@@ -291,9 +291,6 @@ def open_run(directory: Path) -> OpenRun:
 
     Raises ResultsError with the reason for a run that cannot be probed; ConfigError as `load_data` and `open_engine`.
     """
-    if not (directory / "config.toml").exists():
-        hint = ". It is a comparison: name one of the runs in it" if (directory / "comparison.toml").exists() else ""
-        raise ResultsError(f"{directory} is not the folder of a run: it has no config.toml{hint}")
     run = load_run(directory)
     if run.summary is None:
         progress = f"{len(run.journal)} of {run.config.federation.num_rounds} rounds"
