@@ -114,6 +114,10 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
         ({"methods": {"mine": {"rul": "median"}}}, "unknown configuration key 'rul'"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be whole numbers"),
         ({"seeds": [0.5]}, "must be whole numbers"),
+        ({"methods": ["lora"], "seeds": 3}, "seeds = 3 must be whole numbers"),
+        ({"methods": [1]}, r"methods = \[1\] must be names or TOML files as texts"),
+        ({"methods": {"lora": None}}, "method 'lora': its settings None must be a mapping; {} for none of its own"),
+        ({"seeds": np.arange(2), "rank": 0}, "rank = 0 must be at least 1"),  # NumPy's numbers are seeds too
         ({"methods": {"lora": {}}, "ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'"),
         ({"seed": 3}, r"compare takes seeds, not a seed: seeds=\[3\]"),
     ],
