@@ -25,6 +25,7 @@ from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import DamagedFile
 from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.initial_adapter import initial_adapter
+from copra_fl.provenance import versions
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, engine_of, open_engine, train_all
@@ -300,8 +301,12 @@ def open_run(directory: Path) -> OpenRun:
     config = resolve_config(config)
     federated = load_data(config, load_processor(config.model))
     if run.provenance and federated.digest != run.provenance.start.data_digest:
+        before, now = run.provenance.start.versions.get("copra-fl"), versions()["copra-fl"]
+        reason = "the data or copra-fl has changed"
+        if before != now:
+            reason = f"the run is of copra-fl {before}, this is copra-fl {now}"
         raise ResultsError(
-            f"{directory}: {config.data.dataset} does not give the data that the run was trained on; it has changed"
+            f"{directory}: {config.data.dataset} does not give the data that the run was trained on; {reason}"
         )
     config = config.changed(num_clients=len(federated.train))
     num_labels = len(federated.label_names)
