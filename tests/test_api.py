@@ -89,6 +89,10 @@ WRONG = [
     ({"processor": object()}, "processor belongs to a model in memory"),
     ({"model": nn.Linear(2, 2)}, "model is of type Linear; it must be a Transformers model"),
     ({"ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'; set local-training = 'copra'"),
+    (
+        {"trimmed_mean": {"trim_fraction": 0.2}},
+        r"trimmed-mean\.trim-fraction = 0\.2 has no effect with rule = 'fedavg'; choose the rule",
+    ),
     ({"ray_address": "nowhere"}, "--ray-address 'nowhere' is not HOST:PORT"),
     ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite deletes it"),
 ]
@@ -110,6 +114,10 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
         ({"methods": {"mine": {"rul": "median"}}}, "unknown configuration key 'rul'"),
         ({"seeds": [0, 0]}, r"seeds = \[0, 0\] must be whole numbers"),
         ({"seeds": [0.5]}, "must be whole numbers"),
+        ({"methods": ["lora"], "seeds": 3}, "seeds = 3 must be whole numbers"),
+        ({"methods": [1]}, r"methods = \[1\] must be names or TOML files as texts"),
+        ({"methods": {"lora": None}}, "method 'lora': its settings None must be a mapping; {} for none of its own"),
+        ({"seeds": np.arange(2), "rank": 0}, "rank = 0 must be at least 1"),  # NumPy's numbers are seeds too
         ({"methods": {"lora": {}}, "ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'"),
         ({"seed": 3}, r"compare takes seeds, not a seed: seeds=\[3\]"),
     ],

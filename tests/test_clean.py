@@ -29,19 +29,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for run in ("old", "new"):
         ClientStateStore(run).write(0, 1, ClientState(personal={"head.bias": torch.ones(250)}), 0)
     (old,) = (cache / "clients" / "old").iterdir()
-    os.utime(old, (time.time() - 40 * DAY,) * 2)
+    table = cache / "tables" / "old.parquet"
+    table.parent.mkdir()
+    table.touch()
+    for path in (old, table):
+        os.utime(path, (time.time() - 40 * DAY,) * 2)
     for name in ("here", "gone"):
         source = tmp_path / f"[{name}].csv"  # brackets are no markup
         source.write_text("text,label\n")
         cached("tokens", name, lambda: ({"ids": torch.arange(3)}, {}), str(source))
     cached("tokens", "an-asset", lambda: ({"ids": torch.arange(3)}, {}), "health-tweets")
     (tmp_path / "[gone].csv").unlink()
+    (cache / "tokens" / "damaged.safetensors").touch()
     for name in ("killed", "running"):
         (cache / "assets" / f"{name}.part").mkdir(parents=True)
     return cache
 
 
-GOES = ["clients/old", "tokens/gone.safetensors", "assets/killed.part"]
+GOES = [
+    "clients/old",
+    "tables/old.parquet",
+    "tokens/gone.safetensors",
+    "tokens/damaged.safetensors",
+    "assets/killed.part",
+]
 STAYS = ["clients/new", "tokens/here.safetensors", "tokens/an-asset.safetensors", "assets/running.part"]
 
 
@@ -51,7 +62,7 @@ def test_the_cache_is_cleaned(cache: Path) -> None:
         assert all((cache / name).exists() for name in (*GOES, *STAYS)), "--dry-run removes nothing"
         removed = run_command("clean").out
         again = run_command("clean", "--days", "0").out
-    assert "3 files and folders can be removed: 0.00 MB" in listed and "3 files and folders removed" in removed
+    assert "5 files and folders can be removed: 0.00 MB" in listed and "5 files and folders removed" in removed
     for name in GOES:
         assert str(cache / name) in listed.replace("\n", "") and not (cache / name).exists()
     assert "last used 40 days ago" in listed and "[gone].csv, which is gone" in listed

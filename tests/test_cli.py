@@ -108,6 +108,13 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (["simulate", "--resume", "--output", "gone"], "--resume: there is no run in"),
         (["simulate", "--resume"], "--resume needs --output: the folder of the run to continue"),
         (["simulate", "--output", "/proc/runs/one"], "--output /proc/runs/one: cannot write in /proc: "),
+        (["simulate", "--output", "bad.toml"], "bad.toml is a file, not a folder"),
+        (["compare", "--output", "bad.toml/one"], "bad.toml is a file, not a folder"),
+        (["study", "smoke", "--output", "bad.toml/one"], "bad.toml is a file, not a folder"),
+        (["report", ".", "--figures", "bad.toml/one"], "bad.toml is a file, not a folder"),
+        (["export", ".", "--to", "bad.toml/one"], "bad.toml is a file, not a folder"),
+        (["probe", "merge", ".", "--output", "bad.toml"], "bad.toml is a file, not a folder"),
+        (["bench", "--output", "bad.toml/one"], "bad.toml is a file, not a folder"),
         (["compare", "--set", "seed=3"], "--set seed=3 has no effect here: use --seeds, as in --seeds 0,1,2"),
         (["study", "smoke", "--set", "seed=3"], "--set seed=3 has no effect here: a study's seeds are those of its"),
         (["simulate", "--set", "rank"], "--set 'rank' must have the form KEY=VALUE"),
@@ -123,6 +130,23 @@ def test_bad_settings(tiny: Settings, data_files: Path, changes: Settings, messa
         (
             ["compare", "--methods", "lora,median", "--set", "p0=0.1"],
             "p0 = 0.1 has no effect with local-training = 'lora'; set local-training = 'copra'",
+        ),
+        (
+            ["simulate", "--set", "client-column=hospital"],
+            "client-column = 'hospital' has no effect with partitioner = 'dirichlet'; set partitioner = 'natural'",
+        ),
+        (
+            ["compare", "--set", "server-learning-rate=0.1"],
+            "server-learning-rate = 0.1 has no effect with server-optimizer = 'none'; set server-optimizer",
+        ),
+        (["simulate", "--set", "dp-budget=3"], "dp-budget = 3.0 has no effect with dp-clip = 0, where a run is not"),
+        (
+            ["compare", "--methods", "lora,half-layers", "--set", "full-rounds=1"],
+            "full-rounds = 1 has no effect with layers-per-round = 0 and layer-selection = 'random'; set",
+        ),
+        (
+            ["compare", "--methods", "lora,median", "--set", "trimmed-mean.trim-fraction=0.2"],
+            "trimmed-mean.trim-fraction = 0.2 has no effect with rule = 'fedavg'; choose the rule with this parameter",
         ),
         (
             ["simulate", "--recipe", "shakespeare", "--set", "engine=trainer", "--set", "learning-rate=0.01"],

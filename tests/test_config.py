@@ -11,7 +11,7 @@ from flwr.common.config import flatten_dict
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, csv_line, csv_list, parse_override
-from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, refuse_idle, short_name
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +225,14 @@ def test_two_methods_cannot_have_one_name() -> None:
 def test_a_method_without_effect_is_refused(tuned: Recipe) -> None:
     with pytest.raises(ConfigError, match="'copra[+]flora': 'copra' has no effect"):
         tuned.config("copra+flora")
+
+
+def test_a_setting_that_counts_in_one_run_or_for_a_plugin_is_taken() -> None:
+    recipe = Recipe.read("smoke", ["trimmed-mean.trim-fraction=0.2"])
+    keys = [*recipe.overrides, "server-learning-rate", "rounds-per-layer", "full-rounds"]
+    refuse_idle(keys, [recipe.config(method) for method in ("lora", "trimmed-mean", "fedadam", "fedpart")])
+    refuse_idle(["dp-delta", "dp-budget"], [Config.from_flat({"dp-clip": 0.1})])
+    refuse_idle(["client-column"], [Config.from_flat({"partitioner": "hospital.splits", "client-column": "site"})])
 
 
 def test_every_rule_has_a_method_and_fedavg_is_lora() -> None:

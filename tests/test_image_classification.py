@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ from copra_fl.models.export import load, save
 from copra_fl.models.merged import export_merged
 from copra_fl.sources import tables
 from copra_fl.sources.tables import file_table, find_tables
-from copra_fl.tasks.images import encode_images
+from copra_fl.tasks.images import ImageProcessor, encode_images
 from copra_fl.training.evaluation import evaluate
 from tests.support.local_grid import run_federation
 from tests.support.tiny import Settings
@@ -128,6 +129,20 @@ def test_every_format_gives_the_pixels_of_transformers(
         assert batch["pixel_values"].shape == (240, *shape) and federated.examples.max_length == NUM_TOKENS
         torch.testing.assert_close(batch["pixel_values"], expected)
         assert [LABELS[label] for label in batch["labels"]] == rows["label"].tolist()
+
+
+@pytest.mark.parametrize("flags", [{"do_normalize": False}, {"do_rescale": False}], ids=lambda flags: next(iter(flags)))
+def test_pixels_are_rescaled_and_normalized_where_the_model_s_are(
+    tiny_dino: str, photos: Path, tmp_path: Path, flags: dict[str, bool]
+) -> None:
+    """Oracle: Transformers' own image processor, with which an exported model opens."""
+    shutil.copytree(tiny_dino, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text()) | flags
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    opened = [Image.open(file).convert("RGB") for file in sorted(photos.glob("*/*.png"))[:3]]
+    expected = tf.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(opened, return_tensors="pt")
+    pixels = ImageProcessor(str(tmp_path))(opened)["pixel_values"]
+    torch.testing.assert_close(pixels, expected["pixel_values"], check_dtype=False)
 
 
 def test_images_are_turned_as_their_exif_data_say(images: Settings, photos: Path, tmp_path: Path) -> None:

@@ -116,12 +116,18 @@ def test_incomplete_and_changed_runs_are_refused(run: OpenRun, altered: Callable
     with pytest.raises(ResultsError, match="is not the folder of a run: it has no config.toml$"):
         open_run(tmp_path)
     (tmp_path / "comparison.toml").touch()
-    with pytest.raises(ResultsError, match="It is a comparison: name one of the runs in it"):
+    with pytest.raises(ResultsError, match="it is a comparison: name one of the runs in it"):
         open_run(tmp_path)
     with pytest.raises(ResultsError, match=r"is not finished \(2 of 2 rounds\): continue it with --resume"):
         open_run(altered("unfinished", {}, summary=False))
-    with pytest.raises(ResultsError, match="does not give the data that the run was trained on"):
-        open_run(altered("other-data", {"alpha": 5.0}))
+    other_data = altered("other-data", {"alpha": 5.0})
+    with pytest.raises(ResultsError, match="does not give the data .* trained on; the data or copra-fl has changed"):
+        open_run(other_data)
+    provenance = json.loads((other_data / "provenance.json").read_text())
+    provenance["start"]["versions"]["copra-fl"] = "0.0.9"
+    (other_data / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(ResultsError, match="trained on; the run is of copra-fl 0.0.9, this is copra-fl "):
+        open_run(other_data)
     with pytest.raises(ResultsError, match="round-00001.safetensors does not exist"):
         open_run(altered("pruned", {})).state(1)
     short = altered("short", {"max-length": 8, "server-validation-examples": 30})

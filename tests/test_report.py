@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
+from copra_fl.config import ConfigError
 from copra_fl.records import (
     ClientEvaluation,
     Estimate,
@@ -24,7 +25,7 @@ from copra_fl.reporting import export
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import by_round, styles
 from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
-from copra_fl.reporting.report import render
+from copra_fl.reporting.report import render, write
 from copra_fl.reporting.results import ResultsError, load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, possible_range, summarize
 from copra_fl.reporting.tables import COLUMNS, TEST_ACCURACY, no_better_than_majority, ranking, results_table, rows
@@ -412,11 +413,28 @@ def test_a_run_of_another_version_is_refused_in_one_sentence(tmp_path: Path, nam
         load_run(tmp_path / "run")
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", b'{"method": "cop', "summary.json: not valid JSON"),
+        ("summary.json", b"\xff\xfe", "summary.json: not valid JSON"),
+        ("config.toml", b"nonsense = 3", "config.toml: unknown configuration key 'nonsense'"),
+        ("probe-merge.figures.json", b'{"title": "Mer', "probe-merge.figures.json is damaged or of another version"),
+        ("probe-merge.figures.json", b'{"titel": "Merging"}', "probe-merge.figures.json is damaged or of another"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     write_run(tmp_path / "run", "copra", 0)
-    (tmp_path / "run" / "summary.json").write_text('{"method": "cop')
-    with pytest.raises(ResultsError, match="summary.json: not valid JSON"):
-        load_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises((ResultsError, ConfigError), match=f"{tmp_path}/run/{message}"):
+        write(tmp_path / "run")
+
+
+def test_a_folder_that_load_run_cannot_open_is_named(tmp_path: Path, comparison: Path) -> None:
+    with pytest.raises(ResultsError, match=f"{tmp_path}/gone is not the folder of a run: it does not exist"):
+        load_run(tmp_path / "gone")
+    with pytest.raises(ResultsError, match="it is a comparison: name one of the runs in it, .*load_comparison"):
+        load_run(comparison)
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:

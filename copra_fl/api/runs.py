@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
-from copra_fl.config import KEYS, Config, ConfigError, kebab, unknown_key
+from copra_fl.config import KEYS, Config, ConfigError, flatten, kebab, unknown_key
 from copra_fl.console import plain_console
 from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
@@ -94,7 +95,7 @@ def simulate(
     request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
     directory = choose_output(folder, "simulate", resume, overwrite)
     config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
-    refuse_idle(map(kebab, settings), [config])
+    refuse_idle(map(kebab, flatten(settings)), [config])
     rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
     run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
 
@@ -160,7 +161,7 @@ def compare(
             for run, (method, seed) in run_names(names, numbers).items()
         }
         refuse_equal(run_names(names, numbers), configs)
-        refuse_idle(map(kebab, settings), configs.values())
+        refuse_idle(map(kebab, flatten(settings)), configs.values())
     runs = run_names(names, numbers)
     rounds = NewRounds(
         [directory / run for run in runs],
@@ -249,15 +250,22 @@ def _settings(
 
 
 def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console: Console) -> dict[str, MethodSettings]:
-    """Return the methods of a comparison by name. Raises ConfigError for a wrong or repeated name, or without any."""
+    """Return the methods of a comparison by name.
+
+    Raises ConfigError for a wrong or repeated name, without any, and for settings that are no mapping.
+    """
     if not methods:
         raise ConfigError("methods is empty; name at least one method")
+    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"methods = {methods!r} must be names or TOML files as texts, such as 'lora'")
     if not isinstance(methods, Mapping):
-        names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
         sources = expand_all(by_short_name(names), recipe, console)
         return {name: MethodSettings(source, {}) for name, source in sources.items()}
     tables = {}
     for name, table in methods.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"method {name!r}: its settings {table!r} must be a mapping; {{}} for none of its own")
         is_known = recipe.knows(name)
         if not is_known and not METHOD.fullmatch(name):
             raise ConfigError(f"method {name!r}: the name of a method of your own has letters, digits, _, - and . only")
@@ -266,8 +274,11 @@ def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console:
 
 
 def _check_seeds(seeds: Sequence[int]) -> list[int]:
-    numbers = list(seeds)
-    if not numbers or len(set(numbers)) < len(numbers) or any(type(seed) is not int for seed in numbers):
+    try:
+        numbers = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(f"seeds = {seeds!r} must be whole numbers, at least one, each once")
     return numbers
 

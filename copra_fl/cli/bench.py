@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from copra_fl import provenance, startup
 from copra_fl.config import ConfigError
 from copra_fl.console import plain_console
+from copra_fl.simulation.run_folder import check_writable
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.bench.sizes import Size
@@ -144,6 +145,7 @@ def bench(
 
     console = plain_console(stderr=True)
     stem = (output or _default_output()).absolute()
+    check_writable("--output", stem.parent)
     stem.parent.mkdir(parents=True, exist_ok=True)
     compared = [name for name in size or DEFAULT_SIZES if name in sizes.SIZES]
     chosen = list(sizes.QUICK_SIZES.values()) if quick else [sizes.SIZES[name] for name in compared]

@@ -23,14 +23,21 @@ def clean(
         ),
     ] = None,
     days: Annotated[
-        float, typer.Option("--days", min=0, help="Remove clients' states that were not used for this many days.")
+        float,
+        typer.Option(
+            "--days",
+            min=0,
+            help="Remove clients' states, and tables and models from Python, that were not used for this many days.",
+        ),
     ] = 30,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Newest checkpoints of each run that stay.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List everything with its size, and remove nothing.")
     ] = False,
 ) -> None:
-    """Remove old states of clients, tokens of data that is gone and unfinished downloads from the cache."""
+    """Remove old states of clients, old tables and models from Python, tokens of data that is gone, damaged tokens and
+    unfinished downloads from the cache.
+    """
     from copra_fl.data.leftovers import in_cache, in_runs  # slow to import
 
     leftovers = [*in_cache(cache_dir(), days), *in_runs(runs or [], keep)]

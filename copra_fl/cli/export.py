@@ -7,12 +7,22 @@ from typing import Annotated
 
 import typer
 
-from copra_fl.cli.options import BaseOption, DatasetOption, DtypeName, DtypeOption, MergeOption, ModelArgument
+from copra_fl.cli.options import (
+    BaseOption,
+    DatasetOption,
+    DtypeName,
+    DtypeOption,
+    MergeOption,
+    ModelArgument,
+    writable_folder,
+)
 
 
 def export(
     run: ModelArgument,
-    to: Annotated[Path, typer.Option("--to", help="New folder for the model.", show_default=False)],
+    to: Annotated[
+        Path, typer.Option("--to", help="New folder for the model.", show_default=False, callback=writable_folder)
+    ],
     merge: MergeOption = False,
     dataset: DatasetOption = "",
     dtype: DtypeOption = DtypeName.FLOAT32,

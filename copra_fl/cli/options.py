@@ -12,6 +12,7 @@ from copra_fl import trackers
 from copra_fl.config import KEYS
 from copra_fl.simulation import ray_cluster
 from copra_fl.simulation.recipes import built_in_methods, built_in_recipes
+from copra_fl.simulation.run_folder import check_writable
 
 RECIPE_HELP = f"Recipe: a TOML file, or the name of a built-in recipe ({', '.join(built_in_recipes())})."
 
@@ -33,6 +34,13 @@ def complete_method(incomplete: str) -> list[str]:
     """Return the built-in methods for shell completion, also of the last name in a list like ``lora,flora+co``."""
     cut = max(incomplete.rfind(","), incomplete.rfind("+")) + 1
     return [incomplete[:cut] + name for name in built_in_methods() if name.startswith(incomplete[cut:])]
+
+
+def writable_folder(parameter: typer.CallbackParam, folder: Path | None) -> Path | None:
+    """Return `folder`, the value of an option, before any work starts. Raises ConfigError as `check_writable` does."""
+    if folder is not None:
+        check_writable(parameter.opts[0], folder)
+    return folder
 
 
 def set_option(help_text: str) -> Any:

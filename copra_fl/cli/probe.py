@@ -14,6 +14,7 @@ import typer
 from rich import progress as rich_progress
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
+from copra_fl.cli.options import writable_folder
 from copra_fl.config import ConfigError
 from copra_fl.console import plain_console
 
@@ -38,7 +39,12 @@ SplitOption = Annotated[
     SplitName, typer.Option("--split", help="Examples to evaluate on; neither is used in training.")
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", help="Folder for page and JSON file. Default: the folder of the first run.")
+    Path | None,
+    typer.Option(
+        "--output",
+        help="Folder for page and JSON file. Default: the folder of the first run.",
+        callback=writable_folder,
+    ),
 ]
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=1, help="Compare the clients of this round. Default: the last round.")

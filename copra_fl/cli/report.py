@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from copra_fl.cli.options import writable_folder
 from copra_fl.console import plain_console
 from copra_fl.provenance import pip_install
 from copra_fl.simulation.superlink import RunFailed
@@ -23,6 +24,7 @@ def report(
         typer.Option(
             "--figures",
             metavar="FOLDER",
+            callback=writable_folder,
             help="Also write every chart (SVG, PNG, CSV) and table (CSV, Markdown, LaTeX) to this folder. SVG and PNG "
             "need the extra `figures` and Chromium; the buttons in the page need neither.",
         ),

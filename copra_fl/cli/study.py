@@ -28,7 +28,12 @@ CellsOption = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path, typer.Option("--output", help="Folder for the results; an earlier study in it is continued.")
+    Path,
+    typer.Option(
+        "--output",
+        help="Folder for the results; an earlier study in it is continued.",
+        callback=options.writable_folder,
+    ),
 ]
 FileArgument = Annotated[
     str,

@@ -111,8 +111,12 @@ class Config:
 
     @classmethod
     def from_toml(cls, path: Path) -> Config:
-        """Read a run folder's ``config.toml``. Raises ConfigError as `from_flat` does."""
-        return cls.from_flat(read_toml(path))
+        """Read a run folder's ``config.toml``. Raises ConfigError with the path as `from_flat` does."""
+        flat = read_toml(path)
+        try:
+            return cls.from_flat(flat)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_flat(self) -> dict[str, Value]:
         """Return every key with its value: the inverse of `from_flat`. Of rule parameters those that are given."""

@@ -1,4 +1,5 @@
-"""Files that nobody needs any more: states of clients of old runs, tokens of data that is gone, unfinished downloads.
+"""Files that nobody needs any more: states of clients of old runs, old tables and models from Python, tokens that are
+damaged or of data that is gone, unfinished downloads.
 
 They hold users' data or large tensors, and nothing else removes them: a node does not learn when a run is over.
 """

@@ -1,4 +1,4 @@
-"""Load the data file of a node, which makes the node one client: a CSV, JSONL or Parquet file or an image folder.
+"""Load the data of a node, which make it one client: a CSV, TSV, JSONL or Parquet file, or a folder of images.
 
     file  ->  client's train | validation        encoded in the node's cache, readable by its owner only
 

@@ -25,6 +25,7 @@ from copra_fl.data.federated import FederatedData, load_data
 from copra_fl.files import DamagedFile
 from copra_fl.models.build import load_processor, resolve_config
 from copra_fl.models.initial_adapter import initial_adapter
+from copra_fl.provenance import versions
 from copra_fl.records import RoundRecord
 from copra_fl.reporting.results import ResultsError, load_run
 from copra_fl.training.engine import Engine, engine_of, open_engine, train_all
@@ -291,9 +292,6 @@ def open_run(directory: Path) -> OpenRun:
 
     Raises ResultsError with the reason for a run that cannot be probed; ConfigError as `load_data` and `open_engine`.
     """
-    if not (directory / "config.toml").exists():
-        hint = ". It is a comparison: name one of the runs in it" if (directory / "comparison.toml").exists() else ""
-        raise ResultsError(f"{directory} is not the folder of a run: it has no config.toml{hint}")
     run = load_run(directory)
     if run.summary is None:
         progress = f"{len(run.journal)} of {run.config.federation.num_rounds} rounds"
@@ -303,8 +301,12 @@ def open_run(directory: Path) -> OpenRun:
     config = resolve_config(config)
     federated = load_data(config, load_processor(config.model))
     if run.provenance and federated.digest != run.provenance.start.data_digest:
+        before, now = run.provenance.start.versions.get("copra-fl"), versions()["copra-fl"]
+        reason = "the data or copra-fl has changed"
+        if before != now:
+            reason = f"the run is of copra-fl {before}, this is copra-fl {now}"
         raise ResultsError(
-            f"{directory}: {config.data.dataset} does not give the data that the run was trained on; it has changed"
+            f"{directory}: {config.data.dataset} does not give the data that the run was trained on; {reason}"
         )
     config = config.changed(num_clients=len(federated.train))
     num_labels = len(federated.label_names)

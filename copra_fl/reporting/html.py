@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from copra_fl.reporting.data_table import DataTable, file_stem
+from copra_fl.reporting.results import ResultsError
 
 HEIGHT = 340
 
@@ -116,6 +117,20 @@ def pack(sections: Sequence[Section]) -> list[dict[str, object]]:
 def unpack(packed: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Return the figures from the output of `pack`."""
     return [Figure(**{**figure, "chart": go.Figure(figure["chart"])}) for figure in packed]
+
+
+def read_section(path: Path) -> Section:
+    """Return the section of ``title`` and packed ``figures`` in the JSON file `path`.
+
+    Raises ResultsError for a file that is damaged or of another version.
+    """
+    try:
+        stored = json.loads(path.read_bytes())
+        return Section(stored["title"], unpack(stored["figures"]))
+    except (ValueError, KeyError, TypeError):
+        raise ResultsError(
+            f"{path} is damaged or of another version of copra-fl; remove it, or repeat the probe"
+        ) from None
 
 
 def empty_chart(x_axis: Mapping[str, object], y_axis: Mapping[str, object]) -> go.Figure:

@@ -290,8 +290,7 @@ def _probes(comparison: Comparison) -> Iterator[Section]:
     """Yield the figures that `copra-fl probe` has written to the folder and to those of its runs."""
     folders = dict.fromkeys([comparison.directory, *(run.directory for _, run in comparison.runs)])
     for path in (path for folder in folders for path in sorted(folder.glob("probe-*.figures.json"))):
-        probe = json.loads(path.read_text(encoding="utf-8"))
-        yield Section(probe["title"], html.unpack(probe["figures"]))
+        yield html.read_section(path)
 
 
 def _each_run(comparison: Comparison, summary: ComparisonSummary) -> list[DataTable]:

@@ -176,9 +176,15 @@ class Comparison:
 def load_run(directory: str | Path) -> Run:
     """Load the run in `directory`, finished or not.
 
-    Raises ResultsError for a file that is damaged or of another version, ConfigError without a valid ``config.toml``.
+    Raises ResultsError for a folder without a run and for a file that is damaged or of another version, ConfigError for
+    a ``config.toml`` that is not valid.
     """
     directory = Path(directory)
+    if not (directory / "config.toml").exists():
+        problem = "it has no config.toml" if directory.exists() else "it does not exist"
+        if (directory / "comparison.toml").exists():
+            problem = "it is a comparison: name one of the runs in it, or open all with copra_fl.load_comparison"
+        raise ResultsError(f"{directory} is not the folder of a run: {problem}")
     provenance = _read(Provenance, directory / "provenance.json")  # first: another version has other settings, too
     summary = _read(RunSummary, directory / "summary.json")
     journal = _read_journal(directory / "journal.jsonl")
@@ -241,11 +247,9 @@ def _read_journal(path: Path) -> list[RoundRecord]:
 
 
 def _read(record_type: type[RecordType], path: Path) -> RecordType | None:
-    return _parse(record_type, path.read_text(encoding="utf-8"), path) if path.exists() else None
-
-
-def _parse(record_type: type[RecordType], text: str, path: Path) -> RecordType:
+    if not path.exists():
+        return None
     try:
-        return record_type.from_json(text)
+        return record_type.from_json(path.read_bytes())
     except RecordError as error:
         raise ResultsError(f"{path}: {error}") from None

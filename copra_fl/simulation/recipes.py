@@ -17,7 +17,7 @@ Settings, in order of precedence, lowest first:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from copra_fl.wording import unknown_name
 TABLES = ("methods", "study")
 #: keys that only CopRA reads
 SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
+#: keys that only a server optimizer reads
+SERVER_KEYS = ("server-learning-rate", "server-momentum", "server-beta2", "server-tau")
 #: keys of the local training that the script of engine = "trainer" decides in its own way
 TRAINER_KEYS = (
     "optimizer", "learning-rate", "head-learning-rate", "lr-schedule", "weight-decay", "momentum", "batch-size",
@@ -125,21 +127,59 @@ def refuse_idle(keys: Iterable[str], configs: Iterable[Config]) -> None:
 
 def _idle_reasons(config: Config) -> dict[str, str]:
     """Return, by key, why a setting has no effect in a run of `config`."""
-    flat = config.to_flat()
-    rows = [
+    flat, copra, rule = config.to_flat(), config.copra, config.aggregation.rule
+    of_other_rules = _idle_parameters(config)
+    without_groups = set(KEYS["partitioner"].choices) - {"natural"}  # a plugin may need client-column
+    rows: list[tuple[bool, Sequence[str], str]] = [
         (
-            config.copra.local_training != "copra",
+            copra.local_training != "copra",
             SCHEDULE_KEYS,
-            f"local-training = {config.copra.local_training!r}; set local-training = 'copra', or leave it out",
+            f"local-training = {copra.local_training!r}; set local-training = 'copra', or leave it out",
         ),
         (
             config.training.engine == "trainer",
             TRAINER_KEYS,
             "engine = 'trainer', where the script decides; set it in the script, and leave it out here",
         ),
+        (
+            config.data.partitioner in without_groups,
+            ["client-column"],
+            f"partitioner = {config.data.partitioner!r}; set partitioner = 'natural', or leave it out",
+        ),
+        (
+            config.aggregation.server_optimizer == "none",
+            SERVER_KEYS,
+            "server-optimizer = 'none'; set server-optimizer, or leave it out",
+        ),
+        (
+            config.privacy.dp_clip == 0,
+            ["dp-noise-multiplier", "dp-delta", "dp-budget"],
+            "dp-clip = 0, where a run is not private; set dp-clip, or leave it out",
+        ),
+        (
+            copra.layers_per_round == 0 or copra.layer_selection != "cycle",
+            ["rounds-per-layer", "full-rounds"],
+            f"layers-per-round = {copra.layers_per_round} and layer-selection = {copra.layer_selection!r}; set "
+            "layers-per-round and layer-selection = 'cycle', or leave it out",
+        ),
+        (
+            bool(of_other_rules),
+            of_other_rules,
+            f"rule = {rule!r}; choose the rule with this parameter, or leave it out",
+        ),
     ]
     reasons = {key: reason for applies, keys, reason in rows if applies for key in keys}
     return {key: f"{key} = {flat[key]!r} has no effect with {reason}" for key, reason in reasons.items()}
+
+
+def _idle_parameters(config: Config) -> list[str]:
+    """Return the parameters of built-in rules in `config` that its own rule does not have."""
+    if not config.rule_parameters:
+        return []
+    from copra_fl.aggregation.compatibility import parameter_keys  # slow to import
+
+    others = {name for name, key in parameter_keys().items() if key.owner != config.aggregation.rule}
+    return [name for name, _ in config.rule_parameters if name in others]
 
 
 def short_name(method: str) -> str:

@@ -38,13 +38,11 @@ def choose_output(output: Path | None, command: str, resume: bool, overwrite: bo
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: use one of them")
     directory = (output or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--output {directory} is a file, not a folder")
     if resume and output is None:
         raise ConfigError("--resume needs --output: the folder of the run to continue")
     if resume and not directory.exists():
         raise ConfigError(f"--resume: there is no run in {directory}; leave --resume out to start one")
-    check_writable(directory)
+    check_writable("--output", directory)
     if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         is_run = any((directory / marker).exists() for marker in MARKER_FILES)
         if not is_run:
@@ -65,14 +63,19 @@ def check_command(directory: Path, command: str) -> None:
         raise ConfigError(f"{directory} holds a {kind}; to continue it: copra-fl {right} --resume --output {directory}")
 
 
-def check_writable(directory: Path) -> None:
-    """Raise ConfigError unless files can be made in the folder, or in the nearest one above it that exists."""
-    existing = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+def check_writable(option: str, directory: Path) -> None:
+    """Raise ConfigError unless files can be made in the folder that `option` names, or in the nearest one above it that
+    exists.
+    """
+    directory = directory.absolute()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{option} {directory}: {existing} is a file, not a folder")
     try:
         with tempfile.TemporaryDirectory(prefix=".copra-fl-", dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"--output {directory}: cannot write in {existing}: {error.strerror}") from None
+        raise ConfigError(f"{option} {directory}: cannot write in {existing}: {error.strerror}") from None
 
 
 def check_deletable(directory: Path) -> None:

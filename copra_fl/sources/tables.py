@@ -1,4 +1,4 @@
-"""Tables of examples: an asset, a CSV, JSONL or Parquet file, an image folder, or a data set of the Hugging Face hub.
+"""Tables of examples: an asset, a CSV, TSV, JSONL or Parquet file, an image folder, or a data set of the hub.
 
 Each source is a `Table`, which has a digest of its content and is read only when its examples are needed.
 """

@@ -75,10 +75,15 @@ class ImageProcessor:
         return resized["pixel_values"].to(torch.uint8)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return the base's input (N, C, H, W) float32 from uint8 pixels."""
-        statistics = self._processor.image_mean, self._processor.image_std
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in statistics)
-        return (pixels * self._processor.rescale_factor - mean) / deviation
+        """Return the base's input (N, C, H, W) float32 from uint8 pixels, rescaled and normalized as the model asks."""
+        values = pixels.float()
+        if self._processor.do_rescale:
+            values = values * self._processor.rescale_factor
+        if self._processor.do_normalize:
+            statistics = self._processor.image_mean, self._processor.image_std
+            mean, deviation = (torch.tensor(numbers)[:, None, None] for numbers in statistics)
+            values = (values - mean) / deviation
+        return values
 
 
 def _num_tokens(source: str) -> int:
