@@ -11,7 +11,7 @@ from flwr.common.config import flatten_dict
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, csv_line, csv_list, parse_override
-from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, short_name
+from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, refuse_idle, short_name
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +225,18 @@ def test_two_methods_cannot_have_one_name() -> None:
 def test_a_method_without_effect_is_refused(tuned: Recipe) -> None:
     with pytest.raises(ConfigError, match="'copra[+]flora': 'copra' has no effect"):
         tuned.config("copra+flora")
+
+
+@pytest.mark.parametrize("setting", ["off=global", "mask-scope=shared"])
+def test_settings_of_layers_that_are_off_need_copra_or_some_layers(setting: str) -> None:
+    for subset in (["layers-per-round=3"], ["client-depths=1,2", "depth-assignment=repeated"]):
+        recipe = Recipe.read("base", [setting, *subset])
+        refuse_idle(recipe.overrides, [recipe.config("lora")])
+    recipe = Recipe.read("base", [setting])
+    refuse_idle(recipe.overrides, [recipe.config("copra")])
+    message = "has no effect with local-training = 'lora' and all layers on; .* layers-per-round or client-depths"
+    with pytest.raises(ConfigError, match=message):
+        refuse_idle(recipe.overrides, [recipe.config("lora")])
 
 
 def test_every_rule_has_a_method_and_fedavg_is_lora() -> None:

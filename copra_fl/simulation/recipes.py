@@ -29,7 +29,9 @@ from copra_fl.wording import unknown_name
 #: tables of a recipe that hold no settings of all methods
 TABLES = ("methods", "study")
 #: keys that only CopRA reads
-SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
+SCHEDULE_KEYS = ("p0", "p1", "ramp", "min-active", "schedule-progress", "rescale")
+#: keys that only CopRA and the training of some layers read
+LAYER_KEYS = ("off", "mask-scope")
 #: keys of the local training that the script of engine = "trainer" decides in its own way
 TRAINER_KEYS = (
     "optimizer", "learning-rate", "head-learning-rate", "lr-schedule", "weight-decay", "momentum", "batch-size",
@@ -131,6 +133,12 @@ def _idle_reasons(config: Config) -> dict[str, str]:
             config.copra.local_training != "copra",
             SCHEDULE_KEYS,
             f"local-training = {config.copra.local_training!r}; set local-training = 'copra', or leave it out",
+        ),
+        (
+            config.copra.local_training != "copra" and not config.copra.trains_subset,
+            LAYER_KEYS,
+            f"local-training = {config.copra.local_training!r} and all layers on; set local-training = 'copra', "
+            "layers-per-round or client-depths, or leave it out",
         ),
         (
             config.training.engine == "trainer",
