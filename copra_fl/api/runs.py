@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from copra_fl.simulation.comparison import (
 )
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
 from copra_fl.simulation.recipes import TABLES, Recipe, by_short_name, refuse_idle
-from copra_fl.simulation.run_folder import choose_output
+from copra_fl.simulation.run_folder import FOLDER_NAME, choose_output
 from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
 from copra_fl.wording import join_words
@@ -40,8 +39,6 @@ if TYPE_CHECKING:  # slow to import
 
 #: a recipe: the name of a built-in one, a TOML file, its content, or a whole configuration
 RecipeLike = str | Path | Mapping[str, Any] | Config
-#: form of the name of a method of one's own, which names folders
-METHOD = re.compile(r"\w[\w.-]*")
 
 
 def simulate(
@@ -259,7 +256,7 @@ def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console:
     tables = {}
     for name, table in methods.items():
         is_known = recipe.knows(name)
-        if not is_known and not METHOD.fullmatch(name):
+        if not is_known and not FOLDER_NAME.fullmatch(name):
             raise ConfigError(f"method {name!r}: the name of a method of your own has letters, digits, _, - and . only")
         tables[name] = MethodSettings(name if is_known else None, as_settings(table))
     return tables

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
+from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, as_table, flatten, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
@@ -75,10 +75,12 @@ class Recipe:
 
     @classmethod
     def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:
-        """Return the recipe with the content of a recipe file."""
+        """Return the recipe with the content of a recipe file. Raises ConfigError for a table that is none."""
         settings = {key: value for key, value in table.items() if key not in TABLES}
-        methods = {method: flatten(own) for method, own in table.get("methods", {}).items()}
-        return cls(flatten(settings), methods, dict(overrides), table.get("study", {}))
+        tables = as_table("methods", table.get("methods", {}))
+        methods = {method: flatten(as_table(f"methods.{method}", own)) for method, own in tables.items()}
+        study = as_table("study", table.get("study", {}))
+        return cls(flatten(settings), methods, dict(overrides), dict(study))
 
     def knows(self, method: str) -> bool:
         """Return whether `method` names methods that are built in, defined by this recipe, or files."""

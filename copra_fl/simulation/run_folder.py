@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -17,6 +18,8 @@ from copra_fl.files import atomic_write
 
 #: a folder of a run or comparison has one of these files; other folders are never continued or deleted
 MARKER_FILES = ("comparison.toml", "config.toml")
+#: form of a name of the user's that becomes a folder
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
 #: the server app holds this file of the folder while a run goes on
 LOCK = ".lock"
 #: seconds that the processes of a killed command have to end and to release the folder
