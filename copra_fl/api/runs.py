@@ -18,6 +18,7 @@ from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
     expand_all,
     find_plan,
+    refuse_dropped,
     refuse_equal,
     run_comparison,
     run_names,
@@ -158,6 +159,7 @@ def compare(
         }
         refuse_equal(run_names(names, numbers), configs)
         refuse_idle(map(kebab, settings), configs.values())
+    refuse_dropped(directory, earlier, configs)
     runs = run_names(names, numbers)
     rounds = NewRounds(
         [directory / run for run in runs],
