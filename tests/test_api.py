@@ -30,6 +30,7 @@ from copra_fl.data.leftovers import in_cache
 from copra_fl.files import cache_dir
 from copra_fl.models.build import lora_config
 from copra_fl.reporting.results import ResultsError
+from copra_fl.simulation.comparison import write_plan
 from copra_fl.sources.tables import file_table
 from tests.support.documents import ROOT
 from tests.support.real_runs import HANG_SECONDS, RealRun
@@ -125,6 +126,13 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
 def test_wrong_arguments_of_compare_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         compare(output=tmp_path / "runs", **arguments)
+
+
+def test_a_resumed_comparison_keeps_the_runs_that_have_begun(tmp_path: Path) -> None:
+    write_plan(tmp_path, ["lora", "head"], [0], {f"{name}-seed0": Config() for name in ("lora", "head")})
+    (tmp_path / "lora-seed0" / "journal.jsonl").touch()
+    with pytest.raises(ConfigError, match="would lose lora-seed0"):
+        compare(["head"], [0], output=tmp_path, resume=True)
 
 
 def test_methods_with_settings_of_their_own() -> None:

@@ -28,7 +28,7 @@ from copra_fl.data.federated import load_data
 from copra_fl.files import in_words, sha256
 from copra_fl.models.build import load_processor
 from copra_fl.simulation import preflight
-from copra_fl.simulation.comparison import expand_all, find_plan, write_plan
+from copra_fl.simulation.comparison import expand_all, find_plan, refuse_dropped, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe
 from copra_fl.sources.assets import ASSETS, Asset
@@ -269,6 +269,27 @@ def test_a_resumed_comparison_keeps_the_methods_and_seeds_that_no_option_changes
     methods, seeds, _ = plan(earlier, "smoke", [], "lora,copra", None, console)
     assert (methods, seeds) == (["lora", "copra"], [0, 3])
     assert plan(None, "smoke", [], None, None, console)[:2] == (["lora", "copra"], [0, 1, 2])
+
+
+def test_a_resume_with_another_recipe_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=True)
+    first = plan(None, "smoke", [], "lora", "0", console)
+    write_plan(folder, *first)
+    with pytest.raises(ConfigError, match=r"cannot resume .*/lora-seed0 .*; repeat the recipe and the settings"):
+        write_plan(folder, *plan(first, None, [], "head,lora", None, console))
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.toml", "lora-seed0"]
+    assert find_plan(folder) == first
+
+
+def test_a_resumed_comparison_keeps_the_runs_that_have_begun(folder: Path) -> None:
+    first = plan(None, "smoke", [], "lora,head", "0,1", Console(quiet=True))
+    (folder / "both").mkdir()
+    write_plan(folder / "both", *first)
+    (folder / "both" / "lora-seed1" / "journal.jsonl").touch()
+    for option in (["--methods", "head"], ["--seeds", "0"]):
+        output = run_command("compare", "--recipe", "smoke", *option, "--output", "both", "--resume", code=2)
+        assert "would lose lora-seed1; name the methods and seeds of these runs too" in output.message
+    refuse_dropped(folder / "both", first, ["lora-seed1", "copra-seed1"])
 
 
 @pytest.mark.parametrize("stranger", [".git", "notes.txt", "data"])

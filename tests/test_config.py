@@ -11,7 +11,14 @@ from flwr.common.config import flatten_dict
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, csv_line, csv_list, parse_override
-from copra_fl.simulation.recipes import Recipe, by_short_name, method_settings, refuse_idle, short_name
+from copra_fl.simulation.recipes import (
+    Recipe,
+    built_in_methods,
+    by_short_name,
+    method_settings,
+    refuse_idle,
+    short_name,
+)
 from tests.support.defaults import APP_KEYS, PYPROJECT, with_defaults
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +240,24 @@ def test_a_setting_that_counts_in_one_run_or_for_a_plugin_is_taken() -> None:
     refuse_idle(keys, [recipe.config(method) for method in ("lora", "trimmed-mean", "fedadam", "fedpart")])
     refuse_idle(["dp-delta", "dp-budget"], [Config.from_flat({"dp-clip": 0.1})])
     refuse_idle(["client-column"], [Config.from_flat({"partitioner": "hospital.splits", "client-column": "site"})])
+
+
+@pytest.mark.parametrize("method", built_in_methods())
+def test_no_setting_of_a_built_in_method_is_without_effect(method: str) -> None:
+    recipe = Recipe({})
+    refuse_idle(method_settings(method), [recipe.config(method)])
+
+
+@pytest.mark.parametrize("setting", ["off=global", "mask-scope=shared"])
+def test_settings_of_layers_that_are_off_need_copra_or_some_layers(setting: str) -> None:
+    for subset in (["layers-per-round=3"], ["client-depths=1,2", "depth-assignment=repeated"]):
+        recipe = Recipe.read("base", [setting, *subset])
+        refuse_idle(recipe.overrides, [recipe.config("lora")])
+    recipe = Recipe.read("base", [setting])
+    refuse_idle(recipe.overrides, [recipe.config("copra")])
+    message = "has no effect with local-training = 'lora' and all layers on; .* layers-per-round or client-depths"
+    with pytest.raises(ConfigError, match=message):
+        refuse_idle(recipe.overrides, [recipe.config("lora")])
 
 
 def test_every_rule_has_a_method_and_fedavg_is_lora() -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from clients.policy import KEYS as POLICY_KEYS
 from copra_fl.cli.config import all_keys
-from copra_fl.simulation.study import TUNING_KEYS
+from copra_fl.simulation.study_tables import TUNING_KEYS
 from tests.support.command_line import all_commands, root_command
 from tests.support.documents import ROOT, blocks
 from tests.support.notebooks import NOTEBOOKS

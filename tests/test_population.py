@@ -166,7 +166,8 @@ def test_a_sample_of_clients_evaluates_and_is_the_same_at_each_evaluation(tiny: 
     assert {client for clients in many for client in clients} == set(range(6)), "another seed draws other clients"
     assert evaluating_clients(Config(), [4, 1]) == [1, 4], "by default all of them"
     assert "is that of 2 clients, drawn anew for each seed" in client_accuracy_note(dict(config.to_flat()))
-    assert client_accuracy_note({}) == ""
+    all_six = dict(config.changed(client_eval_clients=6).to_flat())
+    assert client_accuracy_note(all_six) == client_accuracy_note({}) == ""
 
 
 def test_pairs_of_many_clients_are_pairs_of_some_of_them() -> None:

@@ -167,6 +167,16 @@ def test_missing_and_unfinished_runs_are_listed_and_not_averaged(comparison: Pat
     assert summary.differences["copra"].seeds == (1,)
 
 
+def test_a_comparison_is_shown_while_its_first_run_goes_on(comparison: Path) -> None:
+    """`compare` writes the configurations of all runs before the first one starts."""
+    for run in comparison.glob("*-seed*"):
+        (run / "summary.json").unlink()
+        if run.name != "lora-seed0":
+            (run / "journal.jsonl").unlink()
+    charts = figures_by_title(load_comparison(comparison)).keys()
+    assert "Probability of being on" in charts and not any(title.startswith("Activity by layer") for title in charts)
+
+
 def test_settings_are_common_or_differ(comparison: Path) -> None:
     settings = summarize(load_comparison(comparison)).settings
     assert settings.differing == {
@@ -294,6 +304,17 @@ def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
     assert "can only be compared on the clients' own data" in verdict(summarize(load_comparison(two)))
     one = load_comparison(two / "fedsa-lora-seed0")
     assert verdict(summarize(one)).startswith("With fedsa-lora each client keeps its own model")
+
+
+def test_a_verdict_on_personal_methods_awaits_no_test_accuracy(tmp_path: Path) -> None:
+    folder, names = write_comparison(tmp_path / "three", [0], ["fedsa-lora"]), ["fedsa-lora", "short", "long"]
+    for name in names[1:]:
+        shutil.copytree(folder / "fedsa-lora-seed0", folder / f"{name}-seed0")
+    (folder / "comparison.toml").write_text(f"methods = {json.dumps(names)}\nseeds = [0]\n")
+    text = verdict(summarize(load_comparison(folder)))
+    assert text == "Not ranked, because there is no global model to test: fedsa-lora, short and long."
+    (folder / "long-seed0" / "summary.json").unlink()
+    assert verdict(summarize(load_comparison(folder))).startswith("No method has a test accuracy yet; ")
 
 
 def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:

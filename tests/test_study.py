@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,22 @@ import pytest
 from rich.console import Console
 
 from copra_fl.config import ConfigError
+from copra_fl.reporting import results
+from copra_fl.reporting.results import Comparison
 from copra_fl.reporting.study import best_rate, rates_to_try, tuned_name
-from copra_fl.simulation import preflight
+from copra_fl.simulation import preflight, study
 from copra_fl.simulation.comparison import load_plan, run_names
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_recipes, read_toml
-from copra_fl.simulation.study import StudyCell, choose_cells, finish_comparison, read_grids, run_test, sample_configs
+from copra_fl.simulation.study import (
+    StudyCell,
+    choose_cells,
+    finish_comparison,
+    read_grids,
+    run_test,
+    sample_configs,
+    tune,
+)
 from tests.support.command_line import run_command
 from tests.support.real_runs import RealRun
 from tests.support.tiny import Settings
@@ -51,13 +62,13 @@ GRID = {"methods": ["lora", "head"], "seeds": [0, 1], "splits": ["iid"], "regime
 
 def make_study(tiny: Settings, **changes: Settings) -> Recipe:
     """Return a study of two methods in one cell."""
-    study = {
+    tables = {
         "tuning": {"seeds": [10], "learning-rates": [0.002, 0.01]},
         "splits": {"iid": {"partitioner": "iid"}},
         "regimes": {"2x3": {"num-rounds": 2, "local-steps": 3}},
         "grids": {"first": GRID},
     }
-    return Recipe(tiny, study=study | changes)
+    return Recipe(tiny, study=tables | changes)
 
 
 def cells(recipe: Recipe, grids: str | None = None) -> list[StudyCell]:
@@ -113,7 +124,16 @@ def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
         ({"tuning": {"seeds": [1], "learning-rates": [1], "rate": 2}}, "\\[study.tuning\\]: unknown key 'rate'"),
         ({"grids": {"first": {"methods": ["lora"]}}}, "\\[study.grids.first\\] lacks seeds, splits, regimes"),
         ({"grids": {"first": GRID | {"tuning": {"rate": 2}}}}, "\\[study.grids.first.tuning\\]: unknown key 'rate'"),
-        ({"grids": {"first": GRID | {"methods": ["lora", "lora"]}}}, "method 'lora' is named twice"),
+        ({"grids": {"first": GRID | {"methods": ["lora", "lora"]}}}, "methods = .* must have each value once"),
+        ({"foo": {}}, "\\[study\\]: unknown key 'foo'"),
+        ({"splits": {"../iid": {}}}, "\\[study.splits\\]: '../iid' must have letters, digits"),
+        ({"splits": {"iid": {"learning-rate": 1}}}, "\\[study.splits.iid\\]: learning-rate = 1: leave it out"),
+        ({"regimes": {"2x3": {"seed": 3}}}, "\\[study.regimes.2x3\\]: seed = 3: leave it out; .* from the seeds of"),
+        (
+            {"regimes": {"2x3": {"methods": {"lora": {"learning-rate": 1}}}}},
+            "\\[study.regimes.2x3.methods.lora\\]: learning-rate = 1",
+        ),
+        ({"grids": {"first": GRID | {"tuning": {"seeds": [3, 1]}}}}, "first\\]: seeds 1 of the tuning must not"),
         (
             {"regimes": {"2x3": {"num-rounds": 2, "methods": {"haed": {"num-rounds": 4}}}}},
             "\\[study.regimes.2x3.methods\\]: unknown method 'haed'. Did you mean 'head'",
@@ -123,6 +143,82 @@ def test_runs_that_choose_a_rate_have_no_target(tiny: Settings) -> None:
 def test_a_wrong_key_of_a_study_is_named(tiny: Settings, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cells(make_study(tiny, **changes))
+
+
+TUNING = {"seeds": [10], "learning-rates": [0.002, 0.01]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tuning": TUNING | {"learning-rates": 0.001}},
+            "tuning.learning-rates = 0.001 must be a list",
+        ),
+        (
+            {"tuning": TUNING | {"learning-rates": []}},
+            "tuning.learning-rates = [] must be a list with at least one value",
+        ),
+        (
+            {"tuning": TUNING | {"learning-rates": [-1]}},
+            "tuning.learning-rates: learning-rate = -1.0 must be more than 0",
+        ),
+        ({"tuning": TUNING | {"seeds": 5}}, "study.tuning.seeds = 5 must be a list"),
+        ({"tuning": TUNING | {"settings": 3}}, "study.tuning.settings = 3 must be a table of settings"),
+        ({"tuning": TUNING | {"settings": {"seed": 3}}}, "[study.tuning.settings]: seed = 3: leave it out"),
+        ({"tuning": 3}, "study.tuning = 3 must be a table"),
+        ({"tuning": [TUNING]}, "must be a table of settings, as in [study.tuning]"),
+        ({"splits": {"a": 0.5}}, "study.splits.a = 0.5 must be a table"),
+        ({"grids": {"g": 3}}, "study.grids.g = 3 must be a table"),
+        ({"grids": {"g": GRID | {"seeds": 0}}}, "study.grids.g.seeds = 0 must be a list"),
+        ({"grids": {"g": GRID | {"seeds": [0, 0]}}}, "study.grids.g.seeds = [0, 0] must have each value once"),
+        ({"grids": {"g": GRID | {"splits": []}}}, "study.grids.g.splits = [] must be a list"),
+        ({"grids": {"g": GRID | {"methods": [1]}}}, "study.grids.g.methods: name = 1 must be a string"),
+        ({"grids": {"g": GRID | {"methods": "lora"}}}, "study.grids.g.methods = 'lora' must be a list"),
+        ({"regimes": {"2x3": {"methods": {"lora": 2}}}}, "study.regimes.2x3.methods.lora = 2 must be a table"),
+    ],
+)
+def test_a_value_of_a_wrong_type_in_a_study_is_named(tiny: Settings, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        cells(make_study(tiny, **changes))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"study": 3}, "study = 3 must be a table"),
+        ({"methods": ["lora"]}, "methods = ['lora'] must be a table of settings, as in [methods]"),
+        ({"methods": {"lora": 3}}, "methods.lora = 3 must be a table of settings, as in [methods.lora]"),
+    ],
+)
+def test_a_value_in_place_of_a_table_of_a_recipe_is_named(table: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Recipe.of(table, {})
+
+
+def test_no_setting_replaces_the_rate_that_a_study_searches(tiny: Settings) -> None:
+    """The rate of `head` is head-learning-rate, which other methods may set."""
+    rate = {"head-learning-rate": 0.1}
+    for changes in (
+        {"tuning": TUNING | {"settings": rate}},
+        {"regimes": {"2x3": {"num-rounds": 2, "methods": {"head": rate}}}},
+    ):
+        (cell,) = cells(make_study(tiny, **changes))
+        with pytest.raises(ConfigError, match="iid/2x3: head-learning-rate = 0.1 .* the study chooses it for 'head'"):
+            list(sample_configs(cell))
+    (cell,) = cells(make_study(tiny, regimes={"2x3": {"num-rounds": 2, "methods": {"lora": rate}}}))
+    assert list(sample_configs(cell))[1].training.head_learning_rate == 0.1
+
+
+def test_a_search_without_validation_accuracies_ends(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = iter([None])
+    (cell,) = cells(make_study(tiny))
+    monkeypatch.setattr(study, "finish_comparison", lambda *arguments: next(rounds))
+    monkeypatch.setattr(results, "load_comparison", lambda folder: Comparison(folder, {}, [10]))
+    with pytest.raises(ConfigError, match="iid/2x3: method 'lora' has no validation accuracy at .* 0.002 and 0.01"):
+        tune(cell, Console(quiet=True), WorkerRequest(1, None, None))
 
 
 @pytest.mark.parametrize("name", [name for name, path in built_in_recipes().items() if "study" in read_toml(path)])

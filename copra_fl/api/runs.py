@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -20,13 +19,14 @@ from copra_fl.simulation.comparison import (
     DEFAULT_PLAN,
     expand_all,
     find_plan,
+    refuse_dropped,
     refuse_equal,
     run_comparison,
     run_names,
 )
 from copra_fl.simulation.ray_cluster import WorkerRequest, check_address
 from copra_fl.simulation.recipes import TABLES, Recipe, by_short_name, refuse_idle
-from copra_fl.simulation.run_folder import choose_output
+from copra_fl.simulation.run_folder import FOLDER_NAME, choose_output
 from copra_fl.simulation.single_run import choose_config, run_single
 from copra_fl.trackers import checked
 from copra_fl.wording import join_words
@@ -41,8 +41,6 @@ if TYPE_CHECKING:  # slow to import
 
 #: a recipe: the name of a built-in one, a TOML file, its content, or a whole configuration
 RecipeLike = str | Path | Mapping[str, Any] | Config
-#: form of the name of a method of one's own, which names folders
-METHOD = re.compile(r"\w[\w.-]*")
 
 
 def simulate(
@@ -162,6 +160,7 @@ def compare(
         }
         refuse_equal(run_names(names, numbers), configs)
         refuse_idle(map(kebab, flatten(settings)), configs.values())
+    refuse_dropped(directory, earlier, configs)
     runs = run_names(names, numbers)
     rounds = NewRounds(
         [directory / run for run in runs],
@@ -267,7 +266,7 @@ def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console:
         if not isinstance(table, Mapping):
             raise ConfigError(f"method {name!r}: its settings {table!r} must be a mapping; {{}} for none of its own")
         is_known = recipe.knows(name)
-        if not is_known and not METHOD.fullmatch(name):
+        if not is_known and not FOLDER_NAME.fullmatch(name):
             raise ConfigError(f"method {name!r}: the name of a method of your own has letters, digits, _, - and . only")
         tables[name] = MethodSettings(name if is_known else None, as_settings(table))
     return tables

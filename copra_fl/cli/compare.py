@@ -17,6 +17,7 @@ from copra_fl.simulation.comparison import (
     Plan,
     expand_all,
     find_plan,
+    refuse_dropped,
     refuse_equal,
     run_comparison,
     run_names,
@@ -45,6 +46,7 @@ def compare(
     directory = choose_output(output, "compare", resume, overwrite)
     earlier = find_plan(directory) if resume else None
     method_names, seed_numbers, configs = plan(earlier, recipe, set_ or [], methods, seeds, console)
+    refuse_dropped(directory, earlier, configs)
     os.environ |= startup.environment(configs.values())  # for this process too
     request = WorkerRequest(workers, gpus_per_worker, ray_address)
     run_comparison(directory, method_names, seed_numbers, configs, console, request, overwrite, track or [])

@@ -32,7 +32,7 @@ from copra_fl.config.sections import (
     PrivacyConfig,
     TrainingConfig,
 )
-from copra_fl.config.toml import csv_line, csv_list, flatten, parse_override, read_toml, toml_value
+from copra_fl.config.toml import as_table, csv_line, csv_list, flatten, parse_override, read_toml, toml_value
 from copra_fl.files import digest_of
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "PrivacyConfig",
     "TrainingConfig",
     "Value",
+    "as_table",
     "csv_line",
     "csv_list",
     "flatten",

@@ -53,6 +53,13 @@ def flatten(table: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def as_table(name: str, value: Any) -> Mapping[str, Any]:
+    """Return `value`, the table `name`. Raises ConfigError for anything else."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} = {value!r} must be a table of settings, as in [{name}]")
+    return value
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ConfigError for a file that is missing, unreadable or not TOML."""
     try:

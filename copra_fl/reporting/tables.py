@@ -249,8 +249,8 @@ def merge_gap_note(settings: Mapping[str, ConfigValue]) -> str:
 
 def client_accuracy_note(settings: Mapping[str, ConfigValue]) -> str:
     """Return a sentence on the sample of clients behind the client accuracy; empty if all clients evaluate."""
-    evaluating = settings.get("client-eval-clients")
-    if not evaluating:
+    evaluating, all_clients = settings.get("client-eval-clients"), settings.get("num-clients")
+    if not evaluating or (all_clients and int(evaluating) >= int(all_clients)):
         return ""
     return (
         f" Client accuracy is that of {evaluating} clients, drawn anew for each seed, so that an interval over seeds "

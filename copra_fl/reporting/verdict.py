@@ -72,13 +72,13 @@ def _verdict_on_two(summary: ComparisonSummary, method: str) -> str:
 def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
     baseline, methods, lead = summary.baseline, summary.methods, compared_by(summary)
     best = next((method for place, method in ranking(summary) if place), None)
-    if best is None:
-        yield "No method has a test accuracy yet; the charts by round show their progress."
-    else:
+    if best is not None:
         highest = lead.format(methods[best].get(lead.metric).mean)
         first = [method for place, method in ranking(summary) if place == 1]
         has = f"{best} has" if len(first) == 1 else f"{join_words(first)} have"
         yield f"{has} the highest {name_of(lead)} of {len(methods)} methods, {highest} %."
+    elif methods.keys() - set(summary.personal):
+        yield "No method has a test accuracy yet; the charts by round show their progress."
     differences = {
         method: difference
         for method, estimates in summary.differences.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +13,9 @@ from copra_fl.files import atomic_write
 from copra_fl.simulation import preflight, progress
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_methods, method_settings
-from copra_fl.simulation.run_folder import delete_content, held, write_config
+from copra_fl.simulation.run_folder import check_unchanged, delete_content, held, write_config
 from copra_fl.simulation.superlink import superlink
+from copra_fl.wording import listed
 
 #: methods and seeds of a comparison, and the configuration of each run by the names of `run_names`
 Plan = tuple[list[str], list[int], dict[str, Config]]
@@ -55,8 +56,10 @@ def run_comparison(
 def write_plan(directory: Path, methods: list[str], seeds: list[int], configs: Mapping[str, Config]) -> None:
     """Write each run's configuration, and ``comparison.toml``: the runs for the server and the report.
 
-    Raises ConfigError for a run in `directory` with another configuration.
+    Raises ConfigError for a run in `directory` with another configuration, and writes nothing then.
     """
+    for name, config in configs.items():
+        check_unchanged(directory / name, config)
     for name, config in configs.items():
         write_config(directory / name, config)
     plan = f"methods = {json.dumps(methods)}\nseeds = {seeds}\n"
@@ -78,6 +81,16 @@ def load_plan(directory: Path) -> Plan:
 def run_names(methods: Iterable[str], seeds: Iterable[int]) -> dict[str, tuple[str, int]]:
     """Return folder name -> method and seed of each run, in the order in which the server runs them."""
     return {f"{method}-seed{seed}": (method, seed) for seed in seeds for method in methods}
+
+
+def refuse_dropped(directory: Path, earlier: Plan | None, runs: Container[str]) -> None:
+    """Raise ConfigError unless `runs` has all runs of the plan `earlier` that have begun."""
+    _, _, before = earlier or DEFAULT_PLAN
+    if dropped := [name for name in before if name not in runs and (directory / name / "journal.jsonl").exists()]:
+        raise ConfigError(
+            f"the comparison in {directory} would lose {listed(dropped)}; name the methods and seeds of these runs "
+            "too, or choose another folder"
+        )
 
 
 def refuse_equal(runs: Mapping[str, tuple[str, int]], configs: Mapping[str, Config]) -> None:

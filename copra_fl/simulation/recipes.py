@@ -22,14 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, flatten, parse_override, read_toml
+from copra_fl.config import KEYS, Config, ConfigError, CopraConfig, Value, as_table, flatten, parse_override, read_toml
 from copra_fl.simulation.superlink import app_directory
 from copra_fl.wording import unknown_name
 
 #: tables of a recipe that hold no settings of all methods
 TABLES = ("methods", "study")
 #: keys that only CopRA reads
-SCHEDULE_KEYS = ("p0", "p1", "ramp", "off", "min-active", "schedule-progress", "mask-scope", "rescale")
+SCHEDULE_KEYS = ("p0", "p1", "ramp", "min-active", "schedule-progress", "rescale")
+#: keys that only CopRA and the training of some layers read
+LAYER_KEYS = ("off", "mask-scope")
 #: keys that only a server optimizer reads
 SERVER_KEYS = ("server-learning-rate", "server-momentum", "server-beta2", "server-tau")
 #: keys of the local training that the script of engine = "trainer" decides in its own way
@@ -75,10 +77,12 @@ class Recipe:
 
     @classmethod
     def of(cls, table: Mapping[str, Any], overrides: Mapping[str, Value]) -> Recipe:
-        """Return the recipe with the content of a recipe file."""
+        """Return the recipe with the content of a recipe file. Raises ConfigError for a value in place of a table."""
         settings = {key: value for key, value in table.items() if key not in TABLES}
-        methods = {method: flatten(own) for method, own in table.get("methods", {}).items()}
-        return cls(flatten(settings), methods, dict(overrides), table.get("study", {}))
+        tables = as_table("methods", table.get("methods", {}))
+        methods = {method: flatten(as_table(f"methods.{method}", own)) for method, own in tables.items()}
+        study = as_table("study", table.get("study", {}))
+        return cls(flatten(settings), methods, dict(overrides), dict(study))
 
     def knows(self, method: str) -> bool:
         """Return whether `method` names methods that are built in, defined by this recipe, or files."""
@@ -135,6 +139,12 @@ def _idle_reasons(config: Config) -> dict[str, str]:
             copra.local_training != "copra",
             SCHEDULE_KEYS,
             f"local-training = {copra.local_training!r}; set local-training = 'copra', or leave it out",
+        ),
+        (
+            copra.local_training != "copra" and not copra.trains_subset,
+            LAYER_KEYS,
+            f"local-training = {copra.local_training!r} and all layers on; set local-training = 'copra', "
+            "layers-per-round or client-depths, or leave it out",
         ),
         (
             config.training.engine == "trainer",

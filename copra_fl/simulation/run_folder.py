@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -17,6 +18,8 @@ from copra_fl.files import atomic_write
 
 #: a folder of a run or comparison has one of these files; other folders are never continued or deleted
 MARKER_FILES = ("comparison.toml", "config.toml")
+#: form of a name of the user's that becomes a folder
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
 #: the server app holds this file of the folder while a run goes on
 LOCK = ".lock"
 #: seconds that the processes of a killed command have to end and to release the folder
@@ -121,14 +124,28 @@ def write_config(directory: Path, config: Config, lengthen: bool = False) -> Non
     With `lengthen`, num-rounds may become larger, also of a finished run, as `check_lengthened` allows.
     """
     path = directory / "config.toml"
-    if path.exists() and (changed := (stored := Config.from_toml(path)).differences(config)):
-        longer = config.federation.num_rounds
-        if not lengthen or stored.changed(num_rounds=longer) != config or longer < stored.federation.num_rounds:
-            raise ConfigError(f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}")
+    if lengthen and path.exists() and _is_lengthened(Config.from_toml(path), config):
         check_lengthened(config)
         (directory / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
+    else:
+        check_unchanged(directory, config)
     directory.mkdir(exist_ok=True)
     atomic_write(path, config.to_toml())
+
+
+def check_unchanged(directory: Path, config: Config) -> None:
+    """Raise ConfigError with the changed keys if the run in `directory` has another configuration."""
+    path = directory / "config.toml"
+    if path.exists() and (changed := Config.from_toml(path).differences(config)):
+        raise ConfigError(
+            f"cannot resume {directory} with a changed configuration: {'; '.join(changed)}; repeat the recipe and the "
+            "settings (--recipe, --set) of the first command, or start a new run in another folder"
+        )
+
+
+def _is_lengthened(stored: Config, config: Config) -> bool:
+    rounds = config.federation.num_rounds
+    return rounds > stored.federation.num_rounds and stored.changed(num_rounds=rounds) == config
 
 
 def check_lengthened(config: Config) -> None:

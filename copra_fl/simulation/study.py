@@ -28,15 +28,11 @@ from copra_fl.simulation.comparison import run_comparison, run_names, write_plan
 from copra_fl.simulation.ray_cluster import WorkerRequest
 from copra_fl.simulation.recipes import Recipe, built_in_recipes, by_short_name, short_name
 from copra_fl.simulation.run_folder import held
-from copra_fl.wording import unknown_name
+from copra_fl.simulation.study_tables import METHODS, check_study
+from copra_fl.wording import join_words, unknown_name
 
 if TYPE_CHECKING:  # slow to import
     from copra_fl.reporting.results import Comparison
-
-TUNING_KEYS = ("seeds", "learning-rates", "settings")
-GRID_KEYS = ("methods", "seeds", "splits", "regimes")
-#: key of a regime's table with the settings of single methods: method -> settings
-METHODS = "methods"
 
 
 @dataclass(frozen=True)
@@ -87,17 +83,14 @@ class StudyCell:
 def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tuple[str, Iterator[StudyCell]]]:
     """Yield name and cells of each grid in `grids` (separated by commas; None for all grids of the study).
 
-    Raises ConfigError for missing tables and unknown keys and names.
+    Raises ConfigError as `check_study` does, and for unknown names.
     """
     study = recipe.study
     if not study:
         others = [name for name, path in built_in_recipes().items() if "study" in read_toml(path)]
         raise ConfigError(f"the recipe has no table [study]; built-in recipes with one: {', '.join(others)}")
-    for table in ("splits", "regimes", "tuning", "grids"):
-        if not study.get(table):
-            raise ConfigError(f"the study has no table [study.{table}]")
+    check_study(study)
     tuning = {"settings": {}} | study["tuning"]
-    check_keys("study.tuning", tuning, TUNING_KEYS)
     for name in [name.strip() for name in grids.split(",")] if grids else study["grids"]:
         if name not in study["grids"]:
             raise ConfigError(unknown_name("grid", name, study["grids"]))
@@ -106,10 +99,7 @@ def read_grids(recipe: Recipe, grids: str | None, output: Path) -> Iterator[tupl
 
 def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], directory: Path) -> Iterator[StudyCell]:
     """Yield a cell for every split and regime of a grid."""
-    grid = dict(recipe.study["grids"][grid_name])
-    replaced = grid.pop("tuning", {})
-    check_keys(f"study.grids.{grid_name}", grid, GRID_KEYS)
-    check_keys(f"study.grids.{grid_name}.tuning", tuning | replaced, TUNING_KEYS)
+    grid = recipe.study["grids"][grid_name]
     methods = by_short_name(grid["methods"])
     for split in grid["splits"]:
         for regime in grid["regimes"]:
@@ -118,7 +108,9 @@ def grid_cells(recipe: Recipe, grid_name: str, tuning: Mapping[str, Any], direct
             settings = named_settings(recipe, "splits", split) | of_regime
             cell_recipe = replace(recipe, settings=recipe.settings | settings)
             folder = directory / split / regime
-            yield StudyCell(folder, cell_recipe, methods, grid["seeds"], tuning | replaced, of_method)
+            yield StudyCell(
+                folder, cell_recipe, methods, grid["seeds"], {**tuning, **grid.get("tuning", {})}, of_method
+            )
 
 
 def choose_cells(cells_by_grid: Mapping[str, Sequence[StudyCell]], names: str | None) -> dict[str, Sequence[StudyCell]]:
@@ -157,25 +149,25 @@ def settings_of_methods(recipe: Recipe, regime: str, tables: Mapping[str, Any]) 
     return {method: flatten(settings) for method, settings in tables.items()}
 
 
-def check_keys(table: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `settings` has all of `keys` and no other."""
-    for key in settings:
-        if key not in keys:
-            raise ConfigError(f"[{table}]: {unknown_name('key', key, keys)}")
-    if missing := [key for key in keys if key not in settings]:
-        raise ConfigError(f"[{table}] lacks {', '.join(missing)}")
-
-
 def sample_configs(cell: StudyCell) -> Iterator[Config]:
     """Yield a tuning and a test configuration of each method, to check them before anything starts.
 
-    Raises ConfigError for a rule without a global model, which has no validation accuracy to choose a rate by.
+    Raises ConfigError for a rule without a global model, which has no validation accuracy to choose a rate by, and for
+    settings that would replace the rate or end the runs at equal accuracies.
     """
     from copra_fl.aggregation.compatibility import require_global_model
+    from copra_fl.reporting.study import rate_key  # slow to import
 
     rate = cell.tuning["learning-rates"][0]
     for method in cell.methods:
-        require_global_model(cell.config(method, rate, cell.seeds[0]), f"to choose the learning rate of {method!r} by")
+        test = cell.config(method, rate, cell.seeds[0])
+        require_global_model(test, f"to choose the learning rate of {method!r} by")
+        settings, key = {**cell.tuning["settings"], **cell.of_method.get(method, {})}, rate_key(test)
+        if key in settings:
+            raise ConfigError(
+                f"{cell.name}: {key} = {settings[key]!r} is in the settings of the tuning or of {method!r} in its "
+                "regime; leave it out, because the study chooses it"
+            )
         tuning = cell.tuning_config(method, rate, cell.tuning["seeds"][0])
         if tuning.evaluation.target_accuracy:
             raise ConfigError(
@@ -183,13 +175,14 @@ def sample_configs(cell: StudyCell) -> Iterator[Config]:
                 "equal accuracies; set target-accuracy = 0 in the settings of [study.tuning]"
             )
         yield tuning
-        yield cell.config(method, rate, cell.seeds[0])
+        yield test
 
 
 def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str, float]:
     """Return the best learning rate of each method; run the comparisons that are needed to find it.
 
     `copra_fl.reporting.study.rates_to_try` chooses the rates of each comparison from the results of the one before.
+    Raises ConfigError for a method without a validation accuracy at a rate, which the search would try for ever.
     """
     from copra_fl.reporting.results import load_comparison  # slow to import
     from copra_fl.reporting.study import RATES, best_rate, rates_to_try, tuned_name, validation_accuracies
@@ -212,6 +205,12 @@ def tune(cell: StudyCell, console: Console, request: WorkerRequest) -> dict[str,
         }
         finish_comparison(cell.directory / RATES, list(variants), seeds, configs, console, request)
         accuracies = validation_accuracies(load_comparison(cell.directory / RATES))
+        for method, rates in new.items():
+            if without := [rate for rate in rates if rate not in accuracies.get(method, {})]:
+                raise ConfigError(
+                    f"{cell.name}: method {method!r} has no validation accuracy at learning rates "
+                    f"{join_words(without)}, so the study cannot choose one; runs: {cell.directory / RATES}"
+                )
 
 
 def run_test(cell: StudyCell, rates: Mapping[str, float], console: Console, request: WorkerRequest) -> Comparison:

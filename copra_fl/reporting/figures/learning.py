@@ -128,7 +128,7 @@ def activity_maps(comparison: Comparison) -> list[Figure]:
     figures = []
     for name, runs, style in _schedules(comparison):
         shares = activity(runs)
-        if len(np.unique(list(shares.values()))) == 1:
+        if len(np.unique(list(shares.values()))) <= 1:
             continue
         layers = next(record.layers for run in runs for record in run.journal)
         prefix = os.path.commonprefix(list(layers))
