@@ -162,7 +162,7 @@ def test_an_honest_run_is_accepted_and_differs_from_the_oracle(
     ("changes", "reason"),
     [
         ({"accuracy": 1.5}, "an accuracy of 1.5"),
-        ({"loss": float("inf")}, "a loss of inf"),
+        ({"loss": float("inf")}, "its loss is inf"),
         ({"loss": 1e308}, "a loss of 1e+308"),
         ({"examples": 10**6}, "claims 1000000 validation examples"),
     ],

@@ -204,7 +204,7 @@ def test_no_setting_replaces_the_rate_that_a_study_searches(tiny: Settings) -> N
         {"regimes": {"2x3": {"num-rounds": 2, "methods": {"head": rate}}}},
     ):
         (cell,) = cells(make_study(tiny, **changes))
-        with pytest.raises(ConfigError, match="iid/2x3: head-learning-rate = 0.1 .* the study chooses it for 'head'"):
+        with pytest.raises(ConfigError, match="iid/2x3: head-learning-rate = 0.1 .* of 'head' .* the study chooses it"):
             list(sample_configs(cell))
     (cell,) = cells(make_study(tiny, regimes={"2x3": {"num-rounds": 2, "methods": {"lora": rate}}}))
     assert list(sample_configs(cell))[1].training.head_learning_rate == 0.1
