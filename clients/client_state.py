@@ -72,6 +72,10 @@ class ClientStateStore:
             )
         return ClientState(**split_names(read_tensors(file)[0]))
 
+    def rounds(self, client: int) -> list[int]:
+        """Return the rounds after which there is a state of `client`."""
+        return [int(path.stem.removeprefix("round-")) for path in self._folder(client).glob("round-*.safetensors")]
+
     def write(self, client: int, server_round: int, state: ClientState, last_round: int) -> None:
         """Write the state of `client` after a round that began with its state after `last_round`.
 

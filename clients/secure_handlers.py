@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from flwr.app import Context, RecordDict
 
+from clients.client_state import ClientStateStore
 from clients.node_config import NodeConfig, Rejected
 from clients.policy import Policy
+from clients.revealed_rounds import RevealedRounds
 from copra_fl import secure_wire, wire
 from copra_fl.adapters.compression import Arrays
 from copra_fl.adapters.state import Update, parts
 from copra_fl.aggregation.private_sums import private_scale, private_vector
-from copra_fl.aggregation.secure_sums import vector_of
-from copra_fl.config import Config
+from copra_fl.aggregation.secure_sums import sum_scale, vector_of
 from copra_fl.secure_aggregation import node as protocol
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.training.plan import Plan, sent_parts
@@ -66,6 +67,7 @@ def shares(node: NodeConfig, content: RecordDict, context: Context) -> RecordDic
             raise SecureAggregationError(f"node {node.partition} has not made keys for this step, or has used them")
         roster = secure_wire.unpack_roster(content)
         Policy.of(node).check_nodes(len(roster.keys))
+        RevealedRounds(roster.run, node.partition).check_present(roster.server_round, roster.by_node.keys())
         session, messages = protocol.share_secrets(secrets, roster, node.peer_keys())
         secure_wire.write_session(context.state, session)
         return secure_wire.pack_shares(messages)
@@ -75,20 +77,47 @@ def survivors(node: NodeConfig, content: RecordDict, context: Context) -> Record
     """Step 4: sign one list of the nodes whose vectors are in the sum."""
     with named_refusals():
         session = open_session(context, node)
-        identity = node.identity(context.state, session.roster.run)
-        session, confirmation = protocol.confirm(session, secure_wire.unpack_survivors(content), identity)
+        identity, nodes = node.identity(context.state, session.roster.run), secure_wire.unpack_survivors(content)
+        revealed_rounds(session).check_nodes(session.roster.server_round, nodes)
+        session, confirmation = protocol.confirm(session, nodes, identity)
         secure_wire.write_session(context.state, session)
         return secure_wire.pack_confirmation(confirmation)
 
 
 def unmask(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
-    """Step 5: reveal shares once; whatever the answer, the secrets of the round are deleted."""
+    """Step 5: reveal shares once; whatever the answer, the secrets of the round are deleted.
+
+    In a run without noise the sum is written down before: the node reveals its shares of this round for no other.
+    """
     with named_refusals():
         try:
             session = open_session(context, node)
         finally:
             secure_wire.forget_session(context.state)
-        return secure_wire.pack_revealed(protocol.reveal(session, *secure_wire.unpack_confirmed(content)))
+        nodes, signatures = secure_wire.unpack_confirmed(content)
+        revealed, server_round = protocol.reveal(session, nodes, signatures), session.roster.server_round
+        if session.roster.clients:
+            earlier = revealed_rounds(session)
+            earlier.check_nodes(server_round, nodes)
+            earlier.add(server_round, nodes, session.vector)
+        return secure_wire.pack_revealed(revealed)
+
+
+def revealed_rounds(session: protocol.Session) -> RevealedRounds:
+    """Return the rounds of the session's run in which this node has revealed shares."""
+    return RevealedRounds(session.roster.run, session.secrets.node)
+
+
+def check_last_rounds(plan: Plan, revealed: RevealedRounds, store: ClientStateStore) -> None:
+    """Raise SecureAggregationError for a client whose state after a revealed round is passed over."""
+    for client in plan.clients:
+        named = plan.last_rounds.get(client, 0)
+        newest = revealed.newest(number for number in store.rounds(client) if number < plan.server_round)
+        if named < newest:
+            raise SecureAggregationError(
+                f"client {client} is to go on from its state after round {named}, but its update of round {newest} is "
+                "in a sum that this node has helped to unmask"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,22 +125,26 @@ class MaskedUpload:
     """Step 3: the neighbours' shares are opened before the training, the vector is masked after it.
 
     Attributes:
-        config: as the server has sent it, without the node's own paths.
+        number: number of the server's state.
     """
 
     context: Context
     session: protocol.Session
-    scale: float
-    config: Config
+    number: int
 
     @classmethod
     def open(cls, content: RecordDict, context: Context, plan: Plan) -> MaskedUpload:
-        """Open the shares in a training message with the `plan`. Raises Rejected if they are refused."""
+        """Open the shares in a training message with the `plan`.
+
+        Raises Rejected if they are refused, if the plan is not that of the list of nodes, and for clients that would go
+        on from a state before a sum that they were in: their next vector would say what that round has changed.
+        """
         with named_refusals():
             session = secure_wire.read_session(context.state)
             if session is None:
                 raise SecureAggregationError("this node has not shared its secrets for this round")
-            here = (wire.unpack_delta(content).run, plan.server_round)
+            delta = wire.unpack_delta(content)
+            here = (delta.run, plan.server_round)
             if (session.roster.run, session.roster.server_round) != here:
                 raise SecureAggregationError(
                     f"this node has shared its secrets for round {session.roster.server_round} of run "
@@ -121,8 +154,16 @@ class MaskedUpload:
                 raise SecureAggregationError(
                     f"the list of nodes has a threshold of {session.roster.share:g}, the configuration {threshold:g}"
                 )
+            if session.roster.config != wire.unpack_plan(content).config.digest:  # without the node's own paths
+                raise SecureAggregationError("the plan has another configuration than the list of nodes")
+            listed = session.roster.clients.get(session.secrets.node, ())
+            if plan.clients != listed and not plan.config.privacy.is_local:
+                raise SecureAggregationError(
+                    f"the list of nodes has clients {list(listed)} for this node, the plan {list(plan.clients)}"
+                )
+            check_last_rounds(plan, revealed_rounds(session), ClientStateStore(delta.run))
             opened = protocol.receive_shares(session, secure_wire.unpack_shares(content))
-            return cls(context, opened, secure_wire.unpack_scale(content), wire.unpack_plan(content).config)
+            return cls(context, opened, delta.number)
 
     def pack(
         self,
@@ -135,11 +176,12 @@ class MaskedUpload:
     ) -> Arrays:
         """Return the masked vector of the node's clients, in a private run with the node's share of the noise.
 
-        Of numbers from the server, the share depends on those of the configuration and on the list of nodes only, which
-        this node has checked.
+        Scale and noise depend on the configuration, which is bound into the masks, and on the list of nodes, which this
+        node has checked, and on no other number of the server.
 
-        Raises Rejected for a value that does not fit, and without noise if the node has no update: its vector would be
-        known, and the sum that of fewer nodes.
+        Raises Rejected for a value that does not fit. Without noise also if the node has no update, because its vector
+        would be known, and the sum that of fewer nodes, and for another vector than the one that this node has revealed
+        its shares of the round for.
         """
         privacy, roster = plan.config.privacy, self.session.roster
         start = parts(state.adapter, sent_parts(plan.config, plan.server_round))
@@ -153,9 +195,11 @@ class MaskedUpload:
                 scale = private_scale(privacy, roster.num_honest(privacy.dp_colluding_nodes))
                 vector = private_vector(start, updates, privacy.dp_clip, scale, len(roster.keys))
             else:
-                weighting, number = plan.config.aggregation.weighting, len(roster.keys)
-                vector = vector_of(start, updates, weighting, group_of, num_groups, self.scale, number)
-            inputs = secure_wire.inputs_of(self.config, state)
+                weighting, num_nodes = plan.config.aggregation.weighting, len(roster.keys)
+                scale = sum_scale(plan.config.federation.max_update_norm, num_nodes)
+                vector = vector_of(start, updates, weighting, group_of, num_groups, scale, num_nodes)
+                revealed_rounds(self.session).check_vector(plan.server_round, protocol.digest_of(vector))
+            inputs = secure_wire.inputs_of(self.number, state)
             session, masked = protocol.mask_vector(self.session, vector, inputs)
             secure_wire.write_session(self.context.state, session)
             return secure_wire.masked_arrays(masked)

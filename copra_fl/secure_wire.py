@@ -1,12 +1,13 @@
 """Messages of secure aggregation as Flower records, and what a node keeps between its steps. See `wire` for the rest.
 
     keys      secure-round: run and round                              ->  secure-keys: the node's
-    shares    secure-round, secure-keys: of all nodes                  ->  secure-shares: one for each neighbour
+    shares    secure-round, secure-keys, secure-clients: of all nodes  ->  secure-shares: one for each neighbour
     train     as without, and secure-shares: from each neighbour       ->  masked: the vector, and metrics-C
     survivors secure-survivors: numbers of the nodes                   ->  secure-confirmed: inputs, signature
     unmask    secure-survivors, secure-confirmed: of the nodes         ->  secure-seeds, secure-mask-keys: shares
 
-The third step is the training: its message and reply are those of `wire`, with these records added.
+The third step is the training: its message and reply are those of `wire`, with these records added. What keeps a server
+from using a field to single out a node is listed in docs/explanations/privacy.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from flwr.app import ConfigRecord, RecordDict
 from copra_fl import wire
 from copra_fl.adapters.compression import Arrays, take
 from copra_fl.adapters.state import join_names
-from copra_fl.config import Config
 from copra_fl.secure_aggregation.keys import bind
 from copra_fl.secure_aggregation.messages import Confirmation, Keys, Revealed, SealedShares
 from copra_fl.secure_aggregation.node import Secrets, Session
@@ -71,15 +71,21 @@ def unpack_keys(content: RecordDict) -> Keys:
 
 
 def pack_roster(roster: Roster) -> RecordDict:
-    record = ConfigRecord({"run": roster.run, "round": roster.server_round, "share": roster.share})
-    return RecordDict({"secure-round": record, "secure-keys": _pack_rows(roster.keys, Keys)})
+    record = ConfigRecord(
+        {"run": roster.run, "round": roster.server_round, "share": roster.share, "config": roster.config}
+    )
+    clients = ConfigRecord({str(node): list(clients) for node, clients in roster.clients.items()})
+    return RecordDict({"secure-round": record, "secure-keys": _pack_rows(roster.keys, Keys), "secure-clients": clients})
 
 
 def unpack_roster(content: RecordDict) -> Roster:
-    """Return the list of nodes in a message or in a node's state."""
+    """Return the list of nodes in a message or in a node's state. Raises ValueError for values of another type."""
     record: dict[str, Any] = dict(content.config_records["secure-round"])
     keys = _unpack_rows(content.config_records["secure-keys"], Keys)
-    return Roster(str(record["run"]), int(record["round"]), float(record["share"]), tuple(keys))
+    of_nodes: dict[str, Any] = dict(content.config_records["secure-clients"])
+    clients = {int(node): tuple(wire.whole_numbers("clients", list(of_node))) for node, of_node in of_nodes.items()}
+    share, config = float(record["share"]), str(record["config"])
+    return Roster(str(record["run"]), int(record["round"]), share, tuple(keys), clients, config)
 
 
 def pack_shares(shares: Sequence[SealedShares]) -> RecordDict:
@@ -91,16 +97,9 @@ def unpack_shares(content: RecordDict) -> list[SealedShares]:
     return _unpack_rows(content.config_records["secure-shares"], SealedShares)
 
 
-def add_shares(content: RecordDict, shares: Sequence[SealedShares], scale: float) -> None:
-    """Add to a training message the shares for its node and the scale of fixed-point numbers."""
+def add_shares(content: RecordDict, shares: Sequence[SealedShares]) -> None:
+    """Add to a training message the shares for its node."""
     content["secure-shares"] = _pack_rows(shares, SealedShares)
-    content["secure-scale"] = ConfigRecord({"scale": scale})
-
-
-def unpack_scale(content: RecordDict) -> float:
-    """Return the scale of fixed-point numbers in a training message."""
-    scale: Any = content.config_records["secure-scale"]["scale"]
-    return float(scale)
 
 
 def masked_arrays(vector: np.ndarray) -> Arrays:
@@ -124,11 +123,14 @@ def unpack_survivors(content: RecordDict) -> list[int]:
     return wire.whole_numbers("nodes", list(nodes))
 
 
-def inputs_of(config: Config, state: wire.Payload) -> bytes:
-    """Return a digest of what all nodes of a round train from alike: the configuration and the server's state."""
+def inputs_of(number: int, state: wire.Payload) -> bytes:
+    """Return a digest of what all nodes of a round train from alike: the server's state, and its number.
+
+    By the number, clients choose the older adapter that they start from.
+    """
     tensors = {"adapter": state.adapter, "residual": state.residual, "control": state.control, **state.optimizer}
     earlier = {str(age): adapter for age, adapter in state.earlier.items()}
-    return bind("inputs", config.digest, digest(join_names(tensors | earlier)))
+    return bind("inputs", number, digest(join_names(tensors | earlier)))
 
 
 def pack_confirmation(confirmation: Confirmation) -> RecordDict:
@@ -208,6 +210,7 @@ def write_session(node_state: RecordDict, session: Session) -> None:
             "keys": keys,
             "masked": session.masked,
             "inputs": session.inputs,
+            "vector": session.vector,
             "confirmed": session.confirmed,
         }
     )
@@ -218,11 +221,12 @@ def read_session(node_state: RecordDict) -> Session | None:
     secrets, records = read_secrets(node_state), node_state.config_records
     if secrets is None or HELD_SHARES not in records:
         return None
-    names = ("secure-round", "secure-keys")
+    names = ("secure-round", "secure-keys", "secure-clients")
     roster = unpack_roster(RecordDict({name: records[f"{SESSION}-{name}"] for name in names}))
     held: dict[str, Any] = dict(records[HELD_SHARES])
     shares = dict(zip(held["owners"], zip(held["seeds"], held["keys"], strict=True), strict=True))
-    return Session(secrets, roster, shares, bool(held["masked"]), held["inputs"], bool(held["confirmed"]))
+    done = bool(held["masked"]), held["inputs"], held["vector"], bool(held["confirmed"])
+    return Session(secrets, roster, shares, *done)
 
 
 def forget_session(node_state: RecordDict) -> None:

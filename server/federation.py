@@ -193,6 +193,7 @@ def run_context(journal: Journal, evaluator: Evaluator) -> RunContext:
     config, model = evaluator.config, evaluator.model
     return RunContext(
         run=journal.run,
+        directory=journal.directory,
         config=config,
         group_of=model.group_of,
         num_groups=len(model.gates.names),

@@ -55,9 +55,7 @@ def train_round(
     emit("round", round=server_round, clients=len(request.clients))
     secure = None
     if request.is_masked:
-        secure = SecureRound(
-            grid, strategy.run, request, strategy.partitions, strategy.num_examples, lambda: charge(request.clients)
-        )
+        secure = SecureRound(grid, strategy.run, request, strategy.partitions, lambda: charge(request.clients))
         messages = secure.open(messages)
     replies = exchange(
         grid, messages, strategy.run.config.federation.round_timeout_s, request.enough,

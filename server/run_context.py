@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from copra_fl.adapters.state import Adapter
 from copra_fl.aggregation import find_rule
@@ -21,6 +22,7 @@ class RunContext:
 
     Attributes:
         run: id of the run; nodes store their caches and their clients' states under it.
+        directory: the run's folder.
         config: the configuration; dtype, attention, labels and number of clients are resolved.
         group_of: adapter tensor name -> index of its gate group; the head's tensors have none.
         num_groups: number of gate groups.
@@ -29,6 +31,7 @@ class RunContext:
     """
 
     run: str
+    directory: Path
     config: Config
     group_of: Mapping[str, int]
     num_groups: int

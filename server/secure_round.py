@@ -7,7 +7,7 @@ refused, has dropped out: its clients are missing. The round fails if too few no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import INFO
@@ -29,13 +29,13 @@ from copra_fl.secure_aggregation.messages import Confirmation, Keys, Revealed, S
 from copra_fl.secure_aggregation.node import check_confirmation
 from copra_fl.secure_aggregation.roster import check_keys
 from copra_fl.secure_aggregation.server import Relay, check_shares, list_nodes
-from copra_fl.training.plan import expected_update
-from copra_fl.wording import foreign
+from copra_fl.wording import foreign, listed
 from server.errors import FederationError
 from server.messaging import exchange
 from server.replies import TrainReply, check_missing
 from server.round_request import RoundRequest
 from server.run_context import RunContext
+from server.unmaskings import Unmaskings
 
 Answer = TypeVar("Answer")
 #: bytes of a node's message in steps 1, 2, 4 and 5, per node of the round; far more than they need
@@ -71,14 +71,12 @@ class SecureRound:
         run: RunContext,
         request: RoundRequest,
         numbers: Mapping[int, int],
-        num_examples: Mapping[int, int],
         charge: Callable[[], PrivacySpent | None],
     ) -> None:
         """Start the secure aggregation of a round.
 
         Args:
             numbers: node -> its partition-id, the number that secure aggregation knows it by.
-            num_examples: client -> training examples.
             charge: charges the privacy budget for a release, and returns the privacy spent.
         """
         self.missing: dict[int, str] = {}
@@ -88,19 +86,27 @@ class SecureRound:
         self._charge = charge
         self._grid, self._run, self._request = grid, run, request
         self._numbers = {node: numbers[node] for node in request.cohorts}
-        self._num_examples = num_examples
+        self._unmaskings = Unmaskings(run.directory)
 
     def open(self, messages: Sequence[Message]) -> list[Message]:
         """Steps 1 and 2: return the training messages of the nodes that are still there, with the shares for them.
 
-        Raises FederationError if too few nodes are there, or one is missing and failures are not tolerated.
+        In a round that is done again after its nodes were asked to unmask the sum, only those nodes take part.
+
+        Raises FederationError if too few nodes are there, one of a sum that was asked for before, or one is missing and
+        failures are not tolerated.
         """
         run, number = self._run.run, self._request.server_round
         config = self._run.config
         with self._named_failure():
+            self._leave_out_others()
             asked = {node: secure_wire.pack_secure_round(run, number) for node in self._numbers}
             keys = self._ask("keys", asked, self._read_keys)
-            roster = list_nodes(run, number, config.privacy.secure_threshold, keys.values())
+            self._check_same_nodes(self._numbers[node] for node in keys)
+            cohorts = {} if config.privacy.is_local else self._request.cohorts
+            clients = {self._numbers[node]: cohort for node, cohort in cohorts.items() if node in keys}
+            threshold = config.privacy.secure_threshold
+            roster = list_nodes(run, number, threshold, keys.values(), clients, config.digest)
 
             def read_shares(node: int, content: wire.RecordDict) -> list[SealedShares]:
                 shares = secure_wire.unpack_shares(content)
@@ -108,19 +114,20 @@ class SecureRound:
                 return shares
 
             sent = self._ask("shares", {node: secure_wire.pack_roster(roster) for node in keys}, read_shares)
+            self._check_same_nodes(self._numbers[node] for node in sent)
             self._relay = Relay.of(roster, {self._numbers[node]: shares for node, shares in sent.items()})
             if config.privacy.is_local:
                 num_honest = roster.num_honest(config.privacy.dp_colluding_nodes)
                 self._scale = private_sums.private_scale(config.privacy, num_honest)
             else:
-                self._scale = fixed_point.scale_for(self._bound(), len(roster.keys))
+                self._scale = secure_sums.sum_scale(config.federation.max_update_norm, len(roster.keys))
         if config.federation.failures == "strict":
             num_left = sum(len(self._request.cohorts[node]) for node in sent)
             check_missing(config, self._request, self.missing, num_left, f"round {number}")
         remaining = [message for message in messages if message.metadata.dst_node_id in sent]
         for message in remaining:
             shares = self._relay.for_receiver(self._numbers[message.metadata.dst_node_id])
-            secure_wire.add_shares(message.content, shares, self._scale)
+            secure_wire.add_shares(message.content, shares)
             self.bytes_down += message.content["secure-shares"].count_bytes()
         return remaining
 
@@ -153,11 +160,13 @@ class SecureRound:
             return self._relay.can_unmask(self._numbers[node] for node in answers)
 
         with self._named_failure(missing, refused):
+            self._check_same_nodes(vectors)
             self._relay.check_number(vectors, "sent a vector")
             asked = {node: secure_wire.pack_survivors(vectors) for node in replies}
             confirmed = self._ask("survivors", asked, read_confirmation, is_confirmed, refused)
             self._check_confirmed(len(confirmed))
             self.privacy = self._charge()
+            self._unmaskings.add(self._request.server_round, vectors)
             signatures = {self._numbers[node]: answer.signature for node, answer in confirmed.items()}
             asked = {node: secure_wire.pack_confirmed(vectors, signatures) for node in replies}
             revealed = self._ask("unmask", asked, read_revealed, enough, refused)
@@ -180,6 +189,30 @@ class SecureRound:
             }
         }
         return result
+
+    @property
+    def _asked_before(self) -> tuple[int, ...]:
+        """The nodes of the sum that was asked for before; none in a private run, whose sums have new noise."""
+        is_private = self._run.config.privacy.is_local
+        return () if is_private else self._unmaskings.nodes(self._request.server_round)
+
+    def _leave_out_others(self) -> None:
+        """Leave out the nodes that are not in the sum that was asked for before."""
+        self._check_same_nodes(self._numbers.values())
+        for node, number in list(self._numbers.items()) if self._asked_before else ():
+            if number not in self._asked_before:
+                del self._numbers[node]
+                reason = "its node was not there when the nodes were asked to unmask this round for the first time"
+                self.missing.update(dict.fromkeys(self._request.cohorts[node], reason))
+
+    def _check_same_nodes(self, present: Iterable[int]) -> None:
+        """Raise SecureAggregationError if a node of the sum that was asked for before is not `present`."""
+        if absent := sorted(set(self._asked_before) - set(present)):
+            raise SecureAggregationError(
+                f"its nodes were asked before to unmask the sum of nodes {listed(self._asked_before)}, and reveal "
+                f"shares for the same sum only; node {listed(absent)} is missing now. Start it again, or start the run "
+                "anew with --overwrite"
+            )
 
     def _check_confirmed(self, number: int) -> None:
         """Raise SecureAggregationError if fewer nodes have signed the list of survivors than the others ask for."""
@@ -206,15 +239,6 @@ class SecureRound:
         update = secure_sums.pooled_update(total, start, updates, weighting, run.group_of, run.num_groups, self._scale)
         check_tensors(update, start, run.group_of, config.federation.max_update_norm)
         return update
-
-    def _bound(self) -> float:
-        """Return the largest value that the vector of a node can have: its weight times max-update-norm."""
-        config, weights = self._run.config, []
-        for cohort in self._request.cohorts.values():
-            expected = [expected_update(config, self._run.num_groups, self._num_examples[client]) for client in cohort]
-            by_steps = config.aggregation.weighting == "activity"
-            weights.append(sum(one.num_examples * (one.num_steps if by_steps else 1) for one in expected))
-        return max(weights) * config.federation.max_update_norm
 
     def _read_keys(self, node: int, content: wire.RecordDict) -> Keys:
         keys = secure_wire.unpack_keys(content)

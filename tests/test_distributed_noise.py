@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import NeighboringRelation, RdpAccountant, SamplingMethod
 from flwr.serverapp import PrivacyConfig as FlowerPrivacy
 from flwr.supercore.privacy_accounting import GaussianPrivacyEvent
@@ -227,11 +227,11 @@ def test_a_private_round_waits_for_everybody_who_was_sampled() -> None:
 
 
 class LyingGrid(SecureGrid):
-    """Changes the scale in the training messages, which would make the noise of a credulous node far too small."""
+    """Adds a scale to the training messages, as they had until 0.1.0, which would make the noise far too small."""
 
     def answer(self, message: Message) -> Message:
         if message.metadata.message_type == "train":
-            message.content.config_records["secure-scale"]["scale"] *= 2.0**20  # type: ignore[operator]
+            message.content["secure-scale"] = ConfigRecord({"scale": 2.0**60})
         return super().answer(message)
 
 

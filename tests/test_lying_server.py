@@ -55,8 +55,8 @@ def other_threshold(content: RecordDict) -> None:
 @pytest.mark.parametrize(
     ("lie", "reason"),
     [
-        (no_clients, "no client of this node has an update"),
-        (tiny_steps, "the sum .* weights"),
+        (no_clients, r"the list of nodes has clients \[1\] for this node, the plan \[\]"),
+        (tiny_steps, "the plan has another configuration than the list of nodes"),
         (other_threshold, "the list of nodes has a threshold of 0.666667, the configuration 0.9"),
     ],
 )

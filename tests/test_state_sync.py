@@ -102,7 +102,7 @@ def test_a_state_survives_any_number_of_rounds_that_do_not_use_the_update() -> N
 
 def state_sync(flat: dict[str, object]) -> StateSync:
     config = Config.from_flat({"rank": 2, "num-clients": 2} | flat)
-    return StateSync(RunContext("run", config, {}, 0, score=lambda adapters, residual: []))
+    return StateSync(RunContext("run", Path(), config, {}, 0, score=lambda adapters, residual: []))
 
 
 def delta_to_node(sync: StateSync, server_round: int, number: int, client: int = 0) -> wire.StateDelta:

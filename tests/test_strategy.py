@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def make_strategy(**changes: object) -> CohortStrategy:
         handshakes[100 + node] = wire.Handshake(node, "", 20, counts, dict.fromkeys(counts, 1), [])
     keys = {key.replace("_", "-"): value for key, value in changes.items()}
     config = Config.from_flat({"num-clients": 20, "updates": "pooled", "rank": 2, **keys})
-    run = RunContext("run", config, GROUP_OF, 2, score=lambda adapters, residual: [])
+    run = RunContext("run", Path(), config, GROUP_OF, 2, score=lambda adapters, residual: [])
     return CohortStrategy(run, handshakes, ServerState(GLOBAL))
 
 

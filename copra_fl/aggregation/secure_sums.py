@@ -5,8 +5,11 @@
     W_0, W_l           sum_k n_k, and sum_k n_k a_kl; the latter only with that weighting
 
 The sums run over the clients of a node. Weights are whole numbers, so the server finds them exactly, and compares them
-with what the clients report: a sum from which a mask was not removed is noticed. Changes are at most `max-update-norm`
-in each value, which nodes check for each client; that gives the scale of the fixed-point numbers.
+with what the clients report: a sum from which a mask was not removed is noticed.
+
+The scale of the fixed-point numbers follows from the configuration and the number of nodes alone: changes are at most
+`max-update-norm` in each value, and the weights of a node at most `LARGEST_WEIGHT`, which the node checks. A scale of
+the server's choice could round the vectors of all nodes but one to 0, and the sum would be that one node's update.
 """
 
 from __future__ import annotations
@@ -21,6 +24,14 @@ from copra_fl.adapters.state import Adapter, Layout, Update, trained
 from copra_fl.aggregation.pooling import pool_scalars
 from copra_fl.secure_aggregation import fixed_point
 from copra_fl.secure_aggregation.errors import SecureAggregationError
+
+#: largest weight in the vector of a node: training examples, with ``activity`` times optimizer steps
+LARGEST_WEIGHT = 2**30
+
+
+def sum_scale(max_update_norm: float, num_nodes: int) -> float:
+    """Return the scale of the values if each of `num_nodes` nodes has weights up to `LARGEST_WEIGHT`."""
+    return fixed_point.scale_for(LARGEST_WEIGHT * max_update_norm, num_nodes)
 
 
 def vector_of(
@@ -41,15 +52,19 @@ def vector_of(
         scale: of the values (`fixed_point`).
         num_nodes: number of nodes whose vectors are added.
 
-    Raises SecureAggregationError for a value that does not fit.
+    Raises SecureAggregationError for a weight above `LARGEST_WEIGHT`, and for a value that does not fit.
     """
+    weights = total_weights(updates, weighting, num_groups)
+    if weights.max() > LARGEST_WEIGHT:
+        raise SecureAggregationError(
+            f"the weights of a node's clients add up to more than {LARGEST_WEIGHT}; spread the clients over more nodes"
+        )
     layout = Layout.by_name(start)
     values = torch.zeros(layout.size, dtype=torch.float64)
     for update in updates:
         for name, tensor in update.adapter.items():
             weight = weights_of(update, weighting, num_groups)[slot_of(name, weighting, group_of)]
             values[layout.spans[name]] += weight * (tensor.double() - start[name].double()).reshape(-1)
-    weights = total_weights(updates, weighting, num_groups)
     return np.concatenate(
         [fixed_point.encode(weights, 1.0, num_nodes), fixed_point.encode(values.numpy(), scale, num_nodes)]
     )

@@ -17,6 +17,7 @@ BY_LABEL = ("dirichlet", "pathological", "shards")
 #: defaults of other keys with secure-aggregation = true, where the server sees sums and no single update
 SECURE_DEFAULTS: dict[str, Value] = {
     "updates": "pooled",
+    "max-update-norm": 100.0,
     "max-update-ratio": 0.0,
     "merge-gap-clients": 0,
     "path-pairs": 0,
@@ -362,7 +363,10 @@ class FederationConfig:
         high=1,
     )
     max_update_norm: float = option(
-        1e6, "largest accepted norm of a client's change (the journal lists each client's distance); 0: no limit", low=0
+        1e6,
+        "largest accepted norm of a client's change (the journal lists each client's distance); 0: no limit. With "
+        "secure-aggregation 100 by default: the larger it is, the coarser are the fixed-point numbers",
+        low=0,
     )
     max_update_ratio: float = option(
         100.0,

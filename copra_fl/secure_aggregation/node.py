@@ -65,6 +65,7 @@ class Session:
         shares: node -> the shares of its self seed and mask key that this node holds; at first only its own.
         masked: whether the vector has been sent.
         inputs: digest of what the node has computed its vector from.
+        vector: digest of the vector.
         confirmed: whether a list of survivors has been signed.
     """
 
@@ -73,6 +74,7 @@ class Session:
     shares: Mapping[int, tuple[bytes, bytes]] = field(repr=False)
     masked: bool = False
     inputs: bytes = b""
+    vector: bytes = b""
     confirmed: bool = False
 
 
@@ -165,7 +167,12 @@ def mask_vector(session: Session, vector: np.ndarray, inputs: bytes) -> tuple[Se
     for other in session.shares.keys() - {secrets.node}:
         key = pairwise_key(roster, secrets.node, other, secrets.mask_key, inputs)
         add_pairwise(masked, key, secrets.node, other)
-    return replace(session, masked=True, inputs=inputs), masked
+    return replace(session, masked=True, inputs=inputs, vector=digest_of(vector)), masked
+
+
+def digest_of(vector: np.ndarray) -> bytes:
+    """Return the digest by which a node recognizes a vector (size,) uint64."""
+    return bind("vector", vector.tobytes())
 
 
 def refuse_second_vector(session: Session) -> None:

@@ -1,13 +1,13 @@
 """The list of the nodes of a round, and everything that follows from it: context, graph, thresholds.
 
 Server and nodes derive all of it from the signed keys of step 1. Everything later is bound to the context, a hash of
-run, round, threshold and list, so nothing of another run, round or list fits.
+run, round, threshold, configuration, list and clients, so nothing of another run, round or list fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from copra_fl.secure_aggregation.errors import SecureAggregationError
@@ -25,12 +25,17 @@ class Roster:
         server_round: the round, from 1.
         share: share of its holders that rebuilds a secret, and of the nodes that must not drop out.
         keys: of all nodes, sorted by number.
+        clients: node -> the clients that it trains in this round; empty in a private run, where nodes may not learn who
+            was sampled, and where each vector has noise.
+        config: digest of the configuration that all nodes train with.
     """
 
     run: str
     server_round: int
     share: float
     keys: tuple[Keys, ...]
+    clients: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    config: str = ""
 
     @cached_property
     def by_node(self) -> dict[int, Keys]:
@@ -42,7 +47,10 @@ class Roster:
         signed = [
             part for keys in self.keys for part in (signed_text(self.run, self.server_round, keys), keys.identity)
         ]
-        return bind("context", self.run, self.server_round, repr(self.share), *signed)
+        clients = [bind("clients", node, *self.clients[node]) for node in sorted(self.clients)]
+        return bind(
+            "context", self.run, self.server_round, repr(self.share), self.config, len(signed), *signed, *clients
+        )
 
     @cached_property
     def neighbours(self) -> dict[int, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,12 +20,21 @@ from copra_fl.secure_aggregation.node import pairwise_key, self_mask_key
 from copra_fl.secure_aggregation.roster import Roster, check_list, commitment_to
 
 
-def list_nodes(run: str, server_round: int, share: float, keys: Iterable[Keys]) -> Roster:
-    """After step 1: return the list of nodes.
+def list_nodes(
+    run: str,
+    server_round: int,
+    share: float,
+    keys: Iterable[Keys],
+    clients: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    config: str = "",
+) -> Roster:
+    """After step 1: return the list of nodes (`Roster`). `clients` of nodes that are not in it are left out.
 
     Raises SecureAggregationError for fewer than 2 nodes, and for a node or key twice.
     """
-    roster = Roster(run, server_round, share, tuple(sorted(keys, key=lambda one: one.node)))
+    listed = tuple(sorted(keys, key=lambda one: one.node))
+    trained = {one.node: tuple(clients[one.node]) for one in listed if one.node in clients}
+    roster = Roster(run, server_round, share, listed, trained, config)
     check_list(roster)
     return roster
 
