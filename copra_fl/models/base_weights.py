@@ -83,7 +83,7 @@ def _open(source: str, dtype: str, attention: str, model_class: Any, **settings:
 
 
 def _identity(source: str) -> list[object]:
-    """Return values that change when the model changes: the folder, and digests of its files unless it is of the hub."""
+    """Return values that change when the model changes: the folder; for one that is not of the hub, its digests too."""
     folder = Path(str(cached_file(source, "config.json"))).parent
     if not Path(source).is_dir():
         return [str(folder)]
