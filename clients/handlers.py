@@ -62,8 +62,9 @@ def handshake(content: RecordDict, context: Context) -> RecordDict:
     try:
         policy = Policy.of(node)
         policy.check_run(node.adapt(config), config.model.model, config.data.num_clients or node.num_partitions)
+        following = "train" if wire.unpack_has_rounds(content) else "evaluate"
         with node.redact_errors():
-            policy.check_counts(audit.counted(record.model_copy(update={"kind": "train"})))
+            policy.check_counts(audit.counted(record.model_copy(update={"kind": following})))
         check_weights(node.adapt(config).model)
         digests = plugins.digests(node.with_script(config))
         with node.redact_errors():

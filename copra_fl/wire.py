@@ -124,12 +124,18 @@ def all_bytes(content: RecordDict) -> int:
     return sum(record.count_bytes() for record in content.values())
 
 
-def pack_config(config: Config) -> RecordDict:
-    return RecordDict({"config": ConfigRecord({**config.to_flat()})})
+def pack_config(config: Config, has_rounds: bool = True) -> RecordDict:
+    """Pack the query for a handshake; `has_rounds` says if a round is still to be trained."""
+    query = ConfigRecord({"has-rounds": has_rounds})
+    return RecordDict({"config": ConfigRecord({**config.to_flat()}), "query": query})
 
 
 def unpack_config(content: RecordDict) -> Config:
     return Config.from_flat(content.config_records["config"])
+
+
+def unpack_has_rounds(content: RecordDict) -> bool:
+    return bool(content.config_records["query"]["has-rounds"])
 
 
 def pack_handshake(handshake: Handshake) -> RecordDict:

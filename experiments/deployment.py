@@ -30,6 +30,8 @@ from copra_fl.simulation.superlink import copy_app, free_port
 
 SCRIPTS = Path(sys.executable).parent
 NUM_NODES = 2
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "--runs 1 --rounds 2"
 #: kind of node -> seconds of warm-process
 WARM_PROCESS = {"cold": 0, "warm": 600}
 

@@ -41,6 +41,8 @@ from copra_fl.training.plan import Plan, Start
 from experiments import findings
 
 RESULTS = Path(__file__).parent / "results"
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{comparison} --methods lora,copra --seeds 0 --subsets 1 --date today --results {folder}"
 #: share of the layers -> mean test accuracy over the subsets
 Scores = dict[str, float]
 

@@ -6,9 +6,10 @@ experiments/results/. A test makes the tables again and compares. The figures ne
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGE = ROOT / "docs" / "explanations" / "findings.md"
 IMAGES = ROOT / "docs" / "images"
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{docs}/explanations/findings.md"
 #: in the committed studies, on two nodes with eight clients a round; a node gets one copy of an adapter for its clients
 CLIENTS_PER_NODE = 4
 #: metrics of the traffic
@@ -290,8 +293,21 @@ def filled(page: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{content[block['name']]}{block[3]}", page)
 
 
-if __name__ == "__main__":
-    written = filled(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(written, encoding="utf-8")
+def write(
+    page: Path, fill: Callable[[str], str], images: Callable[[str], Iterable[tuple[str, Figure]]], height: int
+) -> None:
+    """Run the command of a page: renew the blocks of `page`, or of the file that it names, and the charts shown there.
+
+    `fill` is a module's `filled`, `images` its `images`.
+    """
+    parser = argparse.ArgumentParser(description=f"Write tables and charts of {page.name} from committed results.")
+    parser.add_argument("page", nargs="?", type=Path, default=page, help="default: the page of the documentation")
+    path = parser.parse_args().page
+    written = fill(path.read_text(encoding="utf-8"))
+    path.write_text(written, encoding="utf-8")
     for file, figure in images(written):
-        figure.chart.write_image(IMAGES / file, width=900, height=380)
+        figure.chart.write_image(path.parent.parent / "images" / file, width=900, height=height)
+
+
+if __name__ == "__main__":
+    write(PAGE, filled, images, height=380)

@@ -65,6 +65,12 @@ SETTINGS: dict[str, Any] = {
     "partitioner": "iid", "num-clients": 1, "validation-fraction": 0.0, "num-rounds": 1, "local-steps": 400,
     "max-length": 32, "server-validation-examples": 1000, "test-examples": 1000, "eval-batch-size": 256,
 }  # fmt: skip
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = (
+    "measure --output {folder} --results {folder} --date today --seeds 0,1 --tuning-seeds 10 --texts 20 "
+    "--set model={model} --set dataset={dataset} --set rank=2 --set local-steps=1 --set max-length=16 "
+    "--set server-validation-examples=60 --set test-examples=60 --set device=cpu --set dtype=float32"
+)
 #: number of points on a line between two adapters
 NUM_POINTS = 5
 #: how adapters are merged; for two adapters the first two methods give the midpoints of the paths

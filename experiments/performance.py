@@ -16,10 +16,12 @@ from typing import Any
 from copra_fl.bench import findings, population, population_figures
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.html import Figure
-from experiments.findings import BLOCK, IMAGES, RESULTS, ROOT, source
+from experiments.findings import BLOCK, RESULTS, ROOT, source, write
 
 PAGE = ROOT / "docs" / "explanations" / "performance.md"
 CHART = "performance-clients.svg"
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{docs}/explanations/performance.md"
 #: results with the rivals in both number formats: ``bench-DATE-NAME.json``
 COMPARED = ("overhead", "small", "compute")
 
@@ -84,6 +86,12 @@ def chart() -> Figure:
     return figure
 
 
+def images(page: str) -> Iterator[tuple[str, Figure]]:
+    """Yield file name and figure of the chart if `page` shows it."""
+    if CHART in page:
+        yield CHART, chart()
+
+
 def filled(page: str) -> str:
     """Return `page` with the current content of its blocks. Raises KeyError for a block without results."""
     content = dict(blocks())
@@ -91,5 +99,4 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    chart().chart.write_image(IMAGES / CHART, width=900, height=460)
+    write(PAGE, filled, images, height=460)

@@ -11,7 +11,7 @@ It classifies 96 % of held-out images correctly; chance is 0.3 %.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,13 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 SEED = 0
 SIZE = 28
-NUM_CLASSES, IMAGES_PER_CLASS = 300, 100
 NUM_CHAINS, NUM_POINTS = 60, 40
 MIN_FILL, MAX_FILL = 0.15, 0.8
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 16, 128, 1e-3
+BATCH_SIZE, LEARNING_RATE = 128, 1e-3
+#: one image in so many is held out
+HELD_OUT = 15
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{folder} --classes 2 --images-per-class 100 --epochs 1"
 CONFIG = ViTConfig(
     image_size=SIZE,
     patch_size=7,
@@ -71,10 +74,10 @@ def render(systems: np.ndarray, probabilities: np.ndarray, rng: np.random.Genera
     return (255 * np.minimum(counts / 4, 1) ** 0.5).astype(np.uint8)
 
 
-def draw_classes(rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw NUM_CLASSES systems whose images are neither nearly empty nor nearly full."""
+def draw_classes(rng: np.random.Generator, number: int) -> list[np.ndarray]:
+    """Draw `number` systems whose images are neither nearly empty nor nearly full."""
     classes: list[np.ndarray] = []
-    while len(classes) < NUM_CLASSES:
+    while len(classes) < number:
         system = draw_system(rng)
         fill = (render(system[None], _probabilities(system)[None], rng) > 0).mean()
         if MIN_FILL < fill < MAX_FILL:
@@ -88,13 +91,13 @@ def _probabilities(system: np.ndarray) -> np.ndarray:
     return areas / areas.sum()
 
 
-def draw_images(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_images(rng: np.random.Generator, num_classes: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw (N, 1, SIZE, SIZE) uint8 images and their classes (N,)."""
     images, labels = [], []
-    for label, system in enumerate(draw_classes(rng)):
-        perturbed = system * rng.uniform(0.92, 1.08, (IMAGES_PER_CLASS, *system.shape))
-        images.append(render(perturbed, _probabilities(system)[None].repeat(IMAGES_PER_CLASS, 0), rng))
-        labels.append(np.full(IMAGES_PER_CLASS, label))
+    for label, system in enumerate(draw_classes(rng, num_classes)):
+        perturbed = system * rng.uniform(0.92, 1.08, (per_class, *system.shape))
+        images.append(render(perturbed, _probabilities(system)[None].repeat(per_class, 0), rng))
+        labels.append(np.full(per_class, label))
     return torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels))
 
 
@@ -111,24 +114,24 @@ def augmented(images: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
     return (255 - values if inversion % 4 == 0 else values) / 127.5 - 1
 
 
-def pretrain(folder: Path) -> None:
+def pretrain(folder: Path, num_classes: int, images_per_class: int, epochs: int) -> None:
     """Train the model, and save it to `folder`."""
     rng, stream = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
-    images, labels = draw_images(rng)
+    images, labels = draw_images(rng, num_classes, images_per_class)
     order = torch.randperm(len(images), generator=stream)
-    held_out, trained = order[:2000], order[2000:]
-    print(f"{len(images)} images of {NUM_CLASSES} fractals", flush=True)
-    model, head = ViTModel(CONFIG), nn.Linear(CONFIG.hidden_size, NUM_CLASSES)
+    held_out, trained = order[: len(order) // HELD_OUT], order[len(order) // HELD_OUT :]
+    print(f"{len(images)} images of {num_classes} fractals", flush=True)
+    model, head = ViTModel(CONFIG), nn.Linear(CONFIG.hidden_size, num_classes)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
-    steps = EPOCHS * (len(trained) // BATCH_SIZE)
+    steps = epochs * (len(trained) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
 
     def logits(values: torch.Tensor) -> torch.Tensor:
         return head(model(values).last_hidden_state.mean(1))
 
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         shuffled, total = trained[torch.randperm(len(trained), generator=stream)], 0.0
         batches = shuffled.split(BATCH_SIZE)[: len(trained) // BATCH_SIZE]
         for batch in batches:
@@ -154,5 +157,15 @@ def save(model: ViTModel, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the model")
+    parser.add_argument("--classes", type=int, default=300, help="number of classes")
+    parser.add_argument("--images-per-class", type=int, default=100, help="number of images of each class")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the images")
+    options = parser.parse_args()
+    pretrain(options.folder, options.classes, options.images_per_class, options.epochs)
+
+
 if __name__ == "__main__":
-    pretrain(Path(sys.argv[1]))
+    main()

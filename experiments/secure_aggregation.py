@@ -23,6 +23,8 @@ from copra_fl.secure_aggregation.neighbours import degree
 from copra_fl.wire import all_bytes
 
 SHARE = 2 / 3
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "--nodes 3 --values 10"
 
 
 @contextmanager

@@ -37,6 +37,8 @@ from experiments import two_federations_summary
 from experiments.two_federations_summary import MERGES
 
 RESULTS = Path(__file__).parent / "results"
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{comparison} --methods lora,copra --seeds 0,1 --date today --results {folder}"
 
 
 def measure(runs: Sequence[OpenRun]) -> dict[str, Any]:

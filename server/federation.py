@@ -56,12 +56,14 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     audit = AuditLog(directory, journal.run)
     audit.begin(config, provenance.library_digest(CLIENTS), resumed=journal.begun)
     settled = settle(config)
-    nodes = register_nodes(grid, settled, audit)
+    resumed = resume(journal, settled)
+    is_over = len(journal.records) >= config.federation.num_rounds or reason_to_end(config, journal.records)
+    nodes = register_nodes(grid, settled, audit, has_rounds=not is_over)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
     compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
 
     evaluator = open_evaluator(config)
-    state = resume(journal, evaluator)
+    state = resumed or evaluator.start_state()
     write_provenance(journal, evaluator)
     strategy = CohortStrategy(run_context(journal, evaluator), nodes, state)
     audit.admit(nodes, strategy.run.config)
@@ -89,16 +91,16 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
     audit.finish(len(journal.records))
 
 
-def resume(journal: Journal, evaluator: Evaluator) -> ServerState:
-    """Return the state in the newest checkpoint; at the start the one before the first round.
+def resume(journal: Journal, config: Config) -> ServerState | None:
+    """Return the state in the newest checkpoint; None at the start.
 
     Raises RecordError as `Journal.resume` does, and for a run of an earlier version whose clients keep state: its
     checkpoints do not say after which round that state is.
     """
     state = journal.resume()
-    if state is None:
-        return evaluator.start_state()
-    if leaves_state(evaluator.config) and not state.last_rounds and any(record.clients for record in journal.read()):
+    if state is None or not leaves_state(config) or state.last_rounds:
+        return state
+    if any(record.clients for record in journal.read()):
         raise journal.other_version()
     return state
 

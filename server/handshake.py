@@ -27,8 +27,10 @@ from server.messaging import exchange
 CLIENTS = Path(__file__).parent.parent / "clients"
 
 
-def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wire.Handshake]:
+def register_nodes(grid: Grid, config: Config, audit: AuditLog, has_rounds: bool = True) -> dict[int, wire.Handshake]:
     """Ask every node for its handshake, and return node id -> handshake.
+
+    `has_rounds` says if a round is still to be trained: a node that may train no more can take part without one.
 
     After a fault Flower counts nodes as connected that are gone; until node-timeout-s has passed they may come back.
 
@@ -42,7 +44,7 @@ def register_nodes(grid: Grid, config: Config, audit: AuditLog) -> dict[int, wir
     deadline = time.monotonic() + config.federation.node_timeout_s
     while True:
         nodes = wait_for_nodes(grid, config, deadline)
-        replies = query(grid, config, nodes, config.federation.round_timeout_s)
+        replies = query(grid, config, nodes, config.federation.round_timeout_s, has_rounds)
         gone = [
             reply.metadata.src_node_id
             for reply in replies
@@ -139,9 +141,9 @@ def connected_nodes(grid: Grid) -> set[int]:
     return set(grid.get_node_ids()) - registration.shut_out()
 
 
-def query(grid: Grid, config: Config, nodes: Iterable[int], timeout: float) -> list[Message]:
+def query(grid: Grid, config: Config, nodes: Iterable[int], timeout: float, has_rounds: bool = True) -> list[Message]:
     """Send the handshake query to `nodes` and return the replies that come within `timeout` seconds."""
-    messages = [Message(wire.pack_config(config), node, MessageType.QUERY) for node in nodes]
+    messages = [Message(wire.pack_config(config, has_rounds), node, MessageType.QUERY) for node in nodes]
     return exchange(grid, messages, timeout)
 
 

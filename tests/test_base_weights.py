@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -69,6 +70,18 @@ def test_a_changed_source_is_converted_anew(tiny_model: str, tmp_path: Path) -> 
         base.embeddings.word_embeddings.weight[7] = 3
     base.save_pretrained(source)
     assert (open_base(str(source), "bfloat16", "eager", AutoModel).embeddings.word_embeddings.weight[7] == 3).all()
+
+
+def test_a_source_that_changed_within_one_tick_of_the_clock_is_converted_anew(tiny_model: str, tmp_path: Path) -> None:
+    """Size and time of modification are as before, as after a change within the granularity of the file system."""
+    source = shutil.copytree(tiny_model, tmp_path / "mine")
+    weights, before = source / "model.safetensors", open_base(str(source), "bfloat16", "eager", AutoModel)
+    status, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-4:] = b"\x00\x00\x80\x40"  # 4 in float32
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = open_base(str(source), "bfloat16", "eager", AutoModel)
+    assert [name for name, tensor in after.state_dict().items() if not tensor.equal(before.state_dict()[name])]
 
 
 def test_processes_convert_once_and_leave_nothing_unfinished(tiny_model: str, tmp_path: Path) -> None:

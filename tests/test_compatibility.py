@@ -203,8 +203,9 @@ def test_secure_aggregation_alone_is_enough_and_changes_no_key_that_is_set() -> 
     }  # fmt: skip
     assert Config.from_flat({"secure-aggregation": False}) == Config()
     check(Config.from_flat(SECURE | PRIVATE))
-    with pytest.raises(ConfigError, match="merge-gap-clients = 4 does not combine with secure-aggregation = true"):
-        check(Config.from_flat(SECURE | {"merge-gap-clients": 4}))
+    for rule in ("fedavg", "fedsa-lora"):
+        with pytest.raises(ConfigError, match="merge-gap-clients = 4 does not combine with secure-aggregation = true"):
+            check(Config.from_flat(SECURE | LORA | {"rule": rule, "merge-gap-clients": 4}))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

@@ -27,6 +27,26 @@ def test_settings_that_do_not_combine_are_rejected_before_a_run_is_submitted(tmp
     assert not list((tmp_path / "d" / "runs").iterdir())
 
 
+def test_a_run_with_a_task_of_ones_own_is_checked_before_it_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task has no head, so there is none to train; another one does not exist."""
+    (tmp_path / "surveys_task.py").write_text(
+        "from copra_fl.tasks.causal_lm import CausalLM\n\n\nclass Surveys(CausalLM):\n    name = 'surveys'\n\n\n"
+        "TASK = Surveys()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run_command("deploy", "init", tmp_path / "d")
+    sets = ("--set", "local-training=head", "--set", "partitioner=iid")
+    for task, reason in (
+        ("surveys_task:TASK", "does not combine with local-training = 'head': the task has no head to train"),
+        ("hospital.missing", "there is no module hospital.missing that can be imported"),
+    ):
+        refused = run_command("deploy", "run", "smoke", tmp_path / "d", "--set", f"task={task}", *sets, code=2)
+        assert reason in refused.message
+    assert not list((tmp_path / "d" / "runs").iterdir())
+
+
 def test_ctrl_c_detaches_from_a_run_and_says_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

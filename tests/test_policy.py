@@ -181,6 +181,23 @@ def test_rounds_of_all_runs_add_up(tiny: Settings, tmp_path: Path) -> None:
         run_federation(tiny, tmp_path / "third", grid=LocalGrid(2, node_configs=[node, {}]))
 
 
+@pytest.mark.parametrize("end", [{}, {"num-rounds": 3, "target-accuracy": 0.01}], ids=["last round", "early end"])
+def test_a_node_that_has_trained_its_last_round_takes_part_in_the_summary(
+    tiny: Settings, end: Settings, tmp_path: Path
+) -> None:
+    """The run is killed between its last round and its summary; another run's round is one too many for the node."""
+    node = write_policy(tmp_path / "site", f"max-rounds = {3 if end else 2}")
+    if end:
+        run_federation(tiny, tmp_path / "earlier", grid=LocalGrid(2, node_configs=[node, {}]))
+    directory = run_federation(tiny | end, tmp_path / "run", grid=LocalGrid(2, node_configs=[node, {}]))
+    rounds, summary = journal(directory), (directory / "summary.json").read_bytes()
+    (directory / "summary.json").unlink()
+    run_federation(tiny | end, directory, grid=LocalGrid(2, node_configs=[node, {}]))
+    assert journal(directory) == rounds and (directory / "summary.json").read_bytes() == summary
+    with pytest.raises(FederationError, match="rejected the run: client policy: the node has trained in max-rounds = "):
+        run_federation(tiny | {"num-rounds": 1}, tmp_path / "next", grid=LocalGrid(2, node_configs=[node, {}]))
+
+
 @pytest.mark.parametrize(
     ("limit", "of_reply", "reason"),
     [

@@ -37,7 +37,7 @@ def active_layers(adapter: Adapter) -> set[int]:
 def test_layers_are_in_the_order_of_their_numbers() -> None:
     modules_by_layer = pruned_adapters.layers(small_adapter())
     assert list(modules_by_layer) == [f"{BLOCK}.{layer}" for layer in range(12)]
-    assert [pruned_adapters.kind(module) for module in modules_by_layer[f"{BLOCK}.3"]] == [
+    assert [pruned_adapters.kind(module, f"{BLOCK}.3") for module in modules_by_layer[f"{BLOCK}.3"]] == [
         "attention.self.query",
         "attention.self.value",
     ]

@@ -97,12 +97,12 @@ def secure_conflicts(config: Config, rule: Rule) -> Conflicts:
             "dropped out in each round; use over-sample = 0",
         ),
         (
-            evaluation.merge_gap_clients > 0 and bool(config.data.dataset) and not rule.personal,
+            evaluation.merge_gap_clients > 0 and bool(config.data.dataset),
             f"merge-gap-clients = {evaluation.merge_gap_clients} does not combine with {it}: the server would need "
             "the adapters of single clients; use merge-gap-clients = 0",
         ),
         (
-            evaluation.path_pairs > 0 and bool(config.data.dataset) and not rule.personal,
+            evaluation.path_pairs > 0 and bool(config.data.dataset),
             f"path-pairs = {evaluation.path_pairs} does not combine with {it}: the server would need the adapters of "
             "single clients; use path-pairs = 0",
         ),

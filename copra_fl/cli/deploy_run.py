@@ -126,12 +126,7 @@ def user_name() -> str:
 
 
 def check_combinations(config: Config) -> None:
-    """Check that the settings combine, before anything starts. Raises ConfigError.
-
-    A user's own task may be installed in the containers only; then the server checks.
-    """
-    if "." in config.model.task:
-        return
+    """Check that the settings combine, before anything starts. Raises ConfigError, also for a plugin not found here."""
     from copra_fl.aggregation import compatibility  # slow to import
     from copra_fl.tasks import find_task
 

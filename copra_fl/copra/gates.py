@@ -12,16 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-
-def group_name(module_name: str, group: str) -> str:
-    """Return the gate group of a LoRA module: its transformer block, or with `group` "module" the module itself.
-
-    >>> group_name("encoder.layer.3.attention.self.query", "layer")
-    'encoder.layer.3'
-    """
-    parts = module_name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return module_name if group == "module" or index is None else ".".join(parts[: index + 1])
+from copra_fl.copra.layer_names import LayerNames
 
 
 class Gates:
@@ -30,12 +21,15 @@ class Gates:
     Attributes:
         names: one name per group.
         group_of: LoRA module name -> index of its group.
+        layers: names the layer of a module; with `group` "module" each module is a group, else each layer.
     """
 
     def __init__(self, model: nn.Module, group: str) -> None:
         modules = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-        self.names = list(dict.fromkeys(group_name(name, group) for name in modules))
-        self.group_of = {name: self.names.index(group_name(name, group)) for name in modules}
+        self.layers = LayerNames({name: module.out_features for name, module in modules.items()})
+        groups = {name: name if group == "module" else self.layers.of(name) for name in modules}
+        self.names = list(dict.fromkeys(groups.values()))
+        self.group_of = {name: self.names.index(of) for name, of in groups.items()}
         self._modules = [[modules[name] for name, g in self.group_of.items() if g == i] for i in range(len(self.names))]
         self._state = [(True, 1.0)] * len(self.names)
         self._frozen: list[torch.Tensor] = []

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from copra_fl.adapters import residual as residuals
 from copra_fl.adapters.core import core_matrix
 from copra_fl.adapters.state import PEFT_PREFIX, Adapter, part_of
-from copra_fl.copra.gates import Gates, group_name
+from copra_fl.copra.gates import Gates
 from copra_fl.models.flops import ModelSize
 from copra_fl.models.own_logits import own_logits
 from copra_fl.tasks import Inputs, Task
@@ -113,7 +113,7 @@ class AdaptedModel(nn.Module):
     def recompute_blocks(self) -> None:
         """Store only the inputs of each block for the backward pass, which computes the block again (checkpointing)."""
         self.recomputes_blocks = True
-        recompute(self.base, adapted_blocks(self.gates.group_of))
+        recompute(self.base, adapted_blocks(self.gates, self.gates.group_of))
 
     def train_adapters(self, on: bool) -> None:
         """Switch LoRA dropout on or off; the base stays in eval mode."""
@@ -204,9 +204,9 @@ def _add_product(matrices: tuple[Tensor, ...], linear: nn.Module, inputs: tuple[
     return output + residuals.product(inputs[0], matrices)
 
 
-def adapted_blocks(modules: Iterable[str]) -> list[str]:
+def adapted_blocks(gates: Gates, modules: Iterable[str]) -> list[str]:
     """Return the names of the blocks that the adapted `modules` are in, in the same order."""
-    blocks = dict.fromkeys(group_name(module, "layer") for module in modules)
+    blocks = dict.fromkeys(map(gates.layers.of, modules))
     return [name for name in blocks if name.split(".")[-1].isdigit()]
 
 

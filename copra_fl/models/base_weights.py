@@ -83,12 +83,16 @@ def _open(source: str, dtype: str, attention: str, model_class: Any, **settings:
 
 
 def _identity(source: str) -> list[object]:
-    """Return values that change when the model changes: the commit of a hub snapshot, or files."""
+    """Return values that change when the model changes: the folder; for one that is not of the hub, its digests too."""
     folder = Path(str(cached_file(source, "config.json"))).parent
     if not Path(source).is_dir():
         return [str(folder)]
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    return [str(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+    return [str(folder), _digest(folder / "config.json"), *map(_digest, _weights(source))]
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, kept until it changes."""
+    return kept_digest([path], lambda: sha256(path))
 
 
 def weights_digest(source: str) -> str:
@@ -97,13 +101,8 @@ def weights_digest(source: str) -> str:
     It is computed once and kept until the files change (`files.kept_digest`). Raises OSError for a model without
     weights.
     """
-    files = _weights(source)
-
-    def compute() -> str:
-        digests = [sha256(path) for path in files]
-        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-    return kept_digest(files, compute)
+    digests = [_digest(path) for path in _weights(source)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _weights(source: str) -> list[Path]:

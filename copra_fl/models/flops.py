@@ -27,7 +27,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from copra_fl.copra.gates import Gates, group_name
+from copra_fl.copra.gates import Gates
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class ModelSize:
         """
         blocks: dict[str, int] = {}
         for name, module in base.named_modules():
-            block = group_name(name, "layer")
+            block = gates.layers.of(name)
             if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name and block.split(".")[-1].isdigit():
                 blocks[block] = blocks.get(block, 0) + _num_weights(module)
         groups, order = np.zeros(len(gates.names), dtype=int), list(blocks)
         for name, group in group_of.items():
             groups[group] += adapter[name].numel()
         below: list[int] = []
-        for block in (group_name(name, "layer") for name in gates.names):
+        for block in map(gates.layers.of, gates.names):
             outside = len(order) if below else 0  # in front of the first block, or behind the last one
             below.append(order.index(block) if block in blocks else outside)
         output = head if head is not None else base.get_output_embeddings()  # type: ignore[operator]

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
 
 from copra_fl.config import Config, ConfigError, ModelConfig, TrainingConfig
-from copra_fl.copra.gates import Gates, group_name
+from copra_fl.copra.gates import Gates
 from copra_fl.models.adapted import adapted_blocks, recompute
 from copra_fl.models.build import lora_config, model_source
 from copra_fl.models.kept_bytes import KeptBytes
@@ -100,19 +100,20 @@ class ModelMemory:
         adapter: number of values in one adapter, without the head.
         width: width of its hidden states.
         row: bytes that autograd keeps for a row.
-        modules: names of the modules with an adapter, in forward order.
+        layer_of: module with an adapter -> its layer, in forward order.
     """
 
     base: int
     adapter: int
     width: int
     row: int
-    modules: tuple[str, ...]
+    layer_of: Mapping[str, str]
 
 
 def num_groups(config: Config, tokens: int) -> int:
     """Return the number of gate groups of the model of `config`, without reading any weights."""
-    return len({group_name(module, config.copra.gate_group) for module in measure(config.model, tokens).modules})
+    layer_of = measure(config.model, tokens).layer_of
+    return len(layer_of if config.copra.gate_group == "module" else set(layer_of.values()))
 
 
 def plan(config: Config, num_labels: int, tokens: int) -> MemoryPlan:
@@ -159,16 +160,20 @@ def measure(config: ModelConfig, num_tokens: int, depth: int = 0, group: str = "
     frozen = sum(parameter.nbytes for parameter in adapted.parameters() if not parameter.requires_grad)
     if config.quantization == "4bit":
         frozen -= sum(weight.nbytes - int(weight.numel() * NF4_BITS / 8) for weight in _quantized_weights(base))
+    gates = Gates(base, group)
     if depth:
-        gates = Gates(base, group)
         gates.set([index >= len(gates.names) - depth for index in range(len(gates.names))])
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     if config.gradient_checkpointing:  # the last block stands for the one that is computed again
-        recompute(base, adapted_blocks(name for name, layer in layers.items() if not layer.disable_adapters)[:-1])
+        recompute(
+            base, adapted_blocks(gates, (name for name, layer in layers.items() if not layer.disable_adapters))[:-1]
+        )
     with FakeTensorMode(allow_non_fake_inputs=True):
         adapted.to_empty(device="cpu")
         one, two = (kept_bytes(adapted, _blank(task, base, number, num_tokens)) for number in (1, 2))
-    return ModelMemory(frozen, adapter, base.config.hidden_size, two - one, tuple(layers))
+    return ModelMemory(
+        frozen, adapter, base.config.hidden_size, two - one, {name: gates.layers.of(name) for name in layers}
+    )
 
 
 def _quantized_weights(base: PreTrainedModel) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from copra_fl.adapters.state import Adapter, by_number, part_of, parts
 from copra_fl.aggregation import products
-from copra_fl.copra.gates import group_name
+from copra_fl.copra.layer_names import LayerNames
 from copra_fl.probes.open_run import rank_of
 
 #: shares of the adapter's values that magnitude pruning sets to zero
@@ -50,18 +50,19 @@ def adapted_modules(adapter: Adapter) -> list[str]:
 def layers(adapter: Adapter) -> dict[str, list[str]]:
     """Return the modules of each layer, in order; a module outside the blocks is a layer by itself."""
     modules_by_layer: dict[str, list[str]] = {}
+    names = LayerNames({name.partition(".lora_B")[0]: len(tensor) for name, tensor in parts(adapter, {"B"}).items()})
     for module in adapted_modules(adapter):
-        modules_by_layer.setdefault(group_name(module, "layer"), []).append(module)
+        modules_by_layer.setdefault(names.of(module), []).append(module)
     return modules_by_layer
 
 
-def kind(module: str) -> str:
-    """Return the name of a module within its layer.
+def kind(module: str, layer: str) -> str:
+    """Return the name of a module within its `layer`.
 
-    >>> kind("base_model.model.encoder.layer.3.attention.self.query")
+    >>> kind("encoder.layer.3.attention.self.query", "encoder.layer.3")
     'attention.self.query'
     """
-    return module.removeprefix(f"{group_name(module, 'layer')}.")
+    return module.removeprefix(f"{layer}.")
 
 
 def keep(adapter: Adapter, kept: Collection[str]) -> Adapter:
@@ -136,8 +137,9 @@ def layer_sets(adapter: Adapter) -> Iterator[Pruned]:
 def single_modules(adapter: Adapter) -> Iterator[Pruned]:
     """Yield the adapter with one of its target modules, in all layers; nothing if it has only one."""
     kinds: dict[str, list[str]] = {}
-    for module in adapted_modules(adapter):
-        kinds.setdefault(kind(module), []).append(module)
+    for layer, modules in layers(adapter).items():
+        for module in modules:
+            kinds.setdefault(kind(module, layer), []).append(module)
     if len(kinds) > 1:
         for name, chosen in kinds.items():
             yield Pruned("module", f"{name} only", keep(adapter, chosen), _share(adapter, chosen))

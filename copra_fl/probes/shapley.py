@@ -10,7 +10,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from copra_fl.adapters.state import PEFT_PREFIX, Adapter
-from copra_fl.copra.gates import group_name
 from copra_fl.probes import pruned_adapters
 from copra_fl.probes.exported import METRICS, Game, export_runs, solve
 from copra_fl.probes.findings import Findings, setting_facts, setting_line
@@ -27,11 +26,15 @@ SHOWN = {"accuracy": ("accuracy", "points", 100.0), "loss": ("minus loss", "nats
 
 @dataclass(frozen=True)
 class RunValues:
-    """The Shapley values of a run's players, which are its layers or its modules, by metric."""
+    """The Shapley values of a run's players, which are its layers or its modules, by metric.
+
+    `layer_of` names the layer of each module.
+    """
 
     run: str
     players: list[str]
     by_metric: dict[str, ShapleyValues]
+    layer_of: dict[str, str]
 
 
 def probe(
@@ -51,8 +54,13 @@ def probe(
             players = players_of(exported.adapter)
             game = Game(exported, list(players.values()), split, progress)
             solved = solve(game, standard_error, max_pairs, seed)
+            layer_of = {
+                short_name(module): short_name(layer)
+                for layer, modules_of in pruned_adapters.layers(exported.adapter).items()
+                for module in modules_of
+            }
             values_by_kind.setdefault(kind, []).append(
-                RunValues(exported.run.name, [short_name(name) for name in players], solved)
+                RunValues(exported.run.name, [short_name(name) for name in players], solved, layer_of)
             )
     evaluated = {kind: _evaluated(values, seed) for kind, values in values_by_kind.items()}
     sections = [
@@ -176,10 +184,11 @@ def _heat_maps(values: Sequence[RunValues], metric: str, evaluated: str) -> list
     maps = []
     for run_values in values:
         value_of = dict(zip(run_values.players, scale * run_values.by_metric[metric].values, strict=True))
-        layers = list(dict.fromkeys(group_name(player, "layer") for player in value_of))
-        kinds = list(dict.fromkeys(pruned_adapters.kind(player) for player in value_of))
+        layer_of = run_values.layer_of
+        layers = list(dict.fromkeys(map(layer_of.__getitem__, value_of)))
+        kinds = list(dict.fromkeys(pruned_adapters.kind(player, layer_of[player]) for player in value_of))
         cells = {
-            (group_name(player, "layer"), pruned_adapters.kind(player)): float(value)
+            (layer_of[player], pruned_adapters.kind(player, layer_of[player])): float(value)
             for player, value in value_of.items()
         }
         chart = empty_chart({"type": "category"}, {"type": "category"})

@@ -37,6 +37,9 @@ from server.rounds import RoundEvaluation, RoundTraining
 from server.run_records import round_record, summarize
 from server.strategy import CohortStrategy
 
+#: arguments of the shortest run, with paths that tests/test_experiments.py makes
+TINY = "{config} {folder} 2"
+
 
 class Phases:
     """Times of each phase, and the peak memory in bytes of this process up to the end of its last time."""
@@ -141,7 +144,7 @@ def run(config: Config, directory: Path, num_nodes: int) -> Phases:
         replies = exchange(grid, messages, config.federation.round_timeout_s)
         evaluations = strategy.aggregate_evaluate(request, replies)
     with phase("summary"):
-        journal.write_summary(summarize(journal.read(), evaluator, evaluations, None, None, (None, None)))
+        journal.write_summary(summarize(journal.read(), None, evaluator, evaluations, None, None, (None, None)))
     with phase("report"):
         write_report(directory)
     return phase

@@ -13,7 +13,6 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from copra_fl.adapters.state import PEFT_PREFIX, Adapter, Layout, part_of
-from copra_fl.copra.gates import group_name
 from copra_fl.models.adapted import AdaptedModel, frozen_head_logits, mask_other_datasets
 from copra_fl.tasks import Inputs
 from copra_fl.training.stacked.chain import NotStackable, find_chain
@@ -73,7 +72,7 @@ class StackedModel:
             full_name = f"{PEFT_PREFIX}{name}"
             linear = StackedLinear(full_name, module, group, self.context, model.residual_factors)
             tree.set_submodule(name, linear)
-            blocks.append(group_name(name, "layer"))
+            blocks.append(model.gates.layers.of(name))
         inside = [block for block in dict.fromkeys(blocks) if block.split(".")[-1].isdigit()]
         block_lists = {block.rpartition(".")[0] for block in inside}
         if len(block_lists) != 1:
