@@ -55,7 +55,9 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
 
     audit = AuditLog(directory, journal.run)
     audit.begin(config, provenance.library_digest(CLIENTS), resumed=journal.begun)
+    emit("stage", text="checking the base model")
     settled = settle(config)
+    emit("stage", text="waiting for the workers")
     nodes = register_nodes(grid, settled, audit)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
     compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
@@ -180,7 +182,10 @@ def open_evaluator(config: Config) -> Evaluator:
 
     Raises ConfigError if the model has fewer layers than the configuration asks for.
     """
-    evaluator = Evaluator(config, load_data(config, load_processor(config.model)))
+    emit("stage", text="opening the data")
+    data = load_data(config, load_processor(config.model))
+    emit("stage", text="loading the model")
+    evaluator = Evaluator(config, data)
     check_layers(config, len(evaluator.model.gates.names))
     if note := evaluator.engine.note:
         log(INFO, note)
