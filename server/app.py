@@ -14,7 +14,7 @@ sys.path.extend(sys.path)
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from copra_fl import logs
+from copra_fl import events, logs
 from server import delivery
 
 logs.configure()
@@ -24,6 +24,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    events.emit("stage", text="starting the server app")
     from server import runs
 
     runs.main(grid, context)

@@ -55,9 +55,11 @@ def run(grid: Grid, config: Config, directory: Path) -> None:
 
     audit = AuditLog(directory, journal.run)
     audit.begin(config, provenance.library_digest(CLIENTS), resumed=journal.begun)
+    emit("stage", text="checking the base model")
     settled = settle(config)
     resumed = resume(journal, settled)
     is_over = len(journal.records) >= config.federation.num_rounds or reason_to_end(config, journal.records)
+    emit("stage", text="waiting for the workers")
     nodes = register_nodes(grid, settled, audit, has_rounds=not is_over)
     config = settled.changed(num_clients=next(iter(nodes.values())).num_clients)
     compatibility.check(config, find_task(config.model.task))  # again, where the number of clients was not known before
@@ -182,7 +184,10 @@ def open_evaluator(config: Config) -> Evaluator:
 
     Raises ConfigError if the model has fewer layers than the configuration asks for.
     """
-    evaluator = Evaluator(config, load_data(config, load_processor(config.model)))
+    emit("stage", text="opening the data")
+    data = load_data(config, load_processor(config.model))
+    emit("stage", text="loading the model")
+    evaluator = Evaluator(config, data)
     check_layers(config, len(evaluator.model.gates.names))
     if note := evaluator.engine.note:
         log(INFO, note)

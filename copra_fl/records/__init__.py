@@ -6,6 +6,7 @@ these classes. A field that was not measured is None or empty, never absent.
 
 from copra_fl.records.audit import AuditedNode, AuditEvent, NodeRecord, read_records
 from copra_fl.records.comparison import (
+    MIN_SEEDS,
     ComparedSettings,
     ComparisonSummary,
     ConfigValue,
@@ -15,6 +16,7 @@ from copra_fl.records.comparison import (
     MetricEstimates,
     TargetCost,
     UnfinishedRun,
+    Verdict,
 )
 from copra_fl.records.record import DamagedRecord, Record, RecordError
 from copra_fl.records.run import (
@@ -44,6 +46,7 @@ from copra_fl.records.study import (
 )
 
 __all__ = [
+    "MIN_SEEDS",
     "AggregationError",
     "AuditEvent",
     "AuditedNode",
@@ -79,6 +82,7 @@ __all__ = [
     "TargetCost",
     "Tier",
     "UnfinishedRun",
+    "Verdict",
     "read_lines",
     "read_records",
 ]

@@ -6,13 +6,16 @@ from copra_fl.records.record import Record
 
 ConfigValue = str | int | float | bool
 
+#: with fewer seeds there is no interval and no verdict: two values hardly show how much results vary
+MIN_SEEDS = 3
+
 
 class Estimate(Record):
     """One metric over seeds.
 
     Attributes:
         mean: None if a seed has no finite value.
-        interval: the 95 % t-interval of the mean; None also for one seed.
+        interval: the 95 % t-interval of the mean; None also for fewer than `MIN_SEEDS` seeds.
         values: one per seed, in the order of `MetricEstimates.seeds`; None where the value is not finite.
     """
 
@@ -101,6 +104,25 @@ class TargetCost(Record):
     flops: tuple[float | None, ...]
 
 
+class Verdict(Record):
+    """Methods by the difference of their `metric` to the baseline's, each paired by seed.
+
+    Attributes:
+        metric: ``test_accuracy``, or ``validation_accuracy`` of runs without a final test.
+        above, below: the 95 % interval of the difference excludes 0.
+        level: it includes 0.
+        too_few: fewer than `MIN_SEEDS` paired seeds.
+        text: the same in sentences.
+    """
+
+    metric: str
+    above: tuple[str, ...]
+    below: tuple[str, ...]
+    level: tuple[str, ...]
+    too_few: tuple[str, ...]
+    text: str
+
+
 class ComparisonSummary(Record):
     """``summary.json`` of a comparison.
 
@@ -114,6 +136,7 @@ class ComparisonSummary(Record):
         ended_early: runs that ended before num-rounds.
         curves: of methods with finished and evaluated runs.
         to_target: the same methods; empty if the baseline was not evaluated.
+        verdict: None in the files of earlier versions.
     """
 
     baseline: str
@@ -126,3 +149,4 @@ class ComparisonSummary(Record):
     ended_early: tuple[EarlyEnd, ...] = ()
     curves: dict[str, Curve] = {}
     to_target: dict[str, TargetCost] = {}
+    verdict: Verdict | None = None

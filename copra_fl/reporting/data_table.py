@@ -14,8 +14,6 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from copra_fl.wording import join_words
-
 #: a column of text on a terminal is at least so wide, or as its longest cell
 MIN_TEXT_COLUMN = 18
 #: more than any table's width
@@ -54,15 +52,27 @@ class DataTable:
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render for a terminal: of a table that is too wide, the last columns are left out, and no number is cut."""
-        shown, unlimited = self, options.update(max_width=MAX_WIDTH)
-        while len(shown.header) > 2 and console.measure(shown._rich(), options=unlimited).minimum > options.max_width:
-            shown = replace(shown, header=shown.header[:-1], rows=[row[:-1] for row in shown.rows])
-        yield shown._rich()
-        left_out = self.header[len(shown.header) :]
-        note = f"Too wide for this terminal: {join_words(left_out)}." if left_out else ""
-        if footnote := " ".join(filter(None, (self.caption, note))):
-            yield Text(footnote, style="dim italic")
+        """Render for a terminal: a table too wide goes on below, with its first column; no number is cut."""
+        start, unlimited = 1, options.update(max_width=MAX_WIDTH)
+        while True:
+            end = len(self.header)
+            while end > start + 1 and self._width(console, unlimited, range(start, end)) > options.max_width:
+                end -= 1
+            yield self._columns(range(start, end))._rich()
+            if end == len(self.header):
+                break
+            start = end
+        if self.caption:
+            yield Text(self.caption, style="dim italic")
+
+    def _columns(self, chosen: Sequence[int]) -> DataTable:
+        """Return the first column and those `chosen`."""
+        header, *rows = [[line[0], *(line[index] for index in chosen)] for line in (self.header, *self.rows)]
+        return replace(self, header=header, rows=rows)
+
+    def _width(self, console: Console, unlimited: ConsoleOptions, chosen: Sequence[int]) -> int:
+        """Return the least width of the table of `_columns`."""
+        return console.measure(self._columns(chosen)._rich(), options=unlimited).minimum
 
     def _rich(self) -> Table:
         """Return the table alone; headings are wrapped so that a column is as narrow as its cells."""

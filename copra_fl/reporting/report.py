@@ -99,9 +99,9 @@ def render(comparison: Comparison, summary: ComparisonSummary) -> str:
     return html.render(
         title=_title(summary),
         setting=_setting(comparison, summary),
-        verdict=verdict(summary),
+        verdict=verdict(summary).text,
         warnings=list(_warnings(comparison, summary)),
-        results=[_results(summary), *dataset_tables(summary)],
+        results=[all_results(summary), *dataset_tables(summary)],
         sections=sections(comparison, summary),
     )
 
@@ -114,7 +114,8 @@ def figures_and_tables(directory: Path) -> tuple[list[html.Figure], list[tuple[s
     comparison = load_comparison(directory)
     summary = summarize(comparison)
     arranged = sections(comparison, summary)
-    tables = [("results", _results(summary)), *((f"results {n}", t) for n, t in enumerate(dataset_tables(summary), 2))]
+    of_datasets = enumerate(dataset_tables(summary), start=2)
+    tables = [("results", all_results(summary)), *((f"results {number}", table) for number, table in of_datasets)]
     for section in arranged:
         if section.title not in TECHNICAL_SECTIONS:
             tables += [(f"{section.title} {table.title}", table) for table in section.tables]
@@ -178,10 +179,11 @@ def named_figures(arranged: Sequence[Section]) -> list[Figure]:
 
 
 def results_html(comparison: Comparison) -> str:
-    """Return the table of results as HTML, for a notebook."""
-    table = _results(summarize(comparison))
+    """Return the table of results and the verdict as HTML, for a notebook."""
+    summary = summarize(comparison)
+    table = all_results(summary)
     frame = pd.DataFrame([list(row) for row in table.rows], columns=list(table.header))
-    return f"{frame.to_html(index=False, border=0)}<p>{escape(table.caption)}</p>"
+    return f"{frame.to_html(index=False, border=0)}<p>{escape(table.caption)}</p><p>{escape(verdict(summary).text)}</p>"
 
 
 def _title(summary: ComparisonSummary) -> str:
@@ -234,7 +236,8 @@ def _warnings(comparison: Comparison, summary: ComparisonSummary) -> Iterator[st
         yield f"Missing replies of clients: {missing}. The reasons are at the end of the page."
 
 
-def _results(summary: ComparisonSummary) -> DataTable:
+def all_results(summary: ComparisonSummary) -> DataTable:
+    """Return the table of all columns."""
     accuracy, *others = RESULT_COLUMNS
     optional = optional_columns(summary)
     has_held_out = any(column.metric.startswith("held_out") for column in optional)

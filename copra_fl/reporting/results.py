@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from copra_fl.config import Config, csv_list, read_toml
-from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary, read_lines
+from copra_fl.records import Provenance, Record, RecordError, RoundRecord, RunSummary, Verdict, read_lines
 from copra_fl.wording import join_words
 
 if TYPE_CHECKING:  # slow to import
@@ -163,6 +163,13 @@ class Comparison:
         from copra_fl.reporting import report
 
         return report.titled_figures(self)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which methods differ significantly from the first one, as ``summary.json`` and the report have it."""
+        from copra_fl.reporting import statistics, verdict
+
+        return verdict.verdict(statistics.summarize(self))
 
     def __repr__(self) -> str:
         return f"<Comparison of {join_words(self.methods)}, {self.named_seeds}, in {self.directory}>"

@@ -2,7 +2,7 @@
 
 Methods are compared **paired by seed**: runs with the same seed share partitions, initial adapters and data order, so
 the difference of a pair has less noise than either run. With n seeds, mean m and standard deviation s (n - 1 degrees
-of freedom), the 95 % interval is Student's: m ± t(0.975, n - 1) s / sqrt(n). One seed has no interval.
+of freedom), the 95 % interval is Student's: m ± t(0.975, n - 1) s / sqrt(n). One seed or two have no interval.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from copra_fl.records import (
+    MIN_SEEDS,
     ComparedSettings,
     ComparisonSummary,
     EarlyEnd,
@@ -28,6 +29,7 @@ from copra_fl.records import (
 )
 from copra_fl.reporting import work
 from copra_fl.reporting.results import Comparison, Run
+from copra_fl.reporting.verdict import verdict
 
 CONFIDENCE = 0.95
 
@@ -51,10 +53,15 @@ def estimate(values: Sequence[float | None], low: float = -math.inf, high: float
     if not finite or len(finite) < len(values):  # the mean of the seeds that did not diverge would flatter
         return Estimate(mean=None, interval=None, values=tuple(v if v in finite else None for v in values))
     mean = fmean(finite)
-    if len(finite) == 1:
+    if len(finite) < MIN_SEEDS:
         return Estimate(mean=mean, interval=None, values=tuple(values))
-    half = float(stdtrit(len(finite) - 1, (1 + CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(len(finite))
+    half = half_width(finite)
     return Estimate(mean=mean, interval=(max(mean - half, low), min(mean + half, high)), values=tuple(values))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % t-interval of the mean of two or more values."""
+    return float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * stdev(values) / math.sqrt(len(values))
 
 
 def possible_range(metric: str, is_difference: bool) -> tuple[float, float]:
@@ -166,7 +173,7 @@ def _evaluation(split: str, evaluation: Evaluation | None) -> Metrics:
 
 
 def summarize(comparison: Comparison) -> ComparisonSummary:
-    """Return the summary of `comparison`: estimates of all metrics, differences to the first method, settings."""
+    """Return the summary of `comparison`: estimates of all metrics, differences to the first method, verdict."""
     by_method = {
         method: {run.seed: metrics(run) for run in comparison.finished_runs(method)} for method in comparison.methods
     }
@@ -178,7 +185,7 @@ def summarize(comparison: Comparison) -> ComparisonSummary:
         {method: runs[0].config.to_flat() for method, runs in comparison.methods.items() if runs}
     )
     common.pop("seed", None)
-    return ComparisonSummary(
+    summary = ComparisonSummary(
         baseline=baseline,
         seeds=tuple(comparison.seeds),
         methods={method: _estimates(by_seed) for method, by_seed in by_method.items()},
@@ -205,6 +212,7 @@ def summarize(comparison: Comparison) -> ComparisonSummary:
         curves=curves,
         to_target={method: work.cost_to_target(finished[method], goals) for method in curves} if goals else {},
     )
+    return summary.model_copy(update={"verdict": verdict(summary)})
 
 
 def _paired_differences(minuends: Mapping[int, Metrics], subtrahends: Mapping[int, Metrics]) -> dict[int, Metrics]:

@@ -138,7 +138,7 @@ def render(name: str, results: StudyResults) -> str:
     return html.render(
         title=f"Study: {name}",
         setting=f"{figures.subject(results)} · {results.command}",
-        verdict=" ".join(f"{figures.label(cell)}: {verdict(cell)}" for cell in results.cells),
+        verdict=" ".join(f"{figures.label(cell)}: {verdict(cell).text}" for cell in results.cells),
         warnings=[*_rates_at_edges(results), *_early_ends(results)],
         results=[table(results), *ranking_table(results.cells, results.ranking)],
         sections=[

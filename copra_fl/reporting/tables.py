@@ -8,11 +8,11 @@ from itertools import pairwise
 from statistics import fmean
 
 from copra_fl.config import FederationConfig
-from copra_fl.records import ComparisonSummary, ConfigValue, Estimate, MetricEstimates
+from copra_fl.records import MIN_SEEDS, ComparisonSummary, ConfigValue, Estimate, MetricEstimates
 from copra_fl.reporting.data_table import NO_VALUE, DataTable, with_minus
 from copra_fl.wording import join_words
 
-#: more methods than this are ranked, with the difference to the baseline in a column instead of in rows
+#: more methods than this have the difference to the baseline in a column instead of in rows
 MAX_ROWS_OF_DIFFERENCES = 2
 
 
@@ -81,12 +81,12 @@ OPTIONAL_COLUMNS = (
     Column("test perplexity", "test_perplexity", spec=".2f"),
     Column("held-out perplexity", "held_out_perplexity", spec=".2f"),
 )
-#: of a terminal, the most important first: a narrow one leaves the last out
-COLUMNS = (TEST_ACCURACY, MACRO_F1, replace(CLIENT_ACCURACY, interval=False), *COST[::-1], AGGREGATION_ERROR)
+#: by which a user decides; they fit a terminal of 80 columns
+COLUMNS = (TEST_ACCURACY, Column("MB", "bytes", scale=1e-6, interval=False), COST[-1])
 
 
 def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMNS, caption: str = "") -> DataTable:
-    """Return one row per method: up to two methods in their order with their difference, more methods ranked.
+    """Return one row per method: up to two methods with their difference in a row, more with one in a column.
 
     `columns` begins with the test accuracy, which `compared_by` may replace. The last rows are what a method must
     exceed: the accuracy of always predicting the most frequent class (majority class), and of the model before round 1.
@@ -98,23 +98,23 @@ def results_table(summary: ComparisonSummary, columns: Sequence[Column] = COLUMN
     ]
     columns = [column for column in columns if column.metric not in OPTIONAL or measured([column], [summary])]
     headings = [column.heading for column in columns]
-    if not is_ranked(summary):
+    if not has_many_methods(summary):
         cells = rows(summary, columns)
         dividers = {len(summary.methods), len(cells)}
         cells += [[name, value, *[""] * (len(columns) - 1)] for name, value in references(summary)]
         dividers.discard(len(cells))
         return DataTable(["method", *headings], cells, f"{caption} {note(summary, cells)}".lstrip(), dividers=dividers)
-    header = ["", "method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
+    header = ["method", headings[0], f"minus {summary.baseline}, points", *headings[1:]]
     narrow = [columns[0], *(replace(column, interval=False) for column in columns[1:])]
     points = replace(POINTS, metric=lead.metric, interval=columns[0].interval)
-    ranked = []
-    for place, method in ranking(summary):
+    cells = []
+    for method in ordered(summary):
         name, accuracy, *others = _cells(summary, method, narrow)
         difference = "" if method == summary.baseline else points.show(summary.differences[method].get(points.metric))
-        ranked.append([NO_VALUE if place is None else str(place), name, accuracy, difference, *others])
-    lines = [["", name, value, *[""] * (len(header) - 3)] for name, value in references(summary)]
-    caption = f"{caption} {note(summary, ranked)}".lstrip()
-    return DataTable(header, [*ranked, *lines], caption, dividers={len(ranked)} if lines else ())
+        cells.append([name, accuracy, difference, *others])
+    lines = [[name, value, *[""] * (len(header) - 2)] for name, value in references(summary)]
+    caption = f"{caption} {note(summary, cells)}".lstrip()
+    return DataTable(header, [*cells, *lines], caption, dividers={len(cells)} if lines else ())
 
 
 def compared_by(summary: ComparisonSummary) -> Column:
@@ -278,37 +278,41 @@ def _clients_of_a_round(settings: Mapping[str, ConfigValue]) -> int | None:
     return FederationConfig(fraction_clients=fraction, clients_per_round=int(number)).round_size(int(num_clients))
 
 
-def is_ranked(summary: ComparisonSummary) -> bool:
-    """Return True if there are so many methods that they are shown as a ranking."""
+def has_many_methods(summary: ComparisonSummary) -> bool:
+    """Return True if there are so many methods that their differences to the baseline are in a column."""
     return len(summary.methods) > MAX_ROWS_OF_DIFFERENCES
 
 
-def ranking(summary: ComparisonSummary) -> list[tuple[int | None, str]]:
-    """Return (place, method), by the accuracy of `compared_by`. Last and without a place: methods without it (yet).
+def significant(summary: ComparisonSummary) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the methods significantly above and below the baseline: the interval of the difference excludes 0."""
+    metric = compared_by(summary).metric
+    intervals = {
+        method: interval
+        for method, differences in summary.differences.items()
+        if len(differences.seeds) >= MIN_SEEDS and (interval := differences.get(metric).interval)
+    }
+    above = tuple(method for method, (low, _) in intervals.items() if low > 0)
+    return above, tuple(method for method, (_, high) in intervals.items() if high < 0)
 
-    Methods whose accuracies look equal, as they are rounded in tables, share a place.
+
+def ordered(summary: ComparisonSummary) -> list[str]:
+    """Return the methods by the accuracy of `compared_by`, the highest first and those without it (yet) last.
+
+    If none differs significantly from the baseline, those with an accuracy are in the order of the comparison.
     """
-    lead = compared_by(summary)
+    metric, is_decided = compared_by(summary).metric, any(significant(summary))
 
-    def mean(method: str, metric: str) -> float:
-        value = summary.methods[method].get(metric).mean
-        return -1.0 if value is None else value
+    def order(method: str) -> tuple[bool, bool, float]:
+        mean = summary.methods[method].get(metric).mean
+        return method in summary.personal, mean is None, -(mean or 0.0) if is_decided else 0.0
 
-    def order(method: str) -> tuple[bool, float, float]:
-        return method in summary.personal, -mean(method, lead.metric), -mean(method, "client_accuracy")
-
-    ordered = sorted(summary.methods, key=order)
-    shown = [lead.format(mean(method, lead.metric)) for method in ordered]
-    return [
-        (shown.index(value) + 1 if mean(method, lead.metric) >= 0 else None, method)
-        for method, value in zip(ordered, shown, strict=True)
-    ]
+    return sorted(summary.methods, key=order)
 
 
 def rows(summary: ComparisonSummary, columns: Sequence[Column]) -> list[list[str]]:
     """Return one row per method; for two methods also a row for the second minus the first."""
     signed = [replace(column, spec="+" + column.spec.lstrip("+")) for column in columns]
-    differences = {} if is_ranked(summary) else summary.differences
+    differences = {} if has_many_methods(summary) else summary.differences
     return [_cells(summary, method, columns) for method in summary.methods] + [
         [f"{method} − {summary.baseline}", *(column.show(estimates.get(column.metric)) for column in signed)]
         for method, estimates in differences.items()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Group
 from rich.text import Text
 
 from copra_fl.records import ComparisonSummary
+from copra_fl.reporting.data_table import DataTable
 from copra_fl.reporting.tables import (
     COLUMNS,
-    COST,
-    MACRO_F1,
-    TEST_ACCURACY,
     dataset_tables,
     early_ends,
     no_better_than_majority,
@@ -22,9 +18,11 @@ from copra_fl.reporting.tables import (
 from copra_fl.reporting.verdict import verdict
 
 
-def results(summary: ComparisonSummary) -> Group:
-    """Return the table of the methods, with several data sets one by data set too, verdict, warnings and early ends."""
-    optional = [replace(column, interval=False) for column in optional_columns(summary)]
-    columns = (TEST_ACCURACY, *optional, MACRO_F1, *COST[::-1]) if optional else COLUMNS
-    sentences = (verdict(summary), *no_better_than_majority(summary), *early_ends(summary))
-    return Group(results_table(summary, columns), *dataset_tables(summary), "", *map(Text, sentences))
+def results(summary: ComparisonSummary, table: DataTable | None = None) -> Group:
+    """Return the table of the methods, with several data sets one by data set too, verdict, warnings and early ends.
+
+    The table is that of `COLUMNS` and of what only some tasks measure, unless there is another `table`.
+    """
+    table = table or results_table(summary, (*COLUMNS, *optional_columns(summary)), "MB: up and down.")
+    sentences = (verdict(summary).text, *no_better_than_majority(summary), *early_ends(summary))
+    return Group(table, *dataset_tables(summary), "", *map(Text, sentences))

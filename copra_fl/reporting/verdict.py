@@ -1,28 +1,55 @@
-"""The verdict of a comparison in sentences."""
+"""The verdict of a comparison: which methods differ significantly from the baseline, and the same in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from copra_fl.records import ComparisonSummary
-from copra_fl.reporting.tables import CLIENT_ACCURACY, POINTS, Column, compared_by, is_ranked, ranking
+from copra_fl.records import MIN_SEEDS, ComparisonSummary, Verdict
+from copra_fl.reporting.tables import (
+    CLIENT_ACCURACY,
+    POINTS,
+    Column,
+    compared_by,
+    has_many_methods,
+    ordered,
+    significant,
+)
 from copra_fl.wording import join_words
 
-#: with fewer paired seeds no verdict is given: two values hardly show how much results vary
-MIN_SEEDS = 3
+
+def verdict(summary: ComparisonSummary) -> Verdict:
+    """Return what the accuracies of `compared_by` show: for terminal, page, ``summary.json`` and Python.
+
+    A method without that accuracy, or without a seed that the baseline has too, is in no group.
+    """
+    lead = compared_by(summary)
+    above, below = significant(summary)
+    others = [
+        method
+        for method, differences in summary.differences.items()
+        if differences.get(lead.metric).mean is not None and method not in (*above, *below)
+    ]
+    groups = Verdict(
+        metric=lead.metric,
+        above=above,
+        below=below,
+        level=tuple(method for method in others if len(summary.differences[method].seeds) >= MIN_SEEDS),
+        too_few=tuple(method for method in others if len(summary.differences[method].seeds) < MIN_SEEDS),
+        text="",
+    )
+    return groups.model_copy(update={"text": _in_words(summary, groups)})
 
 
-def verdict(summary: ComparisonSummary) -> str:
-    """Return what the accuracies of `compared_by` show, in plain sentences."""
-    if is_ranked(summary):
-        return " ".join(_verdict_on_many(summary))
+def _in_words(summary: ComparisonSummary, groups: Verdict) -> str:
+    if has_many_methods(summary):
+        return " ".join(_on_many(summary, groups))
     if not summary.differences:
-        return _verdict_on_one(summary, summary.baseline)
+        return _on_one(summary, summary.baseline)
     (method,) = summary.differences
-    return _verdict_on_two(summary, method)
+    return _on_two(summary, method)
 
 
-def _verdict_on_one(summary: ComparisonSummary, method: str) -> str:
+def _on_one(summary: ComparisonSummary, method: str) -> str:
     estimates = summary.methods[method]
     if not estimates.seeds:
         return f"{method} has not finished yet; the charts by round show its progress."
@@ -36,80 +63,64 @@ def _verdict_on_one(summary: ComparisonSummary, method: str) -> str:
     return f"{method} reaches a {name_of(lead)} of {lead.show(estimates.get(lead.metric))} %."
 
 
-def name_of(column: Column) -> str:
-    """Return a column's heading without its unit."""
-    return column.heading.partition(",")[0]
-
-
-def _verdict_on_two(summary: ComparisonSummary, method: str) -> str:
+def _on_two(summary: ComparisonSummary, method: str) -> str:
     baseline, differences, lead = summary.baseline, summary.differences[method], compared_by(summary)
     if not differences.seeds:
         return f"{method} cannot be compared with {baseline} yet: no seed has finished with both."
     mean, interval = differences.get(lead.metric).mean, differences.get(lead.metric).interval
     if mean is None:
-        results = " ".join(_verdict_on_one(summary, name) for name in (baseline, method))
+        results = " ".join(_on_one(summary, name) for name in (baseline, method))
         return f"{results} The two can only be compared on the clients' own data."
-    result = (
-        f"{method} ends {100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'} {baseline} in {name_of(lead)}"
-    )
+    points = f"{100 * abs(mean):.1f} points {'below' if mean < 0 else 'above'}" if mean else "level with"
+    result = f"{method} ends {points} {baseline} in {name_of(lead)}"
     if interval is None:
-        return (
-            f"{result}, with the one seed that both have finished. "
-            "One seed does not show how much results vary, so neither method can be called better."
-        )
+        return f"Too few seeds to tell: {result} ({_paired(len(differences.seeds))}); run {MIN_SEEDS} or more."
     low, high = map(POINTS.format, interval)
-    if len(differences.seeds) < MIN_SEEDS:
-        return (
-            f"Too few seeds to tell: {result} (95 % interval {low} to {high} points, 2 paired seeds); "
-            f"run {MIN_SEEDS} or more."
-        )
-    evidence = f"95 % interval {low} to {high} points, {len(differences.seeds)} paired seeds"
+    evidence = f"95 % interval {low} to {high} points, {_paired(len(differences.seeds))}"
     if interval[0] <= 0 <= interval[1]:
         return f"No significant difference: {result}, but the interval includes 0 ({evidence})."
     return f"{result} ({evidence})."
 
 
-def _verdict_on_many(summary: ComparisonSummary) -> Iterator[str]:
+def _on_many(summary: ComparisonSummary, groups: Verdict) -> Iterator[str]:
     baseline, methods, lead = summary.baseline, summary.methods, compared_by(summary)
-    best = next((method for place, method in ranking(summary) if place), None)
-    if best is not None:
-        highest = lead.format(methods[best].get(lead.metric).mean)
-        first = [method for place, method in ranking(summary) if place == 1]
-        has = f"{best} has" if len(first) == 1 else f"{join_words(first)} have"
-        yield f"{has} the highest {name_of(lead)} of {len(methods)} methods, {highest} %."
-    elif methods.keys() - set(summary.personal):
+    first = ordered(summary)[0]
+    mean = methods[first].get(lead.metric).mean
+    if mean is None and methods.keys() - set(summary.personal):
         yield "No method has a test accuracy yet; the charts by round show their progress."
-    differences = {
-        method: difference
-        for method, estimates in summary.differences.items()
-        if (difference := estimates.get(lead.metric)).mean is not None
-    }
-    all_intervals = {method: difference.interval for method, difference in differences.items() if difference.interval}
-    intervals = {
-        method: interval
-        for method, interval in all_intervals.items()
-        if len(summary.differences[method].seeds) >= MIN_SEEDS
-    }
-    above = [method for method, (low, _) in intervals.items() if low > 0]
-    below = [method for method, (_, high) in intervals.items() if high < 0]
-    if too_few := list(all_intervals.keys() - intervals.keys()):
-        few = join_words(sorted(too_few)) if intervals else "methods"
-        differ = "differs" if intervals and len(too_few) == 1 else "differ"
-        yield f"Too few seeds to tell whether {few} {differ} from {baseline}: 2 paired seeds; run {MIN_SEEDS} or more."
-    if differences and not all_intervals:
-        yield f"One seed does not show how much results vary, so no method can be called better than {baseline}."
-    if above:
-        yield f"Significantly above {baseline} (the 95 % interval of the difference excludes 0): {join_words(above)}."
-    if below:
-        yield f"Significantly below {baseline} (the 95 % interval of the difference excludes 0): {join_words(below)}."
-    if unclear := len(intervals) - len(above) - len(below):
-        if unclear == len(intervals):
-            yield f"No method differs significantly from {baseline}: all 95 % intervals of the differences include 0."
-        else:
-            others = "other does" if unclear == 1 else "others do"
-            yield f"{unclear} {others} not differ significantly from {baseline}."
-    if len(intervals) >= 10 and (above or below):
+    if first in groups.above or (groups.below and not (groups.above or groups.level or groups.too_few)):
+        yield f"{first} has the highest {name_of(lead)} of {len(methods)} methods, {lead.format(mean)} %."
+    if groups.too_few:
+        is_all = len(groups.too_few) == len(summary.differences)
+        few = "methods" if is_all and len(groups.too_few) > 1 else join_words(groups.too_few)
+        differ = "differs" if len(groups.too_few) == 1 else "differ"
+        seeds = max(len(summary.differences[method].seeds) for method in groups.too_few)
+        question = f"whether {few} {differ} from {baseline}"
+        yield f"Too few seeds to tell {question}: {_paired(seeds)}; run {MIN_SEEDS} or more."
+    if groups.above:
+        yield _significant("above", baseline, groups.above)
+    if groups.below:
+        yield _significant("below", baseline, groups.below)
+    if groups.level and not (groups.above or groups.below):
+        yield f"No method differs significantly from {baseline}: all 95 % intervals of the differences include 0."
+    elif groups.level:
+        others = "other does" if len(groups.level) == 1 else "others do"
+        yield f"{len(groups.level)} {others} not differ significantly from {baseline}."
+    if len(groups.above + groups.below + groups.level) >= 10 and (groups.above or groups.below):
         yield "Among so many intervals, one in 20 is expected to exclude 0 by chance."
     if summary.personal:
         personal = join_words(summary.personal)
-        yield f"Not ranked, because there is no global model to test: {personal}."
+        yield f"Not compared, because there is no global model to test: {personal}."
+
+
+def _significant(side: str, baseline: str, methods: tuple[str, ...]) -> str:
+    return f"Significantly {side} {baseline} (the 95 % interval of the difference excludes 0): {join_words(methods)}."
+
+
+def _paired(seeds: int) -> str:
+    return f"{seeds} paired seed{'s' if seeds > 1 else ''}"
+
+
+def name_of(column: Column) -> str:
+    """Return a column's heading without its unit."""
+    return column.heading.partition(",")[0]

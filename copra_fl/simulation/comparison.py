@@ -49,7 +49,8 @@ def run_comparison(
             if overwrite:
                 delete_content(directory)
             write_plan(directory, methods, seeds, configs)
-        process = link.start_run({"output": str(directory), "resume": True}, workers)
+        with console.status("starting Flower"):
+            process = link.start_run({"output": str(directory), "resume": True}, workers)
         progress.watch_tracked(link, process, [directory / name for name in configs], console, track, on_progress)
 
 

@@ -34,7 +34,8 @@ def check(configs: Iterable[Config], console: Console, request: WorkerRequest) -
     """
     from copra_fl import startup
 
-    startup.prepare()
+    with console.status("importing PyTorch and Transformers"):
+        startup.prepare()
     from copra_fl.aggregation import compatibility
     from copra_fl.aggregation.accounting import check_installed
     from copra_fl.simulation import capacity

@@ -38,10 +38,12 @@ class ProgressState:
     """Progress of all runs, updated by the events of their processes (`copra_fl.events`).
 
     Attributes:
+        stage: of the start of a run, until its first round.
         server: id of the process of the server app.
     """
 
-    name: str = "starting Flower and Ray"
+    name: str = ""
+    stage: str = "starting Flower and Ray"
     runs_done: int = 0
     rounds: int = 1
     round: int = 0
@@ -59,6 +61,8 @@ class ProgressState:
         match event["event"]:
             case "server":
                 self.server = event["pid"]
+            case "stage":
+                self.stage = event["text"]
             case "run":
                 self.name, self.rounds = Path(event["directory"]).name, event["rounds"]
                 self.round = self.recorded = 0
@@ -92,7 +96,7 @@ class ProgressState:
 
     def __str__(self) -> str:
         if not self.round:
-            return self.name
+            return f"{self.name}  {self.stage}".lstrip()
         text = f"{self.name}  round {self.round}/{self.rounds}  {self.phase}"
         if self.phase == "training":
             text += f" {self.clients_done:.0f}/{self.clients} clients"

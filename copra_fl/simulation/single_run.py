@@ -48,5 +48,6 @@ def run_single(
             if overwrite:
                 delete_content(directory)
             write_config(directory, config, lengthen=resume)
-        process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
+        with console.status("starting Flower"):
+            process = link.start_run(config.to_run_config() | {"output": str(directory), "resume": resume}, workers)
         progress.watch_tracked(link, process, [directory], console, track, on_progress)

