@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from copra_fl.config import Config, ConfigError
     from copra_fl.copra.callback import CopraCallback
     from copra_fl.models.export import load
-    from copra_fl.reporting.results import Comparison, Run, load_comparison, load_run
+    from copra_fl.reporting.results import Comparison, ResultsError, Run, load_comparison, load_run
     from copra_fl.simulation.superlink import RunFailed
+    from copra_fl.sources.tables import TableError
     from copra_fl.training.script import client_data, federate
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "CopraCallback",
+    "ResultsError",
     "Run",
     "RunFailed",
+    "TableError",
     "client_data",
     "compare",
     "federate",
@@ -42,8 +45,10 @@ _MODULES = {
     "Config": "copra_fl.config",
     "ConfigError": "copra_fl.config",
     "CopraCallback": "copra_fl.copra.callback",
+    "ResultsError": "copra_fl.reporting.results",
     "Run": "copra_fl.reporting.results",
     "RunFailed": "copra_fl.simulation.superlink",
+    "TableError": "copra_fl.sources.tables",
     "client_data": "copra_fl.training.script",
     "compare": "copra_fl.api.runs",
     "federate": "copra_fl.training.script",

@@ -23,13 +23,12 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import copra_fl
-from copra_fl import Comparison, Config, ConfigError, Run, compare, load_comparison, load_run, simulate
+from copra_fl import Comparison, Config, ConfigError, ResultsError, Run, compare, load_comparison, load_run, simulate
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
 from copra_fl.api.runs import open_recipe
 from copra_fl.data.leftovers import in_cache
 from copra_fl.files import cache_dir
 from copra_fl.models.build import lora_config
-from copra_fl.reporting.results import ResultsError
 from copra_fl.simulation.comparison import write_plan
 from copra_fl.sources.tables import file_table
 from tests.support.documents import ROOT
@@ -76,7 +75,16 @@ def test_recipes_of_all_kinds() -> None:
 
 
 WRONG = [
-    ({"learning_rat": 0.1}, "unknown argument of simulate 'learning-rat'. Did you mean 'learning-rate'"),
+    ({"learning_rat": 0.1}, "unknown argument of simulate 'learning_rat'. Did you mean 'learning_rate'"),
+    ({"lr": 0.1}, "unknown argument of simulate 'lr'. Did you mean 'learning_rate'"),
+    ({"epochs": 3}, "unknown argument of simulate 'epochs'. Did you mean 'local_epochs'"),
+    ({"method": "copra"}, "unknown argument of simulate 'method'. `copra-fl config` lists all keys"),
+    (
+        {"alpha": 16, "partitioner": "iid"},
+        r"alpha = 16.0 has no effect with partitioner = 'iid'; .* alpha is lora-alpha",
+    ),
+    ({"callback": 3}, "callback = 3 must be a function that takes record: 3 is not a callable object"),
+    ({"callback": lambda: None}, "must be a function that takes record: too many positional arguments"),
     ({"ouput": "x"}, "unknown argument of simulate 'ouput'. Did you mean 'output'"),
     ({"rank": "8"}, "rank = '8' must be a whole number"),
     ({"recipe": "nosuch"}, "no recipe file 'nosuch'"),
@@ -94,8 +102,10 @@ WRONG = [
         {"trimmed_mean": {"trim_fraction": 0.2}},
         r"trimmed-mean\.trim-fraction = 0\.2 has no effect with rule = 'fedavg'; choose the rule",
     ),
-    ({"ray_address": "nowhere"}, "--ray-address 'nowhere' is not HOST:PORT"),
-    ({"resume": True, "overwrite": True}, "--resume continues a run and --overwrite deletes it"),
+    ({"ray_address": "nowhere"}, "ray_address 'nowhere' is not HOST:PORT"),
+    ({"resume": True, "overwrite": True}, "resume=True continues a run and overwrite=True deletes it: use one of them"),
+    ({"resume": True}, "resume=True: there is no run in .*; leave resume=True out to start one"),
+    ({"resume": True, "output": None}, "resume=True needs output: the folder of the run to continue"),
 ]
 
 
@@ -120,6 +130,7 @@ def test_wrong_arguments_of_simulate_are_named(arguments: dict[str, Any], messag
         ({"methods": {"lora": None}}, "method 'lora': its settings None must be a mapping; {} for none of its own"),
         ({"seeds": np.arange(2), "rank": 0}, "rank = 0 must be at least 1"),  # NumPy's numbers are seeds too
         ({"methods": {"lora": {}}, "ramp": 0.5}, r"ramp = 0\.5 has no effect with local-training = 'lora'"),
+        ({"callback": lambda record: None}, "must be a function that takes method, seed and record: too many pos"),
         ({"seed": 3}, r"compare takes seeds, not a seed: seeds=\[3\]"),
     ],
 )

@@ -64,6 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # One setting for each part that checks: the keys, their ranges, rule, data, model, device. The settings that
         # each part rejects are in its own tests.
         ({"learning-rat": 1}, "unknown configuration key 'learning-rat'. Did you mean 'learning-rate'"),
+        ({"lr": 0.1}, "unknown configuration key 'lr'. Did you mean 'learning-rate'"),
         ({"rank": 10**8}, "the run does not fit into memory: "),
         ({"rank": 0}, "rank = 0 must be at least 1"),
         ({"rule": "fedavgg"}, "unknown rule 'fedavgg'. Did you mean 'fedavg'?"),

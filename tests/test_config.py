@@ -11,6 +11,7 @@ from flwr.common.config import flatten_dict
 from copra_fl.aggregation import RULES
 from copra_fl.cli.config import all_keys
 from copra_fl.config import KEYS, SECTIONS, Config, ConfigError, csv_line, csv_list, parse_override
+from copra_fl.config.other_names import OTHER_NAMES
 from copra_fl.simulation.recipes import (
     Recipe,
     built_in_methods,
@@ -61,6 +62,7 @@ def test_a_rule_parameter_is_kept_replaced_and_compared() -> None:
     ("flat", "message"),
     [
         ({"learning-rat": 1.0}, "unknown configuration key 'learning-rat'. Did you mean 'learning-rate'"),
+        ({"num_epochs": 3}, "unknown configuration key 'num_epochs'. Did you mean 'local-epochs'"),
         ({"alpha": 0}, "alpha = 0.0 must be more than 0"),
         ({"rank": 0}, "rank = 0 must be at least 1"),
         ({"rank": 8.0}, "rank = 8.0 must be a whole number"),
@@ -274,3 +276,17 @@ def test_unknown_recipe_and_method() -> None:
         method_settings("flor")
     with pytest.raises(ConfigError, match=r"there is no method file 'nofile\.toml' in /"):
         method_settings("nofile.toml")
+
+
+OTHERS = [(other, key) for key, others in OTHER_NAMES.items() for other in others]
+
+
+def test_other_names_belong_to_one_key_and_are_none_themselves() -> None:
+    others = [other for other, _ in OTHERS]
+    assert len(set(others)) == len(others) and not KEYS.keys() & set(others) and OTHER_NAMES.keys() <= KEYS.keys()
+
+
+@pytest.mark.parametrize(("other", "key"), OTHERS)
+def test_other_names_hint_at_the_key(other: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown configuration key '{other}'. Did you mean '{key}'?"):
+        Config.from_flat({other: 1})

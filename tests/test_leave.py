@@ -26,6 +26,7 @@ from copra_fl.models.base_weights import weights_digest
 from copra_fl.models.build import build_model
 from copra_fl.models.export import save
 from copra_fl.models.merged import export_merged
+from copra_fl.models.prediction import Score, score
 from copra_fl.sources.assets import ASSETS, asset_in
 from tests.support.command_line import run_command
 from tests.support.federations import finished_run
@@ -253,7 +254,6 @@ def test_from_csv_to_predictions_through_the_pipeline(run: Path, tiny: Settings,
     rows.to_csv(tmp_path / "test.csv", index=False)
     run_command("export", run, "--merge", "--to", merged)
     out = run_command("predict", run, "--data", tmp_path / "test.csv", "--to", predictions, "--batch-size", 7).out
-    assert f"{len(rows)} rows" in out
     written = pd.read_csv(predictions)
     assert written["text"].tolist() == rows["text"].tolist() and written["owner"].tolist() == rows["owner"].tolist()
     classify = pipeline("text-classification", str(merged), trust_remote_code=True)
@@ -263,10 +263,23 @@ def test_from_csv_to_predictions_through_the_pipeline(run: Path, tiny: Settings,
     assert np.allclose([answer["score"] for answer in answers], probabilities.max(1), atol=TOLERANCE)
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
     summary = json.loads((run / "summary.json").read_text())["test"]
+    scores = f"accuracy {summary['accuracy']:.1%}, macro-F1 {summary['metrics']['macro_f1']:.1%}"
+    assert out.splitlines() == [
+        f"{predictions}: {len(rows)} rows",
+        f"{scores} ({len(rows)} rows with a label in 'label')",
+    ]
     assert (written["predicted"] == written["label"]).mean() == pytest.approx(summary["accuracy"])
     assert summary["accuracy"] > 0.5 and summary["examples"] == len(rows)
     of_label = probabilities[np.arange(len(rows)), written["label"].map({"sand": 0, "sea": 1, "sky": 2})]
     assert -np.log(of_label).mean() == pytest.approx(summary["loss"], rel=1e-4)
+
+
+def test_a_score_counts_rows_with_a_label() -> None:
+    """By hand: F1 of sea 2/3, of sky 1, of ice 0, which the model does not have; sand occurs nowhere."""
+    rows = pd.DataFrame({"predicted": ["sea", "sea", "sky", "sky"], "code": [" sea", "ice", "sky", None]})
+    expected = Score(examples=3, unknown=1, accuracy=2 / 3, macro_f1=pytest.approx((2 / 3 + 1 + 0) / 3))
+    assert score(rows, ["sand", "sea", "sky"], "code") == expected
+    assert score(rows, ["sea", "sky"], "label") is None and score(rows[3:], ["sea", "sky"], "code") is None
 
 
 def test_predictions_of_a_run_in_bfloat16_are_those_of_the_merged_model(tiny: Settings, tmp_path: Path) -> None:

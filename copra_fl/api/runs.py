@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from copra_fl.api.inputs import as_settings, lora_settings, store_model, store_table
+from copra_fl.api.words import python_name, python_words
 from copra_fl.config import KEYS, Config, ConfigError, flatten, kebab, unknown_key
 from copra_fl.console import plain_console
 from copra_fl.simulation.comparison import (
@@ -88,20 +89,22 @@ def simulate(
 
     Raises ConfigError before anything starts if the arguments cannot run, and RunFailed if the run does not finish.
     """
-    given = _settings("simulate", settings, data, test_data, lora, processor)
-    console, track, folder = open_console(progress), checked(track), _path(output)
-    request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
-    directory = choose_output(folder, "simulate", resume, overwrite)
-    config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
-    refuse_idle(map(kebab, flatten(settings)), [config])
-    rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
-    run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
+    _check_callback(callback, "record")
+    given = _settings(simulate, settings, data, test_data, lora, processor)
+    with python_words(given):
+        console, track, folder = open_console(progress), checked(track), _path(output)
+        request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
+        directory = choose_output(folder, "simulate", resume, overwrite)
+        config = choose_config(directory, open_recipe(recipe, given), continues=resume and recipe is None)
+        refuse_idle(map(kebab, flatten(settings)), [config])
+        rounds = NewRounds([directory], resume, lambda _, record: callback(record) if callback else None)
+        run_single(directory, config, console, request, resume, overwrite, track, rounds.update)
 
-    from copra_fl.reporting.report import write  # slow to import
-    from copra_fl.reporting.results import load_run
+        from copra_fl.reporting.report import write  # slow to import
+        from copra_fl.reporting.results import load_run
 
-    write(directory)
-    return load_run(directory)
+        write(directory)
+        return load_run(directory)
 
 
 def compare(
@@ -142,38 +145,40 @@ def compare(
     """
     if "seed" in settings:
         raise ConfigError(f"compare takes seeds, not a seed: seeds=[{settings['seed']!r}]")
-    given = _settings("compare", settings, data, test_data, lora, processor)
-    console, track, folder = open_console(progress), checked(track), _path(output)
-    request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
-    directory = choose_output(folder, "compare", resume, overwrite)
-    earlier = find_plan(directory) if resume else None
-    if earlier and recipe is None and not given and methods is None and seeds is None:
-        names, numbers, configs = earlier
-    else:
-        default_methods, default_seeds, _ = earlier or DEFAULT_PLAN
-        chosen, numbers = open_recipe(recipe, given), _check_seeds(default_seeds if seeds is None else seeds)
-        tables = _tables(default_methods if methods is None else methods, chosen, console)
-        names = list(tables)
-        configs = {
-            run: chosen.config(tables[method].method, seed, tables[method].settings)
-            for run, (method, seed) in run_names(names, numbers).items()
-        }
-        refuse_equal(run_names(names, numbers), configs)
-        refuse_idle(map(kebab, flatten(settings)), configs.values())
-    refuse_dropped(directory, earlier, configs)
-    runs = run_names(names, numbers)
-    rounds = NewRounds(
-        [directory / run for run in runs],
-        resume,
-        lambda run, record: callback(runs[run.name][0], runs[run.name][1], record) if callback else None,
-    )
-    run_comparison(directory, names, numbers, configs, console, request, overwrite, track, rounds.update)
+    _check_callback(callback, "method", "seed", "record")
+    given = _settings(compare, settings, data, test_data, lora, processor)
+    with python_words(given):
+        console, track, folder = open_console(progress), checked(track), _path(output)
+        request = WorkerRequest(workers, gpus_per_worker, check_address(ray_address))
+        directory = choose_output(folder, "compare", resume, overwrite)
+        earlier = find_plan(directory) if resume else None
+        if earlier and recipe is None and not given and methods is None and seeds is None:
+            names, numbers, configs = earlier
+        else:
+            default_methods, default_seeds, _ = earlier or DEFAULT_PLAN
+            chosen, numbers = open_recipe(recipe, given), _check_seeds(default_seeds if seeds is None else seeds)
+            tables = _tables(default_methods if methods is None else methods, chosen, console)
+            names = list(tables)
+            configs = {
+                run: chosen.config(tables[method].method, seed, tables[method].settings)
+                for run, (method, seed) in run_names(names, numbers).items()
+            }
+            refuse_equal(run_names(names, numbers), configs)
+            refuse_idle(map(kebab, flatten(settings)), configs.values())
+        refuse_dropped(directory, earlier, configs)
+        runs = run_names(names, numbers)
+        rounds = NewRounds(
+            [directory / run for run in runs],
+            resume,
+            lambda run, record: callback(runs[run.name][0], runs[run.name][1], record) if callback else None,
+        )
+        run_comparison(directory, names, numbers, configs, console, request, overwrite, track, rounds.update)
 
-    from copra_fl.reporting.report import write  # slow to import
-    from copra_fl.reporting.results import load_comparison
+        from copra_fl.reporting.report import write  # slow to import
+        from copra_fl.reporting.results import load_comparison
 
-    write(directory)
-    return load_comparison(directory)
+        write(directory)
+        return load_comparison(directory)
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,12 @@ def open_console(progress: bool) -> Console:
 
 
 def _settings(
-    function: str, settings: Mapping[str, Any], data: Any, test_data: Any, lora: LoraConfig | None, processor: Any
+    function: Callable[..., object],
+    settings: Mapping[str, Any],
+    data: Any,
+    test_data: Any,
+    lora: LoraConfig | None,
+    processor: Any,
 ) -> dict[str, Any]:
     """Return all settings in the arguments of `function`. Raises ConfigError for an unknown or doubled one."""
     given = dict(settings)
@@ -233,10 +243,10 @@ def _settings(
     elif processor is not None:
         raise ConfigError("processor belongs to a model in memory; a model that is named has its own")
     plain = as_settings(given)
-    arguments = [name.replace("_", "-") for call in (simulate, compare) for name in signature(call).parameters]
+    arguments = [*map(python_name, KEYS), *signature(function).parameters]
     for name in plain:
         if name not in KEYS and "." not in name:
-            raise ConfigError(unknown_key(f"argument of {function}", name, [*KEYS, *arguments]))
+            raise ConfigError(unknown_key(f"argument of {function.__name__}", python_name(name), arguments))
     if data is not None:
         objects["dataset"] = store_table("data", data)
     if test_data is not None:
@@ -246,6 +256,20 @@ def _settings(
     if doubled := sorted(objects.keys() & plain.keys()):
         raise ConfigError(f"{join_words(doubled)}: given twice, as a setting and by an object; leave one out")
     return plain | objects
+
+
+def _check_callback(callback: Callable[..., object] | None, *names: str) -> None:
+    """Raise ConfigError unless `callback` is None, or can be called with the arguments `names`."""
+    if callback is None:
+        return
+    try:
+        signature(callback).bind(*names)
+    except TypeError as error:
+        raise ConfigError(
+            f"callback = {callback!r} must be a function that takes {join_words(names)}: {error}"
+        ) from None
+    except ValueError:  # a callable of C has no signature
+        pass
 
 
 def _tables(methods: Sequence[str] | Mapping[str, Any], recipe: Recipe, console: Console) -> dict[str, MethodSettings]:

@@ -36,7 +36,8 @@ def predict(
 ) -> None:
     """Write the label and the probabilities that the model of a run gives to each row of a file.
 
-    The rows keep their order and their columns; `predicted` and `probability LABEL` are added.
+    The rows keep their order and their columns; `predicted` and `probability LABEL` are added. If the file has the
+    label column of the training data too, accuracy and macro-F1 are printed.
     """
     from copra_fl import startup
 
@@ -66,3 +67,8 @@ def predict(
     except OSError as error:
         raise ConfigError(f"cannot write --to {to}: {error.strerror}") from error
     typer.echo(f"{to}: {len(rows)} rows")
+    if score := prediction.score(rows, saved.labels, settings.label_column):
+        where = f"{score.examples} rows with a label in {settings.label_column!r}"
+        typer.echo(f"accuracy {score.accuracy:.1%}, macro-F1 {score.macro_f1:.1%} ({where})")
+        if score.unknown:
+            typer.echo(f"{score.unknown} of them have a label that the model does not have, and count as errors")

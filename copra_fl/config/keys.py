@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import Any, cast
 
+from copra_fl.config.other_names import OTHER_NAMES
+
 Value = bool | int | float | str
 
 
@@ -128,8 +130,10 @@ def values_by_owner(given: Mapping[str, Any], keys: Mapping[str, Key], kind: str
 
 
 def unknown_key(kind: str, name: str, keys: Iterable[str]) -> str:
-    """Return the error message for a key that is not one of `keys`, with the closest of them."""
-    close = difflib.get_close_matches(name, keys, n=1)
+    """Return the error message for a key that is not one of `keys`, with the one that is meant, or else the closest."""
+    keys = list(keys)
+    meant = [key for key in keys if kebab(name) in OTHER_NAMES.get(kebab(key), ())]
+    close = meant or difflib.get_close_matches(name, keys, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} `copra-fl config` lists all keys"
 

@@ -74,7 +74,9 @@ class DataConfig:
         choices=("iid", *BY_LABEL, "natural", "own"),
         plugins="copra_fl.partitioners",
     )
-    alpha: float = option(0.3, "dirichlet: concentration; smaller values skew labels more", above=0)
+    alpha: float = option(
+        0.3, "dirichlet: concentration; smaller values skew labels more. LoRA's alpha is lora-alpha", above=0
+    )
     classes_per_client: int = option(2, "pathological, shards: classes (or shards) per client", low=1)
     num_clients: int = option(
         0, "number of clients; 0: each node is one client (natural: each value of client-column)", low=0

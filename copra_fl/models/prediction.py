@@ -1,17 +1,19 @@
-"""Classify the rows of a table with a saved model: a label and a probability per label for each row."""
+"""Classify the rows of a table with a saved model: labels, probabilities, and their score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from copra_fl.class_metrics import metrics_of_counts
 from copra_fl.config import ConfigError, DataConfig, ModelConfig
 from copra_fl.models.build import check_max_length
 from copra_fl.models.export import SavedModel
-from copra_fl.sources.tables import Table, TableError, separator_hint
+from copra_fl.sources.tables import Table, TableError, as_text, codes, separator_hint
 from copra_fl.tasks.classification import Classification
 from copra_fl.wording import listed
 
@@ -29,7 +31,8 @@ def predict(
 ) -> pd.DataFrame:
     """Return the rows of `table`, in their order, with the predicted label and the probability of each label.
 
-    The columns of the table stay, except for those with the bytes of images. The labels in it are not read.
+    The columns of the table stay, except for those with the bytes of images. The labels in it are not read
+    (`score` reads them).
 
     Args:
         data: settings of the columns and of the length of texts, as in training.
@@ -55,6 +58,41 @@ def predict(
     result[PREDICTED] = [saved.labels[number] for number in probabilities.argmax(1)]
     result[names] = probabilities.numpy()
     return result
+
+
+@dataclass(frozen=True)
+class Score:
+    """Predictions compared with labels.
+
+    Attributes:
+        examples: rows with a label.
+        unknown: those of them whose label the model does not have, which counts as a class that is never predicted.
+        accuracy: share of correct predictions.
+        macro_f1: as in `class_metrics`.
+    """
+
+    examples: int
+    unknown: int
+    accuracy: float
+    macro_f1: float
+
+
+def score(predicted: pd.DataFrame, labels: list[str], column: str) -> Score | None:
+    """Return the score of the rows that `predict` returned against the labels in their `column`; None without any.
+
+    `labels` are those of the model.
+    """
+    if column not in predicted:
+        return None
+    texts = as_text(predicted[column]).str.strip()
+    is_labeled = texts.notna()
+    if not is_labeled.any():
+        return None
+    classes = [*labels, *sorted(set(texts[is_labeled]) - set(labels))]
+    truth, guess = (codes(entries[is_labeled], classes).numpy() for entries in (texts, predicted[PREDICTED]))
+    counts = (np.bincount(indices, minlength=len(classes)) for indices in (truth[truth == guess], truth, guess))
+    macro_f1 = metrics_of_counts(*counts)["macro_f1"]
+    return Score(len(truth), int((truth >= len(labels)).sum()), float((truth == guess).mean()), macro_f1)
 
 
 def _has_bytes(value: Any) -> bool:

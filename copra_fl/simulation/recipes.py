@@ -157,6 +157,12 @@ def _idle_reasons(config: Config) -> dict[str, str]:
             f"partitioner = {config.data.partitioner!r}; set partitioner = 'natural', or leave it out",
         ),
         (
+            config.data.partitioner in {*KEYS["partitioner"].choices} - {"dirichlet"},
+            ["alpha"],
+            f"partitioner = {config.data.partitioner!r}; set partitioner = 'dirichlet', or leave it out (LoRA's "
+            "alpha is lora-alpha)",
+        ),
+        (
             config.aggregation.server_optimizer == "none",
             SERVER_KEYS,
             "server-optimizer = 'none'; set server-optimizer, or leave it out",
