@@ -9,6 +9,7 @@ leaves no trace. The file that a round began with is kept until the next one, be
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from copra_fl.aggregation import ALL, find_rule
 from copra_fl.config import Config
 from copra_fl.files import cache_dir
 from copra_fl.tensor_files import read_tensors, write_tensors
+from copra_fl.wording import foreign
+
+#: ids of runs
+RUN_ID = re.compile(r"[\w-]+")
 
 
 class StateGone(RuntimeError):
@@ -50,11 +55,21 @@ class ClientState:
         )
 
 
+def run_folder(run: str) -> Path:
+    """Return the folder for what nodes on this machine keep of a run.
+
+    Raises ValueError for an id that is more than a name: it comes from the server.
+    """
+    if not RUN_ID.fullmatch(run):
+        raise ValueError(f"run = {foreign(run, 100)!r} must be letters, digits, - and _")
+    return cache_dir() / "clients" / run
+
+
 class ClientStateStore:
     """The states of the clients of one run."""
 
     def __init__(self, run: str) -> None:
-        self._directory = cache_dir() / "clients" / run
+        self._directory = run_folder(run)
 
     def read(self, client: int, last_round: int) -> ClientState:
         """Return the state of `client` after `last_round`, the newest that used its update; an empty one after 0.

@@ -161,11 +161,12 @@ def train(content: RecordDict, context: Context) -> RecordDict:
 
 
 def _train(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
-    plan, engine, data, server_state = _open(node, content, context)
+    sent = wire.unpack_plan(content)
+    secure = sent.config.privacy.secure_aggregation
+    upload = secure_handlers.MaskedUpload.open(content, context, sent) if secure else None
+    plan, engine, data, server_state = _open(node, sent, content, context)
     config, group_of = plan.config, engine.model.group_of
     delta = wire.unpack_delta(content)
-    secure = config.privacy.secure_aggregation
-    upload = secure_handlers.MaskedUpload.open(content, context, plan) if secure else None
     store = ClientStateStore(delta.run)
 
     def read_states(clients: Sequence[int]) -> list[tuple[int, ClientState]]:
@@ -233,7 +234,7 @@ def evaluate(content: RecordDict, context: Context) -> RecordDict:
 
 
 def _evaluate(node: NodeConfig, content: RecordDict, context: Context) -> RecordDict:
-    plan, engine, data, server_state = _open(node, content, context)
+    plan, engine, data, server_state = _open(node, wire.unpack_plan(content), content, context)
     settings, store = plan.config.evaluation, ClientStateStore(wire.unpack_delta(content).run)
 
     def evaluate_clients(clients: Sequence[int]) -> list[tuple[int, dict[str, float]]]:
@@ -249,10 +250,14 @@ def _evaluate(node: NodeConfig, content: RecordDict, context: Context) -> Record
     return wire.echo(content, wire.pack_evaluations(dict(evaluations), failures))
 
 
-def _open(node: NodeConfig, content: RecordDict, context: Context) -> tuple[Plan, Engine, FederatedData, wire.Payload]:
-    """Return the plan in a message, the engine and data that it needs, and the server's state."""
-    plan = wire.unpack_plan(content)
-    plan = replace(plan, config=node.adapt(plan.config))
+def _open(
+    node: NodeConfig, sent: Plan, content: RecordDict, context: Context
+) -> tuple[Plan, Engine, FederatedData, wire.Payload]:
+    """Return the plan with the node's own paths, the engine and data that it needs, and the state in the message.
+
+    `sent` is the plan as the server has sent it.
+    """
+    plan = replace(sent, config=node.adapt(sent.config))
     config, data = plan.config, node.open_data(plan.config)
     kind, group, heads = config.training.engine, config.copra.gate_group, heads_of(config)
     engine = open_engine(kind, config.model, group, len(data.label_names), seed=0, heads=heads)

@@ -46,8 +46,8 @@ class Policy:
     protection: str = option(
         "",
         "protections of which a run must have one, comma-separated; private: dp-clip above 0, "
-        "secure: secure-aggregation, private+secure: both, so that the node adds its share of the noise itself; empty: "
-        "none",
+        "secure: secure-aggregation without dp-clip, private+secure: both, so that the node adds its share of the "
+        "noise itself; empty: none",
     )
     min_nodes: int = option(0, "secure, private+secure: smallest number of nodes in a round; 0: no limit", low=0)
     min_secure_threshold: float = option(
@@ -262,11 +262,25 @@ def lack_of_secure_aggregation(policy: Policy, config: Config, num_clients: int)
     return ""
 
 
+def lack_of_secure_sums(policy: Policy, config: Config, num_clients: int) -> str:
+    """Return why the sums of a run are not those of enough updates; empty if they are.
+
+    In a private run they need not be: a node without a client takes part, and a round is repeated with other nodes.
+    There only the noise hides an update, which this protection does not ask for.
+    """
+    if config.privacy.is_local:
+        return (
+            f"dp-clip = {config.privacy.dp_clip:g}, but protection = 'secure' does not ask for noise, which alone "
+            "hides an update in a private run; use protection = 'private+secure' with min-noise-multiplier"
+        )
+    return lack_of_secure_aggregation(policy, config, num_clients)
+
+
 #: name of a protection -> function of the policy, the configuration and the number of clients that returns what a run
 #: lacks of it; empty if it has it
 PROTECTIONS: dict[str, Callable[[Policy, Config, int], str]] = {
     "private": lack_of_privacy,
-    "secure": lack_of_secure_aggregation,
+    "secure": lack_of_secure_sums,
     "private+secure": lack_of_local_privacy,
 }
 

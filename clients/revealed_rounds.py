@@ -4,15 +4,16 @@ A server that asks for a round a second time with one node less, or with another
 difference of two sums. A run that was killed after the nodes were asked to unmask does the round again honestly, and
 gets the same sum or none.
 
-A line is written before the shares leave the node. Private runs are not in the file: each sum of theirs has new noise,
-and is charged (`server.privacy_budget`).
+The file is written before the shares leave the node. Private runs are not in it: each sum of theirs has new noise, and
+is charged (`server.privacy_budget`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from copra_fl.files import DamagedFile, append_line, cache_dir
+from clients.client_state import run_folder
+from copra_fl.files import DamagedFile, atomic_write
 from copra_fl.records.record import DamagedRecord, Record
 from copra_fl.secure_aggregation.errors import SecureAggregationError
 from copra_fl.wording import listed
@@ -35,12 +36,12 @@ class RevealedRound(Record):
 class RevealedRounds:
     """The rounds of `run` in which `node`, the node's number, has revealed shares.
 
-    Raises DamagedFile for a damaged line. Half a line at the end is of shares that have not left the node.
+    Raises DamagedFile for a damaged line.
     """
 
     def __init__(self, run: str, node: int) -> None:
-        self._node, self._path = node, cache_dir() / "clients" / run / f"node-{node}-revealed.jsonl"
-        lines = self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.exists() else []
+        self._node, self._path = node, run_folder(run) / f"node-{node}-revealed.jsonl"
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         try:
             records = [RevealedRound.from_json(line) for line in lines]
         except DamagedRecord as damage:
@@ -66,23 +67,24 @@ class RevealedRounds:
 
     def check_nodes(self, server_round: int, nodes: Collection[int]) -> None:
         """Raise SecureAggregationError if shares of `server_round` were revealed for a sum with others than `nodes`."""
+        self.check_present(server_round, nodes)
         earlier = self._by_round.get(server_round)
-        if earlier and (absent := set(earlier.survivors) - set(nodes)):
-            raise SecureAggregationError(f"{self._sum_of(earlier)}: node {listed(sorted(absent))} is missing now")
         if earlier and (more := set(nodes) - set(earlier.survivors)):
             raise SecureAggregationError(f"{self._sum_of(earlier)}: node {listed(sorted(more))} was not in it")
 
     def check_present(self, server_round: int, nodes: Collection[int]) -> None:
         """Raise SecureAggregationError if a node of the sum that shares were revealed for is not among `nodes`."""
-        if earlier := self._by_round.get(server_round):
-            self.check_nodes(server_round, set(nodes) & set(earlier.survivors))
+        earlier = self._by_round.get(server_round)
+        if earlier and (absent := set(earlier.survivors) - set(nodes)):
+            raise SecureAggregationError(f"{self._sum_of(earlier)}: node {listed(sorted(absent))} is missing now")
 
     def add(self, server_round: int, survivors: Iterable[int], vector: bytes) -> None:
         """Write a round to the disk, before its shares leave the node."""
         record = RevealedRound(round=server_round, survivors=tuple(sorted(survivors)), vector=vector.hex())
         if self._by_round.get(server_round) != record:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, record.to_json())
+            self._by_round[server_round] = record
+            atomic_write(self._path, "".join(one.to_json() + "\n" for one in self._by_round.values()), mode=0o600)
 
     def _sum_of(self, earlier: RevealedRound) -> str:
         return (

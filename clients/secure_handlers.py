@@ -108,6 +108,27 @@ def revealed_rounds(session: protocol.Session) -> RevealedRounds:
     return RevealedRounds(session.roster.run, session.secrets.node)
 
 
+def check_plan(plan: Plan, run: str, session: protocol.Session) -> None:
+    """Raise SecureAggregationError unless `plan`, as the server has sent it, is the one of the list of nodes."""
+    roster = session.roster
+    if (roster.run, roster.server_round) != (run, plan.server_round):
+        raise SecureAggregationError(
+            f"this node has shared its secrets for round {roster.server_round} of run {roster.run}, not for round "
+            f"{plan.server_round} of {run}"
+        )
+    if roster.share != (threshold := plan.config.privacy.secure_threshold):
+        raise SecureAggregationError(
+            f"the list of nodes has a threshold of {roster.share:g}, the configuration {threshold:g}"
+        )
+    if roster.config != plan.config.digest:
+        raise SecureAggregationError("the plan has another configuration than the list of nodes")
+    listed = roster.clients.get(session.secrets.node, ())
+    if plan.clients != listed and not plan.config.privacy.is_local:
+        raise SecureAggregationError(
+            f"the list of nodes has clients {list(listed)} for this node, the plan {list(plan.clients)}"
+        )
+
+
 def check_last_rounds(plan: Plan, revealed: RevealedRounds, store: ClientStateStore) -> None:
     """Raise SecureAggregationError for a client whose state after a revealed round is passed over."""
     for client in plan.clients:
@@ -134,7 +155,9 @@ class MaskedUpload:
 
     @classmethod
     def open(cls, content: RecordDict, context: Context, plan: Plan) -> MaskedUpload:
-        """Open the shares in a training message with the `plan`.
+        """Open the shares in a training message with the `plan`, as the server has sent it.
+
+        It comes before everything else: no model is loaded for a plan that is refused.
 
         Raises Rejected if they are refused, if the plan is not that of the list of nodes, and for clients that would go
         on from a state before a sum that they were in: their next vector would say what that round has changed.
@@ -144,23 +167,7 @@ class MaskedUpload:
             if session is None:
                 raise SecureAggregationError("this node has not shared its secrets for this round")
             delta = wire.unpack_delta(content)
-            here = (delta.run, plan.server_round)
-            if (session.roster.run, session.roster.server_round) != here:
-                raise SecureAggregationError(
-                    f"this node has shared its secrets for round {session.roster.server_round} of run "
-                    f"{session.roster.run}, not for round {here[1]} of {here[0]}"
-                )
-            if session.roster.share != (threshold := plan.config.privacy.secure_threshold):
-                raise SecureAggregationError(
-                    f"the list of nodes has a threshold of {session.roster.share:g}, the configuration {threshold:g}"
-                )
-            if session.roster.config != wire.unpack_plan(content).config.digest:  # without the node's own paths
-                raise SecureAggregationError("the plan has another configuration than the list of nodes")
-            listed = session.roster.clients.get(session.secrets.node, ())
-            if plan.clients != listed and not plan.config.privacy.is_local:
-                raise SecureAggregationError(
-                    f"the list of nodes has clients {list(listed)} for this node, the plan {list(plan.clients)}"
-                )
+            check_plan(plan, delta.run, session)
             check_last_rounds(plan, revealed_rounds(session), ClientStateStore(delta.run))
             opened = protocol.receive_shares(session, secure_wire.unpack_shares(content))
             return cls(context, opened, delta.number)
@@ -198,7 +205,7 @@ class MaskedUpload:
                 weighting, num_nodes = plan.config.aggregation.weighting, len(roster.keys)
                 scale = sum_scale(plan.config.federation.max_update_norm, num_nodes)
                 vector = vector_of(start, updates, weighting, group_of, num_groups, scale, num_nodes)
-                revealed_rounds(self.session).check_vector(plan.server_round, protocol.digest_of(vector))
+                revealed_rounds(self.session).check_vector(plan.server_round, protocol.vector_digest(vector))
             inputs = secure_wire.inputs_of(self.number, state)
             session, masked = protocol.mask_vector(self.session, vector, inputs)
             secure_wire.write_session(self.context.state, session)

@@ -87,6 +87,8 @@ class SecureRound:
         self._grid, self._run, self._request = grid, run, request
         self._numbers = {node: numbers[node] for node in request.cohorts}
         self._unmaskings = Unmaskings(run.directory)
+        is_private = run.config.privacy.is_local  # its sums have new noise each time
+        self._asked_before = () if is_private else self._unmaskings.nodes(request.server_round)
 
     def open(self, messages: Sequence[Message]) -> list[Message]:
         """Steps 1 and 2: return the training messages of the nodes that are still there, with the shares for them.
@@ -190,12 +192,6 @@ class SecureRound:
         }
         return result
 
-    @property
-    def _asked_before(self) -> tuple[int, ...]:
-        """The nodes of the sum that was asked for before; none in a private run, whose sums have new noise."""
-        is_private = self._run.config.privacy.is_local
-        return () if is_private else self._unmaskings.nodes(self._request.server_round)
-
     def _leave_out_others(self) -> None:
         """Leave out the nodes that are not in the sum that was asked for before."""
         self._check_same_nodes(self._numbers.values())
@@ -209,9 +205,9 @@ class SecureRound:
         """Raise SecureAggregationError if a node of the sum that was asked for before is not `present`."""
         if absent := sorted(set(self._asked_before) - set(present)):
             raise SecureAggregationError(
-                f"its nodes were asked before to unmask the sum of nodes {listed(self._asked_before)}, and reveal "
-                f"shares for the same sum only; node {listed(absent)} is missing now. Start it again, or start the run "
-                "anew with --overwrite"
+                f"nodes {listed(self._asked_before)} were asked before to unmask their sum, and reveal shares for the "
+                f"same sum only; node {listed(absent)} is missing now. Start it again, or start the run anew with "
+                "--overwrite"
             )
 
     def _check_confirmed(self, number: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from copra_fl.files import append_line
+from copra_fl.files import atomic_write
 from copra_fl.records.record import Record
 
 
@@ -27,11 +27,15 @@ class Unmaskings:
         self._path = directory / "unmaskings.jsonl"
 
     def nodes(self, server_round: int) -> tuple[int, ...]:
-        """Return the nodes of the sum of `server_round`; none if it was not asked for. Half a line was not, either."""
-        lines = self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.exists() else []
-        asked = map(Unmasking.from_json, lines)
-        return next((unmasking.nodes for unmasking in asked if unmasking.round == server_round), ())
+        """Return the nodes of the sum of `server_round`; none if it was not asked for."""
+        return next((unmasking.nodes for unmasking in self._read() if unmasking.round == server_round), ())
 
     def add(self, server_round: int, nodes: Iterable[int]) -> None:
         """Write the sum of a round to the disk, before the nodes are asked to unmask it."""
-        append_line(self._path, Unmasking(round=server_round, nodes=tuple(sorted(nodes))).to_json())
+        others = [unmasking for unmasking in self._read() if unmasking.round != server_round]
+        asked = [*others, Unmasking(round=server_round, nodes=tuple(sorted(nodes)))]
+        atomic_write(self._path, "".join(unmasking.to_json() + "\n" for unmasking in asked))
+
+    def _read(self) -> list[Unmasking]:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        return list(map(Unmasking.from_json, lines))

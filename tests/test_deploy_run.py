@@ -30,7 +30,7 @@ def test_settings_that_do_not_combine_are_rejected_before_a_run_is_submitted(tmp
 def test_a_run_with_a_task_of_ones_own_is_checked_before_it_is_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The task has no head, so there is none to train; another one does not exist."""
+    """The command refuses a task without a head for local-training = 'head', and a task that does not exist."""
     (tmp_path / "surveys_task.py").write_text(
         "from copra_fl.tasks.causal_lm import CausalLM\n\n\nclass Surveys(CausalLM):\n    name = 'surveys'\n\n\n"
         "TASK = Surveys()\n"

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients import handlers
 from server.errors import FederationError
+from tests.support.federations import assert_equal, final_adapter
 from tests.support.local_grid import LocalGrid, run_federation
 from tests.support.secure import node_configs_with_peers
 from tests.support.tiny import Settings
@@ -28,10 +29,10 @@ def peers(tmp_path: Path) -> list[dict[str, str | int]]:
 
 
 class LyingServer(LocalGrid):
-    """Changes what nodes 1 and 2 are told in training messages."""
+    """Changes what all nodes but the first are told in training messages."""
 
     def __init__(self, configs: list[dict[str, str | int]], lie: Callable[[RecordDict], None]) -> None:
-        super().__init__(3, node_configs=configs)
+        super().__init__(len(configs), node_configs=configs)
         self.lie = lie
 
     def answer(self, message: Message) -> Message:
@@ -65,6 +66,30 @@ def test_no_plan_for_the_others_singles_out_a_node(
 ) -> None:
     with pytest.raises(FederationError, match=reason):
         run_federation(tiny | SECURE, tmp_path / "run", grid=LyingServer(peers, lie))
+
+
+def test_a_scale_of_the_servers_choice_has_no_effect(tiny: Settings, tmp_path: Path) -> None:
+    """With it, all values of the nodes but one were rounded to 0, and the sum was the update of that one."""
+    (tmp_path / "policy.toml").write_text('protection = "secure"\nmin-nodes = 5\nmin-secure-threshold = 1.0\n')
+    policy = {"policy-path": str(tmp_path / "policy.toml")}
+    configs = [config | policy for config in node_configs_with_peers(tmp_path, 5)]
+    settings = tiny | SECURE | {"num-clients": 5, "secure-threshold": 1.0}
+
+    def tiny_scale(content: RecordDict) -> None:
+        content["secure-scale"] = ConfigRecord({"scale": 2.0**-900})
+
+    honest = run_federation(settings, tmp_path / "honest", grid=LocalGrid(5, node_configs=configs))
+    lied_to = run_federation(settings, tmp_path / "lied-to", grid=LyingServer(configs, tiny_scale))
+    assert_equal(final_adapter(lied_to), final_adapter(honest))
+
+
+def test_a_policy_of_secure_sums_refuses_a_run_whose_noise_it_does_not_ask_for(
+    tiny: Settings, peers: list[dict[str, str | int]], tmp_path: Path
+) -> None:
+    """In a private run nodes without clients take part: with hardly any noise the sum would be one node's update."""
+    private = {"dp-clip": 1.0, "dp-noise-multiplier": 0.001, "weighting": "equal", "failures": "strict"}
+    with pytest.raises(FederationError, match="protection = 'secure' does not ask for noise"):
+        run_federation(tiny | SECURE | private, tmp_path / "run", grid=LocalGrid(3, node_configs=peers))
 
 
 def test_a_policy_limits_how_few_nodes_a_server_takes_into_a_round(

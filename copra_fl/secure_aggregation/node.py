@@ -167,10 +167,10 @@ def mask_vector(session: Session, vector: np.ndarray, inputs: bytes) -> tuple[Se
     for other in session.shares.keys() - {secrets.node}:
         key = pairwise_key(roster, secrets.node, other, secrets.mask_key, inputs)
         add_pairwise(masked, key, secrets.node, other)
-    return replace(session, masked=True, inputs=inputs, vector=digest_of(vector)), masked
+    return replace(session, masked=True, inputs=inputs, vector=vector_digest(vector)), masked
 
 
-def digest_of(vector: np.ndarray) -> bytes:
+def vector_digest(vector: np.ndarray) -> bytes:
     """Return the digest by which a node recognizes a vector (size,) uint64."""
     return bind("vector", vector.tobytes())
 
