@@ -199,7 +199,8 @@ def test_secure_aggregation_alone_is_enough_and_changes_no_key_that_is_set() -> 
     check(config)
     assert Config.from_flat(config.to_flat()) == config, "what travels to the nodes"
     assert {key: value for key, value in config.to_flat().items() if value != Config().to_flat()[key]} == {
-        **SECURE, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0, "max-update-ratio": 0.0
+        **SECURE, "updates": "pooled", "merge-gap-clients": 0, "path-pairs": 0, "max-update-norm": 100.0,
+        "max-update-ratio": 0.0,
     }  # fmt: skip
     assert Config.from_flat({"secure-aggregation": False}) == Config()
     check(Config.from_flat(SECURE | PRIVATE))

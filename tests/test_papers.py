@@ -146,7 +146,7 @@ def test_train_then_measure_without_training_twice(
     differences = np.subtract(alone["copra"]["values"], alone["lora"]["values"])
     assert alone["difference"]["mean"] == pytest.approx(differences.mean())
     table = (tmp_path / "results" / "papers-today.md").read_text(encoding="utf-8")
-    assert f"| alone | {100 * alone['lora']['mean']:.1f} [" in table and "59.6 → 69.7" not in table  # no triple
+    assert f"| alone | {100 * alone['lora']['mean']:.1f} |" in table and "59.6 → 69.7" not in table  # no triple
 
     with pytest.raises(ValueError, match="trained with other settings: local-steps: 12 -> 13; use another --output"):
         papers.main(["train", *options, "--set", "local-steps=13"])

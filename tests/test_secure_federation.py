@@ -346,7 +346,7 @@ class CountingGrid(LocalGrid):
         reply = super().answer(message)
         if message.metadata.dst_node_id == 100:
             self.kinds.append(message.metadata.message_type.removeprefix("query."))
-            configurations = {"config", "plan", "state-delta", "handshake", "echo", "failures"}
+            configurations = {"config", "query", "plan", "state-delta", "handshake", "echo", "failures"}
             contents = [message.content] + ([reply.content] if reply.has_content() else [])
             records = [record for content in contents for name, record in content.items() if name not in configurations]
             self.bytes += sum(record.count_bytes() for record in records)
