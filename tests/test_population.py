@@ -102,7 +102,7 @@ def test_twice_the_clients_take_twice_the_work(part: Callable[[int], Callable[[]
 
 
 def test_the_state_of_a_client_is_found_without_a_look_at_the_others() -> None:
-    store = ClientStateStore("many clients")
+    store = ClientStateStore("many-clients")
     store.write(0, 1, ClientState(control={"head.bias": torch.ones(1)}), 0)
 
     def calls() -> int:

@@ -27,13 +27,10 @@ class LayerNames:
                 members.setdefault(_pattern(prefix), {}).setdefault(prefix, set()).add(below)
         repeating = {pattern for pattern, below in members.items() if _repeats(below.values())}
         self._stages = {
-            stage
-            for stage, below in members.items()
-            if len(below) > 1 and stage not in repeating
-            if any(
-                inner.startswith(f"{stage}.") and all(any(p.startswith(f"{s}.") for p in members[inner]) for s in below)
-                for inner in repeating
-            )
+            pattern
+            for pattern, below in members.items()
+            if len(below) > 1 and pattern not in repeating
+            if any(_are_in_each(below, members[inner]) for inner in repeating)
         }
 
     def of(self, module: str) -> str:
@@ -53,6 +50,11 @@ def _numbered(module: str) -> Iterator[str]:
 
 def _pattern(path: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _are_in_each(outer: Iterable[str], inner: Iterable[str]) -> bool:
+    """Return whether each of the paths `outer` has one of the paths `inner` below it."""
+    return all(any(path.startswith(f"{stage}.") for path in inner) for stage in outer)
 
 
 def _repeats(below: Iterable[set[tuple[str, int | None]]]) -> bool:
